@@ -1,0 +1,22 @@
+// Sum of two arrays: what autograd needs where a tensor is used more than once.
+//
+//   forward      y = a + b
+//   accumulate   total += x
+//
+// Threads: one element each, grid-stride.
+#include "common/types.cuh"
+
+extern "C" __global__ void add_forward(
+    const storage_t* __restrict__ a,  // (count)
+    const storage_t* __restrict__ b,  // (count)
+    storage_t* __restrict__ y,        // (count)
+    int64 count) {
+    FOR_EACH_INDEX(i, count) y[i] = a[i] + b[i];
+}
+
+extern "C" __global__ void add_accumulate(
+    storage_t* __restrict__ total,    // (count)
+    const storage_t* __restrict__ x,  // (count)
+    int64 count) {
+    FOR_EACH_INDEX(i, count) total[i] += x[i];
+}

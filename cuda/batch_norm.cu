@@ -1,0 +1,170 @@
+// Batch normalisation over (n, h, w) for every channel (Ioffe and Szegedy, arXiv 1502.03167), x seen as (rows, c).
+//
+//   training   mean, var over the rows;  inv_std = 1 / sqrt(var + eps);  xhat = (x - mean) inv_std;  y = weight xhat + bias
+//              running <- (1 - momentum) running + momentum (mean, var rows / (rows - 1))
+//   evaluation the same with the running mean and variance
+//   backward   dbias = sum dy;  dweight = sum dy xhat
+//              training:   dx = weight inv_std (dy - dbias / rows - xhat dweight / rows)
+//                          (mean and inv_std depend on every row: d mean = 1/rows, d inv_std = -inv_std^2 xhat / rows)
+//              evaluation: dx = weight inv_std dy
+//
+// Sums in three launches: every chunk of rows makes a partial result, one thread a channel merges the partials in the
+// order of the chunks, and an element-wise pass applies them. Statistics are merged as (count, mean, M2) (Chan, Golub,
+// LeVeque 1983), never as E[x^2] - E[x]^2, which cancels. No atomics; chunks depend on the shape alone.
+//
+// Threads: common/columns.cuh; the merges take one thread a channel.
+#include "common/columns.cuh"
+
+struct Moments {
+    accumulate_t count, mean, m2;
+    __device__ void add(accumulate_t x) {
+        count += 1;
+        const accumulate_t delta = x - mean;
+        mean += delta / count;
+        m2 += delta * (x - mean);
+    }
+    __device__ void merge(const Moments& other) {
+        if (other.count == 0) return;
+        const accumulate_t total = count + other.count, delta = other.mean - mean;
+        mean += delta * (other.count / total);
+        m2 += other.m2 + delta * delta * (count * other.count / total);
+        count = total;
+    }
+};
+
+extern "C" __global__ void batch_norm_partial_statistics(
+    const storage_t* __restrict__ x,       // (rows, c)
+    accumulate_t* __restrict__ partials,   // (chunks, 2, c): mean, M2
+    int64 rows, int c, int chunks, int64 rows_per_chunk) {
+    SHARED_ARRAY(Moments, lanes, [ROW_LANES][COLUMN_LANES]);
+    const ColumnSlice slice(rows, rows_per_chunk);
+    Moments moments = {0, 0, 0};
+    if (slice.channel < c)
+        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) moments.add(x[row * c + slice.channel]);
+    lanes[threadIdx.y][threadIdx.x] = moments;
+    __syncthreads();
+    if (threadIdx.y != 0 || slice.channel >= c) return;
+    for (int lane = 1; lane < ROW_LANES; ++lane) moments.merge(lanes[lane][threadIdx.x]);
+    accumulate_t* const partial = partials + (int64)blockIdx.y * 2 * c + slice.channel;
+    partial[0] = moments.mean;
+    partial[c] = moments.m2;
+}
+
+extern "C" __global__ void batch_norm_merge_statistics(
+    const accumulate_t* __restrict__ partials,  // (chunks, 2, c)
+    accumulate_t* __restrict__ mean,            // (c)
+    accumulate_t* __restrict__ inv_std,         // (c)
+    storage_t* __restrict__ running_mean,       // (c)
+    storage_t* __restrict__ running_var,        // (c)
+    int64 rows, int c, int chunks, int64 rows_per_chunk, accumulate_t eps, accumulate_t momentum) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    Moments total = {0, 0, 0};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int64 begin = chunk * rows_per_chunk;
+        const int64 count = rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk;
+        const accumulate_t* const partial = partials + (int64)chunk * 2 * c + channel;
+        total.merge({(accumulate_t)count, partial[0], partial[c]});
+    }
+    mean[channel] = total.mean;
+    inv_std[channel] = 1 / sqrt(total.m2 / rows + eps);
+    running_mean[channel] = (1 - momentum) * running_mean[channel] + momentum * total.mean;
+    running_var[channel] = (1 - momentum) * running_var[channel] + momentum * (total.m2 / (rows - 1));
+}
+
+extern "C" __global__ void batch_norm_evaluation_statistics(
+    const storage_t* __restrict__ running_mean,  // (c)
+    const storage_t* __restrict__ running_var,   // (c)
+    accumulate_t* __restrict__ mean,             // (c)
+    accumulate_t* __restrict__ inv_std,          // (c)
+    int c, accumulate_t eps) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    mean[channel] = running_mean[channel];
+    inv_std[channel] = 1 / sqrt((accumulate_t)running_var[channel] + eps);
+}
+
+extern "C" __global__ void batch_norm_forward(
+    const storage_t* __restrict__ x,         // (rows, c)
+    const accumulate_t* __restrict__ mean,     // (c)
+    const accumulate_t* __restrict__ inv_std,  // (c)
+    const storage_t* __restrict__ weight,    // (c)
+    const storage_t* __restrict__ bias,      // (c)
+    storage_t* __restrict__ y,               // (rows, c)
+    int64 rows, int c, int64 rows_per_chunk) {
+    const ColumnSlice slice(rows, rows_per_chunk);
+    if (slice.channel >= c) return;
+    const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel] * weight[slice.channel];
+    const accumulate_t offset = bias[slice.channel];
+    for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
+        const int64 i = row * c + slice.channel;
+        y[i] = (x[i] - shift) * scale + offset;
+    }
+}
+
+extern "C" __global__ void batch_norm_backward_partial(
+    const storage_t* __restrict__ x,           // (rows, c)
+    const storage_t* __restrict__ dy,          // (rows, c)
+    const accumulate_t* __restrict__ mean,     // (c)
+    const accumulate_t* __restrict__ inv_std,  // (c)
+    accumulate_t* __restrict__ partials,       // (chunks, 2, c): sum dy, sum dy xhat
+    int64 rows, int c, int chunks, int64 rows_per_chunk) {
+    SHARED_ARRAY(accumulate_t, lanes, [2][ROW_LANES][COLUMN_LANES]);
+    const ColumnSlice slice(rows, rows_per_chunk);
+    accumulate_t sum_dy = 0, sum_dy_xhat = 0;
+    if (slice.channel < c) {
+        const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel];
+        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
+            const int64 i = row * c + slice.channel;
+            sum_dy += dy[i];
+            sum_dy_xhat += dy[i] * ((x[i] - shift) * scale);
+        }
+    }
+    lanes[0][threadIdx.y][threadIdx.x] = sum_dy;
+    lanes[1][threadIdx.y][threadIdx.x] = sum_dy_xhat;
+    __syncthreads();
+    if (threadIdx.y >= 2 || slice.channel >= c) return;
+    accumulate_t total = 0;  // row lane 0 adds up dy, row lane 1 dy xhat
+    for (int lane = 0; lane < ROW_LANES; ++lane) total += lanes[threadIdx.y][lane][threadIdx.x];
+    partials[((int64)blockIdx.y * 2 + threadIdx.y) * c + slice.channel] = total;
+}
+
+extern "C" __global__ void batch_norm_backward_merge(
+    const accumulate_t* __restrict__ partials,  // (chunks, 2, c)
+    storage_t* __restrict__ dweight,            // (c)
+    storage_t* __restrict__ dbias,              // (c)
+    int c, int chunks) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    accumulate_t sum_dy = 0, sum_dy_xhat = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const accumulate_t* const partial = partials + (int64)chunk * 2 * c + channel;
+        sum_dy += partial[0];
+        sum_dy_xhat += partial[c];
+    }
+    dweight[channel] = sum_dy_xhat;
+    dbias[channel] = sum_dy;
+}
+
+extern "C" __global__ void batch_norm_backward(
+    const storage_t* __restrict__ x,           // (rows, c)
+    const storage_t* __restrict__ dy,          // (rows, c)
+    const accumulate_t* __restrict__ mean,     // (c)
+    const accumulate_t* __restrict__ inv_std,  // (c)
+    const storage_t* __restrict__ weight,      // (c)
+    const storage_t* __restrict__ dweight,     // (c)
+    const storage_t* __restrict__ dbias,       // (c)
+    storage_t* __restrict__ dx,                // (rows, c)
+    int64 rows, int c, int64 rows_per_chunk, int training) {
+    const ColumnSlice slice(rows, rows_per_chunk);
+    if (slice.channel >= c) return;
+    const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel];
+    const accumulate_t gain = weight[slice.channel] * scale;
+    const accumulate_t mean_dy = training ? (accumulate_t)dbias[slice.channel] / rows : 0;
+    const accumulate_t mean_dy_xhat = training ? (accumulate_t)dweight[slice.channel] / rows : 0;
+    for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
+        const int64 i = row * c + slice.channel;
+        const accumulate_t xhat = (x[i] - shift) * scale;
+        dx[i] = gain * (dy[i] - mean_dy - xhat * mean_dy_xhat);
+    }
+}

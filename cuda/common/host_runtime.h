@@ -1,0 +1,481 @@
+// CUDA's execution model on a CPU, so that the kernels in this folder run, unchanged, where there is no GPU.
+//
+// A thread of a block is a fiber: it runs until it reaches __syncthreads() or returns, then hands the core to the next
+// thread of its block by switching the stack and the callee-saved registers (about 20 instructions). When every thread
+// of the block has arrived, the next phase begins. Kernels without a barrier need no fibers and run as plain loops.
+// Blocks are spread over operating-system threads. The order in which threads and blocks run can be chosen: a kernel
+// whose result depends on it has a race.
+//
+// What it notices: a barrier that not all threads reach, or that they reach at different lines; writes just outside a
+// shared array (red zones); reads of shared memory that nobody wrote (it is filled with NaN for every block); a fiber's
+// stack that overflows. What it cannot show: the GPU's memory model, races inside a phase whose outcome is the same in
+// every order, occupancy, speed.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <sys/mman.h>
+
+// ---------------------------------------------------------------------------------------------- the language
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __constant__ static const
+// For kernels written without our macros. It works, but has no red zones and no NaN fill.
+#define __shared__ static thread_local
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+};
+
+using std::ceil;
+using std::exp;
+using std::fabs;
+using std::floor;
+using std::fma;
+using std::isfinite;
+using std::isnan;
+using std::log;
+using std::pow;
+using std::sqrt;
+using std::tanh;
+template <class T>
+inline T rsqrt(T x) {
+    return T(1) / std::sqrt(x);
+}
+template <class T>
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
+
+// Integer atomics only: float atomics would make sums depend on the order of threads, so they do not compile.
+template <class T>
+inline T atomicAdd(T* address, T value) {
+    static_assert(std::is_integral<T>::value, "atomicAdd on floating-point numbers is not deterministic");
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+
+// ---------------------------------------------------------------------------------------------- fibers
+
+namespace host {
+
+enum class Order : int { ascending = 0, descending = 1, shuffled = 2 };
+
+// One launch, as segnet_scratch/kernels/host.py fills it in (same fields, same order).
+struct Launch {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned long long dynamic_shared;  // bytes
+    unsigned long long seed;            // of the shuffled order
+    int order;                          // Order, of threads and of blocks
+    int workers;                        // operating-system threads
+    char message[512];                  // what went wrong, when the launch returns non-zero
+};
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kSharedLimit = 256 * 1024;  // more than any GPU has for one block
+constexpr size_t kRedZone = 64;
+constexpr unsigned char kRedByte = 0xA5;
+constexpr unsigned char kPoisonByte = 0xFF;  // 0xFF... is a NaN in every floating-point format
+constexpr uint64_t kStackCanary = 0x5E67E7C0DEC0FFEEull;
+
+struct Fiber {
+    uint3 index;          // threadIdx
+    void* stack_pointer;  // saved while the fiber does not run
+    char* stack;          // lowest address
+    int barrier_line;     // where it waits; 0: it has returned
+};
+
+// The stacks outlive a launch: mapping them anew for each would cost more than a small kernel.
+struct StackPool {
+    std::mutex mutex;
+    std::vector<char*> free;
+    char* take() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (!free.empty()) {
+                char* stack = free.back();
+                free.pop_back();
+                return stack;
+            }
+        }
+        void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+        return stack == MAP_FAILED ? nullptr : static_cast<char*>(stack);
+    }
+    void give(char* stack) {
+        std::lock_guard<std::mutex> lock(mutex);
+        free.push_back(stack);
+    }
+};
+static StackPool stacks;
+
+struct SharedArray {
+    const void* key;
+    const char* name;
+    size_t offset, bytes;
+};
+
+struct Worker {
+    // The launch and the block that runs now.
+    Launch* launch = nullptr;
+    const char* kernel = "";
+    uint3 block_index{};
+    dim3 block_size{}, grid_size{};
+    // The thread that runs now.
+    Fiber* current = nullptr;
+    // Fibers: `order` is the order of the phase, `position` who runs in it.
+    bool cooperative = false;
+    std::vector<Fiber> fibers;
+    std::vector<unsigned> order;
+    unsigned position = 0;
+    void* scheduler_stack_pointer = nullptr;
+    void (*body)(void*) = nullptr;
+    void* closure = nullptr;
+    bool failed = false;
+    uint64_t random = 0;
+    // Shared memory: arrays between red zones, one after the other.
+    std::vector<unsigned char> arena;
+    unsigned char* arena_base = nullptr;  // the first 64-byte boundary in `arena`
+    std::vector<SharedArray> shared;
+
+    uint64_t next_random() {  // splitmix64
+        uint64_t z = (random += 0x9E3779B97F4A7C15ull);
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        return z ^ (z >> 31);
+    }
+    template <class T>
+    void arrange(std::vector<T>& items) {
+        if (launch->order != int(Order::shuffled)) return;
+        for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random() % i]);
+    }
+    void fail(const char* what) {
+        failed = true;
+        std::snprintf(launch->message, sizeof launch->message, "%s: block (%u, %u, %u): %s", kernel, block_index.x,
+                      block_index.y, block_index.z, what);
+    }
+};
+static thread_local Worker* worker = nullptr;
+
+#if defined(__APPLE__)
+#define SEGNET_SYMBOL(name) "_" #name
+#define SEGNET_HIDE(name) ".private_extern _" #name "\n"
+#else
+#define SEGNET_SYMBOL(name) #name
+#define SEGNET_HIDE(name) ".hidden " #name "\n"
+#endif
+
+#if defined(__x86_64__)
+extern "C" __attribute__((visibility("hidden"))) void segnet_switch_fiber(void** save, void* load);
+asm(".text\n.p2align 4\n.globl " SEGNET_SYMBOL(segnet_switch_fiber) "\n" SEGNET_HIDE(segnet_switch_fiber)
+    SEGNET_SYMBOL(segnet_switch_fiber) ":\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+inline void* prepare_stack(char* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + kStackBytes);
+    *--top = nullptr;  // entry() finds the alignment that a call instruction would leave, and no return address
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;  // rbp rbx r12-r15
+    return top;
+}
+#elif defined(__aarch64__)
+extern "C" __attribute__((visibility("hidden"))) void segnet_switch_fiber(void** save, void* load);
+asm(".text\n.p2align 4\n.globl " SEGNET_SYMBOL(segnet_switch_fiber) "\n" SEGNET_HIDE(segnet_switch_fiber)
+    SEGNET_SYMBOL(segnet_switch_fiber) ":\n"
+    "sub sp, sp, #160\n"
+    "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
+    "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
+    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
+    "mov x2, sp\nstr x2, [x0]\nmov sp, x1\n"
+    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\n"
+    "ldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
+    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
+    "add sp, sp, #160\nret\n");
+inline void* prepare_stack(char* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + kStackBytes) - 20;
+    std::memset(top, 0, 160);
+    top[11] = reinterpret_cast<void*>(entry);  // x30, the address that ret jumps to
+    return top;
+}
+#else
+#error "the host device knows x86-64 and aarch64; another processor needs its own segnet_switch_fiber"
+#endif
+
+// Hands the core to the fiber whose turn it is.
+inline void resume(void** save) {
+    Worker* w = worker;
+    w->current = &w->fibers[w->order[w->position]];
+    segnet_switch_fiber(save, w->current->stack_pointer);
+}
+
+// All threads have either arrived at a barrier or returned. True: a next phase begins.
+inline bool finish_phase(Worker* w) {
+    const int line = w->fibers[0].barrier_line;
+    for (const Fiber& fiber : w->fibers) {
+        if (fiber.barrier_line == line) continue;
+        const Fiber& first = w->fibers[0];
+        char what[256];
+        const Fiber& waiting = line ? first : fiber;
+        const Fiber& other = line ? fiber : first;
+        if (other.barrier_line == 0)
+            std::snprintf(what, sizeof what,
+                          "divergent barrier: thread (%u, %u, %u) waits at line %d, thread (%u, %u, %u) has returned",
+                          waiting.index.x, waiting.index.y, waiting.index.z, waiting.barrier_line, other.index.x,
+                          other.index.y, other.index.z);
+        else
+            std::snprintf(what, sizeof what,
+                          "divergent barrier: thread (%u, %u, %u) waits at line %d, thread (%u, %u, %u) at line %d",
+                          waiting.index.x, waiting.index.y, waiting.index.z, waiting.barrier_line, other.index.x,
+                          other.index.y, other.index.z, other.barrier_line);
+        w->fail(what);
+        return false;
+    }
+    return line != 0;
+}
+
+// The running fiber waits (line > 0) or has returned (line 0).
+inline void leave(int line) {
+    Worker* w = worker;
+    Fiber* self = w->current;
+    self->barrier_line = line;
+    if (++w->position == w->order.size()) {
+        if (!finish_phase(w)) {
+            segnet_switch_fiber(&self->stack_pointer, w->scheduler_stack_pointer);
+            std::abort();  // a finished block is never resumed
+        }
+        w->position = 0;
+        w->arrange(w->order);
+        if (&w->fibers[w->order[0]] == self) {
+            w->current = self;
+            return;
+        }
+    }
+    resume(&self->stack_pointer);
+}
+
+struct NeedsFibers {};
+
+inline void barrier(int line) {
+    if (!worker->cooperative) throw NeedsFibers();
+    leave(line);
+}
+
+inline void fiber_entry() {
+    worker->body(worker->closure);
+    leave(0);
+    std::abort();
+}
+
+inline void* shared_memory(const void* key, const char* name, size_t bytes) {
+    Worker* w = worker;
+    for (const SharedArray& array : w->shared)
+        if (array.key == key) return w->arena_base + array.offset;
+    const size_t start = w->shared.empty() ? 0 : w->shared.back().offset + ((w->shared.back().bytes + 63) & ~size_t(63));
+    SharedArray array{key, name, start + kRedZone, bytes};
+    if (array.offset + bytes > kSharedLimit) {
+        // No way back from here: the caller expects an address, and the arrays handed out already cannot move.
+        std::fprintf(stderr, "%s: more than %zu bytes of shared memory\n", w->kernel, kSharedLimit);
+        std::abort();
+    }
+    w->shared.push_back(array);
+    std::memset(w->arena_base + start, kRedByte, kRedZone);
+    std::memset(w->arena_base + array.offset, kPoisonByte, bytes);
+    std::memset(w->arena_base + array.offset + bytes, kRedByte, kRedZone + 63 - (bytes + 63) % 64);
+    return w->arena_base + array.offset;
+}
+
+// After a block: were the red zones kept? Then poison the arrays for the next block.
+inline void check_shared(Worker* w) {
+    for (const SharedArray& array : w->shared) {
+        const unsigned char* base = w->arena_base + array.offset;
+        for (size_t i = 0; i < kRedZone; ++i) {
+            const bool before = base[-1 - long(i)] != kRedByte, after = base[array.bytes + i] != kRedByte;
+            if (!before && !after) continue;
+            char what[256];
+            std::snprintf(what, sizeof what, "wrote %s shared array '%s' (%zu bytes)", before ? "before" : "past the end of",
+                          array.name, array.bytes);
+            return w->fail(what);
+        }
+        std::memset(w->arena_base + array.offset, kPoisonByte, array.bytes);
+    }
+}
+
+inline void run_block_flat(Worker* w) {
+    Fiber thread{};
+    w->current = &thread;
+    const unsigned count = w->block_size.x * w->block_size.y * w->block_size.z;
+    for (unsigned i = 0; i < count; ++i) {
+        const unsigned linear = w->order[i];
+        thread.index = {linear % w->block_size.x, linear / w->block_size.x % w->block_size.y,
+                        linear / w->block_size.x / w->block_size.y};
+        w->body(w->closure);
+    }
+}
+
+inline void run_block_fibers(Worker* w) {
+    for (Fiber& fiber : w->fibers) fiber.stack_pointer = prepare_stack(fiber.stack, fiber_entry);
+    w->position = 0;
+    resume(&w->scheduler_stack_pointer);  // returns when the block has finished or failed
+    if (w->failed) return;
+    for (Fiber& fiber : w->fibers) {
+        uint64_t canary;
+        std::memcpy(&canary, fiber.stack, sizeof canary);
+        if (canary != kStackCanary) return w->fail("a thread needs more stack than the host device gives it");
+    }
+    check_shared(w);
+}
+
+// Runs the blocks that this operating-system thread can get hold of.
+template <class NextBlock>
+void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
+    worker = &w;
+    const unsigned threads = w.block_size.x * w.block_size.y * w.block_size.z;
+    w.order.resize(threads);
+    for (unsigned i = 0; i < threads; ++i)
+        w.order[i] = w.launch->order == int(Order::descending) ? threads - 1 - i : i;
+    w.arrange(w.order);
+    if (w.cooperative) {
+        w.arena.resize(kSharedLimit + 4 * kRedZone);
+        w.arena_base = w.arena.data() + (64 - reinterpret_cast<uintptr_t>(w.arena.data()) % 64);
+        w.fibers.resize(threads);
+        for (unsigned i = 0; i < threads; ++i) {
+            Fiber& fiber = w.fibers[i];
+            fiber.index = {i % w.block_size.x, i / w.block_size.x % w.block_size.y, i / w.block_size.x / w.block_size.y};
+            fiber.stack = stacks.take();
+            if (!fiber.stack) {
+                w.fail("out of memory for the stacks of the threads");
+                break;
+            }
+            std::memcpy(fiber.stack, &kStackCanary, sizeof kStackCanary);
+        }
+    }
+    uint64_t block;
+    while (!w.failed && !stop.load(std::memory_order_relaxed) && next_block(&block)) {
+        w.block_index = {unsigned(block % w.grid_size.x), unsigned(block / w.grid_size.x % w.grid_size.y),
+                         unsigned(block / w.grid_size.x / w.grid_size.y)};
+        if (w.cooperative) {
+            run_block_fibers(&w);
+        } else {
+            try {
+                run_block_flat(&w);
+            } catch (const NeedsFibers&) {
+                w.fail("reached a barrier although its text has none; put __syncthreads() or SHARED_ARRAY in the kernel");
+            }
+        }
+    }
+    if (w.failed) stop = true;
+    for (Fiber& fiber : w.fibers)
+        if (fiber.stack) stacks.give(fiber.stack);
+    worker = nullptr;
+}
+
+inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body)(void*), void* closure) {
+    const uint64_t blocks = uint64_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
+    std::vector<uint64_t> block_order;
+    if (launch->order == int(Order::shuffled)) {
+        Worker shuffler;
+        shuffler.launch = launch;
+        shuffler.random = launch->seed ^ 0xB10C;
+        for (uint64_t i = 0; i < blocks; ++i) block_order.push_back(i);
+        shuffler.arrange(block_order);
+    }
+    std::atomic<uint64_t> next{0};
+    std::atomic<bool> stop{false};
+    auto next_block = [&](uint64_t* block) {
+        const uint64_t i = next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= blocks) return false;
+        *block = launch->order == int(Order::descending) ? blocks - 1 - i : block_order.empty() ? i : block_order[i];
+        return true;
+    };
+    const uint64_t wanted = launch->workers < 1 ? 1 : uint64_t(launch->workers);
+    const size_t count = size_t(wanted < blocks ? wanted : blocks);
+    std::vector<Worker> workers(count);
+    std::vector<Launch> launches(count, *launch);  // each worker has a message of its own
+    auto start = [&](size_t i) {
+        Worker& w = workers[i];
+        w.launch = &launches[i];
+        w.kernel = kernel;
+        w.block_size = {launch->block[0], launch->block[1], launch->block[2]};
+        w.grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
+        w.cooperative = cooperative;
+        w.body = body;
+        w.closure = closure;
+        w.random = launch->seed;
+        run_worker(w, next_block, stop);
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < count; ++i) threads.emplace_back(start, i);
+    start(0);
+    for (std::thread& thread : threads) thread.join();
+    for (size_t i = 0; i < count; ++i)
+        if (workers[i].failed) {
+            std::memcpy(launch->message, launches[i].message, sizeof launch->message);
+            return 1;
+        }
+    return 0;
+}
+
+// Calls a kernel with arguments given as addresses of values, as cuLaunchKernel does.
+template <class... P>
+struct Call {
+    void (*kernel)(P...);
+    void** arguments;
+    template <size_t... I>
+    void spread(std::index_sequence<I...>) {
+        kernel(*static_cast<std::remove_cv_t<P>*>(arguments[I])...);
+    }
+    static void body(void* call) { static_cast<Call*>(call)->spread(std::index_sequence_for<P...>()); }
+};
+
+template <class... P>
+int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P...), void** arguments) {
+    Call<P...> call{kernel, arguments};
+    return run(launch, name, cooperative, &Call<P...>::body, &call);
+}
+
+}  // namespace host
+
+#define threadIdx (::host::worker->current->index)
+#define blockIdx (::host::worker->block_index)
+#define blockDim (::host::worker->block_size)
+#define gridDim (::host::worker->grid_size)
+#define __syncthreads() ::host::barrier(__LINE__)
+
+#define SHARED_ARRAY(type, name, dimensions)      \
+    typedef type name##_array dimensions;         \
+    static const char name##_key = 0;             \
+    name##_array& name =                          \
+        *static_cast<name##_array*>(::host::shared_memory(&name##_key, #name, sizeof(name##_array)))
+#define SHARED_DYNAMIC(type, name) \
+    type* const name =             \
+        static_cast<type*>(::host::shared_memory(::host::worker->launch, #name, ::host::worker->launch->dynamic_shared))
+
+// The entry by which segnet_scratch/kernels/host.py reaches a kernel.
+#define HOST_ENTRY(kernel, cooperative)                                              \
+    extern "C" __attribute__((visibility("default"))) int host_launch_##kernel(::host::Launch* launch, void** arguments) {  \
+        return ::host::launch(launch, #kernel, cooperative, kernel, arguments);      \
+    }

@@ -1,0 +1,96 @@
+// Softmax cross-entropy over the pixels of a batch; logits seen as (pixels, classes).
+//
+//   loss of a pixel  l = logsumexp(z) - z[label], with the maximum taken out of the exponentials
+//   loss             = sum w[label] l / normaliser, over the pixels whose label is not void (255)
+//   normaliser       = sum w[label]       ("weights", as PyTorch)
+//                    = number of pixels   ("valid", as the authors' Caffe)
+//   backward         dz[k] = dloss w[label] (softmax(z)[k] - [k = label]) / normaliser; 0 at void pixels
+//
+// A batch without a valid pixel has loss 0 and gradient 0. A label that is neither a class nor void counts as void
+// here, so that it cannot read outside; it is refused, by name, before it reaches a kernel.
+//
+// Sums are carried in double: a float stops counting pixels at 2^24. Every block makes a partial result in a fixed
+// order, three threads add the partials in the order of the blocks; the grid depends on the shape alone.
+// Threads: one pixel each, grid-stride. A thread reads its `classes` neighbouring logits one after the other.
+#include "common/reduce.cuh"
+
+#define THREADS 256
+#define VOID_LABEL 255
+
+__device__ inline accumulate_t log_sum_exp(const storage_t* logits, int classes) {
+    accumulate_t highest = logits[0];
+    for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
+    accumulate_t sum = 0;
+    for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
+    return highest + log(sum);
+}
+
+extern "C" __global__ void cross_entropy_partial(
+    const storage_t* __restrict__ logits,                  // (pixels, classes)
+    const uint8* __restrict__ labels,                      // (pixels)
+    const storage_t* __restrict__ OPTIONAL class_weights,  // (classes)
+    double* __restrict__ partials,                         // (blocks, 3): weighted loss, weights, valid pixels
+    int64 pixels, int classes, int blocks) {
+    double loss = 0, weights = 0, valid = 0;
+    FOR_EACH_INDEX(pixel, pixels) {
+        const int label = labels[pixel];
+        if (label >= classes) continue;
+        const storage_t* const z = logits + pixel * classes;
+        const double weight = class_weights ? (double)class_weights[label] : 1.0;
+        loss += weight * (log_sum_exp(z, classes) - (accumulate_t)z[label]);
+        weights += weight;
+        valid += 1;
+    }
+    loss = block_sum<THREADS>(loss);
+    weights = block_sum<THREADS>(weights);
+    valid = block_sum<THREADS>(valid);
+    if (threadIdx.x == 0) {
+        partials[blockIdx.x * 3 + 0] = loss;
+        partials[blockIdx.x * 3 + 1] = weights;
+        partials[blockIdx.x * 3 + 2] = valid;
+    }
+}
+
+extern "C" __global__ void cross_entropy_merge(
+    const double* __restrict__ partials,  // (blocks, 3)
+    double* __restrict__ sums,            // (3): weighted loss, weights, valid pixels
+    storage_t* __restrict__ loss,         // (1)
+    int blocks, int by_valid) {
+    SHARED_ARRAY(double, totals, [3]);
+    if (threadIdx.x < 3) {
+        double total = 0;
+        for (int block = 0; block < blocks; ++block) total += partials[block * 3 + threadIdx.x];
+        totals[threadIdx.x] = total;
+        sums[threadIdx.x] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const double normaliser = by_valid ? totals[2] : totals[1];
+        loss[0] = (storage_t)(normaliser > 0 ? totals[0] / normaliser : 0.0);
+    }
+}
+
+extern "C" __global__ void cross_entropy_backward(
+    const storage_t* __restrict__ logits,                  // (pixels, classes)
+    const uint8* __restrict__ labels,                      // (pixels)
+    const storage_t* __restrict__ OPTIONAL class_weights,  // (classes)
+    const double* __restrict__ sums,                       // (3)
+    const storage_t* __restrict__ dloss,                   // (1)
+    storage_t* __restrict__ dlogits,                       // (pixels, classes)
+    int64 pixels, int classes, int by_valid) {
+    const double normaliser = by_valid ? sums[2] : sums[1];
+    const double scale = normaliser > 0 ? dloss[0] / normaliser : 0.0;
+    FOR_EACH_INDEX(pixel, pixels) {
+        const int label = labels[pixel];
+        const storage_t* const z = logits + pixel * classes;
+        storage_t* const dz = dlogits + pixel * classes;
+        if (label >= classes) {
+            for (int k = 0; k < classes; ++k) dz[k] = 0;
+            continue;
+        }
+        const accumulate_t factor = scale * (class_weights ? (double)class_weights[label] : 1.0);
+        const accumulate_t log_total = log_sum_exp(z, classes);
+        for (int k = 0; k < classes; ++k)
+            dz[k] = factor * (exp((accumulate_t)z[k] - log_total) - (k == label ? 1 : 0));
+    }
+}

@@ -1,0 +1,337 @@
+"""The settings of a training run: one flat table, read from TOML, checked once, written back with comments.
+
+A value comes from the default, then the configuration file, then each `--set key=value` in order; the later
+one wins. The resolved settings lie in the run folder as config.toml, so that a run can be repeated and
+resumed.
+"""
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from segnet_scratch.errors import ConfigError
+
+MINIMUM_SIZE = 32  # five 2x2 pools leave one position of a 32-pixel side
+DEFAULT_EPOCHS = 100
+_LARGEST_INTEGER = 2**63 - 1  # TOML's integers are signed 64-bit
+
+# Each of the two says how long to train, so setting one takes the other back.
+_LENGTH = ("epochs", "steps")
+# These change neither the weights nor the order of the samples, so a resumed run may differ in them.
+_SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "workers"}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The values that a setting takes: in words, and as a conversion that raises ValueError for any other."""
+
+    expected: str
+    convert: Callable[[Any], Any]
+
+
+def _to_integer(value: Any, minimum: int) -> int:
+    # bool is a subclass of int: without this check `batch = true` would mean a batch of 1.
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
+        raise ValueError
+    return value
+
+
+def _to_float(value: Any, accepts: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number) or not accepts(number):
+        raise ValueError
+    return number
+
+
+def _integer(minimum: int) -> _Kind:
+    return _Kind(f"an integer of at least {minimum}", lambda value: _to_integer(value, minimum))
+
+
+def _optional_integer(minimum: int) -> _Kind:
+    integer = _integer(minimum)
+    return _Kind(integer.expected, lambda value: None if value is None else integer.convert(value))
+
+
+def _number(bounds: str, accepts: Callable[[float], bool]) -> _Kind:
+    return _Kind(f"a finite number {bounds}", lambda value: _to_float(value, accepts))
+
+
+def _choice(*choices: str) -> _Kind:
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError
+        return value
+
+    return _Kind(" or ".join(f'"{choice}"' for choice in choices), convert)
+
+
+def _boolean() -> _Kind:
+    def convert(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return _Kind("true or false", convert)
+
+
+def _to_list(value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    return value
+
+
+def _image_size() -> _Kind:
+    def convert(value: Any) -> int | tuple[int, int]:
+        if isinstance(value, int):
+            return _to_integer(value, MINIMUM_SIZE)
+        height, width = (_to_integer(side, MINIMUM_SIZE) for side in _to_list(value))
+        # A square has one spelling, so that 224 and [224, 224] count as the same setting on resume.
+        return height if height == width else (height, width)
+
+    return _Kind(f"an integer or [height, width], each at least {MINIMUM_SIZE}", convert)
+
+
+def _scale_range() -> _Kind:
+    def convert(value: Any) -> tuple[float, float]:
+        low, high = (_to_float(bound, lambda number: number > 0) for bound in _to_list(value))
+        if low > high:
+            raise ValueError
+        return low, high
+
+    return _Kind("[low, high], two finite numbers with 0 < low <= high", convert)
+
+
+def _weights() -> _Kind:
+    def convert(value: Any) -> tuple[float, ...]:
+        weights = tuple(_to_float(weight, lambda number: number >= 0) for weight in _to_list(value))
+        if weights and not any(weights):
+            raise ValueError
+        return weights
+
+    return _Kind("a list of finite numbers of at least 0, not all of them 0", convert)
+
+
+def _setting(default: Any, kind: _Kind, meaning: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one training run, checked and normalised: an object that exists is a valid one.
+
+    Integers are taken where a number is meant, lists become tuples, and a square [n, n] becomes n. With
+    neither `epochs` nor `steps` given, `epochs` is 100; exactly one of the two is None.
+
+    Raises ConfigError for a value of the wrong type or out of range, and for both `epochs` and `steps` given.
+    """
+
+    model: str = _setting(
+        "segnet", _choice("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
+    )
+    width: float = _setting(
+        1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer"
+    )
+    dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
+    size: int | tuple[int, int] = _setting(
+        224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
+    )
+    batch: int = _setting(4, _integer(1), "images per step")
+    epochs: int | None = _setting(
+        None,
+        _optional_integer(1),
+        f"length of training in passes over the training set ({DEFAULT_EPOCHS} if steps is not given)",
+    )
+    steps: int | None = _setting(
+        None,
+        _optional_integer(1),
+        "length of training in steps, instead of epochs (the later one given wins)",
+    )
+    lr: float = _setting(1e-3, _number("above 0", lambda x: x > 0), "learning rate")
+    momentum: float = _setting(0.9, _number("in [0, 1)", lambda x: 0 <= x < 1), "momentum of SGD")
+    decay: float = _setting(5e-4, _number("of at least 0", lambda x: x >= 0), "weight decay")
+    bias_lr: float = _setting(
+        1.0,
+        _number("of at least 0", lambda x: x >= 0),
+        "multiplier for the learning rate of biases (the authors use 2)",
+    )
+    schedule: str = _setting(
+        "constant",
+        _choice("constant", "poly"),
+        "learning rate over time: constant, or falling as (1 - t)^poly_power",
+    )
+    poly_power: float = _setting(0.9, _number("above 0", lambda x: x > 0), 'exponent of the "poly" schedule')
+    warmup: int = _setting(0, _integer(0), "steps over which the learning rate rises to lr at the start")
+    loss_normalisation: str = _setting(
+        "weights",
+        _choice("weights", "valid"),
+        "divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the authors)",
+    )
+    class_weights: tuple[float, ...] = _setting(
+        (), _weights(), "loss weight of each class, one number a class; empty: all 1"
+    )
+    scale: tuple[float, float] = _setting(
+        (1.0, 1.25), _scale_range(), "range of the random scale of a training image, [low, high]"
+    )
+    flip: bool = _setting(True, _boolean(), "mirror half of the training images at random")
+    seed: int = _setting(
+        0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout"
+    )
+    workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
+    checkpoint_every: int = _setting(
+        500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
+    )
+    validate_every: int = _setting(0, _integer(0), "steps between validations; 0: once an epoch")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            kind, value = setting.metadata["kind"], getattr(self, setting.name)
+            try:
+                converted = kind.convert(value)
+            except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
+                example = _toml_value(DEFAULT_EPOCHS if setting.default is None else setting.default)
+                raise ConfigError(
+                    f"{setting.name}: expected {kind.expected}, got {value!r}; "
+                    f"correct it, for example {setting.name} = {example}."
+                ) from None
+            object.__setattr__(self, setting.name, converted)
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
+        elif self.epochs is not None and self.steps is not None:
+            raise ConfigError(
+                f"epochs and steps: expected one of the two, got epochs = {self.epochs} and "
+                f"steps = {self.steps}; remove one."
+            )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The training image size as (height, width) in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def to_toml(self) -> str:
+        """The settings as TOML, each under a comment with its meaning; load_config reads it back equal."""
+        return "\n".join(
+            f"# {setting.metadata['help']}\n{setting.name} = {_toml_value(value)}\n"
+            for setting in fields(self)
+            if (value := getattr(self, setting.name)) is not None  # TOML has no null: the key is left out
+        )
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """One row (key, default in TOML, meaning) for each setting, in the order of the configuration file."""
+    defaults = Config()
+    rows = []
+    for setting in fields(defaults):
+        value = getattr(defaults, setting.name)
+        rows.append((setting.name, "-" if value is None else _toml_value(value), setting.metadata["help"]))
+    return rows
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
+    """Settings from a TOML file, or the defaults where `path` is None, changed by overrides in order.
+
+    The value of an override is read as TOML (`lr=1e-2`, `size=[96,128]`, `flip=false`); a bare word is a
+    string (`model=segnet-basic`).
+
+    Raises ConfigError for a file that is missing, unreadable or no valid TOML (with the line), an unknown key
+    (with the nearest known one), a value of the wrong type or out of range, and an override that is not
+    `key=value`.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_toml(Path(path))
+        try:
+            _check_keys(values)
+            Config(**values)  # on its own first, so that the error can name the file
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(path)}: {error}") from None
+    for override in overrides:
+        key, value = _parse_override(override)
+        if key in _LENGTH:
+            values = {name: kept for name, kept in values.items() if name not in _LENGTH}
+        values[key] = value
+    return Config(**values)
+
+
+def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, as {key: (old value, new value)}; a setting that is not given is None."""
+    pairs = {
+        setting.name: (getattr(old, setting.name), getattr(new, setting.name)) for setting in fields(old)
+    }
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
+
+
+def check_resume(old: Config, new: Config) -> None:
+    """Raise ConfigError unless a run started with `old` may go on with `new` as if it had never stopped.
+
+    Legal changes are how often to save and validate, the number of workers and the length of training. With
+    the "poly" schedule the length sets the learning rate of every step, so there it may not change.
+    """
+    safe = _SAFE_ON_RESUME if "poly" in (old.schedule, new.schedule) else _SAFE_ON_RESUME.union(_LENGTH)
+    changed = {key: values for key, values in difference(old, new).items() if key not in safe}
+    if changed:
+        listing = ", ".join(
+            f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items()
+        )
+        raise ConfigError(
+            f"resume: expected the settings that the run started with, got other values of {listing}; "
+            "resume with the old values or start a new run folder."
+        )
+
+
+def _toml_value(value: Any) -> str:
+    """One value as TOML on one line (tomli_w gives each element of a list a line of its own)."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        # utf-8-sig, because some editors put a byte order mark in front, which tomllib refuses.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: expected a TOML configuration file, got {error.strerror}; check the path."
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError covers TOMLDecodeError and UnicodeDecodeError
+        raise ConfigError(f"{path}: expected valid TOML, got: {error}; correct the file.") from error
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [setting.name for setting in fields(Config)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+            raise ConfigError(f"unknown setting {key!r}; {hint}")
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not key or not text:
+        raise ConfigError(
+            f"--set {override}: expected key=value, got {override!r}; write for example lr=0.01."
+        )
+    _check_keys({key: text})
+    if re.fullmatch(r"[A-Za-z_][\w-]*", text) and text not in ("true", "false", "inf", "nan"):
+        return key, text
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        parsed = {}
+    if list(parsed) != ["value"]:
+        raise ConfigError(
+            f"--set {override}: expected a TOML value after the '=', got {text!r}; "
+            "write for example lr=0.01, size=[96,128] or flip=false."
+        )
+    return key, parsed["value"]

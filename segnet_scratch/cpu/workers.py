@@ -1,0 +1,160 @@
+"""The threads that share one NumPy operation, and the scratch memory each of them keeps.
+
+NumPy releases Python's lock inside its loops and BLAS calls, so plain threads use all cores. Every operation is cut
+into chunks by its shapes alone, never by the number of threads: the same input gives the same bits on any number.
+"""
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from threadpoolctl import ThreadpoolController
+
+from segnet_scratch.errors import ConfigError
+
+_this_thread = threading.local()
+
+
+def worker_count() -> int:
+    """Number of threads that share an operation: `SEGNET_THREADS`, else the cores this process may run on.
+
+    Raises ConfigError where the variable is not a whole number of at least 1.
+    """
+    text = os.environ.get("SEGNET_THREADS")
+    if text is None:
+        # sched_getaffinity honours containers and taskset; macOS lacks it.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ConfigError(f"SEGNET_THREADS must be a whole number of at least 1, got {text!r}; unset it for all cores.")
+    return int(text)
+
+
+class _Pool:
+    """Helper threads and the BLAS limit of this process; a forked child gets a fresh one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.executor: ThreadPoolExecutor | None = None
+        self.helpers = 0
+        self.limit_depth = 0
+        self.limiter: Any = None
+
+    def submit(self, work: Callable[[], None], helpers: int) -> list[Future[None]]:
+        """Starts `work` on `helpers` threads, as soon as these are free."""
+        if helpers < 1:
+            return []
+        with self.lock:
+            if self.executor is None or self.helpers < helpers:
+                if self.executor is not None:
+                    self.executor.shutdown(wait=False)
+                self.executor = ThreadPoolExecutor(helpers, thread_name_prefix="segnet")
+                self.helpers = helpers
+            return [self.executor.submit(work) for _ in range(helpers)]
+
+    def enter_limit(self) -> None:
+        """Sets BLAS to one thread; the first of several simultaneous users does it."""
+        with self.lock:
+            if self.limit_depth == 0:
+                self.limiter = _blas.limit(limits=1)
+            self.limit_depth += 1
+
+    def leave_limit(self) -> None:
+        """Gives BLAS its threads back; the last of several simultaneous users does it."""
+        with self.lock:
+            self.limit_depth -= 1
+            if self.limit_depth == 0:
+                self.limiter.restore_original_limits()
+
+
+# Looking through the loaded libraries takes milliseconds, setting a limit microseconds: look once.
+_blas = ThreadpoolController().select(user_api="blas")
+_pool = _Pool()
+
+
+def _after_fork_in_child() -> None:
+    # A child inherits neither the helper threads nor a lock in a known state, perhaps the limit of an operation that
+    # another thread of the parent was in.
+    global _pool
+    if _pool.limit_depth > 0:
+        _pool.limiter.restore_original_limits()
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """While inside, a BLAS call uses the calling thread only; nests, also across threads."""
+    pool = _pool
+    pool.enter_limit()
+    try:
+        yield
+    finally:
+        pool.leave_limit()
+
+
+def parallel_for(count: int, body: Callable[[int], None]) -> None:
+    """Calls `body(i)` once for each i in 0..count-1, on all workers in any order, and returns when all are done.
+
+    The calling thread works too. BLAS is single-threaded inside and floating-point warnings are off: NaN and infinity
+    travel through as values. A call from inside a body runs inline. After an exception no further body starts; the
+    first exception is raised here.
+    """
+    if getattr(_this_thread, "is_inside", False):
+        for index in range(count):
+            body(index)
+        return
+    pending = deque(range(count))
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        _this_thread.is_inside = True
+        try:
+            with np.errstate(all="ignore"):
+                while (index := _take(pending)) is not None:
+                    body(index)
+        except BaseException as error:
+            errors.append(error)
+            pending.clear()
+        finally:
+            _this_thread.is_inside = False
+
+    with single_threaded_blas():
+        helpers = _pool.submit(work, min(worker_count(), count) - 1)
+        try:
+            work()
+        finally:
+            # A helper that has not begun, because its thread serves another caller, has nothing left to do.
+            wait([helper for helper in helpers if not helper.cancel()])
+    if errors:
+        raise errors[0]
+
+
+def _take(pending: deque[int]) -> int | None:
+    """The next index, None when all are taken."""
+    try:
+        return pending.popleft()
+    except IndexError:
+        return None
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """This thread's C-contiguous workspace of that name, contents undefined.
+
+    The memory is kept for the next call, because fresh pages cost more than a pass over warm ones; a second call with
+    the same name hands out the same memory.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    held: dict[str, np.ndarray] = _this_thread.__dict__.setdefault("scratch", {})
+    if name not in held or held[name].size < size:
+        held[name] = np.empty(size, np.uint8)
+    return held[name][:size].view(dtype).reshape(shape)

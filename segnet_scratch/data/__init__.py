@@ -1,0 +1,44 @@
+"""Data sets in PASCAL VOC's layout: reading and checking, transforms, batches, a synthetic sample."""
+
+from segnet_scratch.data.loader import Batch, Loader, epoch_order, ordered_map, sample_rng
+from segnet_scratch.data.palette import VOC_CLASSES, VOID, colourise, save_indexed_png, voc_palette
+from segnet_scratch.data.sample import SAMPLE_CLASSES, draw_sample, write_sample
+from segnet_scratch.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvalTransform,
+    TrainTransform,
+    normalise,
+    resize_image,
+    resize_mask,
+)
+from segnet_scratch.data.voc import VOCDataset, class_names, find_root, read_image, read_mask, read_split
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "SAMPLE_CLASSES",
+    "VOC_CLASSES",
+    "VOID",
+    "Batch",
+    "EvalTransform",
+    "Loader",
+    "TrainTransform",
+    "VOCDataset",
+    "class_names",
+    "colourise",
+    "draw_sample",
+    "epoch_order",
+    "find_root",
+    "normalise",
+    "ordered_map",
+    "read_image",
+    "read_mask",
+    "read_split",
+    "resize_image",
+    "resize_mask",
+    "sample_rng",
+    "save_indexed_png",
+    "voc_palette",
+    "write_sample",
+]

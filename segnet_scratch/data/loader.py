@@ -1,0 +1,180 @@
+"""Batches in an order that depends on the seed alone, prepared by threads ahead of the consumer.
+
+What a sample looks like comes from (seed, epoch, index) and the order from (seed, epoch). So neither the
+number of threads nor a stop and resume in mid-epoch changes what the network sees.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from segnet_scratch.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class SampleSource(Protocol):
+    """What the loader needs of a data set (`VOCDataset` is one)."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """Image uint8 (H, W, 3), mask uint8 (H, W), id."""
+        ...
+
+
+class Transform(Protocol):
+    """What the loader needs of a transform (`TrainTransform`, `EvalTransform`)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every result."""
+        ...
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Image float32 (*size, 3), mask uint8 `size`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: float32 (N, H, W, 3), normalised; labels: uint8 (N, H, W), 255 = void; ids: N names."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: tuple[str, ...]
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random stream of one sample in one epoch, from these three numbers (all >= 0) alone."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, index)))
+
+
+def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The indices 0..count-1 in the order of this epoch: int64 (count,)."""
+    if not shuffle:
+        return np.arange(count)
+    # A spawn key of another length than the samples' keeps the order independent of their streams.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,))).permutation(count)
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Generator[Result, None, None]:
+    """function(item) for every item, in order, computed by threads up to `ahead` items in advance.
+
+    With workers 0 everything runs in the calling thread. An exception of `function` is raised where its
+    result would have come. Closing the iterator drops what has not begun and waits for what has.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="segnet-data")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Loader:
+    """Batches of a data set, epoch by epoch.
+
+    batch: samples a batch. shuffle: a new order every epoch. drop_last: leave out a last batch that is
+    not full. workers: threads (0: none; decoding releases Python's lock, so threads suffice). prefetch:
+    batches to prepare ahead.
+    Attributes: batches_per_epoch; waited, the seconds consumers have spent waiting for data in all.
+    Raises DataError for an argument out of range, an empty data set, or one too small for a full batch
+    with drop_last.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        transform: Transform,
+        batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        workers: int = 2,
+        prefetch: int = 2,
+    ) -> None:
+        for name, value, least in (
+            ("batch", batch, 1),
+            ("seed", seed, 0),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise DataError(f"loader: {name} {value}: expected at least {least}.")
+        count = len(dataset)
+        if count == 0:
+            raise DataError("loader: the data set holds no samples; use a split that is not empty.")
+        if drop_last and count < batch:
+            raise DataError(
+                f"loader: {count} samples do not fill one batch of {batch}, and drop_last leaves out "
+                f"what does not fill a batch; use a batch of at most {count}."
+            )
+        self.dataset = dataset
+        self.transform = transform
+        self.batch = batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.workers = workers
+        self.prefetch = prefetch
+        self.batches_per_epoch = count // batch if drop_last else -(-count // batch)
+        self.waited = 0.0
+
+    def epoch(self, epoch_number: int, start_batch: int = 0) -> Generator[Batch, None, None]:
+        """The batches of an epoch (0, 1, ...) from `start_batch` on; earlier ones are not even decoded.
+
+        A damaged sample raises its DataError when its batch is due. Close the iterator to stop early.
+        Raises DataError for an epoch or batch that does not exist.
+        """
+        if epoch_number < 0:
+            raise DataError(f"loader: epoch {epoch_number}: expected at least 0.")
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise DataError(f"loader: start_batch {start_batch}: expected 0..{self.batches_per_epoch}.")
+        order = epoch_order(len(self.dataset), self.seed, epoch_number, self.shuffle)
+        starts = range(start_batch * self.batch, self.batches_per_epoch * self.batch, self.batch)
+        return self._batches(epoch_number, [order[start : start + self.batch].tolist() for start in starts])
+
+    def _batches(self, epoch_number: int, batches: list[list[int]]) -> Generator[Batch, None, None]:
+        height, width = self.transform.size
+
+        def places() -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
+            """Every sample with its place in its batch: threads fill the batch, nothing is copied twice."""
+            for indices in batches:
+                images = np.empty((len(indices), height, width, 3), np.float32)
+                labels = np.empty((len(indices), height, width), np.uint8)
+                for position, index in enumerate(indices):
+                    yield images, labels, position, index
+
+        def prepare(place: tuple[np.ndarray, np.ndarray, int, int]) -> tuple[np.ndarray, np.ndarray, str]:
+            images, labels, position, index = place
+            image, mask, name = self.dataset.sample(index)
+            rng = sample_rng(self.seed, epoch_number, index)
+            images[position], labels[position] = self.transform(image, mask, rng)
+            return images, labels, name
+
+        with closing(ordered_map(prepare, places(), self.workers, self.prefetch * self.batch)) as results:
+            for indices in batches:
+                began = perf_counter()
+                done = [next(results) for _ in indices]
+                self.waited += perf_counter() - began
+                images, labels, _ = done[0]
+                yield Batch(images, labels, tuple(name for _, _, name in done))

@@ -1,0 +1,159 @@
+"""From a picture and its mask to what the network takes: size, crop, flip, normalisation.
+
+Image and mask always go through the same geometry. Masks are resized by nearest neighbour only, since a
+value between two labels is a third class.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from segnet_scratch.data.palette import VOID
+from segnet_scratch.errors import DataError, DTypeError, ShapeError
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+"""Mean of ImageNet's RGB in [0, 1]: what the VGG16 weights were trained with."""
+
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+"""Standard deviation of ImageNet's RGB in [0, 1]."""
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+    """(image / 255 - mean) / std per channel: uint8 (H, W, 3) RGB -> float32 (H, W, 3).
+
+    Raises DTypeError or ShapeError for anything but such an image (a float image may be in [0, 1]
+    already, and scaling it twice would go unnoticed).
+    """
+    _check_image(image)
+    scaled = image.astype(np.float32)
+    scaled /= 255
+    scaled -= IMAGENET_MEAN
+    scaled /= IMAGENET_STD
+    return scaled
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (*size, 3), size (height, width); bilinear, antialiased when it shrinks.
+
+    Raises DTypeError or ShapeError for another kind of array and DataError for a size that is not positive.
+    """
+    _check_image(image)
+    _check_size(size)
+    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W) -> uint8 of `size` (height, width); nearest neighbour, so that no new label appears.
+
+    Raises DTypeError or ShapeError for another kind of array and DataError for a size that is not positive.
+    """
+    _check_mask(mask)
+    _check_size(size)
+    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random scale, crop and horizontal flip, the same for image and mask.
+
+    size: (height, width) of the result. The picture is resized to `size` times a factor drawn uniformly
+    from `scale`, flipped with probability 1/2 if `flip`, and cropped to `size` at a random place. Where
+    the scaled picture is smaller than `size`, it is placed at random and padded: the image with the mean
+    colour (0 after normalisation), the mask with void.
+    Raises DataError for a size or scale that is not positive.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.75, 1.5)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        low, high = self.scale
+        if not 0 < low <= high <= 16:
+            raise DataError(
+                f"scale ({low}, {high}): expected 0 < low <= high <= 16; (1, 1) turns scaling off."
+            )
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
+        _check_pair(image, mask)
+        # Always four draws, so that one setting does not change what another one draws.
+        draw_scale, draw_top, draw_left, draw_flip = rng.random(4)
+        height, width = self.size
+        low, high = self.scale
+        factor = low + (high - low) * draw_scale
+        scaled = (max(1, round(height * factor)), max(1, round(width * factor)))
+        image = resize_image(image, scaled)
+        mask = resize_mask(mask, scaled)
+        if self.flip and draw_flip < 0.5:
+            image = image[:, ::-1]
+            mask = mask[:, ::-1]
+        from_rows, to_rows = _window(scaled[0], height, draw_top)
+        from_columns, to_columns = _window(scaled[1], width, draw_left)
+        pixels = np.zeros((height, width, 3), np.float32)
+        labels = np.full((height, width), VOID, np.uint8)
+        pixels[to_rows, to_columns] = normalise(image[from_rows, from_columns])
+        labels[to_rows, to_columns] = mask[from_rows, from_columns]
+        return pixels, labels
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resizes image and mask to `size` (height, width); nothing is random.
+
+    Right for a quick validation in batches. A score by VOC's protocol is taken at the size of the ground
+    truth: resize the logits to the mask that `VOCDataset.sample` returns instead.
+    Raises DataError for a size that is not positive.
+    """
+
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
+        _check_pair(image, mask)
+        return normalise(resize_image(image, self.size)), resize_mask(mask, self.size)
+
+
+def _window(available: int, wanted: int, draw: float) -> tuple[slice, slice]:
+    """Where to read and where to write along one axis; `draw` in [0, 1) chooses among all places that fit."""
+    offset = int(draw * (abs(available - wanted) + 1))
+    if available >= wanted:
+        return slice(offset, offset + wanted), slice(0, wanted)
+    return slice(0, available), slice(offset, offset + available)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise DataError(f"size {size}: expected (height, width), both at least 1.")
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.dtype != np.uint8:
+        raise DTypeError(
+            f"image: expected uint8 in 0..255, got {image.dtype}; pass the picture as it was read."
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ShapeError(f"image: expected (H, W, 3), got {image.shape}; pass one RGB picture at a time.")
+
+
+def _check_mask(mask: np.ndarray) -> None:
+    if mask.dtype != np.uint8:
+        raise DTypeError(f"mask: expected uint8 labels, got {mask.dtype}; read it with read_mask.")
+    if mask.ndim != 2 or mask.size == 0:
+        raise ShapeError(f"mask: expected (H, W), got {mask.shape}; pass one map of labels at a time.")
+
+
+def _check_pair(image: np.ndarray, mask: np.ndarray) -> None:
+    if image.shape[:2] != mask.shape:
+        raise ShapeError(
+            f"image {image.shape} and mask {mask.shape} differ in size; pass the mask of this image."
+        )

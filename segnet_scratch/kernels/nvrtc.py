@@ -1,0 +1,107 @@
+"""Compiles kernels to cubin for a GPU architecture through libnvrtc. Needs neither CuPy nor a driver nor a GPU."""
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+from segnet_scratch.errors import CompileError
+from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
+from segnet_scratch.kernels.signature import ElementTypes
+from segnet_scratch.kernels.source import Source
+
+MISSING = (
+    "libnvrtc, NVIDIA's run-time compiler, was not found; pip install 'segnet_scratch[cuda13]' (or [cuda12]) brings it, "
+    "and so does a CUDA toolkit named by CUDA_PATH"
+)
+
+
+def _candidates() -> list[Path]:
+    """Places where libnvrtc may lie: pip's nvidia wheels, $CUDA_PATH, the usual toolkit folders; newest first."""
+    roots: list[Path] = []
+    spec = importlib.util.find_spec("nvidia")
+    if spec is not None and spec.submodule_search_locations:
+        for location in spec.submodule_search_locations:
+            roots += sorted(Path(location).glob("*/lib"), reverse=True) + sorted(Path(location).glob("*/bin"), reverse=True)
+    for toolkit in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if toolkit:
+            roots += [Path(toolkit) / "lib64", Path(toolkit) / "lib", Path(toolkit) / "bin"]
+    found = []
+    for root in roots:
+        found += [p for p in sorted(root.glob("libnvrtc.so*"), reverse=True) if "builtins" not in p.name]
+    return found
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    names = [str(path) for path in _candidates()]
+    system = ctypes.util.find_library("nvrtc")
+    for name in [*names, *([system] if system else [])]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompileError(MISSING)
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the libnvrtc in use; CompileError where there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+    return major.value, minor.value
+
+
+def _check(status: int, what: str) -> None:
+    if status != 0:
+        library = _library()
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompileError(f"{what} failed: {library.nvrtcGetErrorString(status).decode()}")
+
+
+def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: list[str] | None = None) -> bytes:
+    """Compiles a source for one architecture, such as "sm_90", and returns the cubin.
+
+    The program carries the source's own path and line information, so that profilers and debuggers show the `.cu`
+    file. `log` receives the compiler's output, with the registers, spills and stack of every kernel.
+    Raises CompileError with the lines at fault.
+    """
+    library = _library()
+    program = ctypes.c_void_p()
+    _check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), source.text.encode(), str(source.path).encode(), 0, None, None
+        ),
+        "nvrtcCreateProgram",
+    )
+    try:
+        options = [f"-arch={architecture}", "-std=c++17", "-lineinfo", "--ptxas-options=-v", *types.defines]
+        options += [f"-I{directory}" for directory in source.include_directories]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = library.nvrtcCompileProgram(program, len(options), array)
+        output = _read(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if status != 0:
+            raise CompileError(f"{source.path.name} does not compile for {architecture}:\n{output.strip()[:4000]}")
+        if log is not None:
+            log.append(output)
+        return _read(library, program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), f"nvrtcGet{what}Size")
+    data = ctypes.create_string_buffer(size.value)
+    _check(getattr(library, f"nvrtcGet{what}")(program, data), f"nvrtcGet{what}")
+    return data.raw
+
+
+def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
+    """The path of the cubin of a source, compiled unless the cache has it."""
+    key = cache_key(source.digest, types.defines, architecture, nvrtc_version())
+    path = cache_directory() / "cuda" / f"{source.path.stem}-{types.storage.name}-{architecture}-{key}.cubin"
+    if not path.is_file():
+        publish(path, compile_cubin(source, types, architecture))
+    return path

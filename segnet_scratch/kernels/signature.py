@@ -1,0 +1,218 @@
+"""Reads the `extern "C" __global__` signatures of a `.cu` file: what the launch gate holds a launch against.
+
+A pointer parameter may carry its shape as a comment on its line, in terms of the kernel's integer parameters:
+
+    const storage_t* __restrict__ x,  // (n, h, w, c)
+
+The comment is not decoration: the gate evaluates it at every launch and refuses an array of another size.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from types import CodeType
+
+import numpy as np
+
+from segnet_scratch.errors import CompileError
+from segnet_scratch.kernels.source import Source
+
+# C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes.
+_FIXED_TYPES = {
+    "char": np.int8,
+    "signed char": np.int8,
+    "uint8": np.uint8,
+    "unsigned char": np.uint8,
+    "short": np.int16,
+    "unsigned short": np.uint16,
+    "int": np.int32,
+    "unsigned": np.uint32,
+    "unsigned int": np.uint32,
+    "int64": np.int64,
+    "long long": np.int64,
+    "uint64": np.uint64,
+    "unsigned long long": np.uint64,
+    "size_t": np.uint64,
+    "float": np.float32,
+    "double": np.float64,
+}
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(')
+_SYNCHRONISES = re.compile(r"__sync\w*\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]")
+
+
+@dataclass(frozen=True)
+class ElementTypes:
+    """What `storage_t` and `accumulate_t` stand for in one compilation."""
+
+    storage: np.dtype
+    accumulate: np.dtype
+
+    @staticmethod
+    def of(dtype: np.dtype) -> "ElementTypes":
+        """The pair that arrays of `dtype` are computed with: float32 or float64, accumulated in the same."""
+        dtype = np.dtype(dtype)
+        return ElementTypes(dtype, dtype)
+
+    def c_name(self, dtype: np.dtype) -> str:
+        """The C++ type of the compilation flag -DSTORAGE or -DACCUMULATE."""
+        return {"float32": "float", "float64": "double"}[dtype.name]
+
+    @property
+    def defines(self) -> tuple[str, str]:
+        """The compiler flags that choose these types."""
+        return f"-DSTORAGE={self.c_name(self.storage)}", f"-DACCUMULATE={self.c_name(self.accumulate)}"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel."""
+
+    name: str
+    c_type: str  # without const, pointer and qualifiers
+    pointer: bool
+    const: bool
+    optional: bool  # a pointer that may be null
+    extent: str | None  # the shape given as a comment, e.g. "(n, h, w, c)"
+    extent_code: CodeType | None
+
+    def dtype(self, types: ElementTypes) -> np.dtype:
+        """The element type of the array, or the type of the scalar."""
+        if self.c_type == "storage_t":
+            return types.storage
+        if self.c_type == "accumulate_t":
+            return types.accumulate
+        return np.dtype(_FIXED_TYPES[self.c_type])
+
+    def extent_shape(self, scalars: dict[str, int]) -> tuple[int, ...]:
+        """The shape that the comment promises, for these values of the integer parameters."""
+        assert self.extent_code is not None
+        shape = eval(self.extent_code, {"__builtins__": {}}, scalars)
+        return shape if isinstance(shape, tuple) else (shape,)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's name, where it is defined, and its parameters."""
+
+    name: str
+    source: Source
+    line: int
+    parameters: tuple[Parameter, ...]
+    cooperative: bool  # its threads meet at barriers or share memory
+
+    @property
+    def signature(self) -> str:
+        """One line for messages: `relu_forward(storage_t* x, storage_t* y, int64 count)`."""
+        return f"{self.name}({', '.join(p.c_type + ('* ' if p.pointer else ' ') + p.name for p in self.parameters)})"
+
+
+def parse_kernels(source: Source) -> tuple[Kernel, ...]:
+    """All kernels of a source, in order. CompileError names file and line of what cannot be understood."""
+    text = _blank_comments(source.text)
+    matches = list(_KERNEL.finditer(text))
+    spans = [(m, *_body_span(source, text, m)) for m in matches]
+    # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
+    outside = _outside(text, [(m.start(), end) for m, _, _, end in spans])
+    helper_synchronises = bool(_SYNCHRONISES.search(outside))
+    kernels = []
+    for match, parameters_end, body_start, body_end in spans:
+        line = text.count("\n", 0, match.start()) + 1
+        parameters = _parse_parameters(source, line, source.text[match.end() : parameters_end])
+        cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[body_start:body_end]))
+        kernels.append(Kernel(match.group(1), source, line, parameters, cooperative))
+    names = [kernel.name for kernel in kernels]
+    for name in names:
+        if names.count(name) > 1:
+            raise CompileError(f"{source.path}: the kernel {name} is defined twice")
+    return tuple(kernels)
+
+
+def _blank_comments(text: str) -> str:
+    """The text with comments replaced by spaces: positions and lines stay what they were."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.DOTALL)
+
+
+def _body_span(source: Source, text: str, match: re.Match[str]) -> tuple[int, int, int]:
+    """(end of the parameter list, start of the body, end of the body)."""
+    parameters_end = _closing(text, match.end() - 1, "()")
+    body_start = text.find("{", parameters_end)
+    body_end = _closing(text, body_start, "{}") if body_start >= 0 else -1
+    if parameters_end < 0 or body_end < 0:
+        line = text.count("\n", 0, match.start()) + 1
+        raise CompileError(f"{source.path}:{line}: the kernel {match.group(1)} has no complete parameter list and body")
+    return parameters_end, body_start, body_end
+
+
+def _closing(text: str, start: int, pair: str) -> int:
+    """Position of the bracket that closes the one at `start`; -1 where there is none."""
+    depth = 0
+    for position in range(start, len(text)):
+        if text[position] == pair[0]:
+            depth += 1
+        elif text[position] == pair[1]:
+            depth -= 1
+            if depth == 0:
+                return position
+    return -1
+
+
+def _outside(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text without the kernels and without preprocessor lines."""
+    parts, position = [], 0
+    for start, end in spans:
+        parts.append(text[position:start])
+        position = end
+    parts.append(text[position:])
+    return re.sub(r"^\s*#(?:[^\n]*\\\n)*[^\n]*", "", "".join(parts), flags=re.MULTILINE)
+
+
+def _parse_parameters(source: Source, line: int, text: str) -> tuple[Parameter, ...]:
+    parameters: list[Parameter] = []
+    for offset, row in enumerate(text.split("\n")):
+        code, _, comment = row.partition("//")
+        declarations = [part.strip() for part in re.sub(r"/\*.*?\*/", "", code).split(",") if part.strip()]
+        for position, declaration in enumerate(declarations):
+            # A shape belongs to the last declaration before it.
+            extent = _leading_parenthesis(comment.strip()) if position == len(declarations) - 1 else None
+            parameters.append(_parse_parameter(f"{source.path}:{line + offset}", declaration, extent))
+    return tuple(parameters)
+
+
+def _leading_parenthesis(comment: str) -> str | None:
+    if not comment.startswith("("):
+        return None
+    end = _closing(comment, 0, "()")
+    return comment[: end + 1] if end > 0 else None
+
+
+def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parameter:
+    words = re.findall(r"\w+|\*|\S", declaration)
+    pointer = "*" in words
+    if words.count("*") > 1 or any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words):
+        raise CompileError(
+            f"{where}: cannot understand the kernel parameter '{declaration}'; expected a scalar or a pointer, "
+            "for example 'const float* __restrict__ x' or 'int n'"
+        )
+    qualifiers = {"const", "__restrict__", "OPTIONAL", "*", "__grid_constant__"}
+    kept = [word for word in words if word not in qualifiers]
+    name, c_type = kept[-1], " ".join(kept[:-1])
+    if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
+        known = ", ".join(["storage_t", "accumulate_t", *_FIXED_TYPES])
+        raise CompileError(f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}")
+    const = pointer and "const" in words[: words.index("*")]
+    code = _compile_extent(where, extent) if pointer and extent else None
+    return Parameter(name, c_type, pointer, const, "OPTIONAL" in words, extent if code else None, code)
+
+
+def _compile_extent(where: str, extent: str) -> CodeType | None:
+    """Python code for a shape comment; only names, integers, + - * / and parentheses are let through."""
+    try:
+        tree = ast.parse(extent.replace("/", "//"), mode="eval")
+    except SyntaxError as error:
+        raise CompileError(f"{where}: the shape comment {extent} is not an expression in the kernel's integers") from error
+    allowed = (ast.Expression, ast.Tuple, ast.BinOp, ast.Name, ast.Constant, ast.Load)
+    operators = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+    for node in ast.walk(tree):
+        if not isinstance(node, allowed + operators):
+            raise CompileError(f"{where}: the shape comment {extent} may use names, integers, + - * / only")
+    return compile(tree, where, "eval")

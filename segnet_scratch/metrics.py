@@ -1,0 +1,253 @@
+"""Scores of a segmentation from its confusion matrix, and the log of a run's figures (metrics.jsonl).
+
+All scores are fractions, not percentages. A score whose denominator is 0 is NaN in memory and null in JSON.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch.checkpoint import write_durably
+from segnet_scratch.data.palette import VOID
+from segnet_scratch.errors import DataError, TrainingError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one confusion matrix.
+
+    iou: (K,) float64, TP / (TP + FP + FN) of each class; NaN for a class that occurs neither in the ground
+        truth nor in the prediction. A class that is predicted but never true scores 0, as in the VOC
+        development kit.
+    miou: the mean over the classes that are not NaN. The development kit (VOCevalseg.m) averages all classes,
+        so one absent class makes its mean NaN; on a whole VOC split every class occurs and the two agree.
+    global_accuracy: the fraction of pixels that are predicted right.
+    class_accuracy: TP / (TP + FN) of a class, averaged over the classes that occur in the ground truth.
+    pixels: the number of pixels scored, void left out.
+    """
+
+    iou: np.ndarray
+    miou: float
+    global_accuracy: float
+    class_accuracy: float
+    pixels: int
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """The scores as a JSON object; `iou` maps each class name to its IoU, or to None where it is NaN.
+
+        Raises DataError unless there is one name for each class.
+        """
+        if len(names) != len(self.iou) or len(set(names)) != len(names):
+            raise DataError(
+                f"class names: expected {len(self.iou)} different names, got {len(names)}: "
+                f"{', '.join(names)}; pass the names of the data set that was scored."
+            )
+        scores = {
+            "miou": self.miou,
+            "global_accuracy": self.global_accuracy,
+            "class_accuracy": self.class_accuracy,
+            "pixels": self.pixels,
+            "iou": dict(zip(names, self.iou.tolist(), strict=True)),
+        }
+        return {name: _finite_or_none(value) for name, value in scores.items()}
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """Scores of a confusion matrix (K, K) of pixel counts, rows the ground truth, columns the prediction.
+
+    Sum the matrices of all images first: VOC scores the whole set at once, not the mean over images. Raises
+    DataError for anything but a square matrix of integers that are not negative.
+    """
+    if (
+        confusion.ndim != 2
+        or confusion.shape[0] != confusion.shape[1]
+        or not confusion.size
+        or not np.issubdtype(confusion.dtype, np.integer)
+        or confusion.min() < 0
+    ):
+        raise DataError(
+            "confusion matrix: expected a square matrix of pixel counts that are not negative, got "
+            f"{confusion.dtype} {confusion.shape}; pass the sum of the matrices of the images."
+        )
+    right = confusion.diagonal().astype(np.int64)  # (K,)
+    truth = confusion.sum(axis=1, dtype=np.int64)  # (K,)
+    prediction = confusion.sum(axis=0, dtype=np.int64)  # (K,)
+    iou = _ratio(right, truth + prediction - right)
+    return Scores(
+        iou=iou,
+        miou=_mean_of_numbers(iou),
+        global_accuracy=float(_ratio(right.sum(), truth.sum())),
+        class_accuracy=_mean_of_numbers(_ratio(right, truth)),
+        pixels=int(truth.sum()),
+    )
+
+
+def confusion_reference(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """The confusion matrix (classes, classes), int64, of two label arrays, without the pixels of void truth.
+
+    Raises DataError for a prediction of another shape than the truth, labels that are no integers, a truth
+    outside 0..classes-1 that is not void, and a prediction outside 0..classes-1 at any pixel, void or not, as
+    the VOC development kit refuses them.
+    """
+    if truth.shape != prediction.shape:
+        raise DataError(
+            f"prediction: expected the shape of the ground truth {truth.shape}, got {prediction.shape}; "
+            "resize the logits to the ground truth before taking the class."
+        )
+    _check_labels("ground truth", truth, classes, void=True)
+    _check_labels("prediction", prediction, classes, void=False)
+    valid = truth != VOID
+    pairs = truth[valid].astype(np.int64) * classes + prediction[valid].astype(np.int64)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
+
+
+class MetricsLog:
+    """The figures of a run, metrics.jsonl: one JSON object a line, each with an integer `step`.
+
+    A row is complete on its line or it does not count: a kill while writing leaves at most a torn last line,
+    which reading leaves out and the next row replaces. Errors in writing are TrainingErrors, in reading
+    DataErrors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add one row and hand it to the operating system, so that a kill does not lose it.
+
+        NumPy scalars are taken as numbers; NaN and infinity become null, because JSON has no such numbers.
+        Raises TrainingError for a row without an integer `step` or with values that JSON cannot hold.
+        """
+        try:
+            line = _encode_row(row)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{self.path}: expected a row that JSON can hold, got {row!r} ({error}); "
+                "log numbers and text."
+            ) from error
+        if not _has_step(json.loads(line)):
+            raise TrainingError(
+                f"{self.path}: expected a row with an integer step, got {row!r}; add step=..."
+            )
+        try:
+            # Unbuffered, so that closing the file has nothing left to write that could fail or be lost.
+            with self.path.open("a+b", buffering=0) as file:
+                _drop_torn_line(file)
+                while line:
+                    line = line[file.write(line) :]
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: could not be written: {error.strerror}; make room or correct the permissions, "
+                "then continue with --resume."
+            ) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows with a larger step and a torn last line, atomically; without a log, do nothing.
+
+        To resume from a checkpoint at `step`. Raises DataError for a damaged log and TrainingError where it
+        cannot be written.
+        """
+        if not self.path.exists():
+            return
+        kept = [_encode_row(row) for row in self.read(self.path) if row["step"] <= step]
+        try:
+            write_durably(self.path, kept)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: could not be written: {error.strerror}; the old log is complete. Make room or "
+                "correct the permissions."
+            ) from error
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+        """The rows of a log in order, without a torn last line.
+
+        Raises DataError for a file that cannot be read and for a line that is damaged, with its number.
+        """
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise DataError(
+                f"{os.fspath(path)}: expected the metrics of a run, got {error.strerror}; "
+                "check the path of the run."
+            ) from error
+        rows = []
+        whole_lines = lines[:-1]  # behind the last line feed stands nothing, or a torn line
+        for number, line in enumerate(whole_lines, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not _has_step(row):
+                raise DataError(
+                    f"{os.fspath(path)}: line {number}: expected a JSON object with an integer step, got "
+                    f"{line[:60]!r}; remove the line."
+                )
+            rows.append(row)
+        return rows
+
+
+def _encode_row(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(_finite_or_none(row), allow_nan=False).encode() + b"\n"
+
+
+def _drop_torn_line(file: FileIO) -> None:
+    """Cut off what follows the last line feed; a row appended to it would be lost with it."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.readall().rfind(b"\n") + 1)
+
+
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """numerator / denominator in float64, NaN without a warning where the denominator is 0."""
+    quotient = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, denominator, out=quotient, where=np.not_equal(denominator, 0))
+    return quotient
+
+
+def _mean_of_numbers(values: np.ndarray) -> float:
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if numbers.size else math.nan
+
+
+def _check_labels(name: str, labels: np.ndarray, classes: int, *, void: bool) -> None:
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{name}: expected integer labels, got {labels.dtype}; pass class indices.")
+    wrong = (labels < 0) | (labels >= classes)
+    allowed = f"0 to {classes - 1}"
+    if void:
+        wrong &= labels != VOID
+        allowed += f" or void {VOID}"
+    if wrong.any():
+        place = tuple(int(index) for index in np.argwhere(wrong)[0])
+        raise DataError(
+            f"{name}: expected labels {allowed}, got {int(labels[place])} at {place} and "
+            f"{int(wrong.sum()) - 1} more; check the number of classes and that the mask is an indexed PNG."
+        )
+
+
+def _has_step(row: Any) -> bool:
+    return isinstance(row, dict) and type(row.get("step")) is int
+
+
+def _finite_or_none(value: Any) -> Any:
+    """A copy for JSON: NumPy scalars as Python numbers, NaN and infinity as None, nested ones too."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(inner) for inner in value]
+    return value

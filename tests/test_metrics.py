@@ -1,0 +1,252 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segnet_scratch.errors import DataError, TrainingError
+from segnet_scratch.metrics import MetricsLog, confusion_reference, scores
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class TestScores:
+    def test_a_case_worked_by_hand(self):
+        # Class 0: 3 right, 1 missed, 2 too many. Class 1: 4 right, 2 missed, 1 too many.
+        # Class 2 is predicted once where class 1 is true... and never true. Class 3 does not occur at all.
+        confusion = np.array([[3, 1, 0, 0], [2, 4, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]], np.int64)
+        result = scores(confusion)
+        np.testing.assert_array_equal(result.iou, [3 / 6, 4 / 8, 0.0, np.nan])
+        assert result.miou == (3 / 6 + 4 / 8 + 0) / 3
+        assert result.global_accuracy == 7 / 11
+        assert result.class_accuracy == (3 / 4 + 4 / 7) / 2
+        assert result.pixels == 11
+
+    def test_nothing_scored(self):
+        result = scores(np.zeros((3, 3), np.int64))
+        assert np.isnan(result.iou).all()
+        assert math.isnan(result.miou)
+        assert math.isnan(result.global_accuracy)
+        assert math.isnan(result.class_accuracy)
+        assert result.pixels == 0
+        text = json.dumps(result.to_json(["a", "b", "c"]), allow_nan=False)
+        assert json.loads(text) == {
+            "miou": None,
+            "global_accuracy": None,
+            "class_accuracy": None,
+            "pixels": 0,
+            "iou": {"a": None, "b": None, "c": None},
+        }
+
+    def test_json(self):
+        result = scores(np.array([[1, 1], [0, 2]], np.int64))
+        assert result.to_json(["sky", "road"]) == {
+            "miou": (1 / 2 + 2 / 3) / 2,
+            "global_accuracy": 3 / 4,
+            "class_accuracy": (1 / 2 + 1) / 2,
+            "pixels": 4,
+            "iou": {"sky": 1 / 2, "road": 2 / 3},
+        }
+        for names in (["sky"], ["sky", "sky"], ["sky", "road", "tree"]):
+            with pytest.raises(DataError, match="class names: expected 2"):
+                result.to_json(names)
+
+    def test_counts_beyond_32_bits_stay_exact(self):
+        result = scores(np.array([[2**52, 0], [1, 0]], np.int64))
+        assert result.pixels == 2**52 + 1
+        assert result.iou[0] == 2**52 / (2**52 + 1)
+
+    @pytest.mark.parametrize(
+        "confusion",
+        [
+            np.zeros((2, 3), int),
+            np.zeros(4, int),
+            np.zeros((2, 2)),
+            np.array([[1, -1], [0, 0]]),
+            np.zeros((0, 0), int),
+        ],
+    )
+    def test_no_confusion_matrix(self, confusion):
+        with pytest.raises(DataError, match="confusion matrix: expected a square"):
+            scores(confusion)
+
+    def test_against_scikit_learn(self):
+        oracle = pytest.importorskip("sklearn.metrics")
+        generator = np.random.default_rng(7)
+        for classes in (2, 5, 21):
+            truth = generator.integers(0, classes, (40, 50))
+            prediction = np.where(
+                generator.random((40, 50)) < 0.6, truth, generator.integers(0, classes, (40, 50))
+            )
+            void = generator.random((40, 50)) < 0.1
+            kept = truth[~void], prediction[~void]
+            confusion = confusion_reference(np.where(void, 255, truth).astype(np.uint8), prediction, classes)
+            labels = list(range(classes))
+            np.testing.assert_array_equal(confusion, oracle.confusion_matrix(*kept, labels=labels))
+            result = scores(confusion)
+            np.testing.assert_allclose(
+                result.iou, oracle.jaccard_score(*kept, labels=labels, average=None), rtol=1e-12
+            )
+            assert result.miou == pytest.approx(oracle.jaccard_score(*kept, average="macro"), rel=1e-12)
+            assert result.global_accuracy == pytest.approx(oracle.accuracy_score(*kept), rel=1e-12)
+            assert result.class_accuracy == pytest.approx(oracle.balanced_accuracy_score(*kept), rel=1e-12)
+
+
+class TestConfusionReference:
+    def test_rows_are_truth_and_void_is_left_out(self):
+        truth = np.array([[0, 1, 255], [2, 2, 255]], np.uint8)
+        prediction = np.array([[0, 2, 1], [2, 0, 0]], np.uint8)
+        confusion = confusion_reference(truth, prediction, 3)
+        assert confusion.dtype == np.int64
+        np.testing.assert_array_equal(confusion, [[1, 0, 0], [0, 0, 1], [1, 0, 1]])
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64])
+    def test_small_types_do_not_overflow(self, dtype):
+        labels = np.full(10, 20, dtype)
+        assert confusion_reference(labels, labels, 21)[20, 20] == 10
+
+    def test_all_void_and_no_pixels(self):
+        for shape in ((2, 3), (0, 3)):
+            confusion = confusion_reference(np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8), 2)
+            np.testing.assert_array_equal(confusion, np.zeros((2, 2)))
+
+    @pytest.mark.parametrize("wrong", [3, 21, 254, -1, 256])
+    def test_labels_out_of_range(self, wrong):
+        sound = np.zeros((2, 3), np.int64)
+        bad = sound.copy()
+        bad[1, 2] = wrong
+        with pytest.raises(
+            DataError, match=rf"ground truth: expected labels 0 to 2 or void 255, got {wrong} at \(1, 2\)"
+        ):
+            confusion_reference(bad, sound, 3)
+        with pytest.raises(DataError, match=rf"prediction: expected labels 0 to 2, got {wrong} at \(1, 2\)"):
+            confusion_reference(sound, bad, 3)
+
+    def test_void_in_the_prediction(self):
+        void = np.full((2, 3), 255, np.uint8)
+        with pytest.raises(DataError, match="prediction: expected labels 0 to 2, got 255"):
+            confusion_reference(void, void, 3)
+
+    def test_shape_and_type(self):
+        with pytest.raises(
+            DataError, match=r"prediction: expected the shape of the ground truth \(2, 3\), got \(3, 2\)"
+        ):
+            confusion_reference(np.zeros((2, 3), int), np.zeros((3, 2), int), 3)
+        with pytest.raises(DataError, match="prediction: expected integer labels, got float64"):
+            confusion_reference(np.zeros((2, 3), int), np.zeros((2, 3)), 3)
+
+
+class TestMetricsLog:
+    def rows(self, count):
+        return [{"step": step, "loss": 1 / (step + 1), "lr": 0.1} for step in range(count)]
+
+    def filled(self, tmp_path, count):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        for row in self.rows(count):
+            log.append(row)
+        return log
+
+    def test_rows_come_back_in_order(self, tmp_path):
+        log = self.filled(tmp_path, 5)
+        assert MetricsLog.read(log.path) == self.rows(5)
+        assert len(log.path.read_bytes().splitlines()) == 5
+
+    def test_numbers_that_json_has_not_become_null(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        log.append(
+            {
+                "step": np.int64(3),
+                "loss": np.float32("nan"),
+                "lr": np.float32(0.5),
+                "val": -math.inf,
+                "iou": {"a": math.nan, "b": [math.inf, 1.0]},
+            }
+        )
+        assert "NaN" not in log.path.read_text()
+        assert "Infinity" not in log.path.read_text()
+        assert MetricsLog.read(log.path) == [
+            {"step": 3, "loss": None, "lr": 0.5, "val": None, "iou": {"a": None, "b": [None, 1.0]}}
+        ]
+
+    @pytest.mark.parametrize("row", [{}, {"step": 1.0}, {"step": True}, {"step": 1, "x": object()}])
+    def test_rows_that_do_not_fit(self, tmp_path, row):
+        log = self.filled(tmp_path, 1)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: expected a row"):
+            log.append(row)
+        assert MetricsLog.read(log.path) == self.rows(1)
+
+    def test_a_line_torn_at_any_byte(self, tmp_path):
+        log = self.filled(tmp_path, 3)
+        whole = log.path.read_bytes()
+        second_end = len(whole.splitlines(keepends=True)[0]) * 2
+        for length in range(second_end, len(whole)):
+            log.path.write_bytes(whole[:length])
+            assert MetricsLog.read(log.path) == self.rows(2)
+            log.append({"step": 9})
+            assert MetricsLog.read(log.path) == [*self.rows(2), {"step": 9}]
+
+    def test_the_first_line_torn(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        for torn in (b"", b'{"st'):
+            log.path.write_bytes(torn)
+            assert MetricsLog.read(log.path) == []
+            log.append({"step": 0})
+            assert MetricsLog.read(log.path) == [{"step": 0}]
+
+    @pytest.mark.parametrize("damage", [b"{", b"", b"[1]", b"7", b'{"loss": 1}', b"\xff", b"[" * 100_000])
+    def test_a_damaged_line_in_the_middle_is_named(self, tmp_path, damage):
+        log = self.filled(tmp_path, 3)
+        lines = log.path.read_bytes().split(b"\n")
+        lines[1] = damage
+        log.path.write_bytes(b"\n".join(lines))
+        with pytest.raises(DataError, match=r"metrics\.jsonl: line 2: expected"):
+            MetricsLog.read(log.path)
+
+    def test_truncate_after(self, tmp_path):
+        log = self.filled(tmp_path, 6)
+        log.append({"step": 3, "val_loss": 0.5})  # rows need not be in the order of their steps
+        log.path.write_bytes(log.path.read_bytes() + b'{"step": 1, "lo')
+        log.truncate_after(3)
+        assert MetricsLog.read(log.path) == [*self.rows(4), {"step": 3, "val_loss": 0.5}]
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+        log.append({"step": 4})
+        assert MetricsLog.read(log.path)[-1] == {"step": 4}
+        log.truncate_after(-1)
+        assert log.path.read_bytes() == b""
+
+    def test_truncating_no_log_makes_none(self, tmp_path):
+        MetricsLog(tmp_path / "metrics.jsonl").truncate_after(0)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_truncation_that_fails_leaves_the_log(self, tmp_path, monkeypatch):
+        log = self.filled(tmp_path, 4)
+
+        def fail(descriptor):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", fail)
+            with pytest.raises(TrainingError, match=r"metrics\.jsonl: could not be written: No space"):
+                log.truncate_after(1)
+        assert MetricsLog.read(log.path) == self.rows(4)
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+    def test_missing_log_and_missing_folder(self, tmp_path):
+        with pytest.raises(DataError, match=r"nothing\.jsonl: .*No such file"):
+            MetricsLog.read(tmp_path / "nothing.jsonl")
+        with pytest.raises(TrainingError, match="No such file"):
+            MetricsLog(tmp_path / "nowhere" / "metrics.jsonl").append({"step": 0})
+
+    def test_a_row_survives_the_kill_of_its_writer(self, tmp_path):
+        code = (
+            "import os, signal, sys; from segnet_scratch.metrics import MetricsLog\n"
+            "MetricsLog(sys.argv[1]).append({'step': 1})\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        path = tmp_path / "metrics.jsonl"
+        ended = subprocess.run([sys.executable, "-B", "-c", code, str(path)], cwd=ROOT)
+        assert ended.returncode == -9
+        assert MetricsLog.read(path) == [{"step": 1}]
