@@ -1,7 +1,6 @@
 // Sum of two arrays: what autograd needs where a tensor is used more than once.
 //
-//   forward      y = a + b
-//   accumulate   total += x
+//   forward   y = a + b             backward   da = db = dy, without a kernel
 //
 // Threads: one element each, grid-stride.
 #include "common/types.cuh"
@@ -12,11 +11,4 @@ extern "C" __global__ void add_forward(
     storage_t* __restrict__ y,        // (count)
     int64 count) {
     FOR_EACH_INDEX(i, count) y[i] = a[i] + b[i];
-}
-
-extern "C" __global__ void add_accumulate(
-    storage_t* __restrict__ total,    // (count)
-    const storage_t* __restrict__ x,  // (count)
-    int64 count) {
-    FOR_EACH_INDEX(i, count) total[i] += x[i];
 }

@@ -31,7 +31,7 @@ extern "C" __global__ void conv2d_forward_direct(
                 if (ix < 0 || ix >= w) continue;
                 const storage_t* const source = image + ((int64)iy * w + ix) * c;
                 const storage_t* const taps = weight + (((int64)channel * kh + ky) * kw + kx) * c;
-                for (int k = 0; k < c; ++k) sum += (accumulate_t)source[k] * taps[k];
+                for (int k = 0; k < c; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)taps[k], sum);
             }
         }
         y[i] = sum;
@@ -58,7 +58,7 @@ extern "C" __global__ void conv2d_backward_data_direct(
                 if (left < 0 || left % stride || left / stride >= ow) continue;
                 const storage_t* const source = image + ((int64)(above / stride) * ow + left / stride) * o;
                 const storage_t* const taps = weight + ((int64)ky * kw + kx) * c + channel;
-                for (int k = 0; k < o; ++k) sum += (accumulate_t)source[k] * taps[(int64)k * kh * kw * c];
+                for (int k = 0; k < o; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)taps[(int64)k * kh * kw * c], sum);
             }
         }
         dx[i] = sum;
@@ -83,8 +83,8 @@ extern "C" __global__ void conv2d_backward_weight_direct(
                 for (int ox = 0; ox < ow; ++ox) {
                     const int ix = ox * stride - padding + kx;
                     if (ix < 0 || ix >= w) continue;
-                    row += (accumulate_t)dy[(((int64)image * oh + oy) * ow + ox) * o + output] *
-                           x[(((int64)image * h + iy) * w + ix) * c + channel];
+                    const accumulate_t gradient = dy[(((int64)image * oh + oy) * ow + ox) * o + output];
+                    row = fma(gradient, (accumulate_t)x[(((int64)image * h + iy) * w + ix) * c + channel], row);
                 }
                 sum += row;
             }

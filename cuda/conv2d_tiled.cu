@@ -52,7 +52,7 @@ struct Results {
 #pragma unroll
             for (int i = 0; i < 8; ++i)
 #pragma unroll
-                for (int j = 0; j < 8; ++j) sums[i][j] += a[i] * b[j];
+                for (int j = 0; j < 8; ++j) sums[i][j] = fma(a[i], b[j], sums[i][j]);
         }
     }
 };

@@ -187,7 +187,7 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     A rename that reaches the disk before the data would leave an empty file after a power failure. Raises
     OSError.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.segnet-tmp")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.segnet-tmp"
     # Opened first: a directory that cannot be opened must be noticed while the old file is still in place.
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -223,8 +223,7 @@ def _sync_directory(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a directory and say so by EINVAL; there is nothing more to do
-        # there.
+        # Some network file systems cannot sync a directory and say so by EINVAL; nothing is left to do there.
         if error.errno != errno.EINVAL:
             raise
 
@@ -271,11 +270,13 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def _way_out(path: Path) -> str:
-    others = [
-        path.with_name(name)
-        for name in ("last.safetensors", "best.safetensors")
-        if name != path.name and path.with_name(name).is_file()
-    ]
+    others = []
+    with suppress(OSError):  # a folder that may not be searched has no other checkpoint to offer
+        others = [
+            path.parent / name
+            for name in ("last.safetensors", "best.safetensors")
+            if name != path.name and (path.parent / name).is_file()
+        ]
     return f"use {' or '.join(map(str, others)) or 'another copy of it'}, or train anew in a new run folder"
 
 
@@ -327,7 +328,7 @@ def _read_header(file: BufferedReader) -> tuple[list[_Entry], dict[str, str], in
     for entry in entries:
         if entry.start != position:
             raise _MalformedError(
-                f"tensor {entry.name}: expected its data at byte {position}, got {entry.start}"
+                f"{_label(entry.name)}: expected its data at byte {position}, got {entry.start}"
             )
         position = entry.stop
     if position != data_size:
@@ -346,27 +347,31 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, description: Any) -> _Entry:
     """One tensor's description, with every property checked; its byte range fits its dtype and shape."""
+    label = _label(name)
     if not isinstance(description, dict) or description.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _MalformedError(f"tensor {name}: expected dtype, shape and data_offsets, got a damaged header")
+        raise _MalformedError(f"{label}: expected dtype, shape and data_offsets, got a damaged header")
     code, shape, offsets = description["dtype"], description["shape"], description["data_offsets"]
     if code != _BFLOAT16 and (not isinstance(code, str) or code not in _DTYPES):
         raise _MalformedError(
-            f"tensor {name}: expected a dtype of {', '.join(_DTYPES)}, {_BFLOAT16}, got {code!r:.40}"
+            f"{label}: expected a dtype of {', '.join(_DTYPES)}, {_BFLOAT16}, got {code!r:.40}"
         )
     for numbers in (shape, offsets):
         # type() rather than isinstance(), because JSON's true would pass for an int.
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise _MalformedError(f"tensor {name}: expected lists of sizes, got a damaged header")
+            raise _MalformedError(f"{label}: expected lists of sizes, got a damaged header")
     if len(shape) > 32 or len(offsets) != 2:
-        raise _MalformedError(
-            f"tensor {name}: expected at most 32 dimensions and 2 offsets, got a damaged header"
-        )
+        raise _MalformedError(f"{label}: expected at most 32 dimensions and 2 offsets, got a damaged header")
     size = math.prod(shape) * _storage(code).itemsize
     if offsets[1] - offsets[0] != size:
         raise _MalformedError(
-            f"tensor {name}: expected {size} bytes for {code} {shape}, got {offsets[1] - offsets[0]}"
+            f"{label}: expected {size} bytes for {code} {shape}, got {offsets[1] - offsets[0]}"
         )
     return _Entry(name, code, tuple(shape), offsets[0], offsets[1])
+
+
+def _label(name: str) -> str:
+    # A hostile name may be a megabyte long or hold control sequences for the terminal.
+    return f"tensor {name!r:.80}"
 
 
 def _storage(code: str) -> np.dtype[Any]:
@@ -390,7 +395,7 @@ def _read_tensors(file: BufferedReader, entries: list[_Entry], size: int) -> dic
             array = array.reshape(entry.shape)
         except ValueError as error:  # an empty tensor whose other sides overflow an array's size
             raise _MalformedError(
-                f"tensor {entry.name}: expected a possible shape, got {entry.shape}"
+                f"{_label(entry.name)}: expected a possible shape, got {entry.shape}"
             ) from error
         # Files of other programs may place a tensor at any byte; kernels and ctypes need aligned elements.
         tensors[entry.name] = array if array.flags.aligned else array.copy()

@@ -2,46 +2,52 @@
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308), section 4.1.
 
-Two neighbouring outputs of a 1-D convolution, y0 = x0 w0 + x1 w1 + x2 w2 and y1 = x1 w0 + x2 w1 + x3 w2, take 4
-products instead of 6:
+Two neighbouring outputs of a 1-D convolution, y0 = x0 w0 + x1 w1 + x2 w2 and y1 = x1 w0 + x2 w1 + x3 w2, take
+4 products instead of 6:
 
     m0 = (x0 - x2) w0                      m1 = (x1 + x2) (w0 + w1 + w2) / 2
     m2 = (x2 - x1) (w0 - w1 + w2) / 2      m3 = (x1 - x3) w2
     y0 = m0 + m1 + m2                      y1 = m1 - m2 - m3
 
-that is y = A (W w * X x) with the three matrices below, one row per product. Used along both axes, a 2x2 tile of
-outputs takes a 4x4 tile of inputs and 16 products instead of 36. Each of the 16 ("terms" here) is a product summed
-over input channels for every tile, so a convolution is 16 matrix products of (tiles, C) with (C, O).
+that is y = A (W w * X x) with the matrices below, * element by element. Along both axes, a 2x2 tile of
+outputs takes a 4x4 tile of inputs and 16 products ("terms") instead of 36:
+
+    y = A ((W w W') * (X x X')) A'
+
+A term is summed over input channels for every tile and output channel, so a convolution is 16 matrix products
+of (tiles, C) with (C, O).
 
             [1  0 -1  0]         [ 1   0   0]         [1  1  1  0]
         X = [0  1  1  0]     W = [1/2 1/2 1/2]    A = [0  1 -1 -1]
             [0 -1  1  0]         [1/2 -1/2 1/2]
             [0  1  0 -1]         [ 0   0   1]
 
-The scheme is bilinear, so the gradients use the same three matrices. With W' and A' transposed, the weight gradient is
-W' (A' dy * X x), summed over tiles. The data gradient is the convolution of dy with flipped, transposed weights.
+The scheme is linear in w, so the weight gradient is its transpose, W' ((A' dy A) * (X x X')) W, summed over
+tiles. The data gradient is the convolution of dy with the flipped kernel.
 
-The factors 1/2 are exact in binary, so integer-valued arrays still give exact results. Otherwise an output carries the
-rounding error of its whole tile: about twice that of direct summation, and NaN or infinity reaches a tile's other
-three outputs.
+The factors 1/2 are exact in binary, so integer values still give exact results. Else the rounding error is
+about twice that of direct summation, and belongs to the tile: an output also carries errors from the largest
+input of its 4x4 tile, and NaN or infinity anywhere in the tile reaches all four outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from segnet_scratch.cpu.workers import parallel_for, scratch, single_threaded_blas
 
-# Tiles whose products a worker computes at a time: enough that a NumPy call outlasts the hand-over of Python's lock
-# and that reading the weights pays, few enough to stay in the last-level cache.
-_CHUNK_TILES = 448
-_WGRAD_TILES = 2048
+# Bytes of transformed tiles on either side of the products in a step. More would leave the last-level cache;
+# less would read the weights more often, and make workers wait for each other more often.
+_TERM_BYTES = 16 << 20
+# Filters whose transforms are in a cache at a time.
 _FILTER_BLOCK = 16
+# Pieces of a step that workers transform, enough to share evenly.
+_PIECES = 8
 
 
 def suits(kernel: tuple[int, int], stride: int, channels_in: int, channels_out: int) -> bool:
-    """Whether a convolution can go this way and gains by it: few channels do not pay for the transforms."""
+    """Whether a convolution can go this way and gains by it: few channels do not repay the transforms."""
     return kernel == (3, 3) and stride == 1 and min(channels_in, channels_out) >= 32
 
 
@@ -60,101 +66,132 @@ def transform_weight(weight: np.ndarray, terms: np.ndarray) -> None:
 
 
 def convolve(x: np.ndarray, terms: np.ndarray, bias: np.ndarray | None, y: np.ndarray, padding: int) -> None:
-    """Convolves x (N, H, W, C) with transformed weights (16, C, O), adds bias (O,) and writes y (N, H', W', O)."""
-    tiles = _Tiles.of(y)
-    chunks = 4 * -(-tiles.total_rows * tiles.columns // (4 * _CHUNK_TILES))
+    """Writes y (N, H', W', O): x (N, H, W, C) convolved with weight terms (16, C, O), plus any bias (O,)."""
+    tiles = _Tiles.covering(y, x.shape[3])
+    x_terms, y_terms = tiles.terms("x_terms", x), tiles.terms("y_terms", y)
 
-    def body(chunk: int) -> None:
-        first, last = tiles.total_rows * chunk // chunks, tiles.total_rows * (chunk + 1) // chunks
-        size = (last - first, tiles.columns)
-        x_terms = scratch("x_terms", (4, 4, *size, x.shape[3]), x.dtype)
-        y_terms = scratch("y_terms", (4, 4, *size, y.shape[3]), x.dtype)
-        for image, row, part in tiles.pieces(first, last):
-            _transform_x(x, image, 2 * row - padding, -padding, x_terms[:, :, part])
-        np.matmul(x_terms.reshape(16, -1, x.shape[3]), terms, out=y_terms.reshape(16, -1, y.shape[3]))
-        for image, row, part in tiles.pieces(first, last):
-            _restore_y(y_terms[:, :, part], bias, y[image, 2 * row :])
+    def transform(image: int, row: int, place: slice) -> None:
+        _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
 
-    parallel_for(chunks, body)
+    def restore(image: int, row: int, place: slice) -> None:
+        _restore_y(y_terms[:, :, place], bias, y[image, 2 * row :])
+
+    with single_threaded_blas():
+        for rows in tiles.steps():
+            tiles.for_pieces(rows, transform)
+            _multiply(tiles.products(x_terms, rows), terms, tiles.products(y_terms, rows))
+            tiles.for_pieces(rows, restore)
 
 
 def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, padding: int) -> None:
     """Writes the gradient dweight (O, 3, 3, C) for x (N, H, W, C) and dy (N, H', W', O)."""
-    tiles = _Tiles.of(dy)
-    out_channels, channels = dy.shape[3], x.shape[3]
-    step = max(1, _WGRAD_TILES // tiles.columns)
-    group = max(1, step // 8)
-    x_terms = scratch("x_terms", (4, 4, step, tiles.columns, channels), x.dtype)
-    dy_terms = scratch("dy_terms", (4, 4, step, tiles.columns, out_channels), x.dtype)
-    sums = scratch("weight_terms", (16, out_channels, channels), x.dtype)
+    tiles = _Tiles.covering(dy, x.shape[3])
+    x_terms, dy_terms = tiles.terms("x_terms", x), tiles.terms("y_terms", dy)
+    sums = scratch("weight_terms", (16, dy.shape[3], x.shape[3]), x.dtype)
     sums.fill(0)
 
-    def transform(first: int, last: int) -> None:
-        for image, row, part in tiles.pieces(first, last):
-            part = slice(part.start + first % step, part.stop + first % step)
-            _transform_x(x, image, 2 * row - padding, -padding, x_terms[:, :, part])
-            _transform_dy(dy, image, 2 * row, dy_terms[:, :, part])
+    def transform(image: int, row: int, place: slice) -> None:
+        _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
+        _transform_dy(dy[image], 2 * row, dy_terms[:, :, place])
 
-    # Every term has its own sum, added to by one worker at a time in the order of the steps: no partial sums.
     with single_threaded_blas():
-        for start in range(0, tiles.total_rows, step):
-            stop = min(start + step, tiles.total_rows)
-            rows = stop - start
-
-            def transform_group(index: int) -> None:
-                first = start + index * group
-                transform(first, min(first + group, stop))
-
-            def add_products(term: int) -> None:
-                left = dy_terms[term // 4, term % 4, :rows].reshape(-1, out_channels)
-                right = x_terms[term // 4, term % 4, :rows].reshape(-1, channels)
-                product = scratch("product", (out_channels, channels), x.dtype)
-                np.matmul(left.T, right, out=product)
-                sums[term] += product
-
-            parallel_for(-(-rows // group), transform_group)
-            parallel_for(16, add_products)
+        for rows in tiles.steps():
+            tiles.for_pieces(rows, transform)
+            _add_products(tiles.products(dy_terms, rows), tiles.products(x_terms, rows), sums)
     _restore_weight(sums, dweight)
+
+
+def _multiply(x_terms: np.ndarray, weight_terms: np.ndarray, y_terms: np.ndarray) -> None:
+    """Per term, the product of (tiles, C) and (C, O)."""
+
+    def body(term: int) -> None:
+        np.matmul(x_terms[term], weight_terms[term], out=y_terms[term])
+
+    parallel_for(16, body)
+
+
+def _add_products(dy_terms: np.ndarray, x_terms: np.ndarray, sums: np.ndarray) -> None:
+    """Per term, adds the product of (O, tiles) and (tiles, C) to a sum (O, C) of its own."""
+
+    def body(term: int) -> None:
+        product = scratch("product", sums.shape[1:], sums.dtype)
+        np.matmul(dy_terms[term].T, x_terms[term], out=product)
+        sums[term] += product
+
+    parallel_for(16, body)
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The 2x2 tiles that cover the output maps of a batch; tile rows are numbered through all images."""
+    """The 2x2 tiles that cover the output maps of a batch, worked on in steps of whole tile rows.
 
-    rows: int
+    Tile rows are numbered through all images.
+    """
+
+    images: int
+    rows: int  # per image
     columns: int
-    total_rows: int
+    step: int  # tile rows
 
     @classmethod
-    def of(cls, y: np.ndarray) -> "_Tiles":
-        rows = -(-y.shape[1] // 2)
-        return cls(rows, -(-y.shape[2] // 2), len(y) * rows)
+    def covering(cls, y: np.ndarray, channels: int) -> "_Tiles":
+        """Tiles of y (N, H', W', O); a step must hold `channels` channels as well as those of y."""
+        images, height, width, out_channels = y.shape
+        rows, columns = -(-height // 2), -(-width // 2)
+        row_bytes = 16 * columns * max(channels, out_channels) * y.itemsize
+        steps = -(-images * rows // max(1, _TERM_BYTES // row_bytes))
+        return cls(images, rows, columns, -(-images * rows // steps))
 
-    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, slice]]:
-        """Cuts tile rows first..last-1 at image borders: image, tile row in it, and place of the piece in first..last-1."""
-        at = first
-        while at < last:
-            image, row = divmod(at, self.rows)
-            count = min(last - at, self.rows - row)
-            yield image, row, slice(at - first, at - first + count)
-            at += count
+    def terms(self, name: str, like: np.ndarray) -> np.ndarray:
+        """Scratch memory for the transformed tiles of a step: (4, 4, tile rows, columns, channels)."""
+        return scratch(name, (4, 4, self.step, self.columns, like.shape[3]), like.dtype)
+
+    def products(self, terms: np.ndarray, rows: slice) -> np.ndarray:
+        """The transformed tiles of the tile rows in use, as matrices: (16, tiles, channels)."""
+        return terms.reshape(16, -1, terms.shape[4])[:, : (rows.stop - rows.start) * self.columns]
+
+    def steps(self) -> Iterator[slice]:
+        """Tile rows of each step."""
+        total = self.images * self.rows
+        return (slice(first, min(first + self.step, total)) for first in range(0, total, self.step))
+
+    def for_pieces(self, rows: slice, body: Callable[[int, int, slice], None]) -> None:
+        """Shares tile rows between the workers, in pieces that lie in one image.
+
+        Calls `body(image, first tile row of the piece in the image, place of the piece in the step)`.
+        """
+        longest = -(-self.step // _PIECES)
+        pieces = []
+        first = rows.start
+        while first < rows.stop:
+            image, row = divmod(first, self.rows)
+            last = min(first + longest, rows.stop, (image + 1) * self.rows)
+            pieces.append((image, row, slice(first - rows.start, last - rows.start)))
+            first = last
+        parallel_for(len(pieces), lambda index: body(*pieces[index]))
 
 
-def _transform_x(x: np.ndarray, image: int, top: int, left: int, terms: np.ndarray) -> None:
-    """Writes X x X' of the 4x4 tiles of one image, the first one at (top, left): terms (4, 4, rows, columns, C)."""
+def _transform_x(x: np.ndarray, top: int, left: int, terms: np.ndarray) -> None:
+    """Writes X x X' of 4x4 tiles of an image (H, W, C), the first at (top, left).
+
+    terms is (4, 4, tile rows, columns, C).
+    """
     rows, columns, channels = terms.shape[2:]
     phases = scratch("phases", (2, 2, rows + 1, columns + 1, channels), x.dtype)
-    _copy_phases(x[image], top, left, phases)
+    _copy_phases(x, top, left, phases)
     half = scratch("half_transformed", (4, 2, rows, columns + 1, channels), x.dtype)
     _input_pass(phases[0, :, :-1], phases[1, :, :-1], phases[0, :, 1:], phases[1, :, 1:], half)
     even, odd = half[:, 0], half[:, 1]
     _input_pass(even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:], terms.swapaxes(0, 1))
 
 
-def _transform_dy(dy: np.ndarray, image: int, top: int, terms: np.ndarray) -> None:
-    """Writes A' dy A of the 2x2 tiles of one image from row `top` on: terms (4, 4, rows, columns, O)."""
+def _transform_dy(dy: np.ndarray, top: int, terms: np.ndarray) -> None:
+    """Writes A' dy A of 2x2 tiles of an image (H', W', O) from row `top` on: terms (4, 4, rows, columns, O).
+
+    The last row of A' is (0, -1); its minus is left to _weight_pass_transposed.
+    """
     half = scratch("half_transformed", (4, 2, *terms.shape[2:]), dy.dtype)
-    _copy_phases(dy[image], top, 0, half[::3])
+    _copy_phases(dy, top, 0, half[::3])
     np.add(half[0], half[3], out=half[1])
     np.subtract(half[0], half[3], out=half[2])
     np.copyto(terms[:, 0], half[:, 0])
@@ -164,7 +201,10 @@ def _transform_dy(dy: np.ndarray, image: int, top: int, terms: np.ndarray) -> No
 
 
 def _restore_y(terms: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
-    """Writes A m A' of tiles (4, 4, rows, columns, O) to the top rows of y (H, W, O), plus bias; cuts at its edges."""
+    """Writes A m A', plus bias, of terms m (4, 4, rows, columns, O) to y (H', W', O) from its top row on.
+
+    Tiles are cut at the lower and right edge of y.
+    """
     half = scratch("half_restored", (2, *terms.shape[1:]), terms.dtype)
     np.add(terms[0], terms[1], out=half[0])
     half[0] += terms[2]
@@ -199,8 +239,8 @@ def _restore_weight(terms: np.ndarray, dweight: np.ndarray) -> None:
 def _copy_phases(source: np.ndarray, top: int, left: int, phases: np.ndarray) -> None:
     """Splits an image (H, W, C) by the parity of rows and columns: phases (2, 2, rows, columns, C).
 
-    phases[a, b, i, j] = source[top + 2 i + a, left + 2 j + b], 0 outside. It makes every later pass run over long
-    contiguous stretches.
+    phases[a, b, i, j] = source[top + 2 i + a, left + 2 j + b], and 0 outside. This lets every later pass run
+    over long contiguous stretches.
     """
     for a in range(2):
         i0, i1 = _inside(top + a, phases.shape[2], source.shape[0])
@@ -221,7 +261,7 @@ def _inside(start: int, count: int, size: int) -> tuple[int, int]:
 
 
 def _input_pass(x0: np.ndarray, x1: np.ndarray, x2: np.ndarray, x3: np.ndarray, out: np.ndarray) -> None:
-    """out (4, ...) = X x along one axis."""
+    """out (4, ...) = X x along one axis, given its four values."""
     np.subtract(x0, x2, out=out[0])
     np.add(x1, x2, out=out[1])
     np.subtract(x2, x1, out=out[2])
@@ -240,7 +280,7 @@ def _weight_pass(w: np.ndarray, out: np.ndarray) -> None:
 
 
 def _weight_pass_transposed(p: np.ndarray, out: np.ndarray) -> None:
-    """out (3, ...) = W' p along the first axis of p (4, ...), where p[3] has the sign that _transform_dy left off."""
+    """out (3, ...) = W' p along the first axis of p (4, ...), where p[3] still lacks its minus."""
     np.add(p[1], p[2], out=out[0])
     out[0] *= 0.5
     np.subtract(p[1], p[2], out=out[1])

@@ -1,7 +1,8 @@
-"""The threads that share one NumPy operation, and the scratch memory each of them keeps.
+"""The threads that share one NumPy operation, and the scratch memory that each of them keeps.
 
-NumPy releases Python's lock inside its loops and BLAS calls, so plain threads use all cores. Every operation is cut
-into chunks by its shapes alone, never by the number of threads: the same input gives the same bits on any number.
+NumPy releases Python's lock inside its loops and matrix products, so plain threads use all cores. The
+functions of this package cut their work by the shapes of the arrays alone, never by the number of threads:
+the same input gives the same bits on any number of them.
 """
 
 import math
@@ -15,9 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from segnet_scratch.errors import ConfigError
+
+# Values in a chunk of an element-wise pass. Half a megabyte of float32 stays in a second-level cache from one
+# step to the next, and a NumPy call on it outlasts the hand-over of Python's lock (measured: 2**15 to 2**20).
+CHUNK_VALUES = 1 << 17
 
 _this_thread = threading.local()
 
@@ -31,83 +36,19 @@ def worker_count() -> int:
     if text is None:
         # sched_getaffinity honours containers and taskset; macOS lacks it.
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ConfigError(f"SEGNET_THREADS must be a whole number of at least 1, got {text!r}; unset it for all cores.")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"SEGNET_THREADS: expected a whole number of at least 1, got {text!r}; unset it to use all cores."
+        )
     return int(text)
 
 
-class _Pool:
-    """Helper threads and the BLAS limit of this process; a forked child gets a fresh one."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.executor: ThreadPoolExecutor | None = None
-        self.helpers = 0
-        self.limit_depth = 0
-        self.limiter: Any = None
-
-    def submit(self, work: Callable[[], None], helpers: int) -> list[Future[None]]:
-        """Starts `work` on `helpers` threads, as soon as these are free."""
-        if helpers < 1:
-            return []
-        with self.lock:
-            if self.executor is None or self.helpers < helpers:
-                if self.executor is not None:
-                    self.executor.shutdown(wait=False)
-                self.executor = ThreadPoolExecutor(helpers, thread_name_prefix="segnet")
-                self.helpers = helpers
-            return [self.executor.submit(work) for _ in range(helpers)]
-
-    def enter_limit(self) -> None:
-        """Sets BLAS to one thread; the first of several simultaneous users does it."""
-        with self.lock:
-            if self.limit_depth == 0:
-                self.limiter = _blas.limit(limits=1)
-            self.limit_depth += 1
-
-    def leave_limit(self) -> None:
-        """Gives BLAS its threads back; the last of several simultaneous users does it."""
-        with self.lock:
-            self.limit_depth -= 1
-            if self.limit_depth == 0:
-                self.limiter.restore_original_limits()
-
-
-# Looking through the loaded libraries takes milliseconds, setting a limit microseconds: look once.
-_blas = ThreadpoolController().select(user_api="blas")
-_pool = _Pool()
-
-
-def _after_fork_in_child() -> None:
-    # A child inherits neither the helper threads nor a lock in a known state, perhaps the limit of an operation that
-    # another thread of the parent was in.
-    global _pool
-    if _pool.limit_depth > 0:
-        _pool.limiter.restore_original_limits()
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-@contextmanager
-def single_threaded_blas() -> Iterator[None]:
-    """While inside, a BLAS call uses the calling thread only; nests, also across threads."""
-    pool = _pool
-    pool.enter_limit()
-    try:
-        yield
-    finally:
-        pool.leave_limit()
-
-
 def parallel_for(count: int, body: Callable[[int], None]) -> None:
-    """Calls `body(i)` once for each i in 0..count-1, on all workers in any order, and returns when all are done.
+    """Calls `body(i)` once for each i in 0..count-1, on all workers in any order, and waits for all of them.
 
-    The calling thread works too. BLAS is single-threaded inside and floating-point warnings are off: NaN and infinity
-    travel through as values. A call from inside a body runs inline. After an exception no further body starts; the
-    first exception is raised here.
+    The calling thread works too. Inside, BLAS is single-threaded and floating-point warnings are off: NaN and
+    infinity pass as values. A call from inside a body runs inline. After an exception no further body starts,
+    and the first exception is raised here.
     """
     if getattr(_this_thread, "is_inside", False):
         for index in range(count):
@@ -133,28 +74,99 @@ def parallel_for(count: int, body: Callable[[int], None]) -> None:
         try:
             work()
         finally:
-            # A helper that has not begun, because its thread serves another caller, has nothing left to do.
+            # A helper that has not begun, because its thread serves another caller, finds nothing left to do.
             wait([helper for helper in helpers if not helper.cancel()])
     if errors:
         raise errors[0]
 
 
-def _take(pending: deque[int]) -> int | None:
-    """The next index, None when all are taken."""
+def parallel_slices(length: int, step: int, body: Callable[[slice], None]) -> None:
+    """Calls `body` as parallel_for does, with the slices 0..step, step..2*step, ... that cover 0..length."""
+    parallel_for(-(-length // step), lambda i: body(slice(i * step, min((i + 1) * step, length))))
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """While inside, matrix products use the calling thread only; nests, also across threads."""
+    pool = _pool
+    pool.enter_limit()
     try:
-        return pending.popleft()
-    except IndexError:
-        return None
+        yield
+    finally:
+        pool.leave_limit()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """This thread's C-contiguous workspace of that name, contents undefined.
+    """This thread's workspace of that name: a C-contiguous array with undefined contents.
 
-    The memory is kept for the next call, because fresh pages cost more than a pass over warm ones; a second call with
-    the same name hands out the same memory.
+    The memory is kept, because the first touch of fresh pages costs more than a pass over warm ones. A second
+    call with the same name hands out the same memory.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     held: dict[str, np.ndarray] = _this_thread.__dict__.setdefault("scratch", {})
     if name not in held or held[name].size < size:
         held[name] = np.empty(size, np.uint8)
     return held[name][:size].view(dtype).reshape(shape)
+
+
+def _take(pending: deque[int]) -> int | None:
+    """The next index; None when all are taken."""
+    try:
+        return pending.popleft()
+    except IndexError:
+        return None
+
+
+class _Pool:
+    """Helper threads and the BLAS limit of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.executor: ThreadPoolExecutor | None = None
+        self.threads = 0
+        self.limit_depth = 0
+        self.limiter: Any = None
+
+    def submit(self, work: Callable[[], None], helpers: int) -> list[Future[None]]:
+        """Runs `work` on `helpers` threads besides the caller's, as soon as these are free."""
+        if helpers < 1:
+            return []
+        with self.lock:
+            if self.executor is None or self.threads < helpers:
+                if self.executor is not None:
+                    self.executor.shutdown(wait=False)
+                self.executor = ThreadPoolExecutor(helpers, thread_name_prefix="segnet")
+                self.threads = helpers
+            return [self.executor.submit(work) for _ in range(helpers)]
+
+    def enter_limit(self) -> None:
+        """Limits BLAS to one thread; the first of several simultaneous users does it."""
+        with self.lock:
+            if self.limit_depth == 0:
+                self.limiter = _blas.limit(limits=1)
+            self.limit_depth += 1
+
+    def leave_limit(self) -> None:
+        """Gives BLAS its threads back; the last of several simultaneous users does it."""
+        with self.lock:
+            self.limit_depth -= 1
+            if self.limit_depth == 0:
+                self.limiter.restore_original_limits()
+
+
+# To look through the loaded libraries takes milliseconds, to set a limit microseconds: look once.
+_blas = ThreadpoolController().select(user_api="blas")
+_pool = _Pool()
+
+
+def _start_afresh_in_child() -> None:
+    # A forked child inherits no helper threads, a lock in an unknown state, and perhaps the limit set by an
+    # operation in another thread of the parent.
+    global _pool
+    if _pool.limit_depth > 0:
+        _pool.limiter.restore_original_limits()
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh_in_child)

@@ -276,13 +276,12 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _is_plain_name(name: str) -> bool:
-    """Whether a name is one file name on every system: no separator, drive, blank or `..`, not too long."""
+    """Whether a name is one file name on every system: no separator, drive, blank or leading dot (`..`)."""
     return (
         bool(name)
         and name.isprintable()
         and len(os.fsencode(name)) <= 240
         and not name.startswith(".")
-        and ".." not in name
         and not any(mark in name for mark in "/\\: ")
     )
 

@@ -76,7 +76,8 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         "nvrtcCreateProgram",
     )
     try:
-        options = [f"-arch={architecture}", "-std=c++17", "-lineinfo", "--ptxas-options=-v", *types.defines]
+        # No fused multiply-add but where a kernel says fma, as on the host device: both give the same bits.
+        options = [f"-arch={architecture}", "-std=c++17", "-fmad=false", "-lineinfo", "--ptxas-options=-v", *types.defines]
         options += [f"-I{directory}" for directory in source.include_directories]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), array)

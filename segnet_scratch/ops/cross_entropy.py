@@ -1,0 +1,172 @@
+"""Softmax cross-entropy over the pixels of a batch, void pixels excluded."""
+
+import numpy as np
+
+from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.cpu import loss as fast
+from segnet_scratch.device import Array, Device
+from segnet_scratch.errors import DataError, DTypeError, ShapeError
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+
+VOID = 255
+NORMALISATIONS = ("weights", "valid")
+
+
+class CrossEntropyForward(Op):
+    """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
+
+    `normalisation` divides by the sum of weights ("weights", as PyTorch does) or by the number of valid pixels
+    ("valid", as the authors' Caffe does). Without a valid pixel the loss is 0.
+    """
+
+    name = "cross_entropy_forward"
+    optional = ("class_weights",)
+    MAX_BLOCKS = 1024  # partial results that one thread adds
+
+    def __init__(self, logits: Spec, normalisation: str = "weights") -> None:
+        self.pixels, self.classes = _check(logits, normalisation)
+        self.by_valid = normalisation == "valid"
+        self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
+        self.inputs = _inputs(logits)
+        self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
+        self.workspace = {"partials": Spec((self.blocks, 3), np.dtype(np.float64))}
+        self.flops = 4 * logits.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        sizes = (self.pixels, self.classes, self.blocks)
+        arguments = (b.logits, b.labels, b.class_weights, b.partials, *sizes)
+        self.kernel(device, "cross_entropy_partial", self.blocks, ELEMENT_THREADS, *arguments)
+        merge = (b.partials, b.sums, b.loss, self.blocks, int(self.by_valid))
+        self.kernel(device, "cross_entropy_merge", 1, 32, *merge)
+
+    def reference(self, b: Buffers) -> None:
+        valid = b.labels < self.classes
+        logits, labels = b.logits[valid], b.labels[valid]
+        highest = logits.max(axis=1, keepdims=True)
+        log_total = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1))
+        losses = log_total - logits[np.arange(len(labels)), labels]
+        weights = np.ones(len(labels)) if b.class_weights is None else b.class_weights[labels].astype(np.float64)
+        b.sums[...] = (weights * losses).sum(dtype=np.float64), weights.sum(), len(labels)
+        self._divide(b)
+
+    def numpy(self, b: Buffers) -> None:
+        fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, b.sums)
+        self._divide(b)
+
+    def _divide(self, b: Buffers) -> None:
+        normaliser = b.sums[2 if self.by_valid else 1]
+        b.loss[0] = b.sums[0] / normaliser if normaliser > 0 else 0
+
+
+class CrossEntropyBackward(Op):
+    """dlogits from the gradient of the loss (1) and the sums of the forward pass."""
+
+    name = "cross_entropy_backward"
+    optional = ("class_weights",)
+
+    def __init__(self, logits: Spec, normalisation: str = "weights") -> None:
+        self.pixels, self.classes = _check(logits, normalisation)
+        self.by_valid = normalisation == "valid"
+        self.inputs = {
+            **_inputs(logits),
+            "sums": Spec((3,), np.dtype(np.float64)),
+            "dloss": logits.with_shape(1),
+        }
+        self.outputs = {"dlogits": logits}
+        self.workspace = {}
+        self.flops = 6 * logits.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arguments = (b.logits, b.labels, b.class_weights, b.sums, b.dloss, b.dlogits)
+        sizes = (self.pixels, self.classes, int(self.by_valid))
+        self.kernel(device, "cross_entropy_backward", element_grid(self.pixels), ELEMENT_THREADS, *arguments, *sizes)
+
+    def reference(self, b: Buffers) -> None:
+        valid = b.labels < self.classes
+        labels = np.where(valid, b.labels, 0)
+        exponentials = np.exp(b.logits - b.logits.max(axis=1, keepdims=True))
+        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+        softmax[np.arange(self.pixels), labels] -= 1
+        weights = 1 if b.class_weights is None else b.class_weights[labels]
+        b.dlogits[...] = softmax * np.where(valid, weights * self._scale(b), 0)[:, None]
+
+    def numpy(self, b: Buffers) -> None:
+        fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self._scale(b), b.dlogits)
+
+    def _scale(self, b: Buffers) -> float:
+        normaliser = b.sums[2 if self.by_valid else 1]
+        return float(b.dloss[0] / normaliser) if normaliser > 0 else 0.0
+
+
+def _check(logits: Spec, normalisation: str) -> tuple[int, int]:
+    expect(len(logits.shape) == 2 and logits.size > 0, f"cross_entropy: logits {logits.shape}; expected (pixels, classes)")
+    expect_float("cross_entropy", "logits", logits)
+    pixels, classes = logits.shape
+    expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
+    if normalisation not in NORMALISATIONS:
+        raise ShapeError(f"cross_entropy: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}")
+    return pixels, classes
+
+
+def _inputs(logits: Spec) -> dict[str, Spec]:
+    pixels, classes = logits.shape
+    labels = Spec((pixels,), np.dtype(np.uint8))
+    return {"logits": logits, "labels": labels, "class_weights": logits.with_shape(classes)}
+
+
+class CrossEntropy(Function):
+    """Saves the logits; the softmax is computed again in backward."""
+
+    def __init__(self, device: Device, labels: Array, class_weights: Array | None, normalisation: str) -> None:
+        super().__init__(device)
+        self.labels, self.class_weights, self.normalisation = labels, class_weights, normalisation
+
+    def forward(self, logits: Array) -> Array:
+        self.shape = logits.shape
+        self.logits = logits.reshape(-1, logits.shape[-1])
+        self.labels = self.labels.reshape(-1)
+        op = CrossEntropyForward.plan(spec_of(self.logits), self.normalisation)
+        out = op(self.device, logits=self.logits, labels=self.labels, class_weights=self.class_weights)
+        self.sums = out.sums
+        return out.loss
+
+    def backward(self, dloss: Array) -> tuple[Array]:
+        op = CrossEntropyBackward.plan(spec_of(self.logits), self.normalisation)
+        arrays = {"logits": self.logits, "labels": self.labels, "class_weights": self.class_weights}
+        out = op(self.device, **arrays, sums=self.sums, dloss=dloss)
+        return (out.dlogits.reshape(self.shape),)
+
+
+def check_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """The labels as uint8, once every one of them is a class 0 .. classes - 1 or void (255); DataError otherwise."""
+    if labels.dtype.kind not in "iu":
+        raise DTypeError(f"cross_entropy: labels have element type {labels.dtype}; expected integers")
+    wrong = (labels != VOID) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise DataError(
+            f"cross_entropy: label {int(labels[where])} at {where} ({int(wrong.sum())} such pixels); expected 0 to "
+            f"{classes - 1}, or {VOID} for void; check the masks with the data set's class list"
+        )
+    return labels.astype(np.uint8, copy=False)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: np.ndarray | Array,
+    class_weights: np.ndarray | Array | None = None,
+    normalisation: str = "weights",
+) -> Tensor:
+    """The mean loss (a tensor of one element) of logits (n, h, w, classes) against labels (n, h, w).
+
+    Labels are integers; NumPy labels are checked here, labels that are on the device already must have been.
+    `class_weights` (classes) multiply the loss of each pixel by the weight of its class.
+    """
+    device, classes = logits.device, logits.shape[-1]
+    if tuple(labels.shape) != logits.shape[:-1]:
+        raise ShapeError(f"cross_entropy: labels {tuple(labels.shape)} do not fit logits {logits.shape}")
+    if isinstance(labels, np.ndarray):
+        labels = device.upload(check_labels(labels, classes))
+    if isinstance(class_weights, np.ndarray):
+        class_weights = device.upload(class_weights.astype(logits.dtype))
+    return apply(CrossEntropy(device, labels, class_weights, normalisation), logits)

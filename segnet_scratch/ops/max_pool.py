@@ -1,0 +1,85 @@
+"""Max-pool 2x2 with the position of each maximum (SegNet, section 3)."""
+
+import numpy as np
+
+from segnet_scratch.autograd import Function, Tensor
+from segnet_scratch.cpu import pooling
+from segnet_scratch.device import Array, Device
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_float, expect_map, spec_of
+from segnet_scratch.ops.windows import CODE, PoolCodes, expect_codes, scatter_reference, window_elements, windows_of
+
+
+class MaxPoolForward(Op):
+    """y, codes = the maximum of each window and its position. x (n, h, w, c)."""
+
+    name = "max_pool_forward"
+
+    def __init__(self, x: Spec) -> None:
+        windows = windows_of(*expect_map(self.name, "x", x))
+        self.inputs = {"x": x}
+        self.outputs = {"y": x.with_shape(*windows), "codes": Spec(windows, CODE)}
+        self.workspace = {}
+        self.flops = 3 * self.outputs["y"].size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid = element_grid(b.y.size)
+        self.kernel(device, "max_pool_forward", grid, ELEMENT_THREADS, b.x, b.y, b.codes, *b.x.shape)
+
+    def reference(self, b: Buffers) -> None:
+        b.codes[...] = 0
+        b.y[...] = b.x[:, ::2, ::2]
+        for code, elements in window_elements(b.x)[1:]:
+            candidate = b.x[elements]
+            rows, columns = candidate.shape[1:3]
+            best, codes = b.y[:, :rows, :columns], b.codes[:, :rows, :columns]
+            wins = (candidate > best) | (np.isnan(candidate) & ~np.isnan(best))
+            codes[wins] = code
+            best[wins] = candidate[wins]
+
+    def numpy(self, b: Buffers) -> None:
+        pooling.max_pool_forward(b.x, b.y, b.codes)
+
+
+class MaxPoolBackward(Op):
+    """dx = dy at the position of each maximum, 0 elsewhere. `size` is the (h, w) of x."""
+
+    name = "max_pool_backward"
+
+    def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
+        expect_float(self.name, "dy", dy)
+        expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
+        n, _, _, c = dy.shape
+        self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
+        self.outputs = {"dx": dy.with_shape(n, *size, c)}
+        self.workspace = {}
+        self.flops = 0
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid = element_grid(b.dy.size)
+        self.kernel(device, "max_pool_backward", grid, ELEMENT_THREADS, b.dy, b.codes, b.dx, *b.dx.shape)
+
+    def reference(self, b: Buffers) -> None:
+        scatter_reference(b.dy, b.codes, b.dx)
+
+    def numpy(self, b: Buffers) -> None:
+        pooling.scatter_windows(b.dy, b.codes, b.dx)
+
+
+class MaxPool(Function):
+    """Saves the codes alone."""
+
+    def forward(self, x: Array) -> Array:
+        out = MaxPoolForward.plan(spec_of(x))(self.device, x=x)
+        self.codes = PoolCodes(out.codes, (x.shape[1], x.shape[2]))
+        return out.y
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        op = MaxPoolBackward.plan(spec_of(dy), self.codes.size)
+        return (op(self.device, dy=dy, codes=self.codes.codes).dx,)
+
+
+def max_pool(x: Tensor) -> tuple[Tensor, PoolCodes]:
+    """(y, codes) of a map (n, h, w, c); y is (n, ceil(h/2), ceil(w/2), c). Give the codes to `max_unpool`."""
+    function = MaxPool(x.device)
+    y = function(x)
+    return y, function.codes

@@ -1,0 +1,74 @@
+"""Max-unpool 2x2: each value goes back to where its pool found it (SegNet, section 3, figure 3)."""
+
+from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.cpu import pooling
+from segnet_scratch.device import Array, Device
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_map, spec_of
+from segnet_scratch.ops.windows import CODE, PoolCodes, expect_codes, gather_reference, scatter_reference, windows_of
+
+
+class MaxUnpoolForward(Op):
+    """y = x at the coded position of each window, 0 elsewhere. x (n, ceil(h/2), ceil(w/2), c), `size` = (h, w)."""
+
+    name = "max_unpool_forward"
+
+    def __init__(self, x: Spec, codes: Spec, size: tuple[int, int]) -> None:
+        n, _, _, c = expect_map(self.name, "x", x)
+        expect_codes("max_unpool", codes, x.shape, size)
+        self.inputs = {"x": x, "codes": Spec(x.shape, CODE)}
+        self.outputs = {"y": x.with_shape(n, *size, c)}
+        self.workspace = {}
+        self.flops = 0
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid = element_grid(b.x.size)
+        self.kernel(device, "max_unpool_forward", grid, ELEMENT_THREADS, b.x, b.codes, b.y, *b.y.shape)
+
+    def reference(self, b: Buffers) -> None:
+        scatter_reference(b.x, b.codes, b.y)
+
+    def numpy(self, b: Buffers) -> None:
+        pooling.scatter_windows(b.x, b.codes, b.y)
+
+
+class MaxUnpoolBackward(Op):
+    """dx = dy at the coded position of each window. dy (n, h, w, c)."""
+
+    name = "max_unpool_backward"
+
+    def __init__(self, dy: Spec) -> None:
+        windows = windows_of(*expect_map(self.name, "dy", dy))
+        self.inputs = {"dy": dy, "codes": Spec(windows, CODE)}
+        self.outputs = {"dx": dy.with_shape(*windows)}
+        self.workspace = {}
+        self.flops = 0
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid = element_grid(b.dx.size)
+        self.kernel(device, "max_unpool_backward", grid, ELEMENT_THREADS, b.dy, b.codes, b.dx, *b.dy.shape)
+
+    def reference(self, b: Buffers) -> None:
+        gather_reference(b.dy, b.codes, b.dx)
+
+    def numpy(self, b: Buffers) -> None:
+        pooling.gather_windows(b.dy, b.codes, b.dx)
+
+
+class MaxUnpool(Function):
+    """Saves the codes, which the pool holds already."""
+
+    def __init__(self, device: Device, codes: PoolCodes) -> None:
+        super().__init__(device)
+        self.codes = codes
+
+    def forward(self, x: Array) -> Array:
+        op = MaxUnpoolForward.plan(spec_of(x), spec_of(self.codes.codes), self.codes.size)
+        return op(self.device, x=x, codes=self.codes.codes).y
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (MaxUnpoolBackward.plan(spec_of(dy))(self.device, dy=dy, codes=self.codes.codes).dx,)
+
+
+def max_unpool(x: Tensor, codes: PoolCodes) -> Tensor:
+    """The map (n, h, w, c) of the size that the pool read; ShapeError where the codes are another pool's."""
+    return apply(MaxUnpool(x.device, codes), x)

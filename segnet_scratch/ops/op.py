@@ -1,0 +1,198 @@
+"""An op with every shape fixed: planned without touching data, run on any device.
+
+`plan` (the constructor) checks shapes and derives everything that follows from them: outputs, workspace, FLOPs and
+bytes. `run` does the work on buffers that somebody has allocated, launching kernels or computing with NumPy; it never
+waits for the device. Calling an op allocates its outputs and workspace, then runs it.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.device import Array, Device
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes, launch
+
+Buffers = SimpleNamespace  # arrays by the names that the plan gives them
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and element type of an array that need not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return self.size * self.dtype.itemsize
+
+    def with_shape(self, *shape: int) -> "Spec":
+        """The same element type in another shape."""
+        return Spec(shape, self.dtype)
+
+
+def spec(shape: Sequence[int], dtype: DTypeLike) -> Spec:
+    """A Spec from any shape and dtype."""
+    return Spec(tuple(int(n) for n in shape), np.dtype(dtype))
+
+
+def spec_of(array: Array) -> Spec:
+    """The Spec of an existing array."""
+    return Spec(tuple(array.shape), np.dtype(array.dtype))
+
+
+class Op:
+    """One operation on arrays of fixed shapes. Subclasses fill in the plan in `__init__` and say how it is computed."""
+
+    name: ClassVar[str]  # "max_pool_forward": op and direction
+    inputs: Mapping[str, Spec]
+    outputs: Mapping[str, Spec]
+    workspace: Mapping[str, Spec]
+    updates: ClassVar[tuple[str, ...]] = ()  # inputs that are changed in place
+    optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
+    flops: int
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def plan(cls, *arguments: Any, **options: Any) -> Self:
+        """The op for these shapes and options; planned once."""
+        return cls(*arguments, **options)
+
+    @property
+    def types(self) -> ElementTypes:
+        """Storage and accumulation types of the kernels: those of the first input."""
+        return ElementTypes.of(next(iter(self.inputs.values())).dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must cross the memory bus at least once: every input read, every output written."""
+        return sum(s.nbytes for s in (*self.inputs.values(), *self.outputs.values()))
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        """Launches the kernels."""
+        raise NotImplementedError
+
+    def reference(self, b: Buffers) -> None:
+        """Computes with plain NumPy: the definition, obviously right, slow. Independent of the kernels."""
+        raise NotImplementedError
+
+    def numpy(self, b: Buffers) -> None:
+        """Computes with the fast NumPy of `cpu/` where there is one."""
+        self.reference(b)
+
+    def run(self, device: Device, b: Buffers) -> None:
+        """Does the work on given buffers."""
+        if device.runs_kernels:
+            self.launch(device, b)
+        else:
+            self.numpy(b)
+
+    def kernel(self, device: Device, name: str, grid: Any, block: Any, *arguments: Any) -> None:
+        """One launch, through the gate, with this op's element types."""
+        launch(device, name, grid, block, arguments, self.types)
+
+    def __call__(self, device: Device, **arrays: Array | None) -> Buffers:
+        """Checks the inputs against the plan, allocates outputs and workspace, runs; returns the outputs."""
+        self._check(arrays)
+        outputs = {name: device.empty(s.shape, s.dtype) for name, s in self.outputs.items()}
+        # The numpy device works in cache-sized pieces of its own.
+        needed = self.workspace if device.runs_kernels else {}
+        workspace = {name: device.empty(s.shape, s.dtype) for name, s in needed.items()}
+        self.run(device, Buffers(**arrays, **outputs, **workspace))
+        return Buffers(**outputs)
+
+    def _check(self, arrays: Mapping[str, Array | None]) -> None:
+        if arrays.keys() != self.inputs.keys():
+            raise ShapeError(f"{self.name}: takes {', '.join(self.inputs)}; got {', '.join(arrays)}")
+        for name, expected in self.inputs.items():
+            array = arrays[name]
+            if array is None:
+                if name not in self.optional:
+                    raise ShapeError(f"{self.name}: {name} is None; expected an array of shape {expected.shape}")
+                continue
+            if tuple(array.shape) != expected.shape:
+                raise ShapeError(f"{self.name}: {name} has shape {tuple(array.shape)}, expected {expected.shape}")
+            if array.dtype != expected.dtype:
+                raise DTypeError(f"{self.name}: {name} has element type {array.dtype}, expected {expected.dtype}")
+
+
+def expect(condition: bool, message: str) -> None:
+    """ShapeError with this message unless the condition holds."""
+    if not condition:
+        raise ShapeError(message)
+
+
+def expect_map(op: str, name: str, s: Spec) -> tuple[int, int, int, int]:
+    """(n, h, w, c) of an activation map, checked: four dimensions, none empty, float32 or float64."""
+    expect(len(s.shape) == 4, f"{op}: {name} has shape {s.shape}; expected (n, h, w, c), channels last")
+    expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
+    expect_float(op, name, s)
+    n, h, w, c = s.shape
+    return n, h, w, c
+
+
+def expect_float(op: str, name: str, s: Spec) -> None:
+    """DTypeError unless the element type is float32 or float64."""
+    if s.dtype not in (np.float32, np.float64):
+        raise DTypeError(f"{op}: {name} has element type {s.dtype}; expected float32 or float64; convert with astype")
+
+
+ELEMENT_THREADS = 256
+
+
+def element_grid(count: int) -> int:
+    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, a few elements for each thread."""
+    return max(1, min(-(-count // ELEMENT_THREADS), 1 << 16))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Launch geometry of sums over the rows of a (rows, channels) matrix: common/columns.cuh.
+
+    Chunks depend on the shape alone, so that sums come out the same on every GPU.
+    """
+
+    rows: int
+    channels: int
+
+    LANES: ClassVar[int] = 32  # COLUMN_LANES
+    ROWS: ClassVar[int] = 8  # ROW_LANES
+    MAX_CHUNKS: ClassVar[int] = 512
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """At least 64 rows, so that a chunk is worth a block."""
+        return max(64, -(-self.rows // self.MAX_CHUNKS))
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that cover the rows."""
+        return -(-self.rows // self.rows_per_chunk)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks: groups of channels, chunks."""
+        return -(-self.channels // self.LANES), self.chunks
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads: channels, rows."""
+        return self.LANES, self.ROWS
+
+    @property
+    def merge_grid(self) -> int:
+        """Blocks of ELEMENT_THREADS for one thread a channel."""
+        return -(-self.channels // ELEMENT_THREADS)

@@ -1,0 +1,278 @@
+"""SegNet and SegNet-Basic (Badrinarayanan, Kendall, Cipolla, arXiv 1511.00561), read like the paper's figure 2.
+
+A network is a list of blocks: unpool? -> convolution -> batch norm -> ReLU? -> pool? -> dropout?, then a classifier.
+Whoever needs to know the network (the model, a profiler, an export) reads that list.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.autograd import Tensor, tensor
+from segnet_scratch.device import Device, get_device
+from segnet_scratch.errors import CheckpointError, DTypeError, ShapeError
+from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module
+from segnet_scratch.ops import PoolCodes, max_pool, max_unpool
+from segnet_scratch.ops.dropout import STATE
+
+DROPOUT = 0.5  # Bayesian SegNet, arXiv 1511.02680
+
+
+@dataclass(frozen=True)
+class Block:
+    """One convolution of the network and what stands round it."""
+
+    stage: int
+    index: int  # position in its stage, in order of execution, from 1
+    decoder: bool
+    in_channels: int
+    out_channels: int
+    kernel: int = 3
+    unpool: bool = False  # before the convolution
+    relu: bool = True
+    pool: bool = False
+    dropout: bool = False  # after everything else
+
+    @property
+    def name(self) -> str:
+        """The prefix of its parameters: `encoder.1.2`."""
+        return f"{'decoder' if self.decoder else 'encoder'}.{self.stage}.{self.index}"
+
+
+# Output channels of the convolutions of each stage: VGG16 (arXiv 1409.1556, configuration D).
+VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def segnet_blocks(width: float, dropout: bool) -> list[Block]:
+    """SegNet: the 13 convolutions of VGG16, and a decoder of 12 that mirrors them, before a 3x3 classifier.
+
+    Decoder stage s undoes encoder stage s: it unpools first and ends with the channels of stage s - 1. `dropout`
+    follows the three deepest stages of encoder and decoder, where the authors' Bayesian SegNet has it.
+    """
+    stages = [[max(1, round(channels * width)) for channels in stage] for stage in VGG16_STAGES]
+    blocks, channels = [], 3
+    for s, outputs in enumerate(stages, start=1):
+        for i, out in enumerate(outputs, start=1):
+            last = i == len(outputs)
+            blocks.append(Block(s, i, False, channels, out, pool=last, dropout=dropout and last and s >= 3))
+            channels = out
+    for s in range(5, 0, -1):
+        # Mirrored: as many convolutions as the encoder stage, the last one down to the channels of the stage below.
+        # In stage 1 that last one is the classifier.
+        outputs = stages[s - 1][1:] + ([stages[s - 2][-1]] if s > 1 else [])
+        for i, out in enumerate(outputs, start=1):
+            last = i == len(outputs)
+            blocks.append(Block(s, i, True, channels, out, unpool=i == 1, dropout=dropout and last and s >= 3))
+            channels = out
+    return blocks
+
+
+def segnet_basic_blocks(width: float, dropout: bool) -> list[Block]:
+    """SegNet-Basic: four encoders, four decoders, 7x7, 64 channels throughout, no ReLU in the decoder (section 3.2)."""
+    wide = max(1, round(64 * width))
+    encoder = [
+        Block(s, 1, False, 3 if s == 1 else wide, wide, kernel=7, pool=True, dropout=dropout and s >= 3)
+        for s in range(1, 5)
+    ]
+    decoder = [
+        Block(s, 1, True, wide, wide, kernel=7, unpool=True, relu=False, dropout=dropout and s >= 3)
+        for s in range(4, 0, -1)
+    ]
+    return encoder + decoder
+
+
+class SegNet(Module):
+    """SegNet for images (n, h, w, 3), RGB normalised with ImageNet's mean and standard deviation, any size from 32x32.
+
+    `width` scales the channels of every convolution; `dropout` makes it Bayesian SegNet; `seed` is that of the He
+    initialisation; `rung` picks the convolution kernels by name (host and cuda).
+    """
+
+    architecture = "segnet"
+    classifier_kernel = 3
+
+    def __init__(
+        self,
+        classes: int = 21,
+        width: float = 1.0,
+        device: "str | Device" = "auto",
+        *,
+        dropout: bool = False,
+        seed: int = 0,
+        dtype: DTypeLike = np.float32,
+        rung: str | None = None,
+    ) -> None:
+        if not 1 <= classes <= 255:
+            raise ShapeError(f"{type(self).__name__}: {classes} classes; expected 1 to 255 (255 is the void label)")
+        if not width > 0:
+            raise ShapeError(f"{type(self).__name__}: width {width}; expected a positive factor, 1.0 for the paper's")
+        self.device = get_device(device)
+        self.classes, self.width, self.has_dropout = classes, width, dropout
+        self.dtype = np.dtype(dtype)
+        self.blocks = self._blocks(width, dropout)
+        rng = np.random.default_rng(seed)
+        common = (self.device, rng, self.dtype, rung)
+        self.encoder: dict[int, dict[int, ConvUnit]] = {}
+        self.decoder: dict[int, dict[int, ConvUnit]] = {}
+        for block in self.blocks:
+            half = self.decoder if block.decoder else self.encoder
+            unit = ConvUnit(block.in_channels, block.out_channels, block.kernel, block.relu, *common)
+            half.setdefault(block.stage, {})[block.index] = unit
+        self.classifier = Conv2d(self.blocks[-1].out_channels, classes, self.classifier_kernel, True, *common)
+        self.random_state = self.device.zeros(STATE.shape, STATE.dtype)
+        self.dropouts = {
+            block.name: Dropout(DROPOUT, layer, self.random_state)
+            for layer, block in enumerate(self.blocks)
+            if block.dropout
+        }
+
+    def _blocks(self, width: float, dropout: bool) -> list[Block]:
+        return segnet_blocks(width, dropout)
+
+    def forward(self, images: "np.ndarray | Tensor") -> Tensor:
+        """Logits (n, h, w, classes) of images (n, h, w, 3)."""
+        x = self._input(images)
+        codes: list[PoolCodes] = []
+        for block in self.blocks:
+            if block.unpool:
+                x = max_unpool(x, codes.pop())
+            x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
+            if block.pool:
+                x, code = max_pool(x)
+                codes.append(code)
+            if block.dropout:
+                x = self.dropouts[block.name](x)
+        return self.classifier(x)
+
+    def _input(self, images: "np.ndarray | Tensor") -> Tensor:
+        name = type(self).__name__
+        if images.dtype != self.dtype:
+            raise DTypeError(
+                f"{name}: images have element type {images.dtype}, expected {self.dtype}: RGB scaled to [0, 1] and "
+                "normalised; see segnet_scratch.data.normalise"
+            )
+        if len(images.shape) != 4 or images.shape[3] != 3:
+            hint = "; move the channels last" if len(images.shape) == 4 and images.shape[1] == 3 else ""
+            raise ShapeError(f"{name}: images have shape {tuple(images.shape)}, expected (n, h, w, 3){hint}")
+        return images if isinstance(images, Tensor) else tensor(images, self.device)
+
+    def set_random_state(self, seed: int, step: int) -> None:
+        """What the dropout masks are made from; a trainer sets the step before each forward pass."""
+        self.device.write(self.random_state, np.array([seed % 2**64, step], STATE.dtype))
+
+    def describe(self) -> dict[str, Any]:
+        """What `build` needs to make this network again; kept in checkpoints."""
+        return {
+            "architecture": self.architecture,
+            "classes": self.classes,
+            "width": self.width,
+            "dropout": self.has_dropout,
+        }
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """All parameters and running statistics as float32, weights OIHW, under the names of checkpoints."""
+        arrays = {name: to_file_layout(p.numpy()) for name, p in self.named_parameters().items()}
+        for name, buffer in self.named_buffers().items():
+            arrays[name] = to_file_layout(self.device.download(buffer.data))
+        return arrays
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Overwrites all parameters and running statistics; nothing is changed unless names and shapes all fit."""
+        targets = {name: p.data for name, p in self.named_parameters().items()}
+        targets |= {name: buffer.data for name, buffer in self.named_buffers().items()}
+        missing, unknown = targets.keys() - state.keys(), state.keys() - targets.keys()
+        if missing or unknown:
+            raise CheckpointError(
+                f"the weights are not those of this {type(self).__name__}: {_some('missing', missing)}; "
+                f"{_some('not known', unknown)}; expected {len(targets)} arrays, got {len(state)}"
+            )
+        values = {name: from_file_layout(np.asarray(state[name])) for name in targets}
+        for name, target in targets.items():
+            if values[name].shape != tuple(target.shape):
+                raise CheckpointError(self._shape_message(name, np.asarray(state[name]).shape, target))
+        for name, target in targets.items():
+            self.device.write(target, values[name].astype(self.dtype))
+
+    def _shape_message(self, name: str, got: tuple[int, ...], target: Any) -> str:
+        expected = to_file_layout(np.empty(target.shape, np.bool_)).shape
+        if name.startswith("classifier"):
+            return (
+                f"the weights are for {got[0]} classes, this model has {self.classes} ({name}: {got}, expected "
+                f"{expected}); build it with classes={got[0]}, or use the data set it was trained on"
+            )
+        return f"{name} has shape {got}, expected {expected}; was the model built with width {self.width}?"
+
+    def load_vgg16(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Takes the 13 convolutions of VGG16 under torchvision's names, `features.0.weight` (OIHW) and so on.
+
+        These convolutions have no bias: batch norm would take it out again. It goes into the running mean, so that in
+        evaluation mode the untrained encoder computes what VGG16 does.
+        """
+        encoder = [block for block in self.blocks if not block.decoder]
+        if self.architecture != "segnet":
+            raise CheckpointError("VGG16 weights fit model = segnet only; SegNet-Basic has 7x7 convolutions of its own")
+        indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+        names = [f"features.{i}" for i in indices]
+        missing = [f"{n}.{part}" for n in names for part in ("weight", "bias") if f"{n}.{part}" not in weights]
+        if missing:
+            raise CheckpointError(
+                f"these are not VGG16's convolutions: {_some('missing', set(missing))}; expected torchvision's names, "
+                "features.0.weight to features.28.bias"
+            )
+        for block, name in zip(encoder, names, strict=True):
+            unit = self.encoder[block.stage][block.index]
+            weight = from_file_layout(weights[f"{name}.weight"]).astype(self.dtype)
+            if weight.shape != unit.conv.weight.shape:
+                raise CheckpointError(
+                    f"{name}.weight has shape {weights[f'{name}.weight'].shape}; {block.name} of width {self.width} has "
+                    f"{block.in_channels} -> {block.out_channels} channels; VGG16 weights need width = 1.0"
+                )
+            self.device.write(unit.conv.weight.data, weight)
+            self.device.write(unit.bn.running_mean.data, -np.asarray(weights[f"{name}.bias"]).astype(self.dtype))
+
+
+class SegNetBasic(SegNet):
+    """SegNet-Basic: 4 + 4 convolutions of 7x7 and a 1x1 classifier; 64 channels, no ReLU in the decoder."""
+
+    architecture = "segnet-basic"
+    classifier_kernel = 1
+
+    def _blocks(self, width: float, dropout: bool) -> list[Block]:
+        return segnet_basic_blocks(width, dropout)
+
+
+ARCHITECTURES: dict[str, type[SegNet]] = {cls.architecture: cls for cls in (SegNet, SegNetBasic)}
+
+
+def build(description: Mapping[str, Any], device: "str | Device" = "auto", seed: int = 0) -> SegNet:
+    """The network that `describe` described, with fresh weights. CheckpointError where it cannot be understood."""
+    try:
+        architecture = ARCHITECTURES[description["architecture"]]
+        classes, width, dropout = description["classes"], description["width"], description["dropout"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"the description of the network {dict(description)} lacks or does not know {error}; expected architecture "
+            f"({' or '.join(ARCHITECTURES)}), classes, width and dropout"
+        ) from error
+    return architecture(classes, width, device, dropout=dropout, seed=seed)
+
+
+def to_file_layout(array: np.ndarray) -> np.ndarray:
+    """float32, and OIHW where it is a convolution's weight (OHWI in memory)."""
+    if array.ndim == 4:
+        array = array.transpose(0, 3, 1, 2)
+    return np.array(array, dtype=np.float32, order="C", copy=True)
+
+
+def from_file_layout(array: np.ndarray) -> np.ndarray:
+    """OHWI where it is a convolution's weight (OIHW in files)."""
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else np.asarray(array)
+
+
+def _some(what: str, names: set[str]) -> str:
+    """`missing: 3 (a, b, ...)` for messages."""
+    shown = sorted(names)[:3]
+    return f"{what}: {len(names)}" + (f" ({', '.join(shown)}{', ...' if len(names) > 3 else ''})" if names else "")
