@@ -1,6 +1,6 @@
 // Softmax cross-entropy over the pixels of a batch; logits seen as (pixels, classes).
 //
-//   loss of a pixel  l = logsumexp(z) - z[label], with the maximum taken out of the exponentials
+//   loss of a pixel  l = log sum exp(z - max z) - (z[label] - max z)
 //   loss             = sum w[label] l / normaliser, over the pixels whose label is not void (255)
 //   normaliser       = sum w[label]       ("weights", as PyTorch)
 //                    = number of pixels   ("valid", as the authors' Caffe)
@@ -17,13 +17,19 @@
 #define THREADS 256
 #define VOID_LABEL 255
 
-__device__ inline accumulate_t log_sum_exp(const storage_t* logits, int classes) {
-    accumulate_t highest = logits[0];
-    for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
-    accumulate_t sum = 0;
-    for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
-    return highest + log(sum);
-}
+// The logarithm of a softmax. The maximum is kept apart from the logarithm of the sum: added up, large logits would
+// round away the small numbers that matter.
+struct LogSoftmax {
+    accumulate_t highest, log_sum;
+    __device__ LogSoftmax(const storage_t* logits, int classes) {
+        highest = logits[0];
+        for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
+        accumulate_t sum = 0;
+        for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
+        log_sum = log(sum);
+    }
+    __device__ accumulate_t of(accumulate_t logit) const { return (logit - highest) - log_sum; }
+};
 
 extern "C" __global__ void cross_entropy_partial(
     const storage_t* __restrict__ logits,                  // (pixels, classes)
@@ -37,7 +43,7 @@ extern "C" __global__ void cross_entropy_partial(
         if (label >= classes) continue;
         const storage_t* const z = logits + pixel * classes;
         const double weight = class_weights ? (double)class_weights[label] : 1.0;
-        loss += weight * (log_sum_exp(z, classes) - (accumulate_t)z[label]);
+        loss -= weight * LogSoftmax(z, classes).of(z[label]);
         weights += weight;
         valid += 1;
     }
@@ -89,8 +95,8 @@ extern "C" __global__ void cross_entropy_backward(
             continue;
         }
         const accumulate_t factor = scale * (class_weights ? (double)class_weights[label] : 1.0);
-        const accumulate_t log_total = log_sum_exp(z, classes);
+        const LogSoftmax log_softmax(z, classes);
         for (int k = 0; k < classes; ++k)
-            dz[k] = factor * (exp((accumulate_t)z[k] - log_total) - (k == label ? 1 : 0));
+            dz[k] = factor * (exp(log_softmax.of(z[k])) - (k == label ? 1 : 0));
     }
 }

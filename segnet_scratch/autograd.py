@@ -1,7 +1,7 @@
 """Reverse-mode differentiation: Tensor, Function, backward. To be read in one sitting.
 
-A Tensor holds an array of a device. A Function is one application of an operation: `forward` computes arrays from
-arrays and keeps what `backward` needs; `backward` turns the gradient of each output into the gradient of each input.
+A Tensor holds an array of a device. A Function is one application of an operation: `forward` computes an array from
+arrays and keeps what `backward` needs; `backward` turns the gradient of the output into the gradient of each input.
 `Tensor.backward` walks the graph once, from the loss to the parameters, each Function after all that used its outputs.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.device import Array, Device, get_device
-from segnet_scratch.errors import DeviceError, SegnetError, ShapeError
+from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
 
 _recording = True
 _keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
@@ -68,6 +68,16 @@ class Tensor:
         if self.data.size != 1:
             raise ShapeError(f"{what} needs a tensor of one element, this one has shape {self.shape}")
 
+    def _expect_gradient(self, gradient: Array) -> None:
+        if not self.requires_grad:
+            raise SegnetError("backward() from a tensor that depends on nothing that requires a gradient")
+        if not self.device.owns(gradient):
+            raise DeviceError(f"backward(): the gradient is no array of the {self.device.name} device; upload it")
+        if tuple(gradient.shape) != self.shape:
+            raise ShapeError(f"backward(): the gradient has shape {tuple(gradient.shape)}, expected {self.shape}")
+        if gradient.dtype != self.dtype:
+            raise DTypeError(f"backward(): the gradient has element type {gradient.dtype}, expected {self.dtype}")
+
     def backward(self, gradient: Array | None = None) -> None:
         """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, then frees the graph.
 
@@ -76,20 +86,21 @@ class Tensor:
         if gradient is None:
             self._expect_scalar("backward() without a gradient")
             gradient = self.device.upload(np.ones(self.shape, self.dtype))
+        self._expect_gradient(gradient)
         gradients: dict[int, Array] = {self.key: gradient}
         if self.maker is None:
             _give(self, gradients)
             return
         for function in _from_loss_to_leaves(self.maker):
-            given = [gradients.pop(key, None) for key in function.output_keys]
-            if any(g is not None for g in given):
-                for tensor, d in zip(function.inputs, function.backward(*given), strict=True):
-                    if d is not None and tensor.requires_grad:
-                        held = gradients.get(tensor.key)
-                        gradients[tensor.key] = d if held is None else _sum(tensor.device, held, d)
-                for tensor in function.inputs:
-                    if tensor.maker is None:
-                        _give(tensor, gradients)
+            dy = gradients.pop(function.output_key, None)
+            # None: whoever used the output has no gradient for it.
+            given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
+            for tensor, d in zip(function.inputs, given, strict=True):
+                if d is not None and tensor.requires_grad:
+                    held = gradients.get(tensor.key)
+                    gradients[tensor.key] = d if held is None else _sum(tensor.device, held, d)
+                if tensor.maker is None:
+                    _give(tensor, gradients)
             function.release()
 
     def __repr__(self) -> str:
@@ -97,55 +108,45 @@ class Tensor:
 
 
 class Function:
-    """One application of a differentiable operation. Subclasses define `forward` and `backward`."""
+    """One application of a differentiable operation with one output. Subclasses define `forward` and `backward`."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.inputs: tuple[Tensor, ...] = ()
-        self.output_keys: tuple[int, ...] = ()
+        self.output_key = -1
         self.released = False
 
-    def forward(self, *arrays: Array) -> Any:
-        """The output array, or a tuple of them, from the input arrays; keeps on self what backward needs."""
+    def forward(self, *arrays: Array) -> Array:
+        """The output from the inputs; keeps on self what backward needs."""
         raise NotImplementedError
 
-    def backward(self, *gradients: Array | None) -> tuple[Array | None, ...]:
-        """One gradient (or None) for each input, from one (or None) for each output."""
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        """One gradient (or None) for each input, from that of the output."""
         raise NotImplementedError
 
     def release(self) -> None:
         """Forgets inputs and saved arrays, so that memory shrinks while backward proceeds."""
-        self.__dict__ = {"device": self.device, "inputs": (), "output_keys": (), "released": True}
+        self.__dict__ = {"device": self.device, "inputs": (), "output_key": -1, "released": True}
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Applies the operation and records it where an input requires a gradient."""
-        outputs = self.forward(*(tensor.data for tensor in inputs))
-        several = isinstance(outputs, tuple)
-        tensors = [Tensor(array, self.device) for array in (outputs if several else (outputs,))]
+        for position, tensor in enumerate(inputs):
+            if tensor.device is not self.device:
+                raise DeviceError(
+                    f"{type(self).__name__}: input {position} is on {tensor.device.name}, expected {self.device.name}; "
+                    "create both on one device"
+                )
+        output = Tensor(self.forward(*(tensor.data for tensor in inputs)), self.device)
         if _recording and any(tensor.requires_grad for tensor in inputs):
-            self.inputs = inputs
-            self.output_keys = tuple(tensor.key for tensor in tensors)
-            for tensor in tensors:
-                tensor.requires_grad = True
-                tensor.maker = self
-        return tuple(tensors) if several else tensors[0]
-
-
-def apply(function: Function, *inputs: Tensor) -> Any:
-    """Applies a function after checking that all inputs live on its device."""
-    for position, tensor in enumerate(inputs):
-        if tensor.device is not function.device:
-            raise DeviceError(
-                f"{type(function).__name__}: input {position} is on {tensor.device.name}, expected "
-                f"{function.device.name}; create both on one device"
-            )
-    return function(*inputs)
+            self.inputs, self.output_key = inputs, output.key
+            output.requires_grad, output.maker = True, self
+        return output
 
 
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
     """A Tensor on a device from anything NumPy understands; float64 is kept, other numbers become float32."""
     chosen = get_device(device)
-    if chosen.owns(values):
+    if chosen.owns(values) and not isinstance(values, np.ndarray):
         return Tensor(values, chosen, requires_grad)
     array = np.asarray(values)
     if array.dtype != np.float64:

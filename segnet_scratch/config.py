@@ -138,9 +138,7 @@ class Config:
     model: str = _setting(
         "segnet", _choice("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
     )
-    width: float = _setting(
-        1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer"
-    )
+    width: float = _setting(1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer")
     dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
     size: int | tuple[int, int] = _setting(
         224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
@@ -183,9 +181,7 @@ class Config:
         (1.0, 1.25), _scale_range(), "range of the random scale of a training image, [low, high]"
     )
     flip: bool = _setting(True, _boolean(), "mirror half of the training images at random")
-    seed: int = _setting(
-        0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout"
-    )
+    seed: int = _setting(0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout")
     workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
     checkpoint_every: int = _setting(
         500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
@@ -264,9 +260,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
 
 def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, as {key: (old value, new value)}; a setting that is not given is None."""
-    pairs = {
-        setting.name: (getattr(old, setting.name), getattr(new, setting.name)) for setting in fields(old)
-    }
+    pairs = {setting.name: (getattr(old, setting.name), getattr(new, setting.name)) for setting in fields(old)}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 
@@ -279,9 +273,7 @@ def check_resume(old: Config, new: Config) -> None:
     safe = _SAFE_ON_RESUME if "poly" in (old.schedule, new.schedule) else _SAFE_ON_RESUME.union(_LENGTH)
     changed = {key: values for key, values in difference(old, new).items() if key not in safe}
     if changed:
-        listing = ", ".join(
-            f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items()
-        )
+        listing = ", ".join(f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items())
         raise ConfigError(
             f"resume: expected the settings that the run started with, got other values of {listing}; "
             "resume with the old values or start a new run folder."
@@ -319,9 +311,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key or not text:
-        raise ConfigError(
-            f"--set {override}: expected key=value, got {override!r}; write for example lr=0.01."
-        )
+        raise ConfigError(f"--set {override}: expected key=value, got {override!r}; write for example lr=0.01.")
     _check_keys({key: text})
     if re.fullmatch(r"[A-Za-z_][\w-]*", text) and text not in ("true", "false", "inf", "nan"):
         return key, text

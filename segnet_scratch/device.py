@@ -89,7 +89,7 @@ class NumpyDevice(Device):
         return np.zeros(tuple(shape), dtype)
 
     def upload(self, array: np.ndarray) -> Array:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def download(self, array: Array) -> np.ndarray:
         return np.asarray(array)
@@ -151,7 +151,7 @@ class CudaDevice(Device):
         return self._guarded(lambda: self._cupy.zeros(tuple(shape), dtype))
 
     def upload(self, array: np.ndarray) -> Array:
-        return self._guarded(lambda: self._cupy.asarray(np.ascontiguousarray(array)))
+        return self._guarded(lambda: self._cupy.asarray(np.asarray(array, order="C")))
 
     def download(self, array: Array) -> np.ndarray:
         return self._cupy.asnumpy(array)

@@ -129,13 +129,10 @@ class MetricsLog:
             line = _encode_row(row)
         except (TypeError, ValueError) as error:
             raise TrainingError(
-                f"{self.path}: expected a row that JSON can hold, got {row!r} ({error}); "
-                "log numbers and text."
+                f"{self.path}: expected a row that JSON can hold, got {row!r} ({error}); log numbers and text."
             ) from error
         if not _has_step(json.loads(line)):
-            raise TrainingError(
-                f"{self.path}: expected a row with an integer step, got {row!r}; add step=..."
-            )
+            raise TrainingError(f"{self.path}: expected a row with an integer step, got {row!r}; add step=...")
         try:
             # Unbuffered, so that closing the file has nothing left to write that could fail or be lost.
             with self.path.open("a+b", buffering=0) as file:
@@ -175,8 +172,7 @@ class MetricsLog:
             lines = Path(path).read_bytes().split(b"\n")
         except OSError as error:
             raise DataError(
-                f"{os.fspath(path)}: expected the metrics of a run, got {error.strerror}; "
-                "check the path of the run."
+                f"{os.fspath(path)}: expected the metrics of a run, got {error.strerror}; check the path of the run."
             ) from error
         rows = []
         whole_lines = lines[:-1]  # behind the last line feed stands nothing, or a torn line

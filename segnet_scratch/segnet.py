@@ -115,6 +115,7 @@ class SegNet(Module):
         self.blocks = self._blocks(width, dropout)
         rng = np.random.default_rng(seed)
         common = (self.device, rng, self.dtype, rung)
+        self.metadata: dict[str, Any] = {}  # of the checkpoint that it was loaded from
         self.encoder: dict[int, dict[int, ConvUnit]] = {}
         self.decoder: dict[int, dict[int, ConvUnit]] = {}
         for block in self.blocks:

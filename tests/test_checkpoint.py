@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from segnet_scratch import checkpoint
 from segnet_scratch.errors import CheckpointError
@@ -28,6 +29,7 @@ def some_tensors(seed=0):
         "codes": generator.integers(0, 4, (2, 5, 3), dtype=np.uint8),
         "half": generator.standard_normal(7).astype(np.float16),
         "empty": np.zeros((0, 3), np.float32),
+        "entraîné": np.array([True, False]),
     }
 
 
@@ -87,20 +89,35 @@ class TestRoundTrip:
         for name, array in checkpoint.load(tmp_path / "a").tensors.items():
             assert array.flags.aligned, name
             assert array.flags.writeable, name
-            assert array.base is not None, name  # a view: aligned in the file already, not copied to be so
+
+    def test_loaded_tensors_do_not_depend_on_the_file_any_more(self, tmp_path):
+        checkpoint.save(tmp_path / "a", some_tensors(), {})
+        ours, foreign = checkpoint.load(tmp_path / "a").tensors, checkpoint.load_foreign(tmp_path / "a")
+        with (tmp_path / "a").open("r+b") as file:
+            file.write(bytes(2000))
+            file.truncate(2000)
+        assert_same_tensors(ours, some_tensors())
+        assert_same_tensors(foreign, some_tensors())
 
     def test_same_content_gives_the_same_bytes(self, tmp_path):
         tensors = some_tensors()
         checkpoint.save(tmp_path / "a", tensors, {"x": 1, "y": 2})
-        checkpoint.save(tmp_path / "b", dict(reversed(tensors.items())), {"y": 2, "x": 1})
-        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        for _ in range(5):  # an order that is left to chance would differ at one of them
+            checkpoint.save(tmp_path / "b", dict(reversed(tensors.items())), {"y": 2, "x": 1})
+            assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_keys_that_are_numbers_become_text_as_in_json(self, tmp_path):
+        checkpoint.save(tmp_path / "a", {}, {"classes": {10: "dog", 9: "cat"}, "size": (360, 480)})
+        assert checkpoint.load(tmp_path / "a").metadata == {
+            "classes": {"10": "dog", "9": "cat"},
+            "size": [360, 480],
+        }
 
     def test_other_programs_can_read_our_files(self, tmp_path):
-        library = pytest.importorskip("safetensors.numpy")
         tensors = some_tensors()
         checkpoint.save(tmp_path / "a", tensors, some_metadata())
-        assert_same_tensors(library.load_file(tmp_path / "a"), tensors)
-        assert_same_tensors(library.load((tmp_path / "a").read_bytes()), tensors)
+        assert_same_tensors(safetensors.numpy.load_file(tmp_path / "a"), tensors)
+        assert_same_tensors(safetensors.numpy.load((tmp_path / "a").read_bytes()), tensors)
 
     def test_permissions_follow_the_umask(self, tmp_path):
         previous = os.umask(0o027)
@@ -113,9 +130,8 @@ class TestRoundTrip:
 
 class TestForeign:
     def test_files_of_the_safetensors_package(self, tmp_path):
-        library = pytest.importorskip("safetensors.numpy")
         tensors = some_tensors()
-        library.save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
+        safetensors.numpy.save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
         assert_same_tensors(checkpoint.load_foreign(tmp_path / "a"), tensors)
         with pytest.raises(CheckpointError, match="written by this project"):
             checkpoint.load(tmp_path / "a")
@@ -133,6 +149,25 @@ class TestForeign:
         expected = np.array([[1], [-2.5], [2.0**-133], [np.inf], [np.nan]], np.float32)
         np.testing.assert_array_equal(weights, expected)
 
+    def test_bfloat16_beside_other_dtypes(self, tmp_path):
+        header = {
+            "a": entry("F32", (1,), (0, 4)),
+            "b": entry("BF16", (), (4, 6)),
+            "c": entry("BF16", (0, 2), (6, 6)),
+            "d": entry("F16", (1,), (6, 8)),
+        }
+        data = np.float32(1.5).tobytes() + b"\x80\x3f" + np.float16(-2).tobytes()
+        (tmp_path / "a").write_bytes(file_of(header, data))
+        expected = {
+            "a": np.array([1.5], np.float32),
+            "b": np.array(1, np.float32),
+            "c": np.zeros((0, 2), np.float32),
+            "d": np.array([-2], np.float16),
+        }
+        weights = checkpoint.load_foreign(tmp_path / "a")
+        assert_same_tensors(weights, expected)
+        assert all(array.flags.writeable for array in weights.values())
+
     def test_unaligned_tensors(self, tmp_path):
         header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (1,), (1, 5))}
         (tmp_path / "a").write_bytes(file_of(header, b"\7" + np.float32(1.5).tobytes()))
@@ -147,8 +182,8 @@ MALFORMED = {
     "no header": bytes(8),
     "header length 2**64 - 1": b"\xff" * 8 + b"{}",
     "header longer than the file": (100).to_bytes(8, "little") + b"{}",
-    "header far longer than the file": checkpoint.MAXIMUM_HEADER.to_bytes(8, "little") + b"{}",
-    "header above the cap": file_of(b"{" + b" " * checkpoint.MAXIMUM_HEADER + b"}"),
+    "header far longer than the file": (10**8).to_bytes(8, "little") + b"{}",
+    "header length above the library's cap": (10**8 + 1).to_bytes(8, "little") + b"{}",
     "zip archive, as a PyTorch file": b"PK\x03\x04" + bytes(200),
     "pickle": b"\x80\x04\x95" + bytes(200),
     "text": b"version https://git-lfs.github.com/spec/v1\n",
@@ -158,20 +193,17 @@ MALFORMED = {
     "header is no UTF-8": file_of(b'{"\xff":1}'),
     "header nested deep": file_of(b'{"a":' + b"[" * 100_000),
     "number of 5,000 digits": file_of(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}"),
-    "repeated tensor": file_of(b'{"w":%b,"w":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(4)),
     "metadata is a list": file_of({"__metadata__": []}),
-    "metadata is null": file_of({"__metadata__": None}),
     "metadata value is a number": file_of({"__metadata__": {"a": 1}}),
     "tensor is a list": file_of({"w": []}),
     "tensor without offsets": file_of({"w": {"dtype": "F32", "shape": [1]}}, bytes(4)),
-    "tensor with more keys": file_of({"w": entry(more=1)}, bytes(4)),
     "unknown dtype": file_of({"w": entry("F8_E4M3", (4,))}, bytes(4)),
     "dtype is a list": file_of({"w": entry(["F32"])}, bytes(4)),
     "shape is a number": file_of({"w": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}, bytes(4)),
     "negative sides": file_of({"w": entry(shape=(-1, -1))}, bytes(4)),
     "side is true": file_of({"w": entry(shape=(True,))}, bytes(4)),
     "side is a float": file_of({"w": entry(shape=(1.0,))}, bytes(4)),
-    "too many sides": file_of({"w": entry(shape=(1,) * 33)}, bytes(4)),
+    "more sides than NumPy takes": file_of({"w": entry(shape=(1,) * 65)}, bytes(4)),
     "sides overflow": file_of({"w": entry(shape=(2**62, 4, 2**62))}, bytes(4)),
     "empty, but sides overflow": file_of({"w": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}),
     "shape larger than its bytes": file_of({"w": entry(shape=(2,))}, bytes(4)),
@@ -184,6 +216,13 @@ MALFORMED = {
     "data too long": file_of({"w": entry()}, bytes(5)),
 }
 
+# What safetensors takes although the format forbids it; what it makes of them is sound.
+LENIENT = {
+    "repeated tensor": file_of(b'{"w":%b,"w":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(4)),
+    "tensor with more keys": file_of({"w": entry(more=1)}, bytes(4)),
+    "metadata is null": file_of({"__metadata__": None, "w": entry()}, bytes(4)),
+}
+
 
 class TestDamage:
     @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED.keys())
@@ -191,8 +230,6 @@ class TestDamage:
         path = tmp_path / "odd.safetensors"
         path.write_bytes(content)
         for read in (checkpoint.load, checkpoint.read_metadata, checkpoint.load_foreign):
-            if content == MALFORMED["empty, but sides overflow"] and read is not checkpoint.load_foreign:
-                continue  # its header is sound; it lacks our metadata, which is another test
             tracemalloc.start()
             try:
                 with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*(expected|got).*; "):
@@ -200,6 +237,15 @@ class TestDamage:
                 assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 300_000
             finally:
                 tracemalloc.stop()
+
+    @pytest.mark.parametrize("content", LENIENT.values(), ids=LENIENT.keys())
+    def test_tolerated_files_are_foreign_and_give_a_sound_tensor(self, tmp_path, content):
+        path = tmp_path / "odd.safetensors"
+        path.write_bytes(content)
+        assert_same_tensors(checkpoint.load_foreign(path), {"w": np.zeros(1, np.float32)})
+        for read in (checkpoint.load, checkpoint.read_metadata):
+            with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*written by this project; "):
+                read(path)
 
     def test_every_flipped_bit_is_noticed(self, tmp_path):
         path = tmp_path / "last.safetensors"
@@ -219,11 +265,13 @@ class TestDamage:
         checkpoint.load(path)
 
     def test_messages_show_hostile_names_short_and_escaped(self, tmp_path):
-        (tmp_path / "a").write_bytes(file_of({"\x1b[2J" + "n" * 500_000: []}))
-        with pytest.raises(CheckpointError) as raised:
-            checkpoint.load_foreign(tmp_path / "a")
-        assert str(raised.value).isprintable()
-        assert len(str(raised.value)) < 500
+        # The first is quoted by safetensors, the second by this project.
+        for odd in (entry(offsets=(4, 0)), entry("F8_E4M3", (4,))):
+            (tmp_path / "a").write_bytes(file_of({"\x1b[2J" + "n" * 500_000: odd}, bytes(4)))
+            with pytest.raises(CheckpointError, match=r"x1b\[2Jnnn") as raised:
+                checkpoint.load_foreign(tmp_path / "a")
+            assert str(raised.value).isprintable()
+            assert len(str(raised.value)) < 300 + 300  # what is quoted, and the rest with the path
 
     def test_a_file_cut_anywhere_is_refused(self, tmp_path):
         path = tmp_path / "last.safetensors"
@@ -246,6 +294,7 @@ class TestDamage:
             (b'"aa"', b'"ab"'),
             (b'"F32"', b'"I32"'),
             (b'\\"step\\": 7', b'\\"step\\": 8'),
+            (b'\\"step\\": 7', b'\\"step\\":7 '),  # the same to a JSON parser
             (np.ones(2, np.float32).tobytes(), np.ones(2, np.float32).tobytes()[::-1]),
         ]
         for before, after in changes:
@@ -269,14 +318,23 @@ class TestDamage:
         monkeypatch.setattr(checkpoint, "FORMAT", "2")
         checkpoint.save(tmp_path / "a", {}, {})
         monkeypatch.undo()
-        with pytest.raises(CheckpointError, match=r"format 1, got '2'"):
+        with pytest.raises(CheckpointError, match="format '2', not 1"):
             checkpoint.load(tmp_path / "a")
 
     def test_metadata_that_is_no_object_is_refused(self, tmp_path):
-        for text in ("[]", "7", "{", "[" * 100_000):
-            header = checkpoint._encode_header({}, text)
-            (tmp_path / "a").write_bytes(file_of(header))
-            with pytest.raises(CheckpointError, match="metadata"):
+        not_an_object = '{"format": "1", "metadata": [], "sha256": ""}'
+        for text in ("", "[]", "7", "{", "{}", "[" * 100_000, not_an_object):
+            (tmp_path / "a").write_bytes(file_of({"__metadata__": {"segnet_scratch": text}}))
+            for read in (checkpoint.load, checkpoint.read_metadata):
+                with pytest.raises(CheckpointError, match="metadata that is no JSON object"):
+                    read(tmp_path / "a")
+
+    def test_metadata_with_infinity_cannot_be_slipped_in(self, tmp_path):
+        checkpoint.save(tmp_path / "a", {}, {"loss": 0.125})
+        sound = (tmp_path / "a").read_bytes()
+        for number in (b"1e999", b"  NaN"):
+            (tmp_path / "a").write_bytes(sound.replace(b"0.125", number))
+            with pytest.raises(CheckpointError, match="checksum"):
                 checkpoint.load(tmp_path / "a")
 
     @pytest.mark.parametrize("read", [checkpoint.load, checkpoint.read_metadata, checkpoint.load_foreign])
@@ -301,18 +359,42 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="use another copy of it, or train anew"):
             checkpoint.load(last)
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on private memory, and /proc")
     def test_memory_of_a_load_and_a_save_stays_near_the_size_of_the_file(self, tmp_path):
-        tensors = {f"w{i}": np.full(1 << 18, i, np.float32) for i in range(4)}  # 4 MiB
-        size = sum(array.nbytes for array in tensors.values())
-        tracemalloc.start()
-        try:
-            checkpoint.save(tmp_path / "a", tensors, {})
-            assert tracemalloc.get_traced_memory()[1] < 0.1 * size
-            tracemalloc.reset_peak()
-            checkpoint.load(tmp_path / "a")
-            assert tracemalloc.get_traced_memory()[1] < 1.1 * size
-        finally:
-            tracemalloc.stop()
+        """Under a limit of the system, which also counts what safetensors takes beside Python."""
+        for number, content in enumerate(MALFORMED.values()):
+            (tmp_path / f"odd{number}").write_bytes(content)
+        code = (
+            "import resource, sys, numpy; from pathlib import Path; from segnet_scratch import checkpoint\n"
+            "def limit(more):\n"
+            "    used = int(Path('/proc/self/status').read_text().split('VmData:')[1].split()[0]) * 1024\n"
+            "    resource.setrlimit(resource.RLIMIT_DATA, (int(used + more), resource.RLIM_INFINITY))\n"
+            "folder, size = Path(sys.argv[1]), 64 << 20\n"
+            "tensors = {f'w{i}': numpy.full(size // 16, i, numpy.float32) for i in range(4)}\n"
+            "limit(2.2 * size)\n"  # safetensors builds the file's bytes, then copies them for Python
+            "checkpoint.save(folder / 'a', tensors, {})\n"
+            "del tensors\n"
+            "for read in (checkpoint.load, checkpoint.load_foreign):\n"
+            "    limit(1.2 * size)\n"
+            "    read(folder / 'a')\n"
+            "limit(4 << 20)\n"
+            "for path in folder.glob('odd*'):\n"
+            "    try:\n"
+            "        checkpoint.load_foreign(path)\n"
+            "    except checkpoint.CheckpointError as error:\n"
+            "        assert 'MemoryError' not in str(error), error\n"
+            "try:\n"
+            "    checkpoint.load(folder / 'a')\n"
+            "except (checkpoint.CheckpointError, MemoryError) as error:\n"
+            "    print('the limit holds:', type(error).__name__)\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-B", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        if not ended.stdout:
+            pytest.skip("this system does not limit the memory of a process")
+        assert ended.stdout == "the limit holds: CheckpointError\n"
 
 
 class TestRefusedContent:
@@ -323,12 +405,16 @@ class TestRefusedContent:
             ({"w": np.array(["text"])}, {}, "tensor w"),
             ({"w": np.array([1j])}, {}, "tensor w: .*complex128"),
             ({"w": [1.0]}, {}, "tensor w: .*list"),
-            ({"poids_é": np.zeros(1)}, {}, "poids_é"),
+            ({"w": np.zeros(1, np.longdouble)}, {}, "w"),
+            ({"w": np.zeros(1, "M8[s]")}, {}, "tensor w: .*datetime64"),
+            ({1: np.zeros(1)}, {}, "tensor names"),
+            ({"\ud800": np.zeros(1)}, {}, "printable"),
             ({"line\nfeed": np.zeros(1)}, {}, "printable"),
             ({"__metadata__": np.zeros(1)}, {}, "__metadata__"),
-            ({}, {"loss": float("nan")}, "NaN"),
+            ({}, {"loss": float("nan")}, "without NaN or infinity"),
+            ({}, {"deep": [{"loss": float("inf")}]}, "without NaN or infinity"),
             ({}, {"loss": np.float32(1)}, "float32"),
-            ({}, {"long": "x" * checkpoint.MAXIMUM_HEADER}, "header of at most"),
+            ({}, {"long": "x" * 10**8}, "header too large"),
         ],
     )
     def test_content_that_does_not_fit_leaves_the_old_file(self, tmp_path, tensors, metadata, message):
@@ -391,13 +477,13 @@ class TestDurability:
     def test_whichever_call_fails_a_complete_file_stays(self, tmp_path, monkeypatch, error):
         path = tmp_path / "last.safetensors"
         with monkeypatch.context() as patch:
-            calls = Calls(patch).log
+            calls = Calls(patch, longest_write=500).log  # several writes, so that later ones fail too
             checkpoint.save(path, some_tensors(1), some_metadata(1))
         assert len(calls) >= 10
         for failing, call in enumerate(calls):
             checkpoint.save(path, some_tensors(0), some_metadata(0))
             with monkeypatch.context() as patch:
-                Calls(patch, fail_at=failing, error=error)
+                Calls(patch, fail_at=failing, error=error, longest_write=500)
                 message = rf"last\.safetensors: could not be saved: {os.strerror(error)}"
                 with pytest.raises(CheckpointError, match=message):
                     checkpoint.save(path, some_tensors(1), some_metadata(1))
@@ -453,9 +539,7 @@ class TestDurability:
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "checkpoint.save(sys.argv[1], {'w': numpy.zeros(100_000)}, {'step': 2})\n"
         )
-        ended = subprocess.run(
-            [sys.executable, "-B", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
-        )
+        ended = subprocess.run([sys.executable, "-B", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode != 0
         assert "last.safetensors: could not be saved" in ended.stderr
         assert checkpoint.load(path).metadata == {"step": 1}

@@ -155,9 +155,7 @@ class _Patches:
             field = self._field(image, row, last - first)
             down, right, item = field.strides
             strides = (self.stride * down, self.stride * right, down, item)
-            patches[first - rows.start : last - rows.start] = as_strided(
-                field, (last - first, *row_shape), strides
-            )
+            patches[first - rows.start : last - rows.start] = as_strided(field, (last - first, *row_shape), strides)
             first = last
         return patches.reshape(-1, self.values)
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -47,8 +46,8 @@ def parallel_for(count: int, body: Callable[[int], None]) -> None:
     """Calls `body(i)` once for each i in 0..count-1, on all workers in any order, and waits for all of them.
 
     The calling thread works too. Inside, BLAS is single-threaded and floating-point warnings are off: NaN and
-    infinity pass as values. A call from inside a body runs inline. After an exception no further body starts,
-    and the first exception is raised here.
+    infinity pass as values. A call from inside a body runs inline; calls from several threads take turns. After
+    an exception no further body starts, and the first exception is raised here.
     """
     if getattr(_this_thread, "is_inside", False):
         for index in range(count):
@@ -69,12 +68,17 @@ def parallel_for(count: int, body: Callable[[int], None]) -> None:
         finally:
             _this_thread.is_inside = False
 
+    def help_out() -> None:
+        # Some BLAS libraries have a limit per thread.
+        with _blas.limit(limits=1):
+            work()
+
     with single_threaded_blas():
-        helpers = _pool.submit(work, min(worker_count(), count) - 1)
+        helpers = _pool.submit(help_out, min(worker_count(), count) - 1)
         try:
             work()
         finally:
-            # A helper that has not begun, because its thread serves another caller, finds nothing left to do.
+            # To wake a helper that has nothing left to do would only cost time.
             wait([helper for helper in helpers if not helper.cancel()])
     if errors:
         raise errors[0]
@@ -87,13 +91,21 @@ def parallel_slices(length: int, step: int, body: Callable[[slice], None]) -> No
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """While inside, matrix products use the calling thread only; nests, also across threads."""
+    """While inside, matrix products use the calling thread only. Nests; several threads take turns.
+
+    The limit of most BLAS libraries is one for the whole process: a thread that left would lift it for the rest.
+    """
     pool = _pool
-    pool.enter_limit()
-    try:
-        yield
-    finally:
-        pool.leave_limit()
+    with pool.lock:
+        if pool.is_limited:
+            yield
+            return
+        pool.is_limited = True
+        try:
+            with _blas.limit(limits=1):
+                yield
+        finally:
+            pool.is_limited = False
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -118,40 +130,24 @@ def _take(pending: deque[int]) -> int | None:
 
 
 class _Pool:
-    """Helper threads and the BLAS limit of this process."""
+    """The helper threads of this process, and the lock under which one operation at a time uses them."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.is_limited = False
         self.executor: ThreadPoolExecutor | None = None
         self.threads = 0
-        self.limit_depth = 0
-        self.limiter: Any = None
 
     def submit(self, work: Callable[[], None], helpers: int) -> list[Future[None]]:
-        """Runs `work` on `helpers` threads besides the caller's, as soon as these are free."""
+        """Starts `work` on `helpers` threads besides the caller's."""
         if helpers < 1:
             return []
-        with self.lock:
-            if self.executor is None or self.threads < helpers:
-                if self.executor is not None:
-                    self.executor.shutdown(wait=False)
-                self.executor = ThreadPoolExecutor(helpers, thread_name_prefix="segnet")
-                self.threads = helpers
-            return [self.executor.submit(work) for _ in range(helpers)]
-
-    def enter_limit(self) -> None:
-        """Limits BLAS to one thread; the first of several simultaneous users does it."""
-        with self.lock:
-            if self.limit_depth == 0:
-                self.limiter = _blas.limit(limits=1)
-            self.limit_depth += 1
-
-    def leave_limit(self) -> None:
-        """Gives BLAS its threads back; the last of several simultaneous users does it."""
-        with self.lock:
-            self.limit_depth -= 1
-            if self.limit_depth == 0:
-                self.limiter.restore_original_limits()
+        if self.executor is None or self.threads < helpers:
+            if self.executor is not None:
+                self.executor.shutdown(wait=False)
+            self.executor = ThreadPoolExecutor(helpers, thread_name_prefix="segnet")
+            self.threads = helpers
+        return [self.executor.submit(work) for _ in range(helpers)]
 
 
 # To look through the loaded libraries takes milliseconds, to set a limit microseconds: look once.
@@ -160,11 +156,8 @@ _pool = _Pool()
 
 
 def _start_afresh_in_child() -> None:
-    # A forked child inherits no helper threads, a lock in an unknown state, and perhaps the limit set by an
-    # operation in another thread of the parent.
+    # A forked child inherits no helper threads, and perhaps a lock that is held by a thread it lacks.
     global _pool
-    if _pool.limit_depth > 0:
-        _pool.limiter.restore_original_limits()
     _pool = _Pool()
 
 

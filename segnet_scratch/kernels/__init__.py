@@ -34,7 +34,9 @@ def shipped_kernels() -> dict[str, Kernel]:
     for source in shipped_sources():
         for kernel in parse_kernels(source):
             if kernel.name in kernels:
-                raise LaunchError(f"kernel {kernel.name} is defined in {source.path} and in {kernels[kernel.name].source.path}")
+                raise LaunchError(
+                    f"kernel {kernel.name} is defined in {source.path} and in {kernels[kernel.name].source.path}"
+                )
             kernels[kernel.name] = kernel
     return kernels
 
@@ -44,7 +46,9 @@ def find_kernel(name: str) -> Kernel:
     try:
         return shipped_kernels()[name]
     except KeyError:
-        raise LaunchError(f"there is no kernel {name!r}; the kernels are {', '.join(sorted(shipped_kernels()))}") from None
+        raise LaunchError(
+            f"there is no kernel {name!r}; the kernels are {', '.join(sorted(shipped_kernels()))}"
+        ) from None
 
 
 def launch(

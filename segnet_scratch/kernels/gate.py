@@ -78,7 +78,9 @@ def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int], s
             raise LaunchError(f"{kernel.name}: {what} {tuple(size)}; expected three positive integers")
         for axis, n, limit in zip("xyz", size, limits, strict=True):
             if n > limit:
-                raise LaunchError(f"{kernel.name}: {what}.{axis} is {n}, the limit is {limit}; give each thread more work")
+                raise LaunchError(
+                    f"{kernel.name}: {what}.{axis} is {n}, the limit is {limit}; give each thread more work"
+                )
     if prod(block) > MAX_THREADS:
         raise LaunchError(f"{kernel.name}: a block of {prod(block)} threads; the limit is {MAX_THREADS}")
     if not 0 <= shared <= MAX_SHARED:

@@ -142,7 +142,9 @@ def build(source: Source, types: ElementTypes) -> Path:
             [*command, *flags, *includes, str(unit_path), "-o", str(output)], capture_output=True, text=True
         )
         if result.returncode != 0:
-            raise CompileError(f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}")
+            raise CompileError(
+                f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
+            )
         publish(library, output.read_bytes())
     return library
 
@@ -189,9 +191,7 @@ def run(
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.
     cells = [
-        np.array(0 if value is None else value.ctypes.data, dtype=np.uint64)
-        if parameter.pointer
-        else np.array(value)
+        np.array(0 if value is None else value.ctypes.data, dtype=np.uint64) if parameter.pointer else np.array(value)
         for parameter, value in zip(kernel.parameters, values, strict=True)
     ]
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))

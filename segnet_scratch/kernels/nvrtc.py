@@ -24,7 +24,9 @@ def _candidates() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     if spec is not None and spec.submodule_search_locations:
         for location in spec.submodule_search_locations:
-            roots += sorted(Path(location).glob("*/lib"), reverse=True) + sorted(Path(location).glob("*/bin"), reverse=True)
+            roots += sorted(Path(location).glob("*/lib"), reverse=True) + sorted(
+                Path(location).glob("*/bin"), reverse=True
+            )
     for toolkit in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if toolkit:
             roots += [Path(toolkit) / "lib64", Path(toolkit) / "lib", Path(toolkit) / "bin"]
@@ -77,7 +79,14 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
     )
     try:
         # No fused multiply-add but where a kernel says fma, as on the host device: both give the same bits.
-        options = [f"-arch={architecture}", "-std=c++17", "-fmad=false", "-lineinfo", "--ptxas-options=-v", *types.defines]
+        options = [
+            f"-arch={architecture}",
+            "-std=c++17",
+            "-fmad=false",
+            "-lineinfo",
+            "--ptxas-options=-v",
+            *types.defines,
+        ]
         options += [f"-I{directory}" for directory in source.include_directories]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), array)

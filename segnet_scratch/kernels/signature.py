@@ -198,7 +198,9 @@ def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parame
     name, c_type = kept[-1], " ".join(kept[:-1])
     if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
         known = ", ".join(["storage_t", "accumulate_t", *_FIXED_TYPES])
-        raise CompileError(f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}")
+        raise CompileError(
+            f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}"
+        )
     const = pointer and "const" in words[: words.index("*")]
     code = _compile_extent(where, extent) if pointer and extent else None
     return Parameter(name, c_type, pointer, const, "OPTIONAL" in words, extent if code else None, code)
@@ -209,7 +211,9 @@ def _compile_extent(where: str, extent: str) -> CodeType | None:
     try:
         tree = ast.parse(extent.replace("/", "//"), mode="eval")
     except SyntaxError as error:
-        raise CompileError(f"{where}: the shape comment {extent} is not an expression in the kernel's integers") from error
+        raise CompileError(
+            f"{where}: the shape comment {extent} is not an expression in the kernel's integers"
+        ) from error
     allowed = (ast.Expression, ast.Tuple, ast.BinOp, ast.Name, ast.Constant, ast.Load)
     operators = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
     for node in ast.walk(tree):

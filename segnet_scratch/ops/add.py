@@ -1,8 +1,17 @@
 """Sum of two arrays: where a tensor is used more than once, its gradients are added."""
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.device import Array, Device
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+    spec_of,
+)
 
 
 class AddForward(Op):
@@ -38,4 +47,4 @@ class Add(Function):
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b of equal shapes; ShapeError otherwise."""
-    return apply(Add(a.device), a, b)
+    return Add(a.device)(a, b)

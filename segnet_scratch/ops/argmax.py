@@ -13,7 +13,10 @@ class ArgmaxForward(Op):
 
     def __init__(self, logits: Spec) -> None:
         expect_float(self.name, "logits", logits)
-        expect(len(logits.shape) >= 2 and logits.size > 0, f"argmax: logits {logits.shape}; expected (..., classes)")
+        expect(
+            len(logits.shape) >= 2 and logits.size > 0,
+            f"argmax: logits {logits.shape}; expected (..., classes)",
+        )
         self.classes = logits.shape[-1]
         expect(self.classes <= 256, f"argmax: {self.classes} classes; at most 256 fit a uint8 label")
         self.inputs = {"logits": logits}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import batch_norm as fast
 from segnet_scratch.device import Array, Device
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Columns, Op, Spec, expect, expect_map, spec_of
@@ -35,7 +35,13 @@ class BatchNormTrainingForward(Op):
         )
         vector = x.with_shape(c)
         self.eps, self.momentum = eps, momentum
-        self.inputs = {"x": x, "weight": vector, "bias": vector, "running_mean": vector, "running_var": vector}
+        self.inputs = {
+            "x": x,
+            "weight": vector,
+            "bias": vector,
+            "running_mean": vector,
+            "running_var": vector,
+        }
         self.outputs = {"y": x, "mean": vector, "inv_std": vector}
         self.workspace = {"partials": x.with_shape(self.columns.chunks, 2, c)}
         self.flops = 7 * x.size
@@ -78,7 +84,13 @@ class BatchNormEvaluationForward(Op):
         self.columns = _columns(self.name, x)
         vector = x.with_shape(self.columns.channels)
         self.eps = eps
-        self.inputs = {"x": x, "weight": vector, "bias": vector, "running_mean": vector, "running_var": vector}
+        self.inputs = {
+            "x": x,
+            "weight": vector,
+            "bias": vector,
+            "running_mean": vector,
+            "running_var": vector,
+        }
         self.outputs = {"y": x, "mean": vector, "inv_std": vector}
         self.workspace = {}
         self.flops = 3 * x.size
@@ -179,4 +191,4 @@ def batch_norm(
 
     In training the statistics are those of x, and the running ones move towards them by a tenth, in place.
     """
-    return apply(BatchNorm(x.device, running_mean, running_var, training), x, weight, bias)
+    return BatchNorm(x.device, running_mean, running_var, training)(x, weight, bias)

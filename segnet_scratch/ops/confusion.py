@@ -19,7 +19,10 @@ class ConfusionAccumulate(Op):
     updates = ("counts",)
 
     def __init__(self, pixels: int, classes: int) -> None:
-        expect(pixels > 0 and 0 < classes <= 255, f"confusion: {pixels} pixels, {classes} classes; expected 1 to 255")
+        expect(
+            pixels > 0 and 0 < classes <= 255,
+            f"confusion: {pixels} pixels, {classes} classes; expected 1 to 255",
+        )
         self.pixels, self.classes = pixels, classes
         labels = Spec((pixels,), LABELS)
         counts = Spec((classes, classes), np.dtype(np.uint64))

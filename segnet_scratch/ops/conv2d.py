@@ -8,11 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import conv2d as fast
 from segnet_scratch.device import Array, Device
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Columns, Op, Spec, element_grid, expect, expect_map, spec_of
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Columns,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_map,
+    spec_of,
+)
 
 RUNGS = ("direct", "tiled")
 # The tiles of cuda/conv2d_tiled.cu.
@@ -39,14 +49,20 @@ class Geometry:
     def of(x: tuple[int, ...], weight: tuple[int, ...], stride: int, padding: int) -> "Geometry":
         """From x (n, h, w, c) and weight (o, kh, kw, c); ShapeError where they do not fit."""
         expect(len(x) == 4, f"conv2d: x has shape {x}; expected (n, h, w, c), channels last")
-        expect(len(weight) == 4 and min(weight) > 0, f"conv2d: weight has shape {weight}; expected (o, kh, kw, c)")
+        expect(
+            len(weight) == 4 and min(weight) > 0,
+            f"conv2d: weight has shape {weight}; expected (o, kh, kw, c)",
+        )
         n, h, w, c = x
         o, kh, kw, weight_channels = weight
         expect(
             c == weight_channels,
             f"conv2d: x {x} has {c} channels, weight {weight} takes {weight_channels}; weights are (o, kh, kw, c)",
         )
-        expect(stride >= 1 and padding >= 0, f"conv2d: stride {stride}, padding {padding}; expected >= 1 and >= 0")
+        expect(
+            stride >= 1 and padding >= 0,
+            f"conv2d: stride {stride}, padding {padding}; expected >= 1 and >= 0",
+        )
         oh, ow = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
         expect(
             h + 2 * padding >= kh and w + 2 * padding >= kw,
@@ -87,7 +103,10 @@ class Geometry:
             return "tiled" if self.stride == 1 else "direct"
         if rung not in RUNGS:
             raise ShapeError(f"conv2d: there is no rung {rung!r}; expected one of {', '.join(RUNGS)}")
-        expect(rung != "tiled" or self.stride == 1, f"conv2d: rung 'tiled' takes stride 1, not {self.stride}; use 'direct'")
+        expect(
+            rung != "tiled" or self.stride == 1,
+            f"conv2d: rung 'tiled' takes stride 1, not {self.stride}; use 'direct'",
+        )
         return rung
 
     @property
@@ -101,6 +120,8 @@ class _ConvOp(Op):
 
     def __init__(self, x: Spec, weight: Spec, stride: int, padding: int, rung: str | None) -> None:
         expect_map(self.name, "x", x)
+        if weight.dtype != x.dtype:
+            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, x {x.dtype}; convert one with astype")
         self.geometry = Geometry.of(x.shape, weight.shape, stride, padding)
         self.rung = self.geometry.choose_rung(rung)
         self.flops = self.geometry.flops
@@ -195,9 +216,20 @@ class Conv2dBackwardWeight(_ConvOp):
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
         if self.rung == "tiled":
-            grid = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks)
-            sizes = (*g.x, g.oh, g.ow, g.o, g.kh, g.kw, g.padding, g.padding, self.chunks, self.pixels_per_chunk)
-            self.kernel(device, "conv2d_backward_weight_tiled", grid, TILE_THREADS, b.x, b.dy, b.partials, *sizes)
+            tiles = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks)
+            sizes = (
+                *g.x,
+                g.oh,
+                g.ow,
+                g.o,
+                g.kh,
+                g.kw,
+                g.padding,
+                g.padding,
+                self.chunks,
+                self.pixels_per_chunk,
+            )
+            self.kernel(device, "conv2d_backward_weight_tiled", tiles, TILE_THREADS, b.x, b.dy, b.partials, *sizes)
             count = b.dweight.size
             arguments = (b.partials, b.dweight, count, self.chunks)
             self.kernel(device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *arguments)
@@ -297,8 +329,13 @@ class Conv2d(Function):
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, rung: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    rung: str | None = None,
 ) -> Tensor:
-    """y (n, oh, ow, o) from x (n, h, w, c), weight (o, kh, kw, c) and bias (o); oh = (h + 2 padding - kh) // stride + 1."""
+    """y (n, oh, ow, o) of x (n, h, w, c), weight (o, kh, kw, c) and bias (o); oh = (h + 2 padding - kh) // stride + 1."""
     function = Conv2d(x.device, stride, padding, rung, x.requires_grad)
-    return apply(function, x, weight) if bias is None else apply(function, x, weight, bias)
+    return function(x, weight) if bias is None else function(x, weight, bias)

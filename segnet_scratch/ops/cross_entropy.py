@@ -2,11 +2,20 @@
 
 import numpy as np
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import loss as fast
 from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DataError, DTypeError, ShapeError
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+    spec_of,
+)
 
 VOID = 255
 NORMALISATIONS = ("weights", "valid")
@@ -99,7 +108,10 @@ class CrossEntropyBackward(Op):
 
 
 def _check(logits: Spec, normalisation: str) -> tuple[int, int]:
-    expect(len(logits.shape) == 2 and logits.size > 0, f"cross_entropy: logits {logits.shape}; expected (pixels, classes)")
+    expect(
+        len(logits.shape) == 2 and logits.size > 0,
+        f"cross_entropy: logits {logits.shape}; expected (pixels, classes)",
+    )
     expect_float("cross_entropy", "logits", logits)
     pixels, classes = logits.shape
     expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
@@ -169,4 +181,4 @@ def cross_entropy(
         labels = device.upload(check_labels(labels, classes))
     if isinstance(class_weights, np.ndarray):
         class_weights = device.upload(class_weights.astype(logits.dtype))
-    return apply(CrossEntropy(device, labels, class_weights, normalisation), logits)
+    return CrossEntropy(device, labels, class_weights, normalisation)(logits)

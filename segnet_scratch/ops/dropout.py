@@ -2,10 +2,19 @@
 
 import numpy as np
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+    spec_of,
+)
 
 STATE = Spec((2,), np.dtype(np.uint64))  # seed, step
 
@@ -54,7 +63,12 @@ def philox(groups: np.ndarray, sample: int, layer: int, step: int, seed: int) ->
     for _ in range(10):
         product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         high0, high1 = product0 >> np.uint64(32), product1 >> np.uint64(32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint64(key0), product1 & mask, high0 ^ c3 ^ np.uint64(key1), product0 & mask
+        c0, c1, c2, c3 = (
+            high1 ^ c1 ^ np.uint64(key0),
+            product1 & mask,
+            high0 ^ c3 ^ np.uint64(key1),
+            product0 & mask,
+        )
         key0, key1 = key0 + 0x9E3779B9 & low32, key1 + 0xBB67AE85 & low32
     return np.stack([c0, c1, c2, c3], axis=1).reshape(-1)
 
@@ -80,4 +94,4 @@ def dropout(x: Tensor, p: float, layer: int, state: Array) -> Tensor:
 
     `state` is uint64 (2) on the device: seed and step. `layer` tells dropout layers of one network apart.
     """
-    return apply(Dropout(x.device, p, layer, state), x)
+    return Dropout(x.device, p, layer, state)(x)

@@ -5,8 +5,24 @@ import numpy as np
 from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import pooling
 from segnet_scratch.device import Array, Device
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_float, expect_map, spec_of
-from segnet_scratch.ops.windows import CODE, PoolCodes, expect_codes, scatter_reference, window_elements, windows_of
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect_map,
+    spec_of,
+)
+from segnet_scratch.ops.windows import (
+    CODE,
+    PoolCodes,
+    expect_codes,
+    scatter_reference,
+    valid_codes,
+    window_elements,
+    windows_of,
+)
 
 
 class MaxPoolForward(Op):
@@ -46,9 +62,8 @@ class MaxPoolBackward(Op):
     name = "max_pool_backward"
 
     def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
-        expect_float(self.name, "dy", dy)
+        n, _, _, c = expect_map(self.name, "dy", dy)
         expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
-        n, _, _, c = dy.shape
         self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
         self.workspace = {}
@@ -62,7 +77,7 @@ class MaxPoolBackward(Op):
         scatter_reference(b.dy, b.codes, b.dx)
 
     def numpy(self, b: Buffers) -> None:
-        pooling.scatter_windows(b.dy, b.codes, b.dx)
+        pooling.scatter_windows(b.dy, valid_codes(b.codes, b.dx.shape[1:3]), b.dx)
 
 
 class MaxPool(Function):

@@ -1,10 +1,18 @@
 """Max-unpool 2x2: each value goes back to where its pool found it (SegNet, section 3, figure 3)."""
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import pooling
 from segnet_scratch.device import Array, Device
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_map, spec_of
-from segnet_scratch.ops.windows import CODE, PoolCodes, expect_codes, gather_reference, scatter_reference, windows_of
+from segnet_scratch.ops.windows import (
+    CODE,
+    PoolCodes,
+    expect_codes,
+    gather_reference,
+    scatter_reference,
+    valid_codes,
+    windows_of,
+)
 
 
 class MaxUnpoolForward(Op):
@@ -28,7 +36,7 @@ class MaxUnpoolForward(Op):
         scatter_reference(b.x, b.codes, b.y)
 
     def numpy(self, b: Buffers) -> None:
-        pooling.scatter_windows(b.x, b.codes, b.y)
+        pooling.scatter_windows(b.x, valid_codes(b.codes, b.y.shape[1:3]), b.y)
 
 
 class MaxUnpoolBackward(Op):
@@ -51,7 +59,7 @@ class MaxUnpoolBackward(Op):
         gather_reference(b.dy, b.codes, b.dx)
 
     def numpy(self, b: Buffers) -> None:
-        pooling.gather_windows(b.dy, b.codes, b.dx)
+        pooling.gather_windows(b.dy, valid_codes(b.codes, b.dy.shape[1:3]), b.dx)
 
 
 class MaxUnpool(Function):
@@ -71,4 +79,4 @@ class MaxUnpool(Function):
 
 def max_unpool(x: Tensor, codes: PoolCodes) -> Tensor:
     """The map (n, h, w, c) of the size that the pool read; ShapeError where the codes are another pool's."""
-    return apply(MaxUnpool(x.device, codes), x)
+    return MaxUnpool(x.device, codes)(x)

@@ -127,6 +127,11 @@ class Op:
                 raise ShapeError(f"{self.name}: {name} has shape {tuple(array.shape)}, expected {expected.shape}")
             if array.dtype != expected.dtype:
                 raise DTypeError(f"{self.name}: {name} has element type {array.dtype}, expected {expected.dtype}")
+            if not array.flags.c_contiguous:
+                raise ShapeError(
+                    f"{self.name}: {name} is a view with strides {array.strides} of shape {expected.shape}; "
+                    "expected a C-contiguous array; copy it"
+                )
 
 
 def expect(condition: bool, message: str) -> None:

@@ -2,10 +2,19 @@
 
 import numpy as np
 
-from segnet_scratch.autograd import Function, Tensor, apply
+from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import activation
 from segnet_scratch.device import Array, Device
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+    spec_of,
+)
 
 
 class ReluForward(Op):
@@ -39,6 +48,7 @@ class ReluBackward(Op):
 
     def __init__(self, y: Spec) -> None:
         expect_float(self.name, "y", y)
+        expect(y.size > 0, f"{self.name}: y is empty: shape {y.shape}")
         self.inputs = {"y": y, "dy": y}
         self.outputs = {"dx": y}
         self.workspace = {}
@@ -68,4 +78,4 @@ class Relu(Function):
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), any shape."""
-    return apply(Relu(x.device), x)
+    return Relu(x.device)(x)

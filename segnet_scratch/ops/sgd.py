@@ -81,7 +81,15 @@ class SgdStep:
         if addresses != self._addresses:
             self._table = device.upload(np.array(addresses, np.uint64).reshape(-1, 3))
             self._addresses = addresses
-        arguments = (self._table, *self._fixed, lr, len(self.parameters), len(self.chunks), CHUNK, self.momentum)
+        arguments = (
+            self._table,
+            *self._fixed,
+            lr,
+            len(self.parameters),
+            len(self.chunks),
+            CHUNK,
+            self.momentum,
+        )
         launch(device, self.name, len(self.chunks), ELEMENT_THREADS, arguments, ElementTypes.of(self.dtype))
 
     def _update(self, index: int, gradient: np.ndarray, lr: float) -> None:
@@ -92,7 +100,12 @@ class SgdStep:
 
 
 def sgd_reference(
-    parameter: np.ndarray, gradient: np.ndarray, velocity: np.ndarray, lr: float, decay: float, momentum: float
+    parameter: np.ndarray,
+    gradient: np.ndarray,
+    velocity: np.ndarray,
+    lr: float,
+    decay: float,
+    momentum: float,
 ) -> None:
     """The definition, for one parameter, in place; in pieces that stay in a cache."""
     w, g, m = parameter.reshape(-1), gradient.reshape(-1), velocity.reshape(-1)

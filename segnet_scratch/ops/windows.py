@@ -49,6 +49,9 @@ def window_elements(map_: np.ndarray) -> list[tuple[int, tuple[slice, ...]]]:
 
 def valid_codes(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The codes, with 0 for every code that points outside the map (or is no code at all)."""
+    lowest, rightmost = codes[:, -1] if size[0] % 2 else codes[:, :0], codes[:, :, -1] if size[1] % 2 else codes[:, :0]
+    if codes.max() <= 3 and not (lowest & 2).any() and not (rightmost & 1).any():
+        return codes  # as a pool writes them; to see that is much faster than what follows
     rows, columns = np.arange(codes.shape[1])[:, None, None], np.arange(codes.shape[2])[:, None]
     outside = (codes > 3) | (2 * rows + (codes >> 1) >= size[0]) | (2 * columns + (codes & 1) >= size[1])
     return np.where(outside, 0, codes)

@@ -1,0 +1,247 @@
+"""The command line: `segnet train`, `eval`, `predict`, `gradcheck`, `data sample`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from segnet_scratch import __version__, weights
+from segnet_scratch.config import describe
+from segnet_scratch.data import VOCDataset, write_sample
+from segnet_scratch.device import get_device
+from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
+from segnet_scratch.evaluate import evaluate
+from segnet_scratch.predict import predict_files
+from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
+from segnet_scratch.report import TrainingDisplay, scores_table, write_json
+from segnet_scratch.segnet import SegNet
+from segnet_scratch.train import RunFolder, Trainer
+
+app = typer.Typer(
+    name="segnet",
+    help="SegNet without a deep learning framework. Start with: segnet data sample DIR, then segnet train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+problems = Console(stderr=True)
+
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="A VOC root (with JPEGImages, SegmentationClass, ImageSets/Segmentation), or a folder above it.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
+        "without a GPU. auto: cuda where CuPy sees a GPU, else numpy."
+    ),
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", metavar="FILE")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, such as RUN/best.safetensors.")]
+
+
+def _settings_help() -> str:
+    rows = "\n\n".join(
+        f"[bold]{key}[/bold] = {default.replace('[', chr(92) + '[')}: {text}" for key, default, text in describe()
+    )
+    return f"Settings, for --config and --set:\n\n{rows}"
+
+
+@app.command(epilog=_settings_help())
+def train(
+    data: DataOption,
+    out: Annotated[
+        Path, typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.")
+    ],
+    config: Annotated[Path | None, typer.Option(help="Settings as TOML.", metavar="FILE.toml")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting, over those of --config.", metavar="KEY=VALUE"),
+    ] = None,
+    device: DeviceOption = "auto",
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Initial weights: VGG16 as safetensors (torchvision's names), or a checkpoint.",
+            metavar="FILE",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from RUN/last.safetensors, as if never stopped.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Train a network on the train split and validate it on the val split.
+
+    Example: segnet train --data VOC2012 --init vgg16.safetensors --out runs/voc --set size=224 --set batch=8
+
+    Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
+    """
+    folder = RunFolder(out)
+    resolved = folder.resolve_config(config, settings or [], resume)
+    trainer = Trainer(resolved, data, out, device, init, resume)
+    with TrainingDisplay(console) as display:
+        finished = trainer.run(display)
+    write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
+    if not finished:
+        console.print(
+            f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume"
+        )
+        raise typer.Exit(130)
+    best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
+    console.print(f"{trainer.step} steps done{best}; weights: {folder.best}")
+
+
+@app.command(name="eval")
+def evaluate_command(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
+    device: DeviceOption = "auto",
+    size: Annotated[str | None, typer.Option(help="Network input, N or HxW; as in training unless given.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    json: JsonOption = None,
+) -> None:
+    """Score a checkpoint by the VOC protocol: one confusion matrix over the whole split, void ignored.
+
+    The image is resized to the network's input size and the logits bilinearly back to the size of the ground truth.
+    """
+    model = weights.load(checkpoint, get_device(device))
+    dataset = VOCDataset(data, split)
+    with console.status(f"evaluating {len(dataset)} images on {model.device.name}"):
+        evaluation = evaluate(model, dataset, _input_size(checkpoint, model, size), batch)
+    console.print(scores_table(evaluation))
+    write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")],
+    logits: Annotated[bool, typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes).")] = False,
+    device: DeviceOption = "auto",
+    size: Annotated[str | None, typer.Option(help="Network input, N or HxW; as in training unless given.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), at the image's size."""
+    model = weights.load(checkpoint, get_device(device))
+    names = model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
+    results = []
+    for prediction in predict_files(model, images, out, _input_size(checkpoint, model, size), names, logits):
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
+        console.print(f"{prediction.overlay}: {shares}")
+        files = {"image": prediction.image, "labels": prediction.labels, "overlay": prediction.overlay}
+        if prediction.logits:
+            files["logits"] = prediction.logits
+        results.append({**{key: str(path) for key, path in files.items()}, "shares": prediction.shares})
+    write_json(json, results)
+
+
+def _input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, int]:
+    """The size given as N or HxW, else the one that the model was trained at."""
+    if size is None:
+        if "size" not in model.metadata:
+            raise CheckpointError(f"{checkpoint} does not say what size it was trained at; give --size N or --size HxW")
+        height, width = model.metadata["size"]
+        return height, width
+    try:
+        sides = [int(part) for part in size.lower().split("x")]
+        height, width = sides if len(sides) == 2 else sides * 2
+    except ValueError:
+        raise ConfigError(f"--size {size}: expected N or HxW, for example 224 or 360x480") from None
+    if min(height, width) < 32:
+        raise ConfigError(f"--size {size}: expected at least 32 pixels on each side")
+    return height, width
+
+
+@app.command()
+def gradcheck(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
+    device: Annotated[str, typer.Option(help="host: the CUDA kernels on the CPU. numpy. cuda.")] = "host",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Compare hand-written gradients with numeric ones in float64, one line an op; exit code 1 where one differs.
+
+    Central differences with step 1e-6; an error of more than 1e-7 + 1e-5 |gradient| fails.
+    """
+    results = []
+    for result in run_gradcheck(ops or None, get_device(device), seed):
+        console.print(str(result), style="" if result.passed else "bold red", highlight=False, soft_wrap=True)
+        results.append(result)
+    write_json(json, [result.to_json() for result in results])
+    failed = [result.op for result in results if not result.passed]
+    if failed:
+        problems.print(f"[bold red]gradients differ:[/] {', '.join(failed)}")
+        raise typer.Exit(1)
+    console.print(f"{len(results)} ops passed on {device}")
+
+
+@data_app.command()
+def sample(
+    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
+    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 160,
+    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other images.")] = 0,
+) -> None:
+    """Write a small synthetic data set in VOC layout: coloured shapes on textured grounds, deterministic.
+
+    It needs no download and trains in a minute or two: segnet train --data DIR --out RUN --set size=[96,128]
+    """
+    root = write_sample(directory, train=train, val=val, seed=seed)
+    console.print(f"{train} training and {val} validation images in {root}")
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        console.print(f"segnet_scratch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what is compiled and where it is kept.")
+    ] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=problems, show_path=False)])
+
+
+def main() -> None:
+    """Entry point: the project's own errors become one message and an exit code, without a traceback.
+
+    Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.
+    """
+    try:
+        app()
+    except SegnetError as error:
+        problems.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        problems.print("interrupted")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Training, read top-down: batch -> model -> loss -> backward -> update, with validation, checkpoints and resume."""
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch import weights
+from segnet_scratch.autograd import tensor
+from segnet_scratch.checkpoint import sweep_temporaries, write_durably
+from segnet_scratch.config import Config, check_resume, load_config
+from segnet_scratch.data import Batch, Loader, TrainTransform, VOCDataset
+from segnet_scratch.device import get_device
+from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
+from segnet_scratch.evaluate import Evaluation, evaluate
+from segnet_scratch.metrics import MetricsLog
+from segnet_scratch.ops import cross_entropy
+from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.segnet import ARCHITECTURES
+from segnet_scratch.weights import initialise
+
+
+class Listener:
+    """What a training run tells whoever watches it; the command line draws its progress from this."""
+
+    def started(self, trainer: "Trainer") -> None:
+        """Everything is loaded; training begins at `trainer.step` of `trainer.total_steps`."""
+
+    def stepped(self, trainer: "Trainer", loss: float, lr: float) -> None:
+        """A step has been made."""
+
+    def validating(self, images: int) -> None:
+        """So many more images of the validation split have been evaluated."""
+
+    def validated(self, trainer: "Trainer", evaluation: Evaluation) -> None:
+        """The validation split has been evaluated."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings, with comments."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row a step and a row a validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def last(self) -> Path:
+        """Weights and momenta to go on from."""
+        return self.path / "last.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the best validation."""
+        return self.path / "best.safetensors"
+
+    def resolve_config(self, file: Path | None, overrides: list[str], resume: bool) -> Config:
+        """The settings of this run: those given, on resume over those it was started with.
+
+        Raises TrainingError where a run would be overwritten, ConfigError where a resumed run would change.
+        """
+        if not resume:
+            if self.config.exists() or self.last.exists() or self.metrics.exists():
+                raise TrainingError(
+                    f"{self.path} already holds a run; continue it with --resume, or choose another --out"
+                )
+            return load_config(file, overrides)
+        if not self.config.exists():
+            return load_config(file, overrides)
+        config = load_config(file or self.config, overrides)
+        check_resume(load_config(self.config), config)
+        return config
+
+
+class Trainer:
+    """One training run: a model, its data, its optimiser, its place in the run.
+
+    `data` is a VOC root or a folder above it; `init` a weights file for a fresh start. On resume the state of
+    `last.safetensors` is taken up, and metrics written after it are dropped.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: str | Path,
+        out: str | Path,
+        device: str = "auto",
+        init: str | Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.config, self.folder = config, RunFolder(Path(out))
+        self.train_set, self.val_set = VOCDataset(data, "train"), VOCDataset(data, "val")
+        classes = self.train_set.classes
+        self._class_weights = np.array(config.class_weights, np.float32) if config.class_weights else None
+        if self._class_weights is not None and len(self._class_weights) != classes:
+            raise ConfigError(
+                f"class_weights: {len(self._class_weights)} numbers for {classes} classes; give one for each class"
+            )
+        self.loader = Loader(
+            self.train_set,
+            TrainTransform(config.image_size, config.scale, config.flip),
+            config.batch,
+            seed=config.seed,
+            drop_last=len(self.train_set) >= config.batch,
+            workers=config.workers,
+        )
+        self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
+        self.model = ARCHITECTURES[config.model](
+            classes, config.width, get_device(device), dropout=config.dropout, seed=config.seed
+        )
+        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr)
+        self.log = MetricsLog(self.folder.metrics)
+        self.step = 0  # steps made
+        self.best_miou: float | None = None
+        self.initialised = "He initialisation"
+        resumed = resume and self.folder.last.exists()
+        if resumed:
+            self._load()
+        elif init is not None:
+            self.initialised = initialise(self.model, init)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(self.folder.path)
+        self.log.truncate_after(self.step)
+        write_durably(self.folder.config, [config.to_toml().encode()])
+
+    def run(self, listener: Listener | None = None) -> bool:
+        """Trains to the last step; True when it is reached, False when a signal (Ctrl-C) ended it after saving."""
+        listener = listener or Listener()
+        with _stop_requests() as stop:
+            listener.started(self)
+            while self.step < self.total_steps:
+                epoch, position = divmod(self.step, self.loader.batches_per_epoch)
+                batches = self.loader.epoch(epoch, start_batch=position)
+                try:
+                    for batch in batches:
+                        self._train_step(batch, listener)
+                        self._after_step(listener)
+                        if stop.is_set() and self.step < self.total_steps:
+                            self.save()
+                            return False
+                        if self.step == self.total_steps:
+                            break
+                finally:
+                    batches.close()
+        return True
+
+    def _train_step(self, batch: Batch, listener: Listener) -> None:
+        config, model = self.config, self.model
+        model.train()
+        model.zero_grad()
+        model.set_random_state(config.seed, self.step)
+        logits = model(tensor(batch.images, model.device))
+        loss = cross_entropy(logits, batch.labels, self._class_weights, config.loss_normalisation)
+        loss.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(self._not_finite(value, batch))
+        lr = learning_rate(self.step, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup)
+        self.optimiser.step(lr)
+        self.step += 1
+        self.log.append({"step": self.step, "loss": value, "lr": lr})
+        listener.stepped(self, value, lr)
+
+    def _not_finite(self, loss: float, batch: Batch) -> str:
+        kept = (
+            f"{self.folder.last} holds the last good state" if self.folder.last.exists() else "no checkpoint exists yet"
+        )
+        return (
+            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}, ...); {kept}; "
+            f"train with a smaller lr than {self.config.lr}, or with warmup"
+        )
+
+    def _after_step(self, listener: Listener) -> None:
+        config = self.config
+        every = config.validate_every or self.loader.batches_per_epoch
+        finished = self.step == self.total_steps
+        if finished or self.step % every == 0:
+            self.validate(listener)
+            self.save()
+        elif config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            self.save()
+
+    def validate(self, listener: Listener) -> None:
+        """Evaluates the validation split, logs it, and keeps the weights where they are the best so far."""
+        config = self.config
+        evaluation = evaluate(
+            self.model, self.val_set, config.image_size, config.batch, config.workers, listener.validating
+        )
+        miou = evaluation.scores.miou
+        self.log.append({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
+        if self.best_miou is None or miou > self.best_miou:
+            self.best_miou = miou
+            weights.save(self.folder.best, self.model, self._metadata())
+        listener.validated(self, evaluation)
+
+    def save(self) -> None:
+        """Writes `last.safetensors`: everything that the next step depends on."""
+        weights.save(self.folder.last, self.model, self._metadata(), self.optimiser.state_dict())
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "miou": self.best_miou,
+            "classes": list(self.train_set.names),
+            "size": list(self.config.image_size),
+            "train_images": len(self.train_set),
+        }
+
+    def _load(self) -> None:
+        state, momenta, metadata = weights.read(self.folder.last)
+        for what, now in (("classes", list(self.train_set.names)), ("train_images", len(self.train_set))):
+            if metadata.get(what) != now:
+                raise CheckpointError(
+                    f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
+                    f"{now}; resume with the same --data"
+                )
+        self.model.load_state_dict(state)
+        self.optimiser.load_state_dict(momenta)
+        self.step, self.best_miou = metadata["step"], metadata["miou"]
+        self.initialised = f"resumed from {self.folder.last}"
+
+
+class Throughput:
+    """Images per second over the last steps, and the share of time spent waiting for data."""
+
+    def __init__(self, loader: Loader, window: int = 20) -> None:
+        self._loader, self._window = loader, window
+        self._marks: list[tuple[float, float]] = []  # (time, seconds waited so far)
+        self.tick()
+
+    def tick(self) -> None:
+        """A step has ended."""
+        self._marks = [*self._marks[-self._window :], (perf_counter(), self._loader.waited)]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the window; NaN before the first step."""
+        steps = len(self._marks) - 1
+        return (self._marks[-1][0] - self._marks[0][0]) / steps if steps else math.nan
+
+    @property
+    def waiting(self) -> float:
+        """Share of the window's time that training waited for data, 0 to 1."""
+        elapsed = self._marks[-1][0] - self._marks[0][0]
+        return (self._marks[-1][1] - self._marks[0][1]) / elapsed if elapsed else 0.0
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets, so that the step can end; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

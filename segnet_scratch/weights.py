@@ -1,0 +1,63 @@
+"""Models to and from files: checkpoints of this project, and VGG16's convolutions as a start."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch import checkpoint
+from segnet_scratch.device import Device
+from segnet_scratch.errors import CheckpointError
+from segnet_scratch.segnet import SegNet, build
+
+MOMENTUM = "momentum."  # prefix of the optimiser's arrays in a checkpoint
+
+
+def save(
+    path: Path, model: SegNet, metadata: Mapping[str, Any], momenta: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Writes a model, and the optimiser's momenta where training is to go on from here; atomic and durable."""
+    tensors = model.state_dict()
+    tensors |= {MOMENTUM + name: array for name, array in (momenta or {}).items()}
+    checkpoint.save(path, tensors, {**metadata, "model": model.describe()})
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+    """(weights, momenta, metadata) of a checkpoint; CheckpointError where it is damaged or not one of ours."""
+    loaded = checkpoint.load(path)
+    if not isinstance(loaded.metadata.get("model"), dict):
+        raise CheckpointError(f"{path}: the checkpoint does not say what network it holds; was it written by segnet?")
+    weights = {name: array for name, array in loaded.tensors.items() if not name.startswith(MOMENTUM)}
+    momenta = {
+        name.removeprefix(MOMENTUM): array for name, array in loaded.tensors.items() if name.startswith(MOMENTUM)
+    }
+    return weights, momenta, loaded.metadata
+
+
+def load(path: str | Path, device: "str | Device" = "auto") -> SegNet:
+    """The model of a checkpoint, in evaluation mode; `model.metadata` has its class names and image size."""
+    weights, _, metadata = read(path)
+    model = build(metadata["model"], device)
+    try:
+        model.load_state_dict(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model.metadata = metadata
+    return model.eval()
+
+
+def initialise(model: SegNet, path: str | Path) -> str:
+    """Gives a fresh model the weights of a file: VGG16 under torchvision's names, or a checkpoint of the same network.
+
+    Returns one line that says what was taken. CheckpointError where the file fits neither.
+    """
+    weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
+    try:
+        if "encoder.1.1.conv.weight" in weights:
+            model.load_state_dict(weights)
+            return f"all weights from {path}"
+        model.load_vgg16(weights)
+        return f"encoder from VGG16 ({path})"
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
