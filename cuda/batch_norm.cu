@@ -9,23 +9,21 @@
 //              evaluation: dx = weight inv_std dy
 //
 // Sums in three launches: every chunk of rows makes a partial result, one thread a channel merges the partials in the
-// order of the chunks, and an element-wise pass applies them. Statistics are merged as (count, mean, M2) (Chan, Golub,
-// LeVeque 1983), never as E[x^2] - E[x]^2, which cancels. No atomics; chunks depend on the shape alone.
+// order of the chunks, and an element-wise pass applies them. No atomics; chunks depend on the shape alone.
+//
+// Statistics never come from E[x^2] - E[x]^2, which cancels: a thread sums distances from its first value, and the
+// results are merged as (count, mean, M2) (Chan, Golub, LeVeque 1983). All sums are carried in double: that hides behind
+// the memory traffic, and a channel's error in the last bit would reach every pixel of it, and there turn a near tie of
+// a max-pool into another position.
 //
 // Threads: common/columns.cuh; the merges take one thread a channel.
 #include "common/columns.cuh"
 
 struct Moments {
-    accumulate_t count, mean, m2;
-    __device__ void add(accumulate_t x) {
-        count += 1;
-        const accumulate_t delta = x - mean;
-        mean += delta / count;
-        m2 += delta * (x - mean);
-    }
+    double count, mean, m2;
     __device__ void merge(const Moments& other) {
         if (other.count == 0) return;
-        const accumulate_t total = count + other.count, delta = other.mean - mean;
+        const double total = count + other.count, delta = other.mean - mean;
         mean += delta * (other.count / total);
         m2 += other.m2 + delta * delta * (count * other.count / total);
         count = total;
@@ -33,38 +31,47 @@ struct Moments {
 };
 
 extern "C" __global__ void batch_norm_partial_statistics(
-    const storage_t* __restrict__ x,       // (rows, c)
-    accumulate_t* __restrict__ partials,   // (chunks, 2, c): mean, M2
+    const storage_t* __restrict__ x,  // (rows, c)
+    double* __restrict__ partials,    // (chunks, 2, c): mean, M2
     int64 rows, int c, int chunks, int64 rows_per_chunk) {
     SHARED_ARRAY(Moments, lanes, [ROW_LANES][COLUMN_LANES]);
     const ColumnSlice slice(rows, rows_per_chunk);
     Moments moments = {0, 0, 0};
-    if (slice.channel < c)
-        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) moments.add(x[row * c + slice.channel]);
+    if (slice.channel < c && slice.first_row < slice.end_row) {
+        const double pivot = x[slice.first_row * c + slice.channel];
+        double count = 0, sum = 0, squares = 0;
+        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
+            const double distance = x[row * c + slice.channel] - pivot;
+            count += 1;
+            sum += distance;
+            squares += distance * distance;
+        }
+        moments = {count, pivot + sum / count, squares - sum * (sum / count)};
+    }
     lanes[threadIdx.y][threadIdx.x] = moments;
     __syncthreads();
     if (threadIdx.y != 0 || slice.channel >= c) return;
     for (int lane = 1; lane < ROW_LANES; ++lane) moments.merge(lanes[lane][threadIdx.x]);
-    accumulate_t* const partial = partials + (int64)blockIdx.y * 2 * c + slice.channel;
+    double* const partial = partials + (int64)blockIdx.y * 2 * c + slice.channel;
     partial[0] = moments.mean;
     partial[c] = moments.m2;
 }
 
 extern "C" __global__ void batch_norm_merge_statistics(
-    const accumulate_t* __restrict__ partials,  // (chunks, 2, c)
-    accumulate_t* __restrict__ mean,            // (c)
-    accumulate_t* __restrict__ inv_std,         // (c)
-    storage_t* __restrict__ running_mean,       // (c)
-    storage_t* __restrict__ running_var,        // (c)
-    int64 rows, int c, int chunks, int64 rows_per_chunk, accumulate_t eps, accumulate_t momentum) {
+    const double* __restrict__ partials,   // (chunks, 2, c)
+    accumulate_t* __restrict__ mean,       // (c)
+    accumulate_t* __restrict__ inv_std,    // (c)
+    storage_t* __restrict__ running_mean,  // (c)
+    storage_t* __restrict__ running_var,   // (c)
+    int64 rows, int c, int chunks, int64 rows_per_chunk, double eps, double momentum) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
     Moments total = {0, 0, 0};
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int64 begin = chunk * rows_per_chunk;
         const int64 count = rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk;
-        const accumulate_t* const partial = partials + (int64)chunk * 2 * c + channel;
-        total.merge({(accumulate_t)count, partial[0], partial[c]});
+        const double* const partial = partials + (int64)chunk * 2 * c + channel;
+        total.merge({(double)count, partial[0], partial[c]});
     }
     mean[channel] = total.mean;
     inv_std[channel] = 1 / sqrt(total.m2 / rows + eps);
@@ -77,11 +84,11 @@ extern "C" __global__ void batch_norm_evaluation_statistics(
     const storage_t* __restrict__ running_var,   // (c)
     accumulate_t* __restrict__ mean,             // (c)
     accumulate_t* __restrict__ inv_std,          // (c)
-    int c, accumulate_t eps) {
+    int c, double eps) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
     mean[channel] = running_mean[channel];
-    inv_std[channel] = 1 / sqrt((accumulate_t)running_var[channel] + eps);
+    inv_std[channel] = 1 / sqrt(running_var[channel] + eps);
 }
 
 extern "C" __global__ void batch_norm_forward(
@@ -107,38 +114,38 @@ extern "C" __global__ void batch_norm_backward_partial(
     const storage_t* __restrict__ dy,          // (rows, c)
     const accumulate_t* __restrict__ mean,     // (c)
     const accumulate_t* __restrict__ inv_std,  // (c)
-    accumulate_t* __restrict__ partials,       // (chunks, 2, c): sum dy, sum dy xhat
+    double* __restrict__ partials,             // (chunks, 2, c): sum dy, sum dy xhat
     int64 rows, int c, int chunks, int64 rows_per_chunk) {
-    SHARED_ARRAY(accumulate_t, lanes, [2][ROW_LANES][COLUMN_LANES]);
+    SHARED_ARRAY(double, lanes, [2][ROW_LANES][COLUMN_LANES]);
     const ColumnSlice slice(rows, rows_per_chunk);
-    accumulate_t sum_dy = 0, sum_dy_xhat = 0;
+    double sum_dy = 0, sum_dy_xhat = 0;
     if (slice.channel < c) {
         const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel];
         for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
             const int64 i = row * c + slice.channel;
             sum_dy += dy[i];
-            sum_dy_xhat += dy[i] * ((x[i] - shift) * scale);
+            sum_dy_xhat += (double)dy[i] * ((x[i] - shift) * scale);
         }
     }
     lanes[0][threadIdx.y][threadIdx.x] = sum_dy;
     lanes[1][threadIdx.y][threadIdx.x] = sum_dy_xhat;
     __syncthreads();
     if (threadIdx.y >= 2 || slice.channel >= c) return;
-    accumulate_t total = 0;  // row lane 0 adds up dy, row lane 1 dy xhat
+    double total = 0;  // row lane 0 adds up dy, row lane 1 dy xhat
     for (int lane = 0; lane < ROW_LANES; ++lane) total += lanes[threadIdx.y][lane][threadIdx.x];
     partials[((int64)blockIdx.y * 2 + threadIdx.y) * c + slice.channel] = total;
 }
 
 extern "C" __global__ void batch_norm_backward_merge(
-    const accumulate_t* __restrict__ partials,  // (chunks, 2, c)
-    storage_t* __restrict__ dweight,            // (c)
-    storage_t* __restrict__ dbias,              // (c)
+    const double* __restrict__ partials,  // (chunks, 2, c)
+    storage_t* __restrict__ dweight,      // (c)
+    storage_t* __restrict__ dbias,        // (c)
     int c, int chunks) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
-    accumulate_t sum_dy = 0, sum_dy_xhat = 0;
+    double sum_dy = 0, sum_dy_xhat = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        const accumulate_t* const partial = partials + (int64)chunk * 2 * c + channel;
+        const double* const partial = partials + (int64)chunk * 2 * c + channel;
         sum_dy += partial[0];
         sum_dy_xhat += partial[c];
     }

@@ -64,10 +64,7 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 
 
 def load(path: _Path) -> Checkpoint:
-    """Read a checkpoint written by `save` and verify its checksum.
-
-    Raises CheckpointError, naming the file and the way out, where it is missing, damaged in any bit, or not ours.
-    """
+    """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
     with _opened(path) as file:
         record, metadata = _our_metadata(file)
         tensors = {name: _read_tensor(file, name) for name in sorted(file.keys())}
@@ -77,16 +74,13 @@ def load(path: _Path) -> Checkpoint:
 
 
 def read_metadata(path: _Path) -> dict[str, Any]:
-    """The metadata of a checkpoint from its header alone, so without the checksum; errors as `load` has them."""
+    """The metadata of a checkpoint from its header alone, so without the checksum; CheckpointError as in `load`."""
     with _opened(path) as file:
         return _our_metadata(file)[1]
 
 
 def load_foreign(path: _Path) -> dict[str, np.ndarray]:
-    """Read the tensors of any safetensors file, without a checksum; bfloat16 comes back as float32.
-
-    Raises CheckpointError where it is missing, cut off, malformed, or has a dtype that NumPy has not.
-    """
+    """The tensors of any safetensors file, bfloat16 as float32; CheckpointError where missing, cut off, malformed."""
     fix = "get it anew, or convert it to safetensors where it is a PyTorch file, which can run code when it is read"
     with _opened(path, fix) as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
@@ -205,10 +199,11 @@ def _opened(path: _Path, fix: str = "") -> Iterator[Any]:
         if path.exists() and not path.is_file():
             raise ValueError("a directory or a device")
         path.open("rb").close()  # safetensors calls every file that it may not open a missing one
+        np.empty(path.stat().st_size, np.uint8)  # and panics where memory is short: NumPy raises MemoryError
         with safe_open(path, "np") as file:
             yield file
     except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
-        got = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        got = getattr(error, "strerror", None) or str(error)
         # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
         got, fix = ascii(got)[1:-1][:300], fix or _way_out(path)
         raise CheckpointError(f"{path}: expected a sound safetensors file, got: {got}; {fix}.") from error

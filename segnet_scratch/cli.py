@@ -142,7 +142,7 @@ def predict(
     results = []
     for prediction in predict_files(model, images, out, _input_size(checkpoint, model, size), names, logits):
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-        console.print(f"{prediction.overlay}: {shares}")
+        console.print(f"{prediction.overlay}: {shares}", soft_wrap=True)
         files = {"image": prediction.image, "labels": prediction.labels, "overlay": prediction.overlay}
         if prediction.logits:
             files["logits"] = prediction.logits

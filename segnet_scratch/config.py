@@ -140,6 +140,11 @@ class Config:
     )
     width: float = _setting(1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer")
     dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
+    dtype: str = _setting(
+        "float32",
+        _choice("float32", "float64"),
+        "element type of the network; float64 is for comparing devices, at half the speed",
+    )
     size: int | tuple[int, int] = _setting(
         224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.autograd import no_grad, tensor
+from segnet_scratch.autograd import no_grad
 from segnet_scratch.data import EvalTransform, VOCDataset, ordered_map
 from segnet_scratch.device import Array
 from segnet_scratch.errors import DataError
@@ -65,8 +65,7 @@ def evaluate(
     try:
         with no_grad():
             for samples in _batches(dataset, EvalTransform(size), batch, workers):
-                images = tensor(np.stack([s.image for s in samples]), device)
-                logits = model(images).data
+                logits = model(np.stack([s.image for s in samples]).astype(model.dtype, copy=False)).data
                 sums += _loss_sums(model, logits, np.stack([s.small_mask for s in samples]))
                 for i, sample in enumerate(samples):
                     prediction = classify(model, logits[i : i + 1], sample.mask.shape)

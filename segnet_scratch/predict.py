@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from segnet_scratch.autograd import no_grad, tensor
+from segnet_scratch.autograd import no_grad
 from segnet_scratch.data import normalise, read_image, resize_image, save_indexed_png, voc_palette
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import classify, resize
@@ -70,8 +70,7 @@ def predict(
     The network sees the image at `size`; its logits are resized to the image. The model must be in evaluation mode.
     """
     with no_grad():
-        small = normalise(resize_image(image, size))[None]
-        logits = model(tensor(small, model.device)).data
+        logits = model(normalise(resize_image(image, size))[None]).data
         own_size = image.shape[:2]
         labels = model.device.download(classify(model, logits, own_size))[0]
         if not with_logits:
@@ -81,8 +80,10 @@ def predict(
 
 def overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
     """The image with every class but the first (the background) in its palette colour, and a legend below."""
+    # Coloured over grey: over the image's own colours the palette's could not be told apart.
+    grey = image.mean(axis=2, keepdims=True)
     colours = voc_palette()[labels]
-    mixed = np.where((labels > 0)[..., None], (1 - _OPACITY) * image + _OPACITY * colours, image)
+    mixed = np.where((labels > 0)[..., None], (1 - _OPACITY) * grey + _OPACITY * colours, image)
     picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
     present = [k for k in np.unique(labels) if k < len(names)]
     legend = _legend([(names[k], k) for k in present], picture.width)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.autograd import tensor
 from segnet_scratch.checkpoint import sweep_temporaries, write_durably
 from segnet_scratch.config import Config, check_resume, load_config
 from segnet_scratch.data import Batch, Loader, TrainTransform, VOCDataset
@@ -122,7 +121,10 @@ class Trainer:
         )
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = ARCHITECTURES[config.model](
-            classes, config.width, get_device(device), dropout=config.dropout, seed=config.seed
+            *(classes, config.width, get_device(device)),
+            dropout=config.dropout,
+            seed=config.seed,
+            dtype=config.dtype,
         )
         self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr)
         self.log = MetricsLog(self.folder.metrics)
@@ -165,7 +167,7 @@ class Trainer:
         model.train()
         model.zero_grad()
         model.set_random_state(config.seed, self.step)
-        logits = model(tensor(batch.images, model.device))
+        logits = model(batch.images.astype(model.dtype, copy=False))
         loss = cross_entropy(logits, batch.labels, self._class_weights, config.loss_normalisation)
         loss.backward()
         value = loss.item()

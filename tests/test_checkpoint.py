@@ -288,11 +288,12 @@ class TestDamage:
     def test_exchanged_content_is_noticed(self, tmp_path):
         """Changes that leave a sound file: only the checksum tells them."""
         path = tmp_path / "last.safetensors"
-        checkpoint.save(path, {"aa": np.ones(2, np.float32), "bb": np.zeros(2, np.float32)}, {"step": 7})
+        checkpoint.save(path, {"aa": np.ones((1, 2), np.float32), "bb": np.zeros(2, np.float32)}, {"step": 7})
         sound = path.read_bytes()
         changes = [
             (b'"aa"', b'"ab"'),
             (b'"F32"', b'"I32"'),
+            (b"[1,2]", b"[2,1]"),
             (b'\\"step\\": 7', b'\\"step\\": 8'),
             (b'\\"step\\": 7', b'\\"step\\":7 '),  # the same to a JSON parser
             (np.ones(2, np.float32).tobytes(), np.ones(2, np.float32).tobytes()[::-1]),
@@ -369,7 +370,7 @@ class TestDamage:
             "def limit(more):\n"
             "    used = int(Path('/proc/self/status').read_text().split('VmData:')[1].split()[0]) * 1024\n"
             "    resource.setrlimit(resource.RLIMIT_DATA, (int(used + more), resource.RLIM_INFINITY))\n"
-            "folder, size = Path(sys.argv[1]), 64 << 20\n"
+            "folder, size = Path(sys.argv[1]), 32 << 20\n"
             "tensors = {f'w{i}': numpy.full(size // 16, i, numpy.float32) for i in range(4)}\n"
             "limit(2.2 * size)\n"  # safetensors builds the file's bytes, then copies them for Python
             "checkpoint.save(folder / 'a', tensors, {})\n"
@@ -382,19 +383,19 @@ class TestDamage:
             "    try:\n"
             "        checkpoint.load_foreign(path)\n"
             "    except checkpoint.CheckpointError as error:\n"
-            "        assert 'MemoryError' not in str(error), error\n"
+            "        assert 'allocate' not in str(error), error\n"
             "try:\n"
             "    checkpoint.load(folder / 'a')\n"
-            "except (checkpoint.CheckpointError, MemoryError) as error:\n"
-            "    print('the limit holds:', type(error).__name__)\n"
+            "except checkpoint.CheckpointError as error:\n"
+            "    print(error)\n"
         )
         ended = subprocess.run(
-            [sys.executable, "-B", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-B", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert ended.returncode == 0, ended.stderr
         if not ended.stdout:
             pytest.skip("this system does not limit the memory of a process")
-        assert ended.stdout == "the limit holds: CheckpointError\n"
+        assert "Unable to allocate 32.0 MiB" in ended.stdout
 
 
 class TestRefusedContent:

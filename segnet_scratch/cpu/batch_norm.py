@@ -129,8 +129,7 @@ def _statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         squares[chunk] = (ones[:count] @ centred) - count * rest**2
 
     parallel_slices(len(pixels), step, body)
-    # Relative to one of them, the means of the chunks are small numbers whose sum loses nothing.
-    mean = means[0] + (counts * (means - means[0])).sum(axis=0) / len(pixels)
+    mean = (counts * means).sum(axis=0) / len(pixels)
     between_chunks = counts * (means - mean) ** 2
     return mean, (squares + between_chunks).sum(axis=0) / len(pixels)
 

@@ -33,13 +33,13 @@ def max_pool_forward(x: np.ndarray, y: np.ndarray, codes: np.ndarray) -> None:
         np.maximum(largest, positions[2], out=largest)
         np.maximum(largest, positions[3], out=largest)
         # The code is the number of leading positions that are neither NaN nor the largest value.
-        lower, number, leading = scratch("flags", (3, *largest.shape), np.bool_)
+        unequal, number, leading = scratch("flags", (3, *largest.shape), np.bool_)
         leading.fill(True)
         code.fill(0)
         for position in positions[:3]:
-            np.not_equal(position, largest, out=lower)
+            np.not_equal(position, largest, out=unequal)
             np.equal(position, position, out=number)
-            leading &= lower
+            leading &= unequal
             leading &= number
             code += leading
 

@@ -30,20 +30,24 @@ about twice that of direct summation, and belongs to the tile: an output also ca
 input of its 4x4 tile, and NaN or infinity anywhere in the tile reaches all four outputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from segnet_scratch.cpu.workers import parallel_for, scratch, single_threaded_blas
+from segnet_scratch.cpu.workers import parallel_for, parallel_slices, scratch, single_threaded_blas
 
-# Bytes of transformed tiles on either side of the products in a step. More would leave the last-level cache;
-# less would read the weights more often, and make workers wait for each other more often.
-_TERM_BYTES = 16 << 20
+# A map with many tiles is cut into steps that each worker does on its own. So many tiles outlast the hand-over of
+# Python's lock and repay reading the weights, and few enough to stay in a last-level cache (measured: 98 to 1792).
+_TILES_ALONE = 448
+# Workers share the work on a map with fewer tiles, step by step, and the work on weight gradients, which are sums
+# over all tiles. A step has so many bytes of transformed tiles on either side of the products.
+_BYTES_TOGETHER = 16 << 20
+# Number of parts that shared work is cut into.
+_SHARES = 8
 # Filters whose transforms are in a cache at a time.
 _FILTER_BLOCK = 16
-# Pieces of a step that workers transform, enough to share evenly.
-_PIECES = 8
 
 
 def suits(kernel: tuple[int, int], stride: int, channels_in: int, channels_out: int) -> bool:
@@ -67,47 +71,65 @@ def transform_weight(weight: np.ndarray, terms: np.ndarray) -> None:
 
 def convolve(x: np.ndarray, terms: np.ndarray, bias: np.ndarray | None, y: np.ndarray, padding: int) -> None:
     """Writes y (N, H', W', O): x (N, H, W, C) convolved with weight terms (16, C, O), plus any bias (O,)."""
-    tiles = _Tiles.covering(y, x.shape[3])
-    x_terms, y_terms = tiles.terms("x_terms", x), tiles.terms("y_terms", y)
+    tiles = _Tiles.of(y)
 
-    def transform(image: int, row: int, place: slice) -> None:
-        _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
+    def run(rows: slice, shares: int) -> None:
+        x_terms, y_terms = tiles.terms("x_terms", x, rows), tiles.terms("y_terms", y, rows)
 
-    def restore(image: int, row: int, place: slice) -> None:
-        _restore_y(y_terms[:, :, place], bias, y[image, 2 * row :])
+        def transform(image: int, row: int, place: slice) -> None:
+            _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
 
-    with single_threaded_blas():
-        for rows in tiles.steps():
-            tiles.for_pieces(rows, transform)
-            _multiply(tiles.products(x_terms, rows), terms, tiles.products(y_terms, rows))
-            tiles.for_pieces(rows, restore)
+        def restore(image: int, row: int, place: slice) -> None:
+            _restore_y(y_terms[:, :, place], bias, y[image, 2 * row :])
+
+        tiles.for_pieces(rows, shares, transform)
+        _multiply(_products(x_terms), terms, _products(y_terms), shares)
+        tiles.for_pieces(rows, shares, restore)
+
+    if tiles.count >= _SHARES * _TILES_ALONE // 2:
+        # A multiple of _SHARES, because workers that get one step more than the rest keep them waiting.
+        steps = tiles.steps(_SHARES * -(-tiles.count // (_SHARES * _TILES_ALONE)))
+        parallel_for(len(steps), lambda index: run(steps[index], 1))
+    else:
+        with single_threaded_blas():
+            for rows in tiles.steps_together(x, y):
+                run(rows, _SHARES)
 
 
 def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, padding: int) -> None:
     """Writes the gradient dweight (O, 3, 3, C) for x (N, H, W, C) and dy (N, H', W', O)."""
-    tiles = _Tiles.covering(dy, x.shape[3])
-    x_terms, dy_terms = tiles.terms("x_terms", x), tiles.terms("y_terms", dy)
+    tiles = _Tiles.of(dy)
     sums = scratch("weight_terms", (16, dy.shape[3], x.shape[3]), x.dtype)
     sums.fill(0)
 
-    def transform(image: int, row: int, place: slice) -> None:
-        _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
-        _transform_dy(dy[image], 2 * row, dy_terms[:, :, place])
+    def run(rows: slice) -> None:
+        x_terms, dy_terms = tiles.terms("x_terms", x, rows), tiles.terms("y_terms", dy, rows)
+
+        def transform(image: int, row: int, place: slice) -> None:
+            _transform_x(x[image], 2 * row - padding, -padding, x_terms[:, :, place])
+            _transform_dy(dy[image], 2 * row, dy_terms[:, :, place])
+
+        tiles.for_pieces(rows, _SHARES, transform)
+        _add_products(_products(dy_terms), _products(x_terms), sums)
 
     with single_threaded_blas():
-        for rows in tiles.steps():
-            tiles.for_pieces(rows, transform)
-            _add_products(tiles.products(dy_terms, rows), tiles.products(x_terms, rows), sums)
+        for rows in tiles.steps_together(x, dy):
+            run(rows)
     _restore_weight(sums, dweight)
 
 
-def _multiply(x_terms: np.ndarray, weight_terms: np.ndarray, y_terms: np.ndarray) -> None:
-    """Per term, the product of (tiles, C) and (C, O)."""
+def _products(terms: np.ndarray) -> np.ndarray:
+    """Transformed tiles (4, 4, rows, columns, channels) seen as 16 matrices: (16, tiles, channels)."""
+    return terms.reshape(16, -1, terms.shape[4])
 
-    def body(term: int) -> None:
-        np.matmul(x_terms[term], weight_terms[term], out=y_terms[term])
 
-    parallel_for(16, body)
+def _multiply(x_terms: np.ndarray, weight_terms: np.ndarray, y_terms: np.ndarray, shares: int) -> None:
+    """Per term, writes the product of (tiles, C) and (C, O)."""
+
+    def body(part: slice) -> None:
+        np.matmul(x_terms[part], weight_terms[part], out=y_terms[part])
+
+    parallel_slices(16, 16 // shares, body)
 
 
 def _add_products(dy_terms: np.ndarray, x_terms: np.ndarray, sums: np.ndarray) -> None:
@@ -123,44 +145,42 @@ def _add_products(dy_terms: np.ndarray, x_terms: np.ndarray, sums: np.ndarray) -
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The 2x2 tiles that cover the output maps of a batch, worked on in steps of whole tile rows.
-
-    Tile rows are numbered through all images.
-    """
+    """The 2x2 tiles that cover the output maps of a batch; rows of tiles are numbered through all images."""
 
     images: int
     rows: int  # per image
     columns: int
-    step: int  # tile rows
 
     @classmethod
-    def covering(cls, y: np.ndarray, channels: int) -> "_Tiles":
-        """Tiles of y (N, H', W', O); a step must hold `channels` channels as well as those of y."""
-        images, height, width, out_channels = y.shape
-        rows, columns = -(-height // 2), -(-width // 2)
-        row_bytes = 16 * columns * max(channels, out_channels) * y.itemsize
-        steps = -(-images * rows // max(1, _TERM_BYTES // row_bytes))
-        return cls(images, rows, columns, -(-images * rows // steps))
+    def of(cls, y: np.ndarray) -> "_Tiles":
+        """Tiles of y (N, H', W', O)."""
+        return cls(len(y), -(-y.shape[1] // 2), -(-y.shape[2] // 2))
 
-    def terms(self, name: str, like: np.ndarray) -> np.ndarray:
-        """Scratch memory for the transformed tiles of a step: (4, 4, tile rows, columns, channels)."""
-        return scratch(name, (4, 4, self.step, self.columns, like.shape[3]), like.dtype)
+    @property
+    def count(self) -> int:
+        return self.images * self.rows * self.columns
 
-    def products(self, terms: np.ndarray, rows: slice) -> np.ndarray:
-        """The transformed tiles of the tile rows in use, as matrices: (16, tiles, channels)."""
-        return terms.reshape(16, -1, terms.shape[4])[:, : (rows.stop - rows.start) * self.columns]
+    def steps(self, count: int) -> list[slice]:
+        """Cuts the tile rows into `count` steps."""
+        bounds = [self.images * self.rows * index // count for index in range(count + 1)]
+        return [slice(first, last) for first, last in pairwise(bounds)]
 
-    def steps(self) -> Iterator[slice]:
-        """Tile rows of each step."""
+    def steps_together(self, x: np.ndarray, y: np.ndarray) -> list[slice]:
+        """Cuts the tile rows into steps with no more than _BYTES_TOGETHER on either side of the products."""
         total = self.images * self.rows
-        return (slice(first, min(first + self.step, total)) for first in range(0, total, self.step))
+        row_bytes = 16 * self.columns * max(x.shape[3], y.shape[3]) * x.itemsize
+        return self.steps(-(-total // max(1, _BYTES_TOGETHER // row_bytes)))
 
-    def for_pieces(self, rows: slice, body: Callable[[int, int, slice], None]) -> None:
-        """Shares tile rows between the workers, in pieces that lie in one image.
+    def terms(self, name: str, like: np.ndarray, rows: slice) -> np.ndarray:
+        """Scratch memory for the transformed tiles of some tile rows: (4, 4, rows, columns, channels)."""
+        return scratch(name, (4, 4, rows.stop - rows.start, self.columns, like.shape[3]), like.dtype)
 
-        Calls `body(image, first tile row of the piece in the image, place of the piece in the step)`.
+    def for_pieces(self, rows: slice, shares: int, body: Callable[[int, int, slice], None]) -> None:
+        """Shares tile rows between workers, in about `shares` pieces that lie in one image each.
+
+        Calls `body(image, first tile row of the piece in that image, place of the piece among the tile rows)`.
         """
-        longest = -(-self.step // _PIECES)
+        longest = -(-(rows.stop - rows.start) // shares)
         pieces = []
         first = rows.start
         while first < rows.stop:
@@ -180,9 +200,9 @@ def _transform_x(x: np.ndarray, top: int, left: int, terms: np.ndarray) -> None:
     phases = scratch("phases", (2, 2, rows + 1, columns + 1, channels), x.dtype)
     _copy_phases(x, top, left, phases)
     half = scratch("half_transformed", (4, 2, rows, columns + 1, channels), x.dtype)
-    _input_pass(phases[0, :, :-1], phases[1, :, :-1], phases[0, :, 1:], phases[1, :, 1:], half)
-    even, odd = half[:, 0], half[:, 1]
-    _input_pass(even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:], terms.swapaxes(0, 1))
+    _input_pass(phases[:, :, :-1], phases[:, :, 1:], half)
+    by_column = half.swapaxes(0, 1)
+    _input_pass(by_column[..., :-1, :], by_column[..., 1:, :], terms.swapaxes(0, 1))
 
 
 def _transform_dy(dy: np.ndarray, top: int, terms: np.ndarray) -> None:
@@ -194,10 +214,9 @@ def _transform_dy(dy: np.ndarray, top: int, terms: np.ndarray) -> None:
     _copy_phases(dy, top, 0, half[::3])
     np.add(half[0], half[3], out=half[1])
     np.subtract(half[0], half[3], out=half[2])
-    np.copyto(terms[:, 0], half[:, 0])
+    np.copyto(terms[:, ::3], half)
     np.add(half[:, 0], half[:, 1], out=terms[:, 1])
     np.subtract(half[:, 0], half[:, 1], out=terms[:, 2])
-    np.copyto(terms[:, 3], half[:, 1])
 
 
 def _restore_y(terms: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
@@ -260,12 +279,11 @@ def _inside(start: int, count: int, size: int) -> tuple[int, int]:
     return low, max(low, min(count, (size - start + 1) // 2))
 
 
-def _input_pass(x0: np.ndarray, x1: np.ndarray, x2: np.ndarray, x3: np.ndarray, out: np.ndarray) -> None:
-    """out (4, ...) = X x along one axis, given its four values."""
-    np.subtract(x0, x2, out=out[0])
-    np.add(x1, x2, out=out[1])
-    np.subtract(x2, x1, out=out[2])
-    np.subtract(x1, x3, out=out[3])
+def _input_pass(first: np.ndarray, second: np.ndarray, out: np.ndarray) -> None:
+    """out (4, ...) = X x along one axis of tiles, where first (2, ...) is x0 and x1, and second is x2 and x3."""
+    np.subtract(first, second, out=out[::3])
+    np.add(first[1], second[0], out=out[1])
+    np.subtract(second[0], first[1], out=out[2])
 
 
 def _weight_pass(w: np.ndarray, out: np.ndarray) -> None:

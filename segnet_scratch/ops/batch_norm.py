@@ -9,6 +9,7 @@ from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Columns, Op, Spec, e
 
 EPS = 1e-5
 MOMENTUM = 0.1
+DOUBLE = np.dtype(np.float64)  # what the kernels carry sums in
 
 
 def _columns(op: str, x: Spec) -> Columns:
@@ -43,7 +44,7 @@ class BatchNormTrainingForward(Op):
             "running_var": vector,
         }
         self.outputs = {"y": x, "mean": vector, "inv_std": vector}
-        self.workspace = {"partials": x.with_shape(self.columns.chunks, 2, c)}
+        self.workspace = {"partials": Spec((self.columns.chunks, 2, c), DOUBLE)}
         self.flops = 7 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -130,7 +131,7 @@ class BatchNormBackward(Op):
         vector = x.with_shape(self.columns.channels)
         self.inputs = {"x": x, "dy": x, "mean": vector, "inv_std": vector, "weight": vector}
         self.outputs = {"dx": x, "dweight": vector, "dbias": vector}
-        self.workspace = {"partials": x.with_shape(self.columns.chunks, 2, self.columns.channels)}
+        self.workspace = {"partials": Spec((self.columns.chunks, 2, self.columns.channels), DOUBLE)}
         self.flops = 11 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:

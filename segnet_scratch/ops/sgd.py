@@ -62,6 +62,10 @@ class SgdStep:
     def __call__(self, gradients: Sequence[Array], lr: Array) -> None:
         """Updates every parameter. `lr` is float64 (1) on the device."""
         self._check("gradient", gradients)
+        if lr.dtype != np.float64:
+            raise DTypeError(f"sgd: lr has element type {lr.dtype}, expected float64")
+        if tuple(lr.shape) != (1,):
+            raise ShapeError(f"sgd: lr has shape {tuple(lr.shape)}, expected (1,)")
         if self.device.runs_kernels:
             self._launch(gradients, lr)
         else:

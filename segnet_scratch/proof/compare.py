@@ -86,7 +86,12 @@ def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[s
 
 
 def check(
-    row: Row, case: Case, device: Device, rng: np.random.Generator, dtype: DTypeLike = np.float32, integers: bool = False
+    row: Row,
+    case: Case,
+    device: Device,
+    rng: np.random.Generator,
+    dtype: DTypeLike = np.float32,
+    integers: bool = False,
 ) -> list[str]:
     """What is wrong with an op on a device; nothing when the list is empty.
 

@@ -266,7 +266,10 @@ class BatchNormRow(Row):
     def cases(self) -> list[Case]:
         return [
             *_maps(COLUMN_MAPS, offset=1.0, scale=1.0),
-            Case("mean 1000 times the deviation: E[x^2] - E[x]^2 would cancel", {"x": (2, 9, 9, 7), "offset": 1e3, "scale": 1.0}),
+            Case(
+                "mean 1000 times the deviation: E[x^2] - E[x]^2 would cancel",
+                {"x": (2, 9, 9, 7), "offset": 1e3, "scale": 1.0},
+            ),
             Case("constant channels: variance 0", {"x": (2, 5, 5, 3), "offset": 3.0, "scale": 0.0}),
             Case("variance far below eps", {"x": (2, 5, 5, 3), "offset": 0.0, "scale": 1e-4}),
             Case("large values", {"x": (1, 6, 5, 4), "offset": 1.0, "scale": 1e4}),
@@ -328,7 +331,10 @@ class BatchNormEvaluationRow(BatchNormRow):
     op = BatchNormEvaluationForward
 
     def cases(self) -> list[Case]:
-        return [*_maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0), *super().cases()]
+        return [
+            *_maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0),
+            *super().cases(),
+        ]
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         normalised = np.abs(b.x - b.mean) * b.inv_std * np.abs(b.weight)

@@ -1,0 +1,254 @@
+"""The gradient check passes what is right, and finds what is wrong: in Python, in kernels, anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+from mutants import mutant_device
+
+from segnet_scratch import ops
+from segnet_scratch.autograd import Tensor
+from segnet_scratch.device import get_device
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.add import Add
+from segnet_scratch.ops.batch_norm import BatchNorm
+from segnet_scratch.ops.conv2d import Conv2d
+from segnet_scratch.ops.cross_entropy import CrossEntropy
+from segnet_scratch.ops.dropout import Dropout
+from segnet_scratch.ops.max_pool import MaxPool
+from segnet_scratch.ops.max_unpool import MaxUnpool
+from segnet_scratch.ops.relu import Relu
+from segnet_scratch.proof import gradcheck as module
+from segnet_scratch.proof.gradcheck import DRAWS, RTOL, Problem, Where, _Check, gradcheck, gradchecks, names
+
+each_device = pytest.mark.parametrize("device", ["numpy", "host"])
+FUNCTIONS = {
+    "add": Add,
+    "batch_norm": BatchNorm,
+    "conv2d": Conv2d,
+    "cross_entropy": CrossEntropy,
+    "dropout": Dropout,
+    "max_pool": MaxPool,
+    "max_unpool": MaxUnpool,
+    "relu": Relu,
+}
+
+
+class TestWhatIsRight:
+    def test_every_differentiable_op_can_be_checked(self):
+        assert names() == [*sorted(set(ops.__all__) - {"PoolCodes"}), "segnet"]
+        assert set(FUNCTIONS) == set(names()) - {"segnet"}
+
+    @each_device
+    @pytest.mark.parametrize("name", names())
+    def test_passes(self, name, device):
+        (result,) = gradcheck([name], device)
+        assert result.passed, str(result)
+        assert result.op == name
+        assert result.worst <= RTOL / 10  # far from the limit: no luck is needed
+        assert result.compared > 200
+        assert result.skipped < 0.05
+
+    def test_another_seed_and_number_of_cases(self):
+        first, second = (gradcheck(["conv2d"], "numpy", seed=seed, cases=3)[0] for seed in (1, 2))
+        assert first.passed
+        assert second.passed
+        assert first.cases == 3
+        assert first.where != second.where
+        assert gradcheck(["conv2d"], "numpy", seed=1, cases=3)[0].where == first.where
+
+    def test_results_come_one_by_one_and_in_the_order_asked_for(self):
+        results = gradchecks(["relu", "add"], "numpy", cases=1)
+        assert [next(results).op, next(results).op] == ["relu", "add"]
+        assert [result.op for result in gradcheck((), "numpy")] == []
+
+    @pytest.mark.parametrize(
+        ("name", "hint"), [("max_poool", "did you mean max_pool?"), ("zzz", "expected one of add,")]
+    )
+    def test_an_unknown_name(self, name, hint):
+        with pytest.raises(ConfigError, match="there is no op") as raised:
+            gradchecks(["relu", name], "numpy")
+        assert hint in str(raised.value)
+        assert all(known in str(raised.value) for known in names())
+
+
+class TestReports:
+    def test_one_line_and_json(self):
+        (result,) = gradcheck(["relu"], "numpy", cases=2)
+        line = str(result)
+        assert line.startswith("relu ")
+        assert "passed" in line
+        assert "\n" not in line
+        data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+        assert data["op"] == "relu"
+        assert data["passed"] is True
+        assert data["cases"] == 2
+        assert 0 <= data["worst"] < RTOL
+        assert data["where"].keys() == {"case", "input", "index", "numeric", "analytic"}
+
+    def test_a_failure_names_the_derivative(self, monkeypatch):
+        monkeypatch.setattr(Conv2d, "backward", _with(Conv2d.backward, lambda d: (d[0], np.roll(d[1], 1), *d[2:])))
+        (result,) = gradcheck(["conv2d"], "numpy", cases=6)
+        assert not result.passed
+        assert result.where is not None
+        assert result.where.input == "weight"
+        assert f"d/d weight[{result.where.index}] numeric" in str(result)
+        assert "FAILED" in str(result)
+        assert "stride 1, padding" in result.where.case
+
+    def test_nan_is_null_in_json(self, monkeypatch):
+        monkeypatch.setattr(Relu, "backward", lambda self, dy: (dy * np.nan,))
+        (result,) = gradcheck(["relu"], "numpy", cases=1)
+        assert not result.passed
+        data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+        assert data["worst"] is None
+        assert data["where"]["analytic"] is None
+
+    def test_the_error_of_a_derivative(self):
+        assert Where("", "x", "0", 1.0, 1.0).error == 0
+        assert Where("", "x", "0", 100.0, 100.0 * (1 + 1e-5)).error == pytest.approx(1e-5, rel=1e-3)
+        assert Where("", "x", "0", 0.0, 0.99e-7).error < RTOL < Where("", "x", "0", 0.0, 1.01e-7).error
+        for numeric, analytic in ((np.nan, 1.0), (1.0, np.nan), (np.inf, np.inf), (1.0, -np.inf)):
+            assert Where("", "x", "0", numeric, analytic).error == np.inf
+
+
+def _with(backward, change):
+    """A backward whose gradients go through `change`."""
+
+    def changed(self, dy):
+        return change(backward(self, dy))
+
+    return changed
+
+
+def _poke(array, value):
+    array = array.copy()
+    array.reshape(-1)[array.size // 2] = value
+    return array
+
+
+MUTATIONS = {
+    "sign flipped": lambda d: (-d[0], *d[1:]),
+    "sign of the last input flipped": lambda d: (*d[:-1], -d[-1]),
+    "off by one part in 10,000": lambda d: (d[0] * (1 + 1e-4), *d[1:]),
+    "shifted by one element": lambda d: (np.roll(d[0], 1), *d[1:]),
+    "one element NaN": lambda d: (_poke(d[0], np.nan), *d[1:]),
+    "one element infinite": lambda d: (_poke(d[0], np.inf), *d[1:]),
+    "one element too large": lambda d: (_poke(d[0], 3.3), *d[1:]),
+    "nothing": lambda d: (None, *d[1:]),
+    "zero": lambda d: (0 * d[0], *d[1:]),
+}
+
+
+# file, text, replacement, op
+KERNELS = {
+    "gradient at every negative input": (
+        "relu.cu",
+        "y[i] > storage_t(0) ? dy[i]",
+        "y[i] >= storage_t(0) ? dy[i]",
+        "relu",
+    ),
+    "flip forgotten": ("conv2d_tiled.cu", "taps + taps - 1 - tap) * c", "taps + tap) * c", "conv2d"),
+    "one pixel to the right": (
+        "conv2d_direct.cu",
+        "                    const int ix = ox * stride - padding + kx;",
+        "                    const int ix = ox * stride - padding + kx + 1;",
+        "conv2d",
+    ),
+    "stride forgotten": ("conv2d_direct.cu", "if (left < 0 || left % stride ||", "if (left < 0 ||", "conv2d"),
+    "a row lane left out": ("conv2d_bias.cu", "int lane = 1;", "int lane = 2;", "conv2d"),
+    "missing term": ("batch_norm.cu", " - xhat * mean_dy_xhat", "", "batch_norm"),
+    "mean over one row less": (
+        "batch_norm.cu",
+        "dbias[slice.channel] / rows",
+        "dbias[slice.channel] / (rows - 1)",
+        "batch_norm",
+    ),
+    "label of class 0": ("cross_entropy.cu", "(k == label ? 1 : 0)", "(k == 0 ? 1 : 0)", "cross_entropy"),
+    "gradient at void pixels": ("cross_entropy.cu", "++k) dz[k] = 0;", "++k) dz[k] = z[k];", "cross_entropy"),
+    "wrong window": (
+        "common/windows.cuh",
+        "codes[index] : 0, w, channels)];",
+        "3 : 0, w, channels)];",
+        "max_unpool",
+    ),
+    "NaN": ("dropout.cu", "storage_t(x[i] * scale)", "storage_t(x[i] * scale / (i != 1))", "dropout"),
+}
+
+
+class TestWhatIsWrong:
+    @pytest.mark.parametrize("mutation", MUTATIONS)
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_a_wrong_backward_is_found(self, name, mutation, monkeypatch):
+        function = FUNCTIONS[name]
+        monkeypatch.setattr(function, "backward", _with(function.backward, MUTATIONS[mutation]))
+        (result,) = gradcheck([name], "numpy", cases=6)
+        assert not result.passed
+
+    @pytest.mark.parametrize("mutation", ["off by one part in 10,000", "one element NaN"])
+    @pytest.mark.parametrize("name", ["batch_norm", "conv2d", "max_pool", "max_unpool", "relu"])
+    def test_a_wrong_backward_is_found_in_the_network(self, name, mutation, monkeypatch):
+        function = FUNCTIONS[name]
+        monkeypatch.setattr(function, "backward", _with(function.backward, MUTATIONS[mutation]))
+        monkeypatch.setitem(module._PROBLEMS, "segnet", (lambda make, _: module._segnet(make, 1), 1))  # SegNet-Basic
+        (result,) = gradcheck(["segnet"], "numpy")
+        assert not result.passed
+
+    @pytest.mark.parametrize("mutant", KERNELS)
+    def test_a_fault_in_a_kernel_is_found(self, mutant, tmp_path, monkeypatch):
+        *fault, name = KERNELS[mutant]
+        device = mutant_device(tmp_path, monkeypatch, *fault)
+        (result,) = gradcheck([name], device)
+        assert not result.passed
+
+
+class TestKinks:
+    @staticmethod
+    def check(values):
+        device = get_device("numpy")
+        x = Tensor(np.array([values]), device, requires_grad=True)
+        return _Check(Problem("relu", {"x": x}, lambda: ops.relu(x)), device, np.random.default_rng(0))
+
+    def test_away_from_kinks_nothing_is_skipped(self):
+        check = self.check([1.0, -1.0])
+        assert [w.error <= RTOL for w in check.derivatives()] == [True, True]
+        assert (check.attempts, check.skipped) == (2, 0)
+
+    def test_near_a_kink_the_step_shrinks(self):
+        check = self.check([5e-7, -5e-8])
+        assert [w.error <= RTOL for w in check.derivatives()] == [True, True]
+        assert check.skipped == 0
+
+    def test_at_a_kink_there_is_nothing_to_compare(self):
+        check = self.check([0.0, 1.0])
+        (where,) = check.derivatives()
+        assert where.index == "0, 1"
+        assert (check.attempts, check.skipped) == (2, 1)
+
+    def test_directions_are_drawn_again(self):
+        values = np.ones(600)
+        values[0] = 0.0
+        check = self.check(values)
+        assert list(check.derivatives(directions=2)) == []
+        assert check.attempts == check.skipped == 2 * DRAWS
+
+    def test_a_tie_in_a_pool_is_a_kink(self):
+        device = get_device("numpy")
+        x = Tensor(np.ones((1, 2, 2, 1)), device, requires_grad=True)
+        check = _Check(Problem("pool", {"x": x}, lambda: ops.max_pool(x)[0]), device, np.random.default_rng(0))
+        assert list(check.derivatives()) == []
+
+    def test_too_many_kinks_prove_nothing(self, monkeypatch):
+        monkeypatch.setattr(module, "SHAPES", ((1, 1, 1, 1),))
+        monkeypatch.setattr(module._Maker, "distinct", lambda make, name, *shape: make.leaf(name, np.zeros(shape)))
+        (result,) = gradcheck(["relu"], "numpy", cases=1)
+        assert result.skipped == 1
+        assert result.compared == 0
+        assert not result.passed
+
+    def test_leaves_keep_their_values(self):
+        check = self.check([1.0, -1.0])
+        leaf = check.problem.leaves["x"]
+        before = leaf.numpy().copy()
+        list(check.derivatives())
+        np.testing.assert_array_equal(leaf.numpy(), before)
