@@ -29,6 +29,8 @@ _Path = str | os.PathLike[str]
 _KEY = "segnet_scratch"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.segnet-tmp")
 
+_MAX_HEADER = 4 << 20
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -38,11 +40,11 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:
     """Write a checkpoint atomically and durably: once it returns, a power failure does not lose it.
 
     The metadata is any mapping that JSON can hold (finite numbers, text keys); it comes back as JSON gives it,
-    tuples as lists. The same content gives the same bytes. Takes as much memory again as the tensors.
+    tuples as lists. The same content gives the same bytes. For a moment it takes the tensors' memory twice again.
 
     Raises CheckpointError for content that the file cannot hold, and when the system refuses to write. The old
     file then stays, complete; the new one stands there where only the last call, the sync of the directory, failed.
@@ -198,7 +200,11 @@ def _opened(path: _Path, fix: str = "") -> Iterator[Any]:
         # Also keeps a named pipe from being opened, which would wait for ever.
         if path.exists() and not path.is_file():
             raise ValueError("a directory or a device")
-        path.open("rb").close()  # safetensors calls every file that it may not open a missing one
+        with path.open("rb") as start:  # safetensors calls every file that it may not open a missing one
+            header = int.from_bytes(start.read(8), "little")
+        # The library takes up to 100 MB of header, and seconds and a gigabyte to read it; 2,000 tensors need 0.2 MB.
+        if header > _MAX_HEADER:
+            raise ValueError(f"a header of {header} bytes, more than {_MAX_HEADER}")
         np.empty(path.stat().st_size, np.uint8)  # and panics where memory is short: NumPy raises MemoryError
         with safe_open(path, "np") as file:
             yield file
@@ -206,7 +212,7 @@ def _opened(path: _Path, fix: str = "") -> Iterator[Any]:
         got = getattr(error, "strerror", None) or str(error)
         # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
         got, fix = ascii(got)[1:-1][:300], fix or _way_out(path)
-        raise CheckpointError(f"{path}: expected a sound safetensors file, got: {got}; {fix}.") from error
+        raise CheckpointError(f"{path}: expected a sound safetensors file, got: {got}; {fix}.") from None
 
 
 def _way_out(path: Path) -> str:

@@ -635,3 +635,12 @@ class TestSweep:
     def test_missing_directory(self, tmp_path):
         with pytest.raises(CheckpointError, match="nowhere"):
             checkpoint.sweep_temporaries(tmp_path / "nowhere")
+
+
+def test_a_header_of_megabytes_is_refused_before_the_library_reads_it(tmp_path):
+    path = tmp_path / "large.safetensors"
+    header = b"{" + b" " * (5 << 20) + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    for read in (checkpoint.load, checkpoint.load_foreign, checkpoint.read_metadata):
+        with pytest.raises(CheckpointError, match=r"large\.safetensors.*header of 5242882 bytes"):
+            read(path)

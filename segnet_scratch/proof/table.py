@@ -190,7 +190,7 @@ TILES = [
 
 
 class Conv2dRow(Row):
-    """One of the four convolution ops in one rung."""
+    """fprop, dgrad or wgrad in one rung; `terms` is the length of the sum behind an output."""
 
     exact = True
 
@@ -306,7 +306,8 @@ class BatchNormTrainingRow(BatchNormRow):
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         rows, momentum = b.x.size / b.mean.size, op.momentum  # type: ignore[attr-defined]
         # A mean errs by its sum of absolute terms, a variance merged as (count, mean, M2) relatively by the condition
-        # number kappa = rms / deviation (Chan, Golub, LeVeque 1983, table 2); squared where the mean itself errs.
+        # number kappa = rms / deviation (Chan, Golub, LeVeque 1983, table 2); squared where the mean itself errs. That
+        # is for NumPy, which sums the pixels of a chunk in their own type; the kernels sum in double.
         unit = 2 * eps * sqrt(rows)
         rms = np.sqrt((b.x**2).mean((0, 1, 2)))
         variance = b.x.var((0, 1, 2))
