@@ -142,7 +142,7 @@ class CudaDevice(Device):
                 "use --device numpy or --device host"
             )
         self.architecture = f"sm_{major}{minor}"
-        self._functions: dict[tuple[str, ElementTypes], Any] = {}
+        self._functions: dict[tuple[str, str, ElementTypes], Any] = {}
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         return self._guarded(lambda: self._cupy.empty(tuple(shape), dtype))
@@ -156,9 +156,12 @@ class CudaDevice(Device):
     def download(self, array: Array) -> np.ndarray:
         return self._cupy.asnumpy(array)
 
+    def copy(self, array: Array) -> Array:
+        return self._guarded(array.copy)
+
     def write(self, target: Array, values: Any) -> None:
         if isinstance(values, np.ndarray):
-            target.set(np.ascontiguousarray(values, dtype=target.dtype))
+            target.set(np.asarray(values, dtype=target.dtype, order="C"))
         else:
             target[...] = values
 
@@ -190,7 +193,7 @@ class CudaDevice(Device):
         values: Sequence[Any],
         shared: int,
     ) -> None:
-        function = self._functions.get((kernel.name, types))
+        function = self._functions.get((kernel.source.digest, kernel.name, types))
         if function is None:
             function = self._load(kernel, types)
         # A null pointer travels as a 64-bit zero; every other value has its exact type from the gate already.
@@ -201,7 +204,7 @@ class CudaDevice(Device):
         from segnet_scratch.kernels.nvrtc import cached_cubin
 
         module = self._cupy.RawModule(path=str(cached_cubin(kernel.source, types, self.architecture)))
-        self._functions[kernel.name, types] = function = module.get_function(kernel.name)
+        self._functions[kernel.source.digest, kernel.name, types] = function = module.get_function(kernel.name)
         return function
 
 
@@ -226,8 +229,8 @@ def cuda_missing() -> str | None:
         return f"CuPy cannot use the GPU: {error}; check that nvidia-smi works; --device numpy needs no GPU"
     if not available:
         return (
-            "CuPy is installed but sees no NVIDIA GPU or driver; check that nvidia-smi works and that CUDA_VISIBLE_DEVICES "
-            "does not hide the GPU; --device numpy and --device host need no GPU"
+            "CuPy is installed but sees no NVIDIA GPU or driver; check that nvidia-smi works and that "
+            "CUDA_VISIBLE_DEVICES does not hide the GPU; --device numpy and --device host need no GPU"
         )
     return None
 

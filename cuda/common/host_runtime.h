@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <type_traits>
@@ -95,7 +96,8 @@ struct Launch {
     char message[512];                  // what went wrong, when the launch returns non-zero
 };
 
-constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kStackBytes = 160 * 1024;
+constexpr size_t kStackReserve = 32 * 1024;  // the low end: an overflow passes the canary above it and harms nobody
 constexpr size_t kSharedLimit = 256 * 1024;  // more than any GPU has for one block
 constexpr size_t kRedZone = 64;
 constexpr unsigned char kRedByte = 0xA5;
@@ -257,16 +259,19 @@ inline bool finish_phase(Worker* w) {
     return line != 0;
 }
 
+// Gives up the block for good: back to the scheduler.
+[[noreturn]] inline void leave_block(Worker* w) {
+    segnet_switch_fiber(&w->current->stack_pointer, w->scheduler_stack_pointer);
+    std::abort();  // a block that has finished or failed is never resumed
+}
+
 // The running fiber waits (line > 0) or has returned (line 0).
 inline void leave(int line) {
     Worker* w = worker;
     Fiber* self = w->current;
     self->barrier_line = line;
     if (++w->position == w->order.size()) {
-        if (!finish_phase(w)) {
-            segnet_switch_fiber(&self->stack_pointer, w->scheduler_stack_pointer);
-            std::abort();  // a finished block is never resumed
-        }
+        if (!finish_phase(w)) leave_block(w);
         w->position = 0;
         w->arrange(w->order);
         if (&w->fibers[w->order[0]] == self) {
@@ -292,14 +297,17 @@ inline void fiber_entry() {
 
 inline void* shared_memory(const void* key, const char* name, size_t bytes) {
     Worker* w = worker;
+    if (!w->cooperative) throw NeedsFibers();
     for (const SharedArray& array : w->shared)
         if (array.key == key) return w->arena_base + array.offset;
     const size_t start = w->shared.empty() ? 0 : w->shared.back().offset + ((w->shared.back().bytes + 63) & ~size_t(63));
     SharedArray array{key, name, start + kRedZone, bytes};
     if (array.offset + bytes > kSharedLimit) {
-        // No way back from here: the caller expects an address, and the arrays handed out already cannot move.
-        std::fprintf(stderr, "%s: more than %zu bytes of shared memory\n", w->kernel, kSharedLimit);
-        std::abort();
+        char what[256];
+        std::snprintf(what, sizeof what, "shared array '%s' (%zu bytes) does not fit into the %zu bytes of a block", name,
+                      bytes, kSharedLimit);
+        w->fail(what);
+        leave_block(w);
     }
     w->shared.push_back(array);
     std::memset(w->arena_base + start, kRedByte, kRedZone);
@@ -343,7 +351,7 @@ inline void run_block_fibers(Worker* w) {
     if (w->failed) return;
     for (Fiber& fiber : w->fibers) {
         uint64_t canary;
-        std::memcpy(&canary, fiber.stack, sizeof canary);
+        std::memcpy(&canary, fiber.stack + kStackReserve, sizeof canary);
         if (canary != kStackCanary) return w->fail("a thread needs more stack than the host device gives it");
     }
     check_shared(w);
@@ -355,9 +363,12 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
     worker = &w;
     const unsigned threads = w.block_size.x * w.block_size.y * w.block_size.z;
     w.order.resize(threads);
-    for (unsigned i = 0; i < threads; ++i)
-        w.order[i] = w.launch->order == int(Order::descending) ? threads - 1 - i : i;
-    w.arrange(w.order);
+    auto order_threads = [&] {
+        for (unsigned i = 0; i < threads; ++i)
+            w.order[i] = w.launch->order == int(Order::descending) ? threads - 1 - i : i;
+        w.arrange(w.order);
+    };
+    order_threads();
     if (w.cooperative) {
         w.arena.resize(kSharedLimit + 4 * kRedZone);
         w.arena_base = w.arena.data() + (64 - reinterpret_cast<uintptr_t>(w.arena.data()) % 64);
@@ -370,20 +381,27 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
                 w.fail("out of memory for the stacks of the threads");
                 break;
             }
-            std::memcpy(fiber.stack, &kStackCanary, sizeof kStackCanary);
+            std::memcpy(fiber.stack + kStackReserve, &kStackCanary, sizeof kStackCanary);
         }
     }
     uint64_t block;
     while (!w.failed && !stop.load(std::memory_order_relaxed) && next_block(&block)) {
         w.block_index = {unsigned(block % w.grid_size.x), unsigned(block / w.grid_size.x % w.grid_size.y),
                          unsigned(block / w.grid_size.x / w.grid_size.y)};
+        if (w.launch->order == int(Order::shuffled)) {
+            // From the seed and the block alone: a failure comes again, whichever worker gets the block.
+            w.random = w.launch->seed;
+            w.random = w.next_random() + block;
+            order_threads();
+        }
         if (w.cooperative) {
             run_block_fibers(&w);
         } else {
             try {
                 run_block_flat(&w);
             } catch (const NeedsFibers&) {
-                w.fail("reached a barrier although its text has none; put __syncthreads() or SHARED_ARRAY in the kernel");
+                w.fail("reached a barrier or a shared array although its text has none; put __syncthreads() or SHARED_ARRAY "
+                       "in the .cu file");
             }
         }
     }
@@ -424,11 +442,14 @@ inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body
         w.cooperative = cooperative;
         w.body = body;
         w.closure = closure;
-        w.random = launch->seed;
         run_worker(w, next_block, stop);
     };
     std::vector<std::thread> threads;
-    for (size_t i = 1; i < count; ++i) threads.emplace_back(start, i);
+    try {
+        for (size_t i = 1; i < count; ++i) threads.emplace_back(start, i);
+    } catch (const std::system_error&) {
+        // The system gives no more threads: those there are do all the blocks.
+    }
     start(0);
     for (std::thread& thread : threads) thread.join();
     for (size_t i = 0; i < count; ++i)

@@ -74,5 +74,5 @@ def launch(
 
 
 def _three(size: Sequence[int] | int) -> tuple[int, ...]:
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, Sequence) else (size,)
     return size + (1,) * (3 - len(size))

@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from segnet_scratch.errors import CompileError
+
 
 def cache_directory() -> Path:
     """`$SEGNET_CACHE`, else `segnet_scratch` in the user's cache folder. Deleting it is always safe."""
@@ -20,13 +22,19 @@ def cache_key(*parts: object) -> str:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Writes a file so that other processes see it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    """Writes a file so that other processes see it whole or not at all. CompileError where it cannot be written."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CompileError(
+            f"cannot write {path}, where compiled kernels are kept: {error.strerror or error}; "
+            "set SEGNET_CACHE to a folder that can be written"
+        ) from error

@@ -5,7 +5,7 @@ corrupt memory. Here each of them is an error that names kernel and argument.
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +59,11 @@ def check_launch(
             values.append(argument)
             if argument is not None:
                 start = home.address(argument)
+                if start % argument.itemsize != 0:
+                    raise LaunchError(
+                        f"{kernel.name}: argument {parameter.name} lies at address {start:#x}, expected a multiple of "
+                        f"its element size, {argument.itemsize} bytes; copy it"
+                    )
                 ranges.append((start, start + argument.nbytes, parameter))
         else:
             value = _scalar(kernel, parameter, types, argument)
@@ -74,8 +79,8 @@ def check_launch(
 
 def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared: int) -> None:
     for what, size, limits in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
-        if len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
-            raise LaunchError(f"{kernel.name}: {what} {tuple(size)}; expected three positive integers")
+        if len(size) != 3 or any(type(n) is not int or n < 1 for n in size):
+            raise LaunchError(f"{kernel.name}: {what} {tuple(size)}; expected up to three positive Python integers")
         for axis, n, limit in zip("xyz", size, limits, strict=True):
             if n > limit:
                 raise LaunchError(
@@ -83,8 +88,10 @@ def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int], s
                 )
     if prod(block) > MAX_THREADS:
         raise LaunchError(f"{kernel.name}: a block of {prod(block)} threads; the limit is {MAX_THREADS}")
-    if not 0 <= shared <= MAX_SHARED:
-        raise LaunchError(f"{kernel.name}: {shared} bytes of dynamic shared memory; expected 0 to {MAX_SHARED}")
+    if type(shared) is not int or not 0 <= shared <= MAX_SHARED:
+        raise LaunchError(
+            f"{kernel.name}: {shared!r} bytes of dynamic shared memory; expected an integer, 0 to {MAX_SHARED}"
+        )
 
 
 def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: ElementTypes, array: Any) -> None:
@@ -95,15 +102,16 @@ def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: E
         raise LaunchError(f"{what} is None; only parameters marked OPTIONAL may be null")
     if not home.owns(array):
         raise DeviceError(
-            f"{what} is a {type(array).__module__}.{type(array).__name__}; expected an array of the {home.name} device; "
-            "move it there with device.upload(...)"
+            f"{what} is a {type(array).__module__}.{type(array).__name__}; "
+            f"expected an array of the {home.name} device; move it there with device.upload(...)"
         )
     expected = parameter.dtype(types)
     if array.dtype != expected:
         raise DTypeError(f"{what} has element type {array.dtype}, expected {expected}; convert it with astype")
     if not array.flags.c_contiguous:
         raise LaunchError(
-            f"{what} is a view with strides {array.strides} of shape {array.shape}; expected a C-contiguous array; copy it"
+            f"{what} is a view with strides {array.strides} of shape {array.shape}; "
+            "expected a C-contiguous array; copy it"
         )
     if array.size == 0:
         raise ShapeError(f"{what} is empty: shape {array.shape}; a kernel needs at least one element")
@@ -125,6 +133,8 @@ def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: An
             )
     elif isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise DTypeError(f"{what} is {value!r} ({type(value).__name__}); expected a number ({parameter.c_type})")
+    elif float(np.finfo(dtype).max) < abs(value if isinstance(value, int) else float(value)) < inf:
+        raise LaunchError(f"{what} is out of the range of {parameter.c_type}, {np.finfo(dtype).max:.3g}; scale it")
     return dtype.type(value)
 
 
@@ -133,9 +143,20 @@ def _check_extent(kernel: Kernel, parameter: Parameter, array: Any, scalars: dic
         expected = parameter.extent_shape(scalars)
     except NameError as error:
         raise SegnetError(
-            f"{kernel.source.path}: {kernel.name}: the shape comment {parameter.extent} of {parameter.name} uses a name "
-            f"that is no integer parameter ({error}); it can use {', '.join(scalars) or 'none'}"
+            f"{kernel.source.path}: {kernel.name}: the shape comment {parameter.extent} of {parameter.name} uses "
+            f"a name that is no integer parameter ({error}); it can use {', '.join(scalars) or 'none'}"
         ) from error
+    except ZeroDivisionError as error:
+        values = ", ".join(f"{name}={value}" for name, value in scalars.items())
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent}, "
+            f"which divides by zero with {values}"
+        ) from error
+    if any(n < 1 for n in expected):
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent} = {expected}; "
+            "expected positive sizes"
+        )
     if array.size != prod(expected):
         raise ShapeError(
             f"{kernel.name}: argument {parameter.name} has {array.size} elements, shape {array.shape}; "

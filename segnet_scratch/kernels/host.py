@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.errors import CompileError, KernelFault
+from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
 from segnet_scratch.kernels.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.kernels.source import Source, cuda_directory
@@ -36,7 +36,7 @@ class HostOptions:
 
     `order` is the order of the threads of a block between two barriers, and of the blocks; `seed` is that of the
     shuffled order. A kernel whose result depends on it has a race. `workers` is the number of operating-system threads
-    that share the blocks; 0 takes one for each core.
+    that share the blocks; 0 takes one for each core. ConfigError for a value that is none of these.
     """
 
     order: str = "ascending"
@@ -45,7 +45,11 @@ class HostOptions:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(f"order {self.order!r}; expected one of {', '.join(ORDERS)}")
+            raise ConfigError(f"host device: order is {self.order!r}; expected one of {', '.join(ORDERS)}")
+        for name, limit in (("seed", 2**64 - 1), ("workers", 1024)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= limit:
+                raise ConfigError(f"host device: {name} is {value!r}; expected an integer, 0 to {limit}")
 
 
 class _Launch(ctypes.Structure):
@@ -64,11 +68,14 @@ class _Launch(ctypes.Structure):
 
 def find_compiler() -> list[str]:
     """The command of a C++17 compiler: `$CXX`, c++, g++, clang++, else the `ziglang` wheel. CompileError if none."""
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     if chosen:
         command = chosen.split()
         if shutil.which(command[0]) is None:
-            raise CompileError(f"$CXX is '{chosen}', but there is no program '{command[0]}'; correct or unset CXX")
+            raise CompileError(
+                f"$CXX is '{chosen}', but there is no program '{command[0]}'; correct CXX, or unset it: then c++, g++, "
+                "clang++ are tried, or a compiler that pip brings: pip install ziglang"
+            )
         return command
     for name in ("c++", "g++", "clang++"):
         path = shutil.which(name)
@@ -125,12 +132,12 @@ def build(source: Source, types: ElementTypes) -> Path:
     command = find_compiler()
     flags = [*compiler_flags(), *types.defines]
     runtime = (cuda_directory() / "common" / "host_runtime.h").read_text(encoding="utf-8")
-    key = cache_key(source.digest, runtime, flags, _compiler_identity(tuple(command)), _processor_identity())
+    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in parse_kernels(source))
+    key = cache_key(source.digest, entries, runtime, flags, _compiler_identity(tuple(command)), _processor_identity())
     library = cache_directory() / "host" / f"{source.path.stem}-{types.storage.name}-{key}.so"
     if library.is_file():
         return library
     log.info("compiling %s for the host device (%s)", source.path.name, types.storage.name)
-    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in parse_kernels(source))
     # Included by its own path, so that errors, debuggers and sanitizers name the line of the .cu file.
     unit = f'#include "common/host_runtime.h"\n#include "{source.path.as_posix()}"\n{entries}'
     includes = [f"-I{directory}" for directory in source.include_directories]
@@ -145,6 +152,10 @@ def build(source: Source, types: ElementTypes) -> Path:
             raise CompileError(
                 f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
             )
+        if not output.is_file():
+            raise CompileError(
+                f"the C++ compiler '{' '.join(command)}' wrote no library; unset CXX or set it to another"
+            )
         publish(library, output.read_bytes())
     return library
 
@@ -158,7 +169,14 @@ def _first_errors(stderr: str, limit: int = 40) -> str:
 
 @functools.cache
 def _entry(source: Source, types: ElementTypes, name: str) -> Any:
-    library = ctypes.CDLL(str(build(source, types)))
+    path = build(source, types)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(
+            f"the compiled kernels {path} do not load: {error}; delete the file; if that does not help, set "
+            "SEGNET_CACHE to a folder from which programs may be run"
+        ) from error
     function = getattr(library, f"host_launch_{name}")
     function.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(ctypes.c_void_p))
     function.restype = ctypes.c_int

@@ -13,8 +13,8 @@ from segnet_scratch.kernels.signature import ElementTypes
 from segnet_scratch.kernels.source import Source
 
 MISSING = (
-    "libnvrtc, NVIDIA's run-time compiler, was not found; pip install 'segnet_scratch[cuda13]' (or [cuda12]) brings it, "
-    "and so does a CUDA toolkit named by CUDA_PATH"
+    "libnvrtc, NVIDIA's run-time compiler, was not found; pip install 'segnet_scratch[cuda13]' (or [cuda12]) "
+    "brings it, and so does a CUDA toolkit named by CUDA_PATH"
 )
 
 
@@ -32,7 +32,7 @@ def _candidates() -> list[Path]:
             roots += [Path(toolkit) / "lib64", Path(toolkit) / "lib", Path(toolkit) / "bin"]
     found = []
     for root in roots:
-        found += [p for p in sorted(root.glob("libnvrtc.so*"), reverse=True) if "builtins" not in p.name]
+        found += sorted(root.glob("libnvrtc.so*"), reverse=True)
     return found
 
 
@@ -62,6 +62,12 @@ def _check(status: int, what: str) -> None:
         raise CompileError(f"{what} failed: {library.nvrtcGetErrorString(status).decode()}")
 
 
+def compiler_options(types: ElementTypes, architecture: str) -> list[str]:
+    """No fused multiply-add but where a kernel says fma, as on the host device: both give the same bits."""
+    fixed = ("-std=c++17", "-fmad=false", "-lineinfo", "--ptxas-options=-v")
+    return [f"-arch={architecture}", *fixed, *types.defines]
+
+
 def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: list[str] | None = None) -> bytes:
     """Compiles a source for one architecture, such as "sm_90", and returns the cubin.
 
@@ -78,15 +84,7 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         "nvrtcCreateProgram",
     )
     try:
-        # No fused multiply-add but where a kernel says fma, as on the host device: both give the same bits.
-        options = [
-            f"-arch={architecture}",
-            "-std=c++17",
-            "-fmad=false",
-            "-lineinfo",
-            "--ptxas-options=-v",
-            *types.defines,
-        ]
+        options = compiler_options(types, architecture)
         options += [f"-I{directory}" for directory in source.include_directories]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), array)
@@ -110,7 +108,7 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
     """The path of the cubin of a source, compiled unless the cache has it."""
-    key = cache_key(source.digest, types.defines, architecture, nvrtc_version())
+    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
     path = cache_directory() / "cuda" / f"{source.path.stem}-{types.storage.name}-{architecture}-{key}.cubin"
     if not path.is_file():
         publish(path, compile_cubin(source, types, architecture))

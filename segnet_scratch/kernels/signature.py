@@ -14,7 +14,7 @@ from types import CodeType
 
 import numpy as np
 
-from segnet_scratch.errors import CompileError
+from segnet_scratch.errors import CompileError, DTypeError
 from segnet_scratch.kernels.source import Source
 
 # C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes.
@@ -36,7 +36,8 @@ _FIXED_TYPES = {
     "float": np.float32,
     "double": np.float64,
 }
-_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(')
+_BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
+_KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
 _SYNCHRONISES = re.compile(r"__sync\w*\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]")
 
 
@@ -54,8 +55,11 @@ class ElementTypes:
         return ElementTypes(dtype, dtype)
 
     def c_name(self, dtype: np.dtype) -> str:
-        """The C++ type of the compilation flag -DSTORAGE or -DACCUMULATE."""
-        return {"float32": "float", "float64": "double"}[dtype.name]
+        """The C++ type of the compilation flag -DSTORAGE or -DACCUMULATE; DTypeError where kernels know none."""
+        names = {"float32": "float", "float64": "double"}
+        if dtype.name not in names:
+            raise DTypeError(f"kernels cannot be compiled for {dtype.name}; expected float32 or float64")
+        return names[dtype.name]
 
     @property
     def defines(self) -> tuple[str, str]:
@@ -114,17 +118,21 @@ def parse_kernels(source: Source) -> tuple[Kernel, ...]:
     # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
     outside = _outside(text, [(m.start(), end) for m, _, _, end in spans])
     helper_synchronises = bool(_SYNCHRONISES.search(outside))
-    kernels = []
+    kernels: dict[str, Kernel] = {}
     for match, parameters_end, body_start, body_end in spans:
-        line = text.count("\n", 0, match.start()) + 1
-        parameters = _parse_parameters(source, line, source.text[match.end() : parameters_end])
+        name, line = match.group(1), _line(text, match.start())
+        if name in kernels:
+            first = kernels[name].line
+            raise CompileError(f"{source.path}:{line}: the kernel {name} is defined twice, first at line {first}")
+        span = slice(match.end(), parameters_end)
+        parameters = _parse_parameters(source, _line(text, match.end()), source.text[span], text[span])
         cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[body_start:body_end]))
-        kernels.append(Kernel(match.group(1), source, line, parameters, cooperative))
-    names = [kernel.name for kernel in kernels]
-    for name in names:
-        if names.count(name) > 1:
-            raise CompileError(f"{source.path}: the kernel {name} is defined twice")
-    return tuple(kernels)
+        kernels[name] = Kernel(name, source, line, parameters, cooperative)
+    return tuple(kernels.values())
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
 
 
 def _blank_comments(text: str) -> str:
@@ -135,12 +143,12 @@ def _blank_comments(text: str) -> str:
 def _body_span(source: Source, text: str, match: re.Match[str]) -> tuple[int, int, int]:
     """(end of the parameter list, start of the body, end of the body)."""
     parameters_end = _closing(text, match.end() - 1, "()")
-    body_start = text.find("{", parameters_end)
-    body_end = _closing(text, body_start, "{}") if body_start >= 0 else -1
-    if parameters_end < 0 or body_end < 0:
-        line = text.count("\n", 0, match.start()) + 1
+    body = re.compile(r"\s*\{").match(text, parameters_end + 1) if parameters_end >= 0 else None
+    body_end = _closing(text, body.end() - 1, "{}") if body else -1
+    if body is None or body_end < 0:
+        line = _line(text, match.start())
         raise CompileError(f"{source.path}:{line}: the kernel {match.group(1)} has no complete parameter list and body")
-    return parameters_end, body_start, body_end
+    return parameters_end, body.end() - 1, body_end
 
 
 def _closing(text: str, start: int, pair: str) -> int:
@@ -157,20 +165,21 @@ def _closing(text: str, start: int, pair: str) -> int:
 
 
 def _outside(text: str, spans: list[tuple[int, int]]) -> str:
-    """The text without the kernels and without preprocessor lines."""
+    """The text without the kernels: device functions and macros."""
     parts, position = [], 0
     for start, end in spans:
         parts.append(text[position:start])
         position = end
     parts.append(text[position:])
-    return re.sub(r"^\s*#(?:[^\n]*\\\n)*[^\n]*", "", "".join(parts), flags=re.MULTILINE)
+    return "".join(parts)
 
 
-def _parse_parameters(source: Source, line: int, text: str) -> tuple[Parameter, ...]:
+def _parse_parameters(source: Source, line: int, text: str, blanked: str) -> tuple[Parameter, ...]:
+    """Parameters from a list that begins on `line`; `blanked` is its text without comments."""
     parameters: list[Parameter] = []
-    for offset, row in enumerate(text.split("\n")):
-        code, _, comment = row.partition("//")
-        declarations = [part.strip() for part in re.sub(r"/\*.*?\*/", "", code).split(",") if part.strip()]
+    for offset, (row, code) in enumerate(zip(text.split("\n"), blanked.split("\n"), strict=True)):
+        declarations = [part.strip() for part in code.split(",") if part.strip()]
+        comment = re.sub(r"/\*.*?\*/", "", row[len(code.rstrip()) :]).partition("//")[2]
         for position, declaration in enumerate(declarations):
             # A shape belongs to the last declaration before it.
             extent = _leading_parenthesis(comment.strip()) if position == len(declarations) - 1 else None
@@ -188,13 +197,14 @@ def _leading_parenthesis(comment: str) -> str | None:
 def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parameter:
     words = re.findall(r"\w+|\*|\S", declaration)
     pointer = "*" in words
-    if words.count("*") > 1 or any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words):
+    qualifiers = {"const", "__restrict__", "OPTIONAL", "*", "__grid_constant__"}
+    kept = [word for word in words if word not in qualifiers]
+    strange = any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words)
+    if strange or words.count("*") > 1 or len(kept) < 2:
         raise CompileError(
             f"{where}: cannot understand the kernel parameter '{declaration}'; expected a scalar or a pointer, "
             "for example 'const float* __restrict__ x' or 'int n'"
         )
-    qualifiers = {"const", "__restrict__", "OPTIONAL", "*", "__grid_constant__"}
-    kept = [word for word in words if word not in qualifiers]
     name, c_type = kept[-1], " ".join(kept[:-1])
     if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
         known = ", ".join(["storage_t", "accumulate_t", *_FIXED_TYPES])
@@ -210,13 +220,14 @@ def _compile_extent(where: str, extent: str) -> CodeType | None:
     """Python code for a shape comment; only names, integers, + - * / and parentheses are let through."""
     try:
         tree = ast.parse(extent.replace("/", "//"), mode="eval")
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:
         raise CompileError(
             f"{where}: the shape comment {extent} is not an expression in the kernel's integers"
         ) from error
-    allowed = (ast.Expression, ast.Tuple, ast.BinOp, ast.Name, ast.Constant, ast.Load)
-    operators = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
-    for node in ast.walk(tree):
-        if not isinstance(node, allowed + operators):
+    allowed = (ast.BinOp, ast.Name, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+    dimensions = tree.body.elts if isinstance(tree.body, ast.Tuple) else [tree.body]
+    for node in (node for dimension in dimensions for node in ast.walk(dimension)):
+        integer = isinstance(node, ast.Constant) and type(node.value) is int
+        if not (integer or isinstance(node, allowed)):
             raise CompileError(f"{where}: the shape comment {extent} may use names, integers, + - * / only")
     return compile(tree, where, "eval")

@@ -35,33 +35,42 @@ class Source:
     @property
     def include_directories(self) -> tuple[Path, ...]:
         """Where `#include "..."` is looked up: beside the file, then the shipped folder."""
-        return tuple(dict.fromkeys((self.path.parent, cuda_directory(), cuda_directory() / "common")))
+        return _include_directories(self.path)
 
 
 def read_source(path: Path) -> Source:
     """Reads a `.cu` file; its digest covers the headers too, which compilers' own caches overlook."""
     path = Path(path).resolve()
+    text = _read_text(path)
+    sha = hashlib.sha256(str(path).encode())
+    _hash_with_includes(path, text, _include_directories(path), sha, set())
+    return Source(path, text, sha.hexdigest())
+
+
+def _include_directories(path: Path) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys((path.parent, cuda_directory(), cuda_directory() / "common")))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CompileError(f"cannot read the kernel source {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise CompileError(f"the kernel source {path} is not UTF-8 text: {error}") from error
-    sha = hashlib.sha256(str(path).encode())
-    seen: set[Path] = set()
-    _hash_with_includes(path, text, sha, seen)
-    return Source(path, text, sha.hexdigest())
 
 
-def _hash_with_includes(path: Path, text: str, sha: "hashlib._Hash", seen: set[Path]) -> None:
+def _hash_with_includes(
+    path: Path, text: str, directories: tuple[Path, ...], sha: "hashlib._Hash", seen: set[Path]
+) -> None:
     sha.update(text.encode())
     for name in _INCLUDE.findall(text):
-        for directory in (path.parent, cuda_directory(), cuda_directory() / "common"):
+        for directory in (path.parent, *directories):  # as compilers do: beside the including file first
             header = (directory / name).resolve()
             if header.is_file():
                 if header not in seen:
                     seen.add(header)
-                    _hash_with_includes(header, header.read_text(encoding="utf-8"), sha, seen)
+                    _hash_with_includes(header, _read_text(header), directories, sha, seen)
                 break
 
 

@@ -1,0 +1,667 @@
+"""What stands before a launch: the signatures read from the .cu files, and the launch gate that holds calls to them."""
+
+import ctypes
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_support import (
+    FLOAT32,
+    FLOAT64,
+    ROOT,
+    SENTINEL,
+    Call,
+    Recorder,
+    needs_compiler,
+    parse,
+    sentinel_array,
+    valid_call,
+)
+
+from segnet_scratch.device import HostDevice
+from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.kernels import ElementTypes, find_kernel, launch, shipped_kernels
+from segnet_scratch.kernels.gate import MAX_BLOCK, MAX_GRID, MAX_SHARED
+from segnet_scratch.kernels.source import read_source
+
+
+class TestSignature:
+    def test_every_shipped_kernel_is_found(self):
+        # Counted by another way than the parser's: each definition begins with these words.
+        texts = [path.read_text() for path in (ROOT / "cuda").glob("*.cu")]
+        assert sum(text.count('extern "C" __global__') for text in texts) == len(shipped_kernels()) > 20
+
+    @pytest.mark.parametrize("name", sorted(shipped_kernels()))
+    def test_every_shipped_kernel_parses(self, name):
+        kernel = find_kernel(name)
+        assert kernel.name == name
+        lines = kernel.source.text.splitlines()
+        assert name in lines[kernel.line - 1]
+        for parameter in kernel.parameters:
+            assert re.fullmatch(r"[A-Za-z_]\w*", parameter.name)
+            assert parameter.dtype(FLOAT32).kind in "iuf"
+            if parameter.pointer:
+                assert parameter.extent_code is not None, f"{name}: {parameter.name} has no shape comment"
+                # The shape refers to integer parameters that exist.
+                shape = parameter.extent_shape({p.name: 4 for p in kernel.parameters if not p.pointer})
+                assert all(isinstance(n, int) and n > 0 for n in shape)
+        if name != "sgd_step":  # it writes through a table of addresses
+            assert any(p.pointer and not p.const for p in kernel.parameters), f"{name} has no output"
+
+    def test_a_whole_signature(self):
+        kernel = find_kernel("conv2d_forward_tiled")
+        x, weight, bias, y, *sizes = kernel.parameters
+        assert (x.name, x.c_type, x.pointer, x.const, x.optional, x.extent) == (
+            *("x", "storage_t", True, True, False, "(n, h, w, c)"),
+        )
+        assert (weight.name, bias.name, y.name) == ("weight", "bias", "y")
+        assert [p.optional for p in kernel.parameters] == [False, False, True] + [False] * 12
+        assert [p.const for p in (weight, bias, y)] == [True, True, False]
+        assert [p.name for p in sizes] == ["n", "h", "w", "c", "oh", "ow", "o", "kh", "kw", "pad_y", "pad_x"]
+        assert all((p.c_type, p.pointer, p.extent) == ("int", False, None) for p in sizes)
+        assert kernel.signature.startswith("conv2d_forward_tiled(storage_t* x, storage_t* weight, storage_t* bias")
+
+    def test_arithmetic_in_shapes(self):
+        codes = next(p for p in find_kernel("max_pool_forward").parameters if p.name == "codes")
+        assert codes.extent == "(n, (h + 1) / 2, (w + 1) / 2, c)"
+        assert codes.extent_shape({"n": 2, "h": 5, "w": 8, "c": 3}) == (2, 3, 4, 3)
+
+    def test_element_types(self):
+        kernel = find_kernel("batch_norm_forward")
+        mixed = ElementTypes(np.dtype(np.float32), np.dtype(np.float64))
+        assert [p.dtype(mixed).name for p in kernel.parameters[:3]] == ["float32", "float64", "float64"]
+        assert mixed.defines == ("-DSTORAGE=float", "-DACCUMULATE=double")
+        with pytest.raises(DTypeError, match=r"float16.*expected float32 or float64"):
+            _ = ElementTypes.of(np.dtype(np.float16)).defines
+
+    def test_types_are_those_of_cuda(self, tmp_path):
+        names = {
+            "i1": ["char", "signed char"],
+            "u1": ["uint8", "unsigned char"],
+            "i2": ["short"],
+            "u2": ["unsigned short"],
+            "i4": ["int"],
+            "u4": ["unsigned", "unsigned int"],
+            "i8": ["int64", "long long"],
+            "u8": ["uint64", "unsigned long long", "size_t"],
+            "f4": ["float", "storage_t"],
+            "f8": ["double", "accumulate_t"],
+        }
+        expected = {c_type: code for code, c_types in names.items() for c_type in c_types}
+        rows = ", ".join(f"{c_type} x{i}, {c_type}* p{i}" for i, c_type in enumerate(expected))
+        (kernel,) = parse(tmp_path, f'extern "C" __global__ void f({rows}) {{}}')
+        types = ElementTypes(np.dtype(np.float32), np.dtype(np.float64))
+        codes = [p.dtype(types).kind + str(p.dtype(types).itemsize) for p in kernel.parameters]
+        assert codes[::2] == codes[1::2] == list(expected.values())
+
+    def test_comments_and_qualifiers_in_odd_places(self, tmp_path):
+        text = """
+            /* extern "C" __global__ void commented_out(float* x) {} */
+            // extern "C" __global__ void commented_out_too(float* x) {}
+            extern "C"
+            __global__ /* a remark */ void
+            __launch_bounds__(max(128, 2 * 64)) // (n, n)
+            odd( // (not, a, shape
+                // (nor, this)
+                const float *x, // (n, m + 1) of the input, not (n)
+                float const* __restrict__ const OPTIONAL y, /* , */ int64 /* or, so */ n, int m, // (scalars, none)
+                /* over
+                   two lines, really */ unsigned char* codes /* a // (m) b */, // (n * (m - 1) / 2)
+                unsigned long long* restless,
+                double* const grid, float* last) /* { */ {
+                // }
+            }
+        """
+        (kernel,) = parse(tmp_path, text)
+        assert kernel.name == "odd"
+        assert not kernel.cooperative
+        rows = [(p.name, p.c_type, p.pointer, p.const, p.optional, p.extent) for p in kernel.parameters]
+        assert rows == [
+            ("x", "float", True, True, False, "(n, m + 1)"),
+            ("y", "float", True, True, True, None),
+            ("n", "int64", False, False, False, None),
+            ("m", "int", False, False, False, None),
+            ("codes", "unsigned char", True, False, False, "(n * (m - 1) / 2)"),
+            ("restless", "unsigned long long", True, False, False, None),
+            ("grid", "double", True, False, False, None),
+            ("last", "float", True, False, False, None),
+        ]
+        assert kernel.parameters[4].extent_shape({"n": 5, "m": 4}) == (7,)
+
+    @pytest.mark.parametrize(
+        "head", ["void __launch_bounds__(256) f", "__launch_bounds__(256, 2) void f", "void\nf", "void f"]
+    )
+    def test_launch_bounds_may_stand_on_either_side(self, tmp_path, head):
+        (kernel,) = parse(tmp_path, f'extern "C" __global__ {head}(float* x) {{}}')
+        assert (kernel.name, kernel.line, len(kernel.parameters)) == ("f", 1, 1)
+
+    def test_no_parameters(self, tmp_path):
+        (kernel,) = parse(tmp_path, 'extern "C" __global__ void f() {}')
+        assert kernel.parameters == ()
+
+    ERRORS = (
+        ("unknown type", ["half* x, // (n)", "int n"], 3, r"'half\* x' has type 'half'"),
+        ("unknown type later", ["float* x, // (n)", "int32_t n"], 4, "has type 'int32_t'"),
+        ("pointer to pointer", ["int n,", "float** x"], 4, r"cannot understand the kernel parameter 'float\*\* x'"),
+        ("reference", ["float& x"], 3, "cannot understand the kernel parameter"),
+        ("array", ["float x[4]"], 3, "cannot understand the kernel parameter"),
+        ("template", ["array<float> x"], 3, "cannot understand the kernel parameter"),
+        ("only qualifiers", ["int n,", "const *"], 4, "cannot understand the kernel parameter"),
+        ("only a type", ["int n,", "const float*"], 4, "kernel parameter 'const float[*]'"),
+        ("call in a shape", ["float* x, // (__import__('os').system('true'))", "int n"], 3, "may use names, integers"),
+        ("another call in a shape", ["float* x, // (n, exit(n))", "int n"], 3, "may use names, integers"),
+        ("attribute in a shape", ["int n,", "float* x // (n.real)"], 4, "may use names, integers"),
+        ("lambda in a shape", ["float* x // (lambda: 1)"], 3, "may use names, integers"),
+        ("comprehension in a shape", ["float* x // ([n for n in m])"], 3, "may use names, integers"),
+        ("power in a shape", ["float* x // (9 ** 9 ** 9)"], 3, "may use names, integers"),
+        ("string in a shape", ["float* x, // ('a' * n)", "int n"], 3, "may use names, integers"),
+        ("float in a shape", ["float* x, // (1.5 * n)", "int n"], 3, "may use names, integers"),
+        ("truth in a shape", ["float* x, // (True, n)", "int n"], 3, "may use names, integers"),
+        ("tuple in a shape", ["float* x, // ((1, 2) * 999999999999)", "int n"], 3, "may use names, integers"),
+        ("nested tuple in a shape", ["float* x, // ((n, n), n)", "int n"], 3, "may use names, integers"),
+        ("no expression", ["float* x // (see the paper)"], 3, "is not an expression"),
+        ("null byte", ["float* x // (n\0)"], 3, "is not an expression"),
+    )
+
+    @pytest.mark.parametrize(("rows", "line", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
+    def test_errors_name_file_and_line(self, tmp_path, rows, line, message):
+        text = "\n".join(["// A kernel.", 'extern "C" __global__ void f(', *rows, ") {", "}"])
+        with pytest.raises(CompileError, match=message) as caught:
+            parse(tmp_path, text)
+        assert f"written.cu:{line}: " in str(caught.value)
+
+    def test_lines_count_from_where_the_parameters_begin(self, tmp_path):
+        with pytest.raises(CompileError, match=r"written\.cu:4: .*'half'"):
+            parse(tmp_path, 'extern "C"\n__global__ void\nf(int n,\nhalf* x) {}')
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ('\nextern "C" __global__ void f(int n', 2),
+            ('extern "C" __global__ void f(int n)', 1),
+            ('\n\nextern "C" __global__ void f(int n) { if (n) {', 3),
+            # The body of the next kernel is not this one's.
+            ('extern "C" __global__ void f(int n);\nextern "C" __global__ void g(int n) {}', 1),
+        ],
+    )
+    def test_missing_body(self, tmp_path, text, line):
+        with pytest.raises(CompileError, match=rf"written\.cu:{line}: the kernel f has no complete parameter list"):
+            parse(tmp_path, text)
+
+    def test_duplicate_kernel(self, tmp_path):
+        one = 'extern "C" __global__ void f(int n) {}\n'
+        with pytest.raises(CompileError, match=r"written\.cu:4: the kernel f is defined twice.* line 1"):
+            parse(tmp_path, one + "\n\n" + one)
+
+    def test_a_shape_with_a_name_that_is_no_integer_parameter(self, tmp_path):
+        for shape, others in (("(m)", "int n"), ("(scale)", "float scale")):
+            (kernel,) = parse(tmp_path, f'extern "C" __global__ void f(float* x, // {shape}\n{others}) {{}}')
+            with pytest.raises(
+                SegnetError, match=r"written\.cu: f: the shape comment .* of x uses a name that is no integer"
+            ):
+                launch(Recorder(), kernel, 1, 1, (np.ones(4, np.float32), 4), FLOAT32)
+
+    def test_a_shape_that_divides_by_zero(self, tmp_path):
+        (kernel,) = parse(tmp_path, 'extern "C" __global__ void f(float* x, // (n / s)\nint n, int s) {}')
+        with pytest.raises(ShapeError, match=r"f: argument x .*\(n / s\).* s=0"):
+            launch(Recorder(), kernel, 1, 1, (np.ones(4, np.float32), 4, 0), FLOAT32)
+        launch(Recorder(), kernel, 1, 1, (np.ones(2, np.float32), 4, 2), FLOAT32)
+
+    def test_sources_that_cannot_be_read(self, tmp_path):
+        with pytest.raises(CompileError, match=r"cannot read the kernel source .*absent\.cu"):
+            read_source(tmp_path / "absent.cu")
+        with pytest.raises(CompileError, match="cannot read the kernel source"):
+            read_source(tmp_path)
+        (tmp_path / "latin.cuh").write_bytes(b"// \xe4\n")
+        (tmp_path / "latin.cu").write_bytes(b"// \xe4\n")
+        (tmp_path / "good.cu").write_text('#include "latin.cuh"\n')
+        with pytest.raises(CompileError, match=r"latin\.cu is not UTF-8"):
+            read_source(tmp_path / "latin.cu")
+        with pytest.raises(CompileError, match=r"latin\.cuh is not UTF-8"):
+            read_source(tmp_path / "good.cu")
+
+    def test_unknown_kernel(self):
+        with pytest.raises(LaunchError, match=r"there is no kernel 'relu'; the kernels are .*relu_forward"):
+            find_kernel("relu")
+
+
+class TestCooperative:
+    """Kernels whose threads meet at barriers or share memory need fibers; a wrong guess either crashes or is slow."""
+
+    def test_shipped_kernels(self):
+        # An oracle by another route: the names that lead to a barrier or to shared memory, through any number of
+        # functions and headers, whatever these are called.
+        texts = [p.read_text() for folder in ("", "common") for p in (ROOT / "cuda" / folder).glob("*.cu*")]
+        bodies: dict[str, str] = {}
+        for text in texts:
+            text = re.sub(r"//[^\n]*", "", text)
+            for match in re.finditer(r"(\w+)\([^(){};]*(?:\([^()]*\)[^(){};]*)*\)\s*(?:const\s*)?\{", text):
+                depth = 1
+                for end in range(match.end(), len(text)):
+                    depth += {"{": 1, "}": -1}.get(text[end], 0)
+                    if depth == 0:
+                        break
+                bodies[match.group(1)] = bodies.get(match.group(1), "") + text[match.end() : end]
+        meets = {"__syncthreads", "SHARED_ARRAY", "SHARED_DYNAMIC", "__shared__"}
+        while True:
+            more = {name for name, body in bodies.items() if meets & set(re.findall(r"\w+", body))} - meets
+            more -= {"for", "if", "while", "switch"}
+            if not more:
+                break
+            meets |= more
+        assert set(shipped_kernels()) <= set(bodies)
+        assert {"conv2d_forward_tiled", "cross_entropy_partial", "batch_norm_partial_statistics"} <= meets
+        assert "relu_forward" not in meets
+        assert {name: kernel.cooperative for name, kernel in shipped_kernels().items()} == {
+            name: name in meets for name in shipped_kernels()
+        }
+
+    @pytest.mark.parametrize(
+        ("before", "body", "expected"),
+        [
+            ("", "x[0] = 1;", False),
+            ("", "__syncthreads();", True),
+            ("", "if (__syncthreads_or (n)) x[0] = 1;", True),
+            ("", "__syncwarp();", True),
+            ("", "SHARED_ARRAY(float, tile, [4]);", True),
+            ("", "SHARED_DYNAMIC(float, tile);", True),
+            ("", "__shared__ float tile[4];", True),
+            ("", "x[0] = block_sum<32>(x[0]);", True),
+            ("", "// __syncthreads();", False),
+            ("/* __syncthreads() */", "x[0] = 1; /* __shared__ */", False),
+            ("__device__ void meet() { __syncthreads(); }", "meet();", True),
+            ("__device__ float* tile() { SHARED_ARRAY(float, t, [4]); return t; }", "tile();", True),
+            ("#define MEET __syncthreads()", "MEET;", True),
+            ("#define MEET() \\\n    __syncthreads()", "MEET();", True),
+        ],
+    )
+    def test_where_a_barrier_can_stand(self, tmp_path, before, body, expected):
+        (kernel,) = parse(tmp_path, f'{before}\nextern "C" __global__ void f(float* x, int n) {{\n{body}\n}}')
+        assert kernel.cooperative is expected
+
+    def test_a_neighbour_does_not_matter(self, tmp_path):
+        text = 'extern "C" __global__ void {}(int n) {{ {} }}\n'
+        flat, fibers = parse(tmp_path, text.format("flat", "") + text.format("fibers", "__syncthreads();"))
+        assert (flat.cooperative, fibers.cooperative) == (False, True)
+
+
+Attempt = tuple[Call, type[SegnetError], str]  # a wrong call, the error it must meet, what the message must name
+MISUSES: dict[str, Callable[[Call], Iterator[Attempt]]] = {}
+
+
+def misuse(kind: str) -> Callable[[Callable[[Call], Iterator[Attempt]]], None]:
+    """Registers a function that turns a right call into wrong ones."""
+
+    def register(attempts: Callable[[Call], Iterator[Attempt]]) -> None:
+        MISUSES[kind] = attempts
+
+    return register
+
+
+@misuse("too few arguments")
+def _(call: Call) -> Iterator[Attempt]:
+    for arguments in (call.arguments[:-1], call.arguments[1:], ()):
+        yield replace(call, arguments=arguments), LaunchError, call.kernel.parameters[-1].name
+
+
+@misuse("too many arguments")
+def _(call: Call) -> Iterator[Attempt]:
+    for extra in (1, None, np.zeros(4, np.float32)):
+        yield replace(call, arguments=(*call.arguments, extra)), LaunchError, call.kernel.parameters[-1].name
+
+
+@misuse("an element type of another width or kind")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        for dtype in (np.int8, np.int16, np.float16, np.complex64, np.bool_, object, a.dtype.newbyteorder()):
+            if np.dtype(dtype) != a.dtype:
+                yield call.put(p.name, np.ones(a.shape, dtype)), DTypeError, p.name
+
+
+@misuse("float64 for float32")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.dtype == np.float32:
+            yield call.put(p.name, a.astype(np.float64)), DTypeError, p.name
+
+
+@misuse("float32 for float64")
+def _(call: Call) -> Iterator[Attempt]:
+    call = valid_call(call.kernel, FLOAT64)
+    for p, a in call.arrays:
+        if a.dtype == np.float64:
+            yield call.put(p.name, np.ones(a.shape, np.float32)), DTypeError, p.name
+
+
+@misuse("signed for unsigned and back")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.dtype.kind in "iu":
+            other = np.dtype(f"{'iu'[a.dtype.kind == 'i']}{a.dtype.itemsize}")
+            yield call.put(p.name, a.view(other)), DTypeError, p.name
+
+
+@misuse("every second element of an array")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.size > 1:
+            yield call.put(p.name, sentinel_array(2 * a.size, a.dtype)[::2]), LaunchError, p.name
+
+
+@misuse("an array backwards")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.size > 1:
+            yield call.put(p.name, a.reshape(-1)[::-1]), LaunchError, p.name
+
+
+@misuse("a transposed array")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.size % 2 == 0 and a.size > 2:
+            yield call.put(p.name, a.reshape(2, -1).T), LaunchError, p.name
+
+
+@misuse("an array at an address that is no multiple of its element size")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if a.itemsize > 1:
+            shifted = np.frombuffer(bytearray(a.nbytes + 1), np.uint8)[1:].view(a.dtype)
+            assert shifted.flags.c_contiguous
+            yield call.put(p.name, shifted), LaunchError, p.name
+
+
+@misuse("a read-only output")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if not p.const:
+            frozen = a.copy()
+            frozen.flags.writeable = False
+            yield call.put(p.name, frozen), LaunchError, p.name
+
+
+@misuse("None for an array")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, _ in call.arrays:
+        if not p.optional:
+            yield call.put(p.name, None), LaunchError, p.name
+
+
+@misuse("None for a number")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iuf"):
+        yield call.put(p.name, None), DTypeError, p.name
+
+
+@misuse("an empty array")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        for shape in ((0,), (4, 0, 4)):
+            yield call.put(p.name, np.empty(shape, a.dtype)), ShapeError, p.name
+
+
+@misuse("an array one element short")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if p.extent_code is not None:
+            yield call.put(p.name, sentinel_array(a.size - 1, a.dtype)), ShapeError, p.name
+
+
+@misuse("an array one element long")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        if p.extent_code is not None:
+            yield call.put(p.name, sentinel_array(a.size + 1, a.dtype)), ShapeError, p.name
+
+
+@misuse("sizes of which an even number is negative")
+def _(call: Call) -> Iterator[Attempt]:
+    # The number of elements comes out right: (-4) x (-4) = 16.
+    negative = tuple(-a if isinstance(a, int) else a for a in call.arguments)
+    first = next(p for p in call.kernel.parameters if p.extent_code is not None and re.search("[a-z]", p.extent))
+    yield replace(call, arguments=negative), ShapeError, first.name
+
+
+@misuse("a size of zero")
+def _(call: Call) -> Iterator[Attempt]:
+    used = " ".join(p.extent for p in call.kernel.parameters if p.extent)
+    for p in call.scalars("iu"):
+        if re.search(rf"\b{p.name}\b", used):
+            yield call.put(p.name, 0), ShapeError, "expected"
+
+
+@misuse("a list for an array")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        yield call.put(p.name, a.tolist()), DeviceError, p.name
+
+
+@misuse("an array of another library")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.arrays:
+        alike = SimpleNamespace(
+            **{name: getattr(a, name) for name in ("dtype", "shape", "size", "nbytes", "strides", "flags", "ctypes")},
+            __array_interface__=a.__array_interface__,
+        )
+        for foreign in (memoryview(a), alike, (ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]):
+            yield call.put(p.name, foreign), DeviceError, p.name
+
+
+@misuse("an array for a number")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iuf"):
+        for value in (np.ones(1, p.dtype(call.types)), np.array(4, p.dtype(call.types)), [4]):
+            yield call.put(p.name, value), DTypeError, p.name
+
+
+@misuse("a float for an integer")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iu"):
+        for value in (4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j):
+            yield call.put(p.name, value), DTypeError, p.name
+
+
+@misuse("a bool for a number")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iuf"):
+        for value in (True, np.True_):
+            yield call.put(p.name, value), DTypeError, p.name
+
+
+@misuse("text for a number")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iuf"):
+        for value in ("4", b"4"):
+            yield call.put(p.name, value), DTypeError, p.name
+
+
+@misuse("an integer over 2^31, or over 2^63 for int64")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iu"):
+        limits = np.iinfo(p.dtype(call.types))
+        for value in (limits.max + 1, limits.min - 1, 2**64, -(2**64)):
+            yield call.put(p.name, value), LaunchError, p.name
+
+
+@misuse("a 64-bit NumPy integer out of range")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("iu"):
+        limits = np.iinfo(p.dtype(call.types))
+        for value in (np.uint64(limits.max + 1), *([np.int64(limits.min - 1)] if limits.bits < 64 else [])):
+            yield call.put(p.name, value), LaunchError, p.name
+
+
+@misuse("a float that becomes infinite")
+def _(call: Call) -> Iterator[Attempt]:
+    for p in call.scalars("f"):
+        for value in (10**400, -(10**400)) + ((1e39, np.float64(-1e39)) if p.dtype(call.types) == np.float32 else ()):
+            yield call.put(p.name, value), LaunchError, p.name
+
+
+@misuse("an output that overlaps another array")
+def _(call: Call) -> Iterator[Attempt]:
+    for (p, a), (q, b) in itertools.permutations(call.arrays, 2):
+        if p.const:
+            continue
+        for start in sorted({0, (a.nbytes - 1) // 8 * 8}):  # the same beginning; the last element only
+            memory = sentinel_array(start + a.nbytes + b.nbytes, np.uint8)
+            both = call.put(p.name, memory[: a.nbytes].view(a.dtype))
+            yield both.put(q.name, memory[start : start + b.nbytes].view(b.dtype)), LaunchError, p.name
+            yield both.put(q.name, memory[start : start + b.nbytes].view(b.dtype)), LaunchError, q.name
+
+
+@misuse("a grid of zero, negative or too many blocks")
+def _(call: Call) -> Iterator[Attempt]:
+    for axis, limit in enumerate(MAX_GRID):
+        for n in (0, -1, limit + 1, 2**40):
+            grid = (1,) * axis + (n,)
+            yield replace(call, grid=grid), LaunchError, "grid"
+    for grid in (0, -1, (1, 1, 1, 1)):
+        yield replace(call, grid=grid), LaunchError, "grid"
+
+
+@misuse("a grid or block that is no integer")
+def _(call: Call) -> Iterator[Attempt]:
+    for size in (1.0, (1, 1.5), None, "11", True, np.float64(1), (1, None), (1, True)):
+        yield replace(call, grid=size), LaunchError, "grid"
+        yield replace(call, block=size), LaunchError, "block"
+
+
+@misuse("a block of zero, negative or over 1024 threads")
+def _(call: Call) -> Iterator[Attempt]:
+    for axis, limit in enumerate(MAX_BLOCK):
+        for n in (0, -1, limit + 1):
+            yield replace(call, block=(1,) * axis + (n,)), LaunchError, "block"
+    for block in (1025, (32, 33), (16, 16, 5), (2, 9, 64), (1, 1, 1, 1)):
+        yield replace(call, block=block), LaunchError, "block"
+
+
+@misuse("dynamic shared memory out of range")
+def _(call: Call) -> Iterator[Attempt]:
+    for shared in (MAX_SHARED + 1, -1, 2**40, 16.0, None, "16", True):
+        yield replace(call, shared=shared), LaunchError, "dynamic shared memory"
+
+
+NOT_APPLICABLE = {
+    "float64 for float32": "has no array of storage_t or accumulate_t",
+    "float32 for float64": "has no array of storage_t, accumulate_t or double",
+    "signed for unsigned and back": "has no array of integers",
+    "an array at an address that is no multiple of its element size": "has arrays of bytes only",
+    "a read-only output": "has no output among its arrays: it writes through a table of addresses",
+    "an output that overlaps another array": "has no output among its arrays: it writes through a table of addresses",
+    "a float that becomes infinite": "has no float parameter",
+}
+
+
+class TestGate:
+    @pytest.mark.parametrize("kind", list(MISUSES))
+    @pytest.mark.parametrize("name", sorted(shipped_kernels()))
+    def test_misuse_is_refused_and_nothing_is_launched(self, name, kind):
+        right = valid_call(find_kernel(name))
+        attempts = list(MISUSES[kind](right))
+        if not attempts:
+            pytest.skip(f"{name} {NOT_APPLICABLE[kind]}")
+        for wrong, error, named in attempts:
+            device = Recorder()
+            with pytest.raises(SegnetError) as caught:
+                wrong.launch(device)
+            message = str(caught.value)
+            assert caught.type is error, message
+            assert message.startswith(f"{name}: "), message
+            assert re.search(rf"\b{named}\b", message), f"{named} is not in: {message}"
+            assert device.launches == []
+        for _, array in right.arrays:
+            assert (array.view(np.uint8) == SENTINEL).all()
+
+    def test_there_are_at_least_twelve_kinds_for_every_kernel(self):
+        for kernel in shipped_kernels().values():
+            kinds = [kind for kind, attempts in MISUSES.items() if list(attempts(valid_call(kernel)))]
+            assert len(kinds) >= 12, kernel.name
+
+    @pytest.mark.parametrize("types", [FLOAT32, FLOAT64], ids=["float32", "float64"])
+    @pytest.mark.parametrize("name", sorted(shipped_kernels()))
+    def test_a_right_launch_passes_with_exact_types(self, name, types):
+        # Without this, a gate that refuses everything, or a recorder that records nothing, would pass the tests above.
+        call, device = valid_call(find_kernel(name), types), Recorder()
+        call.launch(device)
+        ((kernel, launched_types, grid, block, values, shared),) = device.launches
+        assert (kernel, launched_types, grid, block, shared) == (call.kernel, types, (1, 1, 1), (1, 1, 1), 0)
+        for parameter, given, value in zip(kernel.parameters, call.arguments, values, strict=True):
+            if parameter.pointer:
+                assert value is given
+            else:
+                assert isinstance(value, np.generic)
+                assert value.dtype == parameter.dtype(types)
+                assert value == given
+        optional = [p.name for p in kernel.parameters if p.optional]
+        for parameter in optional:
+            call.put(parameter, None).launch(device)
+        assert len(device.launches) == 1 + len(optional)
+
+    def test_legal_extremes(self):
+        call, device = valid_call(find_kernel("sgd_step")), Recorder()
+        replace(call, grid=MAX_GRID, block=(1, 16, 64), shared=MAX_SHARED).launch(device)
+        replace(call, grid=[2, 3], block=[1024]).launch(device)
+        assert [launched[2:4] for launched in device.launches] == [(MAX_GRID, (1, 16, 64)), ((2, 3, 1), (1024, 1, 1))]
+        for value in (float("inf"), float("nan"), np.float32(0.5), np.int64(1), 1e308, -1):
+            call.put("momentum", value).launch(device)
+        for value in (np.int8(6), np.uint64(2**63 - 1), -(2**63)):
+            call.put("chunk_size", value).launch(device)  # it is in no shape comment
+        assert len(device.launches) == 11
+
+    def test_shapes_are_compared_by_their_number_of_elements(self):
+        call, device = valid_call(find_kernel("batch_norm_forward")), Recorder()
+        x = next(a for p, a in call.arrays if p.name == "x")  # (rows, c)
+        call.put("x", x.reshape(2, 3, 4)).launch(device)
+        assert len(device.launches) == 1
+
+    def test_an_array_without_a_shape_may_have_any_size_but_none(self, tmp_path):
+        (kernel,) = parse(tmp_path, 'extern "C" __global__ void f(float* x) {}')
+        device = Recorder()
+        launch(device, kernel, 1, 1, (np.zeros((7, 1, 3), np.float32),), FLOAT32)
+        with pytest.raises(ShapeError, match="f: argument x is empty"):
+            launch(device, kernel, 1, 1, (np.zeros((7, 0, 3), np.float32),), FLOAT32)
+        assert len(device.launches) == 1
+
+    def test_two_inputs_may_be_the_same_array_and_neighbours_may_touch(self):
+        call, device = valid_call(find_kernel("add_forward")), Recorder()
+        memory = sentinel_array(12, np.float32)
+        call.put("a", memory[:6]).put("b", memory[:6]).put("y", memory[6:]).launch(device)
+        assert len(device.launches) == 1
+
+    def test_array_of_another_device(self):
+        class Elsewhere(Recorder):
+            name = "cuda"
+
+            def owns(self, array: Any) -> bool:
+                return False
+
+        with pytest.raises(
+            DeviceError, match=r"relu_forward: argument x is a numpy\.ndarray; expected .* the cuda device"
+        ):
+            valid_call(find_kernel("relu_forward")).launch(Elsewhere())
+
+    @needs_compiler
+    def test_element_types_that_no_kernel_has(self):
+        kernel = find_kernel("relu_forward")
+        half = ElementTypes.of(np.dtype(np.float16))
+        with pytest.raises(DTypeError, match="float16"):
+            valid_call(kernel, half).launch(HostDevice())
+
+    @needs_compiler
+    def test_on_the_real_device_outputs_keep_their_contents(self):
+        device, kernel = HostDevice(), find_kernel("add_forward")
+        for attempts in MISUSES.values():
+            for wrong, _, _ in attempts(valid_call(kernel)):
+                before = [a.tobytes() for a in wrong.arguments if isinstance(a, np.ndarray)]
+                with pytest.raises(SegnetError):
+                    wrong.launch(device)
+                assert [a.tobytes() for a in wrong.arguments if isinstance(a, np.ndarray)] == before
+        a, b, y = np.arange(6, dtype=np.float32), np.ones(6, np.float32), sentinel_array(6, np.float32)
+        launch(device, kernel, 1, 8, (a, b, y, 6), FLOAT32)
+        np.testing.assert_array_equal(y, a + 1)
