@@ -103,6 +103,14 @@ class Tensor:
                     _give(tensor, gradients)
             function.release()
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """The array for another library, shared: `torch.from_dlpack(tensor)`."""
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Where the array lies, in DLPack's terms."""
+        return self.data.__dlpack_device__()
+
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, device={self.device.name})"
 
@@ -144,8 +152,13 @@ class Function:
 
 
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
-    """A Tensor on a device from anything NumPy understands; float64 is kept, other numbers become float32."""
+    """A Tensor on a device from anything that NumPy or DLPack understands.
+
+    float64 is kept, other numbers become float32. Arrays of other libraries are shared where that is possible.
+    """
     chosen = get_device(device)
+    if not isinstance(values, np.ndarray) and not chosen.owns(values) and hasattr(values, "__dlpack__"):
+        values = chosen.from_dlpack(values)
     if chosen.owns(values) and not isinstance(values, np.ndarray):
         return Tensor(values, chosen, requires_grad)
     array = np.asarray(values)

@@ -3,27 +3,30 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
+from rich.text import Text
 
 from segnet_scratch import __version__, weights
 from segnet_scratch.config import describe
 from segnet_scratch.data import VOCDataset, write_sample
-from segnet_scratch.device import get_device
+from segnet_scratch.device import NAMES, get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
 from segnet_scratch.evaluate import evaluate
 from segnet_scratch.predict import predict_files
 from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
-from segnet_scratch.report import TrainingDisplay, scores_table, write_json
+from segnet_scratch.report import TrainingDisplay, evaluation_progress, scores_table, write_json
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import RunFolder, Trainer
 
 app = typer.Typer(
     name="segnet",
     help="SegNet without a deep learning framework. Start with: segnet data sample DIR, then segnet train.",
+    epilog="Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -31,8 +34,16 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console()
-problems = Console(stderr=True)
+# No markup: paths, names of classes and messages of other programs may hold brackets.
+console = Console(markup=False, highlight=False)
+problems = Console(stderr=True, markup=False, highlight=False)
+
+
+def _known_device(name: str) -> str:
+    if name not in NAMES:
+        raise typer.BadParameter(f"there is no device {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
 
 DataOption = Annotated[
     Path,
@@ -44,31 +55,38 @@ DataOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
+        metavar="|".join(NAMES),
+        callback=_known_device,
         help="cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
-        "without a GPU. auto: cuda where CuPy sees a GPU, else numpy."
+        "without a GPU. auto: cuda where CuPy sees a GPU, else numpy.",
     ),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", metavar="FILE")]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result to this file.", metavar="FILE", dir_okay=False),
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Network input, N or HxW; as in training unless given.", metavar="N|HxW")
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, such as RUN/best.safetensors.")]
 
 
 def _settings_help() -> str:
-    rows = "\n\n".join(
-        f"[bold]{key}[/bold] = {default.replace('[', chr(92) + '[')}: {text}" for key, default, text in describe()
-    )
-    return f"Settings, for --config and --set:\n\n{rows}"
+    rows = "\n".join(f"[bold]{key}[/bold] = {escape(default)}: {escape(text)}" for key, default, text in describe())
+    return f"Settings and their defaults, for --config and --set:\n\n{rows}"
 
 
 @app.command(epilog=_settings_help())
 def train(
     data: DataOption,
     out: Annotated[
-        Path, typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.")
+        Path,
+        typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.", file_okay=False),
     ],
     config: Annotated[Path | None, typer.Option(help="Settings as TOML.", metavar="FILE.toml")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting, over those of --config.", metavar="KEY=VALUE"),
+        typer.Option("--set", help="One setting, over those of --config; as often as you like.", metavar="KEY=VALUE"),
     ] = None,
     device: DeviceOption = "auto",
     init: Annotated[
@@ -96,12 +114,12 @@ def train(
         finished = trainer.run(display)
     write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
     if not finished:
-        console.print(
+        _say(
             f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume"
         )
         raise typer.Exit(130)
     best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
-    console.print(f"{trainer.step} steps done{best}; weights: {folder.best}")
+    _say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
 
 
 @app.command(name="eval")
@@ -110,7 +128,7 @@ def evaluate_command(
     data: DataOption,
     split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
     device: DeviceOption = "auto",
-    size: Annotated[str | None, typer.Option(help="Network input, N or HxW; as in training unless given.")] = None,
+    size: SizeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
     json: JsonOption = None,
 ) -> None:
@@ -120,8 +138,9 @@ def evaluate_command(
     """
     model = weights.load(checkpoint, get_device(device))
     dataset = VOCDataset(data, split)
-    with console.status(f"evaluating {len(dataset)} images on {model.device.name}"):
-        evaluation = evaluate(model, dataset, _input_size(checkpoint, model, size), batch)
+    input_size = _input_size(checkpoint, model, size)
+    with evaluation_progress(console, len(dataset)) as advance:
+        evaluation = evaluate(model, dataset, input_size, batch, advance=advance)
     console.print(scores_table(evaluation))
     write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
 
@@ -130,19 +149,22 @@ def evaluate_command(
 def predict(
     checkpoint: CheckpointArgument,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)],
     logits: Annotated[bool, typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes).")] = False,
     device: DeviceOption = "auto",
-    size: Annotated[str | None, typer.Option(help="Network input, N or HxW; as in training unless given.")] = None,
+    size: SizeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), at the image's size."""
+    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), in the image's size.
+
+    Example: segnet predict runs/voc/best.safetensors photos/*.jpg --out predictions
+    """
     model = weights.load(checkpoint, get_device(device))
     names = model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
     results = []
     for prediction in predict_files(model, images, out, _input_size(checkpoint, model, size), names, logits):
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-        console.print(f"{prediction.overlay}: {shares}", soft_wrap=True)
+        _say(f"{prediction.overlay}: {shares}")
         files = {"image": prediction.image, "labels": prediction.labels, "overlay": prediction.overlay}
         if prediction.logits:
             files["logits"] = prediction.logits
@@ -170,7 +192,7 @@ def _input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int,
 @app.command()
 def gradcheck(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
-    device: Annotated[str, typer.Option(help="host: the CUDA kernels on the CPU. numpy. cuda.")] = "host",
+    device: DeviceOption = "host",
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
     json: JsonOption = None,
 ) -> None:
@@ -180,14 +202,13 @@ def gradcheck(
     """
     results = []
     for result in run_gradcheck(ops or None, get_device(device), seed):
-        console.print(str(result), style="" if result.passed else "bold red", highlight=False, soft_wrap=True)
+        _say(str(result), style="" if result.passed else "bold red")
         results.append(result)
     write_json(json, [result.to_json() for result in results])
     failed = [result.op for result in results if not result.passed]
     if failed:
-        problems.print(f"[bold red]gradients differ:[/] {', '.join(failed)}")
-        raise typer.Exit(1)
-    console.print(f"{len(results)} ops passed on {device}")
+        _fail(f"the gradients of {', '.join(failed)} differ", 1)
+    _say(f"{len(results)} {'op' if len(results) == 1 else 'ops'} passed on {device}")
 
 
 @data_app.command()
@@ -202,12 +223,12 @@ def sample(
     It needs no download and trains in a minute or two: segnet train --data DIR --out RUN --set size=[96,128]
     """
     root = write_sample(directory, train=train, val=val, seed=seed)
-    console.print(f"{train} training and {val} validation images in {root}")
+    _say(f"{train} training and {val} validation images in {root}")
 
 
 def _version(requested: bool) -> None:
     if requested:
-        console.print(f"segnet_scratch {__version__}")
+        _say(f"segnet_scratch {__version__}")
         raise typer.Exit()
 
 
@@ -232,15 +253,20 @@ def main() -> None:
     try:
         app()
     except SegnetError as error:
-        problems.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        problems.print("interrupted")
-        sys.exit(130)
+        _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except MemoryError as error:
+        _fail(f"memory is short: {error}; use a smaller size or batch", 1)
+    except OSError as error:  # a folder that cannot be made, a full disk
+        _fail(f"{error.filename2 or error.filename or 'output'}: {error.strerror}; correct the path or make room", 1)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def _say(text: str, style: str = "") -> None:
+    console.print(text, style=style, soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    problems.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class Device:
         """The contents as a NumPy array."""
         raise NotImplementedError
 
+    def from_dlpack(self, array: Any) -> Array:
+        """An array of another library (PyTorch, JAX, CuPy) on this device, shared where the library allows it."""
+        raise NotImplementedError
+
     def copy(self, array: Array) -> Array:
         """Another array with the same contents."""
         return array.copy()
@@ -94,6 +98,9 @@ class NumpyDevice(Device):
     def download(self, array: Array) -> np.ndarray:
         return np.asarray(array)
 
+    def from_dlpack(self, array: Any) -> Array:
+        return self.upload(np.from_dlpack(array))
+
     def owns(self, array: Any) -> bool:
         return isinstance(array, np.ndarray)
 
@@ -142,7 +149,8 @@ class CudaDevice(Device):
                 "use --device numpy or --device host"
             )
         self.architecture = f"sm_{major}{minor}"
-        self._functions: dict[tuple[str, str, ElementTypes], Any] = {}
+        self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
+        self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         return self._guarded(lambda: self._cupy.empty(tuple(shape), dtype))
@@ -155,6 +163,9 @@ class CudaDevice(Device):
 
     def download(self, array: Array) -> np.ndarray:
         return self._cupy.asnumpy(array)
+
+    def from_dlpack(self, array: Any) -> Array:
+        return self._cupy.ascontiguousarray(self._cupy.from_dlpack(array))
 
     def copy(self, array: Array) -> Array:
         return self._guarded(array.copy)
@@ -203,8 +214,13 @@ class CudaDevice(Device):
     def _load(self, kernel: Kernel, types: ElementTypes) -> Any:
         from segnet_scratch.kernels.nvrtc import cached_cubin
 
-        module = self._cupy.RawModule(path=str(cached_cubin(kernel.source, types, self.architecture)))
-        self._functions[kernel.source.digest, kernel.name, types] = function = module.get_function(kernel.name)
+        key = kernel.source.digest, types
+        if key not in self._modules:
+            cubin = cached_cubin(kernel.source, types, self.architecture)
+            self._modules[key] = self._cupy.RawModule(path=str(cubin))
+        self._functions[kernel.source.digest, kernel.name, types] = function = self._modules[key].get_function(
+            kernel.name
+        )
         return function
 
 

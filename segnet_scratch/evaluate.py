@@ -1,5 +1,6 @@
 """Evaluation by the VOC protocol: the image resized to the network's size, the logits resized to the ground truth's."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """`miou`, `global_accuracy`, `class_accuracy`, `iou` by class name, `loss`, `images`."""
-        return {**self.scores.to_json(self.names), "loss": self.loss, "images": self.images}
+        loss = self.loss if math.isfinite(self.loss) else None  # JSON has no NaN
+        return {**self.scores.to_json(self.names), "loss": loss, "images": self.images}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def evaluate(
     """
     if dataset.classes != model.classes:
         raise DataError(
-            f"{dataset.root}: the data set has {dataset.classes} classes, the model {model.classes}; evaluate it on the "
-            "data it was trained for, or check labels.txt"
+            f"{dataset.root}: the data set has {dataset.classes} classes, the model {model.classes}; evaluate it on "
+            "the data it was trained for, or check labels.txt"
         )
     device = model.device
     counts = device.zeros((model.classes, model.classes), np.uint64)

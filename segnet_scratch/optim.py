@@ -48,6 +48,8 @@ class SGD:
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Overwrites the momenta; CheckpointError unless every name and shape fits."""
+        if unknown := sorted(state.keys() - self.momenta.keys()):
+            raise CheckpointError(f"there is no parameter {unknown[0]} for its momentum; the file is of another model")
         for name, momentum in self.momenta.items():
             if name not in state or from_file_layout(state[name]).shape != tuple(momentum.shape):
                 got = state[name].shape if name in state else "nothing"

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,20 +43,33 @@ def scores_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def _progress(console: Console, transient: bool = False) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def evaluation_progress(console: Console, images: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in a terminal, nothing elsewhere; gives a function that is told of so many images more."""
+    with _progress(console, transient=True) as progress:
+        task = progress.add_task("evaluate", total=images, status="")
+        yield lambda done: progress.advance(task, done)
+
+
 class TrainingDisplay(Listener):
     """A progress bar with loss, learning rate, images per second and time left; plain lines without a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = _progress(console)
         self._last_line = perf_counter()
 
     def __enter__(self) -> "TrainingDisplay":
@@ -64,10 +79,14 @@ class TrainingDisplay(Listener):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def _say(self, text: str) -> None:
+        # Lines for a file or another program are not broken; a bar in a terminal needs its lines cut to the width.
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
+
     def started(self, trainer: Trainer) -> None:
         sets = f"{len(trainer.train_set)} training and {len(trainer.val_set)} validation images"
         size = "x".join(map(str, trainer.config.image_size))
-        self._console.print(
+        self._say(
             f"{trainer.config.model} (width {trainer.config.width:g}) on {trainer.model.device.name}, {sets}, "
             f"{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}"
         )
@@ -84,7 +103,7 @@ class TrainingDisplay(Listener):
         if not self._console.is_terminal and (finished or perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES):
             self._last_line = perf_counter()
             left = (trainer.total_steps - trainer.step) * self._throughput.seconds_per_step
-            self._console.print(f"step {trainer.step}/{trainer.total_steps}  {status}  {left:.0f} s left")
+            self._say(f"step {trainer.step}/{trainer.total_steps}  {status}  {left:.0f} s left")
 
     def validating(self, images: int) -> None:
         self._progress.update(self._validating, advance=images, visible=True)
@@ -92,7 +111,7 @@ class TrainingDisplay(Listener):
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
         self._progress.update(self._validating, completed=0, visible=False)
         best = " (best)" if trainer.best_miou == evaluation.scores.miou else ""
-        self._console.print(
+        self._say(
             f"step {trainer.step}: validation loss {evaluation.loss:.4f}, mIoU {100 * evaluation.scores.miou:.1f} %, "
             f"global accuracy {100 * evaluation.scores.global_accuracy:.1f} %{best}"
         )

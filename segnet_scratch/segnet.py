@@ -199,10 +199,11 @@ class SegNet(Module):
 
     def _shape_message(self, name: str, got: tuple[int, ...], target: Any) -> str:
         expected = to_file_layout(np.empty(target.shape, np.bool_)).shape
-        if name.startswith("classifier"):
+        if name.startswith("classifier") and got[:1] != (self.classes,):
+            classes = got[0] if got else 0
             return (
-                f"the weights are for {got[0]} classes, this model has {self.classes} ({name}: {got}, expected "
-                f"{expected}); build it with classes={got[0]}, or use the data set it was trained on"
+                f"the weights are for {classes} classes, this model has {self.classes} ({name}: {got}, expected "
+                f"{expected}); build it with classes={classes}, or use the data set it was trained on"
             )
         return f"{name} has shape {got}, expected {expected}; was the model built with width {self.width}?"
 
@@ -210,7 +211,7 @@ class SegNet(Module):
         """Takes the 13 convolutions of VGG16 under torchvision's names, `features.0.weight` (OIHW) and so on.
 
         These convolutions have no bias: batch norm would take it out again. It goes into the running mean, so that in
-        evaluation mode the untrained encoder computes what VGG16 does.
+        evaluation mode the untrained encoder computes what VGG16 does. Nothing is changed unless all of it fits.
         """
         encoder = [block for block in self.blocks if not block.decoder]
         if self.architecture != "segnet":
@@ -223,16 +224,20 @@ class SegNet(Module):
                 f"these are not VGG16's convolutions: {_some('missing', set(missing))}; expected torchvision's names, "
                 "features.0.weight to features.28.bias"
             )
+        values = []
         for block, name in zip(encoder, names, strict=True):
-            unit = self.encoder[block.stage][block.index]
-            weight = from_file_layout(weights[f"{name}.weight"]).astype(self.dtype)
-            if weight.shape != unit.conv.weight.shape:
+            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+            expected = (block.out_channels, block.in_channels, block.kernel, block.kernel)
+            if weight.shape != expected or bias.shape != expected[:1]:
                 raise CheckpointError(
-                    f"{name}.weight has shape {weights[f'{name}.weight'].shape}; {block.name} of width {self.width} has "
-                    f"{block.in_channels} -> {block.out_channels} channels; VGG16 weights need width = 1.0"
+                    f"{name} has weights {weight.shape} and biases {bias.shape}, {block.name} of width {self.width} "
+                    f"takes {expected} and {expected[:1]}; VGG16 weights need width = 1.0"
                 )
+            values.append((from_file_layout(weight).astype(self.dtype), bias.astype(self.dtype)))
+        for block, (weight, bias) in zip(encoder, values, strict=True):
+            unit = self.encoder[block.stage][block.index]
             self.device.write(unit.conv.weight.data, weight)
-            self.device.write(unit.bn.running_mean.data, -np.asarray(weights[f"{name}.bias"]).astype(self.dtype))
+            self.device.write(unit.bn.running_mean.data, -bias)
 
 
 class SegNetBasic(SegNet):

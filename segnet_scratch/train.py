@@ -1,5 +1,6 @@
 """Training, read top-down: batch -> model -> loss -> backward -> update, with validation, checkpoints and resume."""
 
+import hashlib
 import math
 import signal
 import threading
@@ -130,6 +131,8 @@ class Trainer:
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self.best_miou: float | None = None
+        self._validation_due = False  # a stop request came before the validation of this step was done
+        self._stop = threading.Event()
         self.initialised = "He initialisation"
         resumed = resume and self.folder.last.exists()
         if resumed:
@@ -144,23 +147,35 @@ class Trainer:
     def run(self, listener: Listener | None = None) -> bool:
         """Trains to the last step; True when it is reached, False when a signal (Ctrl-C) ended it after saving."""
         listener = listener or Listener()
-        with _stop_requests() as stop:
+        with _stop_requests() as self._stop:
             listener.started(self)
-            while self.step < self.total_steps:
-                epoch, position = divmod(self.step, self.loader.batches_per_epoch)
-                batches = self.loader.epoch(epoch, start_batch=position)
-                try:
-                    for batch in batches:
-                        self._train_step(batch, listener)
-                        self._after_step(listener)
-                        if stop.is_set() and self.step < self.total_steps:
-                            self.save()
-                            return False
-                        if self.step == self.total_steps:
-                            break
-                finally:
-                    batches.close()
+            try:
+                if self._validation_due:
+                    self._validate_and_save(listener)
+                while self.step < self.total_steps:
+                    self._train_epoch(listener)
+            except _Stopped:
+                self.save()
+                return False
         return True
+
+    def _train_epoch(self, listener: Listener) -> None:
+        """The rest of the epoch that the next step belongs to."""
+        epoch, position = divmod(self.step, self.loader.batches_per_epoch)
+        batches = self.loader.epoch(epoch, start_batch=position)
+        try:
+            for batch in batches:
+                self._train_step(batch, listener)
+                self._after_step(listener)
+                if self.step == self.total_steps:
+                    break
+                self._heed_stop()
+        finally:
+            batches.close()
+
+    def _heed_stop(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
 
     def _train_step(self, batch: Batch, listener: Listener) -> None:
         config, model = self.config, self.model
@@ -181,10 +196,11 @@ class Trainer:
 
     def _not_finite(self, loss: float, batch: Batch) -> str:
         kept = (
-            f"{self.folder.last} holds the last good state" if self.folder.last.exists() else "no checkpoint exists yet"
+            f"{self.folder.last} holds the last saved state" if self.folder.last.exists() else "there is no checkpoint"
         )
+        more = ", ..." if len(batch.ids) > 4 else ""
         return (
-            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}, ...); {kept}; "
+            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); {kept}; "
             f"train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
@@ -193,27 +209,36 @@ class Trainer:
         every = config.validate_every or self.loader.batches_per_epoch
         finished = self.step == self.total_steps
         if finished or self.step % every == 0:
-            self.validate(listener)
-            self.save()
+            self._validation_due = True
+            self._validate_and_save(listener)
         elif config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self.save()
+
+    def _validate_and_save(self, listener: Listener) -> None:
+        self.validate(listener)
+        self._validation_due = False
+        self.save()
 
     def validate(self, listener: Listener) -> None:
         """Evaluates the validation split, logs it, and keeps the weights where they are the best so far."""
         config = self.config
-        evaluation = evaluate(
-            self.model, self.val_set, config.image_size, config.batch, config.workers, listener.validating
-        )
+
+        def advance(images: int) -> None:
+            listener.validating(images)
+            self._heed_stop()  # a validation can take minutes, and whoever asked to stop may not wait that long
+
+        evaluation = evaluate(self.model, self.val_set, config.image_size, config.batch, config.workers, advance)
         miou = evaluation.scores.miou
         self.log.append({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
-        if self.best_miou is None or miou > self.best_miou:
+        if miou > (-1.0 if self.best_miou is None else self.best_miou):  # NaN, where all is void, is never the best
             self.best_miou = miou
             weights.save(self.folder.best, self.model, self._metadata())
         listener.validated(self, evaluation)
 
     def save(self) -> None:
         """Writes `last.safetensors`: everything that the next step depends on."""
-        weights.save(self.folder.last, self.model, self._metadata(), self.optimiser.state_dict())
+        metadata = self._metadata() | {"validation_due": self._validation_due}
+        weights.save(self.folder.last, self.model, metadata, self.optimiser.state_dict())
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -221,20 +246,24 @@ class Trainer:
             "miou": self.best_miou,
             "classes": list(self.train_set.names),
             "size": list(self.config.image_size),
-            "train_images": len(self.train_set),
+            "train_split": _fingerprint(self.train_set),
         }
 
     def _load(self) -> None:
         state, momenta, metadata = weights.read(self.folder.last)
-        for what, now in (("classes", list(self.train_set.names)), ("train_images", len(self.train_set))):
+        for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
             if metadata.get(what) != now:
                 raise CheckpointError(
                     f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
                     f"{now}; resume with the same --data"
                 )
-        self.model.load_state_dict(state)
-        self.optimiser.load_state_dict(momenta)
+        try:
+            self.model.load_state_dict(state)
+            self.optimiser.load_state_dict(momenta)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder.last}: {error}") from error
         self.step, self.best_miou = metadata["step"], metadata["miou"]
+        self._validation_due = metadata["validation_due"]
         self.initialised = f"resumed from {self.folder.last}"
 
 
@@ -261,6 +290,16 @@ class Throughput:
         """Share of the window's time that training waited for data, 0 to 1."""
         elapsed = self._marks[-1][0] - self._marks[0][0]
         return (self._marks[-1][1] - self._marks[0][1]) / elapsed if elapsed else 0.0
+
+
+def _fingerprint(dataset: VOCDataset) -> str:
+    """The number and the ids of a split's images, so that a resumed run notices another split."""
+    digest = hashlib.sha256("\n".join(dataset.ids).encode()).hexdigest()
+    return f"{len(dataset)} images with ids of SHA-256 {digest[:12]}"
+
+
+class _Stopped(Exception):
+    """A stop request has been heeded; what is left is to save."""
 
 
 @contextmanager

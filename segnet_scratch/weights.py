@@ -17,9 +17,17 @@ MOMENTUM = "momentum."  # prefix of the optimiser's arrays in a checkpoint
 def save(
     path: Path, model: SegNet, metadata: Mapping[str, Any], momenta: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    """Writes a model, and the optimiser's momenta where training is to go on from here; atomic and durable."""
+    """Writes a model, and the optimiser's momenta where training is to go on from here; atomic and durable.
+
+    CheckpointError where a number is not finite: it would replace the last state that is of use.
+    """
     tensors = model.state_dict()
     tensors |= {MOMENTUM + name: array for name, array in (momenta or {}).items()}
+    if broken := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
+        raise CheckpointError(
+            f"{path}: not saved, {len(broken)} arrays hold NaN or infinity ({broken[0]}, ...); the file there, if any, "
+            "is an earlier, finite one; train with a smaller lr, or with warmup"
+        )
     checkpoint.save(path, tensors, {**metadata, "model": model.describe()})
 
 

@@ -1,7 +1,7 @@
 """Data sets in PASCAL VOC's layout: reading and checking, transforms, batches, a synthetic sample."""
 
 from segnet_scratch.data.loader import Batch, Loader, epoch_order, ordered_map, sample_rng
-from segnet_scratch.data.palette import VOC_CLASSES, VOID, colourise, save_indexed_png, voc_palette
+from segnet_scratch.data.palette import VOC_CLASSES, VOID, colourise, indexed_picture, save_indexed_png, voc_palette
 from segnet_scratch.data.sample import SAMPLE_CLASSES, draw_sample, write_sample
 from segnet_scratch.data.transforms import (
     IMAGENET_MEAN,
@@ -30,6 +30,7 @@ __all__ = [
     "draw_sample",
     "epoch_order",
     "find_root",
+    "indexed_picture",
     "normalise",
     "ordered_map",
     "read_image",

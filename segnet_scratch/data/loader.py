@@ -38,9 +38,7 @@ class Transform(Protocol):
         """(height, width) of every result."""
         ...
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image float32 (*size, 3), mask uint8 `size`."""
         ...
 

@@ -58,25 +58,30 @@ def colourise(labels: np.ndarray) -> np.ndarray:
     return voc_palette()[_as_bytes(labels, "colourise")]
 
 
+def indexed_picture(labels: np.ndarray, where: str = "indexed_picture") -> Image.Image:
+    """A label map, integers (H, W) in 0..255, as a picture of mode P with the VOC palette.
+
+    Raises DataError, which begins with `where`, for anything but such a map.
+    """
+    labels = _as_bytes(labels, where)
+    if labels.ndim != 2 or labels.size == 0:
+        raise DataError(f"{where}: a label map is (height, width), got shape {labels.shape}; save one at a time.")
+    picture = Image.fromarray(labels)
+    picture.putpalette(voc_palette().tobytes())
+    return picture
+
+
 def save_indexed_png(path: str | Path, labels: np.ndarray) -> None:
     """Writes a label map, integers (H, W) in 0..255, as an 8-bit indexed PNG with the VOC palette.
 
     This is the form that VOC's evaluation server takes and that `read_mask` reads back unchanged.
     Raises DataError for anything but such a map, and when the file cannot be written.
     """
-    labels = _as_bytes(labels, str(path))
-    if labels.ndim != 2 or labels.size == 0:
-        raise DataError(
-            f"{path}: a label map is (height, width), got shape {labels.shape}; save one at a time."
-        )
-    picture = Image.fromarray(labels)
-    picture.putpalette(voc_palette().tobytes())
+    picture = indexed_picture(labels, str(path))
     try:
         picture.save(path, format="PNG")
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error}); choose a folder that exists and is yours."
-        ) from error
+        raise DataError(f"{path}: cannot be written ({error}); choose a folder that exists and is yours.") from error
 
 
 def _as_bytes(labels: np.ndarray, where: str) -> np.ndarray:
@@ -84,7 +89,6 @@ def _as_bytes(labels: np.ndarray, where: str) -> np.ndarray:
         raise DataError(f"{where}: labels are integers, got {labels.dtype}; take the argmax of scores first.")
     if labels.size and (labels.min() < 0 or labels.max() > 255):
         raise DataError(
-            f"{where}: labels lie in 0..255, got {labels.min()}..{labels.max()}; "
-            f"mark pixels without a class as {VOID}."
+            f"{where}: labels lie in 0..255, got {labels.min()}..{labels.max()}; mark pixels without a class as {VOID}."
         )
     return labels.astype(np.uint8, copy=False)

@@ -45,9 +45,7 @@ def write_sample(
     """
     root = Path(directory)
     if train < 1 or val < 1 or seed < 0:
-        raise DataError(
-            f"{root}: sample of {train} train and {val} val images, seed {seed}: expected 1, 1, 0 or more."
-        )
+        raise DataError(f"{root}: sample of {train} train and {val} val images, seed {seed}: expected 1, 1, 0 or more.")
     if len(size) != 2 or min(size) < _SMALLEST or max(size) > 4096:
         raise DataError(f"{root}: sample size {size}: expected (height, width), both in {_SMALLEST}..4096.")
     settings = {"version": _MARKER_VERSION, "train": train, "val": val, "size": list(size), "seed": seed}
@@ -75,9 +73,7 @@ def write_sample(
         for path, members in split_files.items():
             path.write_text("\n".join(members) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(
-            f"{root}: the sample cannot be written ({error}); choose a folder that is yours."
-        ) from error
+        raise DataError(f"{root}: the sample cannot be written ({error}); choose a folder that is yours.") from error
     return root
 
 
@@ -112,18 +108,12 @@ def _claim(root: Path, settings: dict[str, object]) -> None:
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{root}: holds something else than a sample; choose a new or an empty folder."
-        ) from error
+        raise DataError(f"{root}: holds something else than a sample; choose a new or an empty folder.") from error
     if found != settings:
-        raise DataError(
-            f"{marker}: another sample ({found}) than the one asked for ({settings}); choose a new folder."
-        )
+        raise DataError(f"{marker}: another sample ({found}) than the one asked for ({settings}); choose a new folder.")
 
 
-def _arrangement(
-    size: tuple[int, int], rng: np.random.Generator
-) -> Iterator[tuple[int, tuple[float, float], float]]:
+def _arrangement(size: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, float], float]]:
     """Label, centre (row, column) and radius in pixels of each object, from the lowest to the topmost."""
     placed: list[np.ndarray] = []
     for label in rng.permutation(np.arange(1, len(SAMPLE_CLASSES))).tolist():
@@ -149,9 +139,7 @@ def _outline(shape: str, x: np.ndarray, y: np.ndarray, turn: float) -> np.ndarra
     squared = np.full(x.shape, np.inf, np.float32)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
-        along = np.clip(
-            ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1
-        )
+        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
         squared = np.minimum(squared, (x - ax - along * (bx - ax)) ** 2 + (y - ay - along * (by - ay)) ** 2)
         # Even-odd rule: a ray to the right of the pixel leaves the shape once for every edge it crosses.
         crossed = ((ay <= y) != (by <= y)) & (((x - ax) * (by - ay) < (y - ay) * (bx - ax)) == (by > ay))

@@ -72,13 +72,9 @@ class TrainTransform:
         _check_size(self.size)
         low, high = self.scale
         if not 0 < low <= high <= 16:
-            raise DataError(
-                f"scale ({low}, {high}): expected 0 < low <= high <= 16; (1, 1) turns scaling off."
-            )
+            raise DataError(f"scale ({low}, {high}): expected 0 < low <= high <= 16; (1, 1) turns scaling off.")
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
         _check_pair(image, mask)
         # Always four draws, so that one setting does not change what another one draws.
@@ -115,9 +111,7 @@ class EvalTransform:
     def __post_init__(self) -> None:
         _check_size(self.size)
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
         _check_pair(image, mask)
         return normalise(resize_image(image, self.size)), resize_mask(mask, self.size)
@@ -138,9 +132,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 def _check_image(image: np.ndarray) -> None:
     if image.dtype != np.uint8:
-        raise DTypeError(
-            f"image: expected uint8 in 0..255, got {image.dtype}; pass the picture as it was read."
-        )
+        raise DTypeError(f"image: expected uint8 in 0..255, got {image.dtype}; pass the picture as it was read.")
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ShapeError(f"image: expected (H, W, 3), got {image.shape}; pass one RGB picture at a time.")
 
@@ -154,6 +146,4 @@ def _check_mask(mask: np.ndarray) -> None:
 
 def _check_pair(image: np.ndarray, mask: np.ndarray) -> None:
     if image.shape[:2] != mask.shape:
-        raise ShapeError(
-            f"image {image.shape} and mask {mask.shape} differ in size; pass the mask of this image."
-        )
+        raise ShapeError(f"image {image.shape} and mask {mask.shape} differ in size; pass the mask of this image.")

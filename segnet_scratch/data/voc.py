@@ -61,13 +61,9 @@ def class_names(root: Path) -> tuple[str, ...]:
         return VOC_CLASSES
     names = [line for line in _read_lines(path) if line]
     if not names:
-        raise DataError(
-            f"{path}: expected class names, one a line, got an empty file; fill it in or delete it."
-        )
+        raise DataError(f"{path}: expected class names, one a line, got an empty file; fill it in or delete it.")
     if len(names) > VOID:
-        raise DataError(
-            f"{path}: {len(names)} class names, at most {VOID} fit beside void; merge some classes."
-        )
+        raise DataError(f"{path}: {len(names)} class names, at most {VOID} fit beside void; merge some classes.")
     if twice := _first_repeated(names):
         raise DataError(f"{path}: class name '{twice}' stands there twice; every class needs its own name.")
     return tuple(names)
@@ -96,13 +92,9 @@ def read_split(root: Path, split: str) -> list[str]:
             )
         ids.append(line)
     if not ids:
-        raise DataError(
-            f"{path}: expected image ids, one a line, got none; fill the file or use another split."
-        )
+        raise DataError(f"{path}: expected image ids, one a line, got none; fill the file or use another split.")
     if twice := _first_repeated(ids):
-        raise DataError(
-            f"{path}: id '{twice}' stands there twice; delete one, or it counts twice in every score."
-        )
+        raise DataError(f"{path}: id '{twice}' stands there twice; delete one, or it counts twice in every score.")
     return ids
 
 
@@ -197,9 +189,7 @@ class VOCDataset:
             missing = [path for path in map(path_of, range(len(self))) if not path.is_file()]
             if missing:
                 named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
-                more = (
-                    f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
-                )
+                more = f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
                 problems.append(f"{len(missing)} of {len(self)} {kind} are missing:{named}{more}")
         if problems:
             listing = self.root / SPLIT_FOLDER / f"{self.split}.txt"
@@ -229,7 +219,8 @@ def _decode(path: Path, formats: tuple[str, ...], upright: bool) -> Image.Image:
     """
     expected = " or ".join(formats)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a {expected} picture there.")
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {problem}; expected a {expected} picture there.")
     try:
         with path.open("rb") as stream:
             start = stream.read(8)

@@ -121,7 +121,7 @@ class _ConvOp(Op):
     def __init__(self, x: Spec, weight: Spec, stride: int, padding: int, rung: str | None) -> None:
         expect_map(self.name, "x", x)
         if weight.dtype != x.dtype:
-            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, x {x.dtype}; convert one with astype")
+            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, x {x.dtype}; convert one")
         self.geometry = Geometry.of(x.shape, weight.shape, stride, padding)
         self.rung = self.geometry.choose_rung(rung)
         self.flops = self.geometry.flops
