@@ -3,7 +3,6 @@
 import ast
 import ctypes
 import functools
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -320,18 +319,23 @@ class TestNvrtcWithoutTheLibrary:
             return b"cubin %d" % len(compiled)
 
         monkeypatch.setattr(nvrtc, "compile_cubin", compile_cubin)
-        source = find_kernel("relu_forward").source
+        text = 'extern "C" __global__ void f(int n) {}'
+        source = parse(tmp_path, text)[0].source
         path = nvrtc.cached_cubin(source, FLOAT32, "sm_90")
         assert path == nvrtc.cached_cubin(source, FLOAT32, "sm_90")
         assert (path.read_bytes(), len(compiled)) == (b"cubin 1", 1)
         paths = {path, nvrtc.cached_cubin(source, FLOAT64, "sm_90"), nvrtc.cached_cubin(source, FLOAT32, "sm_80")}
-        paths.add(nvrtc.cached_cubin(replace(source, digest="another text"), FLOAT32, "sm_90"))
         options = nvrtc.compiler_options
         monkeypatch.setattr(nvrtc, "compiler_options", lambda *what: [*options(*what), "-G"])
         paths.add(nvrtc.cached_cubin(source, FLOAT32, "sm_90"))
         monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 1))
         paths.add(nvrtc.cached_cubin(source, FLOAT32, "sm_90"))
+        changed = parse(tmp_path, text + "\n")[0].source
+        paths.add(nvrtc.cached_cubin(changed, FLOAT32, "sm_90"))
         assert len(paths) == len(compiled) == 6
+        with pytest.raises(CompileError, match=r"written\.cu or a header of it has changed since it was read"):
+            nvrtc.cached_cubin(source, FLOAT32, "sm_100")
+        assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 6
 
 
 @pytest.fixture(scope="class")

@@ -545,10 +545,20 @@ class TestCompilation:
         assert filled(*parse(tmp_path, text)) == 2
         assert counting_compiler() == 3, "an old version is still in the cache"
 
+    @pytest.mark.usefixtures("instant_compiler")
+    def test_a_source_that_changes_before_it_is_compiled(self, tmp_path, cold_cache):
+        (kernel,) = parse(tmp_path, FILL.replace("VALUE", "3"))
+        (tmp_path / "written.cu").write_text(FILL.replace("VALUE", "4"))
+        with pytest.raises(CompileError, match=r"written\.cu or a header of it has changed since it was read"):
+            host.build(kernel.source, FLOAT32)
+        assert list(cold_cache.rglob("*.so")) == [], "4 is kept under the name of 3"
+        (kernel,) = parse(tmp_path, FILL.replace("VALUE", "3"))
+        assert host.build(kernel.source, FLOAT32).is_file()
+
     @pytest.mark.usefixtures("cold_cache", "instant_compiler")
     def test_the_key_covers_compiler_flags_and_how_kernels_are_run(self, tmp_path, monkeypatch):
         (kernel,) = parse(tmp_path, FILL.replace("VALUE", "5"))
-        (changed,) = parse(tmp_path, FILL.replace("VALUE", "6"))
+        (changed,) = parse(tmp_path, FILL.replace("VALUE", "6"), "changed.cu")
         libraries = {host.build(kernel.source, FLOAT32), host.build(kernel.source, FLOAT64)}
         libraries.add(host.build(changed.source, FLOAT32))
         monkeypatch.setattr(host, "_compiler_identity", lambda command: "another version")

@@ -156,6 +156,7 @@ def build(source: Source, types: ElementTypes) -> Path:
             raise CompileError(
                 f"the C++ compiler '{' '.join(command)}' wrote no library; unset CXX or set it to another"
             )
+        source.check_unchanged()
         publish(library, output.read_bytes())
     return library
 

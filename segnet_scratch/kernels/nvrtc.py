@@ -111,5 +111,7 @@ def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path
     key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
     path = cache_directory() / "cuda" / f"{source.path.stem}-{types.storage.name}-{architecture}-{key}.cubin"
     if not path.is_file():
-        publish(path, compile_cubin(source, types, architecture))
+        cubin = compile_cubin(source, types, architecture)
+        source.check_unchanged()
+        publish(path, cubin)
     return path

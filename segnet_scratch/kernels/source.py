@@ -37,6 +37,14 @@ class Source:
         """Where `#include "..."` is looked up: beside the file, then the shipped folder."""
         return _include_directories(self.path)
 
+    def check_unchanged(self) -> None:
+        """CompileError where the file or a header is not what it was when it was read.
+
+        Compilers read files again; without this, the cache could keep new code under the digest of the old.
+        """
+        if read_source(self.path).digest != self.digest:
+            raise CompileError(f"{self.path} or a header of it has changed since it was read; start again")
+
 
 def read_source(path: Path) -> Source:
     """Reads a `.cu` file; its digest covers the headers too, which compilers' own caches overlook."""

@@ -1,0 +1,39 @@
+"""What several test files share: a small data set, and the command line called in this process."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from segnet_scratch import cli
+from segnet_scratch.data import write_sample
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A synthetic data set of 8 training and 4 validation images of 48 x 64, six classes. Not to be changed."""
+    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=8, val=4, size=(48, 64))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def segnet(monkeypatch, capfd):
+    """`segnet("eval", path, ...)` runs the command in this process; much faster than a process of its own."""
+
+    def run(*arguments: str | Path) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["segnet", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Finished(ended.value.code or 0, *capfd.readouterr())
+
+    return run
