@@ -13,6 +13,7 @@ from rich.text import Text
 
 from segnet_scratch import __version__, weights
 from segnet_scratch.config import describe
+from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import VOCDataset, write_sample
 from segnet_scratch.device import NAMES, get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
@@ -209,6 +210,28 @@ def gradcheck(
     if failed:
         _fail(f"the gradients of {', '.join(failed)} differ", 1)
     _say(f"{len(results)} {'op' if len(results) == 1 else 'ops'} passed on {device}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A safetensors file: a PyTorch state dict, or our checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Where to write the result.")],
+    to: Annotated[str, typer.Option(help="What to write: segnet (our checkpoint) or pytorch (a state dict).")] = "segnet",
+    names: Annotated[
+        Path | None, typer.Option("--map", help='TOML of "their.prefix" = "encoder.1.1.conv" lines.', metavar="FILE")
+    ] = None,
+) -> None:
+    """Convert weights from and to PyTorch SegNets. The result of --to segnet works with eval, predict and --init.
+
+    Their tensor names are taken as ours (encoder.1.1.conv.weight ...) unless --map says otherwise.
+    """
+    if to == "segnet":
+        model = from_pytorch(source, target, read_map(names))
+        _say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes")
+    elif to == "pytorch":
+        _say(f"{target}: {to_pytorch(source, target, read_map(names))} arrays, OIHW float32")
+    else:
+        raise typer.BadParameter(f"{to!r}; expected segnet or pytorch", param_hint="--to")
 
 
 @data_app.command()

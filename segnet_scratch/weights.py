@@ -58,14 +58,20 @@ def load(path: str | Path, device: "str | Device" = "auto") -> SegNet:
 def initialise(model: SegNet, path: str | Path) -> str:
     """Gives a fresh model the weights of a file: VGG16 under torchvision's names, or a checkpoint of the same network.
 
+    A checkpoint for another number of classes gives all but its classifier, which stays as it was initialised.
     Returns one line that says what was taken. CheckpointError where the file fits neither.
     """
     weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
     try:
-        if "encoder.1.1.conv.weight" in weights:
+        if "encoder.1.1.conv.weight" not in weights:
+            model.load_vgg16(weights)
+            return f"encoder from VGG16 ({path})"
+        classes = len(weights.get("classifier.bias", ()))
+        if classes == model.classes:
             model.load_state_dict(weights)
             return f"all weights from {path}"
-        model.load_vgg16(weights)
-        return f"encoder from VGG16 ({path})"
+        own = {name: array for name, array in model.state_dict().items() if name.startswith("classifier.")}
+        model.load_state_dict({**weights, **own})
+        return f"all weights but the classifier from {path} ({classes} classes there, {model.classes} here)"
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
