@@ -30,6 +30,7 @@ struct Moments {
     }
 };
 
+// Launch: grid ((c + 31) / 32, chunks), block (32, 8)
 extern "C" __global__ void batch_norm_partial_statistics(
     const storage_t* __restrict__ x,  // (rows, c)
     double* __restrict__ partials,    // (chunks, 2, c): mean, M2
@@ -91,6 +92,7 @@ extern "C" __global__ void batch_norm_evaluation_statistics(
     inv_std[channel] = 1 / sqrt(running_var[channel] + eps);
 }
 
+// Launch: grid ((c + 31) / 32, (rows + rows_per_chunk - 1) / rows_per_chunk), block (32, 8)
 extern "C" __global__ void batch_norm_forward(
     const storage_t* __restrict__ x,         // (rows, c)
     const accumulate_t* __restrict__ mean,     // (c)
@@ -109,6 +111,7 @@ extern "C" __global__ void batch_norm_forward(
     }
 }
 
+// Launch: grid ((c + 31) / 32, chunks), block (32, 8)
 extern "C" __global__ void batch_norm_backward_partial(
     const storage_t* __restrict__ x,           // (rows, c)
     const storage_t* __restrict__ dy,          // (rows, c)
@@ -153,6 +156,7 @@ extern "C" __global__ void batch_norm_backward_merge(
     dbias[channel] = sum_dy;
 }
 
+// Launch: grid ((c + 31) / 32, (rows + rows_per_chunk - 1) / rows_per_chunk), block (32, 8)
 extern "C" __global__ void batch_norm_backward(
     const storage_t* __restrict__ x,           // (rows, c)
     const storage_t* __restrict__ dy,          // (rows, c)

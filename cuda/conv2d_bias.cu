@@ -4,6 +4,7 @@
 // chunks. The bias itself is added in the epilogue of the convolutions. Threads: common/columns.cuh.
 #include "common/columns.cuh"
 
+// Launch: grid ((o + 31) / 32, chunks), block (32, 8)
 extern "C" __global__ void conv2d_backward_bias_partial(
     const storage_t* __restrict__ dy,     // (rows, o)
     accumulate_t* __restrict__ partials,  // (chunks, o)

@@ -57,6 +57,7 @@ struct Results {
     }
 };
 
+// Launch: grid ((n * oh * ow + TILE_ROWS - 1) / TILE_ROWS, (o + TILE_COLUMNS - 1) / TILE_COLUMNS), block THREADS
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
     const storage_t* __restrict__ x,              // (n, h, w, c)
     const storage_t* __restrict__ weight,         // (o, kh, kw, c)
@@ -121,6 +122,7 @@ extern "C" __global__ void conv2d_flip_weight(
     }
 }
 
+// Launch: grid ((kh * kw * c + TILE_ROWS - 1) / TILE_ROWS, (o + TILE_COLUMNS - 1) / TILE_COLUMNS, chunks), block THREADS
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_tiled(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)

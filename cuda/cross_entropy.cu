@@ -31,6 +31,7 @@ struct LogSoftmax {
     __device__ accumulate_t of(accumulate_t logit) const { return (logit - highest) - log_sum; }
 };
 
+// Launch: grid blocks, block THREADS
 extern "C" __global__ void cross_entropy_partial(
     const storage_t* __restrict__ logits,                  // (pixels, classes)
     const uint8* __restrict__ labels,                      // (pixels)

@@ -30,6 +30,7 @@ struct Philox {
     }
 };
 
+// Launch: grid ((per_sample + 1023) / 1024, n), block 256
 extern "C" __global__ void dropout_forward(
     const storage_t* __restrict__ x,   // (n, per_sample)
     const uint64* __restrict__ state,  // (2): seed, step

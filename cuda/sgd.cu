@@ -8,6 +8,7 @@
 // Threads: elements of a chunk, stride blockDim.x. Element-wise: no order to depend on.
 #include "common/types.cuh"
 
+// Launch: by its op only, because `addresses` holds pointers
 extern "C" __global__ void sgd_step(
     const uint64* __restrict__ addresses,     // (parameters, 3)
     const int64* __restrict__ sizes,          // (parameters)

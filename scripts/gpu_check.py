@@ -113,7 +113,17 @@ def demo(device: Device) -> dict[str, Any]:
             [*segnet, "train", "--data", data, "--out", run, "--config", recipe, "--device", device.name], check=True
         )
         subprocess.run(
-            [*segnet, "eval", f"{run}/best.safetensors", "--data", data, "--device", device.name, "--json", str(result)],
+            [
+                *segnet,
+                "eval",
+                f"{run}/best.safetensors",
+                "--data",
+                data,
+                "--device",
+                device.name,
+                "--json",
+                str(result),
+            ],
             check=True,
         )
         seconds = time.perf_counter() - start

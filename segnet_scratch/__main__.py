@@ -1,5 +1,23 @@
-"""`python -m segnet_scratch` is `segnet`: for a source tree that is not installed."""
+"""The program `segnet`, also as `python -m segnet_scratch` in a source tree that is not installed."""
 
-from segnet_scratch.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """The command line; where a library that it needs is missing or broken, that and the command that fixes it."""
+    try:
+        from segnet_scratch.cli import main as command_line
+    except Exception:
+        from segnet_scratch.doctor import Diagnosis, software
+
+        broken = [finding for finding in software.libraries() if finding.status != "ok"]
+        if not broken:
+            raise
+        for line, _ in Diagnosis(broken).lines():
+            print(line, file=sys.stderr)
+        sys.exit(1)
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

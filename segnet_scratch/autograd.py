@@ -8,6 +8,7 @@ arrays and keeps what `backward` needs; `backward` turns the gradient of the out
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,12 +96,12 @@ class Tensor:
             dy = gradients.pop(function.output_key, None)
             # None: whoever used the output has no gradient for it.
             given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
-            for tensor, d in zip(function.inputs, given, strict=True):
-                if d is not None and tensor.requires_grad:
-                    held = gradients.get(tensor.key)
-                    gradients[tensor.key] = d if held is None else _sum(tensor.device, held, d)
-                if tensor.maker is None:
-                    _give(tensor, gradients)
+            for edge, d in zip(function.inputs, given, strict=True):
+                if d is not None and edge.requires_grad:
+                    held = gradients.get(edge.key)
+                    gradients[edge.key] = d if held is None else _sum(function.device, held, d)
+                if edge.leaf is not None:
+                    _give(edge.leaf, gradients)
             function.release()
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -115,12 +116,31 @@ class Tensor:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, device={self.device.name})"
 
 
+@dataclass(frozen=True)
+class Edge:
+    """What backward needs of a Function's input.
+
+    Not its array: a Function saves what it needs, and a result that nobody saves is freed while forward proceeds.
+    """
+
+    key: int
+    requires_grad: bool
+    maker: "Function | None"
+    leaf: Tensor | None  # where the gradient is collected
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Edge":
+        """The edge that leads to a tensor."""
+        is_leaf = tensor.maker is None and tensor.requires_grad
+        return cls(tensor.key, tensor.requires_grad, tensor.maker, tensor if is_leaf else None)
+
+
 class Function:
     """One application of a differentiable operation with one output. Subclasses define `forward` and `backward`."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.inputs: tuple[Tensor, ...] = ()
+        self.inputs: tuple[Edge, ...] = ()
         self.output_key = -1
         self.released = False
 
@@ -146,7 +166,7 @@ class Function:
                 )
         output = Tensor(self.forward(*(tensor.data for tensor in inputs)), self.device)
         if _recording and any(tensor.requires_grad for tensor in inputs):
-            self.inputs, self.output_key = inputs, output.key
+            self.inputs, self.output_key = tuple(Edge.of(tensor) for tensor in inputs), output.key
             output.requires_grad, output.maker = True, self
         return output
 
@@ -154,11 +174,14 @@ class Function:
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
     """A Tensor on a device from anything that NumPy or DLPack understands.
 
-    float64 is kept, other numbers become float32. Arrays of other libraries are shared where that is possible.
+    float64 is kept, other numbers become float32. Arrays of other libraries are shared where that is possible; these
+    must be float32 or float64 already.
     """
     chosen = get_device(device)
     if not isinstance(values, np.ndarray) and not chosen.owns(values) and hasattr(values, "__dlpack__"):
         values = chosen.from_dlpack(values)
+        if values.dtype not in (np.float32, np.float64):
+            raise DTypeError(f"tensor: got an array of {values.dtype}; expected float32 or float64; convert it first")
     if chosen.owns(values) and not isinstance(values, np.ndarray):
         return Tensor(values, chosen, requires_grad)
     array = np.asarray(values)
@@ -181,7 +204,7 @@ def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
         elif id(function) not in seen:
             seen.add(id(function))
             stack.append((function, True))
-            stack.extend((t.maker, False) for t in function.inputs if t.maker is not None)
+            stack.extend((edge.maker, False) for edge in function.inputs if edge.maker is not None)
     while finished:
         yield finished.pop()
 

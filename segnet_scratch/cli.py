@@ -1,4 +1,4 @@
-"""The command line: `segnet train`, `eval`, `predict`, `gradcheck`, `data sample`."""
+"""The command line: `segnet train`, `eval`, `predict`, `gradcheck`, `run`, `doctor`, `data sample`."""
 
 import logging
 import sys
@@ -16,8 +16,12 @@ from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import VOCDataset, write_sample
 from segnet_scratch.device import NAMES, get_device
+from segnet_scratch.doctor import diagnose
+from segnet_scratch.doctor.kernels import examine_kernels
 from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
 from segnet_scratch.evaluate import evaluate
+from segnet_scratch.kernels.workbench import options, run_kernel
+from segnet_scratch.kernels.workbench.display import show
 from segnet_scratch.predict import predict_files
 from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
 from segnet_scratch.report import TrainingDisplay, evaluation_progress, scores_table, write_json
@@ -216,7 +220,7 @@ def gradcheck(
 def convert(
     source: Annotated[Path, typer.Argument(help="A safetensors file: a PyTorch state dict, or our checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Where to write the result.")],
-    to: Annotated[str, typer.Option(help="What to write: segnet (our checkpoint) or pytorch (a state dict).")] = "segnet",
+    to: Annotated[str, typer.Option(help="segnet (our checkpoint) or pytorch (a state dict).")] = "segnet",
     names: Annotated[
         Path | None, typer.Option("--map", help='TOML of "their.prefix" = "encoder.1.1.conv" lines.', metavar="FILE")
     ] = None,
@@ -234,6 +238,109 @@ def convert(
         raise typer.BadParameter(f"{to!r}; expected segnet or pytorch", param_hint="--to")
 
 
+@app.command(name="run")
+def run_command(
+    kernel: Annotated[str, typer.Argument(help="A kernel of this project, file.cu, or file.cu:kernel.")],
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="Shape of an array: x=2,45,37,64.", metavar="NAME=DIMS")
+    ] = None,
+    arg: Annotated[list[str] | None, typer.Option("--arg", help="A scalar: n=1000.", metavar="NAME=VALUE")] = None,
+    content: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=FILE.npy",
+            help="What an array holds before: a file, a number, random, or null. Without it inputs (const pointers) "
+            "are random and outputs hold NaN.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="A NumPy function that takes inputs and scalars by name and returns the outputs: an array, a tuple "
+            "or a dict.",
+        ),
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance; 1e-5, in float64 1e-12.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance; the same.")] = None,
+    orders: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Ascending, descending and N shuffled orders of threads and blocks: the same bits?"
+        ),
+    ] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Also with AddressSanitizer and UndefinedBehaviorSanitizer.")
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="host|cuda", help="host: on the CPU. cuda: on a GPU.")] = "host",
+    grid: Annotated[str | None, typer.Option(help="Blocks, X or X,Y or X,Y,Z; else they cover the output.")] = None,
+    block: Annotated[str | None, typer.Option(help="Threads of a block; else __launch_bounds__, or 256.")] = None,
+    shared: Annotated[int, typer.Option(min=0, help="Bytes of dynamic shared memory.")] = 0,
+    type_: Annotated[str, typer.Option("--type", metavar="float32|float64", help="What storage_t is.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Save every array as DIR/NAME.npy.", metavar="DIR")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Run one kernel, of this project or your own, and check it; exit code 1 where a check fails.
+
+    Example: segnet run add.cu --shape a=1000000 --shape b=1000000 --shape c=1000000 --arg n=1000000
+    --reference add.py:add --orders 6 --sanitize
+
+    Checked always: writes outside the arrays, changed inputs, elements that were never written, reads of memory that
+    nobody gave a value, barriers that not all threads reach.
+    """
+    result = run_kernel(
+        kernel,
+        shapes=options.by_name("--shape", shape, options.shape),
+        arguments=options.by_name("--arg", arg, options.number),
+        inputs=options.by_name("--input", content, options.contents),
+        device=device,
+        grid=None if grid is None else options.shape("--grid", grid),
+        block=None if block is None else options.shape("--block", block),
+        shared=shared,
+        dtype=options.element_type("--type", type_),
+        seed=seed,
+        reference=reference,
+        rtol=rtol,
+        atol=atol,
+        orders=orders,
+        sanitize=sanitize,
+    )
+    show(console, result)
+    write_json(json, result.to_json())
+    if output is not None:
+        console.print(f"{len(result.save(output))} arrays saved in {output}", soft_wrap=True)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Instead compile every kernel for every GPU, and show what it takes of one."),
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Say what works on this machine, what does not, and the command that fixes it.
+
+    Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
+    memory beyond what the budget (kernels/budget.toml) accepts.
+    """
+    with console.status("compiling kernels" if kernels else "examining this machine") as status:
+        report = (
+            examine_kernels(lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
+            if kernels
+            else diagnose()
+        )
+    for line, style in report.lines():
+        _say(line, style)
+    write_json(json, report.to_json())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 @data_app.command()
 def sample(
     directory: Annotated[Path, typer.Argument(help="Where to write it.")],
@@ -243,7 +350,9 @@ def sample(
 ) -> None:
     """Write a small synthetic data set in VOC layout: coloured shapes on textured grounds, deterministic.
 
-    It needs no download and trains in a minute or two: segnet train --data DIR --out RUN --set size=[96,128]
+    It needs no download, and a small network learns it in some minutes without a GPU:
+
+    segnet train --data DIR --out RUN --set width=0.25 --set size=64 --set lr=0.1 --set epochs=10
     """
     root = write_sample(directory, train=train, val=val, seed=seed)
     _say(f"{train} training and {val} validation images in {root}")

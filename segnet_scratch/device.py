@@ -17,6 +17,7 @@ from segnet_scratch.kernels import host as host_kernels
 from segnet_scratch.kernels.host import HostOptions
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost: memory of the CPU, pinned in the second case
 
 
 class Device:
@@ -165,7 +166,9 @@ class CudaDevice(Device):
         return self._cupy.asnumpy(array)
 
     def from_dlpack(self, array: Any) -> Array:
-        return self._cupy.ascontiguousarray(self._cupy.from_dlpack(array))
+        if array.__dlpack_device__()[0] in DLPACK_CPU:  # CuPy takes arrays on GPUs only
+            return self.upload(np.from_dlpack(array))
+        return self._guarded(lambda: self._cupy.ascontiguousarray(self._cupy.from_dlpack(array)))
 
     def copy(self, array: Array) -> Array:
         return self._guarded(array.copy)
@@ -234,7 +237,7 @@ def cuda_missing() -> str | None:
     """Why the cuda device cannot be used, with the fix; None where it can."""
     try:
         cupy = _import_cupy()
-    except ImportError as error:
+    except Exception as error:  # a CuPy that does not fit NumPy or the CUDA libraries fails in many ways
         return (
             f"the cuda device needs CuPy, which does not import ({error}); pip install 'segnet_scratch[cuda13]' for a "
             "driver of CUDA 13, [cuda12] for CUDA 12; without an NVIDIA GPU use --device numpy or --device host"
@@ -249,6 +252,27 @@ def cuda_missing() -> str | None:
             "CUDA_VISIBLE_DEVICES does not hide the GPU; --device numpy and --device host need no GPU"
         )
     return None
+
+
+def cupy_facts() -> dict[str, Any]:
+    """What CuPy knows of itself and of the GPUs, for `segnet doctor`. Raises whatever CuPy raises where it is broken.
+
+    "runtime" and "driver" are CUDA versions (13020 is 13.2; a driver of 0 is none), "gpus" have "name", "capability"
+    (major, minor) and "bytes", "problem" is CuPy's reason for an empty list.
+    """
+    cupy = _import_cupy()
+    runtime = cupy.cuda.runtime
+    facts: dict[str, Any] = {"version": cupy.__version__, "problem": "", "gpus": []}
+    facts |= {"runtime": runtime.runtimeGetVersion(), "driver": runtime.driverGetVersion()}
+    try:
+        for index in range(runtime.getDeviceCount()):
+            properties = runtime.getDeviceProperties(index)
+            capability = properties["major"], properties["minor"]
+            name, memory = properties["name"].decode(errors="replace"), properties["totalGlobalMem"]
+            facts["gpus"].append({"name": name, "capability": capability, "bytes": memory})
+    except Exception as error:  # CuPy raises driver errors of several kinds
+        facts["problem"] = str(error)
+    return facts
 
 
 NAMES = ("auto", "cuda", "host", "numpy")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.evaluate import Evaluation
@@ -44,12 +44,13 @@ def scores_table(evaluation: Evaluation) -> Table:
 
 
 def _progress(console: Console, transient: bool = False) -> Progress:
+    # In a narrow terminal the bar gives way, not the numbers.
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
         transient=transient,
         disable=not console.is_terminal,

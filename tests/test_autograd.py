@@ -313,14 +313,23 @@ class TestOnceOnly:
     def test_a_graph_without_backward_is_freed_with_its_result(self):
         gc.disable()
         try:
-            y = scaled(leaf(np.ones(3)), 2.0)
+            y = relu(leaf(np.ones(3)))
             ref = weakref.ref(y.data)
-            y = relu(y)
+            y = scaled(y, 2.0)
             assert ref() is not None
             del y
             assert ref() is None
         finally:
             gc.enable()
+
+    def test_a_result_that_no_function_saves_is_freed_at_once(self):
+        x = leaf([1.0, -1.0])
+        y = scaled(x, 2.0)
+        ref = weakref.ref(y.data)
+        y = relu(y)  # saves its own output
+        assert ref() is None
+        y.backward(np.array([3.0, 3.0]))
+        np.testing.assert_array_equal(x.grad, [6, 0])
 
 
 class TestRefused:

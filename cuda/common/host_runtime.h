@@ -28,6 +28,15 @@
 
 #include <sys/mman.h>
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 // ---------------------------------------------------------------------------------------------- the language
 
 #define __global__
@@ -37,7 +46,8 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
-// For kernels written without our macros. It works, but has no red zones and no NaN fill.
+// In a .cu file kernels/shared_memory.py turns plain __shared__ arrays into SHARED_ARRAY. What it does not turn (in a
+// header, or of an unnamed type) works like this, but has no red zones and no NaN fill.
 #define __shared__ static thread_local
 
 struct uint3 {
@@ -47,15 +57,20 @@ struct dim3 {
     unsigned x, y, z;
 };
 
+using std::abs;
 using std::ceil;
+using std::cos;
 using std::exp;
 using std::fabs;
 using std::floor;
 using std::fma;
+using std::fmax;
+using std::fmin;
 using std::isfinite;
 using std::isnan;
 using std::log;
 using std::pow;
+using std::sin;
 using std::sqrt;
 using std::tanh;
 template <class T>
@@ -71,11 +86,72 @@ inline T max(T a, T b) {
     return a < b ? b : a;
 }
 
+template <class A, class B>  // of unlike types, as CUDA's overloads allow
+inline std::common_type_t<A, B> min(A a, B b) {
+    const std::common_type_t<A, B> left = a, right = b;
+    return right < left ? right : left;
+}
+template <class A, class B>
+inline std::common_type_t<A, B> max(A a, B b) {
+    const std::common_type_t<A, B> left = a, right = b;
+    return left < right ? right : left;
+}
+template <class T>
+inline T __ldg(const T* address) {
+    return *address;
+}
+
 // Integer atomics only: float atomics would make sums depend on the order of threads, so they do not compile.
 template <class T>
-inline T atomicAdd(T* address, T value) {
+struct Value {
+    typedef T type;  // not deduced: atomicAdd(&counts[i], 1) means a 1 of the type of the counts
+};
+template <class T>
+inline T atomicAdd(T* address, typename Value<T>::type value) {
     static_assert(std::is_integral<T>::value, "atomicAdd on floating-point numbers is not deterministic");
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicSub(T* address, typename Value<T>::type value) {
+    static_assert(std::is_integral<T>::value, "atomicSub on floating-point numbers is not deterministic");
+    return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicAnd(T* address, typename Value<T>::type value) {
+    return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicOr(T* address, typename Value<T>::type value) {
+    return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicXor(T* address, typename Value<T>::type value) {
+    return __atomic_fetch_xor(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicExch(T* address, typename Value<T>::type value) {
+    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicCAS(T* address, typename Value<T>::type expected, typename Value<T>::type value) {
+    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;  // now what was there before
+}
+template <class T>
+inline T atomicMin(T* address, typename Value<T>::type value) {
+    T before = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value < before &&
+           !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return before;
+}
+template <class T>
+inline T atomicMax(T* address, typename Value<T>::type value) {
+    T before = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (before < value &&
+           !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return before;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 
@@ -91,7 +167,13 @@ struct Launch {
     unsigned block[3];
     unsigned long long dynamic_shared;  // bytes
     unsigned long long seed;            // of the shuffled order
-    int order;                          // Order, of threads and of blocks
+    unsigned long long part_mask;       // only that part of the work runs whose number, masked, is part_value; numbered
+    unsigned long long part_value;      // are the threads of the grid, or its blocks where threads meet at barriers
+    unsigned long long* trace;          // hashes of the shared arrays at every barrier, or null; see trace_shared
+    unsigned long long trace_size;
+    int compare_trace;                  // 0: write the trace, 1: compare with it
+    int order;                          // Order of the threads of a block
+    int block_order;                    // Order of the blocks
     int workers;                        // operating-system threads
     char message[512];                  // what went wrong, when the launch returns non-zero
 };
@@ -102,7 +184,18 @@ constexpr size_t kSharedLimit = 256 * 1024;  // more than any GPU has for one bl
 constexpr size_t kRedZone = 64;
 constexpr unsigned char kRedByte = 0xA5;
 constexpr unsigned char kPoisonByte = 0xFF;  // 0xFF... is a NaN in every floating-point format
-constexpr uint64_t kStackCanary = 0x5E67E7C0DEC0FFEEull;
+// A cache line, wider than the holes in a frame that nobody writes.
+constexpr char kStackCanary[65] = "A thread's stack ends here; what follows is there to be overrun.";
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kAddressSanitizer = true;
+inline void allow(const void* start, size_t bytes) { __asan_unpoison_memory_region(start, bytes); }
+inline void forbid(const void* start, size_t bytes) { __asan_poison_memory_region(start, bytes); }
+#else
+constexpr bool kAddressSanitizer = false;
+inline void allow(const void*, size_t) {}
+inline void forbid(const void*, size_t) {}
+#endif
 
 struct Fiber {
     uint3 index;          // threadIdx
@@ -128,6 +221,7 @@ struct StackPool {
         return stack == MAP_FAILED ? nullptr : static_cast<char*>(stack);
     }
     void give(char* stack) {
+        allow(stack, kStackBytes);  // a fiber that was left in the middle has not cleared the marks round its variables
         std::lock_guard<std::mutex> lock(mutex);
         free.push_back(stack);
     }
@@ -153,6 +247,7 @@ struct Worker {
     std::vector<Fiber> fibers;
     std::vector<unsigned> order;
     unsigned position = 0;
+    int last_barrier_line = 0;  // 0: the block has met no barrier yet
     void* scheduler_stack_pointer = nullptr;
     void (*body)(void*) = nullptr;
     void* closure = nullptr;
@@ -162,6 +257,7 @@ struct Worker {
     std::vector<unsigned char> arena;
     unsigned char* arena_base = nullptr;  // the first 64-byte boundary in `arena`
     std::vector<SharedArray> shared;
+    size_t trace_position = 0;
 
     uint64_t next_random() {  // splitmix64
         uint64_t z = (random += 0x9E3779B97F4A7C15ull);
@@ -170,10 +266,10 @@ struct Worker {
         return z ^ (z >> 31);
     }
     template <class T>
-    void arrange(std::vector<T>& items) {
-        if (launch->order != int(Order::shuffled)) return;
+    void shuffle(std::vector<T>& items) {
         for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random() % i]);
     }
+    bool left_out(uint64_t number) const { return (number & launch->part_mask) != launch->part_value; }
     void fail(const char* what) {
         failed = true;
         std::snprintf(launch->message, sizeof launch->message, "%s: block (%u, %u, %u): %s", kernel, block_index.x,
@@ -181,6 +277,16 @@ struct Worker {
     }
 };
 static thread_local Worker* worker = nullptr;
+
+#ifdef __SANITIZE_ADDRESS__
+// Adds to a report which thread caused it.
+inline void tell_thread(const char*) {
+    if (!worker || !worker->current) return;
+    const uint3 block = worker->block_index, thread = worker->current->index;
+    std::fprintf(stderr, "segnet: block (%u, %u, %u), thread (%u, %u, %u)\n", block.x, block.y, block.z, thread.x, thread.y,
+                 thread.z);
+}
+#endif
 
 #if defined(__APPLE__)
 #define SEGNET_SYMBOL(name) "_" #name
@@ -234,6 +340,27 @@ inline void resume(void** save) {
     segnet_switch_fiber(save, w->current->stack_pointer);
 }
 
+// Finds out between which barriers threads disturb each other: of two runs with unlike orders of threads the first
+// writes down what every shared array holds at every barrier, the second stops where it holds something else.
+inline void trace_shared(Worker* w, int line) {
+    for (const SharedArray& array : w->shared) {
+        if (w->trace_position == w->launch->trace_size) return;
+        unsigned long long hash = 0xCBF29CE484222325ull + line;  // FNV-1a
+        for (size_t i = 0; i < array.bytes; ++i) hash = (hash ^ w->arena_base[array.offset + i]) * 0x100000001B3ull;
+        unsigned long long& entry = w->launch->trace[w->trace_position++];
+        if (!w->launch->compare_trace) {
+            entry = hash;
+        } else if (entry != hash) {
+            char from[32] = "the start of the kernel", to[32] = "its end", what[256];
+            if (w->last_barrier_line) std::snprintf(from, sizeof from, "the barrier in line %d", w->last_barrier_line);
+            if (line) std::snprintf(to, sizeof to, "the barrier in line %d", line);
+            std::snprintf(what, sizeof what, "between %s and %s the threads disturb each other in shared array '%s'", from,
+                          to, array.name);
+            return w->fail(what);
+        }
+    }
+}
+
 // All threads have either arrived at a barrier or returned. True: a next phase begins.
 inline bool finish_phase(Worker* w) {
     const int line = w->fibers[0].barrier_line;
@@ -256,7 +383,9 @@ inline bool finish_phase(Worker* w) {
         w->fail(what);
         return false;
     }
-    return line != 0;
+    if (w->launch->trace) trace_shared(w, line);
+    w->last_barrier_line = line;
+    return line != 0 && !w->failed;
 }
 
 // Gives up the block for good: back to the scheduler.
@@ -273,7 +402,7 @@ inline void leave(int line) {
     if (++w->position == w->order.size()) {
         if (!finish_phase(w)) leave_block(w);
         w->position = 0;
-        w->arrange(w->order);
+        if (w->launch->order == int(Order::shuffled)) w->shuffle(w->order);
         if (&w->fibers[w->order[0]] == self) {
             w->current = self;
             return;
@@ -310,17 +439,32 @@ inline void* shared_memory(const void* key, const char* name, size_t bytes) {
         leave_block(w);
     }
     w->shared.push_back(array);
-    std::memset(w->arena_base + start, kRedByte, kRedZone);
-    std::memset(w->arena_base + array.offset, kPoisonByte, bytes);
-    std::memset(w->arena_base + array.offset + bytes, kRedByte, kRedZone + 63 - (bytes + 63) % 64);
-    return w->arena_base + array.offset;
+    unsigned char* const base = w->arena_base + array.offset;
+    const size_t after = kRedZone + 63 - (bytes + 63) % 64;
+    allow(base - kRedZone, kRedZone);
+    std::memset(base - kRedZone, kRedByte, kRedZone);
+    std::memset(base, kPoisonByte, bytes);
+    std::memset(base + bytes, kRedByte, after);
+    forbid(base - kRedZone, kRedZone);
+    forbid(base + bytes, after);
+    return base;
 }
+
+// Dynamic shared memory that is declared outside of functions: a pointer that every worker sets before its first block.
+struct GlobalShared;
+static GlobalShared* global_shared = nullptr;  // the list of them
+struct GlobalShared {
+    const char* name;
+    void (*set)(void* memory);
+    GlobalShared* next;
+    GlobalShared(const char* name, void (*set)(void*)) : name(name), set(set), next(global_shared) { global_shared = this; }
+};
 
 // After a block: were the red zones kept? Then poison the arrays for the next block.
 inline void check_shared(Worker* w) {
     for (const SharedArray& array : w->shared) {
         const unsigned char* base = w->arena_base + array.offset;
-        for (size_t i = 0; i < kRedZone; ++i) {
+        for (size_t i = 0; i < kRedZone && !kAddressSanitizer; ++i) {  // it watches the red zones itself
             const bool before = base[-1 - long(i)] != kRedByte, after = base[array.bytes + i] != kRedByte;
             if (!before && !after) continue;
             char what[256];
@@ -332,12 +476,13 @@ inline void check_shared(Worker* w) {
     }
 }
 
-inline void run_block_flat(Worker* w) {
+inline void run_block_flat(Worker* w, uint64_t block) {
     Fiber thread{};
     w->current = &thread;
     const unsigned count = w->block_size.x * w->block_size.y * w->block_size.z;
     for (unsigned i = 0; i < count; ++i) {
         const unsigned linear = w->order[i];
+        if (w->left_out(block * count + linear)) continue;
         thread.index = {linear % w->block_size.x, linear / w->block_size.x % w->block_size.y,
                         linear / w->block_size.x / w->block_size.y};
         w->body(w->closure);
@@ -345,15 +490,17 @@ inline void run_block_flat(Worker* w) {
 }
 
 inline void run_block_fibers(Worker* w) {
-    for (Fiber& fiber : w->fibers) fiber.stack_pointer = prepare_stack(fiber.stack, fiber_entry);
+    for (Fiber& fiber : w->fibers) {
+        allow(fiber.stack, kStackBytes);  // its last thread never returned from fiber_entry: marks are left
+        fiber.stack_pointer = prepare_stack(fiber.stack, fiber_entry);
+    }
     w->position = 0;
+    w->last_barrier_line = 0;
     resume(&w->scheduler_stack_pointer);  // returns when the block has finished or failed
     if (w->failed) return;
-    for (Fiber& fiber : w->fibers) {
-        uint64_t canary;
-        std::memcpy(&canary, fiber.stack + kStackReserve, sizeof canary);
-        if (canary != kStackCanary) return w->fail("a thread needs more stack than the host device gives it");
-    }
+    for (Fiber& fiber : w->fibers)
+        if (std::memcmp(fiber.stack + kStackReserve, kStackCanary, sizeof kStackCanary - 1) != 0)
+            return w->fail("a thread needs more stack than the host device gives it");
     check_shared(w);
 }
 
@@ -361,12 +508,15 @@ inline void run_block_fibers(Worker* w) {
 template <class NextBlock>
 void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
     worker = &w;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_set_error_report_callback(tell_thread);
+#endif
     const unsigned threads = w.block_size.x * w.block_size.y * w.block_size.z;
     w.order.resize(threads);
     auto order_threads = [&] {
         for (unsigned i = 0; i < threads; ++i)
             w.order[i] = w.launch->order == int(Order::descending) ? threads - 1 - i : i;
-        w.arrange(w.order);
+        if (w.launch->order == int(Order::shuffled)) w.shuffle(w.order);
     };
     order_threads();
     if (w.cooperative) {
@@ -381,8 +531,10 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
                 w.fail("out of memory for the stacks of the threads");
                 break;
             }
-            std::memcpy(fiber.stack + kStackReserve, &kStackCanary, sizeof kStackCanary);
+            std::memcpy(fiber.stack + kStackReserve, kStackCanary, sizeof kStackCanary - 1);
         }
+        for (GlobalShared* array = global_shared; array; array = array->next)
+            array->set(shared_memory(w.launch, array->name, w.launch->dynamic_shared));
     }
     uint64_t block;
     while (!w.failed && !stop.load(std::memory_order_relaxed) && next_block(&block)) {
@@ -395,10 +547,10 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
             order_threads();
         }
         if (w.cooperative) {
-            run_block_fibers(&w);
+            if (!w.left_out(block)) run_block_fibers(&w);
         } else {
             try {
-                run_block_flat(&w);
+                run_block_flat(&w, block);
             } catch (const NeedsFibers&) {
                 w.fail("reached a barrier or a shared array although its text has none; put __syncthreads() or SHARED_ARRAY "
                        "in the .cu file");
@@ -414,19 +566,19 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
 inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body)(void*), void* closure) {
     const uint64_t blocks = uint64_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
     std::vector<uint64_t> block_order;
-    if (launch->order == int(Order::shuffled)) {
+    if (launch->block_order == int(Order::shuffled)) {
         Worker shuffler;
-        shuffler.launch = launch;
         shuffler.random = launch->seed ^ 0xB10C;
         for (uint64_t i = 0; i < blocks; ++i) block_order.push_back(i);
-        shuffler.arrange(block_order);
+        shuffler.shuffle(block_order);
     }
     std::atomic<uint64_t> next{0};
     std::atomic<bool> stop{false};
     auto next_block = [&](uint64_t* block) {
         const uint64_t i = next.fetch_add(1, std::memory_order_relaxed);
         if (i >= blocks) return false;
-        *block = launch->order == int(Order::descending) ? blocks - 1 - i : block_order.empty() ? i : block_order[i];
+        const bool descending = launch->block_order == int(Order::descending);
+        *block = descending ? blocks - 1 - i : block_order.empty() ? i : block_order[i];
         return true;
     };
     const uint64_t wanted = launch->workers < 1 ? 1 : uint64_t(launch->workers);
@@ -494,6 +646,9 @@ int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P.
 #define SHARED_DYNAMIC(type, name) \
     type* const name =             \
         static_cast<type*>(::host::shared_memory(::host::worker->launch, #name, ::host::worker->launch->dynamic_shared))
+#define SHARED_DYNAMIC_GLOBAL(type, name)  \
+    static thread_local type* name = nullptr; \
+    static ::host::GlobalShared name##_global(#name, [](void* memory) { name = static_cast<type*>(memory); })
 
 // The entry by which segnet_scratch/kernels/host.py reaches a kernel.
 #define HOST_ENTRY(kernel, cooperative)                                              \

@@ -2,14 +2,26 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.kernels.gate import ArrayHome, check_launch
 from segnet_scratch.kernels.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.kernels.source import shipped_sources
 
-__all__ = ["ElementTypes", "Kernel", "KernelDevice", "find_kernel", "launch", "shipped_kernels"]
+if TYPE_CHECKING:
+    from segnet_scratch.kernels.workbench import run_kernel
+
+__all__ = ["ElementTypes", "Kernel", "KernelDevice", "find_kernel", "launch", "run_kernel", "shipped_kernels"]
+
+
+def __getattr__(name: str) -> Any:
+    """`run_kernel` on demand: the workbench needs the devices, and they need this module."""
+    if name == "run_kernel":
+        from segnet_scratch.kernels.workbench import run_kernel
+
+        return run_kernel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class KernelDevice(ArrayHome, Protocol):

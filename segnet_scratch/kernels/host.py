@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
+from segnet_scratch.kernels.shared_memory import rewrite_shared
 from segnet_scratch.kernels.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.kernels.source import Source, cuda_directory
 
@@ -34,18 +35,30 @@ ORDERS = ("ascending", "descending", "shuffled")
 class HostOptions:
     """How the host device runs threads and blocks.
 
-    `order` is the order of the threads of a block between two barriers, and of the blocks; `seed` is that of the
-    shuffled order. A kernel whose result depends on it has a race. `workers` is the number of operating-system threads
-    that share the blocks; 0 takes one for each core. ConfigError for a value that is none of these.
+    `order` is the order of the threads of a block between two barriers, and of the blocks unless `block_order` says
+    otherwise; `seed` is that of the shuffled order. A kernel whose result depends on it has a race. `workers` is the
+    number of operating-system threads that share the blocks; 0 takes one for each core. `sanitize` builds with
+    AddressSanitizer and UndefinedBehaviorSanitizer; it works in a process that was started with `sanitizer_runtime`
+    preloaded. ConfigError for a value that is none of these.
+
+    Two ways to look closer: `part` (mask, value) runs only those threads of the grid (with barriers: blocks) whose
+    number, masked, has this value; `trace` is filled with hashes of the shared arrays at every barrier, or compared
+    with them where `compare_trace` is set: then a KernelFault names the first array that differs. It needs one worker.
     """
 
     order: str = "ascending"
     seed: int = 0
     workers: int = 0
+    block_order: str | None = None
+    sanitize: bool = False
+    part: tuple[int, int] = (0, 0)
+    trace: np.ndarray | None = field(default=None, compare=False)  # uint64
+    compare_trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ConfigError(f"host device: order is {self.order!r}; expected one of {', '.join(ORDERS)}")
+        for name, order in (("order", self.order), ("block_order", self.block_order or self.order)):
+            if order not in ORDERS:
+                raise ConfigError(f"host device: {name} is {order!r}; expected one of {', '.join(ORDERS)}")
         for name, limit in (("seed", 2**64 - 1), ("workers", 1024)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= limit:
@@ -60,7 +73,13 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("dynamic_shared", ctypes.c_ulonglong),
         ("seed", ctypes.c_ulonglong),
+        ("part_mask", ctypes.c_ulonglong),
+        ("part_value", ctypes.c_ulonglong),
+        ("trace", ctypes.c_void_p),
+        ("trace_size", ctypes.c_ulonglong),
+        ("compare_trace", ctypes.c_int),
         ("order", ctypes.c_int),
+        ("block_order", ctypes.c_int),
         ("workers", ctypes.c_int),
         ("message", ctypes.c_char * 512),
     )
@@ -126,20 +145,59 @@ def compiler_flags() -> list[str]:
     ]
 
 
+def sanitizer_flags() -> list[str]:
+    """What a sanitized build adds to the other flags, over some of which it has the last word."""
+    clang = "clang" in _compiler_identity(tuple(find_compiler()))
+    shared = ["-shared-libasan"] if clang else []  # as g++ does without being asked
+    return ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", *shared]
+
+
+def sanitizer_runtime() -> Path:
+    """The library of AddressSanitizer that goes with the compiler: LD_PRELOAD of a process with sanitized kernels.
+
+    CompileError where there is none.
+    """
+    if sys.platform != "linux":
+        raise CompileError(f"kernels can be sanitized on Linux only, not on {sys.platform}")
+    command = find_compiler()
+    for name in ("libasan.so", f"libclang_rt.asan-{platform.machine()}.so", "libclang_rt.asan.so"):
+        result = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True)
+        path = Path(result.stdout.strip())
+        if path.is_absolute() and path.is_file():
+            if path.read_bytes()[:4] == b"\x7fELF":
+                return path.resolve()
+            # A linker script in its place names the library: INPUT ( /usr/lib64/libasan.so.8.0.0 )
+            named = re.search(r"/\S+libasan\.so\S*", path.read_text(errors="replace"))
+            if named:
+                return Path(named.group())
+    raise CompileError(
+        f"the C++ compiler '{' '.join(command)}' brings no AddressSanitizer; install its runtime library (Debian, "
+        "Ubuntu: apt install g++, or libclang-rt-dev for clang++; Fedora: dnf install libasan libubsan), or set CXX=g++"
+    )
+
+
+def _unit(source: Source) -> str:
+    """The C++ text that is compiled: the runtime, the source, an entry for each kernel."""
+    path = source.path.as_posix()
+    kernels = source.text if "__shared__" in source.text else ""
+    # Lines keep the names and numbers of the .cu file: errors, debuggers and sanitizers point there.
+    body = f'#line 1 "{path}"\n{rewrite_shared(kernels)}\n' if kernels else f'#include "{path}"\n'
+    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in parse_kernels(source))
+    return f'#include "common/host_runtime.h"\n{body}{entries}'
+
+
 @functools.cache
-def build(source: Source, types: ElementTypes) -> Path:
+def build(source: Source, types: ElementTypes, sanitize: bool = False) -> Path:
     """The shared library of a source, compiled unless the cache has it. CompileError shows the compiler's lines."""
     command = find_compiler()
-    flags = [*compiler_flags(), *types.defines]
+    flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines]
     runtime = (cuda_directory() / "common" / "host_runtime.h").read_text(encoding="utf-8")
-    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in parse_kernels(source))
-    key = cache_key(source.digest, entries, runtime, flags, _compiler_identity(tuple(command)), _processor_identity())
+    unit = _unit(source)
+    key = cache_key(source.digest, unit, runtime, flags, _compiler_identity(tuple(command)), _processor_identity())
     library = cache_directory() / "host" / f"{source.path.stem}-{types.storage.name}-{key}.so"
     if library.is_file():
         return library
     log.info("compiling %s for the host device (%s)", source.path.name, types.storage.name)
-    # Included by its own path, so that errors, debuggers and sanitizers name the line of the .cu file.
-    unit = f'#include "common/host_runtime.h"\n#include "{source.path.as_posix()}"\n{entries}'
     includes = [f"-I{directory}" for directory in source.include_directories]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernel.so"
@@ -151,6 +209,7 @@ def build(source: Source, types: ElementTypes) -> Path:
         if result.returncode != 0:
             raise CompileError(
                 f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
+                f"{_hint(result.stderr)}"
             )
         if not output.is_file():
             raise CompileError(
@@ -168,9 +227,21 @@ def _first_errors(stderr: str, limit: int = 40) -> str:
     return "\n".join(lines[start : start + limit])
 
 
+def _hint(stderr: str) -> str:
+    """What to do about names that the C++ compiler does not know."""
+    unknown = "was not declared|has not been declared|does not name a type"
+    found = re.findall(rf"['‘](\w+)['’] (?:{unknown})|(?:undeclared identifier|unknown type name) '(\w+)'", stderr)
+    names = list(dict.fromkeys(a or b for a, b in found))
+    if {"storage_t", "accumulate_t", "int64", "uint8", "uint64"} & set(names):
+        return '\nstorage_t, int64 and the like come with #include "common/types.cuh"'
+    if names:
+        return f"\nIf CUDA knows {', '.join(names)}: cuda/common/host_runtime.h does not; --device cuda may"
+    return ""
+
+
 @functools.cache
-def _entry(source: Source, types: ElementTypes, name: str) -> Any:
-    path = build(source, types)
+def _entry(source: Source, types: ElementTypes, name: str, sanitize: bool) -> Any:
+    path = build(source, types, sanitize)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -189,6 +260,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def prepare(kernel: Kernel, types: ElementTypes, options: HostOptions) -> None:
+    """Compiles and loads a kernel without running it, so that a process forked now finds it in memory."""
+    _entry(kernel.source, types, kernel.name, options.sanitize)
+
+
 def run(
     kernel: Kernel,
     types: ElementTypes,
@@ -199,13 +275,19 @@ def run(
     options: HostOptions,
 ) -> None:
     """Runs a kernel whose arguments the gate has checked. KernelFault names the block and what went wrong."""
-    entry = _entry(kernel.source, types, kernel.name)
+    entry = _entry(kernel.source, types, kernel.name, options.sanitize)
     launch = _Launch(
         grid=(ctypes.c_uint * 3)(*grid),
         block=(ctypes.c_uint * 3)(*block),
         dynamic_shared=shared,
         seed=options.seed,
+        part_mask=options.part[0],
+        part_value=options.part[1],
+        trace=None if options.trace is None else options.trace.ctypes.data,
+        trace_size=0 if options.trace is None else options.trace.size,
+        compare_trace=options.compare_trace,
         order=ORDERS.index(options.order),
+        block_order=ORDERS.index(options.block_order or options.order),
         workers=options.workers or _cores(),
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.

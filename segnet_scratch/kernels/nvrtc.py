@@ -1,10 +1,14 @@
 """Compiles kernels to cubin for a GPU architecture through libnvrtc. Needs neither CuPy nor a driver nor a GPU."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
+import sys
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
@@ -19,21 +23,39 @@ MISSING = (
 
 
 def _candidates() -> list[Path]:
-    """Places where libnvrtc may lie: pip's nvidia wheels, $CUDA_PATH, the usual toolkit folders; newest first."""
-    roots: list[Path] = []
-    spec = importlib.util.find_spec("nvidia")
-    if spec is not None and spec.submodule_search_locations:
-        for location in spec.submodule_search_locations:
-            roots += sorted(Path(location).glob("*/lib"), reverse=True) + sorted(
-                Path(location).glob("*/bin"), reverse=True
-            )
+    """Every libnvrtc in pip's nvidia wheels, in this Python's environment and in a CUDA toolkit, best first.
+
+    Best is the CUDA version of the CuPy that is installed, because a driver refuses code of a newer major version than
+    its own; then the newest.
+    """
+    folders: list[Path] = []
+    try:
+        spec = importlib.util.find_spec("nvidia")
+    except ValueError:  # an entry of sys.modules without a specification
+        spec = None
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folders += sorted(Path(location).glob("*/lib"))  # nvidia/cuda_nvrtc/lib for CUDA 12, nvidia/cu13/lib for 13
+    folders.append(Path(sys.prefix) / "lib")  # conda's
     for toolkit in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if toolkit:
-            roots += [Path(toolkit) / "lib64", Path(toolkit) / "lib", Path(toolkit) / "bin"]
-    found = []
-    for root in roots:
-        found += sorted(root.glob("libnvrtc.so*"), reverse=True)
-    return found
+            folders += [Path(toolkit) / "lib64", Path(toolkit) / "lib"]
+    found = [path for folder in folders for path in sorted(folder.glob("libnvrtc.so*"))]
+    wanted = _cupy_major()
+    return sorted(found, key=lambda path: (_file_version(path)[:1] == wanted, _file_version(path)), reverse=True)
+
+
+def _file_version(library: Path) -> tuple[int, ...]:
+    """(13, 0, 48) of a link to libnvrtc.so.13.0.48; a wheel's file says only (13,)."""
+    return tuple(int(part) for part in re.findall(r"\d+", library.resolve().name.partition(".so")[2]))
+
+
+def _cupy_major() -> tuple[int, ...]:
+    """(13,) where the package cupy-cuda13x is installed; () without CuPy."""
+    for major in (13, 12):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.distribution(f"cupy-cuda{major}x")
+            return (major,)
+    return ()
 
 
 @functools.cache
@@ -42,10 +64,17 @@ def _library() -> ctypes.CDLL:
     system = ctypes.util.find_library("nvrtc")
     for name in [*names, *([system] if system else [])]:
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
+        if hasattr(library, "nvrtcGetCUBIN"):  # older ones, before CUDA 11.1, make PTX only
+            return library
     raise CompileError(MISSING)
+
+
+def library_path() -> str:
+    """The file of the libnvrtc in use; CompileError where there is none."""
+    return _library()._name
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -53,6 +82,15 @@ def nvrtc_version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
     return major.value, minor.value
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """The architectures that this libnvrtc compiles for: sm_75, sm_80, ...; CompileError where there is none."""
+    count = ctypes.c_int()
+    _check(_library().nvrtcGetNumSupportedArchs(ctypes.byref(count)), "nvrtcGetNumSupportedArchs")
+    numbers = (ctypes.c_int * count.value)()
+    _check(_library().nvrtcGetSupportedArchs(numbers), "nvrtcGetSupportedArchs")
+    return tuple(f"sm_{number}" for number in numbers)
 
 
 def _check(status: int, what: str) -> None:

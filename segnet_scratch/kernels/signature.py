@@ -112,7 +112,7 @@ class Kernel:
 
 def parse_kernels(source: Source) -> tuple[Kernel, ...]:
     """All kernels of a source, in order. CompileError names file and line of what cannot be understood."""
-    text = _blank_comments(source.text)
+    text = blank_comments(source.text)
     matches = list(_KERNEL.finditer(text))
     spans = [(m, *_body_span(source, text, m)) for m in matches]
     # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
@@ -135,7 +135,7 @@ def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def _blank_comments(text: str) -> str:
+def blank_comments(text: str) -> str:
     """The text with comments replaced by spaces: positions and lines stay what they were."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.DOTALL)
 
@@ -197,7 +197,7 @@ def _leading_parenthesis(comment: str) -> str | None:
 def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parameter:
     words = re.findall(r"\w+|\*|\S", declaration)
     pointer = "*" in words
-    qualifiers = {"const", "__restrict__", "OPTIONAL", "*", "__grid_constant__"}
+    qualifiers = {"const", "volatile", "__restrict__", "__restrict", "OPTIONAL", "*", "__grid_constant__"}
     kept = [word for word in words if word not in qualifiers]
     strange = any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words)
     if strange or words.count("*") > 1 or len(kept) < 2:
@@ -212,22 +212,20 @@ def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parame
             f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}"
         )
     const = pointer and "const" in words[: words.index("*")]
-    code = _compile_extent(where, extent) if pointer and extent else None
+    code = compile_expression(where, extent) if pointer and extent else None
     return Parameter(name, c_type, pointer, const, "OPTIONAL" in words, extent if code else None, code)
 
 
-def _compile_extent(where: str, extent: str) -> CodeType | None:
-    """Python code for a shape comment; only names, integers, + - * / and parentheses are let through."""
+def compile_expression(where: str, text: str, what: str = "shape comment") -> CodeType:
+    """Python code for a comment; only names, integers, + - * / and parentheses are let through."""
     try:
-        tree = ast.parse(extent.replace("/", "//"), mode="eval")
+        tree = ast.parse(text.replace("/", "//"), mode="eval")
     except (SyntaxError, ValueError) as error:
-        raise CompileError(
-            f"{where}: the shape comment {extent} is not an expression in the kernel's integers"
-        ) from error
+        raise CompileError(f"{where}: the {what} {text} is not an expression in the kernel's integers") from error
     allowed = (ast.BinOp, ast.Name, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
     dimensions = tree.body.elts if isinstance(tree.body, ast.Tuple) else [tree.body]
     for node in (node for dimension in dimensions for node in ast.walk(dimension)):
         integer = isinstance(node, ast.Constant) and type(node.value) is int
         if not (integer or isinstance(node, allowed)):
-            raise CompileError(f"{where}: the shape comment {extent} may use names, integers, + - * / only")
+            raise CompileError(f"{where}: the {what} {text} may use names, integers, + - * / only")
     return compile(tree, where, "eval")

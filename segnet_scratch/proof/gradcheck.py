@@ -409,7 +409,7 @@ def _pattern(y: Tensor, device: Device) -> list[np.ndarray]:
             pattern.append(device.download(function.y) > 0)
         elif isinstance(function, MaxPool):
             pattern.append(device.download(function.codes.codes).copy())
-        stack.extend(tensor.maker for tensor in function.inputs if tensor.maker)
+        stack.extend(edge.maker for edge in function.inputs if edge.maker)
     return pattern
 
 

@@ -1,0 +1,587 @@
+"""The command line as a user meets it: help, exit codes, messages, what it prints to a pipe."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import segnet_scratch
+from segnet_scratch import cli
+from segnet_scratch.config import describe
+from segnet_scratch.device import cuda_missing
+from segnet_scratch.kernels.source import cuda_directory
+from segnet_scratch.proof.gradcheck import gradcheck
+
+TINY = ["model=segnet-basic", "width=0.0625", "size=32", "batch=2", "steps=2", "workers=0"]
+
+
+def train_arguments(data, out, *more, settings=TINY):
+    return [
+        "train",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--device",
+        "numpy",
+        *(p for s in settings for p in ("--set", s)),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(sample, tmp_path_factory):
+    """A run of two steps. Not to be changed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    arguments = [sys.executable, "-m", "segnet_scratch", *map(str, train_arguments(sample, out))]
+    subprocess.run(arguments, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def checkpoint(trained):
+    return trained / "last.safetensors"
+
+
+@pytest.fixture
+def image(sample):
+    return sample / "JPEGImages" / "sample_00000.jpg"
+
+
+def plain(text):
+    """Without colours, without the frames and line breaks of help: words with single blanks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+def process(*arguments, code="from segnet_scratch.cli import main; main()", cwd=None, **environment):
+    """A process of its own, its output a pipe."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "COLUMNS")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={name: value for name, value in {**clean, **environment}.items() if value is not None},
+    )
+
+
+def assert_error(finished, code, *parts):
+    """An error as it should be: exit code, one message on stderr, and no traceback."""
+    assert finished.code == code, finished.err
+    assert finished.err.startswith("error: " if code == 1 or "error: " in finished.err else "Usage: ")
+    assert "Traceback" not in finished.err
+    for part in parts:
+        assert str(part) in finished.err
+
+
+# Help
+
+COMMANDS = {
+    "": ["train", "eval", "predict", "gradcheck", "data", "--version", "--verbose", "Exit codes: 0 done", "130"],
+    "train": ["--data", "--out", "--config", "--set", "--device", "--init", "--resume", "--json", "Ctrl-C", "Example"],
+    "eval": ["checkpoint", "--data", "--split", "--device", "--size", "--batch", "--json", "VOC"],
+    "predict": ["checkpoint", "images", "--out", "--logits", "--device", "--size", "--json", "NAME.png", "Example"],
+    "convert": ["source", "target", "--to", "--map", "PyTorch"],
+    "gradcheck": ["ops", "--device", "--seed", "--json", "exit code 1"],
+    "data": ["sample"],
+    "data sample": ["directory", "--train", "--val", "--seed", "segnet train"],
+}
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(segnet, monkeypatch, command, flag):
+    monkeypatch.setenv("COLUMNS", "200")
+    finished = segnet(*command.split(), flag)
+    assert finished.code == 0
+    assert finished.err == ""
+    for part in COMMANDS[command]:
+        assert part.lower() in plain(finished.out).lower()
+    assert not re.search(r"\[/?(bold|red)\b|\\\[", finished.out)
+
+
+def test_help_of_train_lists_every_setting_with_default_and_meaning(segnet, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = plain(segnet("train", "--help").out)
+    assert len(describe()) > 20
+    for key, default, meaning in describe():
+        assert f"{key} = {default}: {meaning}" in out
+
+
+def test_devices_are_listed_in_help(segnet):
+    for command in ("train", "eval", "predict", "gradcheck"):
+        assert "auto|cuda|host|numpy" in plain(segnet(command, "--help").out)
+
+
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+def test_without_a_command_there_is_help(segnet, arguments):
+    finished = segnet(*arguments)
+    assert finished.code == 2
+    assert "Commands" in finished.out + finished.err
+
+
+def test_version(segnet):
+    finished = segnet("--version")
+    assert (finished.code, finished.out) == (0, f"segnet_scratch {segnet_scratch.__version__}\n")
+
+
+# Exit code 0, and results
+
+
+def test_sample_train_evaluate_predict(segnet, tmp_path):
+    data, out, pictures = tmp_path / "data", tmp_path / "run", tmp_path / "pictures"
+    finished = segnet("data", "sample", data, "--train", 3, "--val", 2)
+    assert (finished.code, finished.out) == (0, f"3 training and 2 validation images in {data}\n")
+
+    finished = segnet(*train_arguments(data, out, "--json", tmp_path / "train.json"))
+    assert finished.code == 0, finished.err
+    assert "segnet-basic (width 0.0625) on numpy, 3 training and 2 validation images, 6 classes, 32x32" in finished.out
+    assert "validation loss" in finished.out
+    assert f"2 steps done, best mIoU {100 * json.loads((tmp_path / 'train.json').read_text())['miou']:.1f} %" in (
+        finished.out
+    )
+    summary = json.loads((tmp_path / "train.json").read_text())
+    assert (summary["step"], summary["finished"], summary["run"]) == (2, True, str(out))
+
+    results = tmp_path / "new" / "eval.json"  # folders on the way are made
+    finished = segnet("eval", out / "best.safetensors", "--data", data, "--json", results)
+    assert finished.code == 0, finished.err
+    scores = json.loads(results.read_text())
+    names = ["background", "circle", "square", "triangle", "star", "ring"]
+    assert list(scores["iou"]) == names
+    assert (scores["split"], scores["images"]) == ("val", 2)
+    assert scores["checkpoint"] == str(out / "best.safetensors")
+    assert all(name in finished.out for name in [*names, "mean IoU", "global accuracy", "class accuracy"])
+    assert f"{100 * scores['miou']:.1f}" in finished.out
+    assert 0 <= scores["class_accuracy"] <= 1
+
+    images = sorted((data / "JPEGImages").iterdir())[:2]
+    arguments = ["--out", pictures, "--logits", "--json", tmp_path / "predict.json"]
+    finished = segnet("predict", out / "best.safetensors", *images, *arguments)
+    assert finished.code == 0, finished.err
+    found = json.loads((tmp_path / "predict.json").read_text())
+    assert [entry["image"] for entry in found] == list(map(str, images))
+    for entry in found:
+        assert Image.open(entry["labels"]).mode == "P"
+        assert Image.open(entry["overlay"]).mode == "RGB"
+        assert np.load(entry["logits"]).shape == (96, 128, 6)
+        assert sum(entry["shares"].values()) == pytest.approx(1)
+        assert f"{entry['overlay']}: " in finished.out
+
+
+def test_the_sample_can_be_written_again_but_not_another_over_it(segnet, tmp_path):
+    arguments = ["data", "sample", tmp_path / "data", "--train", 2, "--val", 1]
+
+    def files():
+        return {p: p.read_bytes() for p in sorted((tmp_path / "data").rglob("*")) if p.is_file()}
+
+    assert segnet(*arguments).code == 0
+    before = files()
+    assert len(before) == 11
+    assert segnet(*arguments).code == 0
+    assert files() == before
+    (tmp_path / "data" / "JPEGImages" / "sample_00001.jpg").unlink()
+    assert segnet(*arguments).code == 0
+    assert files() == before
+    assert_error(segnet(*arguments, "--seed", 1), 1, tmp_path / "data", "choose a new folder")
+    assert files() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    assert_error(segnet("data", "sample", tmp_path / "mine"), 1, tmp_path / "mine", "empty folder")
+
+
+def test_resume_continues_and_a_run_is_not_overwritten(segnet, sample, tmp_path):
+    out = tmp_path / "run"
+    assert segnet(*train_arguments(sample, out)).code == 0
+    assert_error(segnet(*train_arguments(sample, out)), 1, out, "--resume")
+    finished = segnet(*train_arguments(sample, out, "--resume", "--set", "steps=3"))
+    assert finished.code == 0
+    assert f"resumed from {out}" in finished.out
+    assert "3 steps done" in finished.out
+    assert_error(segnet(*train_arguments(sample, out, "--resume", "--set", "lr=0.5")), 2, "lr (was 0.001, now 0.5)")
+
+
+def test_size_and_split_of_an_evaluation(segnet, sample, checkpoint, tmp_path):
+    found = {}
+    for name, more in {
+        "same": [],
+        "given": ["--size", "32"],
+        "other": ["--size", "48x64"],
+        "train": ["--split", "train"],
+    }.items():
+        assert segnet("eval", checkpoint, "--data", sample, "--json", tmp_path / name, *more).code == 0
+        found[name] = json.loads((tmp_path / name).read_text())
+    assert found["same"] == found["given"]
+    assert found["same"]["loss"] != found["other"]["loss"]
+    assert (found["same"]["images"], found["train"]["images"]) == (4, 8)
+
+
+def test_gradcheck_says_what_passed(segnet, tmp_path):
+    finished = segnet("gradcheck", "add", "relu", "--device", "numpy", "--json", tmp_path / "g.json")
+    assert finished.code == 0, finished.err
+    assert [line.split()[:2] for line in finished.out.splitlines()[:2]] == [["add", "passed"], ["relu", "passed"]]
+    assert "2 ops passed on numpy" in finished.out
+    assert [result["op"] for result in json.loads((tmp_path / "g.json").read_text())] == ["add", "relu"]
+
+
+def test_gradcheck_fails_with_exit_code_1(segnet, monkeypatch, tmp_path):
+    def wrong(ops, device, seed):
+        for result in gradcheck(["relu", "add"], device, seed):
+            yield result if result.op == "add" else type(result)(**vars(result) | {"passed": False, "worst": 0.5})
+
+    monkeypatch.setattr(cli, "run_gradcheck", wrong)
+    finished = segnet("gradcheck", "--device", "numpy", "--json", tmp_path / "g.json")
+    assert_error(finished, 1, "gradients of relu differ")
+    assert re.search(r"relu\s+FAILED", finished.out)
+    assert re.search(r"add\s+passed", finished.out)
+    assert [result["passed"] for result in json.loads((tmp_path / "g.json").read_text())] == [False, True]
+
+
+# Wrong usage: exit code 2
+
+
+def cases_of_wrong_usage():
+    yield "unknown setting", ["train", "--set", "stepz=3"], ["unknown setting 'stepz'", "did you mean steps?"]
+    yield "unknown setting far off", ["train", "--set", "qqq=3"], ["the keys are model, width"]
+    yield "text for a number", ["train", "--set", "steps=many"], ["steps: expected an integer", "'many'"]
+    yield "number for a choice", ["train", "--set", "model=3"], ["model: expected", "segnet-basic"]
+    yield "size too small", ["train", "--set", "size=16"], ["size: expected", "32"]
+    yield "no equals sign", ["train", "--set", "lr"], ["--set lr: expected key=value"]
+    yield "config file missing", ["train", "--config", "none.toml"], ["none.toml"]
+    yield "unknown device", ["train", "--device", "gpu"], ["'gpu'", "cuda, host, numpy"]
+    yield "unknown op", ["gradcheck", "conv3d"], ["there is no op 'conv3d'", "conv2d", "max_unpool"]
+    yield "unknown device of gradcheck", ["gradcheck", "--device", "tpu"], ["'tpu'"]
+    yield "unknown command", ["fly"], ["No such command 'fly'"]
+    yield "unknown option", ["eval", "x", "--fast"], ["No such option", "--fast"]
+    yield "no data", ["eval", "x"], ["Missing option", "--data"]
+    yield "no images", ["predict", "x", "--out", "y"], ["Missing argument", "images"]
+    yield "no batch", ["eval", "x", "--data", "y", "--batch", "0"], ["Invalid value for '--batch'", "1"]
+    yield "no images in the sample", ["data", "sample", "x", "--train", "0"], ["Invalid value for '--train'", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"), [c[1:] for c in cases_of_wrong_usage()], ids=[c[0] for c in cases_of_wrong_usage()]
+)
+def test_wrong_usage_is_explained(segnet, sample, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "train":
+        arguments = [*arguments, "--data", sample, "--out", "run"]
+    finished = segnet(*arguments)
+    assert finished.code == 2
+    assert "Traceback" not in finished.err
+    for part in parts:
+        assert part.lower() in plain(finished.err).lower()
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.parametrize("size", ["12", "abc", "64x", "64x64x64", "0x64", ""])
+def test_an_impossible_size_is_refused(segnet, sample, checkpoint, image, tmp_path, size):
+    assert_error(segnet("eval", checkpoint, "--data", sample, "--size", size), 2, f"--size {size}: expected")
+    finished = segnet("predict", checkpoint, image, "--out", tmp_path / "p", "--size", size)
+    assert_error(finished, 2, f"--size {size}: expected")
+
+
+def test_an_unknown_key_in_a_file_names_file_and_key(segnet, sample, tmp_path):
+    (tmp_path / "my[1].toml").write_text("learning_rate = 0.1\n")
+    finished = segnet("train", "--data", sample, "--out", tmp_path / "run", "--config", tmp_path / "my[1].toml")
+    assert_error(finished, 2, tmp_path / "my[1].toml", "learning_rate")
+
+
+# Errors: exit code 1
+
+
+@pytest.mark.skipif(cuda_missing() is None, reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "gradcheck"])
+def test_a_missing_gpu_is_explained(segnet, sample, checkpoint, image, tmp_path, command):
+    arguments = {
+        "train": ["--data", sample, "--out", tmp_path / "run"],
+        "eval": [checkpoint, "--data", sample],
+        "predict": [checkpoint, image, "--out", tmp_path / "p"],
+        "gradcheck": ["relu"],
+    }
+    assert_error(segnet(command, *arguments[command], "--device", "cuda"), 1, "GPU", "--device numpy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_what_there_is(segnet, sample, tmp_path):
+    arguments = [a for a in train_arguments(sample, tmp_path / "run") if a not in ("--device", "numpy")]
+    finished = segnet(*arguments, "--device", "auto")
+    assert finished.code == 0
+    assert f"on {'numpy' if cuda_missing() else 'cuda'}, 8 training" in finished.out
+
+
+def test_a_missing_compiler_is_explained(tmp_path):
+    without_zig = "import sys; sys.modules['ziglang'] = None; from segnet_scratch.cli import main; main()"
+    empty = {"PATH": str(tmp_path), "CXX": None}
+    finished = process("gradcheck", "relu", "--device", "host", code=without_zig, **empty)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert "Traceback" not in finished.stderr
+    for part in ("C++17 compiler", "pip install ziglang", "--device numpy"):
+        assert part in finished.stderr
+    # The other device needs none.
+    assert process("gradcheck", "relu", "--device", "numpy", code=without_zig, **empty).returncode == 0
+
+
+def test_a_compiler_that_does_not_exist_is_named(sample, tmp_path):
+    finished = process(*train_arguments(sample, tmp_path / "run")[:-12], "--device", "host", CXX="no-such-compiler -O2")
+    assert finished.returncode == 1, finished.stderr
+    assert "no-such-compiler" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def no_mask(data):
+    path = data / "SegmentationClass" / "sample_00002.png"
+    path.unlink()
+    return [path, "1 of 8 masks are missing"]
+
+
+def no_image(data):
+    path = data / "JPEGImages" / "sample_00002.jpg"
+    path.unlink()
+    return [path, "1 of 8 images are missing"]
+
+
+def mask_of_another_size(data):
+    path = data / "SegmentationClass" / "sample_00002.png"
+    mask = Image.open(path)
+    mask.crop((0, 0, 60, 48)).save(path)
+    return [path, "mask of 48 x 60", "image of 48 x 64"]
+
+
+def label_77(data):
+    path = data / "SegmentationClass" / "sample_00002.png"
+    mask = Image.open(path)
+    mask.putpixel((5, 7), 77)
+    mask.save(path)
+    return [path, "label 77", "row 7, column 5", "expected 0..5 or 255"]
+
+
+def corrupt_jpeg(data):
+    path = data / "JPEGImages" / "sample_00002.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return [path, "damaged or cut off"]
+
+
+def not_a_jpeg(data):
+    path = data / "JPEGImages" / "sample_00002.jpg"
+    path.write_bytes(b"<html>404</html>")
+    return [path, "<html>"]
+
+
+def colours_for_labels(data):
+    path = data / "SegmentationClass" / "sample_00002.png"
+    Image.open(path).convert("RGB").save(path)
+    return [path, "colour-coded"]
+
+
+def empty_split(data):
+    path = data / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("")
+    return [path]
+
+
+def no_split(data):
+    path = data / "ImageSets" / "Segmentation" / "train.txt"
+    path.unlink()
+    return [path, "trainval"]
+
+
+def no_folder(data):
+    shutil.rmtree(data / "SegmentationClass")
+    return [data, "lacks SegmentationClass"]
+
+
+DAMAGE = [
+    *(no_mask, no_image, mask_of_another_size, label_77, corrupt_jpeg, not_a_jpeg, colours_for_labels),
+    *(empty_split, no_split, no_folder),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_data_set_is_named(segnet, sample, checkpoint, tmp_path, damage, workers):
+    data = tmp_path / "data [1]"
+    shutil.copytree(sample, data)
+    parts = damage(data)
+    finished = segnet(*train_arguments(data, tmp_path / "run", "--set", f"workers={workers}", "--set", "steps=4"))
+    assert_error(finished, 1, *parts)
+    assert_error(segnet("eval", checkpoint, "--data", data, "--split", "train"), 1, *parts)
+
+
+def test_data_that_is_not_there(segnet, tmp_path):
+    finished = segnet(*train_arguments(tmp_path / "nowhere", tmp_path / "run"))
+    assert_error(finished, 1, tmp_path / "nowhere", tmp_path / "nowhere" / "VOC2012", "no such folder")
+    assert not (tmp_path / "run").exists()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied, Path.unlink])
+def test_a_damaged_checkpoint_is_named(segnet, sample, trained, image, tmp_path, damage):
+    run = tmp_path / "run [x]"
+    shutil.copytree(trained, run)
+    checkpoint = run / "last.safetensors"
+    damage(checkpoint)
+    assert_error(segnet("eval", checkpoint, "--data", sample), 1, checkpoint)
+    assert_error(segnet("predict", checkpoint, image, "--out", tmp_path / "p"), 1, checkpoint)
+    if damage is not flipped:  # initial weights may come from elsewhere, so no checksum is expected
+        finished = segnet(*train_arguments(sample, tmp_path / "new", "--init", checkpoint))
+        assert_error(finished, 1, checkpoint)
+    if damage is not Path.unlink:
+        assert_error(segnet(*train_arguments(sample, run, "--resume", "--set", "steps=3")), 1, checkpoint)
+    assert not (tmp_path / "p").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_number_of_classes_is_explained(segnet, sample, checkpoint, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    (data / "labels.txt").write_text("\n".join(f"c{k}" for k in range(9)))
+    assert_error(segnet("eval", checkpoint, "--data", data), 1, data, "9 classes", "the model 6")
+    # As initial weights it serves all the same, and what was left out is said.
+    finished = segnet(*train_arguments(data, tmp_path / "run", "--init", checkpoint))
+    assert finished.code == 0
+    assert f"all weights but the classifier from {checkpoint} (6 classes there, 9 here)" in finished.out
+    assert_error(segnet(*train_arguments(sample, tmp_path / "run", "--resume")), 1, tmp_path / "run", "c8", "--data")
+
+
+def test_pictures_that_are_not_there_or_none(segnet, sample, checkpoint, image, tmp_path):
+    def predict(*images):
+        return segnet("predict", checkpoint, *images, "--out", tmp_path / "p[1]")
+
+    assert_error(predict("missing[0].jpg"), 1, "missing[0].jpg: no such file")
+    assert_error(predict(sample / "labels.txt"), 1, sample / "labels.txt", "not readable")
+    assert_error(predict(sample), 1, f"{sample}: is a folder")
+    assert_error(predict(image, image), 1, "both be written there", tmp_path / "p[1]")
+
+
+def test_a_path_that_cannot_be_written_is_named(segnet, sample, checkpoint, image, tmp_path):
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    assert_error(segnet(*train_arguments(sample, below)), 1, below)
+    assert_error(segnet("predict", checkpoint, image, "--out", below), 1, below)
+    assert_error(segnet("data", "sample", below), 1, below)
+    assert_error(segnet("eval", checkpoint, "--data", sample, "--json", below), 1, tmp_path / "file")
+    for arguments in (
+        ["train", "--data", sample, "--out", tmp_path / "file"],
+        ["predict", checkpoint, image, "--out", tmp_path / "file"],
+        ["eval", checkpoint, "--data", sample, "--json", tmp_path],
+    ):
+        finished = segnet(*arguments)
+        assert finished.code == 2
+        assert "Traceback" not in finished.err
+
+
+def test_a_loss_of_nan_is_explained(segnet, sample, tmp_path):
+    finished = segnet(*train_arguments(sample, tmp_path / "run", "--set", "lr=1e30", "--set", "steps=5"))
+    assert finished.code == 1
+    assert "error: the loss is nan at step 2 (images sample_" in finished.err
+    assert "smaller lr than 1e+30" in finished.err
+
+
+def test_memory_that_is_short_is_explained(segnet, sample, checkpoint, monkeypatch):
+    def greedy(*arguments, **options):
+        return np.empty(2**60, np.uint8)
+
+    monkeypatch.setattr(cli, "evaluate", greedy)
+    assert_error(segnet("eval", checkpoint, "--data", sample), 1, "memory", "smaller size or batch")
+
+
+def test_ctrl_c_ends_any_command_with_130(segnet, sample, checkpoint, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "evaluate", interrupted)
+    finished = segnet("eval", checkpoint, "--data", sample)
+    assert finished.code == 130
+    assert "Traceback" not in finished.err
+
+
+# Output
+
+
+def test_output_to_a_pipe_is_plain_and_keeps_brackets_and_long_lines(sample, tmp_path):
+    out = tmp_path / "[bold]run[/bold] with a name that is far longer than the eighty columns of a line [0]"
+    trained = process(*train_arguments(sample, out))
+    scored = process("eval", out / "best.safetensors", "--data", sample)
+    image = sample / "JPEGImages" / "sample_00000.jpg"
+    predicted = process("predict", out / "best.safetensors", image, "--out", out / "p")
+    refused = process(*train_arguments(sample, out))
+    for finished in (trained, scored, predicted, refused):
+        assert finished.returncode == (finished is refused), finished.stderr
+        for text in (finished.stdout, finished.stderr):
+            assert "\x1b" not in text
+            assert "\r" not in text
+    assert re.fullmatch(
+        r"segnet-basic \(width 0\.0625\) on numpy, 8 training and 4 validation images, 6 classes, 32x32 pixels, He "
+        r"initialisation\n"
+        r"step 2/2  loss \d\.\d{4}  lr 0\.001  [\d.]+ images/s  waiting \d+%  0 s left\n"
+        r"step 2: validation loss \d\.\d{4}, mIoU [\d.]+ %, global accuracy [\d.]+ %(?: \(best\))?\n"
+        rf"2 steps done, best mIoU [\d.]+ %; weights: {re.escape(str(out / 'best.safetensors'))}\n",
+        trained.stdout,
+    )
+    assert [line for line in scored.stdout.splitlines() if "circle" in line and re.search(r"\d+\.\d", line)]
+    assert predicted.stdout.startswith(f"{out / 'p' / 'sample_00000_overlay.png'}: ")
+    assert refused.stderr == f"error: {out} already holds a run; continue it with --resume, or choose another --out\n"
+    assert trained.stderr == scored.stderr == predicted.stderr == ""
+
+
+def test_output_without_unicode(sample, checkpoint):
+    finished = process("eval", checkpoint, "--data", sample, PYTHONIOENCODING="ascii")
+    assert finished.returncode == 0, finished.stderr
+    assert "mean IoU" in finished.stdout
+
+
+def test_verbose_tells_about_kernels(tmp_path, segnet):
+    finished = process("-v", "gradcheck", "relu", "--device", "host", SEGNET_CACHE=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert "relu.cu" in finished.stderr
+    quiet = process("gradcheck", "relu", "--device", "host", SEGNET_CACHE=str(tmp_path))
+    assert quiet.stderr == ""
+
+
+def test_it_runs_from_a_bare_source_tree(tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        Path(segnet_scratch.__file__).parent, tree / "segnet_scratch", ignore=shutil.ignore_patterns("cuda")
+    )
+    shutil.copytree(cuda_directory(), tree / "cuda")
+    found = process(code="import segnet_scratch; print(segnet_scratch.__file__)", cwd=tmp_path, PYTHONPATH=tree)
+    assert found.stdout.strip() == str(tree / "segnet_scratch" / "__init__.py")
+    environment = {**os.environ, "PYTHONPATH": str(tree), "SEGNET_CACHE": str(tmp_path / "cache")}
+    for arguments in (["--version"], ["data", "sample", "d", "--train", "1", "--val", "1"], ["gradcheck", "add"]):
+        finished = subprocess.run(
+            [sys.executable, "-m", "segnet_scratch", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert finished.returncode == 0, finished.stderr
+    assert "1 op passed on host" in finished.stdout
+    assert list((tmp_path / "cache").iterdir())  # its own kernels were compiled

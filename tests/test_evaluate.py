@@ -1,0 +1,237 @@
+"""Evaluation against a slow one written out by hand, and the resizing of logits."""
+
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segnet_scratch import SegNet, SegNetBasic, get_device, tensor
+from segnet_scratch.data import VOID, VOCDataset, normalise, resize_image, resize_mask
+from segnet_scratch.errors import DataError
+from segnet_scratch.evaluate import classify, evaluate, resize
+
+SIZE = (40, 56)
+
+
+def network(classes=6, device="numpy", cls=SegNetBasic):
+    model = cls(classes, 1 / 16, device)
+    rng = np.random.default_rng(0)
+    # Statistics and biases that are not those of a fresh network, so that evaluation mode shows.
+    state = {name: array + 0.1 * rng.random(array.shape, np.float32) for name, array in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model
+
+
+def bilinear(x, height, width):
+    """x (h, w, c) resized, pixel by pixel: centres at half-integers, what lies outside repeats the border."""
+    y = np.empty((height, width, x.shape[2]))
+    for i in range(height):
+        for j in range(width):
+            row = min(max((i + 0.5) * x.shape[0] / height - 0.5, 0), x.shape[0] - 1)
+            column = min(max((j + 0.5) * x.shape[1] / width - 0.5, 0), x.shape[1] - 1)
+            top, left = int(row), int(column)
+            below, right = min(top + 1, x.shape[0] - 1), min(left + 1, x.shape[1] - 1)
+            v, u = row - top, column - left
+            upper = (1 - u) * x[top, left] + u * x[top, right]
+            lower = (1 - u) * x[below, left] + u * x[below, right]
+            y[i, j] = (1 - v) * upper + v * lower
+    return y
+
+
+def slow_evaluation(model, dataset, size):
+    """(IoU by class, global accuracy, class accuracy, loss), one image and one pixel at a time."""
+    model.eval()
+    classes = model.classes
+    confusion = np.zeros((classes, classes), np.int64)
+    losses = []
+    for index in range(len(dataset)):
+        image, mask, _ = dataset.sample(index)
+        logits = model(normalise(resize_image(image, size))[None]).numpy()[0].astype(np.float64)
+        small = resize_mask(mask, size)
+        for i, j in np.argwhere(small != VOID):
+            scores = logits[i, j] - logits[i, j].max()
+            losses.append(np.log(np.exp(scores).sum()) - scores[small[i, j]])
+        full = bilinear(logits, *mask.shape)
+        for i, j in np.argwhere(mask != VOID):
+            confusion[mask[i, j], np.argmax(full[i, j])] += 1
+    right = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - right
+    iou = [right[k] / union[k] if union[k] else np.nan for k in range(classes)]
+    recall = [right[k] / confusion[k].sum() for k in range(classes) if confusion[k].any()]
+    return iou, right.sum() / confusion.sum(), np.mean(recall), np.mean(losses)
+
+
+@pytest.fixture(scope="module")
+def mixed(sample, tmp_path_factory):
+    """The sample's validation split with one image cut to another, odd size."""
+    root = tmp_path_factory.mktemp("mixed") / "data"
+    shutil.copytree(sample, root)
+    dataset = VOCDataset(root, "val")
+    image, mask = Image.open(dataset.image_path(1)), Image.open(dataset.mask_path(1))
+    image.crop((3, 0, 40, 33)).save(dataset.image_path(1), quality=95)
+    mask.crop((3, 0, 40, 33)).save(dataset.mask_path(1))
+    return dataset
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+def test_scores_are_those_of_a_slow_evaluation(mixed, device):
+    model = network(device=device)
+    found = evaluate(model, mixed, SIZE, batch=3)
+    iou, global_accuracy, class_accuracy, loss = slow_evaluation(network(), mixed, SIZE)
+    # A pixel whose two best logits are equal to rounding may go either way.
+    np.testing.assert_allclose(found.scores.iou, iou, atol=2e-3)
+    assert found.scores.miou == pytest.approx(np.nanmean(iou), abs=1e-3)
+    assert found.scores.global_accuracy == pytest.approx(global_accuracy, abs=1e-3)
+    assert found.scores.class_accuracy == pytest.approx(class_accuracy, abs=1e-3)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.images == len(mixed) == 4
+    assert found.scores.pixels == sum(int((mixed.sample(k)[1] != VOID).sum()) for k in range(4))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
+def test_the_batch_size_does_not_change_the_scores(mixed, batch):
+    told = []
+    found = evaluate(network(), mixed, SIZE, batch, workers=0, advance=told.append)
+    reference = evaluate(network(), mixed, SIZE, batch=4)
+    np.testing.assert_allclose(found.scores.iou, reference.scores.iou, atol=1e-3)
+    assert found.loss == pytest.approx(reference.loss, rel=1e-5)
+    assert sum(told) == 4
+    assert max(told) == min(batch, 4)
+
+
+def test_it_is_repeatable_and_leaves_the_model_alone(mixed):
+    model = network()
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    for training in (True, False):
+        model.train(training)
+        results = [evaluate(model, mixed, SIZE) for _ in range(2)]
+        assert results[0].to_json() == results[1].to_json()
+        assert model.training == model.classifier.training == training
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@dataclass
+class Oracle:
+    """In place of a network: logits that are right, from the colour that each class has been given."""
+
+    classes: int
+    mistaken: bool = False
+    training: bool = False
+    device = get_device("numpy")
+    dtype = np.dtype(np.float32)
+
+    def eval(self):
+        return self
+
+    def train(self, training=True):
+        return self
+
+    def __call__(self, images):
+        grey = np.rint((images[..., 0] * 0.229 + 0.485) * 255 / 20).astype(int)  # class k is drawn in the grey 20 k
+        if self.mistaken:
+            grey = np.where(grey == 2, 1, grey)
+        return tensor(10 * (np.arange(self.classes) == grey[..., None]).astype(np.float32), "numpy")
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Images whose grey tells the class, in blocks of 8 pixels; class 3 of the four does not occur."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        mask = rng.integers(0, 3, (4, 5)).repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+        Image.fromarray((mask * 20)[..., None].repeat(3, axis=2)).save(tmp_path / "JPEGImages" / f"{name}.png")
+        mask[:2] = VOID
+        Image.fromarray(mask).save(tmp_path / "SegmentationClass" / f"{name}.png")
+    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("x\ny\n")
+    return VOCDataset(tmp_path, "val")
+
+
+def test_perfect_predictions_score_one(flat):
+    found = evaluate(Oracle(4), flat, (32, 40))
+    assert found.scores.miou == found.scores.global_accuracy == found.scores.class_accuracy == 1.0
+    assert found.loss < 1e-3
+    assert np.isnan(found.scores.iou[3])
+    assert found.to_json()["iou"] == {"a": 1.0, "b": 1.0, "c": 1.0, "d": None}
+
+
+def test_mistakes_score_as_worked_out_by_hand(flat):
+    found = evaluate(Oracle(4, mistaken=True), flat, (32, 40))
+    truth = np.concatenate([flat.sample(k)[1].reshape(-1) for k in range(2)])
+    a, b, c = (int((truth == k).sum()) for k in range(3))
+    assert min(a, b, c) > 0
+    np.testing.assert_allclose(found.scores.iou[:3], [1, b / (b + c), 0])
+    assert found.scores.miou == pytest.approx((1 + b / (b + c)) / 3)
+    assert found.scores.global_accuracy == pytest.approx((a + b) / (a + b + c))
+    assert found.scores.class_accuracy == pytest.approx(2 / 3)
+
+
+def test_another_number_of_classes_is_refused(mixed):
+    with pytest.raises(DataError, match="has 6 classes, the model 21") as raised:
+        evaluate(network(classes=21), mixed, SIZE)
+    assert str(mixed.root) in str(raised.value)
+
+
+def test_logits_of_nan_score_but_are_no_json_number(mixed):
+    model = network()
+    model.classifier.bias.data[...] = np.nan
+    found = evaluate(model, mixed, SIZE).to_json()
+    assert found["loss"] is None
+    assert 0 <= found["global_accuracy"] <= 1
+
+
+# Resizing logits
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+def test_resize_by_hand(device):
+    model = network(device=device)
+    x = np.array([[0, 4], [8, 12]], np.float32).reshape(1, 2, 2, 1)
+    wide = model.device.download(resize(model, model.device.upload(x), (2, 4)))[0, :, :, 0]
+    np.testing.assert_allclose(wide, [[0, 1, 3, 4], [8, 9, 11, 12]])
+    tall = model.device.download(resize(model, model.device.upload(x), (4, 1)))[0, :, :, 0]
+    np.testing.assert_allclose(tall, [[2], [4], [8], [10]])
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((5, 7), (5, 7)), ((5, 7), (13, 20)), ((9, 4), (31, 4)), ((8, 8), (3, 5)), ((1, 1), (6, 3)), ((6, 9), (1, 1))],
+    ids=["as it is", "larger", "one side", "smaller", "from one pixel", "to one pixel"],
+)
+def test_resize_is_bilinear(device, source, target):
+    model = network(device=device)
+    x = np.random.default_rng(0).standard_normal((1, *source, 6)).astype(np.float32)
+    y = model.device.download(resize(model, model.device.upload(x), target))
+    assert y.shape == (1, *target, 6)
+    np.testing.assert_allclose(y[0], bilinear(x[0], *target), atol=1e-5)
+
+
+def test_enlarging_is_what_pillow_does():
+    # Pillow antialiases what it shrinks; enlarging, both are the same interpolation.
+    model = network()
+    x = np.random.default_rng(0).standard_normal((11, 14)).astype(np.float32)
+    expected = np.asarray(Image.fromarray(x).resize((37, 29), Image.Resampling.BILINEAR))
+    found = resize(model, x.reshape(1, 11, 14, 1), (29, 37))[0, :, :, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_classes_are_taken_after_resizing():
+    # Between a weak 0 and a strong 1 the stronger one gets more than half of the way.
+    model = network()
+    logits = np.array([[1.0, 0.0], [0.0, 9.0]], np.float32).reshape(1, 1, 2, 2)
+    found = classify(model, logits, (1, 8))
+    assert found.shape == (1, 1, 8)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found[0, 0], [0, 0, 1, 1, 1, 1, 1, 1])
+
+
+def test_segnet_evaluates_too(mixed):
+    found = evaluate(network(cls=SegNet), mixed, (33, 47))
+    assert 0 <= found.scores.miou <= 1
+    assert found.names == mixed.names

@@ -1,0 +1,271 @@
+"""Prediction: label maps, overlays and logits at the size of the image, for every kind of picture a user has."""
+
+import errno
+import os
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segnet_scratch import SegNetBasic
+from segnet_scratch.data import normalise, resize_image, voc_palette
+from segnet_scratch.errors import DataError
+from segnet_scratch.predict import overlay, predict, predict_files
+
+NAMES = ("background", "circle", "square", "triangle", "star", "ring")
+SIZE = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = SegNetBasic(6, 1 / 8, "numpy", seed=3)
+    model(np.random.default_rng(0).standard_normal((4, 32, 48, 3)).astype(np.float32))  # running statistics
+    return model.eval()
+
+
+def noise(height, width, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def run(model, paths, out, with_logits=True, names=NAMES):
+    return list(predict_files(model, paths, out, SIZE, names, with_logits))
+
+
+def test_the_three_files_of_an_image(model, tmp_path):
+    path = save(tmp_path / "photo.jpg", noise(50, 70))
+    (done,) = run(model, [path], tmp_path / "new" / "out")
+    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
+        *("photo.npy", "photo.png", "photo_overlay.png")
+    ]
+    assert (done.image, done.labels.name, done.overlay.name) == (path, "photo.png", "photo_overlay.png")
+
+    labels = Image.open(done.labels)
+    assert (labels.format, labels.mode, labels.size) == ("PNG", "P", (70, 50))
+    np.testing.assert_array_equal(np.array(labels.getpalette()).reshape(-1, 3), voc_palette())
+    assert labels.getpalette()[3:6] == [128, 0, 0]  # VOC's aeroplane
+    assert labels.getpalette()[-3:] == [224, 224, 192]  # VOC's void
+
+    logits = np.load(done.logits)
+    assert logits.shape == (50, 70, 6)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits.argmax(axis=2), np.array(labels))
+    assert len(np.unique(labels)) > 1  # else the line above says little
+
+    counts = np.bincount(np.array(labels).reshape(-1), minlength=6)
+    assert done.shares == {NAMES[k]: counts[k] / 3500 for k in range(6) if counts[k]}
+    assert list(done.shares.values()) == sorted(done.shares.values(), reverse=True)
+
+
+def test_logits_are_those_of_the_model_resized(model, tmp_path):
+    image = noise(*SIZE)
+    labels, logits = predict(model, image, SIZE, with_logits=True)
+    np.testing.assert_array_equal(logits, model(normalise(image)[None]).numpy()[0])
+    np.testing.assert_array_equal(labels, logits.argmax(axis=2))
+    smaller = resize_image(image, (20, 30))
+    assert predict(model, smaller, SIZE)[0].shape == (20, 30)
+    assert predict(model, smaller, SIZE)[1] is None
+
+
+def test_logits_are_written_only_where_asked(model, tmp_path):
+    (done,) = run(model, [save(tmp_path / "a.png", noise(40, 40))], tmp_path / "out", with_logits=False)
+    assert done.logits is None
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "a_overlay.png"]
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(33, 47), (1, 1), (3, 2), (2, 900), (900, 2), (200, 301)],
+    ids=["odd", "one pixel", "tiny", "wide", "tall", "larger than the network's input"],
+)
+def test_every_size(model, tmp_path, height, width):
+    (done,) = run(model, [save(tmp_path / "a.png", noise(height, width))], tmp_path / "out")
+    labels = np.array(Image.open(done.labels))
+    assert labels.shape == (height, width)
+    assert np.load(done.logits).shape == (height, width, 6)
+    np.testing.assert_array_equal(np.load(done.logits).argmax(axis=2), labels)
+    picture = Image.open(done.overlay)
+    assert picture.mode == "RGB"
+    assert picture.height > height
+    assert picture.width >= width
+
+
+def labels_of(model, path, out):
+    (done,) = run(model, [path], out)
+    return np.array(Image.open(done.labels))
+
+
+@pytest.fixture
+def expected(model):
+    return predict(model, noise(40, 60), SIZE)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [("a.png", "RGB", {}), ("a.bmp", "RGB", {}), ("a.webp", "RGB", {"lossless": True}), ("a.png", "RGBA", {})],
+)
+def test_every_format_gives_the_same_labels(model, tmp_path, expected, name, mode, options):
+    Image.fromarray(noise(40, 60)).convert(mode).save(tmp_path / name, **options)
+    np.testing.assert_array_equal(labels_of(model, tmp_path / name, tmp_path / "out"), expected)
+
+
+def test_alpha_is_dropped(model, tmp_path, expected):
+    alpha = np.random.default_rng(0).integers(0, 256, (40, 60, 1), dtype=np.uint8)
+    save(tmp_path / "a.png", np.concatenate([noise(40, 60), alpha], axis=2))
+    np.testing.assert_array_equal(labels_of(model, tmp_path / "a.png", tmp_path / "out"), expected)
+
+
+def test_grey_is_three_equal_channels(model, tmp_path):
+    grey = noise(40, 60)[..., 0]
+    found = labels_of(model, save(tmp_path / "a.png", grey), tmp_path / "out")
+    np.testing.assert_array_equal(found, predict(model, grey[..., None].repeat(3, axis=2), SIZE)[0])
+
+
+def test_a_rotated_photo_is_turned_upright(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    save(tmp_path / "a.png", noise(40, 60), exif=exif)
+    upright = np.rot90(noise(40, 60), -1)
+    found = labels_of(model, tmp_path / "a.png", tmp_path / "out")
+    np.testing.assert_array_equal(found, predict(model, np.ascontiguousarray(upright), SIZE)[0])
+    assert found.shape == (60, 40)
+    save(tmp_path / "b.jpg", noise(40, 60), exif=exif)
+    assert labels_of(model, tmp_path / "b.jpg", tmp_path / "out").shape == (60, 40)
+
+
+# Overlays
+
+
+def test_an_overlay_shows_image_colours_and_legend():
+    image, labels = np.full((60, 200, 3), 100, np.uint8), np.zeros((60, 200), np.uint8)
+    labels[:, 100:] = 1
+    image[:, :, 0] = 160
+    picture = np.array(overlay(image, labels, NAMES))
+    assert picture.shape[1] == 200
+    assert picture.shape[0] > 60
+    np.testing.assert_array_equal(picture[:60, :100], image[:, :100])  # the background as it is
+    grey, colour = 120, np.array([128, 0, 0])
+    np.testing.assert_allclose(picture[30, 150], 0.45 * grey + 0.55 * colour, atol=1)
+    legend = picture[60:].reshape(-1, 3).tolist()
+    assert [255, 255, 255] in legend
+    assert [128, 0, 0] in legend  # the square of class 1
+    assert [0, 0, 0] in legend  # text, and the square of the background
+
+
+def test_the_legend_names_the_classes_that_occur():
+    # Every class costs ink: with one more class there is more of it, and an absent class changes nothing.
+    def ink(labels, names=NAMES):
+        return (np.array(overlay(np.zeros((40, 300, 3), np.uint8), labels, names))[40:] < 128).sum()
+
+    none, some = np.zeros((40, 300), np.uint8), np.zeros((40, 300), np.uint8)
+    some[:, :9] = 4
+    assert ink(some) > ink(none) > 0
+    assert ink(some, [*NAMES[:5], "another name"]) == ink(some)
+    assert ink(some, [*NAMES[:4], "stellated polyhedron", "ring"]) > ink(some)
+
+
+def test_a_legend_is_readable_below_a_narrow_image():
+    image, labels = np.zeros((50, 4, 3), np.uint8), np.zeros((50, 4), np.uint8)
+    labels[:25] = np.arange(1, 6).repeat(5)[:, None]
+    picture = overlay(image, labels, NAMES)
+    wide = overlay(np.zeros((50, 600, 3), np.uint8), labels.repeat(150, axis=1), NAMES)
+    assert 60 < picture.width < 200  # as wide as its longest name
+    assert picture.height > wide.height  # one class a row, where a wide image has them beside each other
+    ink = [(np.array(p)[50:].min(axis=2) < 128).sum() for p in (picture, wide)]
+    assert ink[0] == ink[1]
+
+
+def test_brackets_in_class_names_are_drawn(model, tmp_path):
+    (done,) = run(model, [save(tmp_path / "a.png", noise(40, 60))], tmp_path / "out", names=[f"[{n}]" for n in NAMES])
+    assert all(name.startswith("[") for name in done.shares)
+
+
+# Errors
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_missing_image_is_named_before_anything_is_written(model, tmp_path):
+    paths = [save(tmp_path / "a.png", noise(40, 40)), tmp_path / "b.jpg", tmp_path / "c.jpg"]
+    with pytest.raises(DataError, match=r"b\.jpg: no such file.* 1 more of 3"):
+        run(model, paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_image(model, tmp_path):
+    with pytest.raises(DataError, match="is a folder"):
+        run(model, [tmp_path], tmp_path / "out")
+
+
+def test_two_images_of_one_name_are_refused(model, tmp_path):
+    (tmp_path / "other").mkdir()
+    paths = [save(tmp_path / "a.png", noise(40, 40)), save(tmp_path / "other" / "a.jpg", noise(40, 40))]
+    with pytest.raises(DataError) as raised:
+        run(model, paths, tmp_path / "out")
+    for path in (*paths, tmp_path / "out" / "a.png"):
+        assert str(path) in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_would_overwrite_an_overlay_is_refused(model, tmp_path):
+    paths = [save(tmp_path / name, noise(40, 40)) for name in ("a.png", "a_overlay.png")]
+    with pytest.raises(DataError, match=r"a_overlay\.png: .*would both be written there"):
+        run(model, paths, tmp_path / "out")
+
+
+def test_an_image_is_never_overwritten_by_its_result(model, tmp_path):
+    path = save(tmp_path / "a.png", noise(40, 40))
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"a\.png would overwrite this image; choose another --out"):
+        run(model, [path], tmp_path / "sub" / "..")
+    assert path.read_bytes() == before
+    assert left(tmp_path) == ["a.png"]
+
+
+def broken_png():
+    size = struct.pack(">II", 40, 40)
+    return b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + size + b"\x08\x02\x00\x00\x00" + b"garbage"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", broken_png(), b"\xff\xd8\xff\xe0 cut off"],
+    ids=["empty", "text", "damaged PNG", "cut JPEG"],
+)
+def test_an_unreadable_image_is_named_and_leaves_no_file(model, tmp_path, content):
+    good = save(tmp_path / "good.png", noise(40, 40))
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.jpg"):
+        run(model, [good, tmp_path / "bad.jpg"], tmp_path / "out")
+    assert left(tmp_path / "out") == ["good.npy", "good.png", "good_overlay.png"]  # what came before it is whole
+
+
+def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", noise(40, 40))
+    run(model, [path], tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    write = os.write
+
+    def full(descriptor, data):
+        if len(data) < 10_000:
+            return write(descriptor, data)
+        write(descriptor, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(path, noise(40, 40, seed=5))
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(model, [path], tmp_path / "out")
+    monkeypatch.undo()
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["a.npy"] == before["a.npy"]
