@@ -242,9 +242,12 @@ def convert(
 def run_command(
     kernel: Annotated[str, typer.Argument(help="A kernel of this project, file.cu, or file.cu:kernel.")],
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", help="Shape of an array: x=2,45,37,64.", metavar="NAME=DIMS")
+        list[str] | None,
+        typer.Option("--shape", help="Shape of an array, once for each: x=2,45,37.", metavar="NAME=DIMS"),
     ] = None,
-    arg: Annotated[list[str] | None, typer.Option("--arg", help="A scalar: n=1000.", metavar="NAME=VALUE")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", help="A scalar, once for each: n=1000.", metavar="NAME=VALUE")
+    ] = None,
     content: Annotated[
         list[str] | None,
         typer.Option(
@@ -284,11 +287,9 @@ def run_command(
 ) -> None:
     """Run one kernel, of this project or your own, and check it; exit code 1 where a check fails.
 
-    Example: segnet run add.cu --shape a=1000000 --shape b=1000000 --shape c=1000000 --arg n=1000000
-    --reference add.py:add --orders 6 --sanitize
+    Example: segnet run add.cu --shape a=99 --shape b=99 --shape c=99 --arg n=99 --reference add.py:add --orders 6
 
-    Checked always: writes outside the arrays, changed inputs, elements that were never written, reads of memory that
-    nobody gave a value, barriers that not all threads reach.
+    Checked always: accesses outside the arrays, elements never written, changed inputs, barriers not all threads reach.
     """
     result = run_kernel(
         kernel,

@@ -59,6 +59,16 @@ class TestLog:
         assert parse_log(LOG_SM_75, "float32") == [CLEAN]
         assert parse_log("", "float32") == []
 
+    def test_a_kernel_that_spills_and_calls(self):
+        """Spills add up; the stack of the functions that it calls is in the kernel's cumulative size."""
+        log = LOG_SM_90.replace(
+            "256 bytes stack frame, 0 bytes spill stores, 0", "16 bytes stack frame, 2 bytes spill stores, 6"
+        )
+        log = log.replace("ptxas         .     0 bytes stack frame, 8", "ptxas         .     128 bytes stack frame, 8")
+        assert parse_log(log, "float32")[1] == Usage(
+            "calls", "float32", "sm_90", 40, spill_stores=10, spill_loads=10, stack=256
+        )
+
     @pytest.mark.parametrize("gone", ["Compiling entry", "Used "])
     def test_a_log_with_a_line_missing_is_not_taken_for_clean(self, gone):
         log = "\n".join(line for line in LOG_SM_75.splitlines() if gone not in line)

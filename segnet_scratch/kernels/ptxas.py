@@ -57,7 +57,7 @@ def parse_log(log: str, element: str) -> list[Usage]:
             last = usages[-1]
             usages[-1] = replace(
                 last,
-                stack=last.stack + stack,
+                stack=max(last.stack, stack),
                 spill_stores=last.spill_stores + stores,
                 spill_loads=last.spill_loads + loads,
             )

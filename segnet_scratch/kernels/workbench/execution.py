@@ -5,6 +5,7 @@ interrupted from Python. So the host device's runs happen in a forked child; arr
 """
 
 import ctypes
+import faulthandler
 import json
 import mmap
 import os
@@ -123,6 +124,7 @@ def _in_child(work: Callable[[], float]) -> tuple[float, str | None]:
 def _report(work: Callable[[], float], pipe: int) -> None:
     """The child's part; it never returns, so that nothing of the parent (tests, buffers, threads) runs twice."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.disable()  # the parent tells what a crash means
     report: dict[str, object] = {"seconds": 0.0, "error": None, "message": None}
     try:
         report["seconds"] = work()

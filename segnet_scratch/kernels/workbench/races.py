@@ -3,8 +3,9 @@
 The host device runs the threads of a block one after the other between two barriers, and block after block. Without a
 race their order makes no difference, so every order must give the same bits. Where one does not, more runs find out who
 disturbs whom: the orders of threads and of blocks are changed one at a time, and the shared arrays compared at every
-barrier. `x[0] += 1` by all threads is a race too, and yet right in every order when one thread runs after the other: it
-shows when some of the threads are left out (see writers.py).
+barrier. `x[0] += 1` by all threads is a race too, and yet right in every order when one thread runs after the other:
+it shows when some of the threads are left out (see writers.py). Inside a block with barriers nobody can be left out:
+there a race whose outcome is the same in every order stays hidden.
 """
 
 from dataclasses import dataclass, replace
