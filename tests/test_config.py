@@ -130,9 +130,7 @@ class TestValues:
 
 class TestLoad:
     def test_overrides_are_toml_and_bare_words(self):
-        config = load_config(
-            None, ["size=64", "lr=1e-2", "model=segnet-basic", "schedule = poly", "flip=false"]
-        )
+        config = load_config(None, ["size=64", "lr=1e-2", "model=segnet-basic", "schedule = poly", "flip=false"])
         assert config == Config(size=64, lr=0.01, model="segnet-basic", schedule="poly", flip=False)
         assert load_config(None, ["size=[96,128]", 'model="segnet"']) == Config(size=(96, 128))
 
@@ -158,9 +156,7 @@ class TestLoad:
     )
     def test_unknown_keys(self, tmp_path, key, near):
         path = write(tmp_path, f"{key} = 1\n")
-        expected = f"unknown setting '{key}'; " + (
-            f"did you mean {near}\\?" if near else "the keys are model,"
-        )
+        expected = f"unknown setting '{key}'; " + (f"did you mean {near}\\?" if near else "the keys are model,")
         with pytest.raises(ConfigError, match=rf"config\.toml: {expected}"):
             load_config(path, [])
         with pytest.raises(ConfigError, match=expected):
@@ -171,9 +167,7 @@ class TestLoad:
             load_config(write(tmp_path, "[train]\nlr = 0.1\n"), [])
 
     def test_a_wrong_value_in_a_file_names_the_file(self, tmp_path):
-        with pytest.raises(
-            ConfigError, match=r"config\.toml: lr: expected a finite number above 0, got 'fast'"
-        ):
+        with pytest.raises(ConfigError, match=r"config\.toml: lr: expected a finite number above 0, got 'fast'"):
             load_config(write(tmp_path, 'lr = "fast"'), [])
 
     def test_files_that_cannot_be_read(self, tmp_path):
@@ -223,9 +217,7 @@ class TestToml:
         for _ in range(200):
             chosen = [key for key in KEYS if key != "epochs" and generator.random() < 0.5]
             config = Config(**{key: LEGAL[key][1] for key in chosen})
-            config = dataclasses.replace(
-                config, lr=generator.random() ** 9 + 1e-300, seed=generator.getrandbits(63)
-            )
+            config = dataclasses.replace(config, lr=generator.random() ** 9 + 1e-300, seed=generator.getrandbits(63))
             assert load_config(write(tmp_path, config.to_toml()), []) == config
 
     def test_each_key_stands_under_its_meaning(self):

@@ -53,7 +53,9 @@ def test_other_names_and_a_bias_before_the_norm(tmp_path):
 def test_names_that_do_not_fit(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({"conv1.weight": np.zeros((4, 3, 3, 3), np.float32)}, path)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: no SegNet under our names.*it has conv1\.weight.*--map"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors: no SegNet under our names.*it has conv1\.weight.*--map"
+    ):
         from_pytorch(path, tmp_path / "out.safetensors", {})
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -148,9 +148,7 @@ def test_writing_into_a_missing_folder_names_the_file(tmp_path):
 # --- real data -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("parts", "train", "val"), [(("VOCdevkit", "VOC2012"), 887, 200), (("CamVid",), 367, 101)]
-)
+@pytest.mark.parametrize(("parts", "train", "val"), [(("VOCdevkit", "VOC2012"), 887, 200), (("CamVid",), 367, 101)])
 def test_real_data_is_read_whole(parts, train, val):
     root = real_root(*parts)
     dataset = VOCDataset(root, "val")
@@ -178,9 +176,7 @@ def test_palette_equals_the_one_inside_voc_files():
     dataset = VOCDataset(root, "val")
     for index in range(10):
         with Image.open(dataset.mask_path(index)) as picture:
-            np.testing.assert_array_equal(
-                np.array(picture.convert("RGB")), data.colourise(dataset.sample(index)[1])
-            )
+            np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.colourise(dataset.sample(index)[1]))
 
 
 def test_root_of_real_voc_is_found_from_above():
@@ -464,9 +460,7 @@ DAMAGED = {
     "TIFF": encoded(noise(), "TIFF"),
     "GIF": encoded(noise(), "GIF"),
     "flipped bit in the PNG's pixels": PNG[:200] + bytes([PNG[200] ^ 4]) + PNG[201:],
-    "text bomb": png(
-        4, 1, 8, 0, bytes(5), extra=chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(9_000_000)))
-    ),
+    "text bomb": png(4, 1, 8, 0, bytes(5), extra=chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(9_000_000)))),
     "bomb": png(60000, 60000, 8, 0, b"\x00" * 100),
     "just too large": png(8001, 8000, 8, 0, b"\x00" * 100),
 }
@@ -707,10 +701,7 @@ class SlowPictures:
 
 
 def batches_of(loader: Loader, epoch: int, start_batch: int = 0) -> list[tuple]:
-    return [
-        (batch.ids, batch.images.tobytes(), batch.labels.tobytes())
-        for batch in loader.epoch(epoch, start_batch)
-    ]
+    return [(batch.ids, batch.images.tobytes(), batch.labels.tobytes()) for batch in loader.epoch(epoch, start_batch)]
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -743,9 +734,7 @@ def test_batches_hold_the_transformed_samples():
 def test_workers_and_prefetch_do_not_change_the_stream():
     reference = batches_of(Loader(SlowPictures(23), TrainTransform((10, 10)), 4, seed=1, workers=0), 3)
     for workers, prefetch in ((1, 1), (2, 2), (7, 1), (3, 9)):
-        loader = Loader(
-            SlowPictures(23), TrainTransform((10, 10)), 4, seed=1, workers=workers, prefetch=prefetch
-        )
+        loader = Loader(SlowPictures(23), TrainTransform((10, 10)), 4, seed=1, workers=workers, prefetch=prefetch)
         assert batches_of(loader, 3) == reference
 
 
@@ -792,9 +781,7 @@ def test_resuming_gives_the_tail_without_decoding_the_head(drop_last):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_damaged_sample_is_reported_when_its_batch_is_due(workers):
-    loader = Loader(
-        SlowPictures(16, damaged=9), EvalTransform((8, 8)), 4, shuffle=False, workers=workers, prefetch=3
-    )
+    loader = Loader(SlowPictures(16, damaged=9), EvalTransform((8, 8)), 4, shuffle=False, workers=workers, prefetch=3)
     stream = loader.epoch(0)
     assert [next(stream).ids[0], next(stream).ids[0]] == ["picture0", "picture4"]
     with pytest.raises(DataError, match=r"picture9\.jpg"):
@@ -958,9 +945,7 @@ def test_an_interrupted_write_is_no_data_set_and_can_be_completed(tmp_path, monk
     assert digest(write_sample(tmp_path / "cut", train=4, val=2)) == digest(whole)
 
 
-@pytest.mark.parametrize(
-    "options", [{"train": 0}, {"val": 0}, {"seed": -1}, {"size": (20, 128)}, {"size": (96, 9999)}]
-)
+@pytest.mark.parametrize("options", [{"train": 0}, {"val": 0}, {"seed": -1}, {"size": (20, 128)}, {"size": (96, 9999)}])
 def test_wrong_settings_of_the_sample_are_refused(tmp_path, options):
     with pytest.raises(SegnetError, match="expected"):
         write_sample(tmp_path / "s", **options)

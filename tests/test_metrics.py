@@ -78,18 +78,14 @@ class TestScores:
         generator = np.random.default_rng(7)
         for classes in (2, 5, 21):
             truth = generator.integers(0, classes, (40, 50))
-            prediction = np.where(
-                generator.random((40, 50)) < 0.6, truth, generator.integers(0, classes, (40, 50))
-            )
+            prediction = np.where(generator.random((40, 50)) < 0.6, truth, generator.integers(0, classes, (40, 50)))
             void = generator.random((40, 50)) < 0.1
             kept = truth[~void], prediction[~void]
             confusion = confusion_reference(np.where(void, 255, truth).astype(np.uint8), prediction, classes)
             labels = list(range(classes))
             np.testing.assert_array_equal(confusion, oracle.confusion_matrix(*kept, labels=labels))
             result = scores(confusion)
-            np.testing.assert_allclose(
-                result.iou, oracle.jaccard_score(*kept, labels=labels, average=None), rtol=1e-12
-            )
+            np.testing.assert_allclose(result.iou, oracle.jaccard_score(*kept, labels=labels, average=None), rtol=1e-12)
             assert result.miou == pytest.approx(oracle.jaccard_score(*kept, average="macro"), rel=1e-12)
             assert result.global_accuracy == pytest.approx(oracle.accuracy_score(*kept), rel=1e-12)
             assert result.class_accuracy == pytest.approx(oracle.balanced_accuracy_score(*kept), rel=1e-12)

@@ -336,6 +336,6 @@ def conv2d(
     padding: int = 0,
     rung: str | None = None,
 ) -> Tensor:
-    """y (n, oh, ow, o) of x (n, h, w, c), weight (o, kh, kw, c) and bias (o); oh = (h + 2 padding - kh) // stride + 1."""
+    """y (n, oh, ow, o) of x (n, h, w, c), weight (o, kh, kw, c), bias (o); oh = (h + 2 padding - kh) // stride + 1."""
     function = Conv2d(x.device, stride, padding, rung, x.requires_grad)
     return function(x, weight) if bias is None else function(x, weight, bias)
