@@ -249,16 +249,16 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 def report_times(what: str, times: Mapping[str, Mapping[str, Any]], batch: int) -> dict[str, float]:
     """Prints a table; ours over each of the others, by name."""
-    table = Table(title=what)
-    for column in ("", "median, s", "quartiles, s", "fastest, s", "images/s", "ours / this"):
+    table = Table(title=f"{what}\n(seconds; ratio: ours to this, of medians)")
+    for column in ("", "median", "quartiles", "fastest", "images/s", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     ours, *others = times
     ratios = {name: times[ours]["median"] / times[name]["median"] for name in others}
     for name, t in times.items():
-        quartiles = " - ".join(f"{q:.3f}" for q in t["quartiles"])
+        quartiles = " - ".join(f"{q:.3g}" for q in t["quartiles"])
         ratio = f"{ratios[name]:.2f}" if name in ratios else ""
-        seconds = f"{t['median']:.3f}", quartiles, f"{t['fastest']:.3f}"
-        table.add_row(name, *seconds, f"{batch / t['median']:.2f}", ratio)
+        seconds = f"{t['median']:.3g}", quartiles, f"{t['fastest']:.3g}"
+        table.add_row(name, *seconds, f"{batch / t['median']:.3g}", ratio)
     console.print(table)
     return ratios
 
