@@ -237,7 +237,7 @@ def test_gradcheck_fails_with_exit_code_1(segnet, monkeypatch, tmp_path):
         for result in gradcheck(["relu", "add"], device, seed):
             yield result if result.op == "add" else type(result)(**vars(result) | {"passed": False, "worst": 0.5})
 
-    monkeypatch.setattr(cli, "run_gradcheck", wrong)
+    monkeypatch.setattr(cli.kernels, "run_gradcheck", wrong)
     finished = segnet("gradcheck", "--device", "numpy", "--json", tmp_path / "g.json")
     assert_error(finished, 1, "gradients of relu differ")
     assert re.search(r"relu\s+FAILED", finished.out)

@@ -483,7 +483,9 @@ class TestKernels:
         assert "nvidia-cuda-nvrtc==" in finished.out
 
     def test_a_budget_that_is_exceeded_fails_the_command(self, segnet, monkeypatch):
-        monkeypatch.setattr("segnet_scratch.cli.examine_kernels", lambda progress: self.report(["sums: spills"]))
+        monkeypatch.setattr(
+            "segnet_scratch.cli.kernels.examine_kernels", lambda progress: self.report(["sums: spills"])
+        )
         finished = segnet("doctor", "--kernels")
         assert finished.code == 1
         assert "sums: spills" in finished.out

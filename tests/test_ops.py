@@ -33,7 +33,10 @@ from segnet_scratch.ops.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.ops.sgd import SgdStep
 from segnet_scratch.proof.compare import check, deviations, run_guarded, same_bits
-from segnet_scratch.proof.table import ROWS, Case, MapRow, SgdOp, empty_outputs
+from segnet_scratch.proof.rows.base import Case, empty_outputs
+from segnet_scratch.proof.rows.maps import MapRow
+from segnet_scratch.proof.rows.sgd import SgdOp
+from segnet_scratch.proof.table import ROWS
 
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 RANDOM, INTEGERS, DOUBLES, ORDERS, REPEATS = (500, 100, 100, 50, 250) if FULL else (20, 10, 5, 5, 5)

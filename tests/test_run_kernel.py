@@ -24,7 +24,9 @@ from segnet_scratch.kernels.workbench import options
 from segnet_scratch.kernels.workbench.reference import deviation
 from segnet_scratch.kernels.workbench.setup import load_kernel, make_setup
 from segnet_scratch.ops.op import Buffers
-from segnet_scratch.proof.table import ROWS, SgdOp, empty_outputs
+from segnet_scratch.proof.rows.base import empty_outputs
+from segnet_scratch.proof.rows.sgd import SgdOp
+from segnet_scratch.proof.table import ROWS
 
 USER = TESTS / "kernels" / "user"
 REFERENCES = TESTS / "run_kernel_references.py"
@@ -66,7 +68,7 @@ def segnet(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["segnet", *map(str, arguments)])
-        for console in (cli.console, cli.problems):
+        for console in (cli.common.console, cli.common.problems):
             monkeypatch.setattr(console, "_width", 200, raising=False)
         code = 0
         try:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.device import Array, Device
 from segnet_scratch.ops.op import Buffers, Op
-from segnet_scratch.proof.table import Case, Inputs, Row, empty_outputs
+from segnet_scratch.proof.rows.base import Case, Inputs, Row, empty_outputs
 
 GUARD = 1024  # elements before and after every array
 GUARD_BYTE = 0xA5

@@ -1,0 +1,23 @@
+"""The command line. One module for each group of commands; `common` holds what they share."""
+
+# Each registers its commands, in the order in which the help shows them.
+from segnet_scratch.cli import network, kernels, data, common  # noqa: I001
+from segnet_scratch.cli.common import app, fail
+from segnet_scratch.errors import ConfigError, SegnetError
+
+__all__ = ["common", "data", "kernels", "main", "network"]
+
+
+def main() -> None:
+    """Entry point: the project's own errors become one message and an exit code, without a traceback.
+
+    Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.
+    """
+    try:
+        app()
+    except SegnetError as error:
+        fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except MemoryError as error:
+        fail(f"memory is short: {error}; use a smaller size or batch", 1)
+    except OSError as error:  # a folder that cannot be made, a full disk
+        fail(f"{error.filename2 or error.filename or 'output'}: {error.strerror}; correct the path or make room", 1)

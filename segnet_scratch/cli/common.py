@@ -1,0 +1,108 @@
+"""What every command shares: the application, its consoles, options of one meaning, exit codes."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from segnet_scratch import __version__
+from segnet_scratch.device import NAMES
+from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.segnet import SegNet
+
+app = typer.Typer(
+    name="segnet",
+    help="SegNet without a deep learning framework. Start with: segnet data sample DIR, then segnet train.",
+    epilog="Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# No markup: paths, names of classes and messages of other programs may hold brackets.
+console = Console(markup=False, highlight=False)
+problems = Console(stderr=True, markup=False, highlight=False)
+
+
+def known_device(name: str) -> str:
+    if name not in NAMES:
+        raise typer.BadParameter(f"there is no device {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
+
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="A VOC root (with JPEGImages, SegmentationClass, ImageSets/Segmentation), or a folder above it.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(NAMES),
+        callback=known_device,
+        help="cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
+        "without a GPU. auto: cuda where CuPy sees a GPU, else numpy.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result to this file.", metavar="FILE", dir_okay=False),
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Network input, N or HxW; as in training unless given.", metavar="N|HxW")
+]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, such as RUN/best.safetensors.")]
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints an error and ends the program."""
+    problems.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(code)
+
+
+def input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, int]:
+    """The size given as N or HxW, else the one that the model was trained at."""
+    if size is None:
+        if "size" not in model.metadata:
+            raise CheckpointError(f"{checkpoint} does not say what size it was trained at; give --size N or --size HxW")
+        height, width = model.metadata["size"]
+        return height, width
+    try:
+        sides = [int(part) for part in size.lower().split("x")]
+        height, width = sides if len(sides) == 2 else sides * 2
+    except ValueError:
+        raise ConfigError(f"--size {size}: expected N or HxW, for example 224 or 360x480") from None
+    if min(height, width) < 32:
+        raise ConfigError(f"--size {size}: expected at least 32 pixels on each side")
+    return height, width
+
+
+def say(text: str, style: str = "") -> None:
+    """Prints one line of a result."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        say(f"segnet_scratch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what is compiled and where it is kept.")
+    ] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=problems, show_path=False)])

@@ -1,0 +1,141 @@
+"""`segnet gradcheck`, `run`, `doctor`: kernels, and what this machine can do with them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, say
+from segnet_scratch.device import get_device
+from segnet_scratch.doctor import diagnose
+from segnet_scratch.doctor.kernels import examine_kernels
+from segnet_scratch.kernels.workbench import options, run_kernel
+from segnet_scratch.kernels.workbench.display import show
+from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
+from segnet_scratch.report import write_json
+
+
+@app.command()
+def gradcheck(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
+    device: DeviceOption = "host",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Compare hand-written gradients with numeric ones in float64, one line an op; exit code 1 where one differs.
+
+    Central differences with step 1e-6; an error of more than 1e-7 + 1e-5 |gradient| fails.
+    """
+    results = []
+    for result in run_gradcheck(ops or None, get_device(device), seed):
+        say(str(result), style="" if result.passed else "bold red")
+        results.append(result)
+    write_json(json, [result.to_json() for result in results])
+    failed = [result.op for result in results if not result.passed]
+    if failed:
+        fail(f"the gradients of {', '.join(failed)} differ", 1)
+    say(f"{len(results)} {'op' if len(results) == 1 else 'ops'} passed on {device}")
+
+
+@app.command(name="run")
+def run_command(
+    kernel: Annotated[str, typer.Argument(help="A kernel of this project, file.cu, or file.cu:kernel.")],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="Shape of an array, once for each: x=2,45,37.", metavar="NAME=DIMS"),
+    ] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", help="A scalar, once for each: n=1000.", metavar="NAME=VALUE")
+    ] = None,
+    content: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=FILE.npy",
+            help="What an array holds before: a file, a number, random, or null. Without it inputs (const pointers) "
+            "are random and outputs hold NaN.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="A NumPy function that takes inputs and scalars by name and returns the outputs: an array, a tuple "
+            "or a dict.",
+        ),
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance; 1e-5, in float64 1e-12.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance; the same.")] = None,
+    orders: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Ascending, descending and N shuffled orders of threads and blocks: the same bits?"
+        ),
+    ] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Also with AddressSanitizer and UndefinedBehaviorSanitizer.")
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="host|cuda", help="host: on the CPU. cuda: on a GPU.")] = "host",
+    grid: Annotated[str | None, typer.Option(help="Blocks, X or X,Y or X,Y,Z; else they cover the output.")] = None,
+    block: Annotated[str | None, typer.Option(help="Threads of a block; else __launch_bounds__, or 256.")] = None,
+    shared: Annotated[int, typer.Option(min=0, help="Bytes of dynamic shared memory.")] = 0,
+    type_: Annotated[str, typer.Option("--type", metavar="float32|float64", help="What storage_t is.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Save every array as DIR/NAME.npy.", metavar="DIR")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Run one kernel, of this project or your own, and check it; exit code 1 where a check fails.
+
+    Example: segnet run add.cu --shape a=99 --shape b=99 --shape c=99 --arg n=99 --reference add.py:add --orders 6
+
+    Checked always: accesses outside the arrays, elements never written, changed inputs, barriers not all threads reach.
+    """
+    result = run_kernel(
+        kernel,
+        shapes=options.by_name("--shape", shape, options.shape),
+        arguments=options.by_name("--arg", arg, options.number),
+        inputs=options.by_name("--input", content, options.contents),
+        device=device,
+        grid=None if grid is None else options.shape("--grid", grid),
+        block=None if block is None else options.shape("--block", block),
+        shared=shared,
+        dtype=options.element_type("--type", type_),
+        seed=seed,
+        reference=reference,
+        rtol=rtol,
+        atol=atol,
+        orders=orders,
+        sanitize=sanitize,
+    )
+    show(console, result)
+    write_json(json, result.to_json())
+    if output is not None:
+        console.print(f"{len(result.save(output))} arrays saved in {output}", soft_wrap=True)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Instead compile every kernel for every GPU, and show what it takes of one."),
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Say what works on this machine, what does not, and the command that fixes it.
+
+    Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
+    memory beyond what the budget (kernels/budget.toml) accepts.
+    """
+    with console.status("compiling kernels" if kernels else "examining this machine") as status:
+        report = (
+            examine_kernels(lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
+            if kernels
+            else diagnose()
+        )
+    for line, style in report.lines():
+        say(line, style)
+    write_json(json, report.to_json())
+    if not report.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,118 @@
+"""Rows of the ops that treat each element, or each window, of a map by itself."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.ops.dropout import DropoutForward
+from segnet_scratch.ops.max_pool import MaxPoolBackward
+from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.ops.windows import CODE, valid_codes, windows_of
+from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Inputs, Row, maps, random_map, values
+
+
+class MapRow(Row):
+    """Ops on one map, without sums unless `bound` says otherwise; `options` are further arguments of the plan."""
+
+    exact = True
+
+    def __init__(self, op: type[Op], *options: Any) -> None:
+        self.op, self.name, self.options = op, op.name, options
+
+    def cases(self) -> list[Case]:
+        return maps(MAPS)
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return Case("random", {"x": random_map(rng)})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec(case["x"], dtype), *self.options)
+
+
+class AddRow(MapRow):
+    """One rounding."""
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        return {"y": eps * np.abs(b.y)}
+
+
+class DropoutRow(MapRow):
+    """The mask must agree in every element; y has the roundings of 1 - p, of the division and of the product."""
+
+    exact = False
+
+    def cases(self) -> list[Case]:
+        probabilities = (0.5, 0.0, 0.25, 0.875)
+        sizes = {f"{k} elements: groups of four": (2, k) for k in (1, 3, 4, 5, 1023, 1025)}
+        return [
+            Case(reason, {"x": x, "p": probabilities[i % 4], "layer": i, "seed": 2**40 + i, "step": i * 1001})
+            for i, (reason, x) in enumerate({**sizes, **MAPS}.items())
+        ]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        p = float(np.float32(rng.uniform(0, 0.95)))
+        seed, step, layer = (int(k) for k in rng.integers((2**62, 2**31, 30)))
+        return Case("random", {"x": random_map(rng), "p": p, "layer": layer, "seed": seed, "step": step})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return DropoutForward.plan(spec(case["x"], dtype), case["p"], case["layer"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        state = np.array([case["seed"], case["step"]], np.uint64)
+        return {"x": values(rng, op.inputs["x"], integers), "state": state}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        return {"y": 2 * eps * np.abs(b.y)}
+
+
+class WindowRow(MapRow):
+    """Backward of the pool, and both directions of the unpool: values move to or from valid positions."""
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        n, h, w, c = case["x"]
+        windows = spec(windows_of(n, h, w, c), dtype)
+        if self.op is MaxPoolBackward:
+            return MaxPoolBackward.plan(windows, (h, w))
+        if self.op is MaxUnpoolForward:
+            return MaxUnpoolForward.plan(windows, Spec(windows.shape, CODE), (h, w))
+        return MaxUnpoolBackward.plan(spec(case["x"], dtype))
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = {name: values(rng, s, integers) for name, s in op.inputs.items() if name != "codes"}
+        codes = rng.integers(0, 4, op.inputs["codes"].shape, CODE)
+        return {**arrays, "codes": valid_codes(codes, case["x"][1:3])}
+
+
+class ResizeRow(Row):
+    """Bilinear resize to `size`."""
+
+    name = "resize_bilinear_forward"
+    op = ResizeBilinearForward
+
+    def cases(self) -> list[Case]:
+        sizes: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = {
+            "size 1": ((1, 1, 1, 1), (1, 1)),
+            "one pixel spread out": ((1, 1, 1, 3), (5, 4)),
+            "to one pixel": ((2, 6, 5, 2), (1, 1)),
+            "equal sizes": ((1, 5, 7, 3), (5, 7)),
+            "twice as large": ((2, 4, 6, 4), (8, 12)),
+            "half as large": ((1, 8, 6, 3), (4, 3)),
+            "primes": ((1, 13, 11, 17), (29, 23)),
+            "from SegNet's input size to an image of VOC": ((1, 36, 48, 21), (50, 37)),
+        }
+        return [Case(reason, {"x": x, "size": size}) for reason, (x, size) in sizes.items()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        height, width = rng.integers(1, 40, 2)
+        return Case("random", {"x": random_map(rng), "size": (int(height), int(width))})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return ResizeBilinearForward.plan(spec(case["x"], dtype), case["size"])
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # A source position near h is rounded at eps h, and y changes by at most twice the largest value a pixel.
+        positions = 1 + b.x.shape[1] + b.x.shape[2]
+        return {"y": 4 * eps * positions * np.abs(b.x).max((1, 2), keepdims=True)}

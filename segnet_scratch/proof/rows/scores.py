@@ -1,0 +1,137 @@
+"""Rows of the loss, and of what counts right and wrong pixels."""
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.ops.confusion import ConfusionAccumulate
+from segnet_scratch.ops.cross_entropy import VOID, CrossEntropyForward
+from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Inputs, Row, empty_outputs, maps, values
+from segnet_scratch.proof.rows.maps import MapRow
+
+
+class CrossEntropyRow(Row):
+    """Forward or backward, in one normalisation."""
+
+    def __init__(self, op: type[Op], normalisation: str) -> None:
+        self.op, self.normalisation = op, normalisation
+        self.name = f"{op.name}_{normalisation}"
+
+    def cases(self) -> list[Case]:
+        sizes = {
+            "size 1": (1, 1),
+            "one pixel": (1, 21),
+            "a pixel less than a block": (255, 2),
+            "a block of pixels": (256, 3),
+            "a pixel more than a block": (257, 21),
+            "primes": (1009, 11),
+            "most classes": (100, 255),
+            "more pixels than the grid has threads": (262145, 2),
+        }
+        cases = [self._case(reason, *size, weighted=i % 2 == 1) for i, (reason, size) in enumerate(sizes.items())]
+        return [
+            *cases,
+            self._case("void alone", 300, 4, void=1.0, weighted=True),
+            self._case("no void", 300, 4, void=0.0),
+            self._case("logits of +-1e4", 500, 21, scale=1e4),
+            self._case("equal logits", 500, 21, scale=0.0, weighted=True),
+        ]
+
+    def _case(
+        self, reason: str, pixels: int, classes: int, void: float = 0.2, scale: float = 3.0, weighted: bool = False
+    ) -> Case:
+        sizes = {"pixels": pixels, "classes": classes, "void": void, "scale": scale, "weighted": weighted}
+        return Case(reason, sizes)
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        pixels, classes = int(rng.integers(1, 2000)), int(rng.integers(1, 60))
+        scale = float(rng.choice([0.1, 3, 100]))
+        return self._case("random", pixels, classes, float(rng.uniform(0, 1)), scale, bool(rng.integers(2)))
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec((case["pixels"], case["classes"]), dtype), self.normalisation)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        logits, classes = op.inputs["logits"], case["classes"]
+        labels = rng.integers(0, classes, case["pixels"], np.uint8)
+        labels[rng.random(case["pixels"]) < case["void"]] = VOID
+        weights = rng.uniform(0.1, 3, classes).astype(logits.dtype) if case["weighted"] else None
+        x = np.clip(values(rng, logits, integers) * case["scale"], -1e4, 1e4).astype(logits.dtype)
+        arrays: Inputs = {"logits": x, "labels": labels, "class_weights": weights}
+        if self.op is CrossEntropyForward:
+            return arrays
+        forward = CrossEntropyForward.plan(logits, self.normalisation)
+        sums = Buffers(**arrays, **empty_outputs(forward))
+        forward.reference(sums)
+        return {**arrays, "sums": sums.sums, "dloss": values(rng, op.inputs["dloss"])}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # With d = z - max z, exact but for one rounding: log sum exp(d) errs by sqrt(classes) + |d exp(d)| < 1, and
+        # d[label] by itself; a softmax relatively by all of that.
+        classes = b.logits.shape[1]
+        d = b.logits - b.logits.max(axis=1, keepdims=True)
+        exponentials = np.exp(d)
+        log_sum = np.log(exponentials.sum(axis=1))
+        valid = b.labels < classes
+        labels = np.where(valid, b.labels, 0)
+        weights = valid * (1.0 if b.class_weights is None else b.class_weights[labels])
+        unit = 2 * eps * (sqrt(classes) + 1)
+        normaliser = max(b.sums[2 if self.normalisation == "valid" else 1], 1e-30)
+        if self.op is CrossEntropyForward:
+            error = weights @ (unit + 2 * eps * (log_sum - np.take_along_axis(d, labels[:, None].astype(int), 1)[:, 0]))
+            doubles = np.finfo(np.float64).eps * len(labels)  # the order of sums in double differs from NumPy's
+            return {
+                "sums": np.array([error + doubles * abs(b.sums[0]), doubles * b.sums[1], 0]),
+                "loss": error / normaliser + 4 * eps * np.abs(b.loss),
+            }
+        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+        hot = np.arange(classes) == labels[:, None]
+        relative = unit + 2 * eps * (log_sum[:, None] - d)
+        factor = weights * abs(b.dloss[0]) / normaliser
+        return {"dlogits": factor[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)}
+
+
+class ArgmaxRow(MapRow):
+    """Up to 256 classes a pixel; integer logits have many ties."""
+
+    def cases(self) -> list[Case]:
+        sizes = {"one class": (3, 1), "two dimensions": (257, 21), "most classes": (10, 256), **MAPS}
+        return [case for case in maps(sizes) if case["x"][-1] <= 256]
+
+
+class ConfusionRow(Row):
+    """Counts of pairs; labels that are no class, void among them, are not counted."""
+
+    name = "confusion_accumulate"
+    op = ConfusionAccumulate
+    exact = True
+
+    def cases(self) -> list[Case]:
+        sizes = {
+            "size 1": (1, 1),
+            "a pixel less than a block": (255, 21),
+            "a block": (256, 21),
+            "a pixel more": (257, 11),
+            "most classes": (4099, 255),
+            "few classes: many threads add to one count": (5000, 2),
+        }
+        return [Case(reason, {"pixels": p, "classes": k}) for reason, (p, k) in sizes.items()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        pixels, classes = rng.integers(1, (10000, 256))
+        return Case("random", {"pixels": int(pixels), "classes": int(classes)})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return ConfusionAccumulate.plan(case["pixels"], case["classes"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        pixels, classes = case["pixels"], case["classes"]
+        truth, prediction = rng.integers(0, min(256, classes + 2), (2, pixels)).astype(np.uint8)
+        truth[rng.random(pixels) < 0.1] = VOID
+        return {
+            "truth": truth,
+            "prediction": prediction,
+            "counts": rng.integers(0, 2**40, (classes, classes), np.uint64),
+        }
