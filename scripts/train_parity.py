@@ -1,0 +1,224 @@
+#!/usr/bin/env python
+"""Does SegNet learn here as it does in PyTorch? Trains both from the same weights on the same batches of real images.
+
+    scripts/train_parity.py --data VOC2012 --init vgg16.safetensors --set size=64 --set steps=200
+    scripts/train_parity.py --data CamVid --config quick.toml --contenders torch
+
+Contenders: `ours`; `torch`, the twin written from the paper (torch_segnet.py) in NCHW; `torch+1e-7`, `torch+1e-7b`, the
+same twin with its initial weights off by a relative 1e-7. Rounding alone lets two runs of SegNet part
+(docs/numerics.md), so the last ones say how far apart two right implementations may be.
+
+Everybody takes the loader's batches in turn, so all see the same pixels in the same order. At the end each is scored on
+the val split by the same code, which is not the package's: PyTorch's bilinear resize and a histogram of NumPy's.
+Needs PyTorch (the extra `oracle`). Exit code 1 where ours strays further than PyTorch from itself.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch_segnet import TorchSegNet, TorchSegNetBasic, parameter_groups
+
+from segnet_scratch import no_grad
+from segnet_scratch.checkpoint import write_durably
+from segnet_scratch.config import Config, load_config
+from segnet_scratch.data import Batch, EvalTransform, Loader, TrainTransform, VOCDataset
+from segnet_scratch.ops import cross_entropy
+from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.segnet import ARCHITECTURES, SegNet
+from segnet_scratch.weights import initialise
+
+VOID = 255
+PERTURBATION = 1e-7
+CONTENDERS = ("ours", "torch", "torch+1e-7", "torch+1e-7b")
+FIRST_STEPS, FIRST_LIMIT = 20, 1e-3  # so close the first losses must be
+
+
+class Contender(Protocol):
+    """Somebody who trains."""
+
+    def step(self, batch: Batch, lr: float) -> float:
+        """One step of SGD; the loss before it."""
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        """Logits (h, w, classes) of one normalised image (h, w, 3), in evaluation mode."""
+
+
+class Ours:
+    """The package."""
+
+    def __init__(self, config: Config, model: SegNet) -> None:
+        self.model = model
+        self.optimiser = SGD(model, config.momentum, config.decay, config.bias_lr)
+
+    def step(self, batch: Batch, lr: float) -> float:
+        self.model.train()
+        self.model.zero_grad()
+        loss = cross_entropy(self.model(batch.images), batch.labels)
+        loss.backward()
+        self.optimiser.step(lr)
+        return loss.item()
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        self.model.eval()
+        with no_grad():
+            return self.model(image[None]).numpy()[0]
+
+
+class Torch:
+    """The twin, its weights off by a relative `perturbation`."""
+
+    def __init__(
+        self, config: Config, classes: int, state: Mapping[str, np.ndarray], perturbation: float = 0.0, seed: int = 0
+    ) -> None:
+        twin = TorchSegNet if config.model == "segnet" else TorchSegNetBasic
+        self.model = twin(classes, config.width)
+        self.model.load_numpy(state)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter *= 1 + perturbation * torch.randn(parameter.shape, generator=generator)
+        self.optimiser = torch.optim.SGD(parameter_groups(self.model, config.decay), lr=1.0, momentum=config.momentum)
+
+    def step(self, batch: Batch, lr: float) -> float:
+        self.model.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad()
+        labels = torch.from_numpy(batch.labels).long()
+        loss = functional.cross_entropy(self.model(nchw(batch.images)), labels, ignore_index=VOID)
+        loss.backward()
+        self.optimiser.step()
+        return loss.item()
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(nchw(image[None]))[0].permute(1, 2, 0).numpy()
+
+
+def nchw(images: np.ndarray) -> torch.Tensor:
+    """Images (n, h, w, c) as PyTorch wants them."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def train(
+    contenders: Mapping[str, Contender], config: Config, loader: Loader, steps: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step from 1, loss of each contender before that step)."""
+    step = 0
+    for epoch in range(-(-steps // loader.batches_per_epoch)):
+        for batch in loader.epoch(epoch):
+            if step == steps:
+                return
+            lr = learning_rate(step, steps, config.lr, config.schedule, config.poly_power, config.warmup)
+            step += 1
+            yield step, {name: contender.step(batch, lr) for name, contender in contenders.items()}
+
+
+def miou(contender: Contender, dataset: VOCDataset, size: tuple[int, int]) -> tuple[float, float]:
+    """(mean IoU over the classes that occur, share of right pixels) on a split, logits resized to the ground truth."""
+    counts = np.zeros((dataset.classes, dataset.classes), np.int64)
+    transform, rng = EvalTransform(size), np.random.default_rng(0)
+    for index in range(len(dataset)):
+        image, mask, _ = dataset.sample(index)
+        logits = torch.from_numpy(contender.logits(transform(image, mask, rng)[0]).copy()).permute(2, 0, 1)[None]
+        resized = functional.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+        prediction, valid = resized.argmax(1)[0].numpy(), mask != VOID
+        pairs = mask[valid].astype(np.int64) * dataset.classes + prediction[valid]
+        counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
+    right, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+    return float((right[union > 0] / union[union > 0]).mean()), float(right.sum() / counts.sum())
+
+
+def spread(losses: Mapping[str, np.ndarray], a: str, b: str) -> dict[str, float]:
+    """How far the losses of two contenders lie apart: absolutely, over all steps and over the first."""
+    difference = np.abs(losses[a] - losses[b])
+    return {
+        "first": float(difference[:FIRST_STEPS].max()),
+        "largest": float(difference.max()),
+        "rms": float(np.sqrt((difference**2).mean())),
+    }
+
+
+def main() -> int:
+    """Runs it; 1 where ours strays further than it may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="a data set in VOC layout")
+    parser.add_argument("--config", type=Path, help="settings as TOML, as for segnet train")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--init", type=Path, help="initial weights: VGG16 or a checkpoint")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--device", default="numpy", help="of ours")
+    parser.add_argument("--json", type=Path, help="also write losses and scores here")
+    options = parser.parse_args()
+
+    config = load_config(options.config, options.settings)
+    dataset, val = VOCDataset(options.data, "train"), VOCDataset(options.data, "val")
+    transform = TrainTransform(config.image_size, config.scale, config.flip)
+    loader = Loader(dataset, transform, config.batch, config.seed, drop_last=True, workers=config.workers)
+    steps = config.steps or (config.epochs or 0) * loader.batches_per_epoch
+    model = ARCHITECTURES[config.model](dataset.classes, config.width, options.device, seed=config.seed)
+    initialised = initialise(model, options.init) if options.init else "He initialisation"
+    state = model.state_dict()
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: Ours(config, model),
+        "torch": lambda: Torch(config, dataset.classes, state),
+        "torch+1e-7": lambda: Torch(config, dataset.classes, state, PERTURBATION, seed=1),
+        "torch+1e-7b": lambda: Torch(config, dataset.classes, state, PERTURBATION, seed=2),
+    }
+    contenders = {name: makers[name]() for name in options.contenders}
+    print(f"{config.model}, {initialised}; {len(dataset)} images, {config.image_size}, {steps} steps")
+    print("step    " + "".join(f"{name:>13}" for name in contenders))
+
+    began, rows = time.perf_counter(), []
+    for step, losses in train(contenders, config, loader, steps):
+        rows.append(losses)
+        print(f"{step:<8}" + "".join(f"{loss:13.6f}" for loss in losses.values()), flush=True)
+    scores = {name: dict(zip(("miou", "global_accuracy"), miou(c, val, config.image_size), strict=True))
+              for name, c in contenders.items()}  # fmt: skip
+    curves = {name: np.array([row[name] for row in rows]) for name in contenders}
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "steps": steps,
+        "config": {key: value for key, value in vars(config).items() if value is not None},
+        "seconds": time.perf_counter() - began,
+        "scores": scores,
+        "losses": {name: curve.tolist() for name, curve in curves.items()},
+    }
+    for name, score in scores.items():
+        print(f"{name}: val mIoU {score['miou']:.4f}, global accuracy {score['global_accuracy']:.4f}")
+    passed = True
+    if "ours" in curves and "torch" in curves:
+        result["ours - torch"] = ours = spread(curves, "ours", "torch")
+        print("ours - torch: " + ", ".join(f"{key} {value:.2e}" for key, value in ours.items()))
+        others = {f"{name} - torch": spread(curves, name, "torch") for name in curves if name.startswith("torch+")}
+        for name, other in others.items():
+            print(f"{name}: " + ", ".join(f"{key} {value:.2e}" for key, value in other.items()))
+        result |= others
+        within = {key: max((o[key] for o in others.values()), default=0.0) for key in ("largest", "rms")}
+        # A NaN fails both comparisons. Within the first steps rounding has had no time to grow where nothing is near a
+        # kink; where PyTorch itself parts that early, its own spread is the measure.
+        limit = max(FIRST_LIMIT, *(o["first"] for o in others.values())) if others else FIRST_LIMIT
+        passed = ours["first"] <= limit and (not others or all(ours[key] <= within[key] for key in within))
+        print("ours strays no further than PyTorch from itself" if passed else "OURS STRAYS FURTHER than PyTorch does")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(options.json, [json.dumps(result, indent=1).encode() + b"\n"])
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
