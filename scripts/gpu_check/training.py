@@ -17,7 +17,7 @@ from segnet_scratch.optim import SGD, learning_rate
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "VOCdevkit" / "VOC2012"
 TINY_STEPS, TINY_LIMIT = 20, 1e-9
 REPEATED_STEPS, RUNS = 50, 3
-PIXELS, MIOU, MOST_STEPS = 0.99, 0.95, 600
+PIXELS, MIOU, MOST_STEPS = 0.99, 0.95, 400
 
 
 def losses_of_other_devices(work: Work) -> Outcome:
@@ -53,7 +53,7 @@ def learning(work: Work) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         real = REAL_DATA.is_dir()
         data = VOCDataset(REAL_DATA if real else write_sample(Path(folder) / "sample", 4, 1), "train")
-        transform, rng = EvalTransform((64, 64)), np.random.default_rng(0)
+        transform, rng = EvalTransform((96, 96)), np.random.default_rng(0)
         pairs = [transform(*data.sample(index)[:2], rng) for index in range(4)]
     images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     model = SegNet(data.classes, 1 / 4, device, seed=1)
@@ -70,7 +70,7 @@ def learning(work: Work) -> Outcome:
             if reached.global_accuracy >= PIXELS and reached.miou >= MIOU:
                 break
     assert reached is not None
-    what = f"{'real' if real else 'synthetic'} images at 64x64, {step} steps"
+    what = f"{'real' if real else 'synthetic'} images at 96x96, {step} steps"
     text = f"4 {what}: {reached.global_accuracy:.2%} of pixels, mIoU {reached.miou:.3f}"
     if reached.global_accuracy >= PIXELS and reached.miou >= MIOU:
         return Outcome(True, text)
