@@ -61,7 +61,8 @@ class Launch(NamedTuple):
 
 class OutOfMemoryError(MemoryError):
     def __init__(self, size: int, total: int, limit: int = 0) -> None:
-        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,} bytes).")
+        so_far = "" if total == -1 else f" (allocated so far: {total:,} bytes)."
+        super().__init__(f"Out of memory allocating {size:,} bytes{so_far}")
 
 
 class CUDARuntimeError(RuntimeError):
@@ -171,8 +172,8 @@ class MemoryPool:
         if not self.common:
             self.free.setdefault(buffer.nbytes, []).append(buffer)
 
-    def total_bytes(self) -> int:
-        return self.in_use
+    def set_limit(self, size: int) -> None:
+        assert size == 0, "at a limit a pool gives blocks back, whoever has recorded their addresses"
 
     def free_all_blocks(self) -> None:
         assert self.common, "a graph's memory is not to be given back"

@@ -2,7 +2,7 @@
 accesses that no event orders (fake_streams.py). How fast any of it is takes a GPU: scripts/gpu_check.sh."""
 
 import os
-from collections.abc import Iterator
+import weakref
 
 import numpy as np
 import pytest
@@ -24,20 +24,6 @@ from segnet_scratch.segnet import SegNetBasic
 from segnet_scratch.train import Trainer
 
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
-
-
-@pytest.fixture
-def cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
-    fake = FakeCupy().install(monkeypatch, tmp_path)
-    yield fake
-    fake.timeline.finish()
-
-
-@pytest.fixture
-def dry_cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
-    fake = FakeCupy(dry=True).install(monkeypatch, tmp_path)
-    yield fake
-    fake.timeline.finish()
 
 
 def batches(count, shape=(2, 3, 5), seed=0):
@@ -73,6 +59,11 @@ class TestPrefetch:
         assert all(stream != 0 and pinned for stream, pinned in dry_cupy.copies)
         # For each copy the thread waits for the one before in its slot; the end waits once; a slot is made once.
         assert dry_cupy.synchronisations == 6 + 1 + 2
+
+    def test_memory_that_earlier_work_may_still_use(self, dry_cupy):
+        device = CudaDevice()
+        for _ in range(2):  # the second one allocates while kernels of the first may run
+            read(device, 3)
 
     def test_the_next_batch_is_on_its_way_while_one_is_worked_on(self, dry_cupy):
         device, asked = CudaDevice(), []
@@ -232,6 +223,15 @@ class TestCapture:
             losses += steps.losses(replay, 1) + steps.losses(steps.step, 1)  # the step has gradients elsewhere
         losses += steps.losses(replay, 1)
         assert losses == expected
+
+    def test_a_graph_goes_when_nobody_has_it(self, cupy):
+        steps = Steps(CudaDevice())
+        steps.losses(steps.step, 1)
+        replay = steps.device.capture(steps.step)
+        replay()
+        graph = weakref.ref(replay)
+        del replay
+        assert graph() is None
 
     def test_on_the_cpu_it_is_the_function(self):
         for name in ("numpy", "host"):

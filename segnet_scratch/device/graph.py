@@ -19,7 +19,7 @@ class Recording(Generic[Result]):
     * What the function allocates comes from a pool of the graph's own. Within the recording a freed block may be used
       again, as the launches stay in order; nobody outside ever gets it.
     * That pool never gives blocks back to CUDA. CuPy's pools do when memory is short, but a recorded launch may
-      have used the block; so `_malloc` reports what makes CuPy give up at once instead.
+      have used the block; so its allocator reports what makes CuPy give up at once.
     * Constants lie outside that pool, filled once when the recording ends: a block of the pool may have been another
       array earlier in the recording, and each replay would overwrite it.
     * Everything else the function itself refers to, and it is kept.
@@ -29,7 +29,8 @@ class Recording(Generic[Result]):
 
     def __init__(self, cupy: Any, function: Callable[[], Result]) -> None:
         self._cupy, self._function = cupy, function
-        self._pool = cupy.cuda.MemoryPool(self._malloc)
+        self._pool = cupy.cuda.MemoryPool(_allocator(cupy.cuda))
+        self._pool.set_limit(size=0)  # at the limit of CUPY_GPU_MEMORY_LIMIT it would give blocks back
         self._outside = cupy.cuda.get_allocator(), cupy.cuda.get_current_stream()
         self._constants: list[tuple[Array, np.ndarray]] = []
 
@@ -58,16 +59,21 @@ class Recording(Generic[Result]):
         self._constants.append((target, values))
         return target
 
-    def _malloc(self, nbytes: int) -> Any:
-        cuda = self._cupy.cuda
+    def __call__(self) -> Result:
+        """Replays; the result is the same arrays each time, with new contents."""
+        self._graph.launch()
+        return self._result
+
+
+def _allocator(cuda: Any) -> Callable[[int], Any]:
+    """cudaMalloc for a pool, with an error on which CuPy does not try again. (A method would keep its graph alive.)"""
+
+    def malloc(nbytes: int) -> Any:
         try:
             return cuda.MemoryPointer(cuda.Memory(nbytes), 0)
         except cuda.runtime.CUDARuntimeError as error:
             if error.status != MEMORY_ALLOCATION:
                 raise
-            raise cuda.memory.OutOfMemoryError(nbytes, self._pool.total_bytes()) from error
+            raise cuda.memory.OutOfMemoryError(nbytes, -1) from error
 
-    def __call__(self) -> Result:
-        """Replays; the result is the same arrays each time, with new contents."""
-        self._graph.launch()
-        return self._result
+    return malloc
