@@ -86,7 +86,7 @@ class Tensor:
         """
         if gradient is None:
             self._expect_scalar("backward() without a gradient")
-            gradient = self.device.upload(np.ones(self.shape, self.dtype))
+            gradient = self.device.constant(np.ones(self.shape, self.dtype))
         self._expect_gradient(gradient)
         gradients: dict[int, Array] = {self.key: gradient}
         if self.maker is None:

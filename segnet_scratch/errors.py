@@ -17,6 +17,14 @@ class DeviceError(SegnetError):
     """A device that is missing, or an array that lives on another device."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A device's memory is used up: `asked` bytes were wanted, `free` bytes are left."""
+
+    def __init__(self, message: str, asked: int, free: int) -> None:
+        super().__init__(message)
+        self.asked, self.free = asked, free
+
+
 class CompileError(SegnetError):
     """A kernel source that does not compile, or no compiler to compile it with."""
 

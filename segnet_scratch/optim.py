@@ -34,12 +34,20 @@ class SGD:
 
     def step(self, lr: float) -> None:
         """Moves every parameter along its gradient; all must have one."""
+        self.set_rate(lr)
+        self.update()
+
+    def set_rate(self, lr: float) -> None:
+        """The first half of `step`: the learning rate, which lies on the device."""
+        self.model.device.write(self._lr, np.array([lr]))
+
+    def update(self) -> None:
+        """The second half of `step`: what `device.capture` can record."""
         gradients = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise TrainingError(f"sgd: {name} has no gradient; call loss.backward() before step()")
             gradients.append(parameter.grad)
-        self.model.device.write(self._lr, np.array([lr]))
         self._step(gradients, self._lr)
 
     def state_dict(self) -> dict[str, np.ndarray]:

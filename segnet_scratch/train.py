@@ -4,9 +4,9 @@ import hashlib
 import math
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -19,10 +19,11 @@ from segnet_scratch.checkpoint import sweep_temporaries, write_durably
 from segnet_scratch.config import Config, check_resume, load_config
 from segnet_scratch.data import Batch, Loader, TrainTransform, VOCDataset
 from segnet_scratch.device import get_device
-from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
+from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.ops import cross_entropy
+from segnet_scratch.ops.cross_entropy import check_labels
 from segnet_scratch.optim import SGD, learning_rate
 from segnet_scratch.segnet import ARCHITECTURES
 from segnet_scratch.weights import initialise
@@ -162,7 +163,7 @@ class Trainer:
     def _train_epoch(self, listener: Listener) -> None:
         """The rest of the epoch that the next step belongs to."""
         epoch, position = divmod(self.step, self.loader.batches_per_epoch)
-        batches = self.loader.epoch(epoch, start_batch=position)
+        batches = self._on_device(self.loader.epoch(epoch, start_batch=position))
         try:
             for batch in batches:
                 self._train_step(batch, listener)
@@ -170,8 +171,29 @@ class Trainer:
                 if self.step == self.total_steps:
                     break
                 self._heed_stop()
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(f"{error}; {self._smaller()}", error.asked, error.free) from error
         finally:
             batches.close()
+
+    def _on_device(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """The batches with their arrays on the device; a GPU gets each one while it works on the one before."""
+        model = self.model
+
+        def arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+            return batch.images.astype(model.dtype, copy=False), check_labels(batch.labels, model.classes)
+
+        with closing(batches), closing(model.device.prefetch(batches, arrays)) as uploaded:
+            for batch, (images, labels) in uploaded:
+                yield replace(batch, images=images, labels=labels)
+
+    def _smaller(self) -> str:
+        """What to try where memory does not suffice."""
+        batch, (height, width) = self.config.batch, self.config.image_size
+        tried = f"a batch of {batch} at {height}x{width} is too large here"
+        if batch > 1:
+            return f"{tried}: try --set batch={batch // 2}"
+        return f"{tried}: try a smaller size or width, such as --set width={self.config.width / 2:g}"
 
     def _heed_stop(self) -> None:
         if self._stop.is_set():
@@ -182,7 +204,7 @@ class Trainer:
         model.train()
         model.zero_grad()
         model.set_random_state(config.seed, self.step)
-        logits = model(batch.images.astype(model.dtype, copy=False))
+        logits = model(batch.images)
         loss = cross_entropy(logits, batch.labels, self._class_weights, config.loss_normalisation)
         loss.backward()
         value = loss.item()

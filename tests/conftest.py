@@ -1,10 +1,12 @@
-"""What several test files share: a small data set, and the command line called in this process."""
+"""What several test files share: a small data set, the command line called in this process, a stand-in for CuPy."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fake_cupy import FakeCupy
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
@@ -14,6 +16,22 @@ from segnet_scratch.data import write_sample
 def sample(tmp_path_factory):
     """A synthetic data set of 8 training and 4 validation images of 48 x 64, six classes. Not to be changed."""
     return write_sample(tmp_path_factory.mktemp("data") / "sample", train=8, val=4, size=(48, 64))
+
+
+@pytest.fixture
+def cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
+    """The stand-in in CuPy's place."""
+    fake = FakeCupy().install(monkeypatch, tmp_path)
+    yield fake
+    fake.timeline.finish()
+
+
+@pytest.fixture
+def dry_cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
+    """One that validates and notes launches without compiling and executing them."""
+    fake = FakeCupy(dry=True).install(monkeypatch, tmp_path)
+    yield fake
+    fake.timeline.finish()
 
 
 @dataclass(frozen=True)

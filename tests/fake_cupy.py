@@ -1,18 +1,24 @@
 """A stand-in for CuPy on a machine without a GPU: it records what the cuda device asks of it, validates it as CuPy and
 a driver would, and runs the kernels through the host runtime, so that whole training steps can be checked.
 
-It knows only what segnet_scratch may use of CuPy; anything else raises AttributeError. What it cannot show: that CuPy
-and a driver agree. That takes a GPU.
+It knows only what segnet_scratch may use of CuPy; anything else raises AttributeError. Work on several streams is
+checked for races (fake_streams.py), except where a kernel follows addresses in memory (sgd_step). What it cannot show:
+that CuPy and a driver agree. That takes a GPU.
 """
 
+import contextlib
 import sys
+import threading
 import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from fake_streams import Block, Event, PinnedCopy, PinnedMemory, Race, Stream, Timeline, pinned_memory_of
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.kernels import ElementTypes, nvrtc
@@ -43,6 +49,8 @@ class Cubin(NamedTuple):
 
 
 class Launch(NamedTuple):
+    """What a kernel was launched with; arrays by their address, so that they may be freed."""
+
     name: str
     cubin: Cubin
     grid: tuple[int, ...]
@@ -52,7 +60,16 @@ class Launch(NamedTuple):
 
 
 class OutOfMemoryError(MemoryError):
-    pass
+    def __init__(self, size: int, total: int, limit: int = 0) -> None:
+        so_far = "" if total == -1 else f" (allocated so far: {total:,} bytes)."
+        super().__init__(f"Out of memory allocating {size:,} bytes{so_far}")
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status: int) -> None:
+        names = {2: "cudaErrorMemoryAllocation: out of memory", 100: "cudaErrorNoDevice: no CUDA-capable device"}
+        super().__init__(names[status])
+        self.status = status
 
 
 class ndarray:
@@ -61,8 +78,14 @@ class ndarray:
     __array_ufunc__ = None
     __hash__ = None
 
-    def __init__(self, cupy: "FakeCupy", values: np.ndarray, gpu: int | None = None) -> None:
+    def __init__(
+        self, cupy: "FakeCupy", values: np.ndarray, gpu: int | None = None, block: Block | None = None
+    ) -> None:
         self._cupy, self._values, self._gpu = cupy, values, cupy.gpu if gpu is None else gpu
+        self._block = block or Block(cupy.timeline, values)  # somebody else's memory
+
+    def _view(self, values: np.ndarray) -> "ndarray":
+        return ndarray(self._cupy, values, self._gpu, self._block)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"):
@@ -87,30 +110,33 @@ class ndarray:
 
     @property
     def T(self) -> "ndarray":
-        return ndarray(self._cupy, self._values.T, self._gpu)
+        return self._view(self._values.T)
 
     def reshape(self, *shape: Any) -> "ndarray":
-        return ndarray(self._cupy, self._values.reshape(*shape), self._gpu)
+        return self._view(self._values.reshape(*shape))
 
     def __getitem__(self, index: Any) -> "ndarray":
         assert isinstance(index, slice)
-        return ndarray(self._cupy, self._values[index], self._gpu)
+        return self._view(self._values[index])
 
     def copy(self) -> "ndarray":
         copy = self._cupy.empty(self.shape, self.dtype)
-        copy._values[...] = self._values
+        copy[...] = self
         return copy
 
-    def set(self, values: np.ndarray) -> None:
+    def set(self, values: np.ndarray, stream: Stream | None = None) -> None:
         assert type(values) is np.ndarray, "cupy.ndarray.set takes NumPy arrays"
         assert values.dtype == self.dtype
         assert values.shape == self.shape
         assert self._values.flags.forc
-        self._values[...] = values
+        self._cupy.copy_in(self, values, stream or self._cupy.timeline.current_stream())
 
     def __setitem__(self, index: Any, value: Any) -> None:
         assert isinstance(value, int | float | np.generic | ndarray), "CuPy assigns scalars and its own arrays"
-        self._values[index] = value._values if isinstance(value, ndarray) else value
+        if isinstance(value, ndarray):
+            self._cupy.work("assignment", [self, value], [True, False], lambda t, s: t.__setitem__(index, s))
+        else:
+            self._cupy.work("assignment", [self], [True], lambda t: t.__setitem__(index, value))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return DLPACK_GPU, self._gpu
@@ -121,37 +147,93 @@ class ndarray:
         return self._values.__dlpack__()
 
 
+class MemoryPool:
+    """A pool that somebody makes hands freed memory out again. The common pool always takes new memory: nothing is
+    hidden by what an array held before."""
+
+    def __init__(self, cupy: "FakeCupy", allocator: Callable[[int], Any] | None = None) -> None:
+        self.cupy, self.allocator, self.common = cupy, allocator or cupy.memory, allocator is None
+        self.free: dict[int, list[np.ndarray]] = {}
+        self.in_use = 0
+
+    def malloc(self, nbytes: int) -> Block:
+        if self.free.get(nbytes):
+            buffer = self.free[nbytes].pop()
+        else:
+            try:
+                buffer = self.allocator(nbytes)
+            except CUDARuntimeError as error:
+                raise OutOfMemoryError(nbytes, self.in_use) from error
+        self.in_use += nbytes
+        return Block(self.cupy.timeline, buffer, self)
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        self.in_use -= buffer.nbytes
+        if not self.common:
+            self.free.setdefault(buffer.nbytes, []).append(buffer)
+
+    def set_limit(self, size: int) -> None:
+        assert size == 0, "at a limit a pool gives blocks back, whoever has recorded their addresses"
+
+    def free_all_blocks(self) -> None:
+        assert self.common, "a graph's memory is not to be given back"
+
+
 class FakeCupy(types.ModuleType):
     """What stands in `sys.modules["cupy"]`.
 
-    `launches` and `loaded` (a Cubin for each module) are in order. `free` bytes are what one array may take, `gpu` is
-    the current one; both may be changed. `available` may be an exception. A `dry` one runs no kernels and does not let
-    NVRTC compile them, and needs no compiler therefore.
+    `launches` and `loaded` (a Cubin for each module) are in order; `copies` says of each copy to the GPU on which
+    stream it was and whether from pinned memory. `free` bytes are what one array may take, `gpu` is the current one,
+    allocation number `fails_at`, from 1, fails; all may be changed. `gpus` may be an exception. A `dry` one runs no
+    kernels and does not let NVRTC compile them, and needs no compiler therefore.
     """
 
     def __init__(
         self,
         capability: str = "90",
-        available: bool | Exception = True,
+        driver: int = 13000,
+        gpus: int | Exception = 1,
         free: int = 2**34,
         total: int = 2**34,
         dry: bool = False,
     ) -> None:
         super().__init__("cupy")
         self.ndarray = ndarray
-        self.capability, self.available, self.free, self.dry = capability, available, free, dry
+        self.capability, self.gpus, self.free, self.dry = capability, gpus, free, dry
         self.gpu = 0
         self.cubins: dict[str, Cubin] = {}  # by path
         self.loaded: list[Cubin] = []
         self.launches: list[Launch] = []
-        self.synchronisations = 0
+        self.copies: list[tuple[int, bool]] = []
+        self.allocations, self.fails_at = 0, 0
+        self.timeline = Timeline()
+        self.common_pool = MemoryPool(self)
+        self._thread = threading.local()
         self.cuda = SimpleNamespace(
             Device=lambda gpu=None: Gpu(self.gpu if gpu is None else gpu, capability),
-            is_available=self._is_available,
-            get_current_stream=lambda: SimpleNamespace(synchronize=self._synchronise),
+            Stream=self.timeline.new_stream,
+            Event=lambda disable_timing: Event(self.timeline),
+            Memory=self.memory,
+            MemoryPointer=lambda memory, offset: memory,
+            MemoryPool=lambda allocator: MemoryPool(self, allocator),
+            get_current_stream=self.timeline.current_stream,
+            get_allocator=lambda: getattr(self._thread, "allocator", self.common_pool.malloc),
+            using_allocator=self._using_allocator,
+            alloc_pinned_memory=self._pinned_memory,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            runtime=SimpleNamespace(memGetInfo=lambda: (self.free, total)),
+            runtime=SimpleNamespace(
+                CUDARuntimeError=CUDARuntimeError,
+                memGetInfo=lambda: (self.free, total),
+                driverGetVersion=lambda: driver,
+                runtimeGetVersion=lambda: 13020,
+                getDeviceCount=self._count_gpus,
+            ),
         )
+
+    @property
+    def synchronisations(self) -> int:
+        """How often the host has waited."""
+        return self.timeline.synchronisations
 
     def install(self, monkeypatch: Any, folder: Path) -> "FakeCupy":
         """Puts this in CuPy's place for one test. `folder` takes the cubins that NVRTC does not compile.
@@ -173,24 +255,78 @@ class FakeCupy(types.ModuleType):
         monkeypatch.setitem(sys.modules, "cupy", self)
         return self
 
-    def _is_available(self) -> bool:
-        if isinstance(self.available, Exception):
-            raise self.available
-        return self.available
+    def _count_gpus(self) -> int:
+        if isinstance(self.gpus, Exception):
+            raise self.gpus
+        return self.gpus
 
-    def _synchronise(self) -> None:
-        self.synchronisations += 1
+    def get_default_memory_pool(self) -> MemoryPool:
+        return self.common_pool
 
-    def _allocate(self, shape: Any, dtype: Any, order: str = "C") -> np.ndarray:
-        size = prod(shape) * np.dtype(dtype).itemsize
-        if size > self.free:
-            raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
-        values = np.empty(shape, dtype, order)
-        values.ravel("K").view(np.uint8)[...] = 0xFF  # a GPU's memory is not zeroed either
-        return values
+    @contextlib.contextmanager
+    def _using_allocator(self, allocator: Callable[[int], Block]) -> Iterator[None]:
+        before, self._thread.allocator = self.cuda.get_allocator(), allocator
+        try:
+            yield
+        finally:
+            self._thread.allocator = before
+
+    def _count_allocation(self, nbytes: int) -> None:
+        self.allocations += 1
+        if nbytes > self.free or self.allocations == self.fails_at:
+            raise CUDARuntimeError(2)
+
+    def memory(self, nbytes: int) -> np.ndarray:
+        """cudaMalloc, which CuPy's relaxed kind of recording allows."""
+        self._count_allocation(nbytes)
+        return np.full(nbytes, 0xFF, np.uint8)  # a GPU's memory is not zeroed either
+
+    def _pinned_memory(self, nbytes: int) -> PinnedMemory:
+        self._count_allocation(nbytes)
+        return PinnedMemory(b"\xff" * nbytes)
+
+    def _allocate(self, shape: Any, dtype: Any, order: str = "C") -> ndarray:
+        block = self.cuda.get_allocator()(prod(shape) * np.dtype(dtype).itemsize)
+        return ndarray(self, np.ndarray(shape, dtype, block.buffer, order=order), block=block)
+
+    def work(
+        self,
+        what: str,
+        arrays: Sequence[ndarray],
+        writes: Sequence[bool],
+        carry_out: Callable[..., None],
+        stream: Stream | None = None,
+    ) -> None:
+        """Does something with the contents of arrays on a stream, or records it. `carry_out` gets NumPy arrays."""
+        stream = stream or self.timeline.current_stream()
+        values = [a._values for a in arrays]
+        # A recording knows addresses. Memory of its own pool stays; other memory must still be there.
+        blocks = [(weakref.ref(a._block), a._block.pool is None or a._block.pool.common) for a in arrays]
+
+        def run(on: Stream) -> None:
+            stamp = on.tick()
+            for (reference, from_outside), write in zip(blocks, writes, strict=True):
+                block = reference()
+                if block is not None:
+                    block.access(on, stamp, write, what)
+                elif from_outside:
+                    raise Race(f"{what} is replayed on memory that has been freed")
+            carry_out(*values)
+
+        stream.run(run)
+
+    def copy_in(self, target: ndarray, values: np.ndarray, stream: Stream) -> None:
+        """From the host. Only from pinned memory does a copy go on by itself; other memory has been read by now."""
+        if stream.nodes is not None:
+            raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
+        self.work("copy to the GPU", [target], [True], lambda t: np.copyto(t, values), stream)
+        pinned = pinned_memory_of(values)
+        self.copies.append((stream.number, pinned is not None))
+        if pinned is not None:
+            self.timeline.pending.append(PinnedCopy(pinned, values, stream.last))
 
     def empty(self, shape: Any, dtype: Any) -> ndarray:
-        return ndarray(self, self._allocate(shape, dtype))
+        return self._allocate(shape, dtype)
 
     def zeros(self, shape: Any, dtype: Any) -> ndarray:
         array = self.empty(shape, dtype)
@@ -198,18 +334,23 @@ class FakeCupy(types.ModuleType):
         return array
 
     def asarray(self, array: Any) -> ndarray:
-        """As CuPy's, this keeps the order of an array in Fortran's order."""
+        """As CuPy's, this keeps the order of an array in Fortran's order, and copies from pinned memory of its own."""
         if isinstance(array, ndarray):
             return array
         assert type(array) is np.ndarray
         assert array.dtype.kind in "biufc"
-        values = self._allocate(array.shape, array.dtype, "F" if array.flags.fnc else "C")
-        values[...] = array
-        return ndarray(self, values)
+        on_gpu = self._allocate(array.shape, array.dtype, "F" if array.flags.fnc else "C")
+        self.copy_in(on_gpu, array.copy("K"), self.timeline.current_stream())
+        return on_gpu
 
     def asnumpy(self, array: ndarray) -> np.ndarray:
         assert isinstance(array, ndarray)
-        return np.array(array._values, order="C")
+        stream = self.timeline.current_stream()
+        assert stream.nodes is None, "the current stream is capturing, so D2H transfers are disallowed"
+        result = np.empty(array.shape, array.dtype)
+        self.work("copy to the host", [array], [False], lambda source: np.copyto(result, source))
+        stream.synchronize()
+        return result
 
     def ascontiguousarray(self, array: ndarray) -> ndarray:
         assert isinstance(array, ndarray)
@@ -238,6 +379,12 @@ class Gpu:
     def __init__(self, number: int, capability: str) -> None:
         self.id, self.compute_capability = number, capability
 
+    def __enter__(self) -> "Gpu":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Gpu) and self.id == other.id
 
@@ -262,9 +409,21 @@ class RawKernel:
         assert type(args) is tuple, "CuPy takes the arguments as a tuple"
         assert len(args) == len(self.kernel.parameters), f"got {len(args)} arguments"
         values = [self._check(p, a) for p, a in zip(self.kernel.parameters, args, strict=True)]
-        self.cupy.launches.append(Launch(self.kernel.name, self.cubin, grid, block, args, shared_mem))
-        if not self.cupy.dry:
-            host_kernels.run(self.kernel, self.cubin.types, grid, block, values, shared_mem, HostOptions())
+        places = [index for index, value in enumerate(values) if isinstance(value, ndarray)]
+        writes = [not self.kernel.parameters[index].const for index in places]
+        noted = tuple(a.data.ptr if isinstance(a, ndarray) else a for a in args)
+        launch = Launch(self.kernel.name, self.cubin, grid, block, noted, shared_mem)
+        scalars = [None if isinstance(value, ndarray) else value for value in values]
+
+        def carry_out(*arrays: np.ndarray) -> None:
+            self.cupy.launches.append(launch)
+            if not self.cupy.dry:
+                complete = list(scalars)
+                for index, array in zip(places, arrays, strict=True):
+                    complete[index] = array
+                host_kernels.run(self.kernel, self.cubin.types, grid, block, complete, shared_mem, HostOptions())
+
+        self.cupy.work(self.kernel.name, [values[index] for index in places], writes, carry_out)
 
     def _check(self, parameter: Any, argument: Any) -> Any:
         """CuPy passes its arrays by address and NumPy scalars by their bytes; Python's numbers would travel as 64 bits,
@@ -282,4 +441,4 @@ class RawKernel:
         assert argument.device == self.cupy.cuda.Device(), f"{parameter.name} is on another GPU"
         assert argument.flags.c_contiguous, f"{parameter.name} is no contiguous array"
         assert argument.dtype == expected, f"{parameter.name} is {argument.dtype}, expected {expected}"
-        return argument._values
+        return argument

@@ -9,27 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cupy import Cubin, FakeCupy, RawKernel, ndarray
+from fake_streams import Event, Graph, Stream
 from kernel_support import FLOAT32, FLOAT64, INCLUDE, ROOT, needs_compiler, parse, written_kernel
 
 from segnet_scratch.autograd import tensor
 from segnet_scratch.device import CudaDevice, HostDevice
-from segnet_scratch.errors import CompileError, DeviceError, DTypeError
+from segnet_scratch.errors import CompileError, DeviceError, DeviceMemoryError, DTypeError
 from segnet_scratch.kernels import find_kernel, launch, nvrtc
 from segnet_scratch.ops import cross_entropy
 from segnet_scratch.optim import SGD
 from segnet_scratch.segnet import SegNet
-
-
-@pytest.fixture
-def cupy(monkeypatch, tmp_path) -> FakeCupy:
-    """The stand-in in CuPy's place."""
-    return FakeCupy().install(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def dry_cupy(monkeypatch, tmp_path) -> FakeCupy:
-    """One that validates and records launches without compiling and executing them."""
-    return FakeCupy(dry=True).install(monkeypatch, tmp_path)
 
 
 def test_cupy_is_imported_in_one_place():
@@ -40,7 +29,7 @@ def test_cupy_is_imported_in_one_place():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] in ("cupy", "cupy_backends") for name in names):
                 importing.append(path.relative_to(ROOT).as_posix())
-    assert importing == ["segnet_scratch/device.py"]
+    assert importing == ["segnet_scratch/device/cupy_library.py"]
 
 
 def training_losses(device, steps=3):
@@ -98,7 +87,7 @@ class TestLaunches:
         (launched,) = dry_cupy.launches
         assert (launched.name, launched.cubin) == ("scalars", Cubin(kernel.source, FLOAT32, "sm_90"))
         assert (launched.grid, launched.block, launched.shared) == ((2, 3, 1), (32, 1, 1), 16)
-        assert launched.arguments[0] is out
+        assert launched.arguments[0] == device.address(out)
         kinds = ["uint64", "int8", "uint8", "int16", "int32", "uint32", "int64", "float32", "float64"]
         assert [a.dtype.name for a in launched.arguments[1:]] == kinds
         assert launched.arguments[1] == 0
@@ -172,9 +161,10 @@ class TestMemory:
             lambda: device.from_dlpack(np.zeros((1024, 1024), np.float32)),
         ):
             with pytest.raises(
-                DeviceError, match=r"out of memory: .* 4,194,304 bytes; 3 of 5 MiB are free; .*smaller batch"
-            ):
+                DeviceMemoryError, match=r"out of memory: .* 4,194,304 bytes .*; 3,145,728 of 5,242,880 bytes are free$"
+            ) as caught:
                 allocate()
+            assert (caught.value.asked, caught.value.free) == (4 << 20, 3 << 20)
 
     def test_dlpack_in_and_out(self, cupy):
         device = CudaDevice()
@@ -273,15 +263,23 @@ class TestStandIn:
     def test_cupy_has_what_it_has(self):
         real = pytest.importorskip("cupy")
         fake = FakeCupy()
-        of_its_own = {"capability", "available", "free", "dry", "gpu", "cubins", "loaded", "launches", "install"}
-        of_its_own |= {"synchronisations"}
+        of_its_own = {"capability", "driver", "gpus", "free", "dry", "gpu", "cubins", "loaded", "launches", "copies"}
+        of_its_own |= {"install", "synchronisations", "allocations", "fails_at", "timeline", "common_pool"}
+        of_its_own |= {"memory", "work", "copy_in"}
         public = {name for name in (*dir(FakeCupy), *vars(fake)) if not name.startswith("_")} - of_its_own
         assert {"empty", "zeros", "asarray", "asnumpy", "RawModule", "ndarray", "cuda"} <= public
         assert [name for name in public if not hasattr(real, name)] == []
         for name in vars(fake.cuda):
             assert hasattr(real.cuda, name)
+        for name in vars(fake.cuda.runtime):
+            assert hasattr(real.cuda.runtime, name)
         assert issubclass(real.cuda.memory.OutOfMemoryError, MemoryError)
-        assert hasattr(real.cuda.runtime, "memGetInfo")
+        for ours, theirs in ((Stream, real.cuda.Stream), (Event, real.cuda.Event), (Graph, real.cuda.Graph)):
+            of_its_own = {"run", "tick", "last", "nodes", "number", "clock"}
+            public = {name for name in dir(ours) if not name.startswith("_")} - of_its_own
+            assert [name for name in public if not hasattr(theirs, name)] == []
+        for name in ("malloc", "set_limit", "free_all_blocks"):
+            assert hasattr(real.cuda.MemoryPool, name)
         array = fake.zeros((4,), np.float32)
         names = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"}
         names |= {name for name in dir(ndarray) if not name.startswith("_")} | {"__dlpack__", "__dlpack_device__"}

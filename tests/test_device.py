@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
+from fake_cupy import CUDARuntimeError, FakeCupy
 from kernel_support import FLOAT32, needs_compiler, valid_call
 
 from segnet_scratch import device as device_module
-from segnet_scratch.device import CudaDevice, Device, HostDevice, NumpyDevice, cuda_missing, get_device
+from segnet_scratch.device import CudaDevice, Device, HostDevice, NumpyDevice, cuda_missing, cupy_library, get_device
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.kernels import find_kernel, launch
 from segnet_scratch.kernels.host import HostOptions
@@ -25,7 +25,7 @@ def devices(monkeypatch, tmp_path):
             raise cupy
 
         if isinstance(cupy, Exception):
-            monkeypatch.setattr(device_module, "_import_cupy", fail)
+            monkeypatch.setattr(cupy_library, "import_cupy", fail)
         else:
             cupy.install(monkeypatch, tmp_path)
 
@@ -57,13 +57,23 @@ class TestGetDevice:
                 ["No module named 'cupy'", "pip install 'segnet_scratch[cuda13]'", "[cuda12]"],
             ),
             (AttributeError("no attribute 'product'"), ["no attribute 'product'", "does not import", "[cuda13]"]),
-            (FakeCupy(available=False), ["sees no NVIDIA GPU or driver", "nvidia-smi", "CUDA_VISIBLE_DEVICES"]),
+            (FakeCupy(gpus=0), ["CUDA 13.0) sees no GPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES"]),
+            (FakeCupy(gpus=CUDARuntimeError(100)), ["CUDA 13.0) sees no GPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES"]),
+            (FakeCupy(driver=0), ["there is no NVIDIA driver", "install it", "--gpus all"]),
             (
-                FakeCupy(available=RuntimeError("cudaErrorInsufficientDriver")),
-                ["cudaErrorInsufficientDriver", "nvidia-smi"],
+                FakeCupy(driver=12040),
+                [
+                    "driver is too old: it runs CUDA 12.4 at most",
+                    "the installed CuPy is made for CUDA 13.2",
+                    "update the driver (580 or newer for CUDA 13",
+                    "pip uninstall cupy-cuda13x",
+                    "[cuda12]",
+                ],
             ),
+            (FakeCupy(driver=11080), ["driver is too old: it runs CUDA 11.8 at most", "525 or newer for CUDA 12"]),
+            (FakeCupy(gpus=RuntimeError("cudaErrorSystemNotReady")), ["cudaErrorSystemNotReady", "nvidia-smi"]),
         ],
-        ids=["no CuPy", "broken CuPy", "no GPU", "no driver"],
+        ids=["no CuPy", "broken", "0 GPUs", "no GPU", "no driver", "old driver", "older driver", "not ready"],
     )
     def test_no_gpu(self, devices, cupy, expected):
         devices(cupy)
@@ -74,6 +84,11 @@ class TestGetDevice:
         assert cuda_missing() == str(caught.value)
         assert get_device("auto") is get_device("numpy")
         assert get_device() is get_device("numpy")
+
+    @pytest.mark.parametrize("driver", [13000, 13020, 14000])
+    def test_a_driver_runs_what_is_not_of_a_newer_major_version(self, devices, driver):
+        devices(FakeCupy(driver=driver))
+        assert cuda_missing() is None
 
     @pytest.mark.parametrize("capability", ["75", "89", "90", "120"])
     def test_a_gpu(self, devices, capability):

@@ -233,6 +233,12 @@ MUTANTS = {
         "batch_norm_training_forward",
     ),
     "one Philox round less": ("dropout.cu", "round < 10", "round < 9", "dropout_forward"),
+    "nothing against aliasing": (
+        "augment.cu",
+        "width = scale < 1 ? (accumulate_t)1 : scale;",
+        "width = 1;",
+        "augment_forward",
+    ),
     "decay of the new weight": ("sgd.cu", "+ (g[i] + decay * value)", "+ (g[i] - decay * value)", "sgd_step"),
 }
 
@@ -730,7 +736,7 @@ class TestRefused:
         for name, array in good.items():
             if array is None:
                 continue
-            other = np.float64 if array.dtype == F32 else np.int32
+            other = {F32: np.float64, np.dtype(np.int32): np.int64}.get(array.dtype, np.int32)
             wrong += [
                 ({**good, name: array.reshape(-1, 1, 1, 1, 1)}, ShapeError, f"{name} has shape"),
                 ({**good, name: array.astype(other)}, DTypeError, f"{name} has element type"),

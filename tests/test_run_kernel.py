@@ -739,11 +739,11 @@ class TestCuda:
         cupy = FakeCupy(dry=True).install(monkeypatch, tmp_path)
         device = CudaDevice()
 
-        def fail():
+        def fail(clock):
             if cupy.launches:
                 raise RuntimeError("cudaErrorIllegalAddress")
 
-        monkeypatch.setattr(cupy, "_synchronise", fail)
+        monkeypatch.setattr(cupy.timeline, "host_learns", fail)
         run = user("add:vector_add", **VECTORS, device=device)
         assert (
             "the GPU stopped: RuntimeError: cudaErrorIllegalAddress; --device host --sanitize"

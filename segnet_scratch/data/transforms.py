@@ -54,6 +54,21 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class View:
+    """How a sample is seen: resized to `scaled` (height, width), mirrored if `flip`, from (top, left) on.
+
+    A negative place is outside the picture. Contrast and brightness are those of ops/augment.py.
+    """
+
+    scaled: tuple[int, int]
+    top: int = 0
+    left: int = 0
+    flip: bool = False
+    contrast: float = 1.0
+    brightness: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """Random scale, crop and horizontal flip, the same for image and mask.
 
@@ -74,22 +89,29 @@ class TrainTransform:
         if not 0 < low <= high <= 16:
             raise DataError(f"scale ({low}, {high}): expected 0 < low <= high <= 16; (1, 1) turns scaling off.")
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
-        _check_pair(image, mask)
+    def view(self, rng: np.random.Generator) -> View:
+        """What this transform draws for a sample."""
         # Always four draws, so that one setting does not change what another one draws.
         draw_scale, draw_top, draw_left, draw_flip = rng.random(4)
         height, width = self.size
         low, high = self.scale
         factor = low + (high - low) * draw_scale
         scaled = (max(1, round(height * factor)), max(1, round(width * factor)))
-        image = resize_image(image, scaled)
-        mask = resize_mask(mask, scaled)
-        if self.flip and draw_flip < 0.5:
+        top, left = _place(scaled[0], height, draw_top), _place(scaled[1], width, draw_left)
+        return View(scaled, top, left, self.flip and bool(draw_flip < 0.5))
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
+        check_pair(image, mask)
+        view = self.view(rng)
+        height, width = self.size
+        image = resize_image(image, view.scaled)
+        mask = resize_mask(mask, view.scaled)
+        if view.flip:
             image = image[:, ::-1]
             mask = mask[:, ::-1]
-        from_rows, to_rows = _window(scaled[0], height, draw_top)
-        from_columns, to_columns = _window(scaled[1], width, draw_left)
+        from_rows, to_rows = _window(view.scaled[0], height, view.top)
+        from_columns, to_columns = _window(view.scaled[1], width, view.left)
         pixels = np.zeros((height, width, 3), np.float32)
         labels = np.full((height, width), VOID, np.uint8)
         pixels[to_rows, to_columns] = normalise(image[from_rows, from_columns])
@@ -113,16 +135,20 @@ class EvalTransform:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
-        _check_pair(image, mask)
+        check_pair(image, mask)
         return normalise(resize_image(image, self.size)), resize_mask(mask, self.size)
 
 
-def _window(available: int, wanted: int, draw: float) -> tuple[slice, slice]:
-    """Where to read and where to write along one axis; `draw` in [0, 1) chooses among all places that fit."""
+def _place(available: int, wanted: int, draw: float) -> int:
+    """Where the result begins in the picture, negative where it begins before; `draw` in [0, 1) chooses among all."""
     offset = int(draw * (abs(available - wanted) + 1))
-    if available >= wanted:
-        return slice(offset, offset + wanted), slice(0, wanted)
-    return slice(0, available), slice(offset, offset + available)
+    return offset if available >= wanted else -offset
+
+
+def _window(available: int, wanted: int, place: int) -> tuple[slice, slice]:
+    """Where to read and where to write along one axis, for a result that begins at `place`."""
+    first, last = max(0, place), min(available, place + wanted)
+    return slice(first, last), slice(first - place, last - place)
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -144,6 +170,9 @@ def _check_mask(mask: np.ndarray) -> None:
         raise ShapeError(f"mask: expected (H, W), got {mask.shape}; pass one map of labels at a time.")
 
 
-def _check_pair(image: np.ndarray, mask: np.ndarray) -> None:
+def check_pair(image: np.ndarray, mask: np.ndarray) -> None:
+    """ShapeError or DTypeError unless these are an image uint8 (H, W, 3) and a mask uint8 (H, W) of one size."""
+    _check_image(image)
+    _check_mask(mask)
     if image.shape[:2] != mask.shape:
         raise ShapeError(f"image {image.shape} and mask {mask.shape} differ in size; pass the mask of this image.")

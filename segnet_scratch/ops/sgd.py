@@ -79,11 +79,11 @@ class SgdStep:
             columns = np.array(self.rates), np.array(self.decays)
             owners = np.array([index for index, _ in self.chunks], np.int32)
             starts = np.array([start for _, start in self.chunks], np.int64)
-            self._fixed = tuple(device.upload(array) for array in (sizes, *columns, owners, starts))
+            self._fixed = tuple(device.constant(array) for array in (sizes, *columns, owners, starts))
         rows = zip(self.parameters, gradients, self.momenta, strict=True)
         addresses = tuple(device.address(array) for row in rows for array in row)
         if addresses != self._addresses:
-            self._table = device.upload(np.array(addresses, np.uint64).reshape(-1, 3))
+            self._table = device.constant(np.array(addresses, np.uint64).reshape(-1, 3))
             self._addresses = addresses
         arguments = (
             self._table,

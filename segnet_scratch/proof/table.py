@@ -10,6 +10,7 @@ from segnet_scratch.ops.dropout import DropoutForward
 from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
 from segnet_scratch.ops.relu import ReluBackward, ReluForward
+from segnet_scratch.proof.rows.augment import AugmentRow
 from segnet_scratch.proof.rows.base import Row
 from segnet_scratch.proof.rows.batch_norm import BatchNormBackwardRow, BatchNormEvaluationRow, BatchNormTrainingRow
 from segnet_scratch.proof.rows.conv2d import Conv2dBackwardBiasRow, conv_rows
@@ -38,4 +39,5 @@ ROWS: tuple[Row, ...] = (
     ResizeRow(),
     AddRow(AddForward),
     SgdRow(),
+    AugmentRow(),
 )

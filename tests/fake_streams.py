@@ -1,0 +1,234 @@
+"""Streams, events and memory of the stand-in for CuPy: who may touch what when.
+
+Work is carried out at once, in the order in which it is asked for. What a GPU might have done in another order is found
+by clocks instead (Lamport's happened-before, as race detectors for threads have it): every stream and the host have a
+vector clock; an event carries the clock of its stream to whoever waits for it. An access to memory that an earlier
+access of another stream may still overlap is a Race, however it turned out here.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+DEFAULT = 0  # the default stream's number
+
+
+class Race(AssertionError):
+    """Something happens to memory that another stream may be using."""
+
+
+class Clock(dict):
+    """How much of each stream's work is known to be done, by its number."""
+
+    def learn(self, other: "Clock") -> None:
+        for number, tick in other.items():
+            self[number] = max(self.get(number, 0), tick)
+
+    def knows(self, number: int, tick: int) -> bool:
+        return self.get(number, 0) >= tick
+
+
+class Timeline:
+    """All clocks of one stand-in. `problems` is what was found where nothing could be raised."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.host = Clock()
+        self.default = Stream(self, number=DEFAULT)
+        self.streams = {DEFAULT: self.default}
+        self.current = threading.local()
+        self.recording: Stream | None = None
+        self.synchronisations = 0
+        self.pending: list[PinnedCopy] = []
+        self.problems: list[str] = []
+
+    def new_stream(self, non_blocking: bool = False) -> "Stream":
+        assert non_blocking, "such a stream waits for the default stream: nothing overlaps"
+        with self.lock:
+            stream = self.streams[len(self.streams)] = Stream(self, number=len(self.streams))
+        return stream
+
+    def current_stream(self) -> "Stream":
+        entered = getattr(self.current, "entered", None)
+        return entered[-1] if entered else self.default
+
+    def host_learns(self, clock: Clock) -> None:
+        """The host has waited; what pinned memory holds now may be looked at."""
+        with self.lock:
+            assert self.recording is None, "cudaErrorStreamCaptureUnsupported: waiting while a stream is recorded"
+            self.synchronisations += 1
+            self.host.learn(clock)
+            done = [copy for copy in self.pending if self.host.knows(*copy.stamp)]
+            self.pending = [copy for copy in self.pending if copy not in done]
+        for copy in done:
+            copy.check()
+
+    def finish(self) -> None:
+        """At the end of a test: what is left of copies is looked at, and problems are raised."""
+        for copy in self.pending:
+            copy.check()
+        if self.problems:
+            raise Race("; ".join(self.problems))
+
+
+class Stream:
+    """A queue of work. While it is recorded, work goes into `nodes`."""
+
+    def __init__(self, timeline: Timeline, number: int) -> None:
+        self._timeline, self.number = timeline, number
+        self.clock = Clock()
+        self.nodes: list[Callable[[Stream], None]] | None = None
+
+    def __enter__(self) -> "Stream":
+        current = self._timeline.current
+        current.entered = [*getattr(current, "entered", []), self]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timeline.current.entered.pop()
+
+    def run(self, work: "Callable[[Stream], None]") -> None:
+        """Carries work out, or records it."""
+        if self.nodes is not None:
+            self.nodes.append(work)
+            return
+        recording = self._timeline.recording
+        assert recording is None or self.number != DEFAULT, "work on the default stream while another is recorded"
+        work(self)
+
+    def tick(self) -> tuple[int, int]:
+        """(this stream, number of a new piece of work). What the host knows of is done before it."""
+        with self._timeline.lock:
+            self.clock.learn(self._timeline.host)
+            self.clock[self.number] = self.clock.get(self.number, 0) + 1
+            return self.last
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """The last piece of work."""
+        return self.number, self.clock.get(self.number, 0)
+
+    def synchronize(self) -> None:
+        assert self.nodes is None, "cudaErrorStreamCaptureUnsupported: waiting for a stream that is recorded"
+        self._timeline.host_learns(self.clock)
+
+    def wait_event(self, event: "Event") -> None:
+        with self._timeline.lock:
+            self.clock.learn(event.clock)
+
+    def begin_capture(self) -> None:
+        assert self.number != DEFAULT, "cannot capture on the default (legacy) stream"
+        assert self._timeline.recording is None
+        self.nodes, self._timeline.recording = [], self
+
+    def end_capture(self) -> "Graph":
+        assert self.nodes is not None
+        nodes, self.nodes, self._timeline.recording = self.nodes, None, None
+        return Graph(self._timeline, nodes)
+
+
+class Event:
+    """A mark in a stream; a new one counts as reached."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.clock = Clock()
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or self._timeline.current_stream()
+        with self._timeline.lock:
+            self.clock = Clock(stream.clock)
+
+    def synchronize(self) -> None:
+        self._timeline.host_learns(self.clock)
+
+
+class Graph:
+    """Recorded work."""
+
+    def __init__(self, timeline: Timeline, nodes: list[Callable[[Stream], None]]) -> None:
+        self._timeline, self.nodes = timeline, nodes
+
+    def launch(self) -> None:
+        stream = self._timeline.current_stream()
+        assert stream.nodes is None
+        for work in self.nodes:
+            work(stream)
+
+
+class Block:
+    """Memory of the GPU, whichever arrays share it.
+
+    It belongs to the stream that allocated it, as in CuPy's pool: free, it is handed out there again at once.
+    """
+
+    def __init__(self, timeline: Timeline, buffer: np.ndarray, pool: Any = None) -> None:
+        stream = timeline.current_stream()
+        self.timeline, self.buffer, self.pool = timeline, buffer, pool
+        # Earlier work of the stream may still use what is given out now.
+        self._accesses: Accesses = [stream.last, Clock()]
+        weakref.finalize(self, _end_block, timeline, stream, self._accesses, buffer, pool).atexit = False
+
+    def access(self, stream: Stream, stamp: tuple[int, int], writes: bool, what: str) -> None:
+        """Race where earlier work of another stream may not be over."""
+        with self.timeline.lock:
+            write, reads = self._accesses
+            for number, tick in (write, *(reads.items() if writes else ())):
+                if not stream.clock.knows(number, tick):
+                    raise Race(
+                        f"{what} on stream {stream.number} {'writes' if writes else 'reads'} what stream {number} may "
+                        "still be using: wait for an event"
+                    )
+            if writes:
+                self._accesses[:] = stamp, Clock()
+            else:
+                reads.learn(Clock([stamp]))
+
+
+Accesses = list  # the last write (stream, tick) and, since then, the last read of each stream
+
+
+def _end_block(timeline: Timeline, stream: Stream, accesses: Accesses, buffer: np.ndarray, pool: Any) -> None:
+    if pool is not None and not pool.common:  # nobody else ever gets it
+        pool.give_back(buffer)
+        return
+    write, reads = accesses
+    known = Clock(timeline.host)
+    known.learn(stream.clock)
+    for number, tick in (write, *reads.items()):
+        if not known.knows(number, tick):
+            timeline.problems.append(f"memory of stream {stream.number} is freed while stream {number} may use it")
+    if pool is not None:
+        pool.give_back(buffer)
+
+
+class PinnedMemory(bytearray):
+    """Memory of the host that a copy reads while the host goes on."""
+
+
+class PinnedCopy:
+    """A copy on its way: what it reads must stay as it is until the host has waited for it."""
+
+    def __init__(self, memory: PinnedMemory, source: np.ndarray, stamp: tuple[int, int]) -> None:
+        self.stamp = stamp
+        self.memory = weakref.ref(memory)
+        self.start = source.__array_interface__["data"][0] - np.frombuffer(memory, np.uint8).ctypes.data
+        self.contents = source.tobytes()
+
+    def check(self) -> None:
+        memory = self.memory()
+        if memory is None:
+            raise Race("pinned memory was freed while a copy may still read it")
+        if memory[self.start : self.start + len(self.contents)] != self.contents:
+            raise Race("pinned memory was overwritten while a copy may still read it")
+
+
+def pinned_memory_of(array: np.ndarray) -> PinnedMemory | None:
+    """What a NumPy array lies in, where that is pinned."""
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, PinnedMemory) else None
