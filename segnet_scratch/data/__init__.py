@@ -2,6 +2,7 @@
 
 from segnet_scratch.data.loader import Batch, Loader, epoch_order, ordered_map, sample_rng
 from segnet_scratch.data.palette import VOC_CLASSES, VOID, colourise, indexed_picture, save_indexed_png, voc_palette
+from segnet_scratch.data.pictures import read_image, read_mask
 from segnet_scratch.data.sample import SAMPLE_CLASSES, draw_sample, write_sample
 from segnet_scratch.data.transforms import (
     IMAGENET_MEAN,
@@ -12,7 +13,7 @@ from segnet_scratch.data.transforms import (
     resize_image,
     resize_mask,
 )
-from segnet_scratch.data.voc import VOCDataset, class_names, find_root, read_image, read_mask, read_split
+from segnet_scratch.data.voc import VOCDataset, class_names, find_root, read_split
 
 __all__ = [
     "IMAGENET_MEAN",
