@@ -19,6 +19,9 @@ SPLIT_FOLDER = Path("ImageSets", "Segmentation")
 IMAGE_FOLDER = "JPEGImages"
 MASK_FOLDER = "SegmentationClass"
 
+FOLDERS = (SPLIT_FOLDER.as_posix(), IMAGE_FOLDER, MASK_FOLDER)
+"""What a VOC root holds at least."""
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Suffixes of images; where an id has several, the first goes."""
 
@@ -31,18 +34,22 @@ def find_root(path: str | Path) -> Path:
     Raises DataError that lists what each place lacks when none of them is a VOC root.
     """
     path = Path(path)
-    folders = (SPLIT_FOLDER, Path(IMAGE_FOLDER), Path(MASK_FOLDER))
     looked = []
-    for root in (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"):
-        missing = [folder.as_posix() for folder in folders if not (root / folder).is_dir()]
+    for root in possible_roots(path):
+        missing = [folder for folder in FOLDERS if not (root / folder).is_dir()]
         if not missing:
             return root
         looked.append(f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder"))
     raise DataError(
         f"{path}: no data set in VOC layout found; looked in\n"
         + "\n".join(looked)
-        + f"\nPass the folder that holds {SPLIT_FOLDER.as_posix()}, {IMAGE_FOLDER} and {MASK_FOLDER}."
+        + f"\nPass the folder that holds {FOLDERS[0]}, {FOLDERS[1]} and {FOLDERS[2]}."
     )
+
+
+def possible_roots(path: Path) -> tuple[Path, ...]:
+    """The folders that may be the VOC root meant by `path`, in the order in which they are looked at."""
+    return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
 
 
 def class_names(root: Path) -> tuple[str, ...]:
