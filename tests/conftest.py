@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from data_support import write_voc
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
@@ -14,6 +15,12 @@ from segnet_scratch.data import write_sample
 def sample(tmp_path_factory):
     """A synthetic data set of 8 training and 4 validation images of 48 x 64, six classes. Not to be changed."""
     return write_sample(tmp_path_factory.mktemp("data") / "sample", train=8, val=4, size=(48, 64))
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A healthy data set in VOC layout, to be changed at will: see `write_voc`."""
+    return write_voc(tmp_path / "set")
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,8 @@ def _parse(path: Path, content: bytes) -> Element:
 
 def _object(path: Path, element: Element) -> ObjectBox:
     name = (_child(path, element, "name").text or "").strip()
-    if not name:
-        _refuse(path, "an object without a name")
+    if not name or not name.isprintable() or len(name) > 100:
+        _refuse(path, f"the name of an object is {name[:20]!r}; expected one line of text")
     bounds = _child(path, element, "bndbox")
     left, top, right, bottom = (_number(path, bounds, side) for side in ("xmin", "ymin", "xmax", "ymax"))
     if left > right or top > bottom:

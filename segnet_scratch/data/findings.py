@@ -26,6 +26,7 @@ ERRORS = {
     "labels-empty": "labels.txt names no class",
     "labels-too-many": "labels.txt names more classes than fit beside void",
     "labels-duplicate": "labels.txt names a class twice",
+    "labels-name": "labels.txt names a class with control characters",
     # pictures: what may be wrong with an image and with a mask alike
     **{
         f"{role}-{code}": meaning.format(role=role)

@@ -75,6 +75,9 @@ def parse_labels(path: Path) -> tuple[tuple[str, ...], list[Finding]]:
         findings.append(Finding("labels-too-many", path, detail))
     seen: set[str] = set()
     for name in names:
+        if not name.isprintable():  # an escape sequence would reach the terminal with every table
+            detail = f"class name {_shortened(name)} holds control characters; write plain text."
+            findings.append(Finding("labels-name", path, detail))
         if name in seen:
             detail = f"class name '{name}' stands there twice; every class needs its own name."
             findings.append(Finding("labels-duplicate", path, detail))

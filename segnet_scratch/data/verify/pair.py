@@ -164,7 +164,7 @@ def _examine_annotation(facts: PairFacts, path: Path, names: tuple[str, ...]) ->
             place = f"{left:g}..{right:g} across, {top:g}..{bottom:g} down"
             found("annotation-box-outside", f"box of {thing.name}, {place}; expected 1..{width}, 1..{height}.")
         if thing.name not in names:
-            found("annotation-unknown-class", f"object '{thing.name[:60]}'; the classes are in labels.txt.")
+            found("annotation-unknown-class", f"object '{thing.name}'; the classes are in labels.txt.")
     return None
 
 
