@@ -9,6 +9,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -50,19 +51,20 @@ def read_files(
     )
     pattern = re.compile(rf"(?:\./)?{re.escape(prefix)}/({shapes})")
     taken, seen = 0, set()
-    for member, read in _entries(archive, progress):
-        match = pattern.fullmatch(member.name)
-        if match is None:
-            continue
-        if not member.isreg() or member.issparse():
-            raise _refused(archive, member.name, "a link, a folder or a device where a file belongs")
-        if match[1].lower() in seen:  # file systems that ignore case would take the two for one
-            raise _refused(archive, member.name, "it comes twice")
-        seen.add(match[1].lower())
-        taken += member.size
-        if member.size > MAX_FILE or taken > limit:
-            raise _refused(archive, member.name, f"more than {MAX_FILE:,} bytes in a file, or {limit:,} in all")
-        yield match[1], read()
+    with _damage_named(archive):
+        for member, read in _entries(archive, progress):
+            match = pattern.fullmatch(member.name)
+            if match is None:
+                continue
+            if not member.isreg() or member.issparse():
+                raise _refused(archive, member.name, "a link, a folder or a device where a file belongs")
+            if match[1].lower() in seen:  # file systems that ignore case would take the two for one
+                raise _refused(archive, member.name, "it comes twice")
+            seen.add(match[1].lower())
+            taken += member.size
+            if member.size > MAX_FILE or taken > limit:
+                raise _refused(archive, member.name, f"more than {MAX_FILE:,} bytes in a file, or {limit:,} in all")
+            yield match[1], read()
 
 
 class _Rationed:
@@ -83,29 +85,37 @@ class _Rationed:
         return block
 
 
+@contextmanager
+def _damage_named(archive: Path) -> Iterator[None]:
+    """Whatever a damaged or hostile archive makes of the reading becomes a DataError."""
+    try:
+        yield
+    # Headers are met with almost any of these, chains of them with RecursionError.
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{archive}: the archive is damaged ({error}); delete it and download it again.") from error
+
+
 def _entries(
     archive: Path, progress: Callable[[int, int], None]
 ) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
     """Every entry with a safe name, and a function that reads its content before the next entry is asked for."""
     total = archive.stat().st_size
-    try:
-        with archive.open("rb") as raw:
-            compressed = raw.read(len(_COMPRESSED)) == _COMPRESSED
-            raw.seek(0)
-            stream = _Rationed(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if compressed else raw)
-            # "r|" reads strictly forward: no header can send it back, so that it would never end.
-            with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as tar:
-                for number, member in enumerate(tar):
-                    if number == MAX_FILES:
-                        raise _refused(archive, member.name, f"more than {MAX_FILES:,} entries")
-                    if _leads_elsewhere(member.name):
-                        raise _refused(archive, member.name, "the name leads out of the data set")
-                    stream.allowed = member.size + _HEADERS
-                    yield member, partial(_content, tar, member)
-                    progress(raw.tell(), total)
-    # Hostile headers are met with almost any of these, chains of them with RecursionError.
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{archive}: the archive is damaged ({error}); delete it and download it again.") from error
+    with archive.open("rb") as raw:
+        compressed = raw.read(len(_COMPRESSED)) == _COMPRESSED
+        raw.seek(0)
+        stream = _Rationed(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if compressed else raw)
+        # "r|" reads strictly forward: no header can send it back, so that it would never end.
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as tar:
+            for number, member in enumerate(tar):
+                if number == MAX_FILES:
+                    raise _refused(archive, member.name, f"more than {MAX_FILES:,} entries")
+                if _leads_elsewhere(member.name):
+                    raise _refused(archive, member.name, "the name leads out of the data set")
+                if member.size < 0:
+                    raise _refused(archive, member.name, f"{member.size} bytes")
+                stream.allowed = member.size + _HEADERS
+                yield member, partial(_content, tar, member)
+                progress(raw.tell(), total)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
