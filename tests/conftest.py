@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_support import write_voc
+from local_server import Server
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
@@ -21,6 +22,14 @@ def sample(tmp_path_factory):
 def voc(tmp_path):
     """A healthy data set in VOC layout, to be changed at will: see `write_voc`."""
     return write_voc(tmp_path / "set")
+
+
+@pytest.fixture
+def server():
+    """An HTTP server on this machine: see `local_server`."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,13 @@ def install(tmp_path):
     def run(content: bytes, **change):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / VOC2012.file).write_bytes(content)
-        fields = {"md5": hashlib.md5(content).hexdigest(), "size": len(content), "unpacked": 1_000_000, "urls": ()}
+        fields = {
+            "md5": hashlib.md5(content).hexdigest(),
+            "size": len(content),
+            "limit": 1_000_000,
+            "room": 0,
+            "urls": (),
+        }
         return install_voc2012(folder, source=replace(VOC2012, **{**fields, **change}))
 
     run.folder = folder
@@ -153,7 +159,7 @@ def huge_header(kind: bytes) -> bytes:
     """An extended header or a long name that claims ten gigabytes."""
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 10 << 30
-    return info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 16)
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20)
 
 
 def chain() -> bytes:
@@ -225,6 +231,9 @@ def test_hostile_archives_leave_nothing(install, tmp_path, name):
     assert not Path("/tmp", OUTSIDE).exists()
     assert str(caught.value).isprintable() or "\n" in str(caught.value)
     assert "\x1b" not in str(caught.value)
+    assert "segnet-tmp" not in str(caught.value)
+    if name.startswith("huge"):
+        assert "more bytes than any honest archive" in str(caught.value)
 
 
 def test_links_and_devices_beside_the_list_are_passed_over(install, tmp_path):

@@ -131,4 +131,4 @@ def _leads_elsewhere(name: str) -> bool:
 
 
 def _refused(archive: Path, name: str, reason: str) -> DataError:
-    return DataError(f"{archive}: refused because of {name[:200]!a}: {reason}; nothing was unpacked from it.")
+    return DataError(f"{archive}: refused because of {name[:200]!a}: {reason}. Delete it and download it again.")

@@ -29,7 +29,9 @@ def install_voc2012(
     directory = Path(directory)
     root = directory / source.prefix
     if root.exists():
-        return _looked_over(root)
+        if fault := _fault(root):
+            raise DataError(f"{fault}\nThe data set is not whole; move {root} away and download it again.")
+        return root
     archive = _archive(directory, source, mirrors, progress)
     try:
         with whole_folder(root) as folder:
@@ -37,7 +39,7 @@ def install_voc2012(
                 archive,
                 source.prefix,
                 source.wanted,
-                source.unpacked,
+                source.limit,
                 lambda done, total: progress("unpack", done, total),
             )
             for name in source.wanted:
@@ -46,7 +48,8 @@ def install_voc2012(
                 # "x": an existing file, or a link however it came there, is never written through.
                 with (folder / name).open("xb") as stream:
                     stream.write(content)
-            _looked_over(folder)
+            if fault := _fault(folder):
+                raise DataError(f"{archive}: holds no whole data set: {fault.replace(str(folder), str(root))}")
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error}); make room, or choose a folder that is yours.") from error
     return root
@@ -71,26 +74,26 @@ def _archive(directory: Path, source: Source, mirrors: Sequence[str], progress: 
     """The verified archive in `directory`, downloaded if it is not there and there is room for all that follows."""
     archive = directory / source.file
     there = sum(path.stat().st_size for path in (archive, archive.with_name(archive.name + ".part")) if path.is_file())
-    needed = max(0, source.size - there) + source.unpacked + _MARGIN
+    needed = max(0, source.size - there) + source.room + _MARGIN
     existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DataError(
             f"{directory}: {needed / 1e9:.1f} GB of free space expected ({source.size / 1e9:.1f} for the archive less "
-            f"{there / 1e9:.1f} that are there, {source.unpacked / 1e9:.1f} for its files), got {free / 1e9:.1f} GB; "
+            f"{there / 1e9:.1f} that are there, {source.room / 1e9:.1f} for its files), got {free / 1e9:.1f} GB; "
             "make room, or choose a folder on another disk."
         )
     fetch((*mirrors, *source.urls), archive, source.md5, source.size, progress)
     return archive
 
 
-def _looked_over(root: Path) -> Path:
-    """The root, if the lists for training and validation are there and every file that they name."""
+def _fault(root: Path) -> str:
+    """What the lists for training and validation, or the files that they name, lack; empty where all are there."""
+    if missing := [name for name in FOLDERS if not (root / name).is_dir()]:
+        return f"{root} lacks {', '.join(missing)}."
     try:
-        if missing := [name for name in FOLDERS if not (root / name).is_dir()]:
-            raise DataError(f"{root}: lacks {', '.join(missing)}.")
         for split in ("train", "val"):
             VOCDataset(root, split)
     except DataError as error:
-        raise DataError(f"{error}\nThe data set is not whole; move {root} away and download it again.") from error
-    return root
+        return str(error)
+    return ""

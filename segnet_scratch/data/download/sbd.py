@@ -61,7 +61,7 @@ def merge_sbd(
             sweep_temporaries(folder)
 
         def jobs() -> Iterator[tuple[str, str, bytes]]:
-            for path, content in read_files(archive, source.prefix, source.wanted, source.unpacked, progress):
+            for path, content in read_files(archive, source.prefix, source.wanted, source.limit, progress):
                 name = PurePosixPath(path)
                 if name.suffix == ".txt":
                     if name.stem in ("train", "val"):

@@ -10,7 +10,7 @@ class Source:
 
     file: its name. md5, size (bytes): of the one true file. urls: where to get it, in the order of trying.
     prefix: the folder inside it that counts. wanted: suffix of the files taken, by their folder below prefix; all
-    else is left out. unpacked: bytes that the files taken have at most together.
+    else is left out. limit: bytes beyond which these files are refused. room: bytes of disk that they end in.
     """
 
     file: str
@@ -19,7 +19,8 @@ class Source:
     urls: tuple[str, ...]
     prefix: str
     wanted: Mapping[str, str]
-    unpacked: int
+    limit: int
+    room: int
 
 
 VOC2012 = Source(
@@ -40,7 +41,8 @@ VOC2012 = Source(
         "Annotations": ".xml",
         "ImageSets/Segmentation": ".txt",
     },
-    unpacked=2_000_000_000,
+    limit=2_000_000_000,
+    room=2_000_000_000,
 )
 
 SBD = Source(
@@ -53,5 +55,6 @@ SBD = Source(
     ),
     prefix="benchmark_RELEASE/dataset",
     wanted={"cls": ".mat", "img": ".jpg", "": ".txt"},
-    unpacked=2_000_000_000,
+    limit=6_000_000_000,
+    room=300_000_000,  # only masks are written, as PNG; the images are VOC's own
 )
