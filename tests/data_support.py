@@ -1,8 +1,10 @@
 """Pictures and a small data set made by hand, which several test files about data share."""
 
+import hashlib
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from segnet_scratch import data
 from segnet_scratch.data import VOID
+from segnet_scratch.data.download.sources import Source
 
 REAL_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -57,10 +60,16 @@ def noise(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def write_voc(root: Path) -> Path:
-    """A small, healthy data set: ids a, b, c, ..., 8 images of 20 x 30 in split train, 2 of them in val."""
+def empty_voc(root: Path) -> Path:
+    """The folders of a data set in VOC layout, with nothing in them."""
     for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
+    return root
+
+
+def write_voc(root: Path) -> Path:
+    """A small, healthy data set: ids a, b, c, ..., 8 images of 20 x 30 in split train, 2 of them in val."""
+    empty_voc(root)
     ids = list("abcdefgh")
     for number, name in enumerate(ids):
         (root / "JPEGImages" / f"{name}.jpg").write_bytes(encoded(noise(seed=number), "JPEG"))
@@ -70,3 +79,9 @@ def write_voc(root: Path) -> Path:
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids) + "\n")
     (root / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
     return root
+
+
+def small_source(original: Source, archive: bytes) -> Source:
+    """The source of an archive like the original's, but with this content, and nowhere to be had."""
+    md5 = hashlib.md5(archive).hexdigest()
+    return replace(original, md5=md5, size=len(archive), limit=1_000_000, room=0, urls=())

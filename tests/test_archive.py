@@ -1,7 +1,6 @@
 """Archives: what is taken, and hostile ones, of which nothing lands outside of the target."""
 
 import gzip
-import hashlib
 import io
 import os
 import tarfile
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import encoded, noise
+from data_support import encoded, noise, small_source
 
 from segnet_scratch import data
 from segnet_scratch.data.download import VOC2012, install_voc2012
@@ -73,14 +72,7 @@ def install(tmp_path):
     def run(content: bytes, **change):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / VOC2012.file).write_bytes(content)
-        fields = {
-            "md5": hashlib.md5(content).hexdigest(),
-            "size": len(content),
-            "limit": 1_000_000,
-            "room": 0,
-            "urls": (),
-        }
-        return install_voc2012(folder, source=replace(VOC2012, **{**fields, **change}))
+        return install_voc2012(folder, source=replace(small_source(VOC2012, content), **change))
 
     run.folder = folder
     return run

@@ -1,15 +1,13 @@
 """SBD merged into VOC2012: a synthetic archive of a few images, in the form of the real one."""
 
-import hashlib
 import io
 import sys
 import tarfile
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from data_support import encoded, noise
+from data_support import empty_voc, encoded, noise, small_source
 from PIL import Image
 
 from segnet_scratch import data
@@ -64,17 +62,9 @@ def packed(files: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def source_of(archive: bytes, original=SBD, urls=()):
-    return replace(
-        original, md5=hashlib.md5(archive).hexdigest(), size=len(archive), limit=1_000_000, room=0, urls=urls
-    )
-
-
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "VOCdevkit/VOC2012"
-    for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
-        (root / folder).mkdir(parents=True)
+    root = empty_voc(tmp_path / "VOCdevkit/VOC2012")
     for seed, name in enumerate(("2008_a", "2008_b", "2008_v", "2008_n")):
         (root / f"JPEGImages/{name}.jpg").write_bytes(encoded(noise(*SIZE, 10 + seed), "JPEG"))
         if name != "2008_n":
@@ -91,7 +81,7 @@ def merge(tmp_path, root):
     def run(files: dict[str, bytes]):
         archive = packed(files)
         (tmp_path / SBD.file).write_bytes(archive)
-        return install_sbd(tmp_path, source=source_of(archive))
+        return install_sbd(tmp_path, source=small_source(SBD, archive))
 
     return run
 
@@ -203,8 +193,8 @@ def test_the_command_downloads_both(tmp_path, root, segnet, server, monkeypatch)
     voc, sbd = stream.getvalue(), packed(sbd_files())
     voc_url = server.url("voc.tar", content=voc, cuts=[5000])
     sbd_url = server.url("sbd.tgz", content=sbd)
-    monkeypatch.setattr(cli_data, "install_voc2012", partial(install_voc2012, source=source_of(voc, VOC2012)))
-    monkeypatch.setattr(cli_data, "install_sbd", partial(install_sbd, source=source_of(sbd)))
+    monkeypatch.setattr(cli_data, "install_voc2012", partial(install_voc2012, source=small_source(VOC2012, voc)))
+    monkeypatch.setattr(cli_data, "install_sbd", partial(install_sbd, source=small_source(SBD, sbd)))
     monkeypatch.setattr("segnet_scratch.data.download.fetch.time.sleep", lambda _: None)
     target = tmp_path / "new"
     finished = segnet("data", "download", target, "--mirror", "http://127.0.0.1:9/x", "--mirror", voc_url)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import chunk, encoded, noise, png, real_root
+from data_support import chunk, empty_voc, encoded, noise, png, real_root
 from PIL import Image
 
 from segnet_scratch import data
@@ -36,9 +36,7 @@ def labels(seed: int) -> np.ndarray:
 @pytest.fixture
 def root(tmp_path):
     """A data set without fault: a, b, c, d for training, e, f for validation."""
-    root = tmp_path / "set"
-    for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
-        (root / folder).mkdir(parents=True)
+    root = empty_voc(tmp_path / "set")
     for seed, name in enumerate("abcdef"):
         (root / f"JPEGImages/{name}.jpg").write_bytes(encoded(noise(*SIZE, seed), "JPEG"))
         data.save_indexed_png(root / f"SegmentationClass/{name}.png", labels(seed))

@@ -99,7 +99,7 @@ def _colours(path: Path) -> np.ndarray:
 def _unknown(path: Path, missing: Mapping[Colour, Found]) -> str:
     commonest = sorted(missing.items(), key=lambda item: -item[1][0])
     named = [
-        f"{colour} in {count} pixels, first at row {row}, column {column}"
+        f"{colour} (pixels: {count}, first at row {row}, column {column})"
         for colour, (count, row, column) in commonest[:_COLOURS_NAMED]
     ]
     more = f"; and {len(missing) - _COLOURS_NAMED} more colours" if len(missing) > _COLOURS_NAMED else ""

@@ -59,8 +59,8 @@ def class_names(root: Path) -> tuple[str, ...]:
     than 255 names (label 255 is void).
     """
     names, findings = parse_labels(root / "labels.txt")
-    for finding in findings:
-        raise finding.error
+    if findings:
+        raise findings[0].error
     return names
 
 
