@@ -252,6 +252,11 @@ def test_a_bomb_outside_the_list_costs_no_memory_and_ends(install, monkeypatch):
         install(bomb())
 
 
+def test_one_large_file_is_refused_whatever_all_may_have(install):
+    with pytest.raises(DataError, match="more than 16,777,216 bytes in a file"):
+        install(tar([*honest(), member(IMAGE, bytes((16 << 20) + 1))]), limit=1 << 30)
+
+
 def test_too_many_entries_are_refused(install, monkeypatch):
     monkeypatch.setattr(archive_module, "MAX_FILES", 5)
     with pytest.raises(DataError, match="more than 5 entries"):

@@ -113,7 +113,9 @@ def test_sbd_adds_what_voc_lacks_and_nothing_of_val(merge, root):
 
 
 def test_the_ids_of_val_are_left_out_though_sbd_trains_on_them(merge, root):
+    (root / "SegmentationClass/2008_v.png").unlink()
     merge(sbd_files())
+    assert not (root / "SegmentationClass/2008_v.png").exists(), "no score by SBD's masks"
     val = set((root / "ImageSets/Segmentation/val.txt").read_text().split())
     assert "2008_v" in sbd_files()["train.txt"].decode()
     assert not val & set(VOCDataset(root, "train_aug").ids)
