@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -428,6 +429,12 @@ def test_every_code_has_its_test():
     assert {code for code, _ in KINDS} == set(CODES)
     assert len(CODES) > 70
     assert not set(ERRORS) & set(WARNINGS)
+
+
+def test_the_documentation_lists_every_code():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.+) \|$", text, re.MULTILINE))
+    assert listed == CODES
 
 
 def test_one_bad_file_hides_no_other(root):
