@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from data_support import write_voc
 from fake_cupy import FakeCupy
+from local_server import Server
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
@@ -32,6 +34,20 @@ def dry_cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
     fake = FakeCupy(dry=True).install(monkeypatch, tmp_path)
     yield fake
     fake.timeline.finish()
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A healthy data set in VOC layout, to be changed at will: see `write_voc`."""
+    return write_voc(tmp_path / "set")
+
+
+@pytest.fixture
+def server():
+    """An HTTP server on this machine: see `local_server`."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,35 @@
 """`segnet data ...`: data sets in PASCAL VOC's layout."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from segnet_scratch.cli.common import app, say
-from segnet_scratch.data import write_sample
+from segnet_scratch.checkpoint import write_durably
+from segnet_scratch.cli.common import JsonOption, app, console, fail, say
+from segnet_scratch.cli.data_tables import (
+    counted,
+    facts_table,
+    finding_lines,
+    labels_table,
+    statistics_table,
+    transferred,
+)
+from segnet_scratch.data import VOCDataset, find_root, write_sample
+from segnet_scratch.data.colours import camvid_colours, read_colours
+from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
+from segnet_scratch.data.convert_masks import convert_masks
+from segnet_scratch.data.download import install_sbd, install_voc2012
+from segnet_scratch.data.statistics import class_statistics
+from segnet_scratch.data.verify import verify as run_verify
+from segnet_scratch.errors import DataError
+from segnet_scratch.report import write_json
 
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+RootArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A VOC root, or a folder above it.")]
 
 
 @data_app.command()
@@ -27,3 +47,123 @@ def sample(
     """
     root = write_sample(directory, train=train, val=val, seed=seed)
     say(f"{train} training and {val} validation images in {root}")
+
+
+@data_app.command()
+def download(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
+    dataset: Annotated[str, typer.Option(metavar="voc2012|sbd", help="sbd adds its masks to voc2012.")] = "voc2012",
+    mirror: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Address of the archive, tried before the known ones.")
+    ] = None,
+) -> None:
+    """Download PASCAL VOC2012 (2.0 GB), or SBD's masks (1.4 GB) that make 10,582 training images of its 1,464.
+
+    An interrupted download goes on where it broke off, when the command is repeated. The archive is verified by its
+    checksum before anything is unpacked, and stays in DIR. SBD ends in the list train_aug, without the images of val.
+    """
+    if dataset == "voc2012":
+        with transferred(console) as progress:
+            root = install_voc2012(directory, mirror or (), progress)
+        splits = ", ".join(f"{split} {len(VOCDataset(root, split))}" for split in ("train", "val"))
+        say(f"{root}: {splits} images; look closer with: segnet data verify {root}")
+    elif dataset == "sbd":
+        with transferred(console) as progress:
+            merge = install_sbd(directory, mirror or (), progress)
+        say(f"{merge.root}: list train_aug with {merge.ids:,} images, {merge.added:,} masks added")
+    else:
+        raise typer.BadParameter(f"{dataset!r}; expected voc2012 or sbd", param_hint="--dataset")
+
+
+@data_app.command()
+def verify(
+    directory: RootArgument,
+    split: Annotated[list[str] | None, typer.Option(help="A list to look at, once for each; all unless given.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Read every image, mask and annotation, and name all that is wrong; exit code 1 where there is an error.
+
+    Each finding has a code that never changes, such as mask-rgb or split-overlap. Warnings are legal, but seldom meant.
+    """
+    with counted(console, "verify") as progress:
+        report = run_verify(directory, split or (), progress=progress)
+    console.print(facts_table(report))
+    console.print(labels_table(report))
+    for line, style in finding_lines(report):
+        say(line, style)
+    write_json(json, report.to_json())
+    errors = sum(finding.is_error for finding in report.findings)
+    if errors:
+        fail(f"{report.root}: {errors} errors in {report.pairs} images and masks", 1)
+    say(f"no errors, {len(report.findings)} warnings")
+
+
+@data_app.command()
+def stats(
+    directory: RootArgument,
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
+    toml: Annotated[
+        Path | None,
+        typer.Option(help="Write the weights as class_weights, for segnet train --config.", metavar="FILE"),
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Count the pixels of each class, and give the paper's median-frequency weights for the loss.
+
+    frequency = pixels of the class / pixels of the images in which it occurs, weight = median frequency / frequency.
+    Void counts in neither. A class that does not occur gets weight 1.
+    """
+    dataset = VOCDataset(directory, split)
+    with counted(console, "count") as progress:
+        statistics = class_statistics(dataset, progress=progress)
+    console.print(statistics_table(statistics, split))
+    write_json(json, {"split": split, **statistics.to_json()})
+    if toml is not None:
+        toml.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(toml, [statistics.to_toml(f"{dataset.root.name}, split {split}").encode()])
+        say(f"weights in {toml}")
+
+
+@data_app.command()
+def show(
+    directory: RootArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
+    ids: Annotated[list[str] | None, typer.Option(help="An image to show, once for each.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Images, evenly spread over the list.")] = 12,
+) -> None:
+    """Draw a contact sheet: images with the boxes of their annotations, masks in colours, and a legend."""
+    dataset = VOCDataset(directory, split)
+    places = {name: index for index, name in enumerate(dataset.ids)}
+    if unknown := [name for name in ids or () if name not in places]:
+        raise DataError(f"{dataset.root}: split '{split}' has no image '{unknown[0]}'; take one of its {len(dataset)}.")
+    picture = BytesIO()
+    indices = [places[name] for name in ids] if ids else spread(len(dataset), count)
+    contact_sheet(dataset, indices).save(picture, format="PNG")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(out, [picture.getvalue()])
+    say(f"{len(indices)} of the {len(dataset)} images of {split} in {out}")
+
+
+@data_app.command(name="convert-masks")
+def convert_masks_command(
+    directory: RootArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new data set.", file_okay=False)],
+    colours: Annotated[
+        str,
+        typer.Option(
+            "--colors",
+            metavar="FILE|voc|camvid",
+            help="Which colour is which class: a file with lines of 'name r g b' (void for none), VOC's colours, or "
+            "CamVid's 32 as its usual 11 classes.",
+        ),
+    ] = "voc",
+) -> None:
+    """Write a copy of a data set whose masks hold colours, with class numbers in their place.
+
+    A colour that is not known is an error that names the masks, and how many pixels have it and where.
+    """
+    table = {"voc": lambda: None, "camvid": camvid_colours}.get(colours, lambda: read_colours(colours))()
+    with counted(console, "convert") as progress:
+        masks = convert_masks(directory, out, table, progress=progress)
+    say(f"{masks} masks in {find_root(out)}")

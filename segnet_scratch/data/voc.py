@@ -6,27 +6,25 @@ ROOT/SegmentationClass/<id>.png           masks: class numbers as palette indice
 ROOT/labels.txt                           class names, one a line (optional; default: VOC's 21)
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from segnet_scratch.data.palette import VOC_CLASSES, VOID
+from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
+from segnet_scratch.data.pictures import read_image, read_mask
 from segnet_scratch.errors import DataError
-
-MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels."""
 
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
 IMAGE_FOLDER = "JPEGImages"
 MASK_FOLDER = "SegmentationClass"
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-# A format that Pillow is not told to expect is never parsed, so a flaw in a rare decoder cannot be reached.
-_DATASET_FORMATS = ("JPEG", "PNG")
-_PREDICTION_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-_MASK_FORMATS = ("PNG",)
+FOLDERS = (SPLIT_FOLDER.as_posix(), IMAGE_FOLDER, MASK_FOLDER)
+"""What a VOC root holds at least."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+"""Suffixes of images; where an id has several, the first goes."""
+
 _NAMED_AT_MOST = 5
 
 
@@ -36,18 +34,22 @@ def find_root(path: str | Path) -> Path:
     Raises DataError that lists what each place lacks when none of them is a VOC root.
     """
     path = Path(path)
-    folders = (SPLIT_FOLDER, Path(IMAGE_FOLDER), Path(MASK_FOLDER))
     looked = []
-    for root in (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"):
-        missing = [folder.as_posix() for folder in folders if not (root / folder).is_dir()]
+    for root in possible_roots(path):
+        missing = [folder for folder in FOLDERS if not (root / folder).is_dir()]
         if not missing:
             return root
         looked.append(f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder"))
     raise DataError(
         f"{path}: no data set in VOC layout found; looked in\n"
         + "\n".join(looked)
-        + f"\nPass the folder that holds {SPLIT_FOLDER.as_posix()}, {IMAGE_FOLDER} and {MASK_FOLDER}."
+        + f"\nPass the folder that holds {FOLDERS[0]}, {FOLDERS[1]} and {FOLDERS[2]}."
     )
+
+
+def possible_roots(path: Path) -> tuple[Path, ...]:
+    """The folders that may be the VOC root meant by `path`, in the order in which they are looked at."""
+    return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
 
 
 def class_names(root: Path) -> tuple[str, ...]:
@@ -56,17 +58,10 @@ def class_names(root: Path) -> tuple[str, ...]:
     Blank lines are skipped. Raises DataError for a file without names, with a name twice, or with more
     than 255 names (label 255 is void).
     """
-    path = root / "labels.txt"
-    if not path.exists():
-        return VOC_CLASSES
-    names = [line for line in _read_lines(path) if line]
-    if not names:
-        raise DataError(f"{path}: expected class names, one a line, got an empty file; fill it in or delete it.")
-    if len(names) > VOID:
-        raise DataError(f"{path}: {len(names)} class names, at most {VOID} fit beside void; merge some classes.")
-    if twice := _first_repeated(names):
-        raise DataError(f"{path}: class name '{twice}' stands there twice; every class needs its own name.")
-    return tuple(names)
+    names, findings = parse_labels(root / "labels.txt")
+    if findings:
+        raise findings[0].error
+    return names
 
 
 def read_split(root: Path, split: str) -> list[str]:
@@ -78,76 +73,25 @@ def read_split(root: Path, split: str) -> list[str]:
     """
     folder = root / SPLIT_FOLDER
     path = folder / f"{split}.txt"
-    if not _is_plain_name(split) or not path.is_file():
+    if not is_plain_name(split) or not path.is_file():
         splits = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
         raise DataError(f"{path}: there is no split '{split}'; splits in {folder}: {splits}.")
-    ids = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line:
-            continue
-        if not _is_plain_name(line):
-            raise DataError(
-                f"{path}, line {number}: {_shortened(line)} is not an image id; "
-                "write plain names without folder, suffix or blanks, one a line."
-            )
-        ids.append(line)
-    if not ids:
-        raise DataError(f"{path}: expected image ids, one a line, got none; fill the file or use another split.")
-    if twice := _first_repeated(ids):
-        raise DataError(f"{path}: id '{twice}' stands there twice; delete one, or it counts twice in every score.")
+    ids, findings = parse_split(path)
+    for finding in findings:
+        if finding.is_error:
+            raise finding.error
     return ids
 
 
-def read_image(path: str | Path, *, for_prediction: bool = False) -> np.ndarray:
-    """A picture as uint8 (H, W, 3), RGB; greyscale, palette and CMYK are converted, alpha is dropped.
-
-    A data set's pictures are JPEG or PNG and are never turned by their EXIF orientation, because their
-    masks are not. With `for_prediction` BMP and WebP are read too and the picture is turned upright.
-    Raises DataError for a file that is missing, damaged, of another format or larger than MAX_PIXELS.
-    """
-    path = Path(path)
-    formats = _PREDICTION_FORMATS if for_prediction else _DATASET_FORMATS
-    picture = _decode(path, formats, upright=for_prediction)
-    if picture.mode.startswith("I"):
-        # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
-        grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return np.array(picture.convert("RGB"))
+def find_image(root: Path, name: str) -> Path:
+    """The file of the image with this id; where none exists, the name that VOC would give it."""
+    candidates = [root / IMAGE_FOLDER / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def read_mask(path: str | Path, classes: int) -> np.ndarray:
-    """A mask as uint8 (H, W): palette indices (or grey values) as they are stored, each < `classes` or 255.
-
-    Raises DataError for a file that is missing, damaged or not a PNG, for a colour-valued mask, and for
-    a label that is neither a class nor void.
-    """
-    path = Path(path)
-    picture = _decode(path, _MASK_FORMATS, upright=False)
-    if picture.mode not in ("P", "L", "1"):
-        raise DataError(
-            f"{path}: expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}"
-            f"{', a colour-coded mask' if picture.mode.startswith('RGB') else ''}; "
-            "replace every colour by the number of its class and save it as an indexed PNG."
-        )
-    mask = np.array(picture, dtype=np.uint8)
-    if picture.mode == "L":
-        # Greyscale of 2 or 4 bits a pixel comes out of Pillow stretched to 0..255; labels must not be.
-        mask //= 255 // (2 ** min(_png_bit_depth(path), 8) - 1)
-    wrong = (mask >= classes) & (mask != VOID)
-    if wrong.any():
-        row, column = (int(axis[0]) for axis in np.nonzero(wrong))
-        label = int(mask[row, column])
-        others = np.unique(mask[wrong]).size - 1
-        raise DataError(
-            f"{path}: label {label} in {np.count_nonzero(mask == label)} pixels, "
-            f"first at row {row}, column {column}"
-            f"{f', and {others} other wrong labels' if others else ''}; "
-            f"expected 0..{classes - 1} or {VOID} (void). "
-            "Correct the mask, or name every class in labels.txt."
-        )
-    return mask
+def mask_file(root: Path, name: str) -> Path:
+    """The file of the mask with this id, whether it exists or not."""
+    return root / MASK_FOLDER / f"{name}.png"
 
 
 class VOCDataset:
@@ -171,13 +115,11 @@ class VOCDataset:
 
     def image_path(self, index: int) -> Path:
         """The file of image `index`; where none exists, the name that VOC would give it."""
-        folder = self.root / IMAGE_FOLDER
-        candidates = [folder / f"{self.ids[index]}{suffix}" for suffix in _IMAGE_SUFFIXES]
-        return next((path for path in candidates if path.is_file()), candidates[0])
+        return find_image(self.root, self.ids[index])
 
     def mask_path(self, index: int) -> Path:
         """The file of mask `index`."""
-        return self.root / MASK_FOLDER / f"{self.ids[index]}.png"
+        return mask_file(self.root, self.ids[index])
 
     def check(self) -> None:
         """Raises DataError that counts all missing images and masks and names the first few.
@@ -204,92 +146,20 @@ class VOCDataset:
         """
         image = read_image(self.image_path(index))
         mask = read_mask(self.mask_path(index), self.classes)
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"{self.mask_path(index)}: mask of {_extent(mask)} for an image of {_extent(image)} "
-                f"({self.image_path(index)}); both need the same size."
-            )
+        if finding := sizes_differ(self.image_path(index), image.shape[:2], self.mask_path(index), mask.shape):
+            raise finding.error
         return image, mask, self.ids[index]
 
 
-def _decode(path: Path, formats: tuple[str, ...], upright: bool) -> Image.Image:
-    """The decoded picture, turned by its EXIF orientation if `upright`.
-
-    Whatever goes wrong becomes a DataError that names the file.
-    """
-    expected = " or ".join(formats)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {problem}; expected a {expected} picture there.")
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            if not start:
-                raise DataError(f"{path}: the file is empty (0 bytes); copy it from the source again.")
-            picture = Image.open(stream, formats=formats)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise _too_large(path)
-            if picture.format == "PNG":
-                # Decoding alone skips the checksums, so that a flipped bit would pass as another label.
-                picture.verify()
-                picture = Image.open(stream, formats=formats)
-            picture.load()
-            return ImageOps.exif_transpose(picture) if upright else picture
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"{path}: not readable as {expected} (the file starts with {start!r}); "
-            "convert it, or copy it from the source again."
-        ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path) from error
-    except Exception as error:  # decoders meet damage with almost any type: SyntaxError, struct.error, ...
-        raise DataError(
-            f"{path}: the picture is damaged or cut off ({error}); copy it from the source again."
-        ) from error
-
-
-def _too_large(path: Path) -> DataError:
-    return DataError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down.")
-
-
-def _png_bit_depth(path: Path) -> int:
-    with path.open("rb") as stream:
-        return stream.read(25)[24]  # signature 8, chunk length 4, "IHDR" 4, width 4, height 4
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as plain text.") from error
-
-
-def _is_plain_name(name: str) -> bool:
-    """Whether a name is one file name on every system: no separator, drive, blank or leading dot (`..`)."""
-    return (
-        bool(name)
-        and name.isprintable()
-        and len(os.fsencode(name)) <= 240
-        and not name.startswith(".")
-        and not any(mark in name for mark in "/\\: ")
+def sizes_differ(image: Path, image_size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> Finding | None:
+    """What is said of a pair whose sizes (height, width) differ; None where they are equal."""
+    if image_size == mask_size:
+        return None
+    code = "size-transposed" if image_size == mask_size[::-1] else "size-mismatch"
+    (height, width), (mask_height, mask_width) = image_size, mask_size
+    return Finding(
+        code,
+        mask,
+        f"mask of {mask_height} x {mask_width} (height x width) for an image of {height} x {width} "
+        f"({image}); both need the same size.",
     )
-
-
-def _first_repeated(names: list[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _extent(array: np.ndarray) -> str:
-    height, width = array.shape[:2]
-    return f"{height} x {width} (height x width)"

@@ -1,0 +1,6 @@
+"""Downloads of VOC2012 and SBD: resumed where they broke off, verified, unpacked file by file."""
+
+from segnet_scratch.data.download.install import install_sbd, install_voc2012
+from segnet_scratch.data.download.sources import SBD, VOC2012
+
+__all__ = ["SBD", "VOC2012", "install_sbd", "install_voc2012"]

@@ -1,0 +1,99 @@
+"""From nothing to a data set in a folder: room, download, checksum, unpacking."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from segnet_scratch.data.download.archive import read_files
+from segnet_scratch.data.download.fetch import Progress, fetch
+from segnet_scratch.data.download.sbd import Merge, merge_sbd
+from segnet_scratch.data.download.sources import SBD, VOC2012, Source
+from segnet_scratch.data.voc import FOLDERS, VOCDataset, find_root
+from segnet_scratch.data.whole_folder import whole_folder
+from segnet_scratch.errors import DataError
+
+_MARGIN = 200_000_000  # bytes left free, so that the machine stays usable
+
+_SILENT: Progress = lambda what, done, total: None  # noqa: E731
+
+
+def install_voc2012(
+    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = _SILENT, source: Source = VOC2012
+) -> Path:
+    """Downloads VOC2012 into `directory` and returns its root, `directory`/VOCdevkit/VOC2012.
+
+    mirrors: addresses of the archive to try before the known ones. An archive that lies in `directory` is used, and
+    stays there. The root appears whole or not at all; where it is there already it is only looked over. Raises
+    DataError where no mirror delivers, where room is short, and where a root is there that is not whole.
+    """
+    directory = Path(directory)
+    root = directory / source.prefix
+    if root.exists():
+        if fault := _fault(root):
+            raise DataError(f"{fault}\nThe data set is not whole; move {root} away and download it again.")
+        return root
+    archive = _archive(directory, source, mirrors, progress)
+    try:
+        with whole_folder(root) as folder:
+            files = read_files(
+                archive,
+                source.prefix,
+                source.wanted,
+                source.limit,
+                lambda done, total: progress("unpack", done, total),
+            )
+            for name in source.wanted:
+                (folder / name).mkdir(parents=True)
+            for name, content in files:
+                # "x": an existing file, or a link however it came there, is never written through.
+                with (folder / name).open("xb") as stream:
+                    stream.write(content)
+            if fault := _fault(folder):
+                raise DataError(f"{archive}: holds no whole data set: {fault.replace(str(folder), str(root))}")
+    except OSError as error:
+        raise DataError(f"{root}: cannot be written ({error}); make room, or choose a folder that is yours.") from error
+    return root
+
+
+def install_sbd(
+    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = _SILENT, source: Source = SBD
+) -> Merge:
+    """Downloads SBD into `directory` and adds its masks to the VOC2012 that is there, see `merge_sbd`.
+
+    Raises DataError where there is no VOC2012, and as `install_voc2012` does.
+    """
+    try:
+        root = find_root(directory)
+    except DataError as error:
+        raise DataError(f"{error}\nSBD adds masks to VOC2012: download that into the same folder first.") from error
+    archive = _archive(Path(directory), source, mirrors, progress)
+    return merge_sbd(archive, root, source, lambda done, total: progress("convert", done, total))
+
+
+def _archive(directory: Path, source: Source, mirrors: Sequence[str], progress: Progress) -> Path:
+    """The verified archive in `directory`, downloaded if it is not there and there is room for all that follows."""
+    archive = directory / source.file
+    there = sum(path.stat().st_size for path in (archive, archive.with_name(archive.name + ".part")) if path.is_file())
+    needed = max(0, source.size - there) + source.room + _MARGIN
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DataError(
+            f"{directory}: {needed / 1e9:.1f} GB of free space expected ({source.size / 1e9:.1f} for the archive less "
+            f"{there / 1e9:.1f} that are there, {source.room / 1e9:.1f} for its files), got {free / 1e9:.1f} GB; "
+            "make room, or choose a folder on another disk."
+        )
+    fetch((*mirrors, *source.urls), archive, source.md5, source.size, progress)
+    return archive
+
+
+def _fault(root: Path) -> str:
+    """What the lists for training and validation, or the files that they name, lack; empty where all are there."""
+    if missing := [name for name in FOLDERS if not (root / name).is_dir()]:
+        return f"{root} lacks {', '.join(missing)}."
+    try:
+        for split in ("train", "val"):
+            VOCDataset(root, split)
+    except DataError as error:
+        return str(error)
+    return ""

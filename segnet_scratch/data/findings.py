@@ -1,0 +1,127 @@
+"""Everything that can be wrong with a data set, by name: the codes that `segnet data verify` reports.
+
+A code never changes its meaning, so that scripts can rely on it. An error makes training or scoring fail or lie; a
+warning is legal and read, but seldom what was meant.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from segnet_scratch.errors import DataError
+
+ERRORS = {
+    # the root
+    "missing-folder": "one of JPEGImages, SegmentationClass and ImageSets/Segmentation is not there",
+    "no-splits": "ImageSets/Segmentation holds no list of ids",
+    # lists of ids, and labels.txt
+    "split-unreadable": "a list of ids is no UTF-8 text",
+    "split-name": "a list of ids has a name that --split cannot take",
+    "empty-split": "a list of ids names none",
+    "duplicate-id": "an id stands twice in one list, so that it counts twice in every score",
+    "id-with-path": "an id holds a folder; it would reach outside of the data set",
+    "id-with-suffix": "an id ends in .jpg or .png",
+    "bad-id": "a line is no plain name",
+    "split-overlap": "ids are in a list for training and in one for scoring",
+    "labels-unreadable": "labels.txt is no UTF-8 text",
+    "labels-empty": "labels.txt names no class",
+    "labels-too-many": "labels.txt names more classes than fit beside void",
+    "labels-duplicate": "labels.txt names a class twice",
+    "labels-name": "labels.txt names a class with control characters",
+    # pictures: what may be wrong with an image and with a mask alike
+    **{
+        f"{role}-{code}": meaning.format(role=role)
+        for role in ("image", "mask")
+        for code, meaning in {
+            "link-broken": "the {role} is a link to nowhere",
+            "not-a-file": "a folder, pipe or device stands in place of the {role}",
+            "unreadable": "the system refuses to read the {role}",
+            "zero-bytes": "the file of the {role} is empty",
+            "is-html": "the {role} is a web page, most often an error message saved by a download",
+            "is-lfs-pointer": "the {role} is a Git LFS pointer; its content was never fetched",
+            "is-tiff": "the {role} is a TIFF under another name",
+            "is-gif": "the {role} is a GIF under another name",
+            "is-bmp": "the {role} is a BMP under another name",
+            "is-webp": "the {role} is a WebP under another name",
+            "wrong-format": "the {role} is of a format that is not read",
+            "truncated": "the {role} ends too early",
+            "damaged": "the {role} cannot be decoded, or a checksum in it is wrong",
+            "bomb": "the {role} claims or unpacks to more than is taken",
+        }.items()
+    },
+    "missing-image": "an id has no image",
+    "missing-mask": "an id has no mask",
+    "image-suffix-case": "the suffix of an image is not in lower case",
+    "mask-suffix-case": "the suffix of a mask is not in lower case",
+    "mask-is-jpeg": "the mask is a JPEG, whose compression invents labels",
+    "mask-rgb": "the mask holds colours in place of class numbers",
+    "mask-has-alpha": "the mask is grey with transparency",
+    "mask-16-bit": "the mask holds 16-bit numbers",
+    "label-out-of-range": "a mask holds a label that is neither a class nor void",
+    "size-mismatch": "image and mask differ in size",
+    "size-transposed": "the mask has the image's height and width exchanged",
+    "image-leak": "the same image is in a training and in a scoring list, under two ids",
+    # annotations
+    "annotation-not-xml": "an annotation is no well-formed XML",
+    "annotation-dtd": "an annotation declares a document type or entities",
+    "annotation-too-large": "an annotation is larger or deeper than any honest one",
+    "annotation-unexpected": "an annotation lacks a field, or holds a value that cannot be",
+}
+WARNINGS = {
+    "bom-in-split": "a list of ids begins with a byte order mark",
+    "crlf-in-split": "a list of ids has line ends of Windows",
+    "blank-line-in-split": "a list of ids has blank lines",
+    "padded-id": "an id has blanks round it",
+    "id-case-clash": "two ids differ in case only; on macOS and Windows they are one file",
+    "image-link-outside": "the image is a link to a file outside of the data set",
+    "mask-link-outside": "the mask is a link to a file outside of the data set",
+    "ambiguous-image": "an id has several images; .jpg goes before .jpeg before .png",
+    "image-suffix-lies": "the image is a PNG named .jpg, or a JPEG named .png",
+    "image-cmyk": "the image is CMYK; its colours are converted without a profile",
+    "image-grey": "the image is grey",
+    "image-16-bit": "the image has 16 bits a pixel; the lower 8 are dropped",
+    "image-has-alpha": "the image has transparency, which is dropped",
+    "image-palette": "the image has a palette of at most 256 colours",
+    "image-animated": "the image has several frames; the first is taken",
+    "mask-animated": "the mask has several frames; the first is taken",
+    "image-exif-rotated": "EXIF asks to turn the image; it is not turned, because its mask is not",
+    "image-tiny": "the image is smaller than 32 pixels on a side",
+    "image-trailing-data": "something follows the end of the image",
+    "mask-trailing-data": "something follows the end of the mask",
+    "mask-all-void": "a mask holds nothing but void",
+    "palettes-differ": "masks have different palettes: were their colours numbered anew, each on its own?",
+    "same-image": "two ids have the same image",
+    "class-absent": "a class does not occur in a training list",
+    "annotation-missing": "an id has no annotation while others have",
+    "annotation-size": "an annotation tells another size than the image has",
+    "annotation-box-outside": "a box reaches out of its image",
+    "annotation-unknown-class": "an object has a name that is not among the classes",
+}
+CODES = {**ERRORS, **WARNINGS}
+"""All codes with their meanings."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found: its code, the file, and what was expected, what was got and the way out."""
+
+    code: str
+    path: Path
+    detail: str
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it is one of ERRORS."""
+        return self.code in ERRORS
+
+    @property
+    def error(self) -> "FoundError":
+        """The finding as an exception."""
+        return FoundError(self)
+
+
+class FoundError(DataError):
+    """A DataError of a known kind; `finding` tells which."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(f"{finding.path}: {finding.detail}")
+        self.finding = finding

@@ -1,0 +1,195 @@
+"""Reading images and masks, and refusing what is damaged, hostile or no mask at all."""
+
+import errno
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from segnet_scratch.data.findings import Finding, FoundError
+from segnet_scratch.data.palette import VOID
+from segnet_scratch.errors import DataError
+
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels."""
+
+Role = Literal["image", "mask"]
+
+# A format that Pillow is not told to expect is never parsed, so a flaw in a rare decoder cannot be reached.
+_FORMATS: dict[Role, tuple[str, ...]] = {"image": ("JPEG", "PNG"), "mask": ("PNG",)}
+_PREDICTION_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+# What people's data sets hold in place of pictures, by their first bytes.
+_STARTS = (
+    (b"\xff\xd8\xff", "is-jpeg"),
+    (b"II*\0", "is-tiff"),
+    (b"MM\0*", "is-tiff"),
+    (b"GIF8", "is-gif"),
+    (b"BM", "is-bmp"),
+    (b"version https://git-lfs", "is-lfs-pointer"),
+    (b"<!DOCTYPE html", "is-html"),
+    (b"<!doctype html", "is-html"),
+    (b"<html", "is-html"),
+)
+
+
+def read_image(path: str | Path, *, for_prediction: bool = False) -> np.ndarray:
+    """A picture as uint8 (H, W, 3), RGB; greyscale, palette and CMYK are converted, alpha is dropped.
+
+    A data set's pictures are JPEG or PNG and are never turned by their EXIF orientation, because their
+    masks are not. With `for_prediction` BMP and WebP are read too and the picture is turned upright.
+    Raises DataError for a file that is missing, damaged, of another format or larger than MAX_PIXELS.
+    """
+    path = Path(path)
+    picture = decode(path, "image", _PREDICTION_FORMATS if for_prediction else None)
+    return rgb_pixels(_upright(path, picture) if for_prediction else picture)
+
+
+def read_mask(path: str | Path, classes: int) -> np.ndarray:
+    """A mask as uint8 (H, W): palette indices (or grey values) as they are stored, each < `classes` or 255.
+
+    Raises DataError for a file that is missing, damaged or not a PNG, for a colour-valued mask, and for
+    a label that is neither a class nor void.
+    """
+    path = Path(path)
+    mask = mask_labels(path, decode(path, "mask"))
+    if finding := wrong_labels(path, mask, classes):
+        raise finding.error
+    return mask
+
+
+def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The decoded picture in the mode that it is stored in; `formats` as Pillow names them, or those of the role.
+
+    Whatever goes wrong becomes a FoundError, whose code begins with the role.
+    """
+    formats = formats or _FORMATS[role]
+    expected = " or ".join(formats)
+
+    def problem(code: str, detail: str) -> FoundError:
+        return Finding(f"{role}-{code}", path, detail).error
+
+    if not path.is_file():
+        if path.is_symlink() and not path.exists():
+            raise problem("link-broken", "is a link to nowhere; put the file there, or correct the link.")
+        if path.exists():
+            raise problem("not-a-file", f"is a folder or a device; expected a {expected} picture there.")
+        raise Finding(f"missing-{role}", path, f"no such file; expected a {expected} picture there.").error
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(32)
+            if not start:
+                raise problem("zero-bytes", "the file is empty (0 bytes); copy it from the source again.")
+            picture = Image.open(stream, formats=formats)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise problem("bomb", _TOO_LARGE)
+            if picture.format == "PNG":
+                # Decoding alone skips the checksums, so that a flipped bit would pass as another label.
+                picture.verify()
+                picture = Image.open(stream, formats=formats)
+            picture.load()
+            return picture
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise problem(
+            _kind(start, role),
+            f"not readable as {expected} (the file starts with {start[:8]!r}); "
+            "convert it, or copy it from the source again.",
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise problem("bomb", _TOO_LARGE) from error
+    except Exception as error:  # decoders meet damage with almost any type: SyntaxError, struct.error, ...
+        raise problem(
+            _kind_of_damage(error), f"the picture is damaged or cut off ({error}); copy it from the source again."
+        ) from error
+
+
+def rgb_pixels(picture: Image.Image) -> np.ndarray:
+    """A decoded picture of any mode as uint8 (H, W, 3), RGB."""
+    if picture.mode.startswith("I"):
+        # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
+        grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return np.array(picture.convert("RGB"))
+
+
+def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
+    """The numbers in a decoded mask, uint8 (H, W), as they are stored. FoundError for a mode that holds none."""
+    if picture.mode not in ("P", "L", "1"):
+        colours = picture.mode.startswith("RGB")
+        code = "mask-rgb" if colours else "mask-has-alpha" if picture.mode.endswith("A") else "mask-16-bit"
+        raise Finding(
+            code,
+            path,
+            f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}"
+            f"{', a colour-coded mask' if colours else ''}; replace every colour by the number of its class and save "
+            f"it as an indexed PNG{' (segnet data convert-masks does)' if colours else ''}.",
+        ).error
+    mask = np.array(picture, dtype=np.uint8)
+    if picture.mode == "L":
+        # Greyscale of 2 or 4 bits a pixel comes out of Pillow stretched to 0..255; labels must not be.
+        mask //= 255 // (2 ** min(_png_bit_depth(path), 8) - 1)
+    return mask
+
+
+def label_counts(mask: np.ndarray) -> np.ndarray:
+    """The number of pixels of each label of a mask, uint8 (H, W): int64 (256,)."""
+    # Three times as fast as np.bincount, which widens the whole mask to 64 bits first.
+    return np.array(Image.fromarray(mask).histogram(), np.int64)
+
+
+def wrong_labels(path: Path, mask: np.ndarray, classes: int) -> Finding | None:
+    """What is said of a mask, uint8 (H, W), with labels that are neither < `classes` nor void; None where all are."""
+    wrong = (mask >= classes) & (mask != VOID)
+    if not wrong.any():
+        return None
+    row, column = (int(axis[0]) for axis in np.nonzero(wrong))
+    label = int(mask[row, column])
+    others = np.unique(mask[wrong]).size - 1
+    return Finding(
+        "label-out-of-range",
+        path,
+        f"label {label} in {np.count_nonzero(mask == label)} pixels, first at row {row}, column {column}"
+        f"{f', and {others} other wrong labels' if others else ''}; expected 0..{classes - 1} or {VOID} (void). "
+        "Correct the mask, or name every class in labels.txt.",
+    )
+
+
+_TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."
+
+
+def _upright(path: Path, picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:  # damaged EXIF is met with almost any type
+        raise Finding("image-damaged", path, f"its EXIF data is damaged ({error}); save it without.").error from error
+
+
+def _kind(start: bytes, role: Role) -> str:
+    """The code, less the role, of a file that Pillow takes for no picture of the formats asked for."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "is-webp"
+    kind = next((kind for prefix, kind in _STARTS if start.startswith(prefix)), "wrong-format")
+    # The start of a picture that it should be, yet unreadable: its header is broken.
+    if start.startswith(b"\x89PNG\r\n\x1a\n") or (kind == "is-jpeg" and role == "image"):
+        return "damaged"
+    return kind
+
+
+def _kind_of_damage(error: Exception) -> str:
+    text = str(error).lower()
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EIO, errno.EACCES):
+        return "unreadable"
+    if "truncated" in text or isinstance(error, EOFError):
+        return "truncated"
+    # PngImagePlugin's caps on text chunks, which a bomb made of metadata meets.
+    return "bomb" if "decompressed data too large" in text or "too much memory" in text else "damaged"
+
+
+def _png_bit_depth(path: Path) -> int:
+    with path.open("rb") as stream:
+        return stream.read(25)[24]  # signature 8, chunk length 4, "IHDR" 4, width 4, height 4

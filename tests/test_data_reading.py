@@ -1,0 +1,457 @@
+"""Data: reading VOC layout, and refusing what is damaged."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_support import REAL_DATA, chunk, encoded, noise, png, real_root
+from PIL import Image
+
+from segnet_scratch import data
+from segnet_scratch.data import (
+    VOC_CLASSES,
+    VOID,
+    VOCDataset,
+    find_root,
+    read_image,
+    read_mask,
+    read_split,
+    sample_rng,
+)
+from segnet_scratch.errors import DataError
+
+# --- palette -------------------------------------------------------------------------------------
+
+
+def test_palette_has_the_colours_of_voc():
+    palette = data.voc_palette()
+    assert palette.shape == (256, 3)
+    assert palette.dtype == np.uint8
+    known = {
+        "background": (0, 0, 0),
+        "aeroplane": (128, 0, 0),
+        "bicycle": (0, 128, 0),
+        "bottle": (128, 0, 128),
+        "cat": (64, 0, 0),
+        "person": (192, 128, 128),
+        "pottedplant": (0, 64, 0),
+        "tvmonitor": (0, 64, 128),
+    }
+    for name, colour in known.items():
+        assert tuple(palette[VOC_CLASSES.index(name)]) == colour, name
+    assert tuple(palette[VOID]) == (224, 224, 192)
+    assert len(np.unique(palette, axis=0)) == 256
+    assert len(set(VOC_CLASSES)) == 21
+
+
+def test_indexed_png_holds_indices_and_the_palette(tmp_path):
+    labels = np.arange(256, dtype=np.int64).reshape(8, 32)
+    data.save_indexed_png(tmp_path / "all.png", labels)
+    picture = Image.open(tmp_path / "all.png")
+    assert picture.mode == "P"
+    np.testing.assert_array_equal(np.array(picture), labels)
+    np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.colourise(labels))
+    np.testing.assert_array_equal(read_mask(tmp_path / "all.png", 255), labels)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.zeros((2, 2)), np.full((2, 2), 256), np.full((2, 2), -1), np.zeros((1, 2, 2), np.uint8)]
+)
+def test_labels_that_are_no_map_are_not_written(tmp_path, labels):
+    with pytest.raises(DataError, match=r"out\.png"):
+        data.save_indexed_png(tmp_path / "out.png", labels)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_writing_into_a_missing_folder_names_the_file(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere.out\.png"):
+        data.save_indexed_png(tmp_path / "nowhere" / "out.png", np.zeros((2, 2), np.uint8))
+
+
+# --- real data -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("parts", "train", "val"), [(("VOCdevkit", "VOC2012"), 887, 200), (("CamVid",), 367, 101)])
+def test_real_data_is_read_whole(parts, train, val):
+    root = real_root(*parts)
+    dataset = VOCDataset(root, "val")
+    assert len(dataset) == val
+    assert len(VOCDataset(root, "train")) == train
+    seen = np.zeros(256, np.int64)
+    for index in range(val):
+        image, mask, name = dataset.sample(index)
+        assert (image.dtype, mask.dtype, name) == (np.uint8, np.uint8, dataset.ids[index])
+        assert image.shape == (*mask.shape, 3)
+        seen += np.bincount(mask.ravel(), minlength=256)
+    assert seen[: dataset.classes].all(), "every class occurs in val"
+    assert not seen[dataset.classes : VOID].any()
+
+
+def test_camvid_brings_its_own_names():
+    dataset = VOCDataset(real_root("CamVid"), "val")
+    assert dataset.classes == 11
+    assert dataset.names[0] == "sky"
+    assert dataset.names[-1] == "bicyclist"
+
+
+def test_palette_equals_the_one_inside_voc_files():
+    root = real_root("VOCdevkit", "VOC2012")
+    dataset = VOCDataset(root, "val")
+    for index in range(10):
+        with Image.open(dataset.mask_path(index)) as picture:
+            np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.colourise(dataset.sample(index)[1]))
+
+
+def test_root_of_real_voc_is_found_from_above():
+    root = real_root("VOCdevkit", "VOC2012")
+    assert find_root(REAL_DATA) == find_root(REAL_DATA / "VOCdevkit") == find_root(str(root)) == root
+
+
+# --- root, names and splits ----------------------------------------------------------------------
+
+
+def test_a_healthy_set_is_read(voc):
+    dataset = VOCDataset(voc, "train")
+    assert len(dataset) == 8
+    assert (dataset.root, dataset.split, dataset.ids[:2], dataset.classes) == (voc, "train", ("a", "b"), 21)
+    image, mask, name = dataset.sample(2)
+    assert name == "c"
+    np.testing.assert_array_equal(image, np.array(Image.open(voc / "JPEGImages/c.jpg")))
+    np.testing.assert_array_equal(mask, np.array(Image.open(voc / "SegmentationClass/c.png")))
+
+
+def test_root_is_found_in_three_places(voc, tmp_path):
+    for parent in ("one/VOC2012", "two/VOCdevkit/VOC2012"):
+        (tmp_path / parent).parent.mkdir(parents=True)
+        (tmp_path / parent).symlink_to(voc, target_is_directory=True)
+    assert find_root(voc) == voc
+    assert find_root(tmp_path / "one") == tmp_path / "one/VOC2012"
+    assert find_root(tmp_path / "two") == tmp_path / "two/VOCdevkit/VOC2012"
+
+
+def test_a_missing_root_lists_what_was_looked_for(voc):
+    (voc / "SegmentationClass").rename(voc / "masks")
+    with pytest.raises(DataError) as caught:
+        find_root(voc)
+    text = str(caught.value)
+    assert f"{voc}: lacks SegmentationClass" in text
+    assert str(voc / "VOCdevkit" / "VOC2012") in text
+
+
+def test_labels_file_gives_the_names(voc):
+    (voc / "labels.txt").write_bytes(b"\xef\xbb\xbfsky\r\n\r\n  road \r\ntree\n\n")
+    assert data.class_names(voc) == ("sky", "road", "tree")
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "empty"),
+        (b"\n \n", "empty"),
+        (b"sky\nroad\nsky\n", "'sky' stands there twice"),
+        ("\n".join(f"c{n}" for n in range(256)).encode(), "256 class names"),
+        (b"sk\xff\xfe\n", "UTF-8"),
+    ],
+)
+def test_bad_labels_files_are_refused(voc, content, hint):
+    (voc / "labels.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"labels\.txt") as caught:
+        VOCDataset(voc, "train")
+    assert hint in str(caught.value)
+
+
+def test_255_classes_fit_beside_void(voc):
+    (voc / "labels.txt").write_text("\n".join(f"c{n}" for n in range(255)))
+    assert VOCDataset(voc, "train").classes == 255
+
+
+@pytest.mark.parametrize("split", ["test", "", "../train", "a/b", ".", "train\n", "x" * 300])
+def test_a_missing_split_lists_those_that_exist(voc, split):
+    with pytest.raises(DataError, match="train, val") as caught:
+        read_split(voc, split)
+    assert f"{split}.txt" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "got none"),
+        (b"\n\n  \n", "got none"),
+        (b"a\nb\na\n", "'a' stands there twice"),
+        (b"a\n../a\n", "line 2"),
+        (b"..\n", "line 1"),
+        (b"..\\a\n", "line 1"),
+        (b"/etc/passwd\n", "line 1"),
+        (b"sub/a\n", "line 1"),
+        (b"sub\\a\n", "line 1"),
+        (b"C:a\n", "line 1"),
+        (b"a 1\n", "line 1"),
+        (b"a\x00b\n", "line 1"),
+        (b".hidden\n", "line 1"),
+        (b"x" * 300, "line 1"),
+        (b"a\xff\n", "UTF-8"),
+    ],
+)
+def test_bad_splits_are_refused(voc, content, hint):
+    (voc / "ImageSets/Segmentation/odd.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"odd\.txt") as caught:
+        VOCDataset(voc, "odd")
+    assert hint in str(caught.value)
+
+
+def test_split_order_is_kept_and_line_ends_do_not_matter(voc):
+    (voc / "ImageSets/Segmentation/odd.txt").write_bytes(b"\xef\xbb\xbfc\r\n\r\na\r\nb")
+    assert read_split(voc, "odd") == ["c", "a", "b"]
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+def test_all_missing_files_are_counted_before_training(voc):
+    for name in "abcdefg":
+        (voc / "SegmentationClass" / f"{name}.png").unlink()
+    (voc / "JPEGImages/h.jpg").unlink()
+    with pytest.raises(DataError) as caught:
+        VOCDataset(voc, "train")
+    text = str(caught.value)
+    assert "1 of 8 images are missing" in text
+    assert str(voc / "JPEGImages/h.jpg") in text
+    assert "7 of 8 masks are missing" in text
+    assert str(voc / "SegmentationClass/e.png") in text
+    assert "and 2 more" in text
+    assert "f.png" not in text
+
+
+@pytest.mark.parametrize("kind", ["JPEGImages/b.jpg", "SegmentationClass/b.png"])
+def test_a_file_lost_after_the_check_is_named(voc, kind):
+    dataset = VOCDataset(voc, "train")
+    (voc / kind).unlink()
+    with pytest.raises(DataError, match="no such file") as caught:
+        dataset.sample(1)
+    assert str(voc / kind) in str(caught.value)
+
+
+def test_a_mask_of_another_size_is_refused(voc):
+    data.save_indexed_png(voc / "SegmentationClass/b.png", np.zeros((30, 20), np.uint8))
+    with pytest.raises(DataError, match="30 x 20") as caught:
+        VOCDataset(voc, "train").sample(1)
+    text = str(caught.value)
+    assert "20 x 30" in text
+    assert str(voc / "SegmentationClass/b.png") in text
+
+
+def test_png_images_are_taken_too(voc):
+    (voc / "JPEGImages/b.jpg").unlink()
+    (voc / "JPEGImages/b.png").write_bytes(encoded(noise(), "PNG"))
+    np.testing.assert_array_equal(VOCDataset(voc, "train").sample(1)[0], noise())
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def test_a_wrong_label_is_named_with_count_and_place(voc):
+    mask = np.zeros((20, 30), np.uint8)
+    mask[7, 5] = mask[9, 1:3] = 77
+    path = voc / "SegmentationClass/b.png"
+    data.save_indexed_png(path, mask)
+    with pytest.raises(DataError) as caught:
+        VOCDataset(voc, "train").sample(1)
+    text = str(caught.value)
+    for part in (str(path), "label 77 in 3 pixels", "row 7, column 5", "0..20", "255"):
+        assert part in text
+
+
+@pytest.mark.parametrize("label", [21, 254])
+def test_labels_just_outside_are_refused_and_just_inside_are_not(tmp_path, label):
+    data.save_indexed_png(tmp_path / "m.png", np.array([[20, label, 255]], np.uint8))
+    with pytest.raises(DataError, match=f"label {label} in 1 pixels"):
+        read_mask(tmp_path / "m.png", 21)
+    data.save_indexed_png(tmp_path / "m.png", np.array([[20, 0, 255]], np.uint8))
+    assert read_mask(tmp_path / "m.png", 21).tolist() == [[20, 0, 255]]
+
+
+def test_grey_masks_are_read_as_numbers_whatever_their_depth(tmp_path):
+    path = tmp_path / "m.png"
+    path.write_bytes(encoded(np.array([[0, 3, 255, 20]], np.uint8), "PNG"))
+    assert read_mask(path, 21).tolist() == [[0, 3, 255, 20]]
+    path.write_bytes(png(4, 1, 4, 0, bytes([0, 0x01, 0x2F])))
+    assert read_mask(path, 21).tolist() == [[0, 1, 2, 15]]
+    path.write_bytes(png(4, 1, 2, 0, bytes([0, 0b00011011])))
+    assert read_mask(path, 21).tolist() == [[0, 1, 2, 3]]
+    path.write_bytes(png(8, 1, 1, 0, bytes([0, 0b01000001])))
+    assert read_mask(path, 21).tolist() == [[0, 1, 0, 0, 0, 0, 0, 1]]
+
+
+def test_one_flipped_bit_does_not_pass_as_other_labels(tmp_path):
+    path = tmp_path / "m.png"
+    mask = data.draw_sample((96, 128), sample_rng(0, 0, 0))[1]  # large even regions, as in real masks
+    data.save_indexed_png(path, mask)
+    content = path.read_bytes()
+    refused = 0
+    for position in range(content.index(b"IDAT"), len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        try:
+            np.testing.assert_array_equal(read_mask(path, 6), mask)
+        except DataError:
+            refused += 1
+    assert refused > 0.9 * (len(content) - content.index(b"IDAT"))
+
+
+def test_masks_of_few_colours_and_any_palette_keep_their_indices(tmp_path):
+    path = tmp_path / "m.png"
+    path.write_bytes(png(4, 1, 4, 3, bytes([0, 0x01, 0x2F]), palette=bytes(range(48))[::-1]))
+    assert read_mask(path, 21).tolist() == [[0, 1, 2, 15]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_colour_coded_mask_is_refused_with_the_reason(tmp_path, mode):
+    path = tmp_path / "m.png"
+    path.write_bytes(encoded(data.colourise(np.ones((4, 4), np.uint8)), "PNG", mode))
+    with pytest.raises(DataError, match="colour-coded") as caught:
+        read_mask(path, 21)
+    assert str(path) in str(caught.value)
+    assert "palette indices" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(np.zeros((4, 4), np.uint16), "PNG"),
+        encoded(np.zeros((4, 4), np.uint8), "PNG", "LA"),
+        encoded(np.zeros((4, 4), np.uint8), "JPEG"),
+        encoded(np.zeros((4, 4), np.uint8), "TIFF"),
+    ],
+    ids=["16 bit", "alpha", "JPEG", "TIFF"],
+)
+def test_other_pictures_are_no_masks(tmp_path, content):
+    path = tmp_path / "m.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"m\.png"):
+        read_mask(path, 21)
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def test_images_of_every_mode_become_rgb(tmp_path):
+    rgb = np.array(Image.fromarray(noise()).convert("P").convert("RGB"))  # colours that a palette holds
+    grey = np.array(Image.fromarray(rgb).convert("L"))
+    path = tmp_path / "i.png"
+    path.write_bytes(encoded(rgb, "PNG", "P"))
+    np.testing.assert_array_equal(read_image(path), rgb)
+    path.write_bytes(encoded(rgb, "PNG", "RGBA"))
+    np.testing.assert_array_equal(read_image(path), rgb)
+    path.write_bytes(encoded(grey, "PNG"))
+    np.testing.assert_array_equal(read_image(path), np.dstack([grey] * 3))
+    path.write_bytes(encoded(grey.astype(np.uint16) * 256 + 7, "PNG"))
+    np.testing.assert_array_equal(read_image(path), np.dstack([grey] * 3))
+    flat = np.full((16, 16, 3), (200, 40, 90), np.uint8)
+    path.write_bytes(encoded(flat, "JPEG", "CMYK", quality=100))
+    assert np.abs(read_image(path).astype(int) - flat).max() <= 3
+
+
+def test_only_prediction_turns_by_exif_and_reads_more_formats(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "i.jpg"
+    path.write_bytes(encoded(noise(20, 30), "JPEG", exif=exif))
+    assert read_image(path).shape == (20, 30, 3)
+    upright = read_image(path, for_prediction=True)
+    np.testing.assert_array_equal(upright, np.rot90(read_image(path), -1))
+    for file_format in ("BMP", "WEBP"):
+        path.write_bytes(encoded(noise(), file_format))
+        assert read_image(path, for_prediction=True).shape == (20, 30, 3)
+        with pytest.raises(DataError, match=r"i\.jpg"):
+            read_image(path)
+    path.write_bytes(encoded(noise(), "TIFF"))
+    with pytest.raises(DataError, match=r"i\.jpg.*JPEG or PNG or BMP or WEBP"):
+        read_image(path, for_prediction=True)
+
+
+JPEG = encoded(noise(60, 80), "JPEG")
+PNG = encoded(noise(60, 80), "PNG")
+MASK = encoded(np.random.default_rng(0).integers(0, 21, (60, 80)).astype(np.uint8), "PNG")
+DAMAGED = {
+    "empty": b"",
+    "truncated JPEG": JPEG[: len(JPEG) // 2],
+    "truncated PNG": PNG[: len(PNG) // 2],
+    "only a JPEG header": JPEG[:20],
+    "only a PNG header": PNG[:40],
+    "JPEG with a broken frame": JPEG.replace(b"\xff\xc0", b"\xff\xc5", 1),
+    "text": b"<html>404 not found</html>",
+    "zeros": bytes(1000),
+    "TIFF": encoded(noise(), "TIFF"),
+    "GIF": encoded(noise(), "GIF"),
+    "flipped bit in the PNG's pixels": PNG[:200] + bytes([PNG[200] ^ 4]) + PNG[201:],
+    "text bomb": png(4, 1, 8, 0, bytes(5), extra=chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(9_000_000)))),
+    "bomb": png(60000, 60000, 8, 0, b"\x00" * 100),
+    "just too large": png(8001, 8000, 8, 0, b"\x00" * 100),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_pictures_are_named(tmp_path, name):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(DAMAGED[name])
+    for read in (read_image, lambda file: read_mask(file, 21)):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+
+
+def test_reasons_are_told_apart(tmp_path):
+    path = tmp_path / "broken.jpg"
+    for name, reason in (
+        ("empty", "0 bytes"),
+        ("truncated JPEG", "cut off"),
+        ("text", "html"),
+        ("bomb", "64,000,000"),
+        ("just too large", "64,000,000"),
+    ):
+        path.write_bytes(DAMAGED[name])
+        with pytest.raises(DataError, match=reason):
+            read_image(path)
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path):
+    (tmp_path / "x.jpg").mkdir()
+    with pytest.raises(DataError, match=r"x\.jpg"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_mutated_files_either_read_or_raise_data_error(tmp_path):
+    rng = np.random.default_rng(3)
+    path = tmp_path / "mutant"
+    messages = []
+    for number in range(600):
+        original = (JPEG, PNG, MASK)[number % 3]
+        content = bytearray(original)
+        for position in rng.integers(0, len(content) if number % 2 else 200, rng.integers(1, 4)):
+            content[position] ^= int(rng.integers(1, 256))
+        if number % 5 == 0:
+            del content[int(rng.integers(1, len(content))) :]
+        path.write_bytes(content)
+        try:
+            if original is MASK:
+                np.testing.assert_array_equal(read_mask(path, 21), np.array(Image.open(io.BytesIO(MASK))))
+            else:
+                assert read_image(path).shape[2] == 3
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 400
+    assert all(str(path) in message for message in messages)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files through /proc")
+def test_damaged_files_do_not_stay_open(tmp_path):
+    path = tmp_path / "broken.jpg"
+    kept = []  # an exception kept alive keeps its frames, and with them whatever they still hold open
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name in DAMAGED:
+        path.write_bytes(DAMAGED[name])
+        with pytest.raises(DataError) as caught:
+            read_image(path)
+        kept.append(caught)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
