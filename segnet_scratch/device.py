@@ -6,6 +6,7 @@
 
 import functools
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,34 @@ from segnet_scratch.kernels.host import HostOptions
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost: memory of the CPU, pinned in the second case
+
+
+class Timer:
+    """Marks in the sequence of a device's work, and the time between two of them."""
+
+    def mark(self) -> Any:
+        """A moment: when all work given to the device so far is done."""
+        return perf_counter()
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """The time from one mark to a later one; waits until the device has reached it."""
+        return last - first
+
+
+class _EventTimer(Timer):
+    """CUDA events on the current stream: the GPU itself takes the time, nothing waits while marks are made."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def mark(self) -> Any:
+        event = self._cupy.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        last.synchronize()
+        return self._cupy.cuda.get_elapsed_time(first, last) / 1e3
 
 
 class Device:
@@ -76,6 +105,10 @@ class Device:
     ) -> None:
         """Runs a kernel whose arguments the launch gate has checked; only `kernels.launch` calls this."""
         raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
+
+    def timer(self) -> Timer:
+        """Takes time on this device's own clock."""
+        return Timer()
 
     def __repr__(self) -> str:
         return f"<device {self.name}>"
@@ -213,6 +246,9 @@ class CudaDevice(Device):
         # A null pointer travels as a 64-bit zero; every other value has its exact type from the gate already.
         arguments = tuple(np.uint64(0) if value is None else value for value in values)
         function(tuple(grid), tuple(block), arguments, shared_mem=shared)
+
+    def timer(self) -> Timer:
+        return _EventTimer(self._cupy)
 
     def _load(self, kernel: Kernel, types: ElementTypes) -> Any:
         from segnet_scratch.kernels.nvrtc import cached_cubin

@@ -3,7 +3,7 @@
 A network is a list of blocks: unpool? -> convolution -> batch norm -> ReLU? -> pool? -> dropout?, then a classifier.
 Whoever needs to know the network (the model, a profiler, an export) reads that list.
 
-The paper sets the pooling indices against decoders that do without (section 3.3, table 1). `decoder` picks one:
+The paper sets the pooling indices against decoders that do without (section 3.1, table 1). `decoder` picks one:
 "indices", the paper's own; "bilinear", fixed interpolation; "deconv", a learned transposed convolution (as FCN's).
 """
 
@@ -18,6 +18,7 @@ from segnet_scratch.autograd import Tensor, tensor
 from segnet_scratch.device import Device, get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module, Upsample2d
+from segnet_scratch.observe import scope
 from segnet_scratch.ops import PoolCodes, max_pool, max_unpool, resize_bilinear
 from segnet_scratch.ops.dropout import STATE
 
@@ -149,21 +150,23 @@ class SegNet(Module):
         sizes: list[tuple[int, int]] = []
         codes: list[PoolCodes] = []
         for block in self.blocks:
-            if block.unpool == "indices":
-                x = max_unpool(x, codes.pop())
-            elif block.unpool == "bilinear":
-                x = resize_bilinear(x, sizes.pop())
-            elif block.unpool == "deconv":
-                x = self.decoder[block.stage]["up"](x, sizes.pop())
-            x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
-            if block.pool:
-                sizes.append((x.shape[1], x.shape[2]))
-                x, code = max_pool(x)
-                if self.decoder_kind == "indices":  # the others do not hold on to the codes
-                    codes.append(code)
-            if block.dropout:
-                x = self.dropouts[block.name](x)
-        return self.classifier(x)
+            with scope(block.name):
+                if block.unpool == "indices":
+                    x = max_unpool(x, codes.pop())
+                elif block.unpool == "bilinear":
+                    x = resize_bilinear(x, sizes.pop())
+                elif block.unpool == "deconv":
+                    x = self.decoder[block.stage]["up"](x, sizes.pop())
+                x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
+                if block.pool:
+                    sizes.append((x.shape[1], x.shape[2]))
+                    x, code = max_pool(x)
+                    if self.decoder_kind == "indices":  # the others do not hold on to the codes
+                        codes.append(code)
+                if block.dropout:
+                    x = self.dropouts[block.name](x)
+        with scope("classifier"):
+            return self.classifier(x)
 
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__

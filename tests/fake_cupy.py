@@ -9,6 +9,7 @@ import sys
 import types
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -144,9 +145,12 @@ class FakeCupy(types.ModuleType):
         self.cubins: dict[str, Cubin] = {}  # by path
         self.loaded: list[Cubin] = []
         self.launches: list[Launch] = []
+        self.events: list[Event] = []
         self.synchronisations = 0
         self.cuda = SimpleNamespace(
             Device=lambda gpu=None: Gpu(self.gpu if gpu is None else gpu, capability),
+            Event=lambda: Event(self),
+            get_elapsed_time=lambda first, last: 1e3 * (last.reached() - first.reached()),
             is_available=self._is_available,
             get_current_stream=lambda: SimpleNamespace(synchronize=self._synchronise),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
@@ -232,6 +236,27 @@ class FakeCupy(types.ModuleType):
         assert cubin.architecture == f"sm_{self.capability}", "CUDA_ERROR_NO_BINARY_FOR_GPU"
         self.loaded.append(cubin)
         return SimpleNamespace(get_function=lambda name: RawKernel(self, cubin, name))
+
+
+class Event:
+    """A moment on the current stream, whose work is done at once here."""
+
+    def __init__(self, cupy: FakeCupy) -> None:
+        self._cupy, self._time, self._waited = cupy, None, False
+
+    def record(self) -> None:
+        self._time = perf_counter()
+        self._cupy.events.append(self)
+
+    def synchronize(self) -> None:
+        assert self._time is not None, "an event that nobody recorded"
+        self._waited = True
+        self._cupy.synchronisations += 1
+
+    def reached(self) -> float:
+        """CuPy's get_elapsed_time takes events that the GPU has come to: the later one must have been waited for."""
+        assert any(event._waited for event in self._cupy.events[self._cupy.events.index(self) :]), "cudaErrorNotReady"
+        return self._time
 
 
 class Gpu:
