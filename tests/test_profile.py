@@ -480,7 +480,6 @@ def test_a_trace_is_valid(quick):
 def test_a_roofline_is_drawn_and_everything_is_written(segnet, quick, tmp_path):
     pytest.importorskip("matplotlib")
     files = {name: tmp_path / "new" / name for name in ("roofline.png", "trace.json", "profile.json")}
-    files["roofline.png"].parent.mkdir()
     finished = segnet(
         *("profile", "--device", "numpy", "--width", "0.0625", "--size", "32x48", "--batch", "2", "--passes", "2"),
         *("--roofline", files["roofline.png"], "--trace", files["trace.json"], "--json", files["profile.json"]),

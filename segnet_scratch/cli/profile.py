@@ -65,6 +65,8 @@ def profile(
         raise ConfigError(f"--model {model}: expected one of {', '.join(MODELS)}")
     if counts and (picture or timeline):
         raise ConfigError("--roofline and --trace show times, which --counts does not take; leave it out")
+    if picture is not None:
+        roofline.load()
     with console.status("starting") as status:
         chosen = CountingDevice() if counts else get_device(device)
         images, pixels, usual = DEFAULTS[chosen.name]

@@ -5,6 +5,7 @@ Source: Williams, Waterman, Patterson, "Roofline: an insightful visual performan
 
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -16,16 +17,21 @@ from segnet_scratch.profile.summary import Profile, Summary
 LARGEST, SMALLEST = 260, 14  # areas of points, in square points of print
 
 
+def load() -> ModuleType:
+    """matplotlib.figure; MissingLibraryError without it, before minutes are spent on measuring."""
+    return require("matplotlib.figure", "profile", "--roofline")
+
+
 def draw(profile: Profile, path: Path, by_layer: bool) -> None:
     """Writes the picture as PNG: a point for each op of each layer, a colour for each op (or each rung).
 
-    ConfigError without times or without any op that computes; MissingLibraryError without matplotlib.
+    ConfigError without times or without any op that computes.
     """
     points = [Summary(run.name if by_layer else run.layer, (run,)) for run in profile.runs if run.flops and run.seconds]
     ceilings = profile.ceilings
     if ceilings is None or not points:
         raise ConfigError("--roofline: no op with operations and a time; leave out --counts, choose another op")
-    figure = require("matplotlib.figure", "profile", "--roofline").Figure(figsize=(10, 6.5), layout="constrained")
+    figure = load().Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.add_subplot()
     left, right = min(s.intensity for s in points) / 2, max(s.intensity for s in points) * 2
     ridge = ceilings.flops / ceilings.bandwidth
@@ -61,4 +67,5 @@ def draw(profile: Profile, path: Path, by_layer: bool) -> None:
         handle.set_sizes([40])
     picture = BytesIO()
     figure.savefig(picture, dpi=130, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, [picture.getvalue()])

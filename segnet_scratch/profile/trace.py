@@ -42,4 +42,5 @@ def _event(
 def write(path: Path, spans: Sequence[Span], title: str) -> None:
     """Writes the file, whole or not at all."""
     text = json.dumps({"traceEvents": events(spans, title), "displayTimeUnit": "ms"}, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, [text.encode()])
