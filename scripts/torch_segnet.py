@@ -32,9 +32,12 @@ def conv_stage(channels: list[int], kernel: int = 3, relu: bool = True) -> nn.Se
 
 
 class TorchSegNet(nn.Module):
-    """SegNet: VGG16's convolutions, each stage pooled, and a decoder that mirrors them. Images are (n, 3, h, w)."""
+    """SegNet: VGG16's convolutions, each stage pooled, and a decoder that mirrors them. Images are (n, 3, h, w).
 
-    def __init__(self, classes: int = 21, width: float = 1.0) -> None:
+    `decoder` is "indices", or what the paper compares them with: "bilinear", or "deconv" (kernel 4, cropped to size).
+    """
+
+    def __init__(self, classes: int = 21, width: float = 1.0, decoder: str = "indices") -> None:
         super().__init__()
         stages = [[max(1, round(width * channels)) for channels in stage] for stage in VGG16_STAGES]
         fed = [[3], *stages]  # fed[s][-1]: the channels that stage s + 1 gets
@@ -42,11 +45,16 @@ class TorchSegNet(nn.Module):
         self.decoder = nn.ModuleDict({str(s): conv_stage([*stages[s - 1], fed[s - 1][-1]]) for s in range(5, 1, -1)})
         self.decoder["1"] = conv_stage(stages[0])  # its second convolution is the classifier
         self.classifier = nn.Conv2d(stages[0][-1], classes, 3, padding=1)
-        self._add_windows()
+        self._add_windows(decoder, {s: stage[-1] for s, stage in enumerate(stages, 1)})
 
-    def _add_windows(self) -> None:
+    def _add_windows(self, decoder: str, channels: Mapping[int, int]) -> None:
+        self.kind = decoder
         self.pool = nn.MaxPool2d(2, ceil_mode=True, return_indices=True)
         self.unpool = nn.MaxUnpool2d(2)
+        if decoder == "deconv":
+            for s, stage in self.decoder.items():
+                wide = channels[int(s)]
+                stage.add_module("up", nn.ConvTranspose2d(wide, wide, 4, stride=2, padding=1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, classes, h, w)."""
@@ -57,9 +65,17 @@ class TorchSegNet(nn.Module):
             x, indices = self.pool(x)
             pooled.append((indices, size))
         for stage in self.decoder.values():
-            indices, size = pooled.pop()
-            x = stage(self.unpool(x, indices, output_size=size))
+            x = self._enlarge(stage, x, *pooled.pop())
+            for name, unit in stage.named_children():
+                x = x if name == "up" else unit(x)
         return self.classifier(x)
+
+    def _enlarge(self, stage: nn.Module, x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
+        if self.kind == "indices":
+            return self.unpool(x, indices, output_size=size)
+        if self.kind == "bilinear":
+            return nn.functional.interpolate(x, size=size[2:], mode="bilinear", align_corners=False)
+        return stage.get_submodule("up")(x)[:, :, : size[2], : size[3]]
 
     def load_numpy(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes the arrays of `segnet_scratch`'s `state_dict()`; every name and shape must fit."""
@@ -72,13 +88,13 @@ class TorchSegNet(nn.Module):
 class TorchSegNetBasic(TorchSegNet):
     """SegNet-Basic: four encoders and four decoders of 7x7, no ReLU in the decoders, a 1x1 classifier."""
 
-    def __init__(self, classes: int = 21, width: float = 1.0) -> None:
+    def __init__(self, classes: int = 21, width: float = 1.0, decoder: str = "indices") -> None:
         nn.Module.__init__(self)
         wide = max(1, round(width * 64))
         self.encoder = nn.ModuleDict({str(s): conv_stage([3 if s == 1 else wide, wide], 7) for s in range(1, 5)})
         self.decoder = nn.ModuleDict({str(s): conv_stage([wide, wide], 7, relu=False) for s in range(4, 0, -1)})
         self.classifier = nn.Conv2d(wide, classes, 1)
-        self._add_windows()
+        self._add_windows(decoder, dict.fromkeys(range(1, 5), wide))
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, object]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from segnet_scratch.device import Array, Device, get_device
 from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
+from segnet_scratch.observe import current_scope, scope
 
 _recording = True
 _keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
@@ -95,7 +96,8 @@ class Tensor:
         for function in _from_loss_to_leaves(self.maker):
             dy = gradients.pop(function.output_key, None)
             # None: whoever used the output has no gradient for it.
-            given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
+            with scope(function.scope):
+                given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
             for edge, d in zip(function.inputs, given, strict=True):
                 if d is not None and edge.requires_grad:
                     held = gradients.get(edge.key)
@@ -142,6 +144,7 @@ class Function:
         self.device = device
         self.inputs: tuple[Edge, ...] = ()
         self.output_key = -1
+        self.scope = current_scope()  # the layer it belongs to, for whoever watches backward
         self.released = False
 
     def forward(self, *arrays: Array) -> Array:

@@ -138,6 +138,11 @@ class Config:
     model: str = _setting(
         "segnet", _choice("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
     )
+    decoder: str = _setting(
+        "indices",
+        _choice("indices", "bilinear", "deconv"),
+        "how the decoder enlarges its maps: by pooling indices, or without them (bilinear, or learned: deconv)",
+    )
     width: float = _setting(1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer")
     dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
     dtype: str = _setting(

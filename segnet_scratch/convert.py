@@ -84,11 +84,15 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def _network_of(state: Mapping[str, np.ndarray]) -> SegNet:
-    """A fresh network of the architecture, width and classes that these arrays have."""
+    """A fresh network of the architecture, width and classes that these arrays have.
+
+    Its decoder is "deconv" where there are arrays for it, else "indices": "bilinear" leaves no trace.
+    """
     first, classifier = state.get("encoder.1.1.conv.weight"), state.get("classifier.weight")
     if first is None or classifier is None or first.ndim != 4 or classifier.ndim != 4:
         shown = ", ".join(sorted(state)[:4])
         raise CheckpointError(f"no SegNet under our names (encoder.1.1.conv.weight, classifier.weight); it has {shown}")
     architecture = "segnet-basic" if first.shape[2] == 7 else "segnet"
     # Both networks begin with 64 channels at width 1.
-    return ARCHITECTURES[architecture](classifier.shape[0], first.shape[0] / 64, "numpy")
+    decoder = "deconv" if any(name.endswith(".up.weight") for name in state) else "indices"
+    return ARCHITECTURES[architecture](classifier.shape[0], first.shape[0] / 64, "numpy", decoder=decoder)

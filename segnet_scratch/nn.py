@@ -9,7 +9,8 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.autograd import Tensor
 from segnet_scratch.device import Array, Device
-from segnet_scratch.ops import batch_norm, conv2d, dropout, relu
+from segnet_scratch.ops import batch_norm, conv2d, conv_transpose2d, dropout, relu
+from segnet_scratch.ops.conv_transpose2d import bilinear_weight
 
 
 class Buffer:
@@ -104,6 +105,19 @@ class Conv2d(Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, in) to (n, h, w, out)."""
         return conv2d(x, self.weight, getattr(self, "bias", None), stride=1, padding=self.padding, rung=self.rung)
+
+
+class Upsample2d(Module):
+    """Learned upsampling by 2: a transposed convolution of kernel 4 that starts as bilinear. Weight (in, 4, 4, out)."""
+
+    def __init__(self, channels: int, device: Device, dtype: DTypeLike, rung: str | None = None) -> None:
+        weight = bilinear_weight(channels).astype(dtype)
+        self.weight = Tensor(device.upload(weight), device, requires_grad=True)
+        self.rung = rung
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(n, ceil(h/2), ceil(w/2), channels) to (n, h, w, channels), `size` = (h, w)."""
+        return conv_transpose2d(x, self.weight, size, self.rung)
 
 
 class BatchNorm2d(Module):

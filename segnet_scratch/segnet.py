@@ -2,6 +2,9 @@
 
 A network is a list of blocks: unpool? -> convolution -> batch norm -> ReLU? -> pool? -> dropout?, then a classifier.
 Whoever needs to know the network (the model, a profiler, an export) reads that list.
+
+The paper sets the pooling indices against decoders that do without (section 3.1, table 1). `decoder` picks one:
+"indices", the paper's own; "bilinear", fixed interpolation; "deconv", a learned transposed convolution (as FCN's).
 """
 
 from collections.abc import Mapping
@@ -13,12 +16,14 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.autograd import Tensor, tensor
 from segnet_scratch.device import Device, get_device
-from segnet_scratch.errors import CheckpointError, DTypeError, ShapeError
-from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module
-from segnet_scratch.ops import PoolCodes, max_pool, max_unpool
+from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module, Upsample2d
+from segnet_scratch.observe import scope
+from segnet_scratch.ops import PoolCodes, max_pool, max_unpool, resize_bilinear
 from segnet_scratch.ops.dropout import STATE
 
 DROPOUT = 0.5  # Bayesian SegNet, arXiv 1511.02680
+DECODERS = ("indices", "bilinear", "deconv")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Block:
     in_channels: int
     out_channels: int
     kernel: int = 3
-    unpool: bool = False  # before the convolution
+    unpool: str | None = None  # before the convolution: the size that a pool had comes back, by one of DECODERS
     relu: bool = True
     pool: bool = False
     dropout: bool = False  # after everything else
@@ -46,7 +51,7 @@ class Block:
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-def segnet_blocks(width: float, dropout: bool) -> list[Block]:
+def segnet_blocks(width: float, dropout: bool, decoder: str = "indices") -> list[Block]:
     """SegNet: the 13 convolutions of VGG16, and a decoder of 12 that mirrors them, before a 3x3 classifier.
 
     Decoder stage s undoes encoder stage s: it unpools first and ends with the channels of stage s - 1. `dropout`
@@ -65,30 +70,31 @@ def segnet_blocks(width: float, dropout: bool) -> list[Block]:
         outputs = stages[s - 1][1:] + ([stages[s - 2][-1]] if s > 1 else [])
         for i, out in enumerate(outputs, start=1):
             last = i == len(outputs)
-            blocks.append(Block(s, i, True, channels, out, unpool=i == 1, dropout=dropout and last and s >= 3))
+            unpool = decoder if i == 1 else None
+            blocks.append(Block(s, i, True, channels, out, unpool=unpool, dropout=dropout and last and s >= 3))
             channels = out
     return blocks
 
 
-def segnet_basic_blocks(width: float, dropout: bool) -> list[Block]:
+def segnet_basic_blocks(width: float, dropout: bool, decoder: str = "indices") -> list[Block]:
     """SegNet-Basic: four encoders, four decoders, 7x7, 64 channels throughout, no ReLU in the decoder (section 3.2)."""
     wide = max(1, round(64 * width))
     encoder = [
         Block(s, 1, False, 3 if s == 1 else wide, wide, kernel=7, pool=True, dropout=dropout and s >= 3)
         for s in range(1, 5)
     ]
-    decoder = [
-        Block(s, 1, True, wide, wide, kernel=7, unpool=True, relu=False, dropout=dropout and s >= 3)
+    return encoder + [
+        Block(s, 1, True, wide, wide, kernel=7, unpool=decoder, relu=False, dropout=dropout and s >= 3)
         for s in range(4, 0, -1)
     ]
-    return encoder + decoder
 
 
 class SegNet(Module):
     """SegNet for images (n, h, w, 3), RGB normalised with ImageNet's mean and standard deviation, any size from 32x32.
 
-    `width` scales the channels of every convolution; `dropout` makes it Bayesian SegNet; `seed` is that of the He
-    initialisation; `rung` picks the convolution kernels by name (host and cuda).
+    `width` scales the channels of every convolution; `dropout` makes it Bayesian SegNet; `decoder` is one of DECODERS;
+    `seed` is that of the He initialisation, the same weights for every decoder; `rung` picks the convolution kernels by
+    name (host and cuda).
     """
 
     architecture = "segnet"
@@ -101,6 +107,7 @@ class SegNet(Module):
         device: "str | Device" = "auto",
         *,
         dropout: bool = False,
+        decoder: str = "indices",
         seed: int = 0,
         dtype: DTypeLike = np.float32,
         rung: str | None = None,
@@ -109,17 +116,21 @@ class SegNet(Module):
             raise ShapeError(f"{type(self).__name__}: {classes} classes; expected 1 to 255 (255 is the void label)")
         if not width > 0:
             raise ShapeError(f"{type(self).__name__}: width {width}; expected a positive factor, 1.0 for the paper's")
+        if decoder not in DECODERS:
+            raise ConfigError(f"{type(self).__name__}: decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
         self.device = get_device(device)
-        self.classes, self.width, self.has_dropout = classes, width, dropout
+        self.classes, self.width, self.has_dropout, self.decoder_kind = classes, width, dropout, decoder
         self.dtype = np.dtype(dtype)
-        self.blocks = self._blocks(width, dropout)
+        self.blocks = self._blocks(width, dropout, decoder)
         rng = np.random.default_rng(seed)
         common = (self.device, rng, self.dtype, rung)
         self.metadata: dict[str, Any] = {}  # of the checkpoint that it was loaded from
         self.encoder: dict[int, dict[int, ConvUnit]] = {}
-        self.decoder: dict[int, dict[int, ConvUnit]] = {}
+        self.decoder: dict[int, dict[int | str, Module]] = {}
         for block in self.blocks:
-            half = self.decoder if block.decoder else self.encoder
+            half: dict[int, dict[Any, Any]] = self.decoder if block.decoder else self.encoder
+            if block.unpool == "deconv":
+                self.decoder[block.stage] = {"up": Upsample2d(block.in_channels, self.device, self.dtype, rung)}
             unit = ConvUnit(block.in_channels, block.out_channels, block.kernel, block.relu, *common)
             half.setdefault(block.stage, {})[block.index] = unit
         self.classifier = Conv2d(self.blocks[-1].out_channels, classes, self.classifier_kernel, True, *common)
@@ -130,23 +141,32 @@ class SegNet(Module):
             if block.dropout
         }
 
-    def _blocks(self, width: float, dropout: bool) -> list[Block]:
-        return segnet_blocks(width, dropout)
+    def _blocks(self, width: float, dropout: bool, decoder: str) -> list[Block]:
+        return segnet_blocks(width, dropout, decoder)
 
     def forward(self, images: "np.ndarray | Tensor") -> Tensor:
         """Logits (n, h, w, classes) of images (n, h, w, 3)."""
         x = self._input(images)
+        sizes: list[tuple[int, int]] = []
         codes: list[PoolCodes] = []
         for block in self.blocks:
-            if block.unpool:
-                x = max_unpool(x, codes.pop())
-            x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
-            if block.pool:
-                x, code = max_pool(x)
-                codes.append(code)
-            if block.dropout:
-                x = self.dropouts[block.name](x)
-        return self.classifier(x)
+            with scope(block.name):
+                if block.unpool == "indices":
+                    x = max_unpool(x, codes.pop())
+                elif block.unpool == "bilinear":
+                    x = resize_bilinear(x, sizes.pop())
+                elif block.unpool == "deconv":
+                    x = self.decoder[block.stage]["up"](x, sizes.pop())
+                x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
+                if block.pool:
+                    sizes.append((x.shape[1], x.shape[2]))
+                    x, code = max_pool(x)
+                    if self.decoder_kind == "indices":  # the others do not hold on to the codes
+                        codes.append(code)
+                if block.dropout:
+                    x = self.dropouts[block.name](x)
+        with scope("classifier"):
+            return self.classifier(x)
 
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__
@@ -171,6 +191,7 @@ class SegNet(Module):
             "classes": self.classes,
             "width": self.width,
             "dropout": self.has_dropout,
+            "decoder": self.decoder_kind,
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -246,8 +267,8 @@ class SegNetBasic(SegNet):
     architecture = "segnet-basic"
     classifier_kernel = 1
 
-    def _blocks(self, width: float, dropout: bool) -> list[Block]:
-        return segnet_basic_blocks(width, dropout)
+    def _blocks(self, width: float, dropout: bool, decoder: str) -> list[Block]:
+        return segnet_basic_blocks(width, dropout, decoder)
 
 
 ARCHITECTURES: dict[str, type[SegNet]] = {cls.architecture: cls for cls in (SegNet, SegNetBasic)}
@@ -258,23 +279,24 @@ def build(description: Mapping[str, Any], device: "str | Device" = "auto", seed:
     try:
         architecture = ARCHITECTURES[description["architecture"]]
         classes, width, dropout = description["classes"], description["width"], description["dropout"]
+        decoder = {name: name for name in DECODERS}[description.get("decoder", "indices")]  # the first files have none
     except KeyError as error:
         raise CheckpointError(
             f"the description of the network {dict(description)} lacks or does not know {error}; expected architecture "
-            f"({' or '.join(ARCHITECTURES)}), classes, width and dropout"
+            f"({' or '.join(ARCHITECTURES)}), classes, width, dropout and decoder ({' or '.join(DECODERS)})"
         ) from error
-    return architecture(classes, width, device, dropout=dropout, seed=seed)
+    return architecture(classes, width, device, dropout=dropout, decoder=decoder, seed=seed)
 
 
 def to_file_layout(array: np.ndarray) -> np.ndarray:
-    """float32, and OIHW where it is a convolution's weight (OHWI in memory)."""
+    """float32, and OIHW where it is a convolution's weight (OHWI in memory); IOHW where it is a transposed one's."""
     if array.ndim == 4:
         array = array.transpose(0, 3, 1, 2)
     return np.array(array, dtype=np.float32, order="C", copy=True)
 
 
 def from_file_layout(array: np.ndarray) -> np.ndarray:
-    """OHWI where it is a convolution's weight (OIHW in files)."""
+    """OHWI where it is a convolution's weight (OIHW in files); IHWO where it is a transposed one's."""
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else np.asarray(array)
 
 

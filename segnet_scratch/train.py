@@ -125,6 +125,7 @@ class Trainer:
         self.model = ARCHITECTURES[config.model](
             *(classes, config.width, get_device(device)),
             dropout=config.dropout,
+            decoder=config.decoder,
             seed=config.seed,
             dtype=config.dtype,
         )

@@ -212,7 +212,8 @@ class FakeCupy(types.ModuleType):
         self.cuda = SimpleNamespace(
             Device=lambda gpu=None: Gpu(self.gpu if gpu is None else gpu, capability),
             Stream=self.timeline.new_stream,
-            Event=lambda disable_timing: Event(self.timeline),
+            Event=lambda disable_timing=False: Event(self.timeline, disable_timing),
+            get_elapsed_time=self.timeline.milliseconds,
             Memory=self.memory,
             MemoryPointer=lambda memory, offset: memory,
             MemoryPool=lambda allocator: MemoryPool(self, allocator),

@@ -9,6 +9,7 @@ access of another stream may still overlap is a Race, however it turned out here
 import threading
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,14 @@ class Timeline:
             self.pending = [copy for copy in self.pending if copy not in done]
         for copy in done:
             copy.check()
+
+    def milliseconds(self, first: "Event", last: "Event") -> float:
+        """CuPy's get_elapsed_time: both with timing, recorded, and known to the host to be reached."""
+        for event in (first, last):
+            assert event.timed, "cudaErrorInvalidResourceHandle"
+            assert event.time is not None, "an event that nobody recorded"
+            assert all(self.host.knows(*stamp) for stamp in event.clock.items()), "cudaErrorNotReady"
+        return 1e3 * (last.time - first.time)
 
     def finish(self) -> None:
         """At the end of a test: what is left of copies is looked at, and problems are raised."""
@@ -133,14 +142,16 @@ class Stream:
 class Event:
     """A mark in a stream; a new one counts as reached."""
 
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
+    def __init__(self, timeline: Timeline, disable_timing: bool) -> None:
+        self._timeline, self.timed = timeline, not disable_timing
         self.clock = Clock()
+        self.time: float | None = None  # when it was recorded; work is done at once here
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self._timeline.current_stream()
         with self._timeline.lock:
             self.clock = Clock(stream.clock)
+            self.time = perf_counter()
 
     def synchronize(self) -> None:
         self._timeline.host_learns(self.clock)

@@ -9,6 +9,7 @@ from segnet_scratch.errors import ConfigError
 # For each key one legal value that is not the default, as TOML and as it lies in Config.
 LEGAL = {
     "model": ('"segnet-basic"', "segnet-basic"),
+    "decoder": ('"deconv"', "deconv"),
     "width": ("0.25", 0.25),
     "dropout": ("true", True),
     "dtype": ('"float64"', "float64"),
@@ -36,6 +37,7 @@ LEGAL = {
 # Values of the wrong type, out of range, or not finite.
 REFUSED = {
     "model": ["vgg", 1, ""],
+    "decoder": ["unpool", True, 2],
     "width": [0, -1.0, "1", True, float("nan"), float("inf"), 10**400],
     "dropout": [0.5, 1, "yes"],
     "dtype": ["float16", 64, "double"],

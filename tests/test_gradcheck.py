@@ -13,11 +13,13 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.add import Add
 from segnet_scratch.ops.batch_norm import BatchNorm
 from segnet_scratch.ops.conv2d import Conv2d
+from segnet_scratch.ops.conv_transpose2d import ConvTranspose2d
 from segnet_scratch.ops.cross_entropy import CrossEntropy
 from segnet_scratch.ops.dropout import Dropout
 from segnet_scratch.ops.max_pool import MaxPool
 from segnet_scratch.ops.max_unpool import MaxUnpool
 from segnet_scratch.ops.relu import Relu
+from segnet_scratch.ops.resize_bilinear import ResizeBilinear
 from segnet_scratch.proof import gradcheck as module
 from segnet_scratch.proof.gradcheck import DRAWS, RTOL, Problem, Where, _Check, gradcheck, gradchecks, names
 
@@ -26,11 +28,13 @@ FUNCTIONS = {
     "add": Add,
     "batch_norm": BatchNorm,
     "conv2d": Conv2d,
+    "conv_transpose2d": ConvTranspose2d,
     "cross_entropy": CrossEntropy,
     "dropout": Dropout,
     "max_pool": MaxPool,
     "max_unpool": MaxUnpool,
     "relu": Relu,
+    "resize_bilinear": ResizeBilinear,
 }
 
 

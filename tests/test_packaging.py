@@ -74,7 +74,14 @@ class TestWheel:
             text = archive.read(metadata).decode()
             assert "segnet = segnet_scratch.__main__:main" in archive.read(entry_points).decode()
         assert {f"segnet_scratch/cuda/{name}" for name in SHIPPED} == {n for n in names if "/cuda/" in n}
-        for name in ("recipes/demo.toml", "kernels/budget.toml", "cli/common.py", "doctor/gpu.py", "ops/conv2d.py"):
+        for name in (
+            "recipes/demo.toml",
+            "kernels/budget.toml",
+            "profile/ceilings.cu",
+            "cli/common.py",
+            "doctor/gpu.py",
+            "ops/conv2d.py",
+        ):
             assert f"segnet_scratch/{name}" in names
         # A file or folder at the top level of site-packages would belong to everybody: tests, scripts, cuda.
         assert {name.partition("/")[0] for name in names} == {"segnet_scratch", metadata.partition("/")[0]}

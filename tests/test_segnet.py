@@ -75,7 +75,7 @@ def test_segnet_basic_has_the_blocks_of_the_paper():
     ]
     assert all(b.kernel == 7 and b.out_channels == 64 for b in blocks)
     assert [b.in_channels for b in blocks] == [3] + [64] * 7
-    assert all(b.relu == (not b.decoder) and b.pool == (not b.decoder) and b.unpool == b.decoder for b in blocks)
+    assert all(b.relu == (not b.decoder) and b.pool == (not b.decoder) and bool(b.unpool) == b.decoder for b in blocks)
 
 
 @pytest.mark.parametrize(("cls", "millions"), [(SegNet, 29.45), (SegNetBasic, 1.42)])

@@ -175,6 +175,7 @@ struct Launch {
     int order;                          // Order of the threads of a block
     int block_order;                    // Order of the blocks
     int workers;                        // operating-system threads
+    unsigned long long barriers;        // out: how many the blocks met, all together
     char message[512];                  // what went wrong, when the launch returns non-zero
 };
 
@@ -385,6 +386,7 @@ inline bool finish_phase(Worker* w) {
     }
     if (w->launch->trace) trace_shared(w, line);
     w->last_barrier_line = line;
+    w->launch->barriers += line != 0;
     return line != 0 && !w->failed;
 }
 
@@ -604,6 +606,7 @@ inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body
     }
     start(0);
     for (std::thread& thread : threads) thread.join();
+    for (const Launch& part : launches) launch->barriers += part.barriers;
     for (size_t i = 0; i < count; ++i)
         if (workers[i].failed) {
             std::memcpy(launch->message, launches[i].message, sizeof launch->message);

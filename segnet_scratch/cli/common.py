@@ -74,6 +74,11 @@ def input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, 
             raise CheckpointError(f"{checkpoint} does not say what size it was trained at; give --size N or --size HxW")
         height, width = model.metadata["size"]
         return height, width
+    return parse_size(size)
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(height, width) of `--size N` or `--size HxW`; ConfigError for anything else, or below 32 pixels."""
     try:
         sides = [int(part) for part in size.lower().split("x")]
         height, width = sides if len(sides) == 2 else sides * 2

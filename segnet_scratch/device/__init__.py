@@ -10,9 +10,20 @@ from segnet_scratch.device.base import Array, Device
 from segnet_scratch.device.cpu import HostDevice, NumpyDevice
 from segnet_scratch.device.cuda import CudaDevice
 from segnet_scratch.device.cupy_library import cuda_missing, cupy_facts
+from segnet_scratch.device.timer import Timer
 from segnet_scratch.errors import DeviceError
 
-__all__ = ["Array", "CudaDevice", "Device", "HostDevice", "NumpyDevice", "cuda_missing", "cupy_facts", "get_device"]
+__all__ = [
+    "Array",
+    "CudaDevice",
+    "Device",
+    "HostDevice",
+    "NumpyDevice",
+    "Timer",
+    "cuda_missing",
+    "cupy_facts",
+    "get_device",
+]
 
 NAMES = ("auto", "cuda", "host", "numpy")
 

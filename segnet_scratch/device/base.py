@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.device.timer import Timer
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.kernels import ElementTypes, Kernel
 
@@ -95,6 +96,10 @@ class Device:
     ) -> None:
         """Runs a kernel whose arguments the launch gate has checked; only `kernels.launch` calls this."""
         raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
+
+    def timer(self) -> Timer:
+        """Takes time on this device's own clock."""
+        return Timer()
 
     def __repr__(self) -> str:
         return f"<device {self.name}>"

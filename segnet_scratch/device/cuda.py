@@ -10,6 +10,7 @@ from segnet_scratch.device import cupy_library
 from segnet_scratch.device.base import Array, Device, Item, Result
 from segnet_scratch.device.graph import Recording
 from segnet_scratch.device.prefetch import Prefetcher
+from segnet_scratch.device.timer import EventTimer, Timer
 from segnet_scratch.errors import DeviceError, DeviceMemoryError
 from segnet_scratch.kernels import ElementTypes, Kernel
 
@@ -132,6 +133,9 @@ class CudaDevice(Device):
         # A null pointer travels as a 64-bit zero; every other value has its exact type from the gate already.
         arguments = tuple(np.uint64(0) if value is None else value for value in values)
         function(tuple(grid), tuple(block), arguments, shared_mem=shared)
+
+    def timer(self) -> Timer:
+        return EventTimer(self._cupy)
 
     def _load(self, kernel: Kernel, types: ElementTypes) -> Any:
         from segnet_scratch.kernels.nvrtc import cached_cubin

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from segnet_scratch import observe
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.kernels.gate import ArrayHome, check_launch
 from segnet_scratch.kernels.signature import ElementTypes, Kernel, parse_kernels
@@ -82,6 +83,7 @@ def launch(
         kernel = find_kernel(kernel)
     grid, block = _three(grid), _three(block)
     values = check_launch(device, kernel, types, grid, block, arguments, shared)
+    observe.launched(observe.Launch(kernel, types, grid, block, shared))
     device.execute(kernel, types, grid, block, values, shared)
 
 

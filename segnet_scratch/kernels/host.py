@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from segnet_scratch import observe
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
 from segnet_scratch.kernels.shared_memory import rewrite_shared
@@ -81,6 +82,7 @@ class _Launch(ctypes.Structure):
         ("order", ctypes.c_int),
         ("block_order", ctypes.c_int),
         ("workers", ctypes.c_int),
+        ("barriers", ctypes.c_ulonglong),
         ("message", ctypes.c_char * 512),
     )
 
@@ -298,3 +300,4 @@ def run(
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
     if entry(ctypes.byref(launch), addresses) != 0:
         raise KernelFault(f"{kernel.source.path.name}: {launch.message.decode(errors='replace')}")
+    observe.passed_barriers(launch.barriers)

@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.kernels import ElementTypes, launch
+from segnet_scratch.observe import carry_out
 
 Buffers = SimpleNamespace  # arrays by the names that the plan gives them
 
@@ -111,7 +112,8 @@ class Op:
         # The numpy device works in cache-sized pieces of its own.
         needed = self.workspace if device.runs_kernels else {}
         workspace = {name: device.empty(s.shape, s.dtype) for name, s in needed.items()}
-        self.run(device, Buffers(**arrays, **outputs, **workspace))
+        buffers = Buffers(**arrays, **outputs, **workspace)
+        carry_out(self, lambda: self.run(device, buffers))
         return Buffers(**outputs)
 
     def _check(self, arrays: Mapping[str, Array | None]) -> None:

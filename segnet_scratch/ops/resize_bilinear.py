@@ -1,9 +1,15 @@
-"""Bilinear resize, as evaluation and prediction do with logits."""
+"""Bilinear resize, as evaluation and prediction do with logits, and the "bilinear" decoder with its maps.
+
+Pixel centres are at half-integers and the border is repeated: PyTorch's interpolate(align_corners=False). With corners
+aligned, the pixels of a map twice as large would not lie where those of its pooling windows lay.
+"""
 
 import numpy as np
 
-from segnet_scratch.device import Device
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.autograd import Function, Tensor
+from segnet_scratch.cpu import resize as fast
+from segnet_scratch.device import Array, Device
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 
 
 class ResizeBilinearForward(Op):
@@ -32,6 +38,46 @@ class ResizeBilinearForward(Op):
         across = b.x[:, :, columns] + u * (b.x[:, :, right] - b.x[:, :, columns])
         b.y[...] = across[:, rows] + v * (across[:, below] - across[:, rows])
 
+    def numpy(self, b: Buffers) -> None:
+        rows, columns = (_weights(*sizes, b.x.dtype) for sizes in zip(b.x.shape[1:3], self.size, strict=True))
+        fast.gather(b.x, rows, columns, b.y)
+
+
+class ResizeBilinearBackward(Op):
+    """dx (n, h, w, c) from dy (n, oh, ow, c). `size` is the (h, w) of x."""
+
+    name = "resize_bilinear_backward"
+
+    def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
+        n, _, _, c = expect_map(self.name, "dy", dy)
+        expect(min(size) > 0, f"resize_bilinear: size {size}; expected positive (height, width)")
+        self.size = size
+        self.inputs = {"dy": dy}
+        self.outputs = {"dx": dy.with_shape(n, *size, c)}
+        self.workspace = {}
+        self.flops = 8 * dy.size  # an element goes to four others: a multiplication and an addition each
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid, size = element_grid(b.dx.size), b.dy.shape[1:3]
+        self.kernel(device, "resize_bilinear_backward", grid, ELEMENT_THREADS, b.dy, b.dx, *b.dx.shape, *size)
+
+    def reference(self, b: Buffers) -> None:
+        (rows, below, v), (columns, right, u) = (
+            _taps(source, target, b.dy.dtype) for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
+        )
+        b.dx[...] = 0
+        for oy, ox in np.ndindex(b.dy.shape[1:3]):
+            for row, down in ((rows[oy], 1 - v[oy]), (below[oy], v[oy])):
+                for column, across in ((columns[ox], 1 - u[ox]), (right[ox], u[ox])):
+                    b.dx[:, row, column] += down * across * b.dy[:, oy, ox]
+
+    def numpy(self, b: Buffers) -> None:
+        rows, columns = (
+            fast.transposed(_weights(source, target, b.dy.dtype), source)
+            for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
+        )
+        fast.gather(b.dy, rows, columns, b.dx)
+
 
 def _taps(source: int, target: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(first, second, weight of the second) source index for each target index."""
@@ -40,3 +86,29 @@ def _taps(source: int, target: int, dtype: np.dtype) -> tuple[np.ndarray, np.nda
     position = np.maximum((np.arange(target, dtype=dtype) + half) * scale - half, 0)
     low = np.minimum(position.astype(np.int64), source - 1)
     return low, np.minimum(low + 1, source - 1), position - low.astype(dtype)
+
+
+def _weights(source: int, target: int, dtype: np.dtype) -> fast.Taps:
+    """The same as indices and weights of two terms."""
+    low, high, fraction = _taps(source, target, dtype)
+    return np.stack([low, high]), np.stack([1 - fraction, fraction])
+
+
+class ResizeBilinear(Function):
+    """Saves sizes alone."""
+
+    def __init__(self, device: Device, size: tuple[int, int]) -> None:
+        super().__init__(device)
+        self.size = size
+
+    def forward(self, x: Array) -> Array:
+        self.x_size = x.shape[1], x.shape[2]
+        return ResizeBilinearForward.plan(spec_of(x), self.size)(self.device, x=x).y
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (ResizeBilinearBackward.plan(spec_of(dy), self.x_size)(self.device, dy=dy).dx,)
+
+
+def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The map (n, h, w, c) resized to (n, *size, c)."""
+    return ResizeBilinear(x.device, size)(x)

@@ -217,6 +217,21 @@ def _conv2d(make: _Maker, index: int) -> Problem:
     )
 
 
+def _conv_transpose2d(make: _Maker, index: int) -> Problem:
+    n, h, w, c = _shape(make.rng, index // 2)
+    rung = "tiled" if index % 2 else "direct"
+    x, weight = make.normal("x", *windows_of(n, h, w, c)), make.normal("weight", c, 4, 4, 1 + index % 3)
+    return make.problem(lambda: ops.conv_transpose2d(x, weight, (h, w), rung), size=(h, w), rung=rung)
+
+
+def _resize_bilinear(make: _Maker, index: int) -> Problem:
+    n, h, w, c = _shape(make.rng, index)
+    # By turns the size that a pool of stride 2 had, and any other.
+    source = windows_of(n, h, w, c) if index % 2 else (n, *(int(k) for k in make.rng.integers(1, 9, 2)), c)
+    x = make.normal("x", *source)
+    return make.problem(lambda: ops.resize_bilinear(x, (h, w)), size=(h, w))
+
+
 def _cross_entropy(make: _Maker, index: int) -> Problem:
     n, h, w, _ = _shape(make.rng, index // 4)
     classes = (4, 2, 21, 1)[index // 4 % 4]
@@ -233,12 +248,24 @@ def _cross_entropy(make: _Maker, index: int) -> Problem:
     )
 
 
+# (network, training, dropout, decoder)
+NETWORKS: tuple[tuple[type[SegNet], bool, bool, str], ...] = (
+    (SegNet, True, False, "indices"),
+    (SegNetBasic, True, True, "indices"),
+    (SegNet, False, False, "indices"),
+    (SegNet, True, False, "bilinear"),
+    (SegNet, True, False, "deconv"),
+    (SegNetBasic, True, False, "bilinear"),
+    (SegNetBasic, True, False, "deconv"),
+)
+
+
 def _segnet(make: _Maker, index: int) -> Problem:
     """A whole network with its loss; every parameter and the image are inputs."""
-    kind, training, dropout = ((SegNet, True, False), (SegNetBasic, True, True), (SegNet, False, False))[index % 3]
+    kind, training, dropout, decoder = NETWORKS[index % len(NETWORKS)]
     n, h, w = (2, 32, 33) if kind is SegNet else (1, 33, 32)
     seed = int(make.rng.integers(2**31))
-    model = kind(3, 1 / 32, make.device, dropout=dropout, seed=seed, dtype=np.float64)
+    model = kind(3, 1 / 32, make.device, dropout=dropout, decoder=decoder, seed=seed, dtype=np.float64)
     model.train(training)
     model.set_random_state(seed, index)
     for name, buffer in model.named_buffers().items():  # statistics as of a network that has been trained
@@ -253,7 +280,8 @@ def _segnet(make: _Maker, index: int) -> Problem:
     make.leaves.update(model.named_parameters())
     problem = make.problem(lambda: ops.cross_entropy(model(image), labels))
     mode = "training" if training else "evaluation"
-    return replace(problem, case=f"{model.architecture} in {mode}, image {image.shape}, dropout {dropout}, seed {seed}")
+    what = f"{model.architecture} in {mode}, decoder {decoder}, image {image.shape}, dropout {dropout}, seed {seed}"
+    return replace(problem, case=what)
 
 
 # How to make the index-th problem of each op, and how many are made unless one asks for more.
@@ -261,11 +289,13 @@ _PROBLEMS: dict[str, tuple[Callable[[_Maker, int], Problem], int]] = {
     "add": (_add, 6),
     "batch_norm": (_batch_norm, 14),
     "conv2d": (_conv2d, 2 * len(CONVOLUTIONS) + 4),
+    "conv_transpose2d": (_conv_transpose2d, 12),
     "cross_entropy": (_cross_entropy, 16),
     "dropout": (_dropout, 8),
     "max_pool": (_max_pool, 10),
     "max_unpool": (_max_unpool, 10),
     "relu": (_relu, 8),
+    "resize_bilinear": (_resize_bilinear, 10),
     "segnet": (_segnet, 2),
 }
 

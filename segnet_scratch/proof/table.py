@@ -14,7 +14,8 @@ from segnet_scratch.proof.rows.augment import AugmentRow
 from segnet_scratch.proof.rows.base import Row
 from segnet_scratch.proof.rows.batch_norm import BatchNormBackwardRow, BatchNormEvaluationRow, BatchNormTrainingRow
 from segnet_scratch.proof.rows.conv2d import Conv2dBackwardBiasRow, conv_rows
-from segnet_scratch.proof.rows.maps import AddRow, DropoutRow, MapRow, ResizeRow, WindowRow
+from segnet_scratch.proof.rows.conv_transpose2d import conv_transpose_rows
+from segnet_scratch.proof.rows.maps import AddRow, DropoutRow, MapRow, ResizeBackwardRow, ResizeRow, WindowRow
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
 from segnet_scratch.proof.rows.sgd import SgdRow
 
@@ -22,6 +23,8 @@ ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
     *conv_rows("tiled"),
     Conv2dBackwardBiasRow(),
+    *conv_transpose_rows("direct"),
+    *conv_transpose_rows("tiled"),
     BatchNormTrainingRow(),
     BatchNormEvaluationRow(),
     BatchNormBackwardRow(training=True),
@@ -37,6 +40,7 @@ ROWS: tuple[Row, ...] = (
     ArgmaxRow(ArgmaxForward),
     ConfusionRow(),
     ResizeRow(),
+    ResizeBackwardRow(),
     AddRow(AddForward),
     SgdRow(),
     AugmentRow(),

@@ -9,7 +9,7 @@ from segnet_scratch.ops.dropout import DropoutForward
 from segnet_scratch.ops.max_pool import MaxPoolBackward
 from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
-from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.ops.resize_bilinear import ResizeBilinearBackward, ResizeBilinearForward
 from segnet_scratch.ops.windows import CODE, valid_codes, windows_of
 from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Inputs, Row, maps, random_map, values
 
@@ -90,7 +90,7 @@ class ResizeRow(Row):
     """Bilinear resize to `size`."""
 
     name = "resize_bilinear_forward"
-    op = ResizeBilinearForward
+    op: type[Op] = ResizeBilinearForward
 
     def cases(self) -> list[Case]:
         sizes: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = {
@@ -99,6 +99,7 @@ class ResizeRow(Row):
             "to one pixel": ((2, 6, 5, 2), (1, 1)),
             "equal sizes": ((1, 5, 7, 3), (5, 7)),
             "twice as large": ((2, 4, 6, 4), (8, 12)),
+            "twice as large, to odd sizes": ((2, 4, 3, 5), (7, 5)),
             "half as large": ((1, 8, 6, 3), (4, 3)),
             "primes": ((1, 13, 11, 17), (29, 23)),
             "from SegNet's input size to an image of VOC": ((1, 36, 48, 21), (50, 37)),
@@ -116,3 +117,20 @@ class ResizeRow(Row):
         # A source position near h is rounded at eps h, and y changes by at most twice the largest value a pixel.
         positions = 1 + b.x.shape[1] + b.x.shape[2]
         return {"y": 4 * eps * positions * np.abs(b.x).max((1, 2), keepdims=True)}
+
+
+class ResizeBackwardRow(ResizeRow):
+    """Its gradient: dy has the forward's `size`."""
+
+    name = "resize_bilinear_backward"
+    op = ResizeBilinearBackward
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        n, h, w, c = case["x"]
+        return ResizeBilinearBackward.plan(spec((n, *case["size"], c), dtype), (h, w))
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # A weight is off by eps h, as in the forward, in every output that a pixel takes part in.
+        (h, w), (oh, ow) = b.dx.shape[1:3], b.dy.shape[1:3]
+        terms = (2 * oh / h + 2) * (2 * ow / w + 2)
+        return {"dx": 4 * eps * (1 + h + w) * terms * np.abs(b.dy).max((1, 2), keepdims=True)}
