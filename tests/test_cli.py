@@ -507,7 +507,7 @@ def test_memory_that_is_short_is_explained(segnet, sample, checkpoint, monkeypat
     def greedy(*arguments, **options):
         return np.empty(2**60, np.uint8)
 
-    monkeypatch.setattr(cli.network, "evaluate", greedy)
+    monkeypatch.setattr(cli.evaluation, "evaluate", greedy)
     assert_error(segnet("eval", checkpoint, "--data", sample), 1, "memory", "smaller size or batch")
 
 
@@ -515,7 +515,7 @@ def test_ctrl_c_ends_any_command_with_130(segnet, sample, checkpoint, monkeypatc
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.network, "evaluate", interrupted)
+    monkeypatch.setattr(cli.evaluation, "evaluate", interrupted)
     finished = segnet("eval", checkpoint, "--data", sample)
     assert finished.code == 130
     assert "Traceback" not in finished.err
