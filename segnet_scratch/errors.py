@@ -43,3 +43,7 @@ class CheckpointError(SegnetError):
 
 class TrainingError(SegnetError):
     """Training cannot go on: a loss that is not finite, a run folder that is already in use."""
+
+
+class MissingLibraryError(SegnetError):
+    """A library of an optional feature that is not installed; the message names the extra that brings it."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.evaluate import Evaluation
-from segnet_scratch.metrics import MetricsLog, Scores
+from segnet_scratch.metrics import MetricsLog, scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.train import Listener, RunFolder, Trainer
 
@@ -124,7 +125,7 @@ def test_best_is_the_best_validation_and_not_the_last(sample, tmp_path, monkeypa
     mious = iter([0.3, 0.5, 0.4, 0.5])
 
     def judged(*arguments):
-        return Evaluation(Scores(np.zeros(6), next(mious), 0.0, 0.0, 1), 1.0, 4, ("",) * 6)
+        return Evaluation(replace(scores(np.eye(6, dtype=int)), miou=next(mious)), 1.0, 4, ("",) * 6)
 
     monkeypatch.setattr("segnet_scratch.train.evaluate", judged)
     trainer, _ = train(sample, tmp_path, steps=4, validate_every=1)

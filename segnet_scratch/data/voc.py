@@ -30,13 +30,14 @@ _MASK_FORMATS = ("PNG",)
 _NAMED_AT_MOST = 5
 
 
-def find_root(path: str | Path) -> Path:
+def find_root(path: str | Path, with_masks: bool = True) -> Path:
     """The VOC root that `path` means: `path` itself, `path/VOC2012` or `path/VOCdevkit/VOC2012`.
 
-    Raises DataError that lists what each place lacks when none of them is a VOC root.
+    Without masks SegmentationClass need not be there. Raises DataError that lists what each place lacks when none of
+    them is a VOC root.
     """
     path = Path(path)
-    folders = (SPLIT_FOLDER, Path(IMAGE_FOLDER), Path(MASK_FOLDER))
+    folders = (SPLIT_FOLDER, Path(IMAGE_FOLDER), *([Path(MASK_FOLDER)] if with_masks else []))
     looked = []
     for root in (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"):
         missing = [folder.as_posix() for folder in folders if not (root / folder).is_dir()]
@@ -46,7 +47,7 @@ def find_root(path: str | Path) -> Path:
     raise DataError(
         f"{path}: no data set in VOC layout found; looked in\n"
         + "\n".join(looked)
-        + f"\nPass the folder that holds {SPLIT_FOLDER.as_posix()}, {IMAGE_FOLDER} and {MASK_FOLDER}."
+        + f"\nPass the folder that holds {', '.join(folder.as_posix() for folder in folders)}."
     )
 
 
@@ -153,13 +154,15 @@ def read_mask(path: str | Path, classes: int) -> np.ndarray:
 class VOCDataset:
     """One split of a data set in VOC layout.
 
-    path: the VOC root, its parent or its grandparent (see `find_root`).
+    path: the VOC root, its parent or its grandparent (see `find_root`). with_masks: False for a split that has images
+    only, as VOC's test split; `sample` then has no masks to read.
     Attributes: root, split, ids (in file order), names (of the classes, by label), classes (their number).
-    Raises DataError when the root, the split or any image or mask of it is missing.
+    Raises DataError when the root, the split or any image or (with_masks) mask of it is missing.
     """
 
-    def __init__(self, path: str | Path, split: str) -> None:
-        self.root = find_root(path)
+    def __init__(self, path: str | Path, split: str, with_masks: bool = True) -> None:
+        self.root = find_root(path, with_masks)
+        self._with_masks = with_masks
         self.split = split
         self.names = class_names(self.root)
         self.classes = len(self.names)
@@ -185,7 +188,8 @@ class VOCDataset:
         Only looks whether the files are there (milliseconds for VOC); `sample` reads and judges them.
         """
         problems = []
-        for kind, path_of in (("images", self.image_path), ("masks", self.mask_path)):
+        kinds = (("images", self.image_path), ("masks", self.mask_path))
+        for kind, path_of in kinds if self._with_masks else kinds[:1]:
             missing = [path for path in map(path_of, range(len(self))) if not path.is_file()]
             if missing:
                 named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
