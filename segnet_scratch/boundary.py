@@ -4,7 +4,7 @@ The measure is that of Csurka, Larlus and Perronnin, "What is a good evaluation 
 (BMVC 2013), with SegNet's tolerance. docs/metrics.md defines it and works a small case by hand.
 """
 
-from math import hypot, isqrt
+from math import ceil, hypot
 
 import numpy as np
 
@@ -56,17 +56,17 @@ def contour(region: np.ndarray) -> np.ndarray:
 def near(pixels: np.ndarray, radius: float) -> np.ndarray:
     """Where a pixel of `pixels`, bool (h, w), lies at a Euclidean distance of less than `radius` > 0. Exact.
 
-    A disc is dilated row by row: the rows at vertical distance d reach isqrt(radius^2 - d^2) to both sides, and running
+    A disc is dilated row by row: the row at vertical distance d reaches sqrt(radius^2 - d^2) to both sides, and running
     sums tell whether a row holds a pixel within that reach.
     """
     height, width = pixels.shape
-    reach = _largest_below(radius**2)
+    reach = _farthest(0, radius)
     # sums[:, k]: pixels in the first k columns, with `reach` empty columns added on both sides
     sums = np.zeros((height, width + 2 * reach + 1), np.int32)
     np.cumsum(np.pad(pixels, ((0, 0), (reach, reach))), axis=1, out=sums[:, 1:])
     reached = np.zeros_like(pixels)
     for d in range(min(reach, height - 1) + 1):
-        half = _largest_below(radius**2 - d**2)
+        half = _farthest(d, radius)
         last, first = reach + half + 1, reach - half
         hit = sums[:, last : last + width] > sums[:, first : first + width]
         reached[d:] |= hit[: height - d]
@@ -74,7 +74,9 @@ def near(pixels: np.ndarray, radius: float) -> np.ndarray:
     return reached
 
 
-def _largest_below(square: float) -> int:
-    """The largest integer k with k^2 < square, for a positive `square`."""
-    k = isqrt(int(square))
-    return k if k**2 < square else k - 1
+def _farthest(d: int, radius: float) -> int:
+    """The largest k with sqrt(d^2 + k^2) < radius, where d < radius."""
+    k = ceil(radius)
+    while hypot(d, k) >= radius:
+        k -= 1
+    return k

@@ -31,8 +31,8 @@ class Prediction:
 def find_images(arguments: Sequence[str]) -> list[Path]:
     """The files that a user means: files as they are, the images of a folder, what a pattern such as `*.jpg` matches.
 
-    Sorted within a folder or pattern. DataError for a path that does not exist, a folder without images, a pattern that
-    matches nothing.
+    Sorted within a folder or pattern; what is named twice comes once. DataError for a path that does not exist, a
+    folder without images, a pattern that matches nothing.
     """
     found: list[Path] = []
     for argument in arguments:
@@ -54,7 +54,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
                 pattern = ", and as a pattern it matches none" if glob.has_magic(argument) else ""
                 raise DataError(f"{path}: no such file{pattern}; check the path")
             found += matches
-    return found
+    return list(dict.fromkeys(found))
 
 
 def predict_files(

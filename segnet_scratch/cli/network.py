@@ -1,5 +1,6 @@
 """`segnet train` and `convert`: where a trained network comes from."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ from segnet_scratch.cli.common import DataOption, DeviceOption, JsonOption, app,
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.display import TrainingDisplay, write_json
-from segnet_scratch.train import RunFolder, Trainer
+from segnet_scratch.extras import require
+from segnet_scratch.tensorboard import TensorBoard
+from segnet_scratch.train import Listener, RunFolder, Trainer
 
 
 def _settings_help() -> str:
@@ -41,6 +44,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from RUN/last.safetensors, as if never stopped.")
     ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write event files to RUN/tensorboard. Needs pip install 'segnet_scratch\\[tensorboard]'.",
+        ),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Train a network on the train split and validate it on the val split.
@@ -49,11 +59,16 @@ def train(
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
+    if tensorboard:
+        require("tensorboardX", "tensorboard", "--tensorboard")  # missed now, not when the run folder is there
     folder = RunFolder(out)
     resolved = folder.resolve_config(config, settings or [], resume)
     trainer = Trainer(resolved, data, out, device, init, resume)
-    with TrainingDisplay(console) as display:
-        finished = trainer.run(display)
+    with ExitStack() as watching:
+        listener: Listener = watching.enter_context(TrainingDisplay(console))
+        if tensorboard:
+            listener = watching.enter_context(TensorBoard(listener))
+        finished = trainer.run(listener)
     write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
     if not finished:
         say(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume")

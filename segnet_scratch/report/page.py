@@ -96,6 +96,7 @@ def _content(
         "name": run.resolve().name,
         "dataset": None if data is None else data.resolve().name,
         "config": config,
+        "parameters": None if validation is None else _parameters(validation.model),
         "size": "{}\u2009×\u2009{}".format(*config.image_size),
         "steps": steps[-1] if steps else 0,
         "epochs": None if per_epoch is None or not steps else steps[-1] / per_epoch,
@@ -166,6 +167,10 @@ def _confusion_rows(evaluation: Evaluation) -> list[tuple[str, list[float]]]:
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.where(totals > 0, counts / np.maximum(1, totals), np.nan)
     return list(zip(evaluation.names, shares.tolist(), strict=True))
+
+
+def _parameters(model: SegNet) -> int:
+    return sum(math.prod(parameter.shape) for parameter in model.parameters())
 
 
 def _settings(config: Config) -> list[tuple[str, Any, str, bool]]:
