@@ -32,12 +32,14 @@ class TensorBoard(Listener):
 
     def started(self, trainer: Trainer) -> None:
         folder = trainer.folder.path / FOLDER
-        self._writer = self._library.SummaryWriter(str(folder), purge_step=trainer.step + 1)
+        # Files are named by the second; a run resumed within the same one must not write over its beginning.
+        suffix = f".{trainer.step}"
+        self._writer = self._library.SummaryWriter(str(folder), purge_step=trainer.step + 1, filename_suffix=suffix)
         self._other.started(trainer)
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
         self._add("loss/training", loss, trainer.step)
-        self._add("learning rate", lr, trainer.step)
+        self._add("learning_rate", lr, trainer.step)
         self._other.stepped(trainer, loss, lr)
 
     def validating(self, images: int) -> None:
@@ -46,7 +48,7 @@ class TensorBoard(Listener):
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
         scores = evaluation.scores
         self._add("loss/validation", evaluation.loss, trainer.step)
-        self._add("mean IoU", scores.miou, trainer.step)
+        self._add("mean_IoU", scores.miou, trainer.step)
         self._add("accuracy/global", scores.global_accuracy, trainer.step)
         self._add("accuracy/class", scores.class_accuracy, trainer.step)
         for name, iou in zip(evaluation.names, scores.iou.tolist(), strict=True):

@@ -475,8 +475,9 @@ def test_pictures_that_are_not_there_or_none(segnet, sample, checkpoint, image, 
 
     assert_error(predict("missing[0].jpg"), 1, "missing[0].jpg: no such file")
     assert_error(predict(sample / "labels.txt"), 1, sample / "labels.txt", "not readable")
-    assert_error(predict(sample), 1, f"{sample}: is a folder")
-    assert_error(predict(image, image), 1, "both be written there", tmp_path / "p[1]")
+    assert_error(predict(sample), 1, f"{sample}: no images in this folder")
+    (tmp_path / image.name).write_bytes(image.read_bytes())
+    assert_error(predict(image, tmp_path / image.name), 1, "both be written there", tmp_path / "p[1]")
 
 
 def test_a_path_that_cannot_be_written_is_named(segnet, sample, checkpoint, image, tmp_path):
