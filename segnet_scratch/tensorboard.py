@@ -12,15 +12,14 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Listener):
-    """Writes loss and learning rate of each step and the scores of each validation; passes everything on to another.
+    """Writes loss and learning rate of each step and the scores of each validation; closes its file on exit.
 
     Look at it with `tensorboard --logdir RUN`. A resumed run goes on in the same curves: TensorBoard drops what was
-    logged past the step from which it was resumed.
+    logged past the step from which it was resumed. MissingLibraryError where tensorboardX is missing.
     """
 
-    def __init__(self, other: Listener) -> None:
+    def __init__(self) -> None:
         self._library = require("tensorboardX", "tensorboard", "--tensorboard")
-        self._other = other
         self._writer: Any = None
 
     def __enter__(self) -> "TensorBoard":
@@ -35,15 +34,10 @@ class TensorBoard(Listener):
         # Files are named by the second; a run resumed within the same one must not write over its beginning.
         suffix = f".{trainer.step}"
         self._writer = self._library.SummaryWriter(str(folder), purge_step=trainer.step + 1, filename_suffix=suffix)
-        self._other.started(trainer)
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
         self._add("loss/training", loss, trainer.step)
         self._add("learning_rate", lr, trainer.step)
-        self._other.stepped(trainer, loss, lr)
-
-    def validating(self, images: int) -> None:
-        self._other.validating(images)
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
         scores = evaluation.scores
@@ -54,7 +48,6 @@ class TensorBoard(Listener):
         for name, iou in zip(evaluation.names, scores.iou.tolist(), strict=True):
             self._add(f"IoU/{name}", iou, trainer.step)
         self._writer.flush()
-        self._other.validated(trainer, evaluation)
 
     def _add(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):  # NaN: a class that does not occur

@@ -247,11 +247,18 @@ def test_report_writes_a_page(segnet, sample, bayesian, tmp_path):
     shutil.copytree(bayesian, run)
     finished = segnet("report", run)
     assert finished.code == 0, finished.err
-    assert finished.out == f"{run / 'report.html'}: without predictions; --data DIR adds them\n"
-    assert "<img" not in (run / "report.html").read_text()
-    finished = segnet("report", run, "--data", sample, "--out", tmp_path / "new" / "page.html")
-    assert (finished.code, finished.out) == (0, f"{tmp_path / 'new' / 'page.html'}\n")
-    assert "data:image/png;base64," in (tmp_path / "new" / "page.html").read_text()
+    assert finished.out == f"{run / 'report.html'}\n"
+    page = (run / "report.html").read_text()
+    assert "data:image/png;base64," in page  # the data was found again
+    assert re.search(r"training from [-\d: ]+ UTC, steps 1 to 2, on numpy, with validations", page)
+    (run / "sessions.json").unlink()
+    finished = segnet("report", run, "--out", tmp_path / "new" / "page.html")
+    page = tmp_path / "new" / "page.html"
+    assert (finished.code, finished.out) == (0, f"{page}: without predictions; --data DIR adds them\n")
+    assert "<img" not in page.read_text()
+    finished = segnet("report", run, "--data", sample, "--out", page)
+    assert (finished.code, finished.out) == (0, f"{page}\n")
+    assert "data:image/png;base64," in page.read_text()
 
 
 def test_what_report_cannot_find_is_explained(segnet, sample, bayesian, tmp_path):

@@ -74,12 +74,19 @@ class TestWheel:
             text = archive.read(metadata).decode()
             assert "segnet = segnet_scratch.__main__:main" in archive.read(entry_points).decode()
         assert {f"segnet_scratch/cuda/{name}" for name in SHIPPED} == {n for n in names if "/cuda/" in n}
-        for name in ("recipes/demo.toml", "kernels/budget.toml", "cli/common.py", "doctor/gpu.py", "ops/conv2d.py"):
+        for name in (
+            "recipes/demo.toml",
+            "kernels/budget.toml",
+            "cli/common.py",
+            "report/page.html",
+            "doctor/gpu.py",
+            "ops/conv2d.py",
+        ):
             assert f"segnet_scratch/{name}" in names
         # A file or folder at the top level of site-packages would belong to everybody: tests, scripts, cuda.
         assert {name.partition("/")[0] for name in names} == {"segnet_scratch", metadata.partition("/")[0]}
         assert not [name for name in names if "__pycache__" in name or "test" in Path(name).name]
-        for extra in ("cuda12", "cuda13", "nvrtc", "compiler"):
+        for extra in ("cuda12", "cuda13", "nvrtc", "compiler", "report", "tensorboard", "video"):
             assert f"Provides-Extra: {extra}" in text
 
     def test_every_python_file_of_the_tree_is_in_it(self, wheel):

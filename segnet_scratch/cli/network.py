@@ -1,6 +1,5 @@
 """`segnet train` and `convert`: where a trained network comes from."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +10,10 @@ from segnet_scratch.cli.common import DataOption, DeviceOption, JsonOption, app,
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.display import TrainingDisplay, write_json
-from segnet_scratch.extras import require
+from segnet_scratch.listeners import Listeners
+from segnet_scratch.run_record import RunRecord
 from segnet_scratch.tensorboard import TensorBoard
-from segnet_scratch.train import Listener, RunFolder, Trainer
+from segnet_scratch.train import RunFolder, Trainer
 
 
 def _settings_help() -> str:
@@ -59,16 +59,13 @@ def train(
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
-    if tensorboard:
-        require("tensorboardX", "tensorboard", "--tensorboard")  # missed now, not when the run folder is there
+    # First: a missing library is noticed before the run folder is made.
+    listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
     folder = RunFolder(out)
     resolved = folder.resolve_config(config, settings or [], resume)
     trainer = Trainer(resolved, data, out, device, init, resume)
-    with ExitStack() as watching:
-        listener: Listener = watching.enter_context(TrainingDisplay(console))
-        if tensorboard:
-            listener = watching.enter_context(TensorBoard(listener))
-        finished = trainer.run(listener)
+    with listeners:
+        finished = trainer.run(listeners)
     write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
     if not finished:
         say(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume")

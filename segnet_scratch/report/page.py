@@ -4,14 +4,13 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from segnet_scratch import __version__, weights
+from segnet_scratch import weights
 from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.config import Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset, voc_palette
@@ -23,11 +22,11 @@ from segnet_scratch.inference import segment
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve
 from segnet_scratch.report.pictures import Example, example
+from segnet_scratch.run_record import Session, read_sessions, versions
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import RunFolder
 
 _EXAMPLES = 4  # best ones, and as many worst ones
-_LIBRARIES = ("numpy", "pillow", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ def write_report(
 ) -> bool:
     """Writes the page of a run folder; whether it shows scores by class and predictions, which need the data set.
 
+    Without `data` it is looked for where the run's own record says that it was.
+
     `progress` is told the number of validation images and gives a function that is told how many more are done. Raises
     DataError for a folder without a run, MissingLibraryError without matplotlib or jinja2, and what `evaluate` raises.
     """
@@ -63,6 +64,8 @@ def write_report(
         )
     config = load_config(folder.config)
     rows = MetricsLog.read(folder.metrics)
+    sessions = read_sessions(run)
+    data = data or _recorded_data(sessions)
     validation = None if data is None else _validate(folder, config, data, device, progress)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -71,15 +74,20 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "thousands": lambda number: f"{number:,}".replace(",", "\u2009")}
-    html = environment.get_template("page.html").render(**_content(run, config, rows, validation, data))
+    environment.filters |= {"percent": _percent, "thousands": _thousands, "duration": _duration}
+    html = environment.get_template("page.html").render(**_content(run, config, rows, sessions, validation, data))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out, [html.encode()])
     return validation is not None
 
 
 def _content(
-    run: Path, config: Config, rows: list[dict[str, Any]], validation: Validation | None, data: Path | None
+    run: Path,
+    config: Config,
+    rows: list[dict[str, Any]],
+    sessions: list[Session],
+    validation: Validation | None,
+    data: Path | None,
 ) -> dict[str, Any]:
     """Every value that the template names."""
     trained = [row for row in rows if "loss" in row]
@@ -109,7 +117,8 @@ def _content(
         "classes": [] if validation is None else _class_rows(validation.evaluation),
         "confusion": [] if validation is None else _confusion_rows(validation.evaluation),
         "settings": _settings(config),
-        "environment": _environment(None if validation is None else validation.model),
+        "sessions": sessions,
+        "here": {"system": platform.platform(), **versions()},
     }
 
 
@@ -136,6 +145,12 @@ def _validate(
 
     worst = ranked[:count] if len(ranked) > 1 else []
     return Validation(model, evaluation, shown(ranked[::-1][:count]), shown(worst), seconds)
+
+
+def _recorded_data(sessions: Sequence[Session]) -> Path | None:
+    """The data set of the run's last session, where it still is there."""
+    data = Path(sessions[-1].data) if sessions else None
+    return data if data and data.is_dir() else None
 
 
 def _steps_per_epoch(config: Config, data: Path | None) -> int | None:
@@ -184,22 +199,21 @@ def _settings(config: Config) -> list[tuple[str, Any, str, bool]]:
     return rows
 
 
-def _environment(model: SegNet | None) -> list[tuple[str, str]]:
-    """Where the page was made."""
-    rows = [("segnet_scratch", __version__), ("Python", platform.python_version()), ("system", platform.platform())]
-    if model is not None:
-        rows.append(("device of the evaluation", model.device.name))
-    for library in _LIBRARIES:
-        try:
-            rows.append((library, version(library)))
-        except PackageNotFoundError:
-            continue
-    return rows
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)  # null is how the log spells NaN
 
 
 def _percent(fraction: float | None, digits: int = 1) -> str:
     return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f}"
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}".replace(",", "\u2009")
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
