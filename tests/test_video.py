@@ -84,8 +84,11 @@ def test_every_frame_is_segmented_and_shown_with_a_legend(model, tmp_path):
     assert sorted(path.name for path in done.overlay.parent.iterdir()) == ["clip_overlay.mp4"]
 
 
-def test_times_of_frames_are_kept(model, tmp_path):
-    clip = write_clip(tmp_path / "a.mkv", pictures(4, 32, 48), rate=20, shown=[0, 1, 5, 12])
+@pytest.mark.parametrize("start", [0, 90])
+def test_times_between_frames_are_kept_from_0_on(model, tmp_path, start):
+    shown = [start + k for k in (0, 1, 5, 12)]
+    clip = write_clip(tmp_path / "a.mkv", pictures(4, 32, 48), rate=20, shown=shown)
+    assert read_clip(clip)[0][0] == pytest.approx(start / 20)
     done = run(model, clip, tmp_path / "out")
     assert [time for time, _ in read_clip(done.overlay)] == pytest.approx([0, 0.05, 0.25, 0.6], abs=2e-3)
 
