@@ -146,7 +146,7 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES...",
+            metavar="IMAGES",
             help="Images, folders of images, patterns in quotes ('photos/*.jpg'), videos, or camera (camera:1: the "
             "second one).",
         ),
@@ -172,8 +172,9 @@ def predict(
 
     Example: segnet predict runs/voc/best.safetensors photos 'more/*.jpg' --out predictions
 
-    With --samples also NAME_uncertainty.png: where the samples disagree. Of a video or camera: NAME_overlay.mp4, which
-    needs pip install 'segnet_scratch\\[video]'.
+    With --samples also NAME_uncertainty.png: where the samples disagree.
+
+    Of a video or camera NAME_overlay.mp4. That needs PyAV: pip install 'segnet_scratch\\[video]'.
     """
     inference = _inference(flip, scales, window, stride, samples)
     videos = [video for argument in inputs if (video := find_video(argument))]
