@@ -21,7 +21,7 @@ from segnet_scratch.errors import DataError, TrainingError
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one confusion matrix.
+    """The scores of one confusion matrix of K classes. docs/metrics.md works a case by hand.
 
     iou: (K,) float64, TP / (TP + FP + FN) of each class; NaN for a class that occurs neither in the ground
         truth nor in the prediction. A class that is predicted but never true scores 0, as in the VOC
@@ -29,18 +29,32 @@ class Scores:
     miou: the mean over the classes that are not NaN. The development kit (VOCevalseg.m) averages all classes,
         so one absent class makes its mean NaN; on a whole VOC split every class occurs and the two agree.
     global_accuracy: the fraction of pixels that are predicted right.
-    class_accuracy: TP / (TP + FN) of a class, averaged over the classes that occur in the ground truth.
-    pixels: the number of pixels scored, void left out.
+    class_accuracy: the mean of `accuracy` over the classes that occur in the ground truth.
+    accuracy: (K,) float64, TP / (TP + FN): the share of a class's pixels that was found; NaN where it has none.
+    precision: (K,) float64, TP / (TP + FP): the share of a class's predictions that is right; NaN without any.
+    confusion: (K, K) int64, the matrix itself: rows the ground truth, columns the prediction.
     """
 
     iou: np.ndarray
     miou: float
     global_accuracy: float
     class_accuracy: float
-    pixels: int
+    accuracy: np.ndarray
+    precision: np.ndarray
+    confusion: np.ndarray
+
+    @property
+    def class_pixels(self) -> np.ndarray:
+        """The pixels of each class in the ground truth: (K,) int64."""
+        return self.confusion.sum(axis=1)
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels scored, void left out."""
+        return int(self.confusion.sum())
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
-        """The scores as a JSON object; `iou` maps each class name to its IoU, or to None where it is NaN.
+        """The scores as a JSON object: numbers of a class by its name, None where they are NaN; `confusion` as rows.
 
         Raises DataError unless there is one name for each class.
         """
@@ -49,12 +63,19 @@ class Scores:
                 f"class names: expected {len(self.iou)} different names, got {len(names)}: "
                 f"{', '.join(names)}; pass the names of the data set that was scored."
             )
+        by_class = {
+            "iou": self.iou,
+            "accuracy": self.accuracy,
+            "precision": self.precision,
+            "class_pixels": self.class_pixels,
+        }
         scores = {
             "miou": self.miou,
             "global_accuracy": self.global_accuracy,
             "class_accuracy": self.class_accuracy,
             "pixels": self.pixels,
-            "iou": dict(zip(names, self.iou.tolist(), strict=True)),
+            **{what: dict(zip(names, values.tolist(), strict=True)) for what, values in by_class.items()},
+            "confusion": self.confusion.tolist(),
         }
         return {name: _finite_or_none(value) for name, value in scores.items()}
 
@@ -76,16 +97,20 @@ def scores(confusion: np.ndarray) -> Scores:
             "confusion matrix: expected a square matrix of pixel counts that are not negative, got "
             f"{confusion.dtype} {confusion.shape}; pass the sum of the matrices of the images."
         )
-    right = confusion.diagonal().astype(np.int64)  # (K,)
-    truth = confusion.sum(axis=1, dtype=np.int64)  # (K,)
-    prediction = confusion.sum(axis=0, dtype=np.int64)  # (K,)
+    confusion = confusion.astype(np.int64)
+    right = confusion.diagonal()  # (K,)
+    truth = confusion.sum(axis=1)  # (K,)
+    prediction = confusion.sum(axis=0)  # (K,)
     iou = _ratio(right, truth + prediction - right)
+    accuracy = _ratio(right, truth)
     return Scores(
         iou=iou,
-        miou=_mean_of_numbers(iou),
+        miou=mean_of_numbers(iou),
         global_accuracy=float(_ratio(right.sum(), truth.sum())),
-        class_accuracy=_mean_of_numbers(_ratio(right, truth)),
-        pixels=int(truth.sum()),
+        class_accuracy=mean_of_numbers(accuracy),
+        accuracy=accuracy,
+        precision=_ratio(right, prediction),
+        confusion=confusion,
     )
 
 
@@ -211,7 +236,8 @@ def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
     return quotient
 
 
-def _mean_of_numbers(values: np.ndarray) -> float:
+def mean_of_numbers(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where nothing is left."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if numbers.size else math.nan
 

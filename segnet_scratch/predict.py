@@ -1,33 +1,60 @@
-"""Prediction: an indexed PNG, an overlay with a legend, and on request the logits, for each image at its own size."""
+"""Prediction: an indexed PNG and an overlay with a legend for each image at its own size; on request the arrays."""
 
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.checkpoint import write_durably
-from segnet_scratch.data import indexed_picture, normalise, read_image, resize_image, voc_palette
+from segnet_scratch.data import indexed_picture, read_image
+from segnet_scratch.drawing import heat_map, overlay
 from segnet_scratch.errors import DataError
-from segnet_scratch.evaluate import classify, resize
+from segnet_scratch.inference import Inference, Segmentation, segment
 from segnet_scratch.segnet import SegNet
 
-_OPACITY = 0.55  # of the class colours over the image
-_ENDINGS = (".png", "_overlay.png", ".npy")  # of the files of one image
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The files written for one image and the share of its pixels that each class has."""
+    """The files written for one image, by what they hold, and the share of its pixels that each class has."""
 
     image: Path
-    labels: Path
-    overlay: Path
-    logits: Path | None
+    files: dict[str, Path]
     shares: dict[str, float]
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The files that a user means: files as they are, the images of a folder, what a pattern such as `*.jpg` matches.
+
+    Sorted within a folder or pattern; what is named twice comes once. DataError for a path that does not exist, a
+    folder without images, a pattern that matches nothing.
+    """
+    found: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            if not images:
+                raise DataError(
+                    f"{path}: no images in this folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}; "
+                    "folders below it are not searched"
+                )
+            found += images
+        elif path.exists():  # before patterns: a name may hold brackets
+            found.append(path)
+        else:
+            names = glob.glob(argument, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
+            matches = sorted(match for match in map(Path, names) if match.is_file())
+            if not matches:
+                pattern = ", and as a pattern it matches none" if glob.has_magic(argument) else ""
+                raise DataError(f"{path}: no such file{pattern}; check the path")
+            found += matches
+    return list(dict.fromkeys(found))
 
 
 def predict_files(
@@ -37,49 +64,73 @@ def predict_files(
     size: tuple[int, int],
     names: Sequence[str],
     with_logits: bool = False,
+    inference: Inference | None = None,
 ) -> Iterator[Prediction]:
-    """Writes `NAME.png` (indexed, VOC palette), `NAME_overlay.png` and, if asked, `NAME.npy` into `out` for each image.
+    """Writes `NAME.png` (indexed, VOC palette) and `NAME_overlay.png` into `out` for each image.
 
-    `NAME.npy` holds the logits, float32 (height, width, classes), at the image's own size. Each file appears whole or
-    not at all. DataError, before anything is written, for an image that does not exist, and where a result would
-    overwrite another result or one of the images; and for a file that is no image, when its turn has come.
+    With samples also `NAME_uncertainty.png`; with logits `NAME.npy`, float32 (height, width, classes), at the image's
+    own size (`Segmentation`), and `NAME_uncertainty.npy`, float32 (height, width). Each file appears whole or not at
+    all. DataError, before anything is written, for an image that does not exist, and where a result would overwrite
+    another result or one of the images; and for a file that is no image, when its turn has come.
     """
-    endings = _ENDINGS if with_logits else _ENDINGS[:2]
-    targets = [[out / f"{path.stem}{ending}" for ending in endings] for path in images]
-    _check_files(images, targets)
+    inference = inference or Inference()
+    inference.check(model, size)
+    targets = [_targets(out / path.stem, with_logits, inference.samples > 0) for path in images]
+    check_targets(images, [list(files.values()) for files in targets])
     out.mkdir(parents=True, exist_ok=True)
     for path, files in zip(images, targets, strict=True):
         image = read_image(path, for_prediction=True)
-        labels, logits = predict(model, image, size, with_logits)
-        contents = [_png(indexed_picture(labels)), _png(overlay(image, labels, names))]
-        if logits is not None:
-            contents.append(_npy(logits))
-        for file, content in zip(files, contents, strict=True):
-            write_durably(file, [content])
-        counts = np.bincount(labels.reshape(-1), minlength=len(names))
-        shares = {names[k]: float(counts[k] / labels.size) for k in np.argsort(-counts) if counts[k]}
-        yield Prediction(path, files[0], files[1], files[2] if with_logits else None, shares)
+        result = segment(model, image, size, inference, with_logits)
+        contents = _contents(image, result, names)
+        for kind, file in files.items():
+            write_durably(file, [contents[kind]])
+        counts = np.bincount(result.labels.reshape(-1), minlength=len(names))
+        shares = {names[k]: float(counts[k] / result.labels.size) for k in np.argsort(-counts) if counts[k]}
+        yield Prediction(path, files, shares)
 
 
-def _check_files(images: Sequence[Path], targets: Sequence[Sequence[Path]]) -> None:
-    """DataError where an image is missing, or a result would overwrite another one or an image."""
-    missing = [path for path in images if not path.is_file()]
+def check_targets(sources: Sequence[Path], targets: Sequence[Sequence[Path]]) -> None:
+    """DataError where a source is missing, or one of its targets would overwrite another target or a source."""
+    missing = [path for path in sources if not path.is_file()]
     if missing:
         problem = "is a folder; name the images in it" if missing[0].is_dir() else "no such file; check the path"
-        others = f" (and {len(missing) - 1} more of {len(images)} images)" if len(missing) > 1 else ""
+        others = f" (and {len(missing) - 1} more of {len(sources)} images)" if len(missing) > 1 else ""
         raise DataError(f"{missing[0]}: {problem}{others}")
-    inputs = {path.resolve() for path in images}
+    inputs = {path.resolve() for path in sources}
     made_from: dict[Path, Path] = {}
-    for path, files in zip(images, targets, strict=True):
+    for path, files in zip(sources, targets, strict=True):
         for target in files:
             if target.resolve() in inputs:
-                raise DataError(f"{target}: the result for {path} would overwrite this image; choose another --out")
+                raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")
             if target in made_from:
                 raise DataError(
                     f"{target}: {made_from[target]} and {path} would both be written there; predict them into separate "
                     "folders"
                 )
             made_from[target] = path
+
+
+def _targets(stem: Path, with_logits: bool, with_uncertainty: bool) -> dict[str, Path]:
+    """The files of one image by what they hold."""
+    endings = {"labels": ".png", "overlay": "_overlay.png"}
+    if with_logits:
+        endings["logits"] = ".npy"
+    if with_uncertainty:
+        endings["uncertainty"] = "_uncertainty.png"
+    if with_logits and with_uncertainty:
+        endings["uncertainty_array"] = "_uncertainty.npy"
+    return {kind: stem.with_name(stem.name + ending) for kind, ending in endings.items()}
+
+
+def _contents(image: np.ndarray, result: Segmentation, names: Sequence[str]) -> dict[str, bytes]:
+    """The bytes of every file that can be written."""
+    contents = {"labels": _png(indexed_picture(result.labels)), "overlay": _png(overlay(image, result.labels, names))}
+    if result.logits is not None:
+        contents["logits"] = _npy(result.logits)
+    if result.uncertainty is not None:
+        contents["uncertainty"] = _png(heat_map(result.uncertainty, "variance"))
+        contents["uncertainty_array"] = _npy(result.uncertainty)
+    return contents
 
 
 def _png(picture: Image.Image) -> bytes:
@@ -92,56 +143,3 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def predict(
-    model: SegNet, image: np.ndarray, size: tuple[int, int], with_logits: bool = False
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Labels uint8 (h, w), and logits float32 (h, w, classes) if asked, of an RGB image uint8 (h, w, 3).
-
-    The network sees the image at `size`; its logits are resized to the image. The model must be in evaluation mode.
-    """
-    with no_grad():
-        logits = model(normalise(resize_image(image, size))[None]).data
-        own_size = image.shape[:2]
-        labels = model.device.download(classify(model, logits, own_size))[0]
-        if not with_logits:
-            return labels, None
-        return labels, model.device.download(resize(model, logits, own_size))[0]
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """The image with every class but the first (the background) in its palette colour, and a legend below."""
-    # Coloured over grey: over the image's own colours the palette's could not be told apart.
-    grey = image.mean(axis=2, keepdims=True)
-    colours = voc_palette()[labels]
-    mixed = np.where((labels > 0)[..., None], (1 - _OPACITY) * grey + _OPACITY * colours, image)
-    picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
-    present = [k for k in np.unique(labels) if k < len(names)]
-    legend = _legend([(names[k], k) for k in present], picture.width)
-    combined = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
-    combined.paste(picture, (0, 0))
-    combined.paste(legend, (0, picture.height))
-    return combined
-
-
-def _legend(entries: Sequence[tuple[str, int]], width: int) -> Image.Image:
-    """Rows of coloured squares with class names, as many beside each other as the width takes, at least one."""
-    font = ImageFont.load_default(size=12)
-    margin, square, line = 4, 10, 16
-    # The name of a class stays readable below an image that is narrower than it.
-    width = max([width, *(2 * margin + square + 4 + int(font.getlength(name)) for name, _ in entries)])
-    positions, x, y = [], margin, margin
-    for name, _ in entries:
-        needed = square + 4 + int(font.getlength(name)) + 10
-        if x > margin and x + needed > width:
-            x, y = margin, y + line
-        positions.append((x, y))
-        x += needed
-    legend = Image.new("RGB", (width, y + line), "white")
-    draw = ImageDraw.Draw(legend)
-    for (name, index), (left, top) in zip(entries, positions, strict=True):
-        colour = tuple(int(c) for c in voc_palette()[index])
-        draw.rectangle((left, top, left + square, top + square), fill=colour, outline="black")
-        draw.text((left + square + 4, top - 2), name, fill="black", font=font)
-    return legend

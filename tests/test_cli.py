@@ -475,8 +475,9 @@ def test_pictures_that_are_not_there_or_none(segnet, sample, checkpoint, image, 
 
     assert_error(predict("missing[0].jpg"), 1, "missing[0].jpg: no such file")
     assert_error(predict(sample / "labels.txt"), 1, sample / "labels.txt", "not readable")
-    assert_error(predict(sample), 1, f"{sample}: is a folder")
-    assert_error(predict(image, image), 1, "both be written there", tmp_path / "p[1]")
+    assert_error(predict(sample), 1, f"{sample}: no images in this folder")
+    (tmp_path / image.name).write_bytes(image.read_bytes())
+    assert_error(predict(image, tmp_path / image.name), 1, "both be written there", tmp_path / "p[1]")
 
 
 def test_a_path_that_cannot_be_written_is_named(segnet, sample, checkpoint, image, tmp_path):
@@ -507,7 +508,7 @@ def test_memory_that_is_short_is_explained(segnet, sample, checkpoint, monkeypat
     def greedy(*arguments, **options):
         return np.empty(2**60, np.uint8)
 
-    monkeypatch.setattr(cli.network, "evaluate", greedy)
+    monkeypatch.setattr(cli.evaluation, "evaluate", greedy)
     assert_error(segnet("eval", checkpoint, "--data", sample), 1, "memory", "smaller size or batch")
 
 
@@ -515,7 +516,7 @@ def test_ctrl_c_ends_any_command_with_130(segnet, sample, checkpoint, monkeypatc
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.network, "evaluate", interrupted)
+    monkeypatch.setattr(cli.evaluation, "evaluate", interrupted)
     finished = segnet("eval", checkpoint, "--data", sample)
     assert finished.code == 130
     assert "Traceback" not in finished.err

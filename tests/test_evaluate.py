@@ -5,39 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from evaluation_support import bilinear, network, softmax
 from PIL import Image
 
-from segnet_scratch import SegNet, SegNetBasic, get_device, tensor
+from segnet_scratch import SegNet, get_device, tensor
+from segnet_scratch.boundary import boundary_f1
 from segnet_scratch.data import VOID, VOCDataset, normalise, resize_image, resize_mask
 from segnet_scratch.errors import DataError
-from segnet_scratch.evaluate import classify, evaluate, resize
+from segnet_scratch.evaluate import evaluate
+from segnet_scratch.inference import Inference, classify, resize
+from segnet_scratch.metrics import confusion_reference, scores
 
 SIZE = (40, 56)
-
-
-def network(classes=6, device="numpy", cls=SegNetBasic):
-    model = cls(classes, 1 / 16, device)
-    rng = np.random.default_rng(0)
-    # Statistics and biases that are not those of a fresh network, so that evaluation mode shows.
-    state = {name: array + 0.1 * rng.random(array.shape, np.float32) for name, array in model.state_dict().items()}
-    model.load_state_dict(state)
-    return model
-
-
-def bilinear(x, height, width):
-    """x (h, w, c) resized, pixel by pixel: centres at half-integers, what lies outside repeats the border."""
-    y = np.empty((height, width, x.shape[2]))
-    for i in range(height):
-        for j in range(width):
-            row = min(max((i + 0.5) * x.shape[0] / height - 0.5, 0), x.shape[0] - 1)
-            column = min(max((j + 0.5) * x.shape[1] / width - 0.5, 0), x.shape[1] - 1)
-            top, left = int(row), int(column)
-            below, right = min(top + 1, x.shape[0] - 1), min(left + 1, x.shape[1] - 1)
-            v, u = row - top, column - left
-            upper = (1 - u) * x[top, left] + u * x[top, right]
-            lower = (1 - u) * x[below, left] + u * x[below, right]
-            y[i, j] = (1 - v) * upper + v * lower
-    return y
 
 
 def slow_evaluation(model, dataset, size):
@@ -185,6 +164,88 @@ def test_logits_of_nan_score_but_are_no_json_number(mixed):
     assert 0 <= found["global_accuracy"] <= 1
 
 
+# Averages, boundaries, single images
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+def test_averages_score_as_worked_out_slowly(mixed, device):
+    """Flip and two scales: softmax of logits at the image's size, the mean of four, its largest class."""
+    found = evaluate(network(device=device), mixed, SIZE, inference=Inference((0.8, 1.0), flip=True), boundary=True)
+    model = network()
+    confusion, contours = np.zeros((6, 6), np.int64), []
+    for index in range(len(mixed)):
+        image, mask, _ = mixed.sample(index)
+        total = 0
+        for height, width in ((32, 45), SIZE):
+            for step in (1, -1):
+                logits = model(normalise(resize_image(image[:, ::step], (height, width)))[None]).numpy()[0]
+                total = total + softmax(bilinear(logits, *mask.shape)[:, ::step])
+        prediction = total.argmax(axis=2)
+        confusion += confusion_reference(mask, prediction, 6)
+        contours.append(np.mean(list(boundary_f1(mask, prediction).values())))
+    expected = scores(confusion)
+    np.testing.assert_allclose(found.scores.iou, expected.iou, atol=2e-3)
+    assert np.abs(found.scores.confusion - confusion).sum() <= 0.002 * confusion.sum()
+    assert found.boundary_f1 == pytest.approx(np.mean(contours), abs=3e-3)
+    assert found.to_json()["boundary_f1"] == found.boundary_f1
+    assert found.to_json()["loss"] is None  # an average has no logits at the network's size
+    plain = evaluate(network(), mixed, SIZE)
+    assert np.abs(plain.scores.confusion - confusion).sum() > 0.01 * confusion.sum()  # it makes a difference
+
+
+def test_the_confusion_matrix_is_that_of_scikit_learn(mixed):
+    oracle = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle").confusion_matrix
+    model = network()
+    found = evaluate(model, mixed, SIZE)
+    truth, prediction = [], []
+    for index in range(len(mixed)):
+        image, mask, _ = mixed.sample(index)
+        logits = model(normalise(resize_image(image, SIZE))[None])
+        truth.append(mask.reshape(-1))
+        prediction.append(classify(model, resize(model, logits.data, mask.shape)).reshape(-1))
+    truth, prediction = np.concatenate(truth), np.concatenate(prediction)
+    valid = truth != VOID
+    expected = oracle(truth[valid], prediction[valid], labels=range(6))
+    np.testing.assert_array_equal(found.scores.confusion, expected)
+
+
+def test_every_image_has_its_scores(mixed):
+    found = evaluate(network(), mixed, SIZE, batch=3, boundary=True)
+    assert [image.id for image in found.per_image] == list(mixed.ids)
+    for index, image in enumerate(found.per_image):
+        alone = evaluate(network(), OneImage(mixed, index), SIZE, boundary=True)
+        assert image.miou == pytest.approx(alone.scores.miou, abs=2e-3)
+        assert image.global_accuracy == pytest.approx(alone.scores.global_accuracy, abs=2e-3)
+        assert image.pixels == alone.scores.pixels
+        assert image.boundary_f1 == pytest.approx(alone.boundary_f1, abs=5e-3)
+    assert found.boundary_f1 == pytest.approx(np.mean([image.boundary_f1 for image in found.per_image]))
+    assert all(image.boundary_f1 is None for image in evaluate(network(), mixed, SIZE).per_image)
+
+
+class OneImage:
+    """A data set cut down to one image."""
+
+    def __init__(self, dataset, index):
+        self._dataset, self._index = dataset, index
+        self.root, self.classes, self.names = dataset.root, dataset.classes, dataset.names
+
+    def __len__(self):
+        return 1
+
+    def sample(self, index):
+        return self._dataset.sample(self._index)
+
+
+def test_an_image_without_a_contour_does_not_count_for_boundary_f1(flat):
+    path = flat.mask_path(1)
+    mask = np.array(Image.open(path))
+    mask[:] = 1
+    Image.fromarray(mask).save(path)
+    found = evaluate(Oracle(4), flat, (32, 40), boundary=True)
+    assert np.isnan(found.per_image[1].boundary_f1)
+    assert found.boundary_f1 == found.per_image[0].boundary_f1 > 0.5
+
+
 # Resizing logits
 
 
@@ -225,7 +286,7 @@ def test_classes_are_taken_after_resizing():
     # Between a weak 0 and a strong 1 the stronger one gets more than half of the way.
     model = network()
     logits = np.array([[1.0, 0.0], [0.0, 9.0]], np.float32).reshape(1, 1, 2, 2)
-    found = classify(model, logits, (1, 8))
+    found = classify(model, resize(model, logits, (1, 8)))
     assert found.shape == (1, 1, 8)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found[0, 0], [0, 0, 1, 1, 1, 1, 1, 1])

@@ -23,7 +23,26 @@ class TestScores:
         assert result.miou == (3 / 6 + 4 / 8 + 0) / 3
         assert result.global_accuracy == 7 / 11
         assert result.class_accuracy == (3 / 4 + 4 / 7) / 2
+        np.testing.assert_array_equal(result.accuracy, [3 / 4, 4 / 7, np.nan, np.nan])
+        np.testing.assert_array_equal(result.precision, [3 / 5, 4 / 5, 0.0, np.nan])
+        np.testing.assert_array_equal(result.class_pixels, [4, 7, 0, 0])
+        np.testing.assert_array_equal(result.confusion, confusion)
         assert result.pixels == 11
+
+    def test_the_case_of_the_documentation(self):
+        truth = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 6, np.uint8)
+        prediction = truth.copy()
+        prediction[4:, 4:7] = 0
+        confusion = confusion_reference(truth, prediction, 2)
+        np.testing.assert_array_equal(confusion, [[24, 0], [6, 18]])
+        result = scores(confusion)
+        assert result.iou.tolist() == [24 / 30, 18 / 24]
+        assert result.miou == 0.775
+        assert result.global_accuracy == result.class_accuracy == 0.875
+        assert result.precision.tolist() == [0.8, 1.0]
+        text = (ROOT / "docs" / "metrics.md").read_text()
+        for figure in ("[[24, 0], [6, 18]]", "24/30", "18/24", "0.775", "0.875"):
+            assert figure in text
 
     def test_nothing_scored(self):
         result = scores(np.zeros((3, 3), np.int64))
@@ -39,6 +58,10 @@ class TestScores:
             "class_accuracy": None,
             "pixels": 0,
             "iou": {"a": None, "b": None, "c": None},
+            "accuracy": {"a": None, "b": None, "c": None},
+            "precision": {"a": None, "b": None, "c": None},
+            "class_pixels": {"a": 0, "b": 0, "c": 0},
+            "confusion": [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
         }
 
     def test_json(self):
@@ -49,6 +72,10 @@ class TestScores:
             "class_accuracy": (1 / 2 + 1) / 2,
             "pixels": 4,
             "iou": {"sky": 1 / 2, "road": 2 / 3},
+            "accuracy": {"sky": 1 / 2, "road": 1.0},
+            "precision": {"sky": 1.0, "road": 2 / 3},
+            "class_pixels": {"sky": 2, "road": 2},
+            "confusion": [[1, 1], [0, 2]],
         }
         for names in (["sky"], ["sky", "sky"], ["sky", "road", "tree"]):
             with pytest.raises(DataError, match="class names: expected 2"):
@@ -89,6 +116,10 @@ class TestScores:
             assert result.miou == pytest.approx(oracle.jaccard_score(*kept, average="macro"), rel=1e-12)
             assert result.global_accuracy == pytest.approx(oracle.accuracy_score(*kept), rel=1e-12)
             assert result.class_accuracy == pytest.approx(oracle.balanced_accuracy_score(*kept), rel=1e-12)
+            by_class = {"labels": labels, "average": None}
+            np.testing.assert_allclose(result.accuracy, oracle.recall_score(*kept, **by_class), rtol=1e-12)
+            np.testing.assert_allclose(result.precision, oracle.precision_score(*kept, **by_class), rtol=1e-12)
+            assert result.class_pixels.tolist() == np.bincount(kept[0], minlength=classes).tolist()
 
 
 class TestConfusionReference:

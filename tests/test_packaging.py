@@ -79,6 +79,7 @@ class TestWheel:
             "kernels/budget.toml",
             "profile/ceilings.cu",
             "cli/common.py",
+            "report/page.html",
             "doctor/gpu.py",
             "ops/conv2d.py",
         ):
@@ -86,7 +87,7 @@ class TestWheel:
         # A file or folder at the top level of site-packages would belong to everybody: tests, scripts, cuda.
         assert {name.partition("/")[0] for name in names} == {"segnet_scratch", metadata.partition("/")[0]}
         assert not [name for name in names if "__pycache__" in name or "test" in Path(name).name]
-        for extra in ("cuda12", "cuda13", "nvrtc", "compiler"):
+        for extra in ("cuda12", "cuda13", "nvrtc", "compiler", "report", "tensorboard", "video"):
             assert f"Provides-Extra: {extra}" in text
 
     def test_every_python_file_of_the_tree_is_in_it(self, wheel):

@@ -6,12 +6,15 @@ import struct
 
 import numpy as np
 import pytest
+from evaluation_support import network
 from PIL import Image
 
 from segnet_scratch import SegNetBasic
 from segnet_scratch.data import normalise, resize_image, voc_palette
+from segnet_scratch.drawing import heat_colours, heat_map, overlay
 from segnet_scratch.errors import DataError
-from segnet_scratch.predict import overlay, predict, predict_files
+from segnet_scratch.inference import Inference, segment
+from segnet_scratch.predict import find_images, predict_files
 
 NAMES = ("background", "circle", "square", "triangle", "star", "ring")
 SIZE = (32, 48)
@@ -44,15 +47,20 @@ def test_the_three_files_of_an_image(model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
         *("photo.npy", "photo.png", "photo_overlay.png")
     ]
-    assert (done.image, done.labels.name, done.overlay.name) == (path, "photo.png", "photo_overlay.png")
+    assert done.image == path
+    assert {kind: file.name for kind, file in done.files.items()} == {
+        "labels": "photo.png",
+        "overlay": "photo_overlay.png",
+        "logits": "photo.npy",
+    }
 
-    labels = Image.open(done.labels)
+    labels = Image.open(done.files["labels"])
     assert (labels.format, labels.mode, labels.size) == ("PNG", "P", (70, 50))
     np.testing.assert_array_equal(np.array(labels.getpalette()).reshape(-1, 3), voc_palette())
     assert labels.getpalette()[3:6] == [128, 0, 0]  # VOC's aeroplane
     assert labels.getpalette()[-3:] == [224, 224, 192]  # VOC's void
 
-    logits = np.load(done.logits)
+    logits = np.load(done.files["logits"])
     assert logits.shape == (50, 70, 6)
     assert logits.dtype == np.float32
     np.testing.assert_array_equal(logits.argmax(axis=2), np.array(labels))
@@ -65,17 +73,18 @@ def test_the_three_files_of_an_image(model, tmp_path):
 
 def test_logits_are_those_of_the_model_resized(model, tmp_path):
     image = noise(*SIZE)
-    labels, logits = predict(model, image, SIZE, with_logits=True)
+    found = segment(model, image, SIZE, with_logits=True)
+    labels, logits = found.labels, found.logits
     np.testing.assert_array_equal(logits, model(normalise(image)[None]).numpy()[0])
     np.testing.assert_array_equal(labels, logits.argmax(axis=2))
     smaller = resize_image(image, (20, 30))
-    assert predict(model, smaller, SIZE)[0].shape == (20, 30)
-    assert predict(model, smaller, SIZE)[1] is None
+    assert segment(model, smaller, SIZE).labels.shape == (20, 30)
+    assert segment(model, smaller, SIZE).logits is None
 
 
 def test_logits_are_written_only_where_asked(model, tmp_path):
     (done,) = run(model, [save(tmp_path / "a.png", noise(40, 40))], tmp_path / "out", with_logits=False)
-    assert done.logits is None
+    assert "logits" not in done.files
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "a_overlay.png"]
 
 
@@ -86,11 +95,11 @@ def test_logits_are_written_only_where_asked(model, tmp_path):
 )
 def test_every_size(model, tmp_path, height, width):
     (done,) = run(model, [save(tmp_path / "a.png", noise(height, width))], tmp_path / "out")
-    labels = np.array(Image.open(done.labels))
+    labels = np.array(Image.open(done.files["labels"]))
     assert labels.shape == (height, width)
-    assert np.load(done.logits).shape == (height, width, 6)
-    np.testing.assert_array_equal(np.load(done.logits).argmax(axis=2), labels)
-    picture = Image.open(done.overlay)
+    assert np.load(done.files["logits"]).shape == (height, width, 6)
+    np.testing.assert_array_equal(np.load(done.files["logits"]).argmax(axis=2), labels)
+    picture = Image.open(done.files["overlay"])
     assert picture.mode == "RGB"
     assert picture.height > height
     assert picture.width >= width
@@ -98,12 +107,12 @@ def test_every_size(model, tmp_path, height, width):
 
 def labels_of(model, path, out):
     (done,) = run(model, [path], out)
-    return np.array(Image.open(done.labels))
+    return np.array(Image.open(done.files["labels"]))
 
 
 @pytest.fixture
 def expected(model):
-    return predict(model, noise(40, 60), SIZE)[0]
+    return segment(model, noise(40, 60), SIZE).labels
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ def test_alpha_is_dropped(model, tmp_path, expected):
 def test_grey_is_three_equal_channels(model, tmp_path):
     grey = noise(40, 60)[..., 0]
     found = labels_of(model, save(tmp_path / "a.png", grey), tmp_path / "out")
-    np.testing.assert_array_equal(found, predict(model, grey[..., None].repeat(3, axis=2), SIZE)[0])
+    np.testing.assert_array_equal(found, segment(model, grey[..., None].repeat(3, axis=2), SIZE).labels)
 
 
 def test_a_rotated_photo_is_turned_upright(model, tmp_path):
@@ -133,7 +142,7 @@ def test_a_rotated_photo_is_turned_upright(model, tmp_path):
     save(tmp_path / "a.png", noise(40, 60), exif=exif)
     upright = np.rot90(noise(40, 60), -1)
     found = labels_of(model, tmp_path / "a.png", tmp_path / "out")
-    np.testing.assert_array_equal(found, predict(model, np.ascontiguousarray(upright), SIZE)[0])
+    np.testing.assert_array_equal(found, segment(model, np.ascontiguousarray(upright), SIZE).labels)
     assert found.shape == (60, 40)
     save(tmp_path / "b.jpg", noise(40, 60), exif=exif)
     assert labels_of(model, tmp_path / "b.jpg", tmp_path / "out").shape == (60, 40)
@@ -186,6 +195,93 @@ def test_brackets_in_class_names_are_drawn(model, tmp_path):
     assert all(name.startswith("[") for name in done.shares)
 
 
+# What a user names
+
+
+def test_files_folders_and_patterns_are_found(tmp_path, monkeypatch):
+    for name in ("b.JPG", "a.png", "c.webp", "notes.txt", ".hidden.txt", "brackets[1].png"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub.png").mkdir()
+    (tmp_path / "sub.png" / "d.bmp").touch()
+
+    def found(*arguments):
+        return [path.relative_to(tmp_path).as_posix() for path in find_images([str(tmp_path / a) for a in arguments])]
+
+    assert found(".") == ["a.png", "b.JPG", "brackets[1].png", "c.webp"]
+    assert found("sub.png") == ["sub.png/d.bmp"]
+    assert found("*.png") == ["a.png", "brackets[1].png"]  # sub.png is a folder
+    assert found("**/*.bmp") == ["sub.png/d.bmp"]
+    assert found("brackets[1].png") == ["brackets[1].png"]  # a name, not a pattern
+    assert found("[ac].*", "notes.txt") == ["a.png", "c.webp", "notes.txt"]
+    assert found("c.webp", "*.webp", ".") == ["c.webp", "a.png", "b.JPG", "brackets[1].png"]
+    monkeypatch.chdir(tmp_path)
+    assert [str(path) for path in find_images(["*.JPG"])] == ["b.JPG"]
+
+
+def test_what_is_not_there_is_explained(tmp_path):
+    (tmp_path / "movies").mkdir()
+    (tmp_path / "movies" / "a.mp4").touch()
+    with pytest.raises(DataError, match=r"movies: no images in this folder; expected files that end in \.jpg"):
+        find_images([str(tmp_path / "movies")])
+    with pytest.raises(DataError, match=r"none\.jpg: no such file; check the path"):
+        find_images([str(tmp_path / "none.jpg")])
+    with pytest.raises(DataError, match=r"\*\.jpg: no such file, and as a pattern it matches none"):
+        find_images([str(tmp_path / "*.jpg")])
+
+
+# Uncertainty
+
+
+def test_samples_write_an_uncertainty_map(tmp_path):
+    bayesian = network(dropout=True)
+    image = noise(50, 70)
+    path = save(tmp_path / "a.png", image)
+    inference = Inference(samples=3)
+    (done,) = predict_files(bayesian, [path], tmp_path / "out", SIZE, NAMES, True, inference)
+    expected = segment(bayesian, image, SIZE, inference, True)
+    np.testing.assert_array_equal(np.load(done.files["uncertainty_array"]), expected.uncertainty)
+    np.testing.assert_array_equal(np.load(done.files["logits"]), expected.logits)
+    np.testing.assert_array_equal(np.array(Image.open(done.files["labels"])), expected.labels)
+    picture = np.array(Image.open(done.files["uncertainty"]))
+    largest = np.unravel_index(expected.uncertainty.argmax(), expected.uncertainty.shape)
+    assert picture[largest].tolist() == [252, 255, 190]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("a.npy", "a.png", "a_overlay.png", "a_uncertainty.npy", "a_uncertainty.png")
+    ]
+    (done,) = predict_files(bayesian, [path], tmp_path / "other", SIZE, NAMES, False, inference)
+    assert sorted(done.files) == ["labels", "overlay", "uncertainty"]
+
+
+def test_a_heat_map_shows_values_above_a_bar(tmp_path):
+    values = np.zeros((40, 300), np.float32)
+    values[:, 100:200], values[:, 200:] = 0.05, 0.1
+    picture = np.array(heat_map(values, "variance"))
+    assert picture.shape[1] == 300
+    assert picture[20, [50, 150, 250]].tolist() == heat_colours(np.array([0, 0.5, 1])).tolist()
+    bar = picture[40 + 9].astype(int)
+    for colour in heat_colours(np.linspace(0, 1, 9)):
+        assert np.abs(bar - colour).sum(axis=1).min() < 15
+    names = [np.array(heat_map(values, what))[40:, :20] for what in ("variance", "deviance")]
+    assert not np.array_equal(*names)  # the name is written
+
+    def end(scale):
+        return np.array(heat_map(scale * values, "v"))[40:, -30:]
+
+    assert not np.array_equal(end(1), end(2))  # the largest value is written
+    assert np.array_equal(np.array(heat_map(values, "v"))[:40], np.array(heat_map(2 * values, "v"))[:40])
+
+
+def test_a_heat_map_of_nothing_is_black():
+    assert (np.array(heat_map(np.zeros((30, 200)), "v"))[:30] == [0, 0, 4]).all()
+
+
+def test_heat_grows_brighter():
+    colours = heat_colours(np.linspace(0, 1, 256)).astype(float)
+    light = colours @ [0.299, 0.587, 0.114]
+    assert (np.diff(light) >= 0).all()
+    assert light[-1] - light[0] > 200
+
+
 # Errors
 
 
@@ -224,7 +320,7 @@ def test_a_result_that_would_overwrite_an_overlay_is_refused(model, tmp_path):
 def test_an_image_is_never_overwritten_by_its_result(model, tmp_path):
     path = save(tmp_path / "a.png", noise(40, 40))
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"a\.png would overwrite this image; choose another --out"):
+    with pytest.raises(DataError, match=r"a\.png would overwrite this file; choose another --out"):
         run(model, [path], tmp_path / "sub" / "..")
     assert path.read_bytes() == before
     assert left(tmp_path) == ["a.png"]

@@ -79,13 +79,19 @@ def input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, 
 
 def parse_size(size: str) -> tuple[int, int]:
     """(height, width) of `--size N` or `--size HxW`; ConfigError for anything else, or below 32 pixels."""
-    try:
-        sides = [int(part) for part in size.lower().split("x")]
-        height, width = sides if len(sides) == 2 else sides * 2
-    except ValueError:
-        raise ConfigError(f"--size {size}: expected N or HxW, for example 224 or 360x480") from None
+    height, width = sides("--size", size)
     if min(height, width) < 32:
         raise ConfigError(f"--size {size}: expected at least 32 pixels on each side")
+    return height, width
+
+
+def sides(option: str, text: str) -> tuple[int, int]:
+    """(height, width) of an option's value N or HxW; ConfigError for anything else."""
+    try:
+        numbers = [int(part) for part in text.lower().split("x")]
+        height, width = numbers if len(numbers) == 2 else numbers * 2
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected N or HxW, for example 224 or 360x480") from None
     return height, width
 
 

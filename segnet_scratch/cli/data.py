@@ -23,8 +23,8 @@ from segnet_scratch.data.convert_masks import convert_masks
 from segnet_scratch.data.download import install_sbd, install_voc2012
 from segnet_scratch.data.statistics import class_statistics
 from segnet_scratch.data.verify import verify as run_verify
+from segnet_scratch.display import write_json
 from segnet_scratch.errors import DataError
-from segnet_scratch.report import write_json
 
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")

@@ -7,12 +7,12 @@ import typer
 
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, say
 from segnet_scratch.device import get_device
+from segnet_scratch.display import write_json
 from segnet_scratch.doctor import diagnose
 from segnet_scratch.doctor.kernels import examine_kernels
 from segnet_scratch.kernels.workbench import options, run_kernel
 from segnet_scratch.kernels.workbench.display import show
 from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
-from segnet_scratch.report import write_json
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`segnet train`, `eval`, `predict`, `convert`: networks and what is done with them."""
+"""`segnet train` and `convert`: where a trained network comes from."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,25 +6,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from segnet_scratch import weights
-from segnet_scratch.cli.common import (
-    CheckpointArgument,
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    SizeOption,
-    app,
-    console,
-    input_size,
-    say,
-)
+from segnet_scratch.cli.common import DataOption, DeviceOption, JsonOption, app, console, say
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
-from segnet_scratch.data import VOCDataset
-from segnet_scratch.device import get_device
-from segnet_scratch.evaluate import evaluate
-from segnet_scratch.predict import predict_files
-from segnet_scratch.report import TrainingDisplay, evaluation_progress, scores_table, write_json
+from segnet_scratch.display import TrainingDisplay, write_json
+from segnet_scratch.listeners import Listeners
+from segnet_scratch.run_record import RunRecord
+from segnet_scratch.tensorboard import TensorBoard
 from segnet_scratch.train import RunFolder, Trainer
 
 
@@ -56,6 +44,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from RUN/last.safetensors, as if never stopped.")
     ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write event files to RUN/tensorboard. Needs pip install 'segnet_scratch\\[tensorboard]'.",
+        ),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Train a network on the train split and validate it on the val split.
@@ -64,67 +59,19 @@ def train(
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
+    # First: a missing library is noticed before the run folder is made.
+    listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
     folder = RunFolder(out)
     resolved = folder.resolve_config(config, settings or [], resume)
     trainer = Trainer(resolved, data, out, device, init, resume)
-    with TrainingDisplay(console) as display:
-        finished = trainer.run(display)
+    with listeners:
+        finished = trainer.run(listeners)
     write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
     if not finished:
         say(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume")
         raise typer.Exit(130)
     best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
     say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
-
-
-@app.command(name="eval")
-def evaluate_command(
-    checkpoint: CheckpointArgument,
-    data: DataOption,
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
-    json: JsonOption = None,
-) -> None:
-    """Score a checkpoint by the VOC protocol: one confusion matrix over the whole split, void ignored.
-
-    The image is resized to the network's input size and the logits bilinearly back to the size of the ground truth.
-    """
-    model = weights.load(checkpoint, get_device(device))
-    dataset = VOCDataset(data, split)
-    sides = input_size(checkpoint, model, size)
-    with evaluation_progress(console, len(dataset)) as advance:
-        evaluation = evaluate(model, dataset, sides, batch, advance=advance)
-    console.print(scores_table(evaluation))
-    write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
-
-
-@app.command()
-def predict(
-    checkpoint: CheckpointArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)],
-    logits: Annotated[bool, typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes).")] = False,
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
-    json: JsonOption = None,
-) -> None:
-    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), in the image's size.
-
-    Example: segnet predict runs/voc/best.safetensors photos/*.jpg --out predictions
-    """
-    model = weights.load(checkpoint, get_device(device))
-    names = model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
-    results = []
-    for prediction in predict_files(model, images, out, input_size(checkpoint, model, size), names, logits):
-        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-        say(f"{prediction.overlay}: {shares}")
-        files = {"image": prediction.image, "labels": prediction.labels, "overlay": prediction.overlay}
-        if prediction.logits:
-            files["logits"] = prediction.logits
-        results.append({**{key: str(path) for key, path in files.items()}, "shares": prediction.shares})
-    write_json(json, results)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import typer
 
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, parse_size
 from segnet_scratch.device import get_device
+from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.kernels.resources import ARCHITECTURES
 from segnet_scratch.profile import roofline, trace
@@ -15,7 +16,6 @@ from segnet_scratch.profile.ladder import SHAPES
 from segnet_scratch.profile.measure import How, count_step, profile_op, profile_step
 from segnet_scratch.profile.step import DEFAULTS, Work
 from segnet_scratch.profile.tables import show
-from segnet_scratch.report import write_json
 from segnet_scratch.segnet import ARCHITECTURES as MODELS
 from segnet_scratch.segnet import DECODERS
 

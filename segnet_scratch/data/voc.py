@@ -28,22 +28,24 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _NAMED_AT_MOST = 5
 
 
-def find_root(path: str | Path) -> Path:
+def find_root(path: str | Path, with_masks: bool = True) -> Path:
     """The VOC root that `path` means: `path` itself, `path/VOC2012` or `path/VOCdevkit/VOC2012`.
 
-    Raises DataError that lists what each place lacks when none of them is a VOC root.
+    Without masks SegmentationClass need not be there. Raises DataError that lists what each place lacks when none of
+    them is a VOC root.
     """
     path = Path(path)
+    folders = FOLDERS if with_masks else FOLDERS[:2]
     looked = []
     for root in possible_roots(path):
-        missing = [folder for folder in FOLDERS if not (root / folder).is_dir()]
+        missing = [folder for folder in folders if not (root / folder).is_dir()]
         if not missing:
             return root
         looked.append(f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder"))
     raise DataError(
         f"{path}: no data set in VOC layout found; looked in\n"
         + "\n".join(looked)
-        + f"\nPass the folder that holds {FOLDERS[0]}, {FOLDERS[1]} and {FOLDERS[2]}."
+        + f"\nPass the folder that holds {', '.join(folders)}."
     )
 
 
@@ -97,13 +99,15 @@ def mask_file(root: Path, name: str) -> Path:
 class VOCDataset:
     """One split of a data set in VOC layout.
 
-    path: the VOC root, its parent or its grandparent (see `find_root`).
+    path: the VOC root, its parent or its grandparent (see `find_root`). with_masks: False for a split that has images
+    only, as VOC's test split; `sample` then has no masks to read.
     Attributes: root, split, ids (in file order), names (of the classes, by label), classes (their number).
-    Raises DataError when the root, the split or any image or mask of it is missing.
+    Raises DataError when the root, the split or any image or (with_masks) mask of it is missing.
     """
 
-    def __init__(self, path: str | Path, split: str) -> None:
-        self.root = find_root(path)
+    def __init__(self, path: str | Path, split: str, with_masks: bool = True) -> None:
+        self.root = find_root(path, with_masks)
+        self._with_masks = with_masks
         self.split = split
         self.names = class_names(self.root)
         self.classes = len(self.names)
@@ -127,7 +131,8 @@ class VOCDataset:
         Only looks whether the files are there (milliseconds for VOC); `sample` reads and judges them.
         """
         problems = []
-        for kind, path_of in (("images", self.image_path), ("masks", self.mask_path)):
+        kinds = (("images", self.image_path), ("masks", self.mask_path))
+        for kind, path_of in kinds if self._with_masks else kinds[:1]:
             missing = [path for path in map(path_of, range(len(self))) if not path.is_file()]
             if missing:
                 named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])

@@ -1,9 +1,11 @@
 """What the commands show: live training progress, tables of scores, JSON results."""
 
+import csv
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,21 +28,45 @@ def write_json(path: Path | None, result: Any) -> None:
         write_durably(path, [json.dumps(result, indent=2, allow_nan=False).encode() + b"\n"])
 
 
+def write_per_image(path: Path | None, evaluation: Evaluation) -> None:
+    """Writes one row an image as CSV: id, fractions as in JSON, empty where there is none; nothing without a path."""
+    if path is None:
+        return
+    columns = ["id", "miou", "global_accuracy", "pixels"]
+    if evaluation.boundary_f1 is not None:
+        columns.append("boundary_f1")
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for image in evaluation.per_image:
+        values = [getattr(image, column) for column in columns]
+        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, [text.getvalue().encode()])
+
+
 def scores_table(evaluation: Evaluation) -> Table:
-    """Per-class IoU, and the three averages."""
-    table = Table(title=f"{evaluation.images} images")
+    """IoU, accuracy and precision of every class and its share of the pixels, and the averages."""
+    scores = evaluation.scores
+    table = Table(title=f"{evaluation.images} images, {scores.pixels:,} pixels")
     table.add_column("class")
-    table.add_column("IoU %", justify="right")
-    for name, iou in zip(evaluation.names, evaluation.scores.iou, strict=True):
-        table.add_row(name, "-" if math.isnan(iou) else f"{100 * iou:.1f}")
+    for heading in ("IoU %", "accuracy %", "precision %", "pixels %"):
+        table.add_column(heading, justify="right")
+    shares = scores.class_pixels / max(1, scores.pixels)
+    rows = zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, shares, strict=True)
+    for name, *fractions in rows:
+        table.add_row(name, *map(_percent, fractions))
     table.add_section()
-    for name, value in (
-        ("mean IoU", evaluation.scores.miou),
-        ("global accuracy", evaluation.scores.global_accuracy),
-        ("class accuracy", evaluation.scores.class_accuracy),
-    ):
-        table.add_row(name, f"{100 * value:.1f}", style="bold")
+    table.add_row("mean IoU", _percent(scores.miou), style="bold")
+    table.add_row("class accuracy", "", _percent(scores.class_accuracy), style="bold")
+    table.add_row("global accuracy", "", _percent(scores.global_accuracy), style="bold")
+    if evaluation.boundary_f1 is not None:
+        table.add_row("boundary F1", _percent(evaluation.boundary_f1), style="bold")
     return table
+
+
+def _percent(fraction: float) -> str:
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
 def _progress(console: Console, transient: bool = False) -> Progress:
@@ -58,11 +84,23 @@ def _progress(console: Console, transient: bool = False) -> Progress:
 
 
 @contextmanager
-def evaluation_progress(console: Console, images: int) -> Iterator[Callable[[int], None]]:
+def evaluation_progress(console: Console, images: int, what: str = "evaluate") -> Iterator[Callable[[int], None]]:
     """A progress bar in a terminal, nothing elsewhere; gives a function that is told of so many images more."""
     with _progress(console, transient=True) as progress:
-        task = progress.add_task("evaluate", total=images, status="")
+        task = progress.add_task(what, total=images, status="")
         yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def video_progress(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar in a terminal, nothing elsewhere; gives what `predict_video` tells of its frames."""
+    with _progress(console, transient=True) as progress:
+        task = progress.add_task(name, total=None, status="")
+
+        def watch(done: int, frames: int, rate: float) -> None:
+            progress.update(task, completed=done, total=frames or None, status=f"{rate:.1f} frames/s")
+
+        yield watch
 
 
 class TrainingDisplay(Listener):

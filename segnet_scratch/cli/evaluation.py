@@ -1,0 +1,273 @@
+"""`segnet eval`, `predict`, `submit`, `report`: what is done with a trained network."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segnet_scratch import weights
+from segnet_scratch.cli.common import (
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    SizeOption,
+    app,
+    console,
+    input_size,
+    say,
+    sides,
+)
+from segnet_scratch.data import VOCDataset
+from segnet_scratch.device import get_device
+from segnet_scratch.display import (
+    evaluation_progress,
+    scores_table,
+    video_progress,
+    write_json,
+    write_per_image,
+)
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.evaluate import evaluate
+from segnet_scratch.inference import Inference
+from segnet_scratch.predict import find_images, predict_files
+from segnet_scratch.report import write_report
+from segnet_scratch.segnet import SegNet
+from segnet_scratch.submit import Competition, submit
+from segnet_scratch.video import find_video, plan_videos, predict_video
+
+_AVERAGING = "Averaging of several predictions"
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=_AVERAGING)
+]
+ScalesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="Average over the input size times each of these, for example 0.75,1,1.25.",
+        rich_help_panel=_AVERAGING,
+    ),
+]
+WindowOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW",
+        help="Do not resize the image (but for --scales): slide a window of this size over it. For images much larger "
+        "than those of training.",
+        rich_help_panel=_AVERAGING,
+    ),
+]
+StrideOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW", help="From one window to the next; half a window unless given.", rich_help_panel=_AVERAGING
+    ),
+]
+SamplesOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Average N passes with dropout on, of a network trained with dropout=true (Bayesian SegNet).",
+        rich_help_panel=_AVERAGING,
+    ),
+]
+
+
+def _inference(flip: bool, scales: str | None, window: str | None, stride: str | None, samples: int) -> Inference:
+    """The options of averaging as one object; ConfigError for text that is no number."""
+    return Inference(
+        _numbers("--scales", scales) if scales is not None else (1.0,),
+        flip,
+        None if window is None else sides("--window", window),
+        None if stride is None else sides("--stride", stride),
+        samples,
+    )
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected numbers with commas between, for example 0.75,1,1.25") from None
+
+
+def _names(model: SegNet) -> list[str]:
+    return model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
+
+
+@app.command(name="eval")
+def evaluate_command(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
+    device: DeviceOption = "auto",
+    size: SizeOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time, where nothing is averaged.")] = 4,
+    boundary: Annotated[
+        bool,
+        typer.Option("--boundary", help="Also boundary F1: contours within 0.75 % of the image diagonal."),
+    ] = False,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    samples: SamplesOption = 0,
+    per_image: Annotated[
+        Path | None, typer.Option(help="Also the scores of each image, as CSV.", metavar="FILE.csv", dir_okay=False)
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Score a checkpoint by the VOC protocol: one confusion matrix over the whole split, void ignored.
+
+    The image is resized to the network's input size and the logits bilinearly back to the size of the ground truth.
+
+    Example: segnet eval runs/voc/best.safetensors --data VOC2012 --boundary --flip --scales 0.75,1,1.25
+
+    IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
+    """
+    inference = _inference(flip, scales, window, stride, samples)
+    model = weights.load(checkpoint, get_device(device))
+    dataset = VOCDataset(data, split)
+    input_sides = input_size(checkpoint, model, size)
+    with evaluation_progress(console, len(dataset)) as advance:
+        evaluation = evaluate(
+            model, dataset, input_sides, batch, advance=advance, inference=inference, boundary=boundary
+        )
+    console.print(scores_table(evaluation))
+    write_per_image(per_image, evaluation)
+    write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointArgument,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, folders of images, patterns in quotes ('photos/*.jpg'), videos, or camera (camera:1: the "
+            "second one).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)],
+    logits: Annotated[
+        bool,
+        typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes), and the uncertainty as an array."),
+    ] = False,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of each video at most so many; a camera goes on until Ctrl-C.")
+    ] = None,
+    device: DeviceOption = "auto",
+    size: SizeOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    samples: SamplesOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), in the image's size.
+
+    Example: segnet predict runs/voc/best.safetensors photos 'more/*.jpg' --out predictions
+
+    With --samples also NAME_uncertainty.png: where the samples disagree.
+
+    Of a video or camera NAME_overlay.mp4. That needs PyAV: pip install 'segnet_scratch\\[video]'.
+    """
+    inference = _inference(flip, scales, window, stride, samples)
+    videos = [video for argument in inputs if (video := find_video(argument))]
+    images = find_images([argument for argument in inputs if not find_video(argument)])
+    targets = plan_videos(videos, out)
+    model = weights.load(checkpoint, get_device(device))
+    names, input_sides = _names(model), input_size(checkpoint, model, size)
+    results: list[dict[str, Any]] = []
+    stopped = False
+    for prediction in predict_files(model, images, out, input_sides, names, logits, inference):
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
+        say(f"{prediction.files['overlay']}: {shares}")
+        files = {kind: str(path) for kind, path in prediction.files.items()}
+        results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
+    for video, target in zip(videos, targets, strict=True):
+        with video_progress(console, video.name) as watch:
+            written = predict_video(model, video, target, input_sides, names, inference, frames, watch)
+        cut = ", stopped by Ctrl-C" if written.interrupted else ""
+        say(f"{target}: {written.frames} frames, {written.frames_per_second:.1f} frames/s{cut}")
+        results.append(
+            {
+                "video": written.source,
+                "overlay": str(target),
+                "frames": written.frames,
+                "frames_per_second": written.frames_per_second,
+            }
+        )
+        stopped = written.interrupted and not video.is_camera  # a camera has no other end
+        if stopped:
+            break
+    write_json(json, results)
+    if stopped:
+        raise typer.Exit(130)
+
+
+@app.command(name="submit")
+def submit_command(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="The archive, NAME.tar or NAME.tgz, or a folder.")],
+    split: Annotated[
+        str, typer.Option(help="Name of the list in ImageSets/Segmentation; test needs images only, no masks.")
+    ] = "test",
+    competition: Annotated[
+        Competition, typer.Option(help="comp5: trained on VOC2012's own data alone. comp6: on other data too.")
+    ] = Competition.comp6,
+    device: DeviceOption = "auto",
+    size: SizeOption = None,
+    flip: FlipOption = False,
+    scales: ScalesOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    samples: SamplesOption = 0,
+) -> None:
+    """Write the results archive that VOC2012's evaluation server takes, and check it.
+
+    results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs with VOC's palette, each as large as its image.
+    Weights from ImageNet are other data: that is comp6.
+
+    Example: segnet submit runs/voc/best.safetensors --data VOC2012 --out results.tar --flip
+    """
+    inference = _inference(flip, scales, window, stride, samples)
+    model = weights.load(checkpoint, get_device(device))
+    dataset = VOCDataset(data, split, with_masks=False)
+    input_sides = input_size(checkpoint, model, size)
+    with evaluation_progress(console, len(dataset), "segment") as advance:
+        folder = submit(model, dataset, out, input_sides, competition, inference, advance)
+    say(f"{out}: {len(dataset)} results in {folder}, checked")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run: --out of segnet train.", metavar="RUN")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="The data set of the run; adds scores by class, confusion, best and worst predictions."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; RUN/report.html unless given.", dir_okay=False)
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Write one HTML page of a run: curves, scores by class, confusion matrix, best and worst predictions, settings.
+
+    It is one file that needs no network. Needs matplotlib and jinja2: pip install 'segnet_scratch\\[report]'.
+
+    Example: segnet report runs/voc --data VOC2012
+    """
+    page = out or run / "report.html"
+    with ExitStack() as bars:
+        complete = write_report(
+            run, page, data, device, lambda images: bars.enter_context(evaluation_progress(console, images))
+        )
+    say(f"{page}" if complete else f"{page}: without predictions; --data DIR adds them")

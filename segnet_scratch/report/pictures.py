@@ -1,0 +1,59 @@
+"""The pictures of a page as data URIs: an image, its ground truth, its prediction and where the two differ."""
+
+from base64 import b64encode
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from segnet_scratch.data import VOID, indexed_picture, resize_image, resize_mask
+from segnet_scratch.evaluate import ImageScore
+from segnet_scratch.inference import scaled
+
+_WIDTH = 420  # pixels of a picture at most: twice what the page gives it, for fine screens and for print
+_WRONG = np.array([214, 40, 40])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the validation set on the page; its pictures are data URIs."""
+
+    id: str
+    miou: float
+    accuracy: float
+    image: str
+    truth: str
+    prediction: str
+    errors: str
+
+
+def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Example:
+    """Pictures of image uint8 (h, w, 3), truth and prediction uint8 (h, w), made as small as the page needs them."""
+    size = scaled(truth.shape, min(1.0, _WIDTH / truth.shape[1]))
+    image = resize_image(image, size)
+    truth, found = resize_mask(truth, size), resize_mask(found, size)
+    wrong = (truth != found) & (truth != VOID)
+    grey = 0.6 * image.mean(axis=2, keepdims=True) + 90  # pale, so that red stands out
+    errors = np.where(wrong[..., None], _WRONG, np.where((truth == VOID)[..., None], 255, grey))
+    return Example(
+        score.id,
+        score.miou,
+        score.global_accuracy,
+        _jpeg(image),
+        _png(indexed_picture(truth)),
+        _png(indexed_picture(found)),
+        _jpeg(np.rint(np.clip(errors, 0, 255)).astype(np.uint8)),
+    )
+
+
+def _jpeg(image: np.ndarray) -> str:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,146 @@
+"""The results archive of the VOC2012 segmentation challenge: indexed PNGs in the folders that its server expects."""
+
+import secrets
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, read_image, voc_palette
+from segnet_scratch.errors import DataError
+from segnet_scratch.inference import Inference, segment
+from segnet_scratch.segnet import SegNet
+
+_Mode = Literal["w", "w:gz"]
+_ARCHIVES: dict[str, _Mode] = {".tar": "w", ".tgz": "w:gz", ".tar.gz": "w:gz"}
+
+
+class Competition(StrEnum):
+    """What a network may have been trained with: comp5, VOC2012's own data; comp6, any data."""
+
+    comp5 = "comp5"
+    comp6 = "comp6"
+
+
+def submit(
+    model: SegNet,
+    dataset: VOCDataset,
+    out: Path,
+    size: tuple[int, int],
+    competition: Competition,
+    inference: Inference | None = None,
+    advance: Callable[[int], None] = lambda images: None,
+) -> PurePosixPath:
+    """Segments every image of a split and writes `results/VOC2012/Segmentation/COMPETITION_SPLIT_cls/ID.png`.
+
+    Into a tar archive where `out` ends in .tar, .tgz or .tar.gz, else into a folder. Every file is read again from what
+    was written and checked (`check_results`) before it appears under its name. The data set needs no masks. Returns the
+    path of the folder within `out`.
+
+    Raises DataError for a model or data set of other classes than VOC's, and for an `out` that holds results already;
+    ConfigError where `inference` does not fit the model.
+    """
+    _check_classes(model, dataset)
+    inference = inference or Inference()
+    inference.check(model, size)
+    folder = PurePosixPath("results", "VOC2012", "Segmentation", f"{competition.value}_{dataset.split}_cls")
+    mode = next((mode for ending, mode in _ARCHIVES.items() if out.name.lower().endswith(ending)), None)
+    final = out if mode else out / "results"
+    if final.exists():
+        raise DataError(f"{final}: is there already; remove it or choose another --out")
+    with _scratch(out if mode is None else out.parent) as scratch:
+        target = scratch / folder
+        target.mkdir(parents=True)
+        sizes = {}
+        for index, name in enumerate(dataset.ids):
+            image = read_image(dataset.image_path(index))
+            sizes[name] = image.shape[:2]
+            indexed_picture(segment(model, image, size, inference).labels).save(target / f"{name}.png", format="PNG")
+            advance(1)
+        if mode is None:
+            check_results({path.stem: path.read_bytes() for path in target.iterdir()}, sizes, target)
+            (scratch / "results").replace(final)
+        else:
+            packed = scratch / "packed.tar"
+            _pack(packed, mode, folder, target, dataset.ids)
+            check_results(_unpack(packed, folder), sizes, out)
+            packed.replace(final)
+    return folder
+
+
+def check_results(files: dict[str, bytes], sizes: dict[str, tuple[int, ...]], where: Path) -> None:
+    """DataError unless these PNG files, by image id, are what the VOC server takes for images of these sizes.
+
+    That is: one file for every image, indexed (mode P) with VOC's palette, as large as the image, labels below 21.
+    """
+    if files.keys() != sizes.keys():
+        missing, unknown = sorted(sizes.keys() - files.keys()), sorted(files.keys() - sizes.keys())
+        some = ", ".join((missing + unknown)[:3])
+        raise DataError(f"{where}: {len(missing)} results are missing, {len(unknown)} too many ({some}, ...)")
+    for name, content in files.items():
+        try:
+            picture = Image.open(BytesIO(content), formats=["PNG"])
+            labels = np.asarray(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{where}: {name}.png cannot be read back ({error}); check the disk") from error
+        palette = picture.getpalette()
+        if picture.mode != "P" or palette != voc_palette().reshape(-1).tolist():
+            raise DataError(f"{where}: {name}.png is of mode {picture.mode}, expected P with VOC's palette")
+        if labels.shape != sizes[name]:
+            raise DataError(f"{where}: {name}.png is {labels.shape}, its image {sizes[name]} (height, width)")
+        if labels.max() >= len(VOC_CLASSES):
+            raise DataError(f"{where}: {name}.png holds label {labels.max()}, expected 0..{len(VOC_CLASSES) - 1}")
+
+
+def _check_classes(model: SegNet, dataset: VOCDataset) -> None:
+    """DataError unless both have VOC's 21 classes, in VOC's order: the server knows labels, not names."""
+    trained = tuple(model.metadata.get("classes", ()))
+    for what, names in ((f"{dataset.root}: the data set", dataset.names), ("the checkpoint", trained)):
+        if names and tuple(names) != VOC_CLASSES:
+            raise DataError(
+                f"{what} has {len(names)} classes ({', '.join(names[:3])}, ...); VOC's server takes its own "
+                f"{len(VOC_CLASSES)} ({', '.join(VOC_CLASSES[:3])}, ...); submit a network that was trained on them"
+            )
+    if model.classes != len(VOC_CLASSES):
+        raise DataError(f"the checkpoint has {model.classes} classes, VOC {len(VOC_CLASSES)}; train one on VOC's")
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder beside the result, on the same disk, that is gone afterwards."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f".submit.{secrets.token_hex(8)}.segnet-tmp"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pack(packed: Path, mode: _Mode, folder: PurePosixPath, files: Path, names: tuple[str, ...]) -> None:
+    """A tar archive of the results in the order of the split; the same results give the same bytes (without gzip)."""
+    with tarfile.open(packed, mode, format=tarfile.USTAR_FORMAT) as archive:
+        for name in names:
+            content = (files / f"{name}.png").read_bytes()
+            entry = tarfile.TarInfo(str(folder / f"{name}.png"))
+            entry.size, entry.mode = len(content), 0o644
+            archive.addfile(entry, BytesIO(content))
+
+
+def _unpack(packed: Path, folder: PurePosixPath) -> dict[str, bytes]:
+    """The content of every file of the archive that lies in the folder, by its name without the ending."""
+    files = {}
+    with tarfile.open(packed) as archive:
+        for entry in archive:
+            stream = archive.extractfile(entry)
+            path = PurePosixPath(entry.name)
+            if stream is not None and path.parent == folder:
+                files[path.stem] = stream.read()
+    return files

@@ -1,0 +1,160 @@
+"""Boundary F1 against the case worked by hand in docs/metrics.md, a brute-force implementation and SciPy."""
+
+from math import hypot, sqrt
+
+import numpy as np
+import pytest
+from kernel_support import ROOT
+
+from segnet_scratch.boundary import TOLERANCE, boundary_f1, contour, near
+from segnet_scratch.data import VOID
+
+TRUTH = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 6, np.uint8)
+PREDICTION = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 4 + [[0, 0, 0, 0, 0, 0, 0, 1]] * 2, np.uint8)
+RADIUS_OF_1_5 = 0.15  # of the diagonal of 6 x 8
+
+
+def brute_contour(labels, label):
+    """Positions of the contour of a class, pixel by pixel."""
+    height, width = labels.shape
+    found = []
+    for i in range(height):
+        for j in range(width):
+            around = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+            inside = [(a, b) for a, b in around if 0 <= a < height and 0 <= b < width]
+            if labels[i, j] == label and any(labels[place] != label for place in inside):
+                found.append((i, j))
+    return found
+
+
+def brute_boundary_f1(truth, prediction, tolerance):
+    """By the definition: every pair of contour pixels, one class after the other."""
+    radius = tolerance * sqrt(truth.shape[0] ** 2 + truth.shape[1] ** 2)
+    result = {}
+    for label in sorted(set(truth.reshape(-1).tolist()) - {VOID}):
+        true, found = brute_contour(truth, label), brute_contour(prediction, label)
+        if not true:
+            continue
+
+        def matches(place, others):
+            return any(hypot(place[0] - a, place[1] - b) < radius for a, b in others)
+
+        hits = [place for place in found if matches(place, true)]
+        misses = [place for place in found if place not in hits and truth[place] != VOID]
+        recalled = [place for place in true if matches(place, found)]
+        if not hits:
+            result[label] = 0.0
+            continue
+        precision, recall = len(hits) / (len(hits) + len(misses)), len(recalled) / len(true)
+        result[label] = 2 * precision * recall / (precision + recall)
+    return result
+
+
+def blobs(rng, height, width, classes):
+    """A label map of a few rectangles, some of them void."""
+    labels = np.full((height, width), rng.integers(classes), np.uint8)
+    for _ in range(6):
+        top, left = rng.integers(height), rng.integers(width)
+        label = VOID if rng.random() < 0.2 else rng.integers(classes)
+        labels[top : top + rng.integers(1, 8), left : left + rng.integers(1, 8)] = label
+    return labels
+
+
+def test_the_case_of_the_documentation():
+    f1 = boundary_f1(TRUTH, PREDICTION, RADIUS_OF_1_5)
+    assert f1 == pytest.approx({0: 10 / 13, 1: 5 / 7}, rel=1e-12)
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for figure in (
+        "5/7",
+        "10/13",
+        "135/182",
+        *(" ".join(map(str, row)) for row in (*TRUTH.tolist(), *PREDICTION.tolist())),
+    ):
+        assert figure in text
+
+
+def test_the_tolerance_is_that_of_the_paper():
+    assert TOLERANCE == 0.0075
+    assert (
+        boundary_f1(TRUTH, PREDICTION) == boundary_f1(TRUTH, PREDICTION, 0.0075) != boundary_f1(TRUTH, PREDICTION, 0.15)
+    )
+
+
+@pytest.mark.parametrize("tolerance", [0.0075, 0.05, 0.1, 0.15, 0.4])
+def test_against_brute_force(tolerance):
+    rng = np.random.default_rng(int(1e4 * tolerance))
+    partial = 0
+    for _ in range(12):
+        height, width = rng.integers(1, 24, 2)
+        truth, prediction = blobs(rng, height, width, 4), blobs(rng, height, width, 4)
+        if rng.random() < 0.5:
+            prediction = np.roll(truth, rng.integers(-2, 3, 2), (0, 1))
+        prediction = np.where(prediction == VOID, 0, prediction)
+        expected = brute_boundary_f1(truth, prediction, tolerance)
+        found = boundary_f1(truth, prediction, tolerance)
+        assert found.keys() == expected.keys()
+        for label, f1 in expected.items():
+            assert found[label] == pytest.approx(f1, rel=1e-12, abs=0)
+            partial += 0 < f1 < 1
+    assert partial > 3  # else the comparison says little
+
+
+def test_perfect_is_one_and_far_is_zero():
+    truth = np.zeros((40, 50), np.uint8)
+    truth[10:20, 10:20] = 2
+    assert boundary_f1(truth, truth) == {0: 1.0, 2: 1.0}
+    assert boundary_f1(truth, np.roll(truth, 18, axis=1)) == {0: 0.0, 2: 0.0}
+    assert boundary_f1(truth, np.zeros_like(truth)) == {0: 0.0, 2: 0.0}  # the class was not found at all
+
+
+def test_classes_that_only_the_prediction_has_do_not_count():
+    truth = np.zeros((20, 20), np.uint8)
+    truth[:, 10:] = 1
+    prediction = truth.copy()
+    prediction[5:9, 2:5] = 3
+    assert list(boundary_f1(truth, prediction)) == [0, 1]
+
+
+def test_an_image_of_one_class_has_no_contour():
+    truth = np.full((20, 20), 3, np.uint8)
+    assert boundary_f1(truth, truth) == {}
+    assert boundary_f1(np.full((20, 20), VOID, np.uint8), truth) == {}
+
+
+def test_in_void_nothing_is_wrong_but_a_match_counts():
+    # As VOC draws it: an object (here a stripe) between bands of void. The prediction ends in the middle of a band.
+    truth, prediction = np.zeros((60, 80), np.uint8), np.zeros((60, 80), np.uint8)
+    truth[15:45], truth[20:40], prediction[18:42] = VOID, 1, 1
+    assert boundary_f1(truth, prediction, 0.031) == {0: 1.0, 1: 1.0}  # up to 3.1 pixels: 2 and 3
+    # Another object that is predicted in a large region of void is no mistake; on background it is one.
+    prediction[2:9, 10:70] = 1
+    assert boundary_f1(truth, prediction, 0.031)[1] < 0.9
+    truth[:12] = VOID
+    assert boundary_f1(truth, prediction, 0.031)[1] == 1.0
+
+
+def test_distances_below_the_radius_match_and_equal_ones_do_not():
+    truth, prediction = np.zeros((240, 320), np.uint8), np.zeros((240, 320), np.uint8)
+    truth[:, 100:] = 1
+    for shift, f1 in ((0, 1.0), (2, 1.0), (3, 0.0)):  # 0.75 % of the diagonal of 400 is 3
+        prediction[:] = np.arange(320) >= 100 + shift
+        assert boundary_f1(truth, prediction) == {0: f1, 1: f1}
+
+
+def test_the_border_of_the_image_is_no_contour():
+    region = np.ones((4, 5), bool)
+    assert not contour(region).any()
+    region[1, 2] = False
+    assert sorted(zip(*(axis.tolist() for axis in np.nonzero(contour(region))), strict=True)) == [
+        *((0, 2), (1, 1), (1, 3), (2, 2))
+    ]
+
+
+def test_near_is_the_euclidean_distance():
+    distance = pytest.importorskip("scipy.ndimage", reason="SciPy is the oracle").distance_transform_edt
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        pixels = rng.random(rng.integers(1, 40, 2)) < 0.03
+        radius = float(rng.choice([0.3, 1, sqrt(2), 1.5, 2, 2.3, 5, 13.7, 60]))
+        expected = distance(~pixels) < radius if pixels.any() else np.zeros_like(pixels)
+        np.testing.assert_array_equal(near(pixels, radius), expected)

@@ -1,0 +1,268 @@
+"""Videos and cameras, on a short synthetic clip."""
+
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from evaluation_support import network
+
+from segnet_scratch.drawing import blend
+from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
+from segnet_scratch.inference import Inference, segment
+from segnet_scratch.video import Video, _upright, find_video, plan_videos, predict_video
+
+av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'segnet_scratch[video]'")
+
+NAMES = ("background", "circle", "square", "triangle", "star", "ring")
+SIZE = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return network()
+
+
+def pictures(count, height, width):
+    """Frames that differ, smooth enough to come out of the codec nearly unchanged."""
+    ramp = np.linspace(0, 1, width)
+    for k in range(count):
+        wave = 127 + 100 * np.sin(2 * np.pi * (ramp + k / count))
+        yield np.broadcast_to(wave[None, :, None], (height, width, 3)).astype(np.uint8)
+
+
+def write_clip(path, frames, rate=10, shown=None):
+    """A clip; `shown` are the frames' numbers on the clock of `rate`, if not one after the other."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "5"})
+        for k, frame in enumerate(frames):
+            if k == 0:
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = shown[k] if shown else k, Fraction(1, rate)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def read_clip(path):
+    with av.open(str(path)) as container:
+        return [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+def blocks(picture, side=8):
+    """Mean colours of squares: the codec blurs colours at their edges."""
+    height, width = picture.shape[0] // side * side, picture.shape[1] // side * side
+    return picture[:height, :width].reshape(height // side, side, width // side, side, 3).mean(axis=(1, 3))
+
+
+def run(model, path, out, **options):
+    video = find_video(str(path))
+    (target,) = plan_videos([video], out)
+    return predict_video(model, video, target, SIZE, NAMES, **options)
+
+
+def test_every_frame_is_segmented_and_shown_with_a_legend(model, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(7, 50, 90))
+    told = []
+    done = run(model, clip, tmp_path / "new" / "out", watch=lambda *numbers: told.append(numbers))
+    assert done.overlay == tmp_path / "new" / "out" / "clip_overlay.mp4"
+    assert (done.source, done.frames, done.interrupted) == (str(clip), 7, False)
+    assert [numbers[:2] for numbers in told] == [(k, 7) for k in range(1, 8)]
+    assert told[-1][2] == done.frames_per_second > 0
+    originals, results = read_clip(clip), read_clip(done.overlay)
+    assert [time for time, _ in results] == [time for time, _ in originals]
+    for (_, original), (_, result) in zip(originals, results, strict=True):
+        assert result.shape[0] > 50 + 16
+        assert result.shape[1] % 2 == result.shape[0] % 2 == 0
+        expected = blocks(blend(original, segment(model, original, SIZE).labels))
+        found = blocks(result[:50, :90])
+        assert np.abs(found - expected).max() < 12
+        assert np.abs(found - blocks(original)).max() > 30
+        assert (result[54:].reshape(-1, 3) > 200).all(axis=1).mean() > 0.2  # the legend's white
+    assert sorted(path.name for path in done.overlay.parent.iterdir()) == ["clip_overlay.mp4"]
+
+
+@pytest.mark.parametrize("start", [0, 90])
+def test_times_between_frames_are_kept_from_0_on(model, tmp_path, start):
+    shown = [start + k for k in (0, 1, 5, 12)]
+    clip = write_clip(tmp_path / "a.mkv", pictures(4, 32, 48), rate=20, shown=shown)
+    assert read_clip(clip)[0][0] == pytest.approx(start / 20)
+    done = run(model, clip, tmp_path / "out")
+    assert [time for time, _ in read_clip(done.overlay)] == pytest.approx([0, 0.05, 0.25, 0.6], abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [(33, 47), (32, 46)])
+def test_odd_sizes(model, tmp_path, size):
+    path = tmp_path / "a.gif"  # takes odd sizes, H.264 does not
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *size, "rgb8"
+        for frame in pictures(3, *size):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")))
+        container.mux(stream.encode())
+    done = run(model, path, tmp_path / "out")
+    assert done.frames == 3
+    assert len(read_clip(done.overlay)) == 3
+
+
+def test_a_limit_ends_it(model, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(7, 32, 48))
+    told = []
+    done = run(model, clip, tmp_path / "out", limit=3, watch=lambda *numbers: told.append(numbers[:2]))
+    assert done.frames == len(read_clip(done.overlay)) == 3
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_averages_apply_to_videos(tmp_path):
+    bayesian = network(dropout=True)
+    clip = write_clip(tmp_path / "clip.mp4", pictures(1, 32, 48))
+    inference = Inference(flip=True, samples=2)
+    done = run(bayesian, clip, tmp_path / "out", inference=inference)
+    ((_, original),), ((_, result),) = read_clip(clip), read_clip(done.overlay)
+    for averaged, close in ((inference, True), (None, False)):
+        expected = blocks(blend(original, segment(bayesian, original, SIZE, averaged).labels))
+        assert (np.abs(blocks(result[:32, :48]) - expected).max() < 12) == close
+    with pytest.raises(ConfigError, match="no dropout"):
+        run(network(), clip, tmp_path / "other", inference=inference)
+
+
+def test_ctrl_c_keeps_the_frames_so_far(model, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(7, 32, 48))
+
+    def stop(done, frames, rate):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    done = run(model, clip, tmp_path / "out", watch=stop)
+    assert done.interrupted
+    assert done.frames == len(read_clip(done.overlay)) == 4
+
+
+def test_an_error_leaves_no_file(model, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(3, 32, 48))
+
+    def fail(done, frames, rate):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(model, clip, tmp_path / "out", watch=fail)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x18ftypmp42" + bytes(100)])
+def test_a_file_that_is_no_video_is_named(model, tmp_path, content):
+    (tmp_path / "bad.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.mp4: .*(expected a video|holds no pictures|not one frame)"):
+        run(model, tmp_path / "bad.mp4", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_sound_is_no_video(model, tmp_path):
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match=r"sound\.mkv: holds no pictures"):
+        run(model, path, tmp_path / "out")
+
+
+def test_a_camera_runs_until_it_is_stopped(model, tmp_path):
+    """libav's test picture in place of a camera: it goes on for ever too."""
+    camera = Video("camera 0", "camera0", "testsrc=size=64x48:rate=30", "lavfi")
+    assert camera.is_camera
+
+    def stop(done, frames, rate):
+        assert frames == 0  # not known
+        if done == 3:
+            raise KeyboardInterrupt
+
+    done = predict_video(model, camera, tmp_path / "camera0_overlay.mp4", SIZE, NAMES, watch=stop)
+    assert (done.frames, done.interrupted) == (3, True)
+    assert len(read_clip(done.overlay)) == 3
+
+
+def test_a_camera_that_is_not_there_is_explained(model, tmp_path):
+    camera = Video("camera 9", "camera9", "/dev/video99", "v4l2")
+    with pytest.raises(DataError, match=r"camera 9: .*expected a camera at /dev/video99"):
+        predict_video(model, camera, tmp_path / "out.mp4", SIZE, NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a user names
+
+
+def test_which_arguments_mean_videos_and_cameras(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.MP4", "b.jpg", "camera:2"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    found = find_video("a.MP4")
+    assert (found.stem, found.path.name, found.is_camera) == ("a", "a.MP4", False)
+    assert [find_video(name).stem for name in ("camera", "camera:0", "camera:1")] == ["camera0", "camera0", "camera1"]
+    assert [find_video(name) for name in ("b.jpg", "missing.mp4", "folder.mp4", "camera:2", "camera:x")] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"), [("linux", ("/dev/video1", "v4l2")), ("darwin", ("1", "avfoundation"))]
+)
+def test_cameras_are_where_the_system_has_them(monkeypatch, system, expected):
+    monkeypatch.setattr("sys.platform", system)
+    camera = find_video("camera:1")
+    assert (camera.location, camera.format) == expected
+
+
+def test_results_never_overwrite_one_another_or_a_source(tmp_path):
+    (tmp_path / "other").mkdir()
+    for name in ("a.mp4", "a.mkv", "b.mp4", "b_overlay.mp4"):
+        (tmp_path / name).touch()
+    videos = {path.name: find_video(str(path)) for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(DataError, match="would both be written there"):
+        plan_videos([videos["a.mp4"], videos["a.mkv"]], tmp_path / "out")
+    with pytest.raises(DataError, match="would overwrite this file"):
+        plan_videos([videos["b.mp4"], videos["b_overlay.mp4"]], tmp_path)
+    assert plan_videos([videos["a.mp4"], videos["b.mp4"]], tmp_path / "other") == [
+        tmp_path / "other" / "a_overlay.mp4",
+        tmp_path / "other" / "b_overlay.mp4",
+    ]
+
+
+def test_without_pyav_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(MissingLibraryError, match=r"videos and cameras: .*pip install 'segnet_scratch\[video\]'"):
+        plan_videos([find_video(str(tmp_path / "a.mp4"))], tmp_path / "out")
+    assert plan_videos([], tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("turn", [0, 90, -90, 180, -180])
+def test_a_frame_filmed_lying_down_is_turned_upright(turn):
+    """`rotation` is how far the player turns the picture, counterclockwise."""
+    upright = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    stored = np.rot90(upright, -turn // 90)  # turned the other way
+    frame = SimpleNamespace(rotation=turn, to_ndarray=lambda format: stored)
+    found = _upright(frame)
+    np.testing.assert_array_equal(found, upright)
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(3, 32, 48))
+    video = find_video(str(clip))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    opened = av.open
+
+    def full(path, mode="r", **options):
+        return opened("/dev/full" if mode == "w" else path, mode, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(av, "open", full)
+        with pytest.raises(DataError, match=r"clip_overlay\.mp4: could not be written: No space left.*make room"):
+            predict_video(model, video, folder / "clip_overlay.mp4", SIZE, NAMES)
+    assert list(folder.iterdir()) == []
