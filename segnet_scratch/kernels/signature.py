@@ -38,7 +38,10 @@ _FIXED_TYPES = {
 }
 _BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
 _KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
-_SYNCHRONISES = re.compile(r"__sync\w*\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]")
+_SYNCHRONISES = re.compile(
+    r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
+    r"|\b(?:warp|mma|ldmatrix|cp_async)_\w+\s*[(<]"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Kernel:
     source: Source
     line: int
     parameters: tuple[Parameter, ...]
-    cooperative: bool  # its threads meet at barriers or share memory
+    cooperative: bool  # its threads meet, as blocks or as warps, or share memory
 
     @property
     def signature(self) -> str:
