@@ -109,14 +109,16 @@ def representable(rng, shape, pack):
 
 class TestProducts:
     def multiply(self, a, b, d, pack, **options):
-        """a b + d by the kernel, its fragments scattered and gathered here."""
-        result = np.ascontiguousarray(scatter(d, *d_places()), F32)
-        left, right = registers(scatter(a, *a_places(pack)), pack), registers(scatter(b, *b_places(pack)), pack)
-        name = "multiply_tf32" if pack == 1 else "multiply_bf16"
-        run(name, np.ascontiguousarray(left), np.ascontiguousarray(right), result, block=32, **options)
-        gathered = np.full((16, 8), np.nan, F32)
-        gathered[d_places()] = result
-        return gathered
+        """a b + d by the kernel, its fragments scattered and gathered here; b and d are 8 or 16 columns wide."""
+        fragments = d.shape[1] // 8
+        left = registers(scatter(a, *a_places(pack)), pack)
+        right = np.stack([registers(scatter(part, *b_places(pack)), pack) for part in np.split(b, fragments, 1)])
+        result = np.stack([scatter(part, *d_places()) for part in np.split(d, fragments, 1)]).astype(F32)
+        run("multiply_tf32" if pack == 1 else "multiply_bf16", left, right, result, fragments, block=32, **options)
+        gathered = np.full((fragments, 16, 8), np.nan, F32)
+        for part, values in zip(gathered, result, strict=True):
+            part[d_places()] = values
+        return np.concatenate(list(gathered), 1)
 
     @pytest.mark.parametrize("pack", [1, 2], ids=["tf32", "bf16"])
     def test_every_element_has_one_place(self, pack):
@@ -133,9 +135,10 @@ class TestProducts:
     @pytest.mark.parametrize("pack", [1, 2], ids=["tf32", "bf16"])
     def test_random_matrices(self, pack, options):
         rng = np.random.default_rng(pack)
-        for _ in range(20):
-            a, b = representable(rng, (16, 8 * pack), pack), representable(rng, (8 * pack, 8), pack)
-            d = rng.standard_normal((16, 8)).astype(F32)
+        for i in range(20):
+            width = 8 + i % 2 * 8
+            a, b = representable(rng, (16, 8 * pack), pack), representable(rng, (8 * pack, width), pack)
+            d = rng.standard_normal((16, width)).astype(F32)
             got = self.multiply(a, b, d, pack, **options)
             a, b, d = (m.astype(np.float64) for m in (a, b, d))
             bound = (8 * pack + 1) * np.finfo(F32).eps / 2 * (np.abs(a) @ np.abs(b) + np.abs(d))
@@ -177,7 +180,7 @@ class TestProducts:
     def test_a_part_of_a_warp_cannot_multiply(self):
         arrays = np.zeros((32, 4), U32), np.zeros((32, 2), U32), np.zeros((32, 4), F32)
         for block in (31, 33):
-            message = fault("multiply_tf32", *arrays, block=block)
+            message = fault("multiply_tf32", *arrays, 1, block=block)
             assert "mma_m16n8k8_tf32 takes a warp of 32 threads" in message
 
     def test_rounding_to_tf32(self):

@@ -1,5 +1,5 @@
-// Tensor cores, one instruction a function: what a warp multiplies, and how its 32 threads hold the matrices (sm_80 and
-// newer; layouts from NVIDIA's PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions").
+// The instructions of tensor cores: what a warp multiplies, and how its 32 threads hold the matrices (sm_80 and newer;
+// layouts from NVIDIA's PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions").
 //
 // A fragment is the part of a matrix that a thread holds in registers of 32 bits. With g = lane / 4, t = lane % 4:
 //
@@ -12,7 +12,8 @@
 //               b[1]  row t + 4  column g              rows 2t + 8, 2t + 9  column g
 //   d  16 x 8   d[0], d[1]  row g, columns 2t, 2t + 1;   d[2], d[3]  row g + 8, columns 2t, 2t + 1    (float32)
 //
-//   mma_m16n8k8_tf32(d, a, b), mma_m16n8k16_bf16(d, a, b)   d += a b
+//   mma_m16n8k8_tf32(d, a, b), mma_m16n8k16_bf16(d, a, b)   d[n] += a b[n] for N fragments b and d side by side: N
+//       instructions, which on the host are one meeting of the warp
 //   ldmatrix_x4(r0, r1, r2, r3, row)   loads four 8 x 8 matrices of 16-bit numbers from shared memory. Lane l points at
 //       row l % 8 of matrix l / 8, 16 bytes; it receives, of matrix i in ri, the numbers (row g, columns 2t, 2t + 1).
 //       Of 32-bit numbers a row holds four, and the lane receives (row g, column t): a and b of tf32.
@@ -29,16 +30,8 @@
 // the hardware ignores the 13 low bits, which loses twice as much and always towards zero.
 #ifdef SEGNET_HOST
 inline unsigned to_tf32(float value) {
-    unsigned bits;
-    std::memcpy(&bits, &value, sizeof bits);
     if (std::isnan(value)) return 0x7FFFFFFF;
-    return (bits + 0x1000) & 0xFFFFE000;  // a carry goes on into the exponent, from the largest numbers to infinity
-}
-inline float tf32_as_float(unsigned bits) {
-    float value;
-    bits &= 0xFFFFE000;  // what the hardware ignores
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+    return (__float_as_uint(value) + 0x1000) & 0xFFFFE000;  // a carry goes on into the exponent, up to infinity
 }
 #else
 __device__ inline unsigned to_tf32(float value) {
@@ -46,7 +39,6 @@ __device__ inline unsigned to_tf32(float value) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
 }
-__device__ inline float tf32_as_float(unsigned bits) { return __uint_as_float(bits); }
 #endif
 
 #ifdef SEGNET_HOST
@@ -54,41 +46,42 @@ __device__ inline float tf32_as_float(unsigned bits) { return __uint_as_float(bi
 namespace host {
 
 struct Product {
-    float* d;
-    const unsigned *a, *b;
+    float (*d)[4];
+    const unsigned* a;
+    const unsigned (*b)[2];
 };
 
-inline float bf16_as_float(unsigned half) {
-    const unsigned bits = half << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+// The i-th number of a register; of tf32 the hardware ignores the low bits.
+template <int PACK>
+float operand(unsigned bits, int i) {
+    return __uint_as_float(PACK == 1 ? bits & 0xFFFFE000 : i == 0 ? bits << 16 : bits & 0xFFFF0000);
 }
 
-// Gathers the fragments of 32 lanes, multiplies, scatters. PACK numbers lie in a register.
-template <int PACK>
+typedef float Row __attribute__((vector_size(32)));  // 8 columns: loops over them are not always vectorised
+
+// Gathers the fragments of 32 lanes, multiplies, scatters. PACK numbers lie in a register; N fragments b meet one a.
+template <int PACK, int N>
 void multiply(Product* const* lanes) {
     constexpr int DEPTH = 8 * PACK;
-    float a[16][DEPTH], b[DEPTH][8], d[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-        const Product& mine = *lanes[lane];
-        const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < PACK; ++i) {
-            auto number = [i](unsigned bits) { return PACK == 1 ? tf32_as_float(bits) : bf16_as_float(bits >> 16 * i & 0xFFFF); };
-            a[g][PACK * t + i] = number(mine.a[0]);
-            a[g + 8][PACK * t + i] = number(mine.a[1]);
-            a[g][PACK * (t + 4) + i] = number(mine.a[2]);
-            a[g + 8][PACK * (t + 4) + i] = number(mine.a[3]);
-            b[PACK * t + i][g] = number(mine.b[0]);
-            b[PACK * (t + 4) + i][g] = number(mine.b[1]);
-        }
-        for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
-    }
-    for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < DEPTH; ++k)
-            for (int column = 0; column < 8; ++column) d[row][column] = std::fma(a[row][k], b[k][column], d[row][column]);
+    float a[16][DEPTH];
     for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
+        for (int i = 0; i < 4 * PACK; ++i) {
+            const int row = lane / 4 + i / PACK % 2 * 8, column = PACK * (lane % 4 + i / PACK / 2 * 4) + i % PACK;
+            a[row][column] = operand<PACK>(lanes[lane]->a[i / PACK], i % PACK);
+        }
+    for (int n = 0; n < N; ++n) {
+        Row b[DEPTH], d[16];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 2 * PACK; ++i)
+                b[PACK * (t + i / PACK * 4) + i % PACK][g] = operand<PACK>(lanes[lane]->b[n][i / PACK], i % PACK);
+            for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = lanes[lane]->d[n][i];
+        }
+        for (int row = 0; row < 16; ++row)
+            for (int k = 0; k < DEPTH; ++k) d[row] += a[row][k] * b[k];  // exact products: as if fused
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) lanes[lane]->d[n][i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
+    }
 }
 
 struct MatrixRows {
@@ -120,13 +113,15 @@ void ldmatrix(const char* instruction, int line, unsigned& r0, unsigned& r1, uns
 
 }  // namespace host
 
-inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2] FROM_LINE) {
+template <int N>
+inline void mma_m16n8k8_tf32(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2] FROM_LINE) {
     host::Product post{d, a, b};
-    host::meet_full_warp("mma_m16n8k8_tf32", line, &post, host::multiply<1>);
+    host::meet_full_warp("mma_m16n8k8_tf32", line, &post, host::multiply<1, N>);
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2] FROM_LINE) {
+template <int N>
+inline void mma_m16n8k16_bf16(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2] FROM_LINE) {
     host::Product post{d, a, b};
-    host::meet_full_warp("mma_m16n8k16_bf16", line, &post, host::multiply<2>);
+    host::meet_full_warp("mma_m16n8k16_bf16", line, &post, host::multiply<2, N>);
 }
 inline void ldmatrix_x4(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row FROM_LINE) {
     host::ldmatrix<false>("ldmatrix_x4", line, r0, r1, r2, r3, row);
@@ -137,21 +132,25 @@ inline void ldmatrix_x4_trans(unsigned& r0, unsigned& r1, unsigned& r2, unsigned
 
 #else
 
-__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+template <int N>
+__device__ inline void mma_m16n8k8_tf32(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[n][0]), "r"(b[n][1]));
 }
 
-__device__ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+template <int N>
+__device__ inline void mma_m16n8k16_bf16(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[n][0]), "r"(b[n][1]));
 }
-
-__device__ inline unsigned matrix_address(const void* row) { return (unsigned)__cvta_generic_to_shared(row); }
 
 __device__ inline void ldmatrix_x4(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -199,10 +199,10 @@ def build(source: Source, types: ElementTypes, sanitize: bool = False) -> Path:
     flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines]
     unit = _unit(source)
     key = cache_key(source.digest, unit, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
-    library = cache_directory() / "host" / f"{source.path.stem}-{types.storage.name}-{key}.so"
+    library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
     if library.is_file():
         return library
-    log.info("compiling %s for the host device (%s)", source.path.name, types.storage.name)
+    log.info("compiling %s for the host device (%s)", source.path.name, types.name)
     includes = [f"-I{directory}" for directory in source.include_directories]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernel.so"

@@ -37,26 +37,36 @@ extern "C" __global__ void pass_round(int* out, int rounds) {
     out[threadIdx.x] = value;
 }
 
+// `fragments` of b and d side by side, at most two.
+template <bool BF16>
+__device__ void multiply_open(const unsigned* a, const unsigned* b, float* d, int fragments) {
+    float sums[2][4] = {};
+    unsigned left[4], right[2][2] = {};
+    for (int i = 0; i < 4; ++i) left[i] = a[4 * threadIdx.x + i];
+    for (int n = 0; n < fragments; ++n) {
+        for (int i = 0; i < 4; ++i) sums[n][i] = d[4 * (32 * n + threadIdx.x) + i];
+        for (int i = 0; i < 2; ++i) right[n][i] = b[2 * (32 * n + threadIdx.x) + i];
+    }
+    if (BF16)
+        mma_m16n8k16_bf16(sums, left, right);
+    else
+        mma_m16n8k8_tf32(sums, left, right);
+    for (int n = 0; n < fragments; ++n)
+        for (int i = 0; i < 4; ++i) d[4 * (32 * n + threadIdx.x) + i] = sums[n][i];
+}
+
 extern "C" __global__ void multiply_tf32(const unsigned* a,  // (32, 4)
-                                         const unsigned* b,  // (32, 2)
-                                         float* d) {         // (32, 4)
-    float sums[4];
-    unsigned left[4], right[2];
-    for (int i = 0; i < 4; ++i) left[i] = a[4 * threadIdx.x + i], sums[i] = d[4 * threadIdx.x + i];
-    for (int i = 0; i < 2; ++i) right[i] = b[2 * threadIdx.x + i];
-    mma_m16n8k8_tf32(sums, left, right);
-    for (int i = 0; i < 4; ++i) d[4 * threadIdx.x + i] = sums[i];
+                                         const unsigned* b,  // (fragments, 32, 2)
+                                         float* d,           // (fragments, 32, 4)
+                                         int fragments) {
+    multiply_open<false>(a, b, d, fragments);
 }
 
 extern "C" __global__ void multiply_bf16(const unsigned* a,  // (32, 4)
-                                         const unsigned* b,  // (32, 2)
-                                         float* d) {         // (32, 4)
-    float sums[4];
-    unsigned left[4], right[2];
-    for (int i = 0; i < 4; ++i) left[i] = a[4 * threadIdx.x + i], sums[i] = d[4 * threadIdx.x + i];
-    for (int i = 0; i < 2; ++i) right[i] = b[2 * threadIdx.x + i];
-    mma_m16n8k16_bf16(sums, left, right);
-    for (int i = 0; i < 4; ++i) d[4 * threadIdx.x + i] = sums[i];
+                                         const unsigned* b,  // (fragments, 32, 2)
+                                         float* d,           // (fragments, 32, 4)
+                                         int fragments) {
+    multiply_open<true>(a, b, d, fragments);
 }
 
 extern "C" __global__ void round_to_tf32(const float* x,      // (count)
