@@ -23,6 +23,7 @@
 
 #define THREADS 128
 #define STAGES 3
+#define BLOCKS 2  // on a multiprocessor: more have no room for their stages, so registers need not be saved for them
 
 struct Convolution {
     int n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x;
@@ -38,11 +39,15 @@ struct Patch {
 
     // `pixel` counts from the first pixel of an image.
     __device__ static Patch of(const Convolution& g, int pixel, bool exists) {
-        const int image = pixel / (g.oh * g.ow), y = pixel / g.ow % g.oh - g.pad_y, x = pixel % g.ow - g.pad_x;
-        unsigned taps = 0;
-        for (int ky = 0; ky < g.kh; ++ky) taps |= (unsigned)(exists && y + ky >= 0 && y + ky < g.h) << ky;
-        for (int kx = 0; kx < g.kw; ++kx) taps |= (unsigned)(x + kx >= 0 && x + kx < g.w) << (16 + kx);
-        return {((image * g.h + y) * g.w + x) * g.c, taps};
+        const int image = pixel / (g.oh * g.ow), within = pixel - image * (g.oh * g.ow);
+        const int y = within / g.ow - g.pad_y, x = within % g.ow - g.pad_x;
+        const unsigned rows = taps_inside(y, g.h, g.kh), columns = taps_inside(x, g.w, g.kw);
+        return {((image * g.h + y) * g.w + x) * g.c, exists ? rows | columns << 16 : 0};
+    }
+    // A bit for each of the positions start, start + 1, ... of `count` taps that is at least 0 and less than `size`.
+    __device__ static unsigned taps_inside(int start, int size, int count) {
+        const int first = min(max(-start, 0), count), end = max(min(size - start, count), first);
+        return (1u << end) - (1u << first);
     }
     __device__ bool inside(unsigned tap) const { return (taps & tap) == tap; }
 };
@@ -164,6 +169,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
 
     // What this thread copies: a piece, or one number, of every LANES-th row.
     constexpr int ACROSS = PIECES ? DEPTH / PIECE : DEPTH, LANES = THREADS / ACROSS;
+    constexpr int UNROLL = PIECES ? ROWS / LANES : 4;
     const int part = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
     int k = PIECES ? part * PIECE : part;
     const int piece = k / PIECE, within = k % PIECE * (int)sizeof(storage_t);
@@ -173,7 +179,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
         char* const right = left + ROWS * DEPTH_BYTES;
         const storage_t* const shifted = images + tap.offset(g);
         const unsigned bits = tap.bits();
-#pragma unroll
+#pragma unroll UNROLL
         for (int i = 0; i < ROWS / LANES; ++i) {
             const int row = lane + i * LANES;
             const Patch patch = patches[row];
@@ -183,7 +189,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
             else
                 copy_element(to, shifted + patch.offset, x, patch.inside(bits));
         }
-#pragma unroll
+#pragma unroll UNROLL
         for (int i = 0; i < COLUMNS / LANES; ++i) {
             const int column = lane + i * LANES, output = first_channel + column;
             char* const to = right + DepthContiguous::offset(column, piece) + within;
@@ -212,7 +218,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x128(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -222,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x128
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x64(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x64(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -232,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x64(
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x32(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x32(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -242,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_128x32(
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_elements(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -283,7 +289,7 @@ __device__ void backward_weight(const storage_t* __restrict__ x, const storage_t
     __syncthreads();
 
     // What this thread copies of every LANES-th pixel: of the patches one piece or number, of dy another.
-    constexpr int UNIT = PIECES ? PIECE : 1;
+    constexpr int UNIT = PIECES ? PIECE : 1, UNROLL = PIECES ? DEPTH : 4;
     constexpr int LEFT_LANES = THREADS * UNIT / ROWS, RIGHT_LANES = THREADS * UNIT / COLUMNS;
     const int left_number = threadIdx.x * UNIT % ROWS, right_number = threadIdx.x * UNIT % COLUMNS;
     const int left_lane = threadIdx.x * UNIT / ROWS, right_lane = threadIdx.x * UNIT / COLUMNS;
@@ -295,7 +301,7 @@ __device__ void backward_weight(const storage_t* __restrict__ x, const storage_t
     auto copy = [&](int part, int stage) {
         char* const left = stages + stage * STAGE_BYTES;
         char* const right = left + ROWS * DEPTH_BYTES;
-#pragma unroll
+#pragma unroll UNROLL
         for (int i = 0; i < DEPTH / LEFT_LANES; ++i) {
             const int row = left_lane + i * LEFT_LANES;
             const Patch patch = patches[stage][row];
@@ -305,7 +311,7 @@ __device__ void backward_weight(const storage_t* __restrict__ x, const storage_t
             else
                 copy_element(to, shifted + patch.offset, x, patch.inside(bits));
         }
-#pragma unroll
+#pragma unroll UNROLL
         for (int i = 0; i < DEPTH / RIGHT_LANES; ++i) {
             const int row = right_lane + i * RIGHT_LANES, pixel = part * DEPTH + row;
             char* const to = right + DepthDown<COLUMNS>::offset(row, right_number / PIECE) + right_number % PIECE * (int)sizeof(storage_t);
@@ -341,7 +347,7 @@ __device__ void backward_weight(const storage_t* __restrict__ x, const storage_t
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_mma_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x128(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
@@ -351,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_mma
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_mma_128x64(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x64(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
@@ -361,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_mma
 }
 
 // Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_mma_elements(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_elements(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
