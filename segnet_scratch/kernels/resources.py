@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from segnet_scratch.cpu.workers import worker_count
 from segnet_scratch.errors import CompileError
 from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
-from segnet_scratch.kernels.nvrtc import compile_cubin, compiler_options, nvrtc_version
+from segnet_scratch.kernels.nvrtc import compile_cubin, compiler_options, cubin_path, nvrtc_version
 from segnet_scratch.kernels.ptxas import Usage, parse_log, remarks
 from segnet_scratch.kernels.signature import ElementTypes, parse_kernels
 from segnet_scratch.kernels.source import Source, shipped_sources
@@ -79,7 +79,8 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     path = cache_directory() / "resources" / f"{source.path.stem}-{types.name}-{architecture}-{key}.log"
     if not path.is_file():
         log: list[str] = []
-        compile_cubin(source, types, architecture, log)
+        cubin = compile_cubin(source, types, architecture, log)
         source.check_unchanged()
+        publish(cubin_path(source, types, architecture), cubin)  # it has cost most of the time: nobody need do it again
         publish(path, log[0].encode())
     return path.read_text(encoding="utf-8")
