@@ -311,7 +311,7 @@ class TestCompiling:
 
 @pytest.fixture(scope="module")
 def usages():
-    """Every kernel for every element type and architecture; about a minute on two cores, or from the cache."""
+    """Every kernel for every element type and architecture; about two minutes on two cores, or from the cache."""
     return {(u.kernel, u.element, u.architecture): u for c in compile_all() for u in c.usages}
 
 

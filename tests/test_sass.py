@@ -1,7 +1,8 @@
 """The machine code of the tensor-core kernels: what their main loops consist of, seen by NVIDIA's disassembler.
 
 No result would show it if a loop fell back to narrow copies, to loads of single numbers or to local memory; it would be
-slow on a GPU, and no more. By default one architecture of each kind of machine code is looked at, with SEGNET_TEST_FULL=1 all.
+slow on a GPU, and no more. By default one architecture of each kind of machine code is looked at, all of them with
+SEGNET_TEST_FULL=1.
 """
 
 import functools
