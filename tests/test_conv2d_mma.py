@@ -111,7 +111,7 @@ class TestAccuracy:
         tiled, tf32, tf32x3 = (self.error(rung) for rung in ("tiled", "tf32", "tf32x3"))
         bf16 = self.error("bf16", BFLOAT16)
         assert 1e-8 < tiled < 1e-6
-        assert tf32x3 < 2 * tiled, "three products are as good as float32"
+        assert tf32x3 < 3 * tiled, "nearly as good as float32: the sum has three times the terms"
         assert 1e-4 < tf32 < 1e-3
         assert 1e-3 < bf16 < 1e-2
 
