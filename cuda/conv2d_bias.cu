@@ -2,6 +2,7 @@
 //
 // Two launches: every chunk of rows makes a partial sum, one thread a channel adds the partials in the order of the
 // chunks. The bias itself is added in the epilogue of the convolutions. Threads: common/columns.cuh.
+// Element types: float32, float64, bfloat16.
 #include "common/columns.cuh"
 
 // Launch: grid ((o + 31) / 32, chunks), block (32, 8)
@@ -13,7 +14,7 @@ extern "C" __global__ void conv2d_backward_bias_partial(
     const ColumnSlice slice(rows, rows_per_chunk);
     accumulate_t sum = 0;
     if (slice.channel < o)
-        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) sum += dy[row * o + slice.channel];
+        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) sum += (accumulate_t)dy[row * o + slice.channel];
     lanes[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y != 0 || slice.channel >= o) return;
@@ -23,7 +24,7 @@ extern "C" __global__ void conv2d_backward_bias_partial(
 
 extern "C" __global__ void conv2d_backward_bias_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, o)
-    storage_t* __restrict__ dbias,              // (o)
+    accumulate_t* __restrict__ dbias,           // (o)
     int o, int chunks) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= o) return;

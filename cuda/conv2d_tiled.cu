@@ -1,5 +1,6 @@
 // Convolution, rung 2 of the ladder: implicit GEMM with tiles in shared memory and in registers. Stride 1, any kernel
 // size, any padding (SegNet: 3x3 padding 1, SegNet-Basic: 7x7 padding 3, classifiers).
+// Element types: float32, float64, bfloat16.
 //
 // A convolution is a matrix product whose left factor, the image patches, is never written out ("implicit"):
 //
@@ -59,10 +60,10 @@ struct Results {
 
 // Launch: grid ((n * oh * ow + TILE_ROWS - 1) / TILE_ROWS, (o + TILE_COLUMNS - 1) / TILE_COLUMNS), block THREADS
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
-    const storage_t* __restrict__ x,              // (n, h, w, c)
-    const storage_t* __restrict__ weight,         // (o, kh, kw, c)
-    const storage_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                    // (n, oh, ow, o)
+    const storage_t* __restrict__ x,                 // (n, h, w, c)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
     SHARED_ARRAY(storage_t, left, [TILE_DEPTH][TILE_ROWS + PAD]);
     SHARED_ARRAY(storage_t, right, [TILE_DEPTH][TILE_COLUMNS + PAD]);
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
         if (pixel >= pixels) continue;
         for (int j = 0; j < 8; ++j) {
             const int output = first_channel + Results::column(j);
-            if (output < o) y[pixel * o + output] = results.sums[i][j] + (bias ? (accumulate_t)bias[output] : 0);
+            if (output < o) y[pixel * o + output] = results.sums[i][j] + (bias ? bias[output] : 0);
         }
     }
 }
@@ -177,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
 
 extern "C" __global__ void conv2d_backward_weight_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, count)
-    storage_t* __restrict__ dweight,            // (count)
+    accumulate_t* __restrict__ dweight,         // (count)
     int64 count, int chunks) {
     FOR_EACH_INDEX(i, count) {
         accumulate_t sum = 0;

@@ -128,11 +128,12 @@ def sentinel_array(shape: Any, dtype: Any) -> np.ndarray:
     return array
 
 
-def valid_call(kernel: Kernel, types: ElementTypes = FLOAT32) -> Call:
+def valid_call(kernel: Kernel, types: ElementTypes | None = None) -> Call:
     """A launch that the gate lets through, derived from the signature alone.
 
     Integers are 4 or 6, so that arrays have sizes that are no primes and can be transposed.
     """
+    types = types or ElementTypes.named(kernel.source.elements[0])
     numbers = {p.name: 6 if p.c_type == "int64" else 4 for p in kernel.parameters if not p.pointer}
     arguments: list[Any] = []
     for p in kernel.parameters:

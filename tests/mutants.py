@@ -26,17 +26,24 @@ class MutantDevice(HostDevice):
         return MutantDevice(self.kernels, HostOptions(**options))
 
 
-def mutant_device(folder, monkeypatch, file, old, new, dtype=np.float64):
-    """A device whose kernels come from a copy of `cuda/` with `old` replaced by `new` in one file (.cu or header)."""
+def mutant_device(folder, monkeypatch, file, old, new, dtype=np.float64, types=None):
+    """A device whose kernels come from a copy of `cuda/` with `old` replaced by `new` in one file (.cu or header).
+
+    They are built for `dtype`, or for `types` (ElementTypes).
+    """
     copy = Path(folder) / "cuda"
     shutil.copytree(cuda_directory(), copy)
     text = (copy / file).read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
     (copy / file).write_text(text.replace(old, new))
-    sources = [read_source(path) for path in sorted(copy.glob("*.cu")) if path.name == file or file in path.read_text()]
+    sources = [
+        read_source(path)
+        for path in sorted(copy.glob("*.cu"))
+        if path.name == file or f'#include "{file}"' in path.read_text()
+    ]
     assert sources
     with monkeypatch.context() as patch:  # keep mutants out of the user's cache of compiled kernels
         patch.setenv("SEGNET_CACHE", str(Path(folder) / "cache"))
         for source in sources:
-            build(source, ElementTypes.of(np.dtype(dtype)))
+            build(source, types or ElementTypes.of(np.dtype(dtype)))
     return MutantDevice({kernel.name: kernel for source in sources for kernel in parse_kernels(source)})

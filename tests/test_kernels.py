@@ -64,7 +64,7 @@ class TestSignature:
         assert [p.const for p in (weight, bias, y)] == [True, True, False]
         assert [p.name for p in sizes] == ["n", "h", "w", "c", "oh", "ow", "o", "kh", "kw", "pad_y", "pad_x"]
         assert all((p.c_type, p.pointer, p.extent) == ("int", False, None) for p in sizes)
-        assert kernel.signature.startswith("conv2d_forward_tiled(storage_t* x, storage_t* weight, storage_t* bias")
+        assert kernel.signature.startswith("conv2d_forward_tiled(storage_t* x, storage_t* weight, accumulate_t* bias")
 
     def test_arithmetic_in_shapes(self):
         codes = next(p for p in find_kernel("max_pool_forward").parameters if p.name == "codes")
@@ -76,8 +76,30 @@ class TestSignature:
         mixed = ElementTypes(np.dtype(np.float32), np.dtype(np.float64))
         assert [p.dtype(mixed).name for p in kernel.parameters[:3]] == ["float32", "float64", "float64"]
         assert mixed.defines == ("-DSTORAGE=float", "-DACCUMULATE=double")
-        with pytest.raises(DTypeError, match=r"float16.*expected float32 or float64"):
+        with pytest.raises(DTypeError, match=r"float16.*expected float32, float64 or bfloat16"):
             _ = ElementTypes.of(np.dtype(np.float16)).defines
+
+    def test_element_types_by_name(self):
+        names = ("float32", "float64", "bfloat16", "tf32", "tf32x3", "bf16")
+        assert [ElementTypes.named(name).name for name in names] == list(names)
+        assert ElementTypes.named("bfloat16").defines == ("-DSTORAGE=bfloat16", "-DACCUMULATE=float")
+        assert ElementTypes.named("bf16").defines == ("-DSTORAGE=bfloat16", "-DACCUMULATE=float", "-DMULTIPLY=BF16")
+        assert ElementTypes.named("tf32x3").defines == ("-DSTORAGE=float", "-DACCUMULATE=float", "-DMULTIPLY=TF32X3")
+        assert len({ElementTypes.named(name) for name in names}) == len(names)
+
+    def test_what_a_source_is_for(self, tmp_path):
+        kernel = 'extern "C" __global__ void f(float* x) {}\n'
+        (undeclared,) = parse(tmp_path, kernel)
+        assert undeclared.source.elements == ("float32", "float64")
+        assert undeclared.source.compiles_for("sm_75")
+        (declared,) = parse(tmp_path, "// Element types: tf32, bf16; sm_80 and newer.\n" + kernel, "declared.cu")
+        assert declared.source.elements == ("tf32", "bf16")
+        wanted = {"sm_75": False, "sm_80": True, "sm_90a": True, "sm_120": True}
+        assert {a: declared.source.compiles_for(a) for a in wanted} == wanted
+        (typed,) = parse(tmp_path, "// Element types: bfloat16.\n" + kernel, "typed.cu")
+        assert typed.source.elements == ("bfloat16",)
+        with pytest.raises(DTypeError, match=r"f: cannot be launched for float32; declared.cu is for tf32, bf16"):
+            launch(Recorder(), declared, 1, 1, (np.ones(4, np.float32),), FLOAT32)
 
     def test_types_are_those_of_cuda(self, tmp_path):
         names = {
@@ -332,6 +354,8 @@ def _(call: Call) -> Iterator[Attempt]:
 
 @misuse("float32 for float64")
 def _(call: Call) -> Iterator[Attempt]:
+    if "float64" not in call.kernel.source.elements:
+        return
     call = valid_call(call.kernel, FLOAT64)
     for p, a in call.arrays:
         if a.dtype == np.float64:
@@ -448,7 +472,14 @@ def _(call: Call) -> Iterator[Attempt]:
             **{name: getattr(a, name) for name in ("dtype", "shape", "size", "nbytes", "strides", "flags", "ctypes")},
             __array_interface__=a.__array_interface__,
         )
-        for foreign in (memoryview(a), alike, (ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]):
+        for foreign in (
+            memoryview(a.view(np.uint8)),
+            alike,
+            (ctypes.c_float * a.size)(),
+            a.tobytes(),
+            a.ctypes.data,
+            a.flat[0],
+        ):
             yield call.put(p.name, foreign), DeviceError, p.name
 
 
@@ -549,7 +580,7 @@ def _(call: Call) -> Iterator[Attempt]:
 
 NOT_APPLICABLE = {
     "float64 for float32": "has no array of storage_t or accumulate_t",
-    "float32 for float64": "has no array of storage_t, accumulate_t or double",
+    "float32 for float64": "has no array of storage_t, accumulate_t or double, or is for tensor cores",
     "signed for unsigned and back": "has no array of integers",
     "an array at an address that is no multiple of its element size": "has arrays of bytes only",
     "a read-only output": "has no output among its arrays: it writes through a table of addresses",
@@ -582,10 +613,12 @@ class TestGate:
             kinds = [kind for kind, attempts in MISUSES.items() if list(attempts(valid_call(kernel)))]
             assert len(kinds) >= 12, kernel.name
 
-    @pytest.mark.parametrize("types", [FLOAT32, FLOAT64], ids=["float32", "float64"])
-    @pytest.mark.parametrize("name", sorted(shipped_kernels()))
-    def test_a_right_launch_passes_with_exact_types(self, name, types):
+    @pytest.mark.parametrize(
+        ("name", "element"), [(name, e) for name, k in sorted(shipped_kernels().items()) for e in k.source.elements]
+    )
+    def test_a_right_launch_passes_with_exact_types(self, name, element):
         # Without this, a gate that refuses everything, or a recorder that records nothing, would pass the tests above.
+        types = ElementTypes.named(element)
         call, device = valid_call(find_kernel(name), types), Recorder()
         call.launch(device)
         ((kernel, launched_types, grid, block, values, shared),) = device.launches
@@ -612,6 +645,15 @@ class TestGate:
         for value in (np.int8(6), np.uint64(2**63 - 1), -(2**63)):
             call.put("chunk_size", value).launch(device)  # it is in no shape comment
         assert len(device.launches) == 11
+
+    @pytest.mark.parametrize(("architecture", "kib"), [("sm_75", 64), ("sm_80", 163), ("sm_89", 99), ("sm_90", 227)])
+    def test_each_gpu_has_its_own_limit_of_shared_memory(self, architecture, kib):
+        call, device = valid_call(find_kernel("sgd_step")), Recorder()
+        device.architecture = architecture
+        replace(call, shared=kib * 1024).launch(device)
+        with pytest.raises(LaunchError, match=f"dynamic shared memory; expected an integer, 0 to {kib * 1024}"):
+            replace(call, shared=kib * 1024 + 1).launch(device)
+        assert len(device.launches) == 1
 
     def test_shapes_are_compared_by_their_number_of_elements(self):
         call, device = valid_call(find_kernel("batch_norm_forward")), Recorder()

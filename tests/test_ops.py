@@ -81,7 +81,7 @@ class TestTable:
 
         for row in ROWS:
             for index, case in cases_of(row, 0):
-                op = row.plan(case, F32)
+                op = row.plan(case, row.elements[0])
                 run_guarded(op, row.inputs(op, case, row.generator(0, index)), Recorder())
         assert launched == set(shipped_kernels())
 
@@ -95,7 +95,7 @@ class TestTable:
     @each_row
     def test_plans_count_work_and_bytes(self, row):
         for _, case in cases_of(row, 3):
-            op = row.plan(case, F32)
+            op = row.plan(case, row.elements[0])
             assert op.flops >= 0
             assert op.bytes == sum(s.nbytes for s in (*op.inputs.values(), *op.outputs.values())) > 0
             assert op.outputs or op.updates
@@ -112,18 +112,21 @@ class TestTable:
 class TestAgainstTheReference:
     @each_device
     @each_row
-    def test_float32_within_the_bound(self, row, device):
+    def test_the_usual_type_within_the_bound(self, row, device):
         problems = []
         for index, case in cases_of(row, RANDOM):
             problems += check(row, case, get_device(device), row.generator(0, index))
         assert problems == []
 
     @each_device
-    @each_row
-    def test_float64_within_the_bound(self, row, device):
+    @pytest.mark.parametrize(
+        ("row", "dtype"),
+        [pytest.param(row, dtype, id=f"{row.name}-{dtype}") for row in ROWS for dtype in row.elements[1:]],
+    )
+    def test_other_types_within_the_bound(self, row, dtype, device):
         problems = []
         for index, case in cases_of(row, DOUBLES):
-            problems += check(row, case, get_device(device), row.generator(0, index), F64)
+            problems += check(row, case, get_device(device), row.generator(0, index), dtype)
         assert problems == []
 
     @each_device
@@ -142,7 +145,7 @@ class TestSameBits:
         options += [HostOptions("shuffled", seed, workers=1 + seed % 2) for seed in range(SHUFFLES)]
         devices = [HostDevice(option) for option in options]
         for index, case in cases_of(row, ORDERS):
-            op = row.plan(case, F32)
+            op = row.plan(case, row.elements[0])
             inputs = row.inputs(op, case, row.generator(0, index))
             first, *others = (run_guarded(op, inputs, device) for device in devices)
             for option, other in zip(options[1:], others, strict=True):
@@ -154,7 +157,7 @@ class TestSameBits:
     @each_row
     def test_again_and_again(self, row, device):
         (index, case), *_ = reversed(cases_of(row, 1))
-        op = row.plan(case, F32)
+        op = row.plan(case, row.elements[0])
         inputs = row.inputs(op, case, row.generator(0, index))
         first, *others = (run_guarded(op, inputs, get_device(device)) for _ in range(1 + REPEATS))
         for other in others:
@@ -662,7 +665,7 @@ def plans_that_are_refused():
             ShapeError,
             "larger than the padded image 4x5",
         ),
-        ("conv: rung", lambda: Conv2dForward(x, w, rung="fast"), ShapeError, "expected one of direct, tiled"),
+        ("conv: rung", lambda: Conv2dForward(x, w, rung="fast"), ShapeError, "expected one of direct, tiled, tf32"),
         ("conv: tiled stride", lambda: Conv2dForward(x, w, 2, 1, "tiled"), ShapeError, "use 'direct'"),
         (
             "conv: mixed types",
@@ -715,7 +718,7 @@ class TestRefused:
     )
     @pytest.mark.parametrize("dtype", [np.float16, np.int32, np.complex64, np.bool_])
     def test_element_types(self, row, dtype):
-        with pytest.raises(DTypeError, match="expected float32 or float64"):
+        with pytest.raises(DTypeError, match=r"expected float32(, float64)? or (float64|bfloat16)"):
             row.plan(row.cases()[0], dtype)
 
     @each_device
@@ -724,7 +727,7 @@ class TestRefused:
         """Nothing runs with an array that is missing, too much, or not what was planned."""
         home = get_device(device)
         case = next(case for case in row.cases() if case.reason in ("primes", "a chunk and one off", "a pixel more"))
-        op = row.plan(case, F32)
+        op = row.plan(case, row.elements[0])
         good = {
             name: None if a is None else home.upload(a) for name, a in row.inputs(op, case, row.generator(0, 0)).items()
         }

@@ -4,11 +4,12 @@
 // thread of its block by switching the stack and the callee-saved registers (about 20 instructions). When every thread
 // of the block has arrived, the next phase begins. Kernels without a barrier need no fibers and run as plain loops.
 // Blocks are spread over operating-system threads. The order in which threads and blocks run can be chosen: a kernel
-// whose result depends on it has a race.
+// whose result depends on it has a race. What the threads of a warp do together is in host_warp.h.
 //
-// What it notices: a barrier that not all threads reach, or that they reach at different lines; writes just outside a
-// shared array (red zones); reads of shared memory that nobody wrote (it is filled with NaN for every block); a fiber's
-// stack that overflows. What it cannot show: the GPU's memory model, races inside a phase whose outcome is the same in
+// What it notices: a barrier that not all threads reach, or that they reach at different lines; a warp whose threads
+// part before something that they must do together; writes just outside a shared array (red zones); reads of shared
+// memory that nobody wrote (it is filled with NaN for every block), or before an asynchronous copy into it was waited
+// for; a fiber's stack that overflows. What it cannot show: the GPU's memory model, races inside a phase whose outcome is the same in
 // every order, occupancy, speed.
 #pragma once
 
@@ -154,6 +155,16 @@ inline T atomicMax(T* address, typename Value<T>::type value) {
     return before;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 // ---------------------------------------------------------------------------------------------- fibers
 
@@ -198,11 +209,29 @@ inline void allow(const void*, size_t) {}
 inline void forbid(const void*, size_t) {}
 #endif
 
+// A copy that cp.async has begun (async_copy.cuh): it is carried out at the wait.
+struct AsyncCopy {
+    void* to;
+    const void* from;
+    size_t bytes, read;  // what lies between is zeros
+};
+
+// Threads of a warp that have come to do something together (host_warp.h).
+struct Meeting {
+    const char* operation;
+    int line;
+    unsigned mask, arrived;  // a bit for each lane of the warp
+    void* posts[32];         // what each lane brings and takes away
+};
+
 struct Fiber {
-    uint3 index;          // threadIdx
-    void* stack_pointer;  // saved while the fiber does not run
-    char* stack;          // lowest address
-    int barrier_line;     // where it waits; 0: it has returned
+    uint3 index;             // threadIdx
+    void* stack_pointer;     // saved while the fiber does not run
+    char* stack;             // lowest address
+    int barrier_line;        // where it waits; 0: it has returned
+    Meeting* meeting;        // where it waits for others of its warp, or null
+    std::vector<AsyncCopy> copies;
+    std::vector<size_t> copy_groups;  // where each group that was committed ends in `copies`
 };
 
 // The stacks outlive a launch: mapping them anew for each would cost more than a small kernel.
@@ -243,11 +272,14 @@ struct Worker {
     dim3 block_size{}, grid_size{};
     // The thread that runs now.
     Fiber* current = nullptr;
-    // Fibers: `order` is the order of the phase, `position` who runs in it.
+    // Fibers: `order` is the order of the phase, `position` who has begun it; `ready` can go on in the midst of it, the
+    // last one first.
     bool cooperative = false;
     std::vector<Fiber> fibers;
     std::vector<unsigned> order;
     unsigned position = 0;
+    std::vector<unsigned> ready;
+    std::vector<Meeting> meetings;  // one for each thread: those that it comes to first
     int last_barrier_line = 0;  // 0: the block has met no barrier yet
     void* scheduler_stack_pointer = nullptr;
     void (*body)(void*) = nullptr;
@@ -334,11 +366,14 @@ inline void* prepare_stack(char* stack, void (*entry)()) {
 #error "the host device knows x86-64 and aarch64; another processor needs its own segnet_switch_fiber"
 #endif
 
-// Hands the core to the fiber whose turn it is.
-inline void resume(void** save) {
-    Worker* w = worker;
-    w->current = &w->fibers[w->order[w->position]];
-    segnet_switch_fiber(save, w->current->stack_pointer);
+// The fiber whose turn it is; null where none can run before the next phase.
+inline Fiber* next_fiber(Worker* w) {
+    if (!w->ready.empty()) {
+        Fiber* next = &w->fibers[w->ready.back()];
+        w->ready.pop_back();
+        return next;
+    }
+    return w->position < w->order.size() ? &w->fibers[w->order[w->position++]] : nullptr;
 }
 
 // Finds out between which barriers threads disturb each other: of two runs with unlike orders of threads the first
@@ -362,9 +397,31 @@ inline void trace_shared(Worker* w, int line) {
     }
 }
 
-// All threads have either arrived at a barrier or returned. True: a next phase begins.
+// No thread can run, and this one waits for others of its warp.
+inline void report_parted_warp(Worker* w, const Fiber& waiting) {
+    const Meeting& meeting = *waiting.meeting;
+    const size_t warp = size_t(&waiting - w->fibers.data()) / 32 * 32;
+    const Fiber& other = w->fibers[warp + unsigned(__builtin_ctz(meeting.mask & ~meeting.arrived))];
+    char where[96] = "has returned", what[384];
+    if (other.meeting)
+        std::snprintf(where, sizeof where, "waits in %s at line %d", other.meeting->operation, other.meeting->line);
+    else if (other.barrier_line)
+        std::snprintf(where, sizeof where, "waits at the barrier in line %d", other.barrier_line);
+    std::snprintf(what, sizeof what,
+                  "divergent warp: thread (%u, %u, %u) waits in %s at line %d for thread (%u, %u, %u), which %s",
+                  waiting.index.x, waiting.index.y, waiting.index.z, meeting.operation, meeting.line, other.index.x,
+                  other.index.y, other.index.z, where);
+    w->fail(what);
+}
+
+// No thread can run: all have arrived at a barrier, or returned, or wait for their warp. True: a next phase begins.
 inline bool finish_phase(Worker* w) {
     const int line = w->fibers[0].barrier_line;
+    for (const Fiber& fiber : w->fibers) {
+        if (!fiber.meeting) continue;
+        report_parted_warp(w, fiber);
+        return false;
+    }
     for (const Fiber& fiber : w->fibers) {
         if (fiber.barrier_line == line) continue;
         const Fiber& first = w->fibers[0];
@@ -396,21 +453,24 @@ inline bool finish_phase(Worker* w) {
     std::abort();  // a block that has finished or failed is never resumed
 }
 
-// The running fiber waits (line > 0) or has returned (line 0).
-inline void leave(int line) {
-    Worker* w = worker;
+// The running fiber cannot go on: hands the core to the next one. Returns when it is its turn again.
+inline void pass_on(Worker* w) {
     Fiber* self = w->current;
-    self->barrier_line = line;
-    if (++w->position == w->order.size()) {
+    w->current = next_fiber(w);
+    if (!w->current) {
+        w->current = self;
         if (!finish_phase(w)) leave_block(w);
         w->position = 0;
         if (w->launch->order == int(Order::shuffled)) w->shuffle(w->order);
-        if (&w->fibers[w->order[0]] == self) {
-            w->current = self;
-            return;
-        }
+        w->current = next_fiber(w);
     }
-    resume(&self->stack_pointer);
+    if (w->current != self) segnet_switch_fiber(&self->stack_pointer, w->current->stack_pointer);
+}
+
+// The running fiber waits (line > 0) or has returned (line 0).
+inline void leave(int line) {
+    worker->current->barrier_line = line;
+    pass_on(worker);
 }
 
 struct NeedsFibers {};
@@ -495,10 +555,14 @@ inline void run_block_fibers(Worker* w) {
     for (Fiber& fiber : w->fibers) {
         allow(fiber.stack, kStackBytes);  // its last thread never returned from fiber_entry: marks are left
         fiber.stack_pointer = prepare_stack(fiber.stack, fiber_entry);
+        fiber.copies.clear();
+        fiber.copy_groups.clear();
     }
     w->position = 0;
     w->last_barrier_line = 0;
-    resume(&w->scheduler_stack_pointer);  // returns when the block has finished or failed
+    w->current = next_fiber(w);
+    // Returns when the block has finished or failed.
+    segnet_switch_fiber(&w->scheduler_stack_pointer, w->current->stack_pointer);
     if (w->failed) return;
     for (Fiber& fiber : w->fibers)
         if (std::memcmp(fiber.stack + kStackReserve, kStackCanary, sizeof kStackCanary - 1) != 0)
@@ -525,6 +589,8 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
         w.arena.resize(kSharedLimit + 4 * kRedZone);
         w.arena_base = w.arena.data() + (64 - reinterpret_cast<uintptr_t>(w.arena.data()) % 64);
         w.fibers.resize(threads);
+        w.ready.reserve(threads);
+        w.meetings.resize(threads);
         for (unsigned i = 0; i < threads; ++i) {
             Fiber& fiber = w.fibers[i];
             fiber.index = {i % w.block_size.x, i / w.block_size.x % w.block_size.y, i / w.block_size.x / w.block_size.y};
@@ -652,6 +718,8 @@ int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P.
 #define SHARED_DYNAMIC_GLOBAL(type, name)  \
     static thread_local type* name = nullptr; \
     static ::host::GlobalShared name##_global(#name, [](void* memory) { name = static_cast<type*>(memory); })
+
+#include "host_warp.h"
 
 // The entry by which segnet_scratch/kernels/host.py reaches a kernel.
 #define HOST_ENTRY(kernel, cooperative)                                              \

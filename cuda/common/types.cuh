@@ -1,7 +1,10 @@
 // Element types, chosen when a source is compiled, and what every kernel needs to index with.
 //
-//   storage_t     what arrays hold               -DSTORAGE=float | double
+//   storage_t     what arrays hold               -DSTORAGE=float | double | bfloat16
 //   accumulate_t  what sums are carried in       -DACCUMULATE=float | double
+//
+// Tensor-core kernels are also told how they multiply: -DMULTIPLY=TF32 | TF32X3 | BF16 (warp_tile.cuh). A source
+// that is not compiled for float32 and float64 says for what it is: "// Element types: tf32, bf16; sm_80 and newer."
 //
 // Sizes of single dimensions travel as int; element counts and offsets are 64 bits wide, so arrays of more than
 // 2^31 elements are legal. The launch gate refuses a dimension that does not fit an int.
@@ -10,6 +13,7 @@
 #ifdef SEGNET_HOST
 #include "host_runtime.h"
 #endif
+#include "bfloat16.cuh"
 
 typedef STORAGE storage_t;
 typedef ACCUMULATE accumulate_t;

@@ -1,9 +1,7 @@
-"""Every source for both element types, before anything is timed: for this GPU, and for the host device beside it."""
+"""Every source for its element types, before anything is timed: for this GPU, and for the host device beside it."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 
 from gpu_check.part import Outcome, Work, judged
 from segnet_scratch.errors import CompileError
@@ -13,7 +11,7 @@ from segnet_scratch.kernels.source import Source, shipped_sources
 
 def compilation(work: Work) -> Outcome:
     """Compiles, or finds in the cache."""
-    sources = [(s, ElementTypes.of(np.dtype(t))) for s in shipped_sources() for t in (np.float32, np.float64)]
+    sources = [(s, ElementTypes.named(element)) for s in shipped_sources() for element in s.elements]
     problems: list[str] = []
 
     def build(what: tuple[Source, ElementTypes]) -> None:
@@ -24,8 +22,10 @@ def compilation(work: Work) -> Outcome:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(build, sources))
-    architecture = getattr(work.device, "architecture", None)
-    for source, types in sources if architecture else ():
+    architecture = work.device.architecture
+    for source, types in sources:
+        if architecture is None or not source.compiles_for(architecture):
+            continue
         try:
             nvrtc.cached_cubin(source, types, architecture)
         except CompileError as error:

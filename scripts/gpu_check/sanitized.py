@@ -11,10 +11,9 @@ from time import perf_counter
 
 import cupy  # this script may: it is no part of the package
 
-from gpu_check.op_table import problems_for_sanitizers
+from gpu_check.op_table import problems_for_sanitizers, rows_for
 from segnet_scratch import get_device
 from segnet_scratch.kernels import Kernel, shipped_kernels
-from segnet_scratch.proof.table import ROWS
 
 
 def main(seconds: float) -> None:
@@ -29,13 +28,14 @@ def main(seconds: float) -> None:
 
     device.execute = noted  # type: ignore[method-assign, assignment]
     began, cases = perf_counter(), 0
-    for _, op, inputs in problems_for_sanitizers():
-        if cases >= len(ROWS) and perf_counter() - began > seconds:
+    for _, op, inputs in problems_for_sanitizers(device):
+        if cases >= len(rows_for(device)) and perf_counter() - began > seconds:
             break
         op(device, **{name: None if a is None else device.upload(a) for name, a in inputs.items()})
         device.synchronise()
         cases += 1
-    missing = sorted(shipped_kernels().keys() - launched)
+    runnable = {name for name, kernel in shipped_kernels().items() if kernel.source.compiles_for(device.architecture)}
+    missing = sorted(runnable - launched)
     print(json.dumps({"cases": cases, "kernels": len(launched), "missing": missing}))
 
 

@@ -35,7 +35,7 @@ class CudaDevice(Device):
                 f"the GPU has compute capability {major}.{minor}; 7.5 (Turing) or newer is needed; "
                 "use --device numpy or --device host"
             )
-        self.architecture = f"sm_{major}{minor}"
+        self.architecture: str = f"sm_{major}{minor}"
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
         self._recording: Recording[Any] | None = None  # while `capture` records
@@ -130,6 +130,9 @@ class CudaDevice(Device):
         function = self._functions.get((kernel.source.digest, kernel.name, types))
         if function is None:
             function = self._load(kernel, types)
+        # More than 48 KiB of shared memory are granted to those only who ask.
+        if shared and shared > function.max_dynamic_shared_size_bytes:
+            function.max_dynamic_shared_size_bytes = shared
         # A null pointer travels as a 64-bit zero; every other value has its exact type from the gate already.
         arguments = tuple(np.uint64(0) if value is None else value for value in values)
         function(tuple(grid), tuple(block), arguments, shared_mem=shared)

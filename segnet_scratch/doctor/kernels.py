@@ -73,7 +73,7 @@ class KernelReport:
 
 
 def examine_kernels(progress: Callable[[int, int], None] = lambda done, total: None) -> KernelReport | Diagnosis:
-    """Compiles all kernels for all architectures, about a minute on two cores unless the cache has them.
+    """Compiles all kernels for all architectures, about two minutes on two cores unless the cache has them.
 
     `progress` is told how many compilations are done of how many. Where NVRTC is missing the result is a Diagnosis
     that says how to get it. CompileError for a kernel that does not compile.

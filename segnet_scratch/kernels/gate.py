@@ -16,13 +16,17 @@ from segnet_scratch.kernels.signature import ElementTypes, Kernel, Parameter
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
-MAX_SHARED = 48 * 1024  # bytes of dynamic shared memory that every GPU grants without being asked for more
+# Bytes of shared memory that a GPU grants one block which asks for it, by architecture; 48 KiB need no asking.
+SHARED_OF = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_120": 99, "sm_121": 99}
+SHARED_OF = {architecture: kib * 1024 for architecture, kib in SHARED_OF.items()}
+MAX_SHARED = 227 * 1024  # of all others, from sm_90 on, and of the host device
 
 
 class ArrayHome(Protocol):
     """What the gate must know of a device: which arrays are its own, and where they lie."""
 
     name: str
+    architecture: str | None  # "sm_90"; None where there is no GPU
 
     def owns(self, array: Any) -> bool:
         """Is this an array of the device?"""
@@ -45,7 +49,13 @@ def check_launch(
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
     the got and the fix. Nothing has been launched then.
     """
-    _check_geometry(kernel, grid, block, shared)
+    _check_geometry(kernel, grid, block)
+    _check_shared(kernel, shared, home.architecture)
+    if types.name not in kernel.source.elements:
+        raise DTypeError(
+            f"{kernel.name}: cannot be launched for {types.name}; {kernel.source.path.name} is for "
+            f"{', '.join(kernel.source.elements)}"
+        )
     if len(arguments) != len(kernel.parameters):
         raise LaunchError(
             f"{kernel.name}: takes {len(kernel.parameters)} arguments, got {len(arguments)}; pass {kernel.signature}"
@@ -77,7 +87,7 @@ def check_launch(
     return values
 
 
-def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared: int) -> None:
+def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int]) -> None:
     for what, size, limits in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
         if len(size) != 3 or any(type(n) is not int or n < 1 for n in size):
             raise LaunchError(f"{kernel.name}: {what} {tuple(size)}; expected up to three positive Python integers")
@@ -88,9 +98,13 @@ def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int], s
                 )
     if prod(block) > MAX_THREADS:
         raise LaunchError(f"{kernel.name}: a block of {prod(block)} threads; the limit is {MAX_THREADS}")
-    if type(shared) is not int or not 0 <= shared <= MAX_SHARED:
+
+
+def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None:
+    limit = SHARED_OF.get(architecture or "", MAX_SHARED)
+    if type(shared) is not int or not 0 <= shared <= limit:
         raise LaunchError(
-            f"{kernel.name}: {shared!r} bytes of dynamic shared memory; expected an integer, 0 to {MAX_SHARED}"
+            f"{kernel.name}: {shared!r} bytes of dynamic shared memory; expected an integer, 0 to {limit}"
         )
 
 

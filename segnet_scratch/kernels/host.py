@@ -188,18 +188,23 @@ def _unit(source: Source) -> str:
     return f'#include "common/host_runtime.h"\n{body}{entries}'
 
 
+def _runtime() -> list[str]:
+    """What every unit includes, whether its source does or not."""
+    headers = ("host_runtime.h", "host_warp.h")
+    return [(cuda_directory() / "common" / name).read_text(encoding="utf-8") for name in headers]
+
+
 @functools.cache
 def build(source: Source, types: ElementTypes, sanitize: bool = False) -> Path:
     """The shared library of a source, compiled unless the cache has it. CompileError shows the compiler's lines."""
     command = find_compiler()
     flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines]
-    runtime = (cuda_directory() / "common" / "host_runtime.h").read_text(encoding="utf-8")
     unit = _unit(source)
-    key = cache_key(source.digest, unit, runtime, flags, _compiler_identity(tuple(command)), _processor_identity())
-    library = cache_directory() / "host" / f"{source.path.stem}-{types.storage.name}-{key}.so"
+    key = cache_key(source.digest, unit, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
+    library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
     if library.is_file():
         return library
-    log.info("compiling %s for the host device (%s)", source.path.name, types.storage.name)
+    log.info("compiling %s for the host device (%s)", source.path.name, types.name)
     includes = [f"-I{directory}" for directory in source.include_directories]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernel.so"

@@ -113,6 +113,8 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
     file. `log` receives the compiler's output, with the registers, spills and stack of every kernel.
     Raises CompileError with the lines at fault.
     """
+    if not source.compiles_for(architecture):
+        raise CompileError(f"{source.path.name} needs a newer GPU than {architecture}; convolutions: use rung 'tiled'")
     library = _library()
     program = ctypes.c_void_p()
     _check(
@@ -144,10 +146,15 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return data.raw
 
 
+def cubin_path(source: Source, types: ElementTypes, architecture: str) -> Path:
+    """Where the cache has the cubin of a source, or would have it."""
+    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
+    return cache_directory() / "cuda" / f"{source.path.stem}-{types.name}-{architecture}-{key}.cubin"
+
+
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
     """The path of the cubin of a source, compiled unless the cache has it."""
-    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
-    path = cache_directory() / "cuda" / f"{source.path.stem}-{types.storage.name}-{architecture}-{key}.cubin"
+    path = cubin_path(source, types, architecture)
     if not path.is_file():
         cubin = compile_cubin(source, types, architecture)
         source.check_unchanged()

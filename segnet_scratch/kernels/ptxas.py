@@ -26,7 +26,7 @@ class Usage:
     """What one kernel, compiled for one pair of element type and architecture, takes of a multiprocessor."""
 
     kernel: str
-    element: str  # "float32" or "float64"
+    element: str  # "float32"; for tensor cores how they multiply, "tf32"
     architecture: str  # "sm_90"
     registers: int = 0  # of 32 bits, for each thread; at most 255
     spill_stores: int = 0  # bytes written to local memory, for each thread, because registers ran out

@@ -6,19 +6,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from segnet_scratch.cpu.workers import worker_count
 from segnet_scratch.errors import CompileError
 from segnet_scratch.kernels.cache import cache_directory, cache_key, publish
-from segnet_scratch.kernels.nvrtc import compile_cubin, compiler_options, nvrtc_version
+from segnet_scratch.kernels.nvrtc import compile_cubin, compiler_options, cubin_path, nvrtc_version
 from segnet_scratch.kernels.ptxas import Usage, parse_log, remarks
 from segnet_scratch.kernels.signature import ElementTypes, parse_kernels
 from segnet_scratch.kernels.source import Source, shipped_sources
 
 # Turing to Blackwell: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-ELEMENTS = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class Compilation:
 def compile_all(
     sources: Sequence[Source] | None = None,
     architectures: Sequence[str] = ARCHITECTURES,
-    elements: Sequence[str] = ELEMENTS,
+    elements: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compilation]:
-    """Every source (the shipped ones unless given) for every element type and architecture, on all cores.
+    """Every source (the shipped ones unless given) for every element type and architecture it is for, on all cores.
 
     What was compiled before is read from the cache. `progress` is told after each compilation how many are done of how
     many. Raises CompileError where a source does not compile, where there is no libnvrtc, or where it does not know an
@@ -47,8 +44,9 @@ def compile_all(
     jobs = [
         (source, element, architecture)
         for source in (shipped_sources() if sources is None else sources)
-        for element in elements
+        for element in (source.elements if elements is None else elements)
         for architecture in architectures
+        if source.compiles_for(architecture)
     ]
     # Threads will do: NVRTC compiles without holding Python's lock.
     pool = ThreadPoolExecutor(worker_count())
@@ -63,7 +61,7 @@ def compile_all(
 
 
 def _compile(source: Source, element: str, architecture: str) -> Compilation:
-    log = _cached_log(source, ElementTypes.of(np.dtype(element)), architecture)
+    log = _cached_log(source, ElementTypes.named(element), architecture)
     found = {usage.kernel: usage for usage in parse_log(log, element)}
     names = [kernel.name for kernel in parse_kernels(source)]
     if sorted(found) != sorted(names):
@@ -78,10 +76,11 @@ def _compile(source: Source, element: str, architecture: str) -> Compilation:
 def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     """What the compilers said about a source, now or when it was compiled before."""
     key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
-    path = cache_directory() / "resources" / f"{source.path.stem}-{types.storage.name}-{architecture}-{key}.log"
+    path = cache_directory() / "resources" / f"{source.path.stem}-{types.name}-{architecture}-{key}.log"
     if not path.is_file():
         log: list[str] = []
-        compile_cubin(source, types, architecture, log)
+        cubin = compile_cubin(source, types, architecture, log)
         source.check_unchanged()
+        publish(cubin_path(source, types, architecture), cubin)  # it has cost most of the time: nobody need do it again
         publish(path, log[0].encode())
     return path.read_text(encoding="utf-8")

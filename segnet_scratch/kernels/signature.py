@@ -16,6 +16,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, DTypeError
 from segnet_scratch.kernels.source import Source
+from segnet_scratch.precision import BFLOAT16
 
 # C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes.
 _FIXED_TYPES = {
@@ -38,33 +39,54 @@ _FIXED_TYPES = {
 }
 _BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
 _KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
-_SYNCHRONISES = re.compile(r"__sync\w*\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]")
+_SYNCHRONISES = re.compile(
+    r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
+    r"|\b(?:warp|mma|ldmatrix|cp_async)_\w+\s*[(<]"
+)
+
+
+# How tensor-core kernels multiply (cuda/common/warp_tile.cuh), and what they read.
+_MULTIPLY = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
 
 
 @dataclass(frozen=True)
 class ElementTypes:
-    """What `storage_t` and `accumulate_t` stand for in one compilation."""
+    """What `storage_t` and `accumulate_t` stand for in one compilation, and how tensor cores multiply, if they do."""
 
     storage: np.dtype
     accumulate: np.dtype
+    multiply: str = ""  # "tf32", "tf32x3", "bf16", or nothing
 
     @staticmethod
     def of(dtype: np.dtype) -> "ElementTypes":
-        """The pair that arrays of `dtype` are computed with: float32 or float64, accumulated in the same."""
+        """The pair that arrays of `dtype` are computed with: bfloat16 in float32, others accumulated in the same."""
         dtype = np.dtype(dtype)
-        return ElementTypes(dtype, dtype)
+        return ElementTypes(dtype, np.dtype(np.float32) if dtype == BFLOAT16 else dtype)
+
+    @staticmethod
+    def named(name: str) -> "ElementTypes":
+        """Of "float32", "float64", "bfloat16", or of a way to multiply; the inverse of `name`."""
+        if name in _MULTIPLY:
+            return ElementTypes(_MULTIPLY[name], np.dtype(np.float32), name)
+        return ElementTypes.of(BFLOAT16 if name == BFLOAT16.name else np.dtype(name))
+
+    @property
+    def name(self) -> str:
+        """What messages, tables and file names call them."""
+        return self.multiply or self.storage.name
 
     def c_name(self, dtype: np.dtype) -> str:
         """The C++ type of the compilation flag -DSTORAGE or -DACCUMULATE; DTypeError where kernels know none."""
-        names = {"float32": "float", "float64": "double"}
+        names = {"float32": "float", "float64": "double", "bfloat16": "bfloat16"}
         if dtype.name not in names:
-            raise DTypeError(f"kernels cannot be compiled for {dtype.name}; expected float32 or float64")
+            raise DTypeError(f"kernels cannot be compiled for {dtype.name}; expected float32, float64 or bfloat16")
         return names[dtype.name]
 
     @property
-    def defines(self) -> tuple[str, str]:
+    def defines(self) -> tuple[str, ...]:
         """The compiler flags that choose these types."""
-        return f"-DSTORAGE={self.c_name(self.storage)}", f"-DACCUMULATE={self.c_name(self.accumulate)}"
+        pair = f"-DSTORAGE={self.c_name(self.storage)}", f"-DACCUMULATE={self.c_name(self.accumulate)}"
+        return (*pair, f"-DMULTIPLY={self.multiply.upper()}") if self.multiply else pair
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ class Kernel:
     source: Source
     line: int
     parameters: tuple[Parameter, ...]
-    cooperative: bool  # its threads meet at barriers or share memory
+    cooperative: bool  # its threads meet, as blocks or as warps, or share memory
 
     @property
     def signature(self) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from segnet_scratch.errors import CompileError
 
+# // Element types: tf32, bf16; sm_80 and newer.
+_ELEMENTS = re.compile(r"^// Element types: ([\w, ]+?)(?:; (sm_\d+) and newer)?\.$", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -36,6 +38,18 @@ class Source:
     def include_directories(self) -> tuple[Path, ...]:
         """Where `#include "..."` is looked up: beside the file, then the shipped folder."""
         return _include_directories(self.path)
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """The element types that it is compiled for, as ElementTypes.name has them; a line of its head says so."""
+        match = _ELEMENTS.search(self.text)
+        return tuple(re.split(r",\s*", match[1])) if match else ("float32", "float64")
+
+    def compiles_for(self, architecture: str) -> bool:
+        """Has this GPU the instructions that the source needs? "sm_90" has those of "sm_80"."""
+        match = _ELEMENTS.search(self.text)
+        number = [int(re.sub(r"\D", "", name)) for name in (architecture, match[2] if match and match[2] else "sm_0")]
+        return number[0] >= number[1]
 
     def check_unchanged(self) -> None:
         """CompileError where the file or a header is not what it was when it was read.

@@ -1,10 +1,23 @@
 """2-D convolution (cross-correlation, as every network means it) of NHWC maps with OHWI weights, and its gradients.
 
-Kernels come in rungs of a ladder, chosen by name: "direct" (any shape, one thread an element) and "tiled" (stride 1,
-implicit GEMM with tiles in shared memory and registers). None takes the fastest that fits.
+Kernels come in rungs of a ladder (docs/kernels.md), chosen by name:
+
+    direct   any shape, one thread an element; float32 and float64
+    tiled    stride 1, implicit GEMM with tiles in shared memory and registers; float32, float64 and bfloat16
+    tf32     the same on tensor cores, factors rounded to tf32; float32
+    tf32x3   the same, factors split in two: nearly float32's accuracy; float32
+    bf16     the same of bfloat16 maps and weights
+
+None takes "tiled" ("direct" for a stride), and "bf16" for bfloat16. The tensor-core rungs for float32 are taken by name
+only, until they have been measured on a GPU.
+
+With bfloat16 maps and weights the bias and the gradients of weight and bias are float32: they are sums over all pixels,
+and what an optimiser adds up.
 """
 
-from dataclasses import dataclass
+import functools
+import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +25,9 @@ from segnet_scratch.autograd import Function, Tensor
 from segnet_scratch.cpu import conv2d as fast
 from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes
+from segnet_scratch.ops import conv2d_mma as mma
+from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.op import (
     ELEMENT_THREADS,
     Buffers,
@@ -23,109 +39,65 @@ from segnet_scratch.ops.op import (
     expect_map,
     spec_of,
 )
+from segnet_scratch.precision import BFLOAT16, round_to_tf32
 
-RUNGS = ("direct", "tiled")
+log = logging.getLogger(__name__)
+
+RUNGS = ("direct", "tiled", *mma.ELEMENTS_OF_RUNG)
 # The tiles of cuda/conv2d_tiled.cu.
 TILE_ROWS, TILE_COLUMNS, TILE_THREADS = 128, 64, 128
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Every size of one convolution, derived in one place."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    oh: int
-    ow: int
-    o: int
-    kh: int
-    kw: int
-    stride: int
-    padding: int
-
-    @staticmethod
-    def of(x: tuple[int, ...], weight: tuple[int, ...], stride: int, padding: int) -> "Geometry":
-        """From x (n, h, w, c) and weight (o, kh, kw, c); ShapeError where they do not fit."""
-        expect(len(x) == 4, f"conv2d: x has shape {x}; expected (n, h, w, c), channels last")
-        expect(
-            len(weight) == 4 and min(weight) > 0,
-            f"conv2d: weight has shape {weight}; expected (o, kh, kw, c)",
-        )
-        n, h, w, c = x
-        o, kh, kw, weight_channels = weight
-        expect(
-            c == weight_channels,
-            f"conv2d: x {x} has {c} channels, weight {weight} takes {weight_channels}; weights are (o, kh, kw, c)",
-        )
-        expect(
-            stride >= 1 and padding >= 0,
-            f"conv2d: stride {stride}, padding {padding}; expected >= 1 and >= 0",
-        )
-        oh, ow = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-        expect(
-            h + 2 * padding >= kh and w + 2 * padding >= kw,
-            f"conv2d: the kernel {kh}x{kw} is larger than the padded image {h + 2 * padding}x{w + 2 * padding}",
-        )
-        return Geometry(n, h, w, c, oh, ow, o, kh, kw, stride, padding)
-
-    @property
-    def x(self) -> tuple[int, int, int, int]:
-        return self.n, self.h, self.w, self.c
-
-    @property
-    def y(self) -> tuple[int, int, int, int]:
-        return self.n, self.oh, self.ow, self.o
-
-    @property
-    def weight(self) -> tuple[int, int, int, int]:
-        return self.o, self.kh, self.kw, self.c
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels of the batch."""
-        return self.n * self.oh * self.ow
-
-    @property
-    def depth(self) -> int:
-        """Length of the sum behind one output: kh kw c."""
-        return self.kh * self.kw * self.c
-
-    @property
-    def flops(self) -> int:
-        """Of fprop, dgrad or wgrad each: a multiplication and an addition a term."""
-        return 2 * self.pixels * self.depth * self.o
-
-    def choose_rung(self, rung: str | None) -> str:
-        """The rung of this name, or the default one; ShapeError where it does not take this shape."""
-        if rung is None:
-            return "tiled" if self.stride == 1 else "direct"
-        if rung not in RUNGS:
-            raise ShapeError(f"conv2d: there is no rung {rung!r}; expected one of {', '.join(RUNGS)}")
-        expect(
-            rung != "tiled" or self.stride == 1,
-            f"conv2d: rung 'tiled' takes stride 1, not {self.stride}; use 'direct'",
-        )
-        return rung
-
-    @property
-    def direct_arguments(self) -> tuple[int, ...]:
-        """The sizes as the kernels of conv2d_direct.cu take them."""
-        return (*self.x, self.oh, self.ow, self.o, self.kh, self.kw, self.stride, self.padding)
+def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
+    """The rung of this name, or the default one; ShapeError, DTypeError where it does not take shape or type."""
+    if rung is None:
+        if dtype == BFLOAT16 and mma.misfit(g) is None:
+            return "bf16"
+        return "tiled" if g.stride == 1 or dtype == BFLOAT16 else "direct"
+    if rung not in RUNGS:
+        raise ShapeError(f"conv2d: there is no rung {rung!r}; expected one of {', '.join(RUNGS)}")
+    if rung in mma.ELEMENTS_OF_RUNG:
+        if dtype != mma.ELEMENTS_OF_RUNG[rung]:
+            raise DTypeError(
+                f"conv2d: rung {rung!r} takes {mma.ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it, or use 'tiled'"
+            )
+        reason = mma.misfit(g)
+        expect(reason is None, f"conv2d: rung {rung!r} {reason}; use {'tiled' if g.stride == 1 else 'direct'!r}")
+    if rung == "tiled":
+        expect(g.stride == 1, f"conv2d: rung 'tiled' takes stride 1, not {g.stride}; use 'direct'")
+    if rung == "direct" and dtype == BFLOAT16:
+        raise DTypeError("conv2d: rung 'direct' takes float32 and float64, not bfloat16; use 'tiled' or 'bf16'")
+    return rung
 
 
 class _ConvOp(Op):
-    """A convolution kernel with its geometry and rung."""
+    """A convolution with its geometry and rung. `accumulated` is the type of sums over pixels, and of the bias."""
 
     def __init__(self, x: Spec, weight: Spec, stride: int, padding: int, rung: str | None) -> None:
-        expect_map(self.name, "x", x)
+        expect_map(self.name, "x", x, bfloat16=True)
         if weight.dtype != x.dtype:
             raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, x {x.dtype}; convert one")
         self.geometry = Geometry.of(x.shape, weight.shape, stride, padding)
-        self.rung = self.geometry.choose_rung(rung)
+        self.rung = choose_rung(self.geometry, x.dtype, rung)
+        self.accumulated = ElementTypes.of(x.dtype).accumulate
         self.flops = self.geometry.flops
         self.workspace = {}
+
+    def _factor(self, array: np.ndarray) -> np.ndarray:
+        """What the rung multiplies: for tf32 the rounded numbers, for bfloat16 the same in float32."""
+        if self.rung == "tf32":
+            return round_to_tf32(array)
+        return array.astype(np.float32) if array.dtype == BFLOAT16 else array
+
+
+def _into(output: np.ndarray, compute: Callable[[np.ndarray], None]) -> None:
+    """Lets NumPy compute an output in float32 and rounds it, where it is bfloat16."""
+    if output.dtype != BFLOAT16:
+        return compute(output)
+    exact = np.empty(output.shape, np.float32)
+    compute(exact)
+    output[...] = exact
+    return None
 
 
 class Conv2dForward(_ConvOp):
@@ -136,16 +108,16 @@ class Conv2dForward(_ConvOp):
 
     def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
         super().__init__(x, weight, stride, padding, rung)
-        self.inputs = {"x": x, "weight": weight, "bias": x.with_shape(self.geometry.o)}
+        self.inputs = {"x": x, "weight": weight, "bias": Spec((self.geometry.o,), self.accumulated)}
         self.outputs = {"y": x.with_shape(*self.geometry.y)}
 
     def launch(self, device: Device, b: Buffers) -> None:
-        if self.rung == "tiled":
-            _launch_tiled(self, device, self.geometry, b.x, b.weight, b.bias, b.y)
+        g = self.geometry
+        if self.rung == "direct":
+            arguments = (b.x, b.weight, b.bias, b.y, *g.direct_arguments)
+            self.kernel(device, "conv2d_forward_direct", element_grid(b.y.size), ELEMENT_THREADS, *arguments)
         else:
-            grid = element_grid(b.y.size)
-            arguments = (b.x, b.weight, b.bias, b.y, *self.geometry.direct_arguments)
-            self.kernel(device, "conv2d_forward_direct", grid, ELEMENT_THREADS, *arguments)
+            _launch_gemm(self, device, g, g.pads, b.x, b.weight, b.bias, b.y)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = 0 if b.bias is None else b.bias
@@ -153,7 +125,8 @@ class Conv2dForward(_ConvOp):
             b.y += patch @ b.weight[:, ky, kx].T
 
     def numpy(self, b: Buffers) -> None:
-        fast.forward(b.x, b.weight, b.bias, b.y, self.geometry.stride, self.geometry.padding)
+        x, weight = self._factor(b.x), self._factor(b.weight)
+        _into(b.y, lambda y: fast.forward(x, weight, b.bias, y, self.geometry.stride, self.geometry.padding))
 
 
 class Conv2dBackwardData(_ConvOp):
@@ -166,21 +139,18 @@ class Conv2dBackwardData(_ConvOp):
         g = self.geometry
         self.inputs = {"dy": x.with_shape(*g.y), "weight": weight}
         self.outputs = {"dx": x}
-        if self.rung == "tiled":
+        if self.rung != "direct":
             self.workspace = {"flipped": x.with_shape(g.c, g.kh, g.kw, g.o)}
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
-        if self.rung == "tiled":
+        if self.rung == "direct":
+            arguments = (b.dy, b.weight, b.dx, *g.direct_arguments)
+            self.kernel(device, "conv2d_backward_data_direct", element_grid(b.dx.size), ELEMENT_THREADS, *arguments)
+        else:
             grid = element_grid(b.weight.size)
             self.kernel(device, "conv2d_flip_weight", grid, ELEMENT_THREADS, b.weight, b.flipped, g.o, g.kh, g.kw, g.c)
-            mirrored = Geometry(g.n, g.oh, g.ow, g.o, g.h, g.w, g.c, g.kh, g.kw, 1, g.padding)
-            pads = (g.kh - 1 - g.padding, g.kw - 1 - g.padding)
-            _launch_tiled(self, device, mirrored, b.dy, b.flipped, None, b.dx, pads)
-        else:
-            grid = element_grid(b.dx.size)
-            arguments = (b.dy, b.weight, b.dx, *g.direct_arguments)
-            self.kernel(device, "conv2d_backward_data_direct", grid, ELEMENT_THREADS, *arguments)
+            _launch_gemm(self, device, g.mirrored, g.mirrored_pads, b.dy, b.flipped, None, b.dx)
 
     def reference(self, b: Buffers) -> None:
         g = self.geometry
@@ -190,73 +160,66 @@ class Conv2dBackwardData(_ConvOp):
         b.dx[...] = padded[:, g.padding : g.padding + g.h, g.padding : g.padding + g.w]
 
     def numpy(self, b: Buffers) -> None:
-        fast.backward_data(b.dy, b.weight, b.dx, self.geometry.stride, self.geometry.padding)
+        dy, weight = self._factor(b.dy), self._factor(b.weight)
+        _into(b.dx, lambda dx: fast.backward_data(dy, weight, dx, self.geometry.stride, self.geometry.padding))
 
 
 class Conv2dBackwardWeight(_ConvOp):
-    """dweight: wgrad. The tiled rung splits the pixels into chunks and adds their results in a fixed order."""
+    """dweight: wgrad. All rungs but direct split the pixels into chunks and add their results in a fixed order."""
 
     name = "conv2d_backward_weight"
-    MIN_PIXELS = 2048  # of a chunk, so that adding the partial results stays small beside making them
-    MAX_CHUNKS = 64
 
     def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
         super().__init__(x, weight, stride, padding, rung)
         g = self.geometry
         self.inputs = {"x": x, "dy": x.with_shape(*g.y)}
-        self.outputs = {"dweight": weight}
-        tiles = -(-g.depth // TILE_ROWS) * -(-g.o // TILE_COLUMNS)
-        # Enough blocks to fill a large GPU, from the shape alone: the order of the sum must not depend on the GPU.
-        wanted = min(self.MAX_CHUNKS, -(-512 // tiles), -(-g.pixels // self.MIN_PIXELS))
-        self.pixels_per_chunk = -(-g.pixels // wanted)
-        self.chunks = -(-g.pixels // self.pixels_per_chunk)
-        if self.rung == "tiled":
-            self.workspace = {"partials": x.with_shape(self.chunks, *weight.shape)}
+        self.outputs = {"dweight": Spec(weight.shape, self.accumulated)}
+        rows, columns = TILE_ROWS, TILE_COLUMNS
+        if self.rung in mma.ELEMENTS_OF_RUNG:
+            tile = mma.weight_tile(g, x.dtype.itemsize)
+            rows, columns = tile.rows, tile.columns
+        self.chunks = mma.Chunks.of(g, rows, columns)
+        if self.rung != "direct":
+            self.workspace = {"partials": Spec((self.chunks.count, *weight.shape), self.accumulated)}
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
-        if self.rung == "tiled":
-            tiles = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks)
-            sizes = (
-                *g.x,
-                g.oh,
-                g.ow,
-                g.o,
-                g.kh,
-                g.kw,
-                g.padding,
-                g.padding,
-                self.chunks,
-                self.pixels_per_chunk,
-            )
-            self.kernel(device, "conv2d_backward_weight_tiled", tiles, TILE_THREADS, b.x, b.dy, b.partials, *sizes)
-            count = b.dweight.size
-            arguments = (b.partials, b.dweight, count, self.chunks)
-            self.kernel(device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *arguments)
-        else:
-            grid = element_grid(b.dweight.size)
+        if self.rung == "direct":
             arguments = (b.x, b.dy, b.dweight, *g.direct_arguments)
-            self.kernel(device, "conv2d_backward_weight_direct", grid, ELEMENT_THREADS, *arguments)
+            elements = element_grid(b.dweight.size)
+            self.kernel(device, "conv2d_backward_weight_direct", elements, ELEMENT_THREADS, *arguments)
+            return
+        if self.rung == "tiled":
+            grid = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks.count)
+            arguments = (b.x, b.dy, b.partials, *g.gemm_arguments(g.pads), self.chunks.count, self.chunks.pixels)
+            self.kernel(device, "conv2d_backward_weight_tiled", grid, TILE_THREADS, *arguments)
+        else:
+            mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b.x, b.dy, b.partials)
+        count = b.dweight.size
+        arguments = (b.partials, b.dweight, count, self.chunks.count)
+        self.kernel(device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *arguments)
 
     def reference(self, b: Buffers) -> None:
         for ky, kx, patch in _taps(self.geometry, _padded(self.geometry, b.x)):
             b.dweight[:, ky, kx] = np.einsum("nyxo,nyxc->oc", b.dy, patch)
 
     def numpy(self, b: Buffers) -> None:
-        fast.backward_weight(b.x, b.dy, b.dweight, self.geometry.stride, self.geometry.padding)
+        x, dy = self._factor(b.x), self._factor(b.dy)
+        fast.backward_weight(x, dy, b.dweight, self.geometry.stride, self.geometry.padding)
 
 
 class Conv2dBackwardBias(Op):
-    """dbias = sum of dy over pixels. dy (n, oh, ow, o)."""
+    """dbias = sum of dy over pixels. dy (n, oh, ow, o); of bfloat16 the sum is float32."""
 
     name = "conv2d_backward_bias"
 
     def __init__(self, dy: Spec) -> None:
-        n, h, w, o = expect_map(self.name, "dy", dy)
+        n, h, w, o = expect_map(self.name, "dy", dy, bfloat16=True)
         self.columns = Columns(n * h * w, o)
+        accumulated = ElementTypes.of(dy.dtype).accumulate
         self.inputs = {"dy": dy}
-        self.outputs = {"dbias": dy.with_shape(o)}
-        self.workspace = {"partials": dy.with_shape(self.columns.chunks, o)}
+        self.outputs = {"dbias": Spec((o,), accumulated)}
+        self.workspace = {"partials": Spec((self.columns.chunks, o), accumulated)}
         self.flops = dy.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -270,23 +233,26 @@ class Conv2dBackwardBias(Op):
         b.dbias[...] = b.dy.sum((0, 1, 2))
 
     def numpy(self, b: Buffers) -> None:
-        fast.backward_bias(b.dy, b.dbias)
+        fast.backward_bias(b.dy.astype(b.dbias.dtype, copy=False), b.dbias)
 
 
-def _launch_tiled(
-    op: Op,
+def _launch_gemm(
+    op: _ConvOp,
     device: Device,
     g: Geometry,
+    pads: tuple[int, int],
     x: Array,
     weight: Array,
     bias: Array | None,
     y: Array,
-    pads: tuple[int, int] | None = None,
 ) -> None:
     """The implicit GEMM of fprop, and of dgrad with other arguments. `pads` are rows and columns of zeros before x."""
-    grid = (-(-g.pixels // TILE_ROWS), -(-g.o // TILE_COLUMNS))
-    sizes = (*g.x, g.oh, g.ow, g.o, g.kh, g.kw, *(pads or (g.padding, g.padding)))
-    op.kernel(device, "conv2d_forward_tiled", grid, TILE_THREADS, x, weight, bias, y, *sizes)
+    if op.rung == "tiled":
+        grid = (-(-g.pixels // TILE_ROWS), -(-g.o // TILE_COLUMNS))
+        arguments = (x, weight, bias, y, *g.gemm_arguments(pads))
+        op.kernel(device, "conv2d_forward_tiled", grid, TILE_THREADS, *arguments)
+    else:
+        mma.launch_forward(op, device, op.rung, g, pads, x, weight, bias, y)
 
 
 def _padded(g: Geometry, x: np.ndarray) -> np.ndarray:
@@ -304,16 +270,31 @@ def _taps(g: Geometry, padded: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
     ]
 
 
+@functools.cache
+def _tell_fallback(architecture: str, rung: str) -> None:
+    log.warning("conv2d: rung %r needs sm_80 or newer, this GPU is %s; rung 'tiled' is used", rung, architecture)
+
+
+def _rung_for(device: Device, dtype: np.dtype, rung: str | None) -> str | None:
+    """The rung, or "tiled", with one message, on a GPU whose tensor cores are too old for it."""
+    wanted = "bf16" if rung is None and dtype == BFLOAT16 else rung
+    if wanted not in mma.ELEMENTS_OF_RUNG or mma.has_tensor_cores(device):
+        return rung
+    _tell_fallback(str(device.architecture), str(wanted))
+    return "tiled"
+
+
 class Conv2d(Function):
     """Saves x and the weight."""
 
     def __init__(self, device: Device, stride: int, padding: int, rung: str | None, input_gradient: bool) -> None:
         super().__init__(device)
-        self.options = (stride, padding, rung)
+        self.stride, self.padding, self.rung = stride, padding, rung
         self.input_gradient = input_gradient  # the first layer of a network needs none
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         self.x, self.weight, self.has_bias = x, weight, bias is not None
+        self.options = (self.stride, self.padding, _rung_for(self.device, x.dtype, self.rung))
         op = Conv2dForward.plan(spec_of(x), spec_of(weight), *self.options)
         return op(self.device, x=x, weight=weight, bias=bias).y
 

@@ -19,6 +19,7 @@ from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.kernels import ElementTypes, launch
 from segnet_scratch.observe import carry_out
+from segnet_scratch.precision import BFLOAT16
 
 Buffers = SimpleNamespace  # arrays by the names that the plan gives them
 
@@ -101,9 +102,18 @@ class Op:
         else:
             self.numpy(b)
 
-    def kernel(self, device: Device, name: str, grid: Any, block: Any, *arguments: Any) -> None:
-        """One launch, through the gate, with this op's element types."""
-        launch(device, name, grid, block, arguments, self.types)
+    def kernel(
+        self,
+        device: Device,
+        name: str,
+        grid: Any,
+        block: Any,
+        *arguments: Any,
+        types: ElementTypes | None = None,
+        shared: int = 0,
+    ) -> None:
+        """One launch, through the gate, with this op's element types unless others are given."""
+        launch(device, name, grid, block, arguments, types or self.types, shared)
 
     def __call__(self, device: Device, **arrays: Array | None) -> Buffers:
         """Checks the inputs against the plan, allocates outputs and workspace, runs; returns the outputs."""
@@ -142,11 +152,12 @@ def expect(condition: bool, message: str) -> None:
         raise ShapeError(message)
 
 
-def expect_map(op: str, name: str, s: Spec) -> tuple[int, int, int, int]:
-    """(n, h, w, c) of an activation map, checked: four dimensions, none empty, float32 or float64."""
+def expect_map(op: str, name: str, s: Spec, bfloat16: bool = False) -> tuple[int, int, int, int]:
+    """(n, h, w, c) of an activation map, checked: four dimensions, none empty, float32 or float64 (or bfloat16)."""
     expect(len(s.shape) == 4, f"{op}: {name} has shape {s.shape}; expected (n, h, w, c), channels last")
     expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
-    expect_float(op, name, s)
+    if not (bfloat16 and s.dtype == BFLOAT16):
+        expect_float(op, name, s)
     n, h, w, c = s.shape
     return n, h, w, c
 

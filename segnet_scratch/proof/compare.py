@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.device import Array, Device
+from segnet_scratch.kernels import ElementTypes
 from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.precision import BFLOAT16, is_floating
 from segnet_scratch.proof.rows.base import Case, Inputs, Row, empty_outputs
 
 GUARD = 1024  # elements before and after every array
 GUARD_BYTE = 0xA5
 FILLS = (np.nan, 7e33)  # what outputs hold before the op runs
+BFLOAT16_ROUNDING = 2.0**-8  # half a unit of its 8 significant bits, relative
 
 
 class GuardedArrays:
@@ -59,7 +62,7 @@ def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device,
     arrays = GuardedArrays(device)
     buffers = {name: None if a is None else arrays.add(name, a) for name, a in inputs.items()}
     for name, s in {**op.outputs, **op.workspace}.items():
-        filler = fill if s.dtype.kind == "f" else 255 if np.isnan(fill) else 7
+        filler = fill if is_floating(s.dtype) else 255 if np.isnan(fill) else 7
         buffers[name] = arrays.add(name, np.full(s.shape, filler, s.dtype))
     op.run(device, Buffers(**buffers))
     device.synchronise()
@@ -77,8 +80,10 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[str, np.ndarray]]:
     """The reference evaluated in float64: its op, its inputs beside its outputs, and all results by name."""
-    op = row.plan(case, np.float64)
-    wide = {name: None if a is None else a.astype(op.inputs[name].dtype) for name, a in inputs.items()}
+    op = row.reference_plan(case)
+    wide = {
+        name: None if a is None else row.as_seen(name, a).astype(op.inputs[name].dtype) for name, a in inputs.items()
+    }
     outputs = empty_outputs(op)
     updated = {name: np.copy(wide[name]) for name in op.updates}  # type: ignore[arg-type]
     op.reference(Buffers(**{**wide, **updated}, **outputs))
@@ -90,40 +95,47 @@ def check(
     case: Case,
     device: Device,
     rng: np.random.Generator,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | None = None,
     integers: bool = False,
 ) -> list[str]:
-    """What is wrong with an op on a device; nothing when the list is empty.
+    """What is wrong with an op on a device, for arrays of `dtype` (the row's first unless given); hopefully nothing.
 
     With `integers` the results must equal the reference's, without it they must lie within the row's bound.
     """
+    dtype = row.elements[0] if dtype is None else np.dtype(dtype)
     op = row.plan(case, dtype)
     inputs = row.inputs(op, case, rng, integers)
     first, second = (run_guarded(op, inputs, device, fill) for fill in FILLS)
     problems = first.problems + second.problems
     wide, b, expected = reference(row, case, inputs)
-    eps = float(np.finfo(dtype).eps)
+    sums = np.finfo(ElementTypes.of(dtype).accumulate)
     # In float64 the reference has rounding errors of its own, as large as those of the op.
-    eps *= 2 if np.dtype(dtype) == np.float64 else 1
+    eps = float(sums.eps) * (2 if dtype == np.float64 else 1)
     # Below the smallest normal number precision fades, and a GPU may flush to 0.
-    tiny = 4 * float(np.finfo(dtype).tiny)
+    tiny = 4 * float(sums.tiny)
     bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
     for name, got in first.outputs.items():
         if not same_bits(got, second.outputs[name]):
             problems.append(f"{name}: depends on what the output held before")
-        problems += deviations(name, got, expected[name], bounds.get(name, 0.0))
-    return [f"{row.name} on {device.name}, {np.dtype(dtype)}, {case}: {problem}" for problem in problems]
+        wanted, bound = expected[name], bounds.get(name, 0.0)
+        if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
+            if integers:  # the exact sum has one nearest bfloat16
+                wanted = wanted.astype(BFLOAT16)
+            else:
+                bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
+        problems += deviations(name, got, wanted, bound)
+    return [f"{row.name} on {device.name}, {dtype}, {case}: {problem}" for problem in problems]
 
 
 def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[str]:
     """A report on the worst element that is further from the expected value than allowed; NaN is never allowed."""
     if got.shape != expected.shape:
         return [f"{name}: has shape {got.shape}, expected {expected.shape}"]
-    if got.dtype.kind != "f":
+    if not is_floating(got.dtype):
         wrong = got != expected
         excess = wrong.astype(np.float64)
     else:
-        error = np.abs(got.astype(np.float64) - expected)
+        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
         wrong = ~(error <= bound)
         excess = np.where(np.isnan(error), np.inf, error - bound)
     if not wrong.any():

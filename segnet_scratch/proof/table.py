@@ -14,6 +14,7 @@ from segnet_scratch.proof.rows.augment import AugmentRow
 from segnet_scratch.proof.rows.base import Row
 from segnet_scratch.proof.rows.batch_norm import BatchNormBackwardRow, BatchNormEvaluationRow, BatchNormTrainingRow
 from segnet_scratch.proof.rows.conv2d import Conv2dBackwardBiasRow, conv_rows
+from segnet_scratch.proof.rows.conv2d_mma import tensor_core_rows
 from segnet_scratch.proof.rows.conv_transpose2d import conv_transpose_rows
 from segnet_scratch.proof.rows.maps import AddRow, DropoutRow, MapRow, ResizeBackwardRow, ResizeRow, WindowRow
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
@@ -22,6 +23,7 @@ from segnet_scratch.proof.rows.sgd import SgdRow
 ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
     *conv_rows("tiled"),
+    *tensor_core_rows(),
     Conv2dBackwardBiasRow(),
     *conv_transpose_rows("direct"),
     *conv_transpose_rows("tiled"),

@@ -15,7 +15,7 @@ def show(console: Console, run: KernelRun) -> None:
     s = run.setup
     shared = f", {s.shared} bytes of dynamic shared memory" if s.shared else ""
     console.print(
-        f"{s.kernel.name} ({s.kernel.source.path.name}:{s.kernel.line}) on {run.device}, {s.types.storage.name}: "
+        f"{s.kernel.name} ({s.kernel.source.path.name}:{s.kernel.line}) on {run.device}, {s.types.name}: "
         f"grid {_size(s.grid)}, block {_size(s.block)}{shared}",
         soft_wrap=True,
     )

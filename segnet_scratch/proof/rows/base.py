@@ -43,6 +43,7 @@ class Row:
     name: str
     op: type[Op]
     exact: ClassVar[bool] = False  # integer-valued inputs give exactly the reference's result
+    elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
 
     def cases(self) -> list[Case]:
         """The shapes that must work, each with its reason."""
@@ -60,11 +61,19 @@ class Row:
         """An array for each input of the op: normally distributed, or integers from -4 to 4."""
         return {name: values(rng, s, integers) for name, s in op.inputs.items()}
 
+    def reference_plan(self, case: Case) -> Op:
+        """The op whose reference is evaluated."""
+        return self.plan(case, np.float64)
+
+    def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        """What the op makes of an input before it computes: rounded numbers, where it rounds them."""
+        return array
+
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         """The largest allowed error of each output; an output that is not named must be exact.
 
-        `op` is planned for float64, `b` holds its inputs as they were and the reference's outputs, `eps` belongs to
-        the element type that is checked.
+        `op` is planned for float64, `b` holds its inputs as they were seen and the reference's outputs, `eps` belongs
+        to the type that sums are carried in. The rounding of an output to bfloat16 is not the row's business.
         """
         return {}
 

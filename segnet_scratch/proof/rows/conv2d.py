@@ -1,8 +1,6 @@
 """Rows of the convolutions: fprop, dgrad and wgrad of each rung, and the gradient of the bias."""
 
-from collections.abc import Callable
 from math import sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -10,68 +8,78 @@ from numpy.typing import DTypeLike
 from segnet_scratch.cpu import winograd
 from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.precision import BFLOAT16
 from segnet_scratch.proof.rows.base import COLUMN_MAPS, Bounds, Case, Inputs, Row, maps, of_magnitudes, random_map
 
 
-def _conv(reason: str, x: tuple[int, ...], o: int, kernel: tuple[int, int], padding: int = 0, stride: int = 1) -> Case:
+def conv_case(
+    reason: str, x: tuple[int, ...], o: int, kernel: tuple[int, int], padding: int = 0, stride: int = 1
+) -> Case:
+    """A case of a convolution; odd numbers of outputs have a bias."""
     return Case(reason, {"x": x, "o": o, "kernel": kernel, "padding": padding, "stride": stride, "bias": o % 2 == 1})
 
 
 CONVOLUTIONS = [
-    _conv("size 1", (1, 1, 1, 1), 1, (1, 1)),
-    _conv("one pixel: every tap but one is outside", (1, 1, 1, 3), 2, (3, 3), 1),
-    _conv("one row", (1, 1, 9, 2), 3, (3, 3), 1),
-    _conv("odd sizes", (1, 5, 7, 3), 5, (3, 3), 1),
-    _conv("primes", (2, 13, 11, 17), 19, (3, 3), 1),
-    _conv("no padding", (2, 6, 5, 4), 3, (3, 3)),
-    _conv("even kernel", (1, 4, 6, 8), 8, (2, 2), 1),
-    _conv("kernel wider than high", (1, 6, 5, 2), 3, (2, 5), 2),
-    _conv("kernel as large as the padded image", (2, 3, 3, 4), 3, (5, 5), 1),
-    _conv("padding wider than the kernel", (1, 3, 4, 2), 3, (2, 2), 3),
-    _conv("first layer of SegNet", (1, 12, 10, 3), 64, (3, 3), 1),
-    _conv("classifier of SegNet", (1, 9, 8, 64), 21, (3, 3), 1),
-    _conv("SegNet-Basic", (1, 10, 9, 6), 7, (7, 7), 3),
-    _conv("enough channels for Winograd's tiles", (1, 7, 6, 32), 33, (3, 3), 1),
-    _conv("Winograd's tiles beyond the image", (1, 5, 5, 33), 32, (3, 3), 3),
+    conv_case("size 1", (1, 1, 1, 1), 1, (1, 1)),
+    conv_case("one pixel: every tap but one is outside", (1, 1, 1, 3), 2, (3, 3), 1),
+    conv_case("one row", (1, 1, 9, 2), 3, (3, 3), 1),
+    conv_case("odd sizes", (1, 5, 7, 3), 5, (3, 3), 1),
+    conv_case("primes", (2, 13, 11, 17), 19, (3, 3), 1),
+    conv_case("no padding", (2, 6, 5, 4), 3, (3, 3)),
+    conv_case("even kernel", (1, 4, 6, 8), 8, (2, 2), 1),
+    conv_case("kernel wider than high", (1, 6, 5, 2), 3, (2, 5), 2),
+    conv_case("kernel as large as the padded image", (2, 3, 3, 4), 3, (5, 5), 1),
+    conv_case("padding wider than the kernel", (1, 3, 4, 2), 3, (2, 2), 3),
+    conv_case("first layer of SegNet", (1, 12, 10, 3), 64, (3, 3), 1),
+    conv_case("classifier of SegNet", (1, 9, 8, 64), 21, (3, 3), 1),
+    conv_case("SegNet-Basic", (1, 10, 9, 6), 7, (7, 7), 3),
+    conv_case("enough channels for Winograd's tiles", (1, 7, 6, 32), 33, (3, 3), 1),
+    conv_case("Winograd's tiles beyond the image", (1, 5, 5, 33), 32, (3, 3), 3),
 ]
 STRIDED = [
-    _conv("stride 2", (2, 9, 7, 3), 4, (3, 3), 1, stride=2),
-    _conv("stride 2 that leaves the last row over", (1, 8, 6, 3), 5, (3, 3), 0, stride=2),
-    _conv("stride larger than the kernel: pixels without gradient", (1, 10, 8, 2), 3, (2, 2), 1, stride=3),
+    conv_case("stride 2", (2, 9, 7, 3), 4, (3, 3), 1, stride=2),
+    conv_case("stride 2 that leaves the last row over", (1, 8, 6, 3), 5, (3, 3), 0, stride=2),
+    conv_case("stride larger than the kernel: pixels without gradient", (1, 10, 8, 2), 3, (2, 2), 1, stride=3),
 ]
 # Tiles of cuda/conv2d_tiled.cu: 128 rows x 64 columns x depth 16. Rows, columns and depth of the matrix product are
 # (pixels, o, kernel c) in fprop, (pixels, c, kernel o) in dgrad and (kernel c, o, pixels) in wgrad.
 TILES = [
-    *(_conv(f"tile{d:+d} of fprop", (1, 1, 128 + d, 16 + d), 64 + d, (1, 1)) for d in (-1, 0, 1)),
-    *(_conv(f"tile{d:+d} of dgrad", (1, 1, 128 + d, 64 + d), 16 + d, (1, 1)) for d in (-1, 0, 1)),
-    *(_conv(f"tile{d:+d} of wgrad", (1, 1, 16 + d, 128 + d), 64 + d, (1, 1)) for d in (-1, 0, 1)),
-    *(_conv(f"{2048 + d} pixels: chunks of wgrad", (1, 1, 2048 + d, 2), 3, (1, 1)) for d in (0, 1)),
+    *(conv_case(f"tile{d:+d} of fprop", (1, 1, 128 + d, 16 + d), 64 + d, (1, 1)) for d in (-1, 0, 1)),
+    *(conv_case(f"tile{d:+d} of dgrad", (1, 1, 128 + d, 64 + d), 16 + d, (1, 1)) for d in (-1, 0, 1)),
+    *(conv_case(f"tile{d:+d} of wgrad", (1, 1, 16 + d, 128 + d), 64 + d, (1, 1)) for d in (-1, 0, 1)),
+    *(conv_case(f"{2048 + d} pixels: chunks of wgrad", (1, 1, 2048 + d, 2), 3, (1, 1)) for d in (0, 1)),
 ]
 
 
 class Conv2dRow(Row):
-    """fprop, dgrad or wgrad in one rung; `terms` is the length of the sum behind an output."""
+    """fprop, dgrad or wgrad in one rung."""
 
     exact = True
 
-    def __init__(self, op: type[Op], rung: str, terms: Callable[[Any], int]) -> None:
-        self.op, self.rung, self.terms = op, rung, terms
+    def __init__(self, op: type[Op], rung: str) -> None:
+        self.op, self.rung = op, rung
         self.name = f"{op.name}_{rung}"
+        if rung == "tiled":
+            self.elements = (*self.elements, BFLOAT16)
 
     def cases(self) -> list[Case]:
         return CONVOLUTIONS + (STRIDED if self.rung == "direct" else TILES)
 
     def random_case(self, rng: np.random.Generator) -> Case:
         kh, kw = (int(k) for k in rng.choice([1, 2, 3, 3, 3, 5, 7], 2))
-        stride = 1 if self.rung == "tiled" else int(rng.integers(1, 4))
+        stride = int(rng.integers(1, 4)) if self.rung == "direct" else 1
         n, h, w, c = random_map(rng)
         padding = int(rng.integers(0, max(kh, kw) + 1))
         padding = max(padding, -(-(max(kh - h, kw - w)) // 2))
-        return _conv("random", (n, h, w, c), int(rng.integers(1, 80)), (kh, kw), padding, stride)
+        return conv_case("random", (n, h, w, c), int(rng.integers(1, 80)), (kh, kw), padding, stride)
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.planned(case, dtype, self.rung)
+
+    def planned(self, case: Case, dtype: DTypeLike, rung: str) -> Op:
+        """The op of a case in any rung."""
         weight = spec((case["o"], *case["kernel"], case["x"][3]), dtype)
-        return self.op.plan(spec(case["x"], dtype), weight, case["stride"], case["padding"], self.rung)
+        return self.op.plan(spec(case["x"], dtype), weight, case["stride"], case["padding"], rung)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -81,13 +89,23 @@ class Conv2dRow(Row):
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         # c = 2: one rounding a term, and twice the error of direct summation where NumPy takes Winograd's way.
+        return {output: 2 * eps * sqrt(self.terms(op)) * terms for output, terms in self.magnitudes(op, b).items()}
+
+    def terms(self, op: Op) -> int:
+        """The length of the sum behind an output."""
         g = op.geometry  # type: ignore[attr-defined]
-        magnitudes = of_magnitudes(op, b)
+        if self.op is Conv2dForward:
+            return g.depth + 1
+        return g.kh * g.kw * g.o if self.op is Conv2dBackwardData else g.pixels
+
+    def magnitudes(self, op: Op, b: Buffers) -> dict[str, np.ndarray]:
+        """The sum of the absolute terms of each element of the output."""
+        g = op.geometry  # type: ignore[attr-defined]
         (output,) = op.outputs
-        terms = getattr(magnitudes, output)
+        terms = getattr(of_magnitudes(op, b), output)
         if winograd.suits((g.kh, g.kw), g.stride, g.c, g.o):
             terms = _largest_neighbour(terms)  # what is rounded belongs to a tile, not to one output
-        return {output: 2 * eps * sqrt(self.terms(g)) * terms}
+        return {output: terms}
 
 
 def _largest_neighbour(a: np.ndarray) -> np.ndarray:
@@ -102,6 +120,7 @@ class Conv2dBackwardBiasRow(Row):
 
     name = "conv2d_backward_bias"
     op = Conv2dBackwardBias
+    elements = (*Row.elements, BFLOAT16)
     exact = True
 
     def cases(self) -> list[Case]:
@@ -120,7 +139,7 @@ class Conv2dBackwardBiasRow(Row):
 def conv_rows(rung: str) -> list[Row]:
     """fprop, dgrad and wgrad of a rung."""
     return [
-        Conv2dRow(Conv2dForward, rung, lambda g: g.depth + 1),
-        Conv2dRow(Conv2dBackwardData, rung, lambda g: g.kh * g.kw * g.o),
-        Conv2dRow(Conv2dBackwardWeight, rung, lambda g: g.pixels),
+        Conv2dRow(Conv2dForward, rung),
+        Conv2dRow(Conv2dBackwardData, rung),
+        Conv2dRow(Conv2dBackwardWeight, rung),
     ]

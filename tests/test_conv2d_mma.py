@@ -1,0 +1,284 @@
+"""Convolutions on tensor cores, beyond what the templates over the op table check: plans, accuracy, GPUs that are too
+old, the kernels under AddressSanitizer, faults put into them.
+"""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from fake_cupy import FakeCupy
+from kernel_support import needs_compiler, python
+from mutants import mutant_device
+
+from segnet_scratch.autograd import Tensor
+from segnet_scratch.device import CudaDevice, get_device
+from segnet_scratch.errors import CompileError, DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes, find_kernel, host, nvrtc
+from segnet_scratch.ops.conv2d import Conv2dBackwardWeight, Conv2dForward, _tell_fallback, choose_rung, conv2d
+from segnet_scratch.ops.conv2d_geometry import Geometry
+from segnet_scratch.ops.conv2d_mma import ELEMENTS, MEDIUM, NARROW, WIDE, Chunks, forward_tile, misfit, weight_tile
+from segnet_scratch.ops.op import spec
+from segnet_scratch.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.proof.compare import check
+from segnet_scratch.proof.table import ROWS
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
+
+
+def geometry(n=1, h=8, w=8, c=64, o=64, kernel=3, stride=1, padding=1):
+    return Geometry.of((n, h, w, c), (o, kernel, kernel, c), stride, padding)
+
+
+class TestPlan:
+    @pytest.mark.parametrize(
+        ("c", "o", "itemsize", "forward", "weight"),
+        [
+            (64, 512, 4, WIDE, WIDE),
+            (64, 64, 2, MEDIUM, MEDIUM),
+            (64, 33, 4, MEDIUM, ELEMENTS),
+            (64, 21, 4, NARROW, ELEMENTS),  # the classifier
+            (3, 64, 4, ELEMENTS, ELEMENTS),  # the first layer
+            (4, 64, 4, MEDIUM, MEDIUM),
+            (4, 64, 2, ELEMENTS, ELEMENTS),  # half a piece of bfloat16
+        ],
+    )
+    def test_tiles(self, c, o, itemsize, forward, weight):
+        g = geometry(c=c, o=o)
+        assert forward_tile(g, itemsize) is forward
+        assert weight_tile(g, itemsize) is weight
+
+    def test_tiles_fit_into_the_gpus_with_the_least_shared_memory(self):
+        for tile in (WIDE, MEDIUM, NARROW, ELEMENTS):
+            assert tile.shared <= 98 * 1024  # of 99 KiB on sm_86, sm_89, sm_120; the rest is static
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"stride": 2}, "takes stride 1, not 2"),
+            ({"kernel": 16, "padding": 8}, "takes kernels up to 15x15, not 16x16"),
+            ({"h": 30_000, "w": 30_000, "c": 8}, "less than 2^31 elements in the images of one block"),
+            ({"h": 20_000, "w": 20_000, "o": 8, "c": 1}, "less than 2^31 elements in the images of one block"),
+        ],
+    )
+    def test_what_is_refused(self, change, reason):
+        g = geometry(**change)
+        assert reason in misfit(g)
+        with pytest.raises(ShapeError, match=r"rung 'tf32' takes .*; use '(tiled|direct)'"):
+            choose_rung(g, F32, "tf32")
+
+    def test_rungs_and_element_types(self):
+        g = geometry()
+        assert misfit(g) is None
+        assert [choose_rung(g, dtype, None) for dtype in (F32, F64, BFLOAT16)] == ["tiled", "tiled", "bf16"]
+        assert choose_rung(geometry(kernel=17, padding=8, h=20, w=20), BFLOAT16, None) == "tiled"
+        for rung, dtype in (("tf32", F64), ("tf32x3", BFLOAT16), ("bf16", F32)):
+            with pytest.raises(DTypeError, match=rf"rung '{rung}' takes .*, not {dtype}; convert it, or use 'tiled'"):
+                choose_rung(g, dtype, rung)
+        with pytest.raises(DTypeError, match="rung 'direct' takes float32 and float64, not bfloat16"):
+            choose_rung(g, BFLOAT16, "direct")
+
+    def test_sums_of_bfloat16_are_float32(self):
+        x, weight = spec((1, 8, 8, 64), BFLOAT16), spec((64, 3, 3, 64), BFLOAT16)
+        forward, backward = Conv2dForward(x, weight, 1, 1), Conv2dBackwardWeight(x, weight, 1, 1)
+        assert (forward.inputs["bias"].dtype, forward.outputs["y"].dtype) == (F32, BFLOAT16)
+        assert (backward.outputs["dweight"].dtype, backward.workspace["partials"].dtype) == (F32, F32)
+
+    def test_chunks_cover_the_pixels_whatever_the_tile(self):
+        for pixels in (1, 2048, 2049, 100_000, 10**7):
+            for rows, columns in ((128, 64), (128, 128)):
+                chunks = Chunks.of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
+                assert (chunks.count - 1) * chunks.pixels < pixels <= chunks.count * chunks.pixels
+                assert chunks.count <= Chunks.MAX_CHUNKS
+
+
+@needs_compiler
+class TestAccuracy:
+    """Errors relative to the root mean square of y at SegNet's longest sum, K = 4608, on the host device."""
+
+    def error(self, rung, dtype=F32):
+        rng = np.random.default_rng(0)
+        x, weight = rng.standard_normal((1, 4, 4, 512)), rng.standard_normal((16, 3, 3, 512))
+        op = Conv2dForward.plan(spec(x.shape, dtype), spec(weight.shape, dtype), 1, 1, rung)
+        y = op(get_device("host"), x=x.astype(dtype), weight=weight.astype(dtype), bias=None).y.astype(F64)
+        exact = Conv2dForward.plan(spec(x.shape, F64), spec(weight.shape, F64), 1, 1, "direct")
+        seen = [a.astype(F32).astype(F64) for a in (x, weight)]
+        expected = exact(get_device("numpy"), x=seen[0], weight=seen[1], bias=None).y
+        return float(np.sqrt(((y - expected) ** 2).mean() / (expected**2).mean()))
+
+    def test_of_each_rung(self):
+        tiled, tf32, tf32x3 = (self.error(rung) for rung in ("tiled", "tf32", "tf32x3"))
+        bf16 = self.error("bf16", BFLOAT16)
+        assert 1e-8 < tiled < 1e-6
+        assert tf32x3 < 3 * tiled, "nearly as good as float32: the sum has three times the terms"
+        assert 1e-4 < tf32 < 1e-3
+        assert 1e-3 < bf16 < 1e-2
+
+    def test_round_to_tf32_is_what_the_kernel_does(self):
+        """The reference and the wrapper are two implementations; a product with 1 shows the kernel's."""
+        x = np.random.default_rng(1).standard_normal((1, 1, 64, 8)).astype(F32)
+        op = Conv2dForward.plan(spec(x.shape, F32), spec((8, 1, 1, 8), F32), 1, 0, "tf32")
+        y = op(get_device("host"), x=x, weight=np.eye(8, dtype=F32).reshape(8, 1, 1, 8), bias=None).y
+        np.testing.assert_array_equal(y, round_to_tf32(x))
+        assert (y != x).any()
+        special = np.array([np.nan, np.inf, -np.inf, 0, -0.0], F32)
+        np.testing.assert_array_equal(round_to_tf32(special), special)
+
+
+class TestOnGpus:
+    def run(self, capability, monkeypatch, folder, rung, dtype=F32, backward=True):
+        cupy = FakeCupy(capability=capability, dry=True).install(monkeypatch, folder)
+        device = CudaDevice()
+        x = Tensor(device.zeros((2, 8, 8, 64), dtype), device, requires_grad=True)
+        weight = Tensor(device.zeros((128, 3, 3, 64), dtype), device, requires_grad=True)
+        y = conv2d(x, weight, padding=1, rung=rung)
+        if backward:
+            y.backward(device.zeros(y.shape, dtype))
+        return cupy
+
+    @pytest.mark.parametrize("rung", ["tf32", "tf32x3"])
+    def test_shared_memory_is_asked_for(self, rung, monkeypatch, tmp_path):
+        cupy = self.run("86", monkeypatch, tmp_path, rung)
+        launches = {launched.name: launched for launched in cupy.launches}
+        assert {
+            "conv2d_forward_mma_128x128",  # fprop
+            "conv2d_forward_mma_128x64",  # dgrad: 64 results for each pixel
+            "conv2d_backward_weight_mma_128x128",
+            "conv2d_backward_weight_merge",
+            "conv2d_flip_weight",
+        } <= set(launches)
+        wide = launches["conv2d_forward_mma_128x128"]
+        assert (wide.grid, wide.block, wide.shared) == ((1, 1, 1), (128, 1, 1), 3 * 256 * 128)
+        assert {launched.cubin.types.name for launched in cupy.launches if "mma" in launched.name} == {rung}
+
+    def test_bfloat16(self, monkeypatch, tmp_path):
+        cupy = self.run("90", monkeypatch, tmp_path, None, BFLOAT16, backward=False)
+        assert [(launched.name, launched.cubin.types.name) for launched in cupy.launches] == [
+            ("conv2d_forward_mma_128x128", "bf16")
+        ]
+
+    @pytest.mark.parametrize(("rung", "dtype"), [("tf32", F32), ("tf32x3", F32), ("bf16", BFLOAT16), (None, BFLOAT16)])
+    def test_a_gpu_without_them_takes_the_tiled_rung_and_says_so(self, rung, dtype, monkeypatch, tmp_path, caplog):
+        _tell_fallback.cache_clear()
+        cupy = self.run("75", monkeypatch, tmp_path, rung, dtype, backward=False)
+        assert [launched.name for launched in cupy.launches] == ["conv2d_forward_tiled"]
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            f"conv2d: rung '{rung or 'bf16'}' needs sm_80 or newer, this GPU is sm_75; rung 'tiled' is used"
+        )
+
+    def test_an_old_gpu_is_named_before_nvrtc_is_asked(self):
+        with pytest.raises(CompileError, match=r"conv2d_mma.cu needs a newer GPU than sm_75; .*use rung 'tiled'"):
+            nvrtc.compile_cubin(find_kernel("conv2d_forward_mma_128x64").source, ElementTypes.named("tf32"), "sm_75")
+
+
+SANITIZED = """
+from segnet_scratch.device import HostDevice
+from segnet_scratch.kernels.host import HostOptions
+from segnet_scratch.proof.table import ROWS
+
+device = HostDevice(HostOptions(sanitize=True))
+for row in ROWS:
+    if row.name.endswith(RUNG):
+        for index, case in enumerate(row.cases()):
+            op = row.plan(case, row.elements[0])
+            op(device, **row.inputs(op, case, row.generator(0, index)))
+print("clean")
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels can be sanitized on Linux only")
+@pytest.mark.skipif(not FULL, reason="half a minute for each rung; SEGNET_TEST_FULL=1 runs it")
+@pytest.mark.parametrize("rung", ["_tf32", "_tf32x3", "_bf16"])
+def test_under_the_sanitizers(rung):
+    """Arrays are allocations of their own here, so that reads outside of them show, too."""
+    library = str(host.sanitizer_runtime())
+    options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
+    result = python(f"RUNG = {rung!r}\n{SANITIZED}", LD_PRELOAD=library, ASAN_OPTIONS=options)
+    assert result.stdout == "clean\n", result.stderr[:5000]
+    assert "runtime error" not in result.stderr
+
+
+# file, text, replacement, element type, row. The first ones cost little and stand for the others by default.
+MUTANTS = {
+    "a wait for one group less": (
+        "conv2d_mma.cu",
+        "cp_async_wait_group<STAGES - 2>();",
+        "cp_async_wait_group<STAGES - 1>();",
+        "bf16",
+        "conv2d_forward_bf16",
+    ),
+    "tf32 cut off, not rounded": (
+        "common/warp_tile.cuh",
+        "f.a[i / 4][i % 4] = to_tf32(__uint_as_float(f.a[i / 4][i % 4]));",
+        ";",
+        "tf32",
+        "conv2d_forward_tf32",
+    ),
+    "a small product forgotten": (
+        "common/warp_tile.cuh",
+        "                mma_m16n8k8_tf32(sums[m], f.a[m], small_b);\n",
+        "",
+        "tf32x3",
+        "conv2d_forward_tf32x3",
+    ),
+    "no barrier in the pipeline": (
+        "conv2d_mma.cu",
+        "        __syncthreads();  // the stage is complete",
+        "        // the stage is complete",
+        "bf16",
+        "conv2d_forward_bf16",
+    ),
+    "matrices of the right factor exchanged": (
+        "common/warp_tile.cuh",
+        "operand + offset(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2)",
+        "operand + offset(row + lane / 8 % 2 * 8 + lane % 8, 2 * step + lane / 16)",
+        "bf16",
+        "conv2d_forward_bf16",
+    ),
+    "outputs beyond the last": (
+        "conv2d_mma.cu",
+        "if (left > 0) *(Pair*)(row + 8 * n)",
+        "if (left > -8) *(Pair*)(row + 8 * n)",
+        "bf16",
+        "conv2d_forward_bf16",
+    ),
+    "patches of the wrong part": (
+        "conv2d_mma.cu",
+        "find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);",
+        "find_patches(part, stage + 1 == STAGES ? 0 : stage + 1);",
+        "bf16",
+        "conv2d_backward_weight_bf16",
+    ),
+    "the last rows of taps": (
+        "conv2d_mma.cu",
+        "end = max(min(size - start, count), first);",
+        "end = max(min(size - start, count - 1), first);",
+        "bf16",
+        "conv2d_backward_weight_bf16",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("mutant", MUTANTS if FULL else list(MUTANTS)[:3])
+def test_a_fault_in_a_kernel_is_found(mutant, tmp_path, monkeypatch):
+    *fault, element, name = MUTANTS[mutant]
+    monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "cache"))  # keeps the other sources of the mutant out of it, too
+    row = next(row for row in ROWS if row.name == name)
+    device = mutant_device(tmp_path, monkeypatch, *fault, types=ElementTypes.named(element))
+    cases = row.cases() + [row.random_case(row.generator(1, i)) for i in range(10)]
+    for order in ("ascending", "descending"):
+        ordered = device.with_options(order=order)
+        if any(found(row, case, ordered, index) for index, case in enumerate(cases)):
+            return
+    pytest.fail(f"{mutant}: nobody noticed")
+
+
+def found(row, case, device, index):
+    try:
+        return check(row, case, device, row.generator(0, index))
+    except Exception as error:  # a fault of the kernel is a find, too
+        return [str(error)]

@@ -1,0 +1,141 @@
+"""The machine code of the tensor-core kernels: what their main loops consist of, seen by NVIDIA's disassembler.
+
+No result would show it if a loop fell back to narrow copies, to loads of single numbers or to local memory; it would be
+slow on a GPU, and no more. By default one architecture of each kind of machine code is looked at, all of them with
+SEGNET_TEST_FULL=1.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from segnet_scratch.errors import CompileError
+from segnet_scratch.kernels import ElementTypes, find_kernel, nvrtc
+from segnet_scratch.kernels.resources import ARCHITECTURES
+
+SOURCE = find_kernel("conv2d_forward_mma_128x128").source
+ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))
+CHOSEN = ALL if os.environ.get("SEGNET_TEST_FULL") else ("sm_80", "sm_90", "sm_120")
+# The rows and columns of a warp's tile, and of its block's.
+TILES = {
+    "conv2d_forward_mma_128x128": (64, 64, 128, 128),
+    "conv2d_forward_mma_128x64": (64, 32, 128, 64),
+    "conv2d_forward_mma_128x32": (32, 32, 128, 32),
+    "conv2d_forward_mma_elements": (64, 32, 128, 64),
+    "conv2d_backward_weight_mma_128x128": (64, 64, 128, 128),
+    "conv2d_backward_weight_mma_128x64": (64, 32, 128, 64),
+    "conv2d_backward_weight_mma_elements": (64, 32, 128, 64),
+}
+STEPS, THREADS = 4, 128  # instructions deep is a stage; threads of a block
+
+
+def disassembler():
+    """nvdisasm of the wheel, or of a CUDA toolkit; None where there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec else ()
+    wheels = [path for folder in folders for path in Path(folder).glob("*/bin/nvdisasm")]
+    return str(wheels[0]) if wheels else shutil.which("nvdisasm")
+
+
+def missing():
+    try:
+        nvrtc.nvrtc_version()
+    except CompileError as error:
+        return f"{error}; the extra nvrtc is enough"
+    return "" if disassembler() else "there is no nvdisasm; the extra sass brings it"
+
+
+needs_disassembler = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+
+
+def main_loops(sass):
+    """The instructions of every kernel's innermost loop that holds HMMA: {kernel: ["LDSM.16.M88.4", ...]}."""
+    loops, labels, kernel, code = {}, {}, None, []
+    for line in sass.splitlines():
+        if section := re.match(r"\.text\.(\w+):", line):
+            kernel, labels, code = section[1], {}, []
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            predicate, name, operands = instruction.groups()
+            if predicate and predicate.split()[0] == "@!PT":  # never executed: it only keeps others apart
+                continue
+            code.append(name)
+            target = re.search(r"`\((\.L_x_\d+)\)", operands) if name.startswith("BRA") else None
+            if target and target[1] in labels:
+                body = code[labels[target[1]] :]
+                if any(name.startswith("HMMA") for name in body):
+                    assert kernel not in loops, f"{kernel} has two loops with HMMA"
+                    loops[kernel] = body
+    return loops
+
+
+@functools.cache
+def disassembled(element, architecture):
+    cubin = nvrtc.cached_cubin(SOURCE, ElementTypes.named(element), architecture)
+    command = [disassembler(), "-c", str(cubin)]
+    return main_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+LOOP = """
+.text.f:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/              @!PT LDS RZ, [RZ] ;
+.L_x_2:
+        /*0030*/                   IADD3 R3, R3, 0x1, RZ ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   HMMA.1688.F32.TF32 R8, R4, R6, R8 ;
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_a_loop_is_found():
+    assert main_loops(LOOP) == {"f": ["LDSM.16.M88.4", "IADD3", "BRA", "HMMA.1688.F32.TF32", "BRA"]}
+    assert main_loops(LOOP.replace("HMMA", "FFMA")) == {}
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", CHOSEN)
+@pytest.mark.parametrize("element", SOURCE.elements)
+@pytest.mark.parametrize("kernel", TILES)
+def test_main_loop(kernel, element, architecture):
+    loop = Counter(disassembled(element, architecture)[kernel])
+    rows, columns, block_rows, block_columns = TILES[kernel]
+
+    def count(prefix):
+        return sum(n for name, n in loop.items() if name.startswith(prefix))
+
+    # Every product of the stage, unrolled, on tensor cores.
+    products = rows // 16 * columns // 8 * STEPS * (3 if element == "tf32x3" else 1)
+    assert count("HMMA") == products
+    assert loop["HMMA.16816.F32.BF16" if element == "bf16" else "HMMA.1688.F32.TF32"] == products
+
+    # Fragments: four matrices a load; tf32 with its depth running down is loaded number by number, without conflicts.
+    fragments = rows // 16 * 4 + columns // 8 * 2
+    if "weight" in kernel and element != "bf16":
+        assert count("LDSM") == 0
+        assert loop["LDS"] == fragments * STEPS
+    else:
+        assert loop["LDSM.16.MT88.4" if "weight" in kernel else "LDSM.16.M88.4"] == fragments // 4 * STEPS
+        assert count("LDSM") == fragments // 4 * STEPS
+        assert loop["LDS"] == 0
+
+    # Copies: 16 bytes each, past the registers. Nothing else comes from global memory.
+    if kernel.endswith("elements"):
+        assert count("LDG.E.U16" if element == "bf16" else "LDGSTS.E") > 0
+    else:
+        assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
+        assert count("LDG.") == count("STS.U") == 0
+
+    assert count("BAR") == 1, "one barrier a stage"
+    assert count("LDL") == count("STL") == 0, "local memory"
