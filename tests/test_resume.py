@@ -17,7 +17,16 @@ from segnet_scratch.train import Listener, Trainer
 
 STEPS = 20
 STOPS = range(1, STEPS + 1) if os.environ.get("SEGNET_TEST_FULL") else (1, 10, 17)  # 10: the end of the first epoch
-SETTINGS = {"model": "segnet", "width": 1 / 16, "size": 32, "batch": 2, "lr": 0.05, "dropout": True, "epochs": 2}
+SETTINGS = {
+    "model": "segnet",
+    "width": 1 / 32,
+    "size": 32,
+    "batch": 2,
+    "lr": 0.05,
+    "dropout": True,
+    "epochs": 2,
+    "workers": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +73,7 @@ def test_a_stop_at_each_step(twenty_images, tmp_path, order):
     state, momenta, _ = weights.read(tmp_path / "unbroken" / "last.safetensors")
     for stop in STOPS:
         out = tmp_path / str(stop)
-        finished = run(twenty_images, out, StopAt(stop))
-        assert finished == (stop == STEPS)
+        assert not run(twenty_images, out, StopAt(stop))  # nor at the last one: its validation is still due
         assert len(order) == stop
         assert run(twenty_images, out, resume=True)
         assert order == unbroken, stop
