@@ -19,7 +19,7 @@ from segnet_scratch.train import Listener, Trainer
 REAL_DATA = Path(__file__).parents[1].parent / "shared" / "data" / "VOCdevkit" / "VOC2012"
 RECIPES = {"segnet-basic": {"size": 48, "width": 0.5, "lr": 0.1, "steps": 120}}
 if os.environ.get("SEGNET_TEST_FULL"):
-    RECIPES["segnet"] = {"size": 64, "width": 0.25, "lr": 0.05, "steps": 250}
+    RECIPES["segnet"] = {"size": 64, "width": 0.25, "lr": 0.05, "steps": 180}
 
 
 def four_images(folder, size):
