@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 
 from segnet_scratch.errors import CheckpointError
 
@@ -30,6 +31,10 @@ _KEY = "segnet_scratch"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.segnet-tmp")
 
 _MAX_HEADER = 4 << 20
+# NumPy's types by safetensors' names. NumPy has no bfloat16: it is read as the integer of its bits.
+_DTYPES = {"BOOL": "?", "BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_DTYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+_DTYPES |= {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def load(path: _Path) -> Checkpoint:
     """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
     with _opened(path) as file:
         record, metadata = _our_metadata(file)
-        tensors = {name: _read_tensor(file, name) for name in sorted(file.keys())}
+        tensors = file.tensors()
         if _record(metadata, tensors) != record:
             raise ValueError("damaged content, which does not match its checksum")
         return Checkpoint(tensors, metadata)
@@ -85,14 +90,7 @@ def load_foreign(path: _Path) -> dict[str, np.ndarray]:
     """The tensors of any safetensors file, bfloat16 as float32; CheckpointError where missing, cut off, malformed."""
     fix = "get it anew, or convert it to safetensors where it is a PyTorch file, which can run code when it is read"
     with _opened(path, fix) as file:
-        dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
-        tensors = {name: _read_tensor(file, name) for name, dtype in dtypes.items() if dtype != "BF16"}
-        if "BF16" in dtypes.values():  # NumPy has no such type; its bits are the upper half of a float32
-            for name, entry in deserialize(Path(path).read_bytes()):  # type: ignore[no-untyped-call]
-                if entry["dtype"] == "BF16":
-                    bits = np.frombuffer(entry["data"], "<u2").astype("<u4") << 16
-                    tensors[name] = bits.view("<f4").reshape(entry["shape"])
-        return tensors
+        return file.tensors()
 
 
 def sweep_temporaries(directory: _Path) -> list[Path]:
@@ -176,9 +174,9 @@ def _record(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> s
     return json.dumps({"format": FORMAT, "metadata": metadata, "sha256": digest.hexdigest()}, sort_keys=True)
 
 
-def _our_metadata(file: Any) -> tuple[str, dict[str, Any]]:
+def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
     """The record of a file written by `save` as it stands there, and the metadata in it."""
-    text = (file.metadata() or {}).get(_KEY)
+    text = file.metadata.get(_KEY)
     if text is None:
         raise ValueError("a file that was not written by this project")
     try:
@@ -192,22 +190,61 @@ def _our_metadata(file: Any) -> tuple[str, dict[str, Any]]:
     return text, record["metadata"]
 
 
+class _File:
+    """An open safetensors file: what safetensors found in its header, and the data, read as a file.
+
+    The library maps the files that it opens, and a file that somebody truncates while it is mapped (`cp` over a
+    checkpoint does) ends the process with SIGBUS. Parsing the whole content from memory would need that memory twice.
+    So the library gets a copy of the header alone, in front of a hole as long as the data.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        # The library takes up to 100 MB of header, and seconds and a gigabyte to read it; 2,000 tensors need 0.2 MB.
+        if length > _MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes, more than {_MAX_HEADER}")
+        self._file = file
+        with NamedTemporaryFile() as copy:
+            copy.write(start + file.read(length))
+            copy.truncate(os.fstat(file.fileno()).st_size)
+            copy.flush()
+            with safe_open(copy.name, "np") as header:
+                self.metadata: dict[str, str] = header.metadata() or {}
+                # In the order of their data: the library refuses overlaps and holes, so one begins where another ends.
+                slices = {name: header.get_slice(name) for name in header.offset_keys()}
+                self._layout = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors by name; to be called once."""
+        return {name: self._read(name, *layout) for name, layout in self._layout.items()}
+
+    def _read(self, name: str, dtype: str, shape: list[int]) -> np.ndarray:
+        if dtype not in _DTYPES:
+            raise ValueError(f"tensor {name[:80]} of {dtype}, which NumPy has not")
+        try:
+            array = np.empty(shape, _DTYPES[dtype])
+        except ValueError as error:  # too many sides, or an empty tensor whose other sides overflow its size
+            raise ValueError(f"tensor {name[:80]}, which NumPy cannot hold: {error}") from error
+        if self._file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
+            raise ValueError("data that ends too early: it was cut off while it was read")
+        if dtype != "BF16":
+            return array
+        bits = array.astype("<u4")
+        bits <<= 16  # bfloat16 is the upper half of a float32
+        return bits.view("<f4")
+
+
 @contextmanager
-def _opened(path: _Path, fix: str = "") -> Iterator[Any]:
+def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
     """The file, its header verified by safetensors; errors inside become CheckpointErrors with name and fix."""
     path = Path(path)
     try:
         # Also keeps a named pipe from being opened, which would wait for ever.
         if path.exists() and not path.is_file():
             raise ValueError("a directory or a device")
-        with path.open("rb") as start:  # safetensors calls every file that it may not open a missing one
-            header = int.from_bytes(start.read(8), "little")
-        # The library takes up to 100 MB of header, and seconds and a gigabyte to read it; 2,000 tensors need 0.2 MB.
-        if header > _MAX_HEADER:
-            raise ValueError(f"a header of {header} bytes, more than {_MAX_HEADER}")
-        np.empty(path.stat().st_size, np.uint8)  # and panics where memory is short: NumPy raises MemoryError
-        with safe_open(path, "np") as file:
-            yield file
+        with path.open("rb") as file:
+            yield _File(file)
     except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
         got = getattr(error, "strerror", None) or str(error)
         # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
@@ -221,11 +258,3 @@ def _way_out(path: Path) -> str:
         names = {"last.safetensors", "best.safetensors"} - {path.name}
         others = [str(path.parent / name) for name in sorted(names) if (path.parent / name).is_file()]
     return f"use {' or '.join(others) or 'another copy of it'}, or train anew in a new run folder"
-
-
-def _read_tensor(file: Any, name: str) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
-        # A dtype that NumPy has not, such as float8, or an empty tensor whose other sides overflow its size.
-        raise ValueError(f"tensor {name[:80]}, which NumPy cannot hold: {error}") from error

@@ -230,6 +230,9 @@ class TestNoGrad:
                 fail()
             assert scaled(x, 2.0).maker is None
         assert scaled(x, 2.0).maker is not None
+        with pytest.raises(KeyError):
+            fail()
+        assert scaled(x, 2.0).maker is not None
 
     def test_its_result_is_a_constant(self):
         x = leaf([3.0])

@@ -1,5 +1,5 @@
 """Convolutions on tensor cores, beyond what the templates over the op table check: plans, accuracy, GPUs that are too
-old, the kernels under AddressSanitizer, faults put into them.
+old, the kernels under AddressSanitizer. Faults put into them: test_mutants.py.
 """
 
 import os
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from fake_cupy import FakeCupy
 from kernel_support import needs_compiler, python
-from mutants import mutant_device
 
 from segnet_scratch.autograd import Tensor
 from segnet_scratch.device import CudaDevice, get_device
@@ -20,8 +19,6 @@ from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.conv2d_mma import ELEMENTS, MEDIUM, NARROW, WIDE, Chunks, forward_tile, misfit, weight_tile
 from segnet_scratch.ops.op import spec
 from segnet_scratch.precision import BFLOAT16, round_to_tf32
-from segnet_scratch.proof.compare import check
-from segnet_scratch.proof.table import ROWS
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
@@ -199,86 +196,3 @@ def test_under_the_sanitizers(rung):
     result = python(f"RUNG = {rung!r}\n{SANITIZED}", LD_PRELOAD=library, ASAN_OPTIONS=options)
     assert result.stdout == "clean\n", result.stderr[:5000]
     assert "runtime error" not in result.stderr
-
-
-# file, text, replacement, element type, row. The first ones cost little and stand for the others by default.
-MUTANTS = {
-    "a wait for one group less": (
-        "conv2d_mma.cu",
-        "cp_async_wait_group<STAGES - 2>();",
-        "cp_async_wait_group<STAGES - 1>();",
-        "bf16",
-        "conv2d_forward_bf16",
-    ),
-    "tf32 cut off, not rounded": (
-        "common/warp_tile.cuh",
-        "f.a[i / 4][i % 4] = to_tf32(__uint_as_float(f.a[i / 4][i % 4]));",
-        ";",
-        "tf32",
-        "conv2d_forward_tf32",
-    ),
-    "a small product forgotten": (
-        "common/warp_tile.cuh",
-        "                mma_m16n8k8_tf32(sums[m], f.a[m], small_b);\n",
-        "",
-        "tf32x3",
-        "conv2d_forward_tf32x3",
-    ),
-    "no barrier in the pipeline": (
-        "conv2d_mma.cu",
-        "        __syncthreads();  // the stage is complete",
-        "        // the stage is complete",
-        "bf16",
-        "conv2d_forward_bf16",
-    ),
-    "matrices of the right factor exchanged": (
-        "common/warp_tile.cuh",
-        "operand + offset(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2)",
-        "operand + offset(row + lane / 8 % 2 * 8 + lane % 8, 2 * step + lane / 16)",
-        "bf16",
-        "conv2d_forward_bf16",
-    ),
-    "outputs beyond the last": (
-        "conv2d_mma.cu",
-        "if (left > 0) *(Pair*)(row + 8 * n)",
-        "if (left > -8) *(Pair*)(row + 8 * n)",
-        "bf16",
-        "conv2d_forward_bf16",
-    ),
-    "patches of the wrong part": (
-        "conv2d_mma.cu",
-        "find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);",
-        "find_patches(part, stage + 1 == STAGES ? 0 : stage + 1);",
-        "bf16",
-        "conv2d_backward_weight_bf16",
-    ),
-    "the last rows of taps": (
-        "conv2d_mma.cu",
-        "end = max(min(size - start, count), first);",
-        "end = max(min(size - start, count - 1), first);",
-        "bf16",
-        "conv2d_backward_weight_bf16",
-    ),
-}
-
-
-@needs_compiler
-@pytest.mark.parametrize("mutant", MUTANTS if FULL else list(MUTANTS)[:3])
-def test_a_fault_in_a_kernel_is_found(mutant, tmp_path, monkeypatch):
-    *fault, element, name = MUTANTS[mutant]
-    monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "cache"))  # keeps the other sources of the mutant out of it, too
-    row = next(row for row in ROWS if row.name == name)
-    device = mutant_device(tmp_path, monkeypatch, *fault, types=ElementTypes.named(element))
-    cases = row.cases() + [row.random_case(row.generator(1, i)) for i in range(10)]
-    for order in ("ascending", "descending"):
-        ordered = device.with_options(order=order)
-        if any(found(row, case, ordered, index) for index, case in enumerate(cases)):
-            return
-    pytest.fail(f"{mutant}: nobody noticed")
-
-
-def found(row, case, device, index):
-    try:
-        return check(row, case, device, row.generator(0, index))
-    except Exception as error:  # a fault of the kernel is a find, too
-        return [str(error)]

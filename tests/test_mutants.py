@@ -1,0 +1,137 @@
+"""The suite can fail: faults are put into copies of the tree, and named tests of the suite must notice each of them.
+
+tests/mutants/*.toml list the faults. One more is one more entry:
+
+    [[mutant]]
+    name = "pool: the later of equal values wins"
+    file = "cuda/max_pool.cu"
+    old = "candidate > best ||"  # stands once in the file
+    new = "candidate >= best ||"
+    killed_by = ["test_ops.py::..."]  # tests that must fail, every one of them; of several cases at least one
+
+By default a seeded sample is tried; with SEGNET_TEST_FULL=1 all of them are, and those tests are shown to pass in a
+copy without a fault. `python tests/test_mutants.py [PART OF A NAME]` prints what killed what.
+"""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from importlib.util import cache_from_source
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
+TREE = ("segnet_scratch", "cuda", "tests", "scripts", "pyproject.toml")  # what tests need
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: a piece of text of one file replaced by another, and the tests that must notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    killed_by: list[str]
+
+    def apply(self, tree: Path) -> None:
+        """Puts the fault into a copy of the tree."""
+        path = tree / self.file
+        path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
+        # Python takes a compiled file for current where size and second of the source agree.
+        Path(cache_from_source(path)).unlink(missing_ok=True)
+
+
+MUTANTS = [
+    Mutant(**entry)
+    for path in sorted((ROOT / "tests" / "mutants").glob("*.toml"))
+    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+]
+CHOSEN = MUTANTS if FULL else random.Random(0).sample(MUTANTS, 16)
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """A copy of what tests need, compiled Python files included."""
+    tree = folder / "tree"
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def run_tests(tree: Path, tests: list[str]) -> tuple[int, dict[str, str], str]:
+    """(exit code, messages of the failed tests by name, report) of some tests in a copy of the tree."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SEGNET_", "PYTEST_"))}
+    environment |= {"PYTHONPATH": str(tree), "SEGNET_CACHE": str(tree.parent / "cache"), "COLUMNS": "400"}
+    quick = [part for plugin in ("xdist", "hypothesispytest", "cacheprovider") for part in ("-p", f"no:{plugin}")]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *quick, *(f"tests/{test}" for test in tests)]
+    ended = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
+    found = re.findall(r"^FAILED tests/(.+?)(?: - (.*))?$", ended.stdout, re.MULTILINE)
+    return ended.returncode, dict(found), ended.stdout + ended.stderr
+
+
+def kill(mutant: Mutant, folder: Path) -> dict[str, str]:
+    """The message of each test that noticed the mutant; AssertionError with the report where one did not."""
+    tree = copy_of_the_tree(folder)
+    mutant.apply(tree)
+    code, failures, report = run_tests(tree, mutant.killed_by)
+    assert code in (0, 1), f"'{mutant.name}': the tests could not be run, exit code {code}\n{report}"
+    killers = {}
+    for test in mutant.killed_by:
+        messages = [message for name, message in failures.items() if re.match(rf"{re.escape(test)}($|\[|::)", name)]
+        assert messages, f"'{mutant.name}' survives {test}\n{report}"
+        killers[test] = messages[0]
+    return killers
+
+
+@pytest.mark.parametrize("mutant", CHOSEN, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_killed(mutant, tmp_path):
+    for test, message in kill(mutant, tmp_path).items():
+        print(f"killed by {test}: {message}")
+    shutil.rmtree(tmp_path / "tree")
+
+
+def test_there_are_enough_of_them_and_each_fits_its_file():
+    assert len(MUTANTS) >= 40
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        found = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        assert found == 1, (
+            f"'{mutant.name}': its text stands {found} times in {mutant.file}; bring the entry up to date"
+        )
+        assert mutant.new != mutant.old
+        assert mutant.killed_by
+
+
+@pytest.mark.skipif(not FULL, reason="two minutes: SEGNET_TEST_FULL=1")
+def test_without_a_fault_they_all_pass(tmp_path):
+    code, failures, report = run_tests(copy_of_the_tree(tmp_path), sorted({t for m in MUTANTS for t in m.killed_by}))
+    assert (code, failures) == (0, {}), report
+
+
+def main(wanted: str = "") -> None:
+    """Prints a table: mutant, tests that killed it."""
+    survivors = 0
+    for mutant in MUTANTS:
+        if wanted in mutant.name:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    killers = "\n".join(f"    {test}\n        {m}" for test, m in kill(mutant, Path(folder)).items())
+                except AssertionError as error:
+                    survivors, killers = survivors + 1, f"    SURVIVES\n{error}"
+            print(f"{mutant.name} ({mutant.file})\n{killers}", flush=True)
+    sys.exit(f"{survivors} mutants survive" if survivors else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
