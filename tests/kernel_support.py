@@ -8,24 +8,23 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from segnet_scratch.device import Device, HostDevice
+from segnet_scratch.device import HostDevice
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels import ElementTypes, Kernel, host, launch
+from segnet_scratch.kernels import Kernel, host, launch
 from segnet_scratch.kernels.host import HostOptions
 from segnet_scratch.kernels.signature import parse_kernels
 from segnet_scratch.kernels.source import read_source
+from segnet_scratch.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, Recorder, sentinel_array, valid_call
+
+__all__ = ["FLOAT32", "FLOAT64", "SENTINEL", "Call", "Recorder", "sentinel_array", "valid_call"]  # from the package
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FLOAT32 = ElementTypes.of(np.dtype(np.float32))
-FLOAT64 = ElementTypes.of(np.dtype(np.float64))
 INCLUDE = '#include "common/types.cuh"\n'
 
 
@@ -78,67 +77,3 @@ def parse(folder: Path, text: str, name: str = "written.cu") -> tuple[Kernel, ..
     path = folder / name
     path.write_text(text)
     return parse_kernels(read_source(path))
-
-
-class Recorder(HostDevice):
-    """A host device that notes a launch instead of carrying it out."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-
-    def execute(self, *launched: Any) -> None:
-        self.launches.append(launched)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A launch, right or wrong, of one kernel."""
-
-    kernel: Kernel
-    arguments: tuple[Any, ...]
-    grid: Any = (1, 1, 1)
-    block: Any = (1, 1, 1)
-    shared: Any = 0
-    types: ElementTypes = FLOAT32
-
-    def put(self, name: str, value: Any) -> "Call":
-        """The same with another value for one argument."""
-        index = [p.name for p in self.kernel.parameters].index(name)
-        return replace(self, arguments=(*self.arguments[:index], value, *self.arguments[index + 1 :]))
-
-    @property
-    def arrays(self) -> list[tuple[Any, np.ndarray]]:
-        """The pointer parameters and their arrays."""
-        return [(p, a) for p, a in zip(self.kernel.parameters, self.arguments, strict=True) if p.pointer]
-
-    def scalars(self, kinds: str) -> list[Any]:
-        """The scalar parameters whose type is of these kinds ("i", "u", "f")."""
-        return [p for p in self.kernel.parameters if not p.pointer and p.dtype(self.types).kind in kinds]
-
-    def launch(self, device: Device) -> None:
-        launch(device, self.kernel, self.grid, self.block, self.arguments, self.types, self.shared)
-
-
-SENTINEL = 0xA7
-
-
-def sentinel_array(shape: Any, dtype: Any) -> np.ndarray:
-    array = np.empty(shape, dtype)
-    array.view(np.uint8)[...] = SENTINEL
-    return array
-
-
-def valid_call(kernel: Kernel, types: ElementTypes | None = None) -> Call:
-    """A launch that the gate lets through, derived from the signature alone.
-
-    Integers are 4 or 6, so that arrays have sizes that are no primes and can be transposed.
-    """
-    types = types or ElementTypes.named(kernel.source.elements[0])
-    numbers = {p.name: 6 if p.c_type == "int64" else 4 for p in kernel.parameters if not p.pointer}
-    arguments: list[Any] = []
-    for p in kernel.parameters:
-        if p.pointer:
-            arguments.append(sentinel_array(p.extent_shape(numbers) if p.extent_code else 4, p.dtype(types)))
-        else:
-            arguments.append(numbers[p.name] if p.dtype(types).kind in "iu" else 0.5)
-    return Call(kernel, tuple(arguments), types=types)

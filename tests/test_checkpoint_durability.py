@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from checkpoint_support import ROOT, assert_same_tensors, names_in, some_metadata, some_tensors
 
-from segnet_scratch import checkpoint
+from segnet_scratch import checkpoint, run_record
 from segnet_scratch.errors import CheckpointError
 
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
@@ -281,6 +281,7 @@ class TestSweep:
 
 def test_whichever_call_of_a_training_run_fails(sample, tmp_path, segnet, monkeypatch):
     """A message and an exit code; the checkpoints that are there load, and the run goes on to the same end."""
+    monkeypatch.setattr(run_record, "revision", lambda: "")  # it starts git, and does without where that fails
     settings = ("model=segnet-basic", "width=0.0625", "size=32", "batch=2", "steps=2", "validate_every=1", "workers=0")
 
     def train(out, *more):
@@ -304,5 +305,5 @@ def test_whichever_call_of_a_training_run_fails(sample, tmp_path, segnet, monkey
             checkpoint.load(file)
         assert train(out, "--resume").code == 0
         assert names_in(out) == names_in(tmp_path / "whole")
-        for name in names_in(out):
+        for name in set(names_in(out)) - {run_record.FILE}:  # which tells the time
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -14,7 +14,8 @@ from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.ops import conv_transpose2d, cross_entropy, max_pool, resize_bilinear
 from segnet_scratch.ops.conv_transpose2d import bilinear_weight
-from segnet_scratch.proof import gradcheck
+from segnet_scratch.proof import problems
+from segnet_scratch.proof.gradcheck import gradcheck
 from segnet_scratch.segnet import DECODERS, build
 from segnet_scratch.train import Listener, Trainer
 
@@ -182,14 +183,13 @@ def test_one_pass_against_pytorch(network, decoder):
 
 
 @each_device
-@pytest.mark.parametrize("index", [i for i, n in enumerate(gradcheck.NETWORKS) if n[3] != "indices"])
+@pytest.mark.parametrize("index", [i for i, n in enumerate(problems.NETWORKS) if n[3] != "indices"])
 def test_the_gradients_of_a_whole_network(index, device, monkeypatch):
-    network, *_, decoder = gradcheck.NETWORKS[index]
-    if network is SegNet and device == "host" and not FULL:
+    network, *_, decoder = problems.NETWORKS[index]
+    if network == "segnet" and device == "host" and not FULL:
         pytest.skip("half a minute; SEGNET_TEST_FULL=1 runs it")
-    monkeypatch.setattr(gradcheck, "FEW_DIRECTIONS", 2 if FULL else 1)
-    monkeypatch.setitem(gradcheck._PROBLEMS, "segnet", (lambda make, _: gradcheck._segnet(make, index), 1))
-    (result,) = gradcheck.gradcheck(["segnet"], device)
+    monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[index : index + 1])
+    (result,) = gradcheck(["segnet"], device, cases=1, directions=2 if FULL else 1)
     assert f"decoder {decoder}" in result.where.case
     assert result.passed, str(result)
 

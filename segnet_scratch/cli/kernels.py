@@ -1,40 +1,16 @@
-"""`segnet gradcheck`, `run`, `doctor`: kernels, and what this machine can do with them."""
+"""`segnet run`, `doctor`: kernels, and what this machine can do with them."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, say
-from segnet_scratch.device import get_device
+from segnet_scratch.cli.common import JsonOption, app, console, say
 from segnet_scratch.display import write_json
 from segnet_scratch.doctor import diagnose
 from segnet_scratch.doctor.kernels import examine_kernels
 from segnet_scratch.kernels.workbench import options, run_kernel
 from segnet_scratch.kernels.workbench.display import show
-from segnet_scratch.proof.gradcheck import gradcheck as run_gradcheck
-
-
-@app.command()
-def gradcheck(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
-    device: DeviceOption = "host",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
-    json: JsonOption = None,
-) -> None:
-    """Compare hand-written gradients with numeric ones in float64, one line an op; exit code 1 where one differs.
-
-    Central differences with step 1e-6; an error of more than 1e-7 + 1e-5 |gradient| fails.
-    """
-    results = []
-    for result in run_gradcheck(ops or None, get_device(device), seed):
-        say(str(result), style="" if result.passed else "bold red")
-        results.append(result)
-    write_json(json, [result.to_json() for result in results])
-    failed = [result.op for result in results if not result.passed]
-    if failed:
-        fail(f"the gradients of {', '.join(failed)} differ", 1)
-    say(f"{len(results)} {'op' if len(results) == 1 else 'ops'} passed on {device}")
 
 
 @app.command(name="run")

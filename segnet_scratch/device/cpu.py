@@ -1,6 +1,7 @@
 """The two devices of the CPU. Their arrays are NumPy arrays."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,10 @@ class HostDevice(NumpyDevice):
     def __init__(self, options: HostOptions | None = None) -> None:
         self.options = options or HostOptions()
         host_kernels.find_compiler()  # a missing compiler is reported here, not in the middle of a training step
+
+    def with_options(self, **changes: Any) -> "HostDevice":
+        """Another host device whose options differ in these."""
+        return HostDevice(replace(self.options, **changes))
 
     def execute(
         self,

@@ -41,6 +41,11 @@ def declared_geometry(kernel: Kernel, scalars: Mapping[str, int]) -> tuple[tuple
     return grid, block
 
 
+def runs_alone(kernel: Kernel) -> bool:
+    """Can the kernel be launched with any memory? Not if its comment says `Launch: by its op only`."""
+    return not (_comment(kernel) or "").startswith("by ")
+
+
 def declared_threads(kernel: Kernel) -> int:
     """The threads of a block according to `__launch_bounds__`, 256 where the kernel does not say."""
     head = kernel.source.text.split("\n")[kernel.line - 1 :]

@@ -30,6 +30,7 @@ from segnet_scratch.kernels.source import Source, cuda_directory
 log = logging.getLogger(__name__)
 
 ORDERS = ("ascending", "descending", "shuffled")
+VARIABLES = ("zero", "pattern")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class HostOptions:
     otherwise; `seed` is that of the shuffled order. A kernel whose result depends on it has a race. `workers` is the
     number of operating-system threads that share the blocks; 0 takes one for each core. `sanitize` builds with
     AddressSanitizer and UndefinedBehaviorSanitizer; it works in a process that was started with `sanitizer_runtime`
-    preloaded. ConfigError for a value that is none of these.
+    preloaded. `variables` builds so that automatic variables hold "zero" or a "pattern" before they get a value: a
+    kernel whose result depends on it reads one too early. ConfigError for a value that is none of these.
 
     Two ways to look closer: `part` (mask, value) runs only those threads of the grid (with barriers: blocks) whose
     number, masked, has this value; `trace` is filled with hashes of the shared arrays at every barrier, or compared
@@ -52,6 +54,7 @@ class HostOptions:
     workers: int = 0
     block_order: str | None = None
     sanitize: bool = False
+    variables: str | None = None
     part: tuple[int, int] = (0, 0)
     trace: np.ndarray | None = field(default=None, compare=False)  # uint64
     compare_trace: bool = False
@@ -60,6 +63,9 @@ class HostOptions:
         for name, order in (("order", self.order), ("block_order", self.block_order or self.order)):
             if order not in ORDERS:
                 raise ConfigError(f"host device: {name} is {order!r}; expected one of {', '.join(ORDERS)}")
+        if self.variables not in (None, *VARIABLES):
+            expected = f"None or one of {', '.join(VARIABLES)}"
+            raise ConfigError(f"host device: variables is {self.variables!r}; expected {expected}")
         for name, limit in (("seed", 2**64 - 1), ("workers", 1024)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= limit:
@@ -124,6 +130,12 @@ def _compiler_identity(command: tuple[str, ...]) -> str:
     return " ".join(command) + result.stdout
 
 
+def compiler_name() -> str:
+    """The command of the compiler and the first line of what it says about itself."""
+    command = find_compiler()
+    return f"{' '.join(command)}: {_compiler_identity(tuple(command))[len(' '.join(command)) :].splitlines()[0]}"
+
+
 @functools.cache
 def _processor_identity() -> str:
     """What `-march=native` depends on: a home folder may be shared by unlike machines."""
@@ -178,6 +190,25 @@ def sanitizer_runtime() -> Path:
     )
 
 
+def variable_flags(variables: str | None) -> list[str]:
+    """What automatic variables hold before they get a value; CompileError where the compiler cannot choose."""
+    if variables is None:
+        return []
+    flag = f"-ftrivial-auto-var-init={variables}"
+    command = find_compiler()
+    if not _takes_flag(tuple(command), flag):
+        raise CompileError(
+            f"the C++ compiler '{' '.join(command)}' does not know {flag}; g++ 12, clang++ 16 and later do: set CXX"
+        )
+    return [flag]
+
+
+@functools.cache
+def _takes_flag(command: tuple[str, ...], flag: str) -> bool:
+    empty = [*command, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(empty, capture_output=True).returncode == 0
+
+
 def _unit(source: Source) -> str:
     """The C++ text that is compiled: the runtime, the source, an entry for each kernel."""
     path = source.path.as_posix()
@@ -195,10 +226,10 @@ def _runtime() -> list[str]:
 
 
 @functools.cache
-def build(source: Source, types: ElementTypes, sanitize: bool = False) -> Path:
+def build(source: Source, types: ElementTypes, sanitize: bool = False, variables: str | None = None) -> Path:
     """The shared library of a source, compiled unless the cache has it. CompileError shows the compiler's lines."""
     command = find_compiler()
-    flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines]
+    flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines, *variable_flags(variables)]
     unit = _unit(source)
     key = cache_key(source.digest, unit, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
     library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
@@ -247,8 +278,8 @@ def _hint(stderr: str) -> str:
 
 
 @functools.cache
-def _entry(source: Source, types: ElementTypes, name: str, sanitize: bool) -> Any:
-    path = build(source, types, sanitize)
+def _entry(source: Source, types: ElementTypes, name: str, sanitize: bool, variables: str | None) -> Any:
+    path = build(source, types, sanitize, variables)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -269,7 +300,7 @@ def _cores() -> int:
 
 def prepare(kernel: Kernel, types: ElementTypes, options: HostOptions) -> None:
     """Compiles and loads a kernel without running it, so that a process forked now finds it in memory."""
-    _entry(kernel.source, types, kernel.name, options.sanitize)
+    _entry(kernel.source, types, kernel.name, options.sanitize, options.variables)
 
 
 def run(
@@ -282,7 +313,7 @@ def run(
     options: HostOptions,
 ) -> None:
     """Runs a kernel whose arguments the gate has checked. KernelFault names the block and what went wrong."""
-    entry = _entry(kernel.source, types, kernel.name, options.sanitize)
+    entry = _entry(kernel.source, types, kernel.name, options.sanitize, options.variables)
     launch = _Launch(
         grid=(ctypes.c_uint * 3)(*grid),
         block=(ctypes.c_uint * 3)(*block),

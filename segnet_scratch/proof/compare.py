@@ -1,52 +1,87 @@
 """One op on one device against its reference: results within the row's bound, nothing else touched.
 
-Every array of a run lies between guard zones, outputs and workspace are filled with NaN first and with 7e33 in a
-second run, and the inputs are compared with what they were.
+Every array of a run lies between guard zones (kernels/workbench/guards.py), outputs and workspace are filled with NaN
+first and with 7e33 in a second run, in which guard zones are other bytes, and inputs are compared with what they were.
 """
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.device import Array, Device
+from segnet_scratch.device import Array, Device, HostDevice
 from segnet_scratch.kernels import ElementTypes
+from segnet_scratch.kernels.workbench.guards import Fill, Region, allow, between_guards, damage, forbid, inside
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.precision import BFLOAT16, is_floating
 from segnet_scratch.proof.rows.base import Case, Inputs, Row, empty_outputs
 
-GUARD = 1024  # elements before and after every array
-GUARD_BYTE = 0xA5
-FILLS = (np.nan, 7e33)  # what outputs hold before the op runs
 BFLOAT16_ROUNDING = 2.0**-8  # half a unit of its 8 significant bits, relative
 
 
-class GuardedArrays:
-    """Arrays of a device, each between guard zones."""
+def _fill(value: float, integer_byte: int, guard_byte: int) -> Fill:
+    bits32, bits64 = (int(np.array(value, f).view(u)) for f, u in ((np.float32, np.uint32), (np.float64, np.uint64)))
+    return Fill(bits32, bits64, integer_byte, guard_byte)
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+
+# What outputs and guard zones hold before the op runs. A kernel that reads them gives unlike results.
+FILLS = _fill(np.nan, 0xFF, 0xFF), _fill(7e33, 7, 0x3C)
+ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells a sanitizer's reader where the arrays of a run lie
+
+
+class GuardedArrays:
+    """Arrays of a device, each between guard zones; under AddressSanitizer the zones are out of bounds."""
+
+    def __init__(self, device: Device, fill: Fill) -> None:
+        self.device, self.fill = device, fill
+        self.forbidden = isinstance(device, HostDevice) and device.options.sanitize
         self._buffers: dict[str, Array] = {}
 
     def add(self, name: str, contents: np.ndarray) -> Array:
         """A device array with these contents."""
-        size, guard_bytes = contents.size, GUARD * contents.itemsize
-        buffer = np.full(2 * guard_bytes + contents.nbytes, GUARD_BYTE, np.uint8).view(contents.dtype)
-        buffer[GUARD : GUARD + size] = contents.reshape(-1)
-        self._buffers[name] = self.device.upload(buffer)
-        return self._buffers[name][GUARD : GUARD + size].reshape(contents.shape)
+        self._buffers[name] = self.device.upload(between_guards(contents, self.fill.guard_byte))
+        return inside(self._buffers[name], contents.shape)
 
-    def damaged(self) -> list[str]:
-        """Which guard zones were written to: `y: 3 bytes after the end`."""
-        reports = []
+    def close(self) -> None:
+        """To be called before the op runs, and `damaged` after it."""
+        if self.forbidden:
+            regions = {name: astuple(Region.of(buffer)) for name, buffer in self._buffers.items()}
+            os.write(2, f"{ARRAYS_MARK}{json.dumps(regions)}\n".encode())
+            for buffer in self._buffers.values():
+                forbid(buffer)
+
+    def damaged(self) -> "list[Problem]":
+        """Which guard zones were written to."""
+        problems = []
         for name, buffer in self._buffers.items():
-            downloaded = self.device.download(buffer)
-            for where, zone in (("before the start", downloaded[:GUARD]), ("after the end", downloaded[-GUARD:])):
-                wrong = np.count_nonzero(zone.view(np.uint8) != GUARD_BYTE)
-                if wrong:
-                    reports.append(f"{name}: {wrong} bytes written {where}")
-        return reports
+            if self.forbidden:
+                allow(buffer)
+            reports = damage(name, self.device.download(buffer), self.fill.guard_byte)
+            problems += [Problem(name, report, memory=True) for report in reports]
+        return problems
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with an array.
+
+    `element` is the worst where values are wrong; `memory` says that an access is wrong: outside of an array, or of
+    what nobody has written.
+    """
+
+    array: str
+    text: str
+    element: tuple[int, ...] | None = None
+    memory: bool = False
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass
@@ -54,23 +89,31 @@ class Run:
     """What came of one run: outputs (and inputs that the op updates) by name, and what went wrong on the way."""
 
     outputs: dict[str, np.ndarray]
-    problems: list[str]
+    problems: list[Problem]
+    guarded: int  # arrays between guard zones
+
+    def unlike(self, other: "Run") -> str | None:
+        """The name of an output that differs from the other run's in a bit."""
+        return next((n for n, output in self.outputs.items() if not same_bits(output, other.outputs[n])), None)
 
 
-def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: float = np.nan) -> Run:
-    """Runs an op on copies of the inputs, with outputs and workspace holding `fill` (integers: its low byte)."""
-    arrays = GuardedArrays(device)
+def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FILLS[0]) -> Run:
+    """Runs an op on copies of the inputs, with outputs and workspace holding `fill`."""
+    arrays = GuardedArrays(device, fill)
     buffers = {name: None if a is None else arrays.add(name, a) for name, a in inputs.items()}
     for name, s in {**op.outputs, **op.workspace}.items():
-        filler = fill if is_floating(s.dtype) else 255 if np.isnan(fill) else 7
-        buffers[name] = arrays.add(name, np.full(s.shape, filler, s.dtype))
-    op.run(device, Buffers(**buffers))
-    device.synchronise()
-    problems = arrays.damaged()
+        buffers[name] = arrays.add(name, np.broadcast_to(fill.of(s.dtype), s.shape))
+    arrays.close()
+    try:
+        op.run(device, Buffers(**buffers))
+        device.synchronise()
+    finally:
+        problems = arrays.damaged()
     for name, before in inputs.items():
         if before is not None and name not in op.updates and not same_bits(before, device.download(buffers[name])):
-            problems.append(f"{name}: the input was changed")
-    return Run({name: device.download(buffers[name]) for name in (*op.outputs, *op.updates)}, problems)
+            problems.append(Problem(name, f"{name}: the input was changed", memory=True))
+    outputs = {name: device.download(buffers[name]) for name in (*op.outputs, *op.updates)}
+    return Run(outputs, problems, len(arrays))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -90,15 +133,25 @@ def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[s
     return op, Buffers(**wide, **outputs), {**outputs, **updated}
 
 
-def check(
+@dataclass(frozen=True)
+class Examination:
+    """An op on a device, run twice with unlike fills."""
+
+    op: Op
+    inputs: Inputs
+    problems: list[Problem]
+    guarded: int  # arrays that lay between guard zones, over both runs
+
+
+def examine(
     row: Row,
     case: Case,
     device: Device,
     rng: np.random.Generator,
     dtype: DTypeLike | None = None,
     integers: bool = False,
-) -> list[str]:
-    """What is wrong with an op on a device, for arrays of `dtype` (the row's first unless given); hopefully nothing.
+) -> Examination:
+    """Runs an op and compares it with its reference, for arrays of `dtype` (the row's first unless given).
 
     With `integers` the results must equal the reference's, without it they must lie within the row's bound.
     """
@@ -116,7 +169,8 @@ def check(
     bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
     for name, got in first.outputs.items():
         if not same_bits(got, second.outputs[name]):
-            problems.append(f"{name}: depends on what the output held before")
+            what = f"{name}: depends on what the output held before, or on what lies beside an array"
+            problems.append(Problem(name, what, memory=True))
         wanted, bound = expected[name], bounds.get(name, 0.0)
         if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
             if integers:  # the exact sum has one nearest bfloat16
@@ -124,13 +178,27 @@ def check(
             else:
                 bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
         problems += deviations(name, got, wanted, bound)
+    return Examination(op, inputs, problems, first.guarded + second.guarded)
+
+
+def check(
+    row: Row,
+    case: Case,
+    device: Device,
+    rng: np.random.Generator,
+    dtype: DTypeLike | None = None,
+    integers: bool = False,
+) -> list[str]:
+    """What is wrong with an op on a device, in words; nothing when the list is empty. See `examine`."""
+    dtype = np.dtype(row.elements[0] if dtype is None else dtype)
+    problems = examine(row, case, device, rng, dtype, integers).problems
     return [f"{row.name} on {device.name}, {dtype}, {case}: {problem}" for problem in problems]
 
 
-def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[str]:
+def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[Problem]:
     """A report on the worst element that is further from the expected value than allowed; NaN is never allowed."""
     if got.shape != expected.shape:
-        return [f"{name}: has shape {got.shape}, expected {expected.shape}"]
+        return [Problem(name, f"{name}: has shape {got.shape}, expected {expected.shape}")]
     if not is_floating(got.dtype):
         wrong = got != expected
         excess = wrong.astype(np.float64)
@@ -141,8 +209,13 @@ def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarr
     if not wrong.any():
         return []
     where = np.unravel_index(int(np.argmax(np.where(wrong, excess, -np.inf))), got.shape)
+    element = tuple(int(i) for i in where)
     allowed = np.broadcast_to(bound, got.shape)[where]
     return [
-        f"{name}: {np.count_nonzero(wrong)} of {got.size} elements are wrong, worst {tuple(int(i) for i in where)}: "
-        f"got {got[where]!r}, expected {expected[where]!r} +- {allowed:.3g}"
+        Problem(
+            name,
+            f"{name}: {np.count_nonzero(wrong)} of {got.size} elements are wrong, worst {element}: "
+            f"got {got[where]}, expected {expected[where]} +- {allowed:.3g}",
+            element,
+        )
     ]

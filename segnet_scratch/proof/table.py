@@ -3,6 +3,7 @@
 What a row is stands in rows/base.py. A new kernel needs one row, here, and nothing else.
 """
 
+from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.add import AddForward
 from segnet_scratch.ops.argmax import ArgmaxForward
 from segnet_scratch.ops.cross_entropy import CrossEntropyBackward, CrossEntropyForward
@@ -16,7 +17,15 @@ from segnet_scratch.proof.rows.batch_norm import BatchNormBackwardRow, BatchNorm
 from segnet_scratch.proof.rows.conv2d import Conv2dBackwardBiasRow, conv_rows
 from segnet_scratch.proof.rows.conv2d_mma import tensor_core_rows
 from segnet_scratch.proof.rows.conv_transpose2d import conv_transpose_rows
-from segnet_scratch.proof.rows.maps import AddRow, DropoutRow, MapRow, ResizeBackwardRow, ResizeRow, WindowRow
+from segnet_scratch.proof.rows.maps import (
+    AddRow,
+    DropoutRow,
+    MaxPoolRow,
+    ReluRow,
+    ResizeBackwardRow,
+    ResizeRow,
+    WindowRow,
+)
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
 from segnet_scratch.proof.rows.sgd import SgdRow
 
@@ -31,9 +40,9 @@ ROWS: tuple[Row, ...] = (
     BatchNormEvaluationRow(),
     BatchNormBackwardRow(training=True),
     BatchNormBackwardRow(training=False),
-    MapRow(ReluForward),
-    MapRow(ReluBackward),
-    MapRow(MaxPoolForward),
+    ReluRow(ReluForward),
+    ReluRow(ReluBackward),
+    MaxPoolRow(MaxPoolForward),
     WindowRow(MaxPoolBackward),
     WindowRow(MaxUnpoolForward),
     WindowRow(MaxUnpoolBackward),
@@ -47,3 +56,11 @@ ROWS: tuple[Row, ...] = (
     SgdRow(),
     AugmentRow(),
 )
+
+
+def row_named(name: str) -> Row:
+    """The row of this name. ConfigError lists the names there are."""
+    for row in ROWS:
+        if row.name == name:
+            return row
+    raise ConfigError(f"there is no row {name!r} in the op table; its rows are {', '.join(row.name for row in ROWS)}")

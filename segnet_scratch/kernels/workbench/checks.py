@@ -1,9 +1,9 @@
-"""What two runs with unlike fills (see memory.py) say about a kernel's use of memory."""
+"""What two runs with unlike fills (see guards.py) say about a kernel's use of memory."""
 
 import numpy as np
 
 from segnet_scratch.kernels.workbench.execution import Executor, Outcome
-from segnet_scratch.kernels.workbench.memory import FIRST, OTHER_GUARDS, SECOND, Fill
+from segnet_scratch.kernels.workbench.guards import FIRST, OTHER_GUARDS, SECOND, Fill
 from segnet_scratch.kernels.workbench.result import Check
 from segnet_scratch.kernels.workbench.setup import Setup
 

@@ -22,7 +22,8 @@ from segnet_scratch.device import Device, HostDevice
 from segnet_scratch.errors import ConfigError, SegnetError
 from segnet_scratch.kernels import launch
 from segnet_scratch.kernels.host import HostOptions, prepare
-from segnet_scratch.kernels.workbench.memory import GUARD, Fill, Placement
+from segnet_scratch.kernels.workbench.guards import Fill, inside
+from segnet_scratch.kernels.workbench.memory import Placement
 from segnet_scratch.kernels.workbench.setup import Setup
 
 _ALONE = HostOptions(workers=1)  # one thread of the operating system: the same order of blocks every time
@@ -71,13 +72,13 @@ class Executor:
                     f"the GPU stopped: {type(error).__name__}: {error}; --device host --sanitize may name the line. "
                     "This process cannot use the GPU any more"
                 )
-        return Outcome(placement.arrays, placement.damage(self.setup), seconds, fault)
+        return Outcome(placement.arrays, placement.damage(), seconds, fault)
 
 
 def launch_once(setup: Setup, placement: Placement, device: Device) -> float:
     """Launches on a device and brings the arrays back into the placement; seconds from launch to completion."""
     buffers = {name: device.upload(buffer) for name, buffer in placement.buffers.items()}
-    arrays = {name: buffer[GUARD:-GUARD].reshape(setup.shapes[name]) for name, buffer in buffers.items()}
+    arrays = {name: inside(buffer, setup.shapes[name]) for name, buffer in buffers.items()}
     arguments = [arrays.get(p.name) if p.pointer else setup.scalars[p.name] for p in setup.kernel.parameters]
     device.synchronise()
     start = perf_counter()

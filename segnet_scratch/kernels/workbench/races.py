@@ -14,7 +14,7 @@ import numpy as np
 
 from segnet_scratch.kernels.host import HostOptions
 from segnet_scratch.kernels.workbench.execution import Executor, Outcome, shared_bytes
-from segnet_scratch.kernels.workbench.memory import FIRST
+from segnet_scratch.kernels.workbench.guards import FIRST
 from segnet_scratch.kernels.workbench.setup import Setup
 from segnet_scratch.kernels.workbench.writers import describe_writers, element_name, find_conflict
 

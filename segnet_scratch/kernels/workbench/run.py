@@ -11,7 +11,7 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.kernels import ElementTypes, Kernel
 from segnet_scratch.kernels.workbench.checks import check_memory
 from segnet_scratch.kernels.workbench.execution import Executor, Outcome
-from segnet_scratch.kernels.workbench.memory import FIRST, SECOND
+from segnet_scratch.kernels.workbench.guards import FIRST, SECOND
 from segnet_scratch.kernels.workbench.races import find_race
 from segnet_scratch.kernels.workbench.reference import Reference, deviation, expected_outputs, load_reference
 from segnet_scratch.kernels.workbench.result import Check, KernelRun

@@ -14,7 +14,7 @@ import numpy as np
 from segnet_scratch.kernels.host import HostOptions
 from segnet_scratch.kernels.signature import blank_comments
 from segnet_scratch.kernels.workbench.execution import Executor, Outcome
-from segnet_scratch.kernels.workbench.memory import FIRST
+from segnet_scratch.kernels.workbench.guards import FIRST
 from segnet_scratch.kernels.workbench.setup import Setup
 
 _ASCENDING = HostOptions(workers=1)

@@ -10,13 +10,14 @@ for the other roundings on the way. An op without sums has bound 0: every bit mu
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import SegnetError
 from segnet_scratch.ops.op import Buffers, Op, Spec
 
 Inputs = dict[str, np.ndarray | None]
@@ -37,6 +38,25 @@ class Case:
         return " ".join(f"{k}={v}".replace(" ", "") for k, v in self.sizes.items()) + f" ({self.reason})"
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A plan or call that must fail, with this error and these words in its message."""
+
+    reason: str
+    attempt: Callable[[], object]
+    error: type[SegnetError]
+    message: str
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """Inputs that nobody should give, and what an op has to make of them, by a definition of its own."""
+
+    op: Op
+    inputs: Inputs
+    expected: dict[str, np.ndarray]
+
+
 class Row:
     """One op: its cases, its inputs and its error bound. Subclasses fill in what differs from op to op."""
 
@@ -44,6 +64,7 @@ class Row:
     op: type[Op]
     exact: ClassVar[bool] = False  # integer-valued inputs give exactly the reference's result
     elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
+    typed: ClassVar[bool] = True  # the plan refuses element types other than float32 and float64
 
     def cases(self) -> list[Case]:
         """The shapes that must work, each with its reason."""
@@ -77,9 +98,17 @@ class Row:
         """
         return {}
 
-    def generator(self, seed: int, index: int) -> np.random.Generator:
-        """Random numbers for the `index`-th case of this row."""
-        return np.random.default_rng([seed, zlib.crc32(self.name.encode()), index])
+    def refusals(self) -> list[Refusal]:
+        """Plans that must fail, beside what fails for every row: other element types, calls unlike the plan."""
+        return []
+
+    def hostile(self, rng: np.random.Generator) -> Hostile | None:
+        """Random hostile inputs; None where no input that fits the plan is hostile."""
+        return None
+
+    def generator(self, seed: int, *index: int) -> np.random.Generator:
+        """Random numbers for the case of this index."""
+        return np.random.default_rng([seed, zlib.crc32(self.name.encode()), *index])
 
 
 def values(rng: np.random.Generator, s: Spec, integers: bool = False) -> np.ndarray:

@@ -5,9 +5,10 @@ from math import sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.batch_norm import BatchNormBackward, BatchNormEvaluationForward, BatchNormTrainingForward
 from segnet_scratch.ops.op import Buffers, Op, spec
-from segnet_scratch.proof.rows.base import COLUMN_MAPS, Bounds, Case, Inputs, Row, maps, random_map
+from segnet_scratch.proof.rows.base import COLUMN_MAPS, Bounds, Case, Inputs, Refusal, Row, maps, random_map
 
 
 class BatchNormRow(Row):
@@ -46,6 +47,10 @@ class BatchNormRow(Row):
             arrays["inv_std"] = (1 / np.sqrt(((x - mean) ** 2).mean((0, 1, 2)) + 1e-5)).astype(dtype)
         return arrays
 
+    def refusals(self) -> list[Refusal]:
+        flat = Case("two dimensions", {"x": (4, 3)})
+        return [Refusal(flat.reason, lambda: self.plan(flat, np.float32), ShapeError, "channels last")]
+
 
 class BatchNormTrainingRow(BatchNormRow):
     """Training: errors of the statistics are carried through to y."""
@@ -73,6 +78,11 @@ class BatchNormTrainingRow(BatchNormRow):
             "running_mean": momentum * d_mean + 4 * eps * (np.abs(b.running_mean) + momentum * rms),
             "running_var": momentum * rows / (rows - 1) * d_variance + 4 * eps * b.running_var,
         }
+
+    def refusals(self) -> list[Refusal]:
+        one = spec((1, 1, 1, 3), np.float32)
+        single = Refusal("one value a channel", lambda: BatchNormTrainingForward(one), ShapeError, "n*h*w > 1")
+        return [*super().refusals(), single]
 
 
 class BatchNormEvaluationRow(BatchNormRow):

@@ -6,10 +6,21 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.cpu import winograd
+from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
 from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.op import Buffers, Op, spec
 from segnet_scratch.precision import BFLOAT16
-from segnet_scratch.proof.rows.base import COLUMN_MAPS, Bounds, Case, Inputs, Row, maps, of_magnitudes, random_map
+from segnet_scratch.proof.rows.base import (
+    COLUMN_MAPS,
+    Bounds,
+    Case,
+    Inputs,
+    Refusal,
+    Row,
+    maps,
+    of_magnitudes,
+    random_map,
+)
 
 
 def conv_case(
@@ -107,6 +118,36 @@ class Conv2dRow(Row):
             terms = _largest_neighbour(terms)  # what is rounded belongs to a tile, not to one output
         return {output: terms}
 
+    def refusals(self) -> list[Refusal]:
+        def refusal(
+            reason: str,
+            message: str,
+            x: tuple[int, ...] = (1, 4, 5, 3),
+            weight: tuple[int, ...] = (2, 3, 3, 3),
+            stride: int = 1,
+            padding: int = 0,
+            error: type[SegnetError] = ShapeError,
+            weights: DTypeLike = self.elements[0],
+            rung: str = self.rung,
+        ) -> Refusal:
+            specs = spec(x, self.elements[0]), spec(weight, weights)
+            return Refusal(reason, lambda: self.op(*specs, stride, padding, rung), error, message)  # type: ignore[call-arg]
+
+        refusals = [
+            refusal("three dimensions", "channels last", x=(4, 5, 3)),
+            refusal("empty", "empty", x=(0, 4, 5, 3)),
+            refusal("channels", "has 2 channels", x=(1, 4, 5, 2)),
+            refusal("weight of three dimensions", "expected (o, kh, kw, c)", weight=(2, 3, 3)),
+            refusal("stride 0", "stride 0", stride=0),
+            refusal("padding below 0", "padding -1", padding=-1),
+            refusal("kernel too large", "larger than the padded image 4x5", weight=(2, 7, 3, 3)),
+            refusal("unknown rung", "expected one of direct, tiled", rung="fast"),
+            refusal("two element types", "weight has element type float64", error=DTypeError, weights=np.float64),
+        ]
+        if self.rung != "direct":
+            refusals.append(refusal("stride 2", "use 'direct'", stride=2))
+        return refusals
+
 
 def _largest_neighbour(a: np.ndarray) -> np.ndarray:
     """For each position of the two middle axes the maximum over the 3x3 positions around it."""
@@ -134,6 +175,10 @@ class Conv2dBackwardBiasRow(Row):
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         return {"dbias": 2 * eps * sqrt(b.dy.size / b.dbias.size) * of_magnitudes(op, b).dbias}
+
+    def refusals(self) -> list[Refusal]:
+        flat = spec((4, 5, 3), np.float32)
+        return [Refusal("three dimensions", lambda: Conv2dBackwardBias(flat), ShapeError, "channels last")]
 
 
 def conv_rows(rung: str) -> list[Row]:

@@ -5,13 +5,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.dropout import DropoutForward
-from segnet_scratch.ops.max_pool import MaxPoolBackward
+from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
-from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec, spec_of
+from segnet_scratch.ops.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.resize_bilinear import ResizeBilinearBackward, ResizeBilinearForward
 from segnet_scratch.ops.windows import CODE, valid_codes, windows_of
-from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Inputs, Row, maps, random_map, values
+from segnet_scratch.proof.rows import by_hand
+from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Hostile, Inputs, Refusal, Row, maps, random_map, values
 
 
 class MapRow(Row):
@@ -31,12 +34,44 @@ class MapRow(Row):
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return self.op.plan(spec(case["x"], dtype), *self.options)
 
+    def refusals(self) -> list[Refusal]:
+        empty = spec((2, 0), np.float32)
+        return [Refusal("empty", lambda: self.op.plan(empty, *self.options), ShapeError, "empty")]
+
 
 class AddRow(MapRow):
     """One rounding."""
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         return {"y": eps * np.abs(b.y)}
+
+
+class ReluRow(MapRow):
+    """Both directions; NaN and infinity pass, or are stopped, like any other number."""
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        first = rng.choice(by_hand.SPECIAL, rng.integers(1, (4, 40))).astype(np.float32)
+        op = self.op.plan(spec_of(first))
+        if self.op is ReluForward:
+            y = [[v if v != v or v > 0 else 0 for v in row] for row in first]
+            return Hostile(op, {"x": first}, {"y": np.array(y, np.float32)})
+        assert self.op is ReluBackward
+        dy = rng.choice(by_hand.SPECIAL, first.shape).astype(np.float32)
+        dx = [[d if v > 0 else 0 for v, d in zip(*rows, strict=True)] for rows in zip(first, dy, strict=True)]
+        return Hostile(op, {"y": first, "dy": dy}, {"dx": np.array(dx, np.float32)})
+
+
+class MaxPoolRow(MapRow):
+    """The code is always a valid position, whatever is in the window."""
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        x = rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], rng.integers(1, (3, 6, 6, 4))).astype(np.float32)
+        y, codes = by_hand.pool(x)
+        return Hostile(MaxPoolForward.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
+
+    def refusals(self) -> list[Refusal]:
+        flat = spec((4, 5, 3), np.float32)
+        return [Refusal("three dimensions", lambda: MaxPoolForward(flat), ShapeError, "channels last")]
 
 
 class DropoutRow(MapRow):
@@ -67,6 +102,16 @@ class DropoutRow(MapRow):
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         return {"y": 2 * eps * np.abs(b.y)}
 
+    def refusals(self) -> list[Refusal]:
+        x, vector = spec((1, 4, 5, 3), np.float32), spec((4,), np.float32)
+        range_ = "expected 0 <= p < 1"
+        return [
+            Refusal("p = 1", lambda: DropoutForward(x, 1.0, 0), ShapeError, range_),
+            Refusal("p below 0", lambda: DropoutForward(x, -0.1, 0), ShapeError, range_),
+            Refusal("p is NaN", lambda: DropoutForward(x, np.nan, 0), ShapeError, "p is nan"),
+            Refusal("one dimension", lambda: DropoutForward(vector, 0.5, 0), ShapeError, "expected (n, ...)"),
+        ]
+
 
 class WindowRow(MapRow):
     """Backward of the pool, and both directions of the unpool: values move to or from valid positions."""
@@ -84,6 +129,36 @@ class WindowRow(MapRow):
         arrays = {name: values(rng, s, integers) for name, s in op.inputs.items() if name != "codes"}
         codes = rng.integers(0, 4, op.inputs["codes"].shape, CODE)
         return {**arrays, "codes": valid_codes(codes, case["x"][1:3])}
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        """Codes that point outside of the map, or are none; values with NaN, infinities and ties."""
+        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)))
+        windows = windows_of(n, h, w, c)
+        codes = rng.integers(0, rng.choice([4, 8, 256]), windows).astype(CODE)
+        gathers = self.op is MaxUnpoolBackward
+        values = rng.choice(by_hand.SPECIAL, (n, h, w, c) if gathers else windows).astype(np.float32)
+        result = by_hand.gather(values, codes) if gathers else by_hand.scatter(values, codes, (h, w))
+        op = self.plan(Case("hostile", {"x": (n, h, w, c)}), np.float32)
+        (name,) = (name for name in op.inputs if name != "codes")
+        (output,) = op.outputs
+        return Hostile(op, {name: values, "codes": codes}, {output: result})
+
+    def refusals(self) -> list[Refusal]:
+        x, windows, codes = spec((1, 4, 5, 3), np.float32), spec((1, 2, 3, 3), np.float32), Spec((1, 2, 3, 3), CODE)
+        flat = spec((2, 3), np.float32)
+        if self.op is MaxPoolBackward:
+            return [
+                Refusal("two dimensions", lambda: MaxPoolBackward(flat, (4, 5)), ShapeError, "channels last"),
+                Refusal("another size", lambda: MaxPoolBackward(windows, (5, 5)), ShapeError, "do not fit"),
+            ]
+        if self.op is MaxUnpoolBackward:
+            return [Refusal("two dimensions", lambda: MaxUnpoolBackward(flat), ShapeError, "channels last")]
+        other = "pass the codes of the pool"
+        return [
+            Refusal("another size", lambda: MaxUnpoolForward(windows, codes, (4, 7)), ShapeError, "do not fit"),
+            Refusal("size 0", lambda: MaxUnpoolForward(windows, codes, (0, 0)), ShapeError, "do not fit"),
+            Refusal("codes of another pool", lambda: MaxUnpoolForward(x, codes, (4, 5)), ShapeError, other),
+        ]
 
 
 class ResizeRow(Row):
@@ -117,6 +192,13 @@ class ResizeRow(Row):
         # A source position near h is rounded at eps h, and y changes by at most twice the largest value a pixel.
         positions = 1 + b.x.shape[1] + b.x.shape[2]
         return {"y": 4 * eps * positions * np.abs(b.x).max((1, 2), keepdims=True)}
+
+    def refusals(self) -> list[Refusal]:
+        x, flat = spec((1, 4, 5, 3), np.float32), spec((4, 5, 3), np.float32)
+        return [
+            Refusal("size 0", lambda: ResizeBilinearForward(x, (0, 4)), ShapeError, "positive"),
+            Refusal("three dimensions", lambda: ResizeBilinearForward(flat, (4, 4)), ShapeError, "channels last"),
+        ]
 
 
 class ResizeBackwardRow(ResizeRow):

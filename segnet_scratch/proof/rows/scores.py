@@ -5,10 +5,24 @@ from math import sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.argmax import ArgmaxForward
 from segnet_scratch.ops.confusion import ConfusionAccumulate
 from segnet_scratch.ops.cross_entropy import VOID, CrossEntropyForward
-from segnet_scratch.ops.op import Buffers, Op, spec
-from segnet_scratch.proof.rows.base import MAPS, Bounds, Case, Inputs, Row, empty_outputs, maps, values
+from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
+from segnet_scratch.proof.rows import by_hand
+from segnet_scratch.proof.rows.base import (
+    MAPS,
+    Bounds,
+    Case,
+    Hostile,
+    Inputs,
+    Refusal,
+    Row,
+    empty_outputs,
+    maps,
+    values,
+)
 from segnet_scratch.proof.rows.maps import MapRow
 
 
@@ -92,6 +106,14 @@ class CrossEntropyRow(Row):
         factor = weights * abs(b.dloss[0]) / normaliser
         return {"dlogits": factor[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)}
 
+    def refusals(self) -> list[Refusal]:
+        x, many, few = (spec(shape, np.float32) for shape in ((1, 4, 5, 3), (3, 256), (3, 2)))
+        return [
+            Refusal("four dimensions", lambda: self.op(x), ShapeError, "expected (pixels, classes)"),  # type: ignore[call-arg]
+            Refusal("256 classes", lambda: self.op(many), ShapeError, "at most 255"),  # type: ignore[call-arg]
+            Refusal("normalisation", lambda: self.op(few, "sum"), ShapeError, "'sum'"),  # type: ignore[call-arg]
+        ]
+
 
 class ArgmaxRow(MapRow):
     """Up to 256 classes a pixel; integer logits have many ties."""
@@ -100,6 +122,17 @@ class ArgmaxRow(MapRow):
         sizes = {"one class": (3, 1), "two dimensions": (257, 21), "most classes": (10, 256), **MAPS}
         return [case for case in maps(sizes) if case["x"][-1] <= 256]
 
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        logits = rng.choice(by_hand.SPECIAL, rng.integers(1, (60, 8))).astype(np.float32)
+        return Hostile(ArgmaxForward.plan(spec_of(logits)), {"logits": logits}, {"labels": by_hand.argmax(logits)})
+
+    def refusals(self) -> list[Refusal]:
+        vector, many = spec((4,), np.float32), spec((4, 257), np.float32)
+        return [
+            Refusal("one dimension", lambda: ArgmaxForward(vector), ShapeError, "expected (..., classes)"),
+            Refusal("257 classes", lambda: ArgmaxForward(many), ShapeError, "at most 256"),
+        ]
+
 
 class ConfusionRow(Row):
     """Counts of pairs; labels that are no class, void among them, are not counted."""
@@ -107,6 +140,7 @@ class ConfusionRow(Row):
     name = "confusion_accumulate"
     op = ConfusionAccumulate
     exact = True
+    typed = False
 
     def cases(self) -> list[Case]:
         sizes = {
@@ -135,3 +169,9 @@ class ConfusionRow(Row):
             "prediction": prediction,
             "counts": rng.integers(0, 2**40, (classes, classes), np.uint64),
         }
+
+    def refusals(self) -> list[Refusal]:
+        return [
+            Refusal("256 classes", lambda: ConfusionAccumulate(5, 256), ShapeError, "256 classes"),
+            Refusal("no pixels", lambda: ConfusionAccumulate(0, 5), ShapeError, "0 pixels"),
+        ]

@@ -43,6 +43,7 @@ class SgdRow(Row):
 
     name = "sgd_step"
     op = SgdOp
+    typed = False  # SgdStep, which is no Op, looks at the arrays themselves
 
     def cases(self) -> list[Case]:
         sizes = {

@@ -1,0 +1,295 @@
+"""`segnet gradcheck`, `verify`: is what this project computes right, on this machine?"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, problems, say
+from segnet_scratch.device import Device, HostDevice, get_device
+from segnet_scratch.display import write_json
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.kernels.host import ORDERS, HostOptions
+from segnet_scratch.kernels.workbench import options
+from segnet_scratch.kernels.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.proof.gradcheck import Result
+from segnet_scratch.proof.gradcheck import gradchecks as run_gradchecks
+from segnet_scratch.proof.parts import PARTS
+from segnet_scratch.proof.problems import Chosen
+from segnet_scratch.proof.verify import Report
+from segnet_scratch.proof.verify import verify as run_verify
+from segnet_scratch.proof.work import FULL, QUICK
+
+_SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
+_FAILURES_SHOWN = 20
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def _known_order(name: str) -> str:
+    if name not in ORDERS:
+        raise typer.BadParameter(f"there is no order {name!r}; expected one of {', '.join(ORDERS)}")
+    return name
+
+
+OrderOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(ORDERS),
+        callback=_known_order,
+        help="In which order the host device runs threads and blocks; shuffled goes by --seed.",
+    ),
+]
+SanitizeOption = Annotated[
+    bool, typer.Option("--sanitize", help="Kernels of the host device with AddressSanitizer and UBSan.")
+]
+
+
+@app.command()
+def gradcheck(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", metavar="NAME=DIMS", help="Shape of an input of a single op: x=2,9,7,3; others have defaults."
+        ),
+    ] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", metavar="NAME=VALUE", help="An option of a single op: stride=2, rung=direct, p=0.3."),
+    ] = None,
+    content: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="NAME=FILE.npy", help="What an input of a single op holds: a file, or one number."
+        ),
+    ] = None,
+    ties: Annotated[
+        bool, typer.Option("--ties", help="Fill inputs with integers from -2 to 2, so that pools and ReLU have kinks.")
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="float64|float32",
+            help="What backward computes in; numeric gradients are taken in float64 at the same point.",
+        ),
+    ] = "float64",
+    directions: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Random directions for each input of over 500 elements; 5, networks 2."),
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Shapes of each op, or fillings of the shape given.")
+    ] = None,
+    device: DeviceOption = "host",
+    order: OrderOption = "ascending",
+    sanitize: SanitizeOption = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Compare hand-written gradients with numeric ones, and name the worst derivative; exit code 1 where one differs.
+
+    Central differences with step 1e-6 along every element of inputs up to 500 elements, along random directions of
+    larger ones. An error of more than 1e-7 + 1e-5 |gradient| fails; for float32 1e-4 + 1e-3 |gradient|. Places where
+    there is no derivative (a ReLU at 0, a tie in a pooling window) are named, and do not fail.
+
+    Example: segnet gradcheck conv2d --shape x=2,9,7,3 --shape weight=5,3,3,3 --arg stride=2 --arg rung=direct
+    """
+    if sanitize and _SANITIZED not in os.environ:
+        _repeat_sanitized(device)
+    chosen = Chosen(
+        options.by_name("--shape", shape, options.shape),
+        options.by_name("--arg", arg, _number_or_word),
+        options.by_name("--input", content, _contents),
+        ties,
+    )
+    results = []
+    checks = run_gradchecks(
+        ops or None,
+        _device(device, order, seed, sanitize),
+        seed,
+        cases,
+        dtype=options.element_type("--dtype", dtype),
+        directions=directions,
+        chosen=chosen,
+    )
+    with _status("checking") as step:
+        for result in checks:
+            results.append(result)
+            step(len(results), 0)
+    console.print(_gradients_table(results))
+    for result in results:
+        for line in _remarks(result):
+            say(line, "" if result.passed else "bold red")
+    write_json(json, [result.to_json() for result in results])
+    failed = [result.op for result in results if not result.passed]
+    if failed:
+        fail(f"the gradients of {', '.join(failed)} differ", 1)
+    what = f"{len(results)} {'op' if len(results) == 1 else 'ops'}"
+    if not any(result.compared for result in results):
+        say(f"{what} not differentiable at any place that was looked at: nothing is shown, use other inputs")
+    else:
+        say(f"{what} passed on {device}")
+
+
+def _number_or_word(option: str, text: str) -> int | float | str:
+    try:
+        return options.number(option, text)
+    except ConfigError:
+        return text
+
+
+def _contents(option: str, text: str) -> Any:
+    if text in ("random", "null"):
+        raise ConfigError(f"{option}: expected FILE.npy or a number")
+    return options.contents(option, text)
+
+
+def _device(name: str, order: str, seed: int, sanitize: bool) -> Device:
+    """The device; the host with options where they are not the usual ones."""
+    if order == "ascending" and not sanitize:
+        return get_device(name)
+    if name != "host":
+        raise ConfigError(f"--order and --sanitize work on the host device, not on {name}")
+    return HostDevice(HostOptions(order, seed, sanitize=sanitize))
+
+
+def _repeat_sanitized(device: str) -> None:
+    """Runs this command again with the sanitizers' library, which has to come first, shows its reports, and ends."""
+    if device != "host":
+        raise ConfigError(f"--sanitize works on the host device, not on {device}")
+    environment = {**sanitized_environment(), _SANITIZED: "1"}
+    command = [sys.executable, "-P", "-m", "segnet_scratch", *sys.argv[1:]]
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+    reports = read_reports(result.stderr, "gradcheck", {})
+    if not reports:
+        sys.stderr.write(result.stderr)
+        sys.exit(result.returncode)
+    for report in reports:
+        problems.print(report, soft_wrap=True)
+    fail(f"the sanitizers found {len(reports)} {'fault' if len(reports) == 1 else 'faults'}", 1)
+
+
+def _gradients_table(results: list[Result]) -> Table:
+    table = Table()
+    for column in ("op", "verdict"):
+        table.add_column(column, no_wrap=True)
+    for column in ("cases", "derivatives", "at kinks", "worst error", "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("worst at", "expected", "got"):
+        table.add_column(column, overflow="fold")
+    table.add_column("s", justify="right", no_wrap=True)
+    for r in results:
+        style = {"passed": "green", "FAILED": "bold red"}.get(r.verdict, "yellow")
+        worst = [r.where.place, f"{r.where.numeric:.9g}", f"{r.where.analytic:.9g}"] if r.where else ["-", "-", "-"]
+        numbers = [str(r.cases), str(r.compared), f"{r.skipped:.1%}", f"{r.worst:.1e}", f"{r.limit:.0e}"]
+        table.add_row(r.op, Text(r.verdict, style), *numbers, *worst, f"{r.seconds:.1f}")
+    return table
+
+
+def _remarks(result: Result) -> Iterator[str]:
+    """Where the worst derivative of a failure is, and the places without derivative."""
+    if not result.passed:
+        yield str(result)
+    for kink in result.kinks:
+        yield f"{result.op}: {kink}"
+    given_up = round(result.skipped * result.compared / max(1 - result.skipped, 1e-9))
+    if result.kinks and given_up > len(result.kinks):
+        yield f"{result.op}: ... {given_up} differences met a kink"
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+
+@app.command()
+def verify(
+    full: Annotated[bool, typer.Option("--full", help="At the full figures: less than an hour on two cores.")] = False,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="host|numpy|cuda|all", help="Once for each; all that this machine has unless given."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="PART", help=f"Once for each: {', '.join(PARTS)}.")
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", metavar="ROW", help="Only this row of the op table, such as conv2d_forward_tiled."),
+    ] = None,
+    order: OrderOption = "ascending",
+    sanitize: SanitizeOption = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of random shapes and inputs.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Prove on this machine that every kernel is right, no GPU needed; exit code 1 where something does not hold.
+
+    About a minute on two cores, and two more where kernels have to be compiled first. Each part is one property of
+    every row of the op table: docs/proof.md says which, and what they cannot show.
+
+    Example: segnet verify --only orders --only sanitizers --row conv2d_forward_tiled
+    """
+    devices = None if not device or "all" in device else device
+    with _status("verifying") as progress:
+        report = run_verify(devices, FULL if full else QUICK, seed, only, row, order, sanitize, progress)
+    show_report(report)
+    write_json(json, report.to_json())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def show_report(report: Report) -> None:
+    """A line for each part, then the failures."""
+    table = Table()
+    for column in ("part", "device"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("ran")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("core s", justify="right", no_wrap=True)
+    styles = {"passed": "green", "FAILED": "bold red", "skipped": "yellow"}
+    for line in report.lines:
+        ran = line.part.ran(line.tally) or f"{line.part.proves}: not run"
+        verdict = Text(line.verdict, styles[line.verdict])
+        table.add_row(line.part.name, line.device, ran, verdict, f"{line.tally.seconds:.1f}")
+    console.print(table)
+    for line in report.lines:
+        if line.tally.skipped:
+            say(f"{line.part.name} on {line.device}: {line.tally.skipped}", "yellow")
+    for name, reason in report.missing.items():
+        say(f"{name}: {reason}", "yellow")
+    for failure in report.failures[:_FAILURES_SHOWN]:
+        say(str(failure), "bold red")
+    if len(report.failures) > _FAILURES_SHOWN:
+        say(f"... {len(report.failures) - _FAILURES_SHOWN} more failures: --json FILE has all of them", "bold red")
+    where = f"on {report.environment['devices']}, seed {report.seed}, {report.seconds:.0f} s"
+    if report.passed:
+        passed = sum(line.verdict == "passed" for line in report.lines)
+        say(f"everything holds: {passed} parts {where}", "green")
+    else:
+        failed = dict.fromkeys(line.part.name for line in report.lines if line.verdict == "FAILED")
+        say(f"FAILED: {', '.join(failed) or 'nothing has been run'}, {where}", "bold red")
+
+
+@contextmanager
+def _status(what: str) -> Iterator[Any]:
+    """Shows how much is done: a bar on a terminal, else a line now and then; gives a function (done, total)."""
+    if not problems.is_terminal:
+        said = time.perf_counter()
+
+        def say_now_and_then(done: int, total: int) -> None:
+            nonlocal said
+            if time.perf_counter() - said > _SECONDS_BETWEEN_LINES:
+                said = time.perf_counter()
+                problems.print(f"{what}: {done}{f' of {total}' if total else ''} done")
+
+        yield say_now_and_then
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=problems, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)

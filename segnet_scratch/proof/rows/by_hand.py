@@ -1,0 +1,68 @@
+"""Pooling and its like by their definitions, element by element, for inputs on which a clever expression goes wrong.
+
+The references of the ops are NumPy expressions over whole arrays. These are loops, so that NaN, ties and positions that
+do not exist are plain to see.
+"""
+
+import numpy as np
+
+SPECIAL = np.array([np.nan, -np.inf, np.inf, -1, 0, 1, 1])  # hostile values, with ties
+
+
+def pool(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Max-pool of (n, h, w, c): values and codes. The first maximum wins; a NaN wins, the first NaN over others."""
+    n, h, w, c = x.shape
+    y = np.empty((n, -(-h // 2), -(-w // 2), c), x.dtype)
+    codes = np.empty(y.shape, np.uint8)
+    for index in np.ndindex(y.shape):
+        image, row, column, channel = index
+        best = None
+        for code in range(4):
+            i, j = 2 * row + code // 2, 2 * column + code % 2
+            if i < h and j < w:
+                value = x[image, i, j, channel]
+                if best is None or value > best or (value != value and best == best):
+                    best, y[index], codes[index] = value, value, code
+    return y, codes
+
+
+def positions(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(row, column) in the map for each code (..., 2); a code that points outside means position 0 of its window."""
+    found = np.empty((*codes.shape, 2), int)
+    for index in np.ndindex(codes.shape):
+        _, row, column, _ = index
+        code = int(codes[index])
+        i, j = 2 * row + code // 2, 2 * column + code % 2
+        inside = code <= 3 and i < size[0] and j < size[1]
+        found[index] = (i, j) if inside else (2 * row, 2 * column)
+    return found
+
+
+def scatter(values: np.ndarray, codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Max-unpool, and the backward of max-pool: each value at the position of its code, 0 elsewhere."""
+    n, _, _, c = values.shape
+    y = np.zeros((n, *size, c), values.dtype)
+    at = positions(codes, size)
+    for index in np.ndindex(values.shape):
+        i, j = at[index]
+        y[index[0], i, j, index[3]] = values[index]
+    return y
+
+
+def gather(map_: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The backward of max-unpool: the element at the position of each code."""
+    values = np.empty(codes.shape, map_.dtype)
+    at = positions(codes, (map_.shape[1], map_.shape[2]))
+    for index in np.ndindex(codes.shape):
+        i, j = at[index]
+        values[index] = map_[index[0], i, j, index[3]]
+    return values
+
+
+def argmax(logits: np.ndarray) -> np.ndarray:
+    """For each pixel of (pixels, classes) the first NaN, else the first largest."""
+    labels = np.empty(len(logits), np.uint8)
+    for pixel, z in enumerate(logits):
+        nan = np.flatnonzero(np.isnan(z))
+        labels[pixel] = nan[0] if len(nan) else np.flatnonzero(z == z.max())[0]
+    return labels

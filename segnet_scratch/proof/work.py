@@ -1,0 +1,127 @@
+"""A piece of a proof, what it came to, and how large proofs are: plain data that travel between processes as JSON."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from segnet_scratch.errors import SegnetError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many of everything. Shapes of ops are random ones, beside the fixed cases of each row."""
+
+    shapes: int  # of each op, float32, against the reference
+    doubles: int  # the same in float64
+    integers: int  # shapes of each op that is exact for integers
+    gradients: int  # shapes of each op; 0: as many as suit it
+    networks: int  # seeds of each whole network
+    directions: int  # along which the gradient of each of its parameters is taken
+    ordered: int  # shapes of each op, in every order of threads
+    shuffles: int  # orders beside ascending and descending
+    variables: int  # shapes of each op, in builds with unlike automatic variables
+    sanitized: int  # shapes of each op under the sanitizers
+    hostile: int  # inputs of each op that takes hostile ones
+    repeats: int  # of each op
+    steps: int  # of training
+    runs: int  # of these steps
+
+
+QUICK = Effort(
+    *(8, 2, 5),  # values
+    *(0, 1, 1),  # gradients
+    *(2, 2, 2, 2),  # orders, builds
+    *(25, 10, 3, 2),  # hostile inputs, repeats
+)
+FULL = Effort(
+    *(500, 100, 100),
+    *(50, 3, 5),
+    *(50, 6, 100, 100),
+    *(200, 250, 50, 3),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does at a time: some cases of one target (a row, an op, a file) for one part of the proof."""
+
+    part: str
+    device: str
+    target: str
+    first: int = 0
+    count: int = 1
+    seed: int = 0
+    effort: Effort = QUICK
+    order: str = "ascending"
+    sanitize: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """For the other process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(**{**data, "effort": Effort(**data["effort"])})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that does not hold, and as much as is known of where."""
+
+    part: str
+    device: str
+    target: str
+    case: str
+    message: str  # its further lines name kernel, block, thread and line of the source, where they are known
+
+    def __str__(self) -> str:
+        return f"{self.part}, {self.target} on {self.device}, {self.case}: {self.message}"
+
+
+@dataclass
+class Tally:
+    """What ran, and what failed."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)  # cases that launched each kernel
+    failures: list[Failure] = field(default_factory=list)
+    worst: float = 0.0  # error of a gradient
+    skipped: str = ""  # why nothing ran
+    seconds: float = 0.0
+
+    def fail(self, work: Work, target: str, case: object, message: object) -> None:
+        """Notes a failure."""
+        self.failures.append(Failure(work.part, work.device, target, str(case), str(message)))
+
+    @contextmanager
+    def attempt(self, work: Work, target: str, case: object) -> Iterator[None]:
+        """An error of the project's own inside is a failure of this case; a kernel's fault names block and thread."""
+        try:
+            yield
+        except SegnetError as error:
+            self.fail(work, target, case, f"{type(error).__name__}: {error}")
+
+    def add(self, other: "Tally") -> None:
+        """Takes in what another piece of work came to."""
+        self.counts += other.counts
+        self.kernels += other.kernels
+        self.failures += other.failures
+        self.worst = max(self.worst, other.worst)
+        self.skipped = self.skipped or other.skipped
+        self.seconds += other.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """For the other process, and for reports."""
+        # Not asdict of the whole: that would count the items of a Counter, not copy it.
+        counters = {"counts": dict(self.counts), "kernels": dict(self.kernels)}
+        failures = [asdict(failure) for failure in self.failures]
+        return {**vars(self), **counters, "failures": failures}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        data = {**data, "failures": [Failure(**failure) for failure in data["failures"]]}
+        return cls(**{**data, "counts": Counter(data["counts"]), "kernels": Counter(data["kernels"])})
