@@ -195,7 +195,7 @@ FAULTS = {
     "input changed": (lambda b: (np.add(b.x, 1, out=b.y), np.multiply(b.x, 2, out=b.x)), "the input was changed"),
     "written after the end": (
         lambda b: (np.add(b.x, 1, out=b.y), _beyond(b.y, b.y.size - 1).fill(0)),
-        "y: 4 bytes written after the end",
+        "y: 1 element written past its end",
     ),
     "infinite": (lambda b: b.y.fill(np.inf), "elements are wrong"),
 }

@@ -251,7 +251,7 @@ def _(call: Call) -> Iterator[Attempt]:
             **{name: getattr(a, name) for name in ("dtype", "shape", "size", "nbytes", "strides", "flags", "ctypes")},
             __array_interface__=a.__array_interface__,
         )
-        memory = memoryview(a.view(np.uint8))  # Python's buffers know no bfloat16
+        memory = a.view(np.uint8).data  # Python's buffers know no bfloat16
         for foreign in (memory, alike, (ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]):
             yield call.put(p.name, foreign), DeviceError, p.name
 
