@@ -56,21 +56,21 @@ class ArrayTable:
         rows = zip(*columns, strict=True)
         addresses = tuple(self.device.address(array) for row in rows for array in row)
         if addresses != self._addresses:
-            self._table = self.device.upload(np.array(addresses, np.uint64).reshape(-1, len(columns)))
+            self._table = self.device.constant(np.array(addresses, np.uint64).reshape(-1, len(columns)))
             self._addresses = addresses
         return self._table
 
     @functools.cached_property
     def sizes_on_device(self) -> Array:
         """int64 (parameters): elements of each."""
-        return self.device.upload(np.array(self.sizes, np.int64))
+        return self.device.constant(np.array(self.sizes, np.int64))
 
     @functools.cached_property
     def chunk_parameter(self) -> Array:
         """int32 (chunks): the parameter of each."""
-        return self.device.upload(np.array([index for index, _ in self.chunks], np.int32))
+        return self.device.constant(np.array([index for index, _ in self.chunks], np.int32))
 
     @functools.cached_property
     def chunk_start(self) -> Array:
         """int64 (chunks): the first element of each in its parameter."""
-        return self.device.upload(np.array([start for _, start in self.chunks], np.int64))
+        return self.device.constant(np.array([start for _, start in self.chunks], np.int64))

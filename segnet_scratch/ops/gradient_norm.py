@@ -49,7 +49,7 @@ class GradientNorm:
                 raise ShapeError(f"gradient_norm: {name} has shape {tuple(array.shape)}, expected ({size},)")
         # Where the chunks of each parameter begin, and the end of the last one.
         counts = (len(chunks_of([size])) for size in self.table.sizes)
-        self._first_chunk = device.upload(np.array([0, *accumulate(counts)], np.int32))
+        self._first_chunk = device.constant(np.array([0, *accumulate(counts)], np.int32))
 
     def __call__(self, gradients: Sequence[Array]) -> None:
         """Writes squares, norm and scale of these gradients; does not wait for the device."""
