@@ -26,7 +26,7 @@ _LARGEST_INTEGER = 2**63 - 1  # TOML's integers are signed 64-bit
 # Each of the two says how long to train, so setting one takes the other back.
 _LENGTH = ("epochs", "steps")
 # These change neither the weights nor the order of the samples, so a resumed run may differ in them.
-_SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "validate_epochs", "patience", "workers"}
+_SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "validate_epochs", "patience", "workers", "cache"}
 
 MEDIAN_FREQUENCY = "median-frequency"
 
@@ -263,6 +263,11 @@ class Config:
     )
     seed: int = _setting(0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout")
     workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
+    cache: str = _setting(
+        "none",
+        _choice("none", "memory", "disk"),
+        "where decoded samples are kept for the next epoch: nowhere, in memory, or on disk for later runs, too",
+    )
     checkpoint_every: int = _setting(
         500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
     )
