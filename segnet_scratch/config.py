@@ -127,9 +127,7 @@ def _lr_steps() -> _Kind:
     def convert(value: Any) -> tuple[float, ...]:
         steps = tuple(_to_float(at, lambda number: number > 0) for at in _to_list(value))
         # A number of steps has no fraction, and shares would be compared with steps if both stood in one list.
-        if list(steps) != sorted(set(steps)) or not (
-            all(at < 1 for at in steps) or all(at == int(at) for at in steps)
-        ):
+        if list(steps) != sorted(set(steps)) or not (all(at < 1 for at in steps) or all(at == int(at) for at in steps)):
             raise ValueError
         return steps
 
@@ -253,7 +251,9 @@ class Config:
         "kept; size is then cut out of it",
     )
     flip: bool = _setting(True, _boolean(), "mirror half of the training images at random")
-    brightness: float = _setting(0.0, _jitter(), "largest random change of brightness, as a share: 0.2 is 80 % to 120 %")
+    brightness: float = _setting(
+        0.0, _jitter(), "largest random change of brightness, as a share: 0.2 is 80 % to 120 %"
+    )
     contrast: float = _setting(0.0, _jitter(), "largest random change of contrast, as a share")
     saturation: float = _setting(0.0, _jitter(), "largest random change of colour saturation, as a share")
     hue: float = _setting(

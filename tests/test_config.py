@@ -40,7 +40,7 @@ LEGAL = {
     "hue": ("0.25", 0.25),
     "seed": ("9223372036854775807", 2**63 - 1),
     "workers": ("0", 0),
-    "cache": ("\"memory\"", "memory"),
+    "cache": ('"memory"', "memory"),
     "checkpoint_every": ("0", 0),
     "validate_every": ("250", 250),
     "validate_epochs": ("5", 5),

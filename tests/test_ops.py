@@ -709,7 +709,11 @@ class TestRefused:
             (lambda: step([], lr, one), ShapeError, "0 arrays of gradient"),
             (lambda: step([home.zeros((4, 3), F32)], lr.astype(F32), one), DTypeError, "lr has element type float32"),
             (lambda: step([home.zeros((4, 3), F32)], home.zeros((2,), F64), one), ShapeError, "lr has shape (2,)"),
-            (lambda: step([home.zeros((4, 3), F32)], lr, one.astype(F32)), DTypeError, "scale has element type float32"),
+            (
+                lambda: step([home.zeros((4, 3), F32)], lr, one.astype(F32)),
+                DTypeError,
+                "scale has element type float32",
+            ),
         ]
         for call, error, message in refused:
             with pytest.raises(error) as raised:

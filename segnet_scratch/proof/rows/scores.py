@@ -113,7 +113,9 @@ class CrossEntropyRow(Row):
         factor = abs(b.dloss[0]) / normaliser
         of_label = weights[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)
         # The sum of the weights errs like any sum, and adding the share of every class rounds once more.
-        of_all = valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
+        of_all = (
+            valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
+        )
         added = (1 - smoothing) * weights[:, None] * (softmax + hot)
         added += smoothing * valid[:, None] * (softmax * class_weights.sum() + class_weights) / classes
         share = smoothing * of_all + (2 * eps * added if smoothing else 0)
