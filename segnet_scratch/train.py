@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from segnet_scratch.data import (
     class_statistics,
     open_dataset,
 )
+from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
@@ -115,7 +116,9 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder = config, RunFolder(Path(out))
-        self.train_set, self.val_set = (open_dataset(data, split, config.cache) for split in ("train", "val"))
+        self.train_set, self.val_set = (
+            open_dataset(data, split, cast(CacheMode, config.cache)) for split in ("train", "val")
+        )
         classes = self.train_set.classes
         weighted = config.class_weights and config.class_weights != MEDIAN_FREQUENCY
         if weighted and len(config.class_weights) != classes:

@@ -329,7 +329,9 @@ class TestReferencesAgainstTorch:
         weights = rng.uniform(0.1, 3, 7) if weighted else None
         b = self.run(
             CrossEntropyForward(spec_of(logits), normalisation, smoothing),
-            **{"logits": logits, "labels": labels, "class_weights": weights},
+            logits=logits,
+            labels=labels,
+            class_weights=weights,
         )
         zt = torch.tensor(logits, requires_grad=True)
         loss = torch.nn.functional.cross_entropy(

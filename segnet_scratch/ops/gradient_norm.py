@@ -67,12 +67,12 @@ class GradientNorm:
         arrays = (table.addresses(gradients), table.sizes_on_device, table.chunk_parameter, table.chunk_start)
         arguments = (*arrays, self.partials, *counts, CHUNK)
         launch(self.device, "gradient_norm_partial", len(table.chunks), ELEMENT_THREADS, arguments, types)
-        arguments = (self.partials, self._first_chunk, self.squares, self.norm, self.scale, *counts, self.largest)
-        launch(self.device, "gradient_norm_merge", 1, ELEMENT_THREADS, arguments, types)
+        merge = (self.partials, self._first_chunk, self.squares, self.norm, self.scale, *counts, self.largest)
+        launch(self.device, "gradient_norm_merge", 1, ELEMENT_THREADS, merge, types)
 
     def _add_up(self, index: int, gradient: np.ndarray) -> None:
         flat, total = gradient.reshape(-1), 0.0
         for start in range(0, flat.size, CHUNK):
             piece = flat[start : start + CHUNK].astype(np.float64)
-            total += piece @ piece
+            total += float(piece @ piece)
         self.squares[index] = total
