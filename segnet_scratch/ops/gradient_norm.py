@@ -1,4 +1,4 @@
-"""The Euclidean length of all gradients of a model together, and the factor that clips it, without leaving the device."""
+"""The Euclidean length of all gradients of a model together, and the factor that clips it, left on the device."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -14,7 +14,7 @@ from segnet_scratch.ops.op import ELEMENT_THREADS
 
 
 class GradientNorm:
-    """norm = sqrt(sum of the squares of every gradient); scale = min(1, largest / norm) (Pascanu et al., arXiv 1211.5063).
+    """norm = sqrt(sum of squares of every gradient); scale = min(1, largest / norm) (Pascanu et al., arXiv 1211.5063).
 
     One element that is not finite makes the norm not finite, so it also guards against them. Every sum is carried in
     double, in an order that depends on the shapes alone.
