@@ -6,6 +6,17 @@
 //                    = number of pixels   ("valid", as the authors' Caffe)
 //   backward         dz[k] = dloss w[label] (softmax(z)[k] - [k = label]) / normaliser; 0 at void pixels
 //
+// Label smoothing s (Szegedy et al., arXiv 1512.00567, section 7) as PyTorch combines it with class weights: in place of
+// w[label] l, a pixel counts as
+//
+//   (1 - s) w[label] l + s / classes  sum_k w[k] (-log softmax(z)[k])
+//
+// and its gradient is, before dloss / normaliser,
+//
+//   (1 - s) w[label] (softmax(z)[k] - [k = label]) + s / classes (softmax(z)[k] sum_j w[j] - w[k])
+//
+// The normaliser stays as it is.
+//
 // A batch without a valid pixel has loss 0 and gradient 0. A label that is neither a class nor void counts as void
 // here, so that it cannot read outside; it is refused, by name, before it reaches a kernel.
 //
@@ -31,20 +42,30 @@ struct LogSoftmax {
     __device__ accumulate_t of(accumulate_t logit) const { return (logit - highest) - log_sum; }
 };
 
+__device__ inline double weight_of(const storage_t* class_weights, int k) {
+    return class_weights ? (double)class_weights[k] : 1.0;
+}
+
 // Launch: grid blocks, block THREADS
 extern "C" __global__ void cross_entropy_partial(
     const storage_t* __restrict__ logits,                  // (pixels, classes)
     const uint8* __restrict__ labels,                      // (pixels)
     const storage_t* __restrict__ OPTIONAL class_weights,  // (classes)
     double* __restrict__ partials,                         // (blocks, 3): weighted loss, weights, valid pixels
-    int64 pixels, int classes, int blocks) {
+    int64 pixels, int classes, int blocks, double smoothing) {
     double loss = 0, weights = 0, valid = 0;
     FOR_EACH_INDEX(pixel, pixels) {
         const int label = labels[pixel];
         if (label >= classes) continue;
         const storage_t* const z = logits + pixel * classes;
-        const double weight = class_weights ? (double)class_weights[label] : 1.0;
-        loss -= weight * LogSoftmax(z, classes).of(z[label]);
+        const double weight = weight_of(class_weights, label);
+        const LogSoftmax log_softmax(z, classes);
+        loss -= (1 - smoothing) * weight * log_softmax.of(z[label]);
+        if (smoothing > 0) {
+            double spread = 0;
+            for (int k = 0; k < classes; ++k) spread += weight_of(class_weights, k) * log_softmax.of(z[k]);
+            loss -= smoothing / classes * spread;
+        }
         weights += weight;
         valid += 1;
     }
@@ -84,9 +105,13 @@ extern "C" __global__ void cross_entropy_backward(
     const double* __restrict__ sums,                       // (3)
     const storage_t* __restrict__ dloss,                   // (1)
     storage_t* __restrict__ dlogits,                       // (pixels, classes)
-    int64 pixels, int classes, int by_valid) {
+    int64 pixels, int classes, int by_valid, double smoothing) {
     const double normaliser = by_valid ? sums[2] : sums[1];
     const double scale = normaliser > 0 ? dloss[0] / normaliser : 0.0;
+    const double share = scale * smoothing / classes;  // of every class, where labels are smoothed
+    double all_weights = 0;
+    if (smoothing > 0)
+        for (int k = 0; k < classes; ++k) all_weights += weight_of(class_weights, k);
     FOR_EACH_INDEX(pixel, pixels) {
         const int label = labels[pixel];
         const storage_t* const z = logits + pixel * classes;
@@ -95,9 +120,13 @@ extern "C" __global__ void cross_entropy_backward(
             for (int k = 0; k < classes; ++k) dz[k] = 0;
             continue;
         }
-        const accumulate_t factor = scale * (class_weights ? (double)class_weights[label] : 1.0);
+        const accumulate_t factor = scale * (1 - smoothing) * weight_of(class_weights, label);
         const LogSoftmax log_softmax(z, classes);
-        for (int k = 0; k < classes; ++k)
-            dz[k] = factor * (exp(log_softmax.of(z[k])) - (k == label ? 1 : 0));
+        for (int k = 0; k < classes; ++k) {
+            const accumulate_t softmax = exp(log_softmax.of(z[k]));
+            accumulate_t gradient = factor * (softmax - (k == label ? 1 : 0));
+            if (smoothing > 0) gradient += share * (all_weights * softmax - weight_of(class_weights, k));
+            dz[k] = gradient;
+        }
     }
 }

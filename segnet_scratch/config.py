@@ -26,7 +26,9 @@ _LARGEST_INTEGER = 2**63 - 1  # TOML's integers are signed 64-bit
 # Each of the two says how long to train, so setting one takes the other back.
 _LENGTH = ("epochs", "steps")
 # These change neither the weights nor the order of the samples, so a resumed run may differ in them.
-_SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "workers"}
+_SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "validate_epochs", "patience", "workers", "cache"}
+
+MEDIAN_FREQUENCY = "median-frequency"
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,41 @@ def _scale_range() -> _Kind:
     return _Kind("[low, high], two finite numbers with 0 < low <= high", convert)
 
 
-def _weights() -> _Kind:
+def _short_side() -> _Kind:
+    def convert(value: Any) -> tuple[int, ...]:
+        sides = tuple(_to_integer(side, MINIMUM_SIZE) for side in _to_list(value))
+        if sides and (len(sides) != 2 or sides[0] > sides[1]):
+            raise ValueError
+        return sides
+
+    return _Kind(f"[] or [low, high], two integers with {MINIMUM_SIZE} <= low <= high", convert)
+
+
+def _lr_steps() -> _Kind:
     def convert(value: Any) -> tuple[float, ...]:
+        steps = tuple(_to_float(at, lambda number: number > 0) for at in _to_list(value))
+        # A number of steps has no fraction, and shares would be compared with steps if both stood in one list.
+        if list(steps) != sorted(set(steps)) or not (all(at < 1 for at in steps) or all(at == int(at) for at in steps)):
+            raise ValueError
+        return steps
+
+    return _Kind("a rising list, either of shares of the training below 1 or of whole steps", convert)
+
+
+def _weights() -> _Kind:
+    def convert(value: Any) -> str | tuple[float, ...]:
+        if value == MEDIAN_FREQUENCY:
+            return MEDIAN_FREQUENCY
         weights = tuple(_to_float(weight, lambda number: number >= 0) for weight in _to_list(value))
         if weights and not any(weights):
             raise ValueError
         return weights
 
-    return _Kind("a list of finite numbers of at least 0, not all of them 0", convert)
+    return _Kind(f'a list of finite numbers of at least 0, not all of them 0, or "{MEDIAN_FREQUENCY}"', convert)
+
+
+def _jitter() -> _Kind:
+    return _number("in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def _setting(default: Any, kind: _Kind, meaning: str) -> Any:
@@ -154,6 +183,12 @@ class Config:
         224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
     )
     batch: int = _setting(4, _integer(1), "images per step")
+    accumulate: int = _setting(
+        1,
+        _integer(1),
+        "parts in which a batch goes through the network, their gradients added up: less memory, the same step but for "
+        "batch norm, which sees one part at a time",
+    )
     epochs: int | None = _setting(
         None,
         _optional_integer(1),
@@ -174,29 +209,73 @@ class Config:
     )
     schedule: str = _setting(
         "constant",
-        _choice("constant", "poly"),
-        "learning rate over time: constant, or falling as (1 - t)^poly_power",
+        _choice("constant", "step", "poly"),
+        "learning rate over time: constant, times lr_gamma at each of lr_steps, or falling as (1 - t)^poly_power",
+    )
+    lr_steps: tuple[float, ...] = _setting(
+        (),
+        _lr_steps(),
+        'where the "step" schedule lowers the learning rate: steps, or below 1 shares of the training, as [0.6, 0.9]',
+    )
+    lr_gamma: float = _setting(
+        0.1, _number("in (0, 1)", lambda x: 0 < x < 1), 'factor of the "step" schedule at each of lr_steps'
     )
     poly_power: float = _setting(0.9, _number("above 0", lambda x: x > 0), 'exponent of the "poly" schedule')
     warmup: int = _setting(0, _integer(0), "steps over which the learning rate rises to lr at the start")
+    clip_norm: float = _setting(
+        0.0,
+        _number("of at least 0", lambda x: x >= 0),
+        "largest Euclidean norm of all gradients together, longer ones are scaled down to it; 0: no limit",
+    )
     loss_normalisation: str = _setting(
         "weights",
         _choice("weights", "valid"),
         "divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the authors)",
     )
-    class_weights: tuple[float, ...] = _setting(
-        (), _weights(), "loss weight of each class, one number a class; empty: all 1"
+    class_weights: str | tuple[float, ...] = _setting(
+        (),
+        _weights(),
+        f'loss weight of each class, one number a class; empty: all 1; "{MEDIAN_FREQUENCY}": from the training masks, '
+        "rare classes weigh more",
+    )
+    label_smoothing: float = _setting(
+        0.0, _number("in [0, 1)", lambda x: 0 <= x < 1), "share of each label that is spread over all classes"
     )
     scale: tuple[float, float] = _setting(
         (1.0, 1.25), _scale_range(), "range of the random scale of a training image, [low, high]"
     )
+    short_side: tuple[int, ...] = _setting(
+        (),
+        _short_side(),
+        "in place of scale: range of the random length in pixels of an image's shorter side, [low, high], its aspect "
+        "kept; size is then cut out of it",
+    )
     flip: bool = _setting(True, _boolean(), "mirror half of the training images at random")
+    brightness: float = _setting(
+        0.0, _jitter(), "largest random change of brightness, as a share: 0.2 is 80 % to 120 %"
+    )
+    contrast: float = _setting(0.0, _jitter(), "largest random change of contrast, as a share")
+    saturation: float = _setting(0.0, _jitter(), "largest random change of colour saturation, as a share")
+    hue: float = _setting(
+        0.0,
+        _number("in [0, 0.5]", lambda x: 0 <= x <= 0.5),
+        "largest random turn of the hue, as a share of the colour circle",
+    )
     seed: int = _setting(0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout")
     workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
+    cache: str = _setting(
+        "none",
+        _choice("none", "memory", "disk"),
+        "where decoded samples are kept for the next epoch: nowhere, in memory, or on disk for later runs, too",
+    )
     checkpoint_every: int = _setting(
         500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
     )
-    validate_every: int = _setting(0, _integer(0), "steps between validations; 0: once an epoch")
+    validate_every: int = _setting(0, _integer(0), "steps between validations; 0: every validate_epochs epochs")
+    validate_epochs: int = _setting(1, _integer(1), "epochs between validations, where validate_every is 0")
+    patience: int = _setting(
+        0, _integer(0), "validations without a better mIoU after which training ends early; 0: never"
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -216,6 +295,13 @@ class Config:
             raise ConfigError(
                 f"epochs and steps: expected one of the two, got epochs = {self.epochs} and "
                 f"steps = {self.steps}; remove one."
+            )
+        if self.schedule == "step" and not self.lr_steps:
+            raise ConfigError('schedule = "step": expected lr_steps, got none; add for example lr_steps = [0.6, 0.9].')
+        if self.accumulate > self.batch:
+            raise ConfigError(
+                f"accumulate: expected at most the batch, got {self.accumulate} parts of {self.batch} images; "
+                f"correct it, for example accumulate = {self.batch}."
             )
 
     @property
@@ -277,10 +363,11 @@ def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def check_resume(old: Config, new: Config) -> None:
     """Raise ConfigError unless a run started with `old` may go on with `new` as if it had never stopped.
 
-    Legal changes are how often to save and validate, the number of workers and the length of training. With
-    the "poly" schedule the length sets the learning rate of every step, so there it may not change.
+    Legal changes are how often to save and validate, when to give up, the number of workers and the length of
+    training. Where the schedule depends on the length ("poly", "step" at shares of it), the length may not change.
     """
-    safe = _SAFE_ON_RESUME if "poly" in (old.schedule, new.schedule) else _SAFE_ON_RESUME.union(_LENGTH)
+    bound = any(c.schedule == "poly" or (c.schedule == "step" and c.lr_steps[0] < 1) for c in (old, new))
+    safe = _SAFE_ON_RESUME if bound else _SAFE_ON_RESUME.union(_LENGTH)
     changed = {key: values for key, values in difference(old, new).items() if key not in safe}
     if changed:
         listing = ", ".join(f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items())

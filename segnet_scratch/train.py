@@ -10,14 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.checkpoint import sweep_temporaries, write_durably
-from segnet_scratch.config import Config, check_resume, load_config
-from segnet_scratch.data import Batch, Loader, TrainTransform, VOCDataset
+from segnet_scratch.config import MEDIAN_FREQUENCY, Config, check_resume, load_config
+from segnet_scratch.data import (
+    VOID,
+    Batch,
+    ColourJitter,
+    Loader,
+    TrainTransform,
+    VOCDataset,
+    class_statistics,
+    open_dataset,
+)
+from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
@@ -106,16 +116,18 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder = config, RunFolder(Path(out))
-        self.train_set, self.val_set = VOCDataset(data, "train"), VOCDataset(data, "val")
+        self.train_set, self.val_set = (
+            open_dataset(data, split, cast(CacheMode, config.cache)) for split in ("train", "val")
+        )
         classes = self.train_set.classes
-        self._class_weights = np.array(config.class_weights, np.float32) if config.class_weights else None
-        if self._class_weights is not None and len(self._class_weights) != classes:
+        weighted = config.class_weights and config.class_weights != MEDIAN_FREQUENCY
+        if weighted and len(config.class_weights) != classes:
             raise ConfigError(
-                f"class_weights: {len(self._class_weights)} numbers for {classes} classes; give one for each class"
+                f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
             )
         self.loader = Loader(
             self.train_set,
-            TrainTransform(config.image_size, config.scale, config.flip),
+            _transform(config),
             config.batch,
             seed=config.seed,
             drop_last=len(self.train_set) >= config.batch,
@@ -129,37 +141,50 @@ class Trainer:
             seed=config.seed,
             dtype=config.dtype,
         )
-        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr)
+        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr, config.clip_norm)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self.best_miou: float | None = None
+        self.class_weights: list[float] = []  # as numbers, whatever the settings say; empty: all 1
+        self._validations_since_best = 0
         self._validation_due = False  # a stop request came before the validation of this step was done
         self._stop = threading.Event()
         self.initialised = "He initialisation"
         resumed = resume and self.folder.last.exists()
         if resumed:
             self._load()
-        elif init is not None:
-            self.initialised = initialise(self.model, init)
+        else:
+            self.class_weights = _class_weights(config, self.train_set)
+            if init is not None:
+                self.initialised = initialise(self.model, init)
+        self._loss_weights = np.array(self.class_weights, np.float32) if self.class_weights else None
         self.folder.path.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(self.folder.path)
         self.log.truncate_after(self.step)
         write_durably(self.folder.config, [config.to_toml().encode()])
 
     def run(self, listener: Listener | None = None) -> bool:
-        """Trains to the last step; True when it is reached, False when a signal (Ctrl-C) ended it after saving."""
+        """Trains to the end; True when it is reached, False when a signal (Ctrl-C) ended it after saving.
+
+        The end is the last step, or the validation at which `patience` is exhausted.
+        """
         listener = listener or Listener()
         with _stop_requests() as self._stop:
             listener.started(self)
             try:
                 if self._validation_due:
                     self._validate_and_save(listener)
-                while self.step < self.total_steps:
+                while self.step < self.total_steps and not self.gave_up:
                     self._train_epoch(listener)
             except _Stopped:
                 self.save()
                 return False
         return True
+
+    @property
+    def gave_up(self) -> bool:
+        """Has the validation mIoU not risen for as many validations as `patience` allows?"""
+        return 0 < self.config.patience <= self._validations_since_best
 
     def _train_epoch(self, listener: Listener) -> None:
         """The rest of the epoch that the next step belongs to."""
@@ -169,7 +194,7 @@ class Trainer:
             for batch in batches:
                 self._train_step(batch, listener)
                 self._after_step(listener)
-                if self.step == self.total_steps:
+                if self.step == self.total_steps or self.gave_up:
                     break
                 self._heed_stop()
         except DeviceMemoryError as error:
@@ -190,10 +215,10 @@ class Trainer:
 
     def _smaller(self) -> str:
         """What to try where memory does not suffice."""
-        batch, (height, width) = self.config.batch, self.config.image_size
+        batch, parts, (height, width) = self.config.batch, self.config.accumulate, self.config.image_size
         tried = f"a batch of {batch} at {height}x{width} is too large here"
-        if batch > 1:
-            return f"{tried}: try --set batch={batch // 2}"
+        if batch > parts:
+            return f"{tried}: try --set batch={batch // 2}, or --set accumulate={min(2 * parts, batch)}"
         return f"{tried}: try a smaller size or width, such as --set width={self.config.width / 2:g}"
 
     def _heed_stop(self) -> None:
@@ -204,18 +229,53 @@ class Trainer:
         config, model = self.config, self.model
         model.train()
         model.zero_grad()
-        model.set_random_state(config.seed, self.step)
-        logits = model(batch.images)
-        loss = cross_entropy(logits, batch.labels, self._class_weights, config.loss_normalisation)
-        loss.backward()
-        value = loss.item()
+        value = self._gradients(batch)
+        # One element of a gradient that is not finite makes the norm so.
+        norm = float(model.device.download(self.optimiser.measure())[0])
         if not math.isfinite(value):
             raise TrainingError(self._not_finite(value, batch))
-        lr = learning_rate(self.step, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup)
+        if not math.isfinite(norm):
+            raise TrainingError(f"the norm of the gradients is {norm}: {self._not_finite(value, batch)}")
+        lr = learning_rate(
+            *(self.step, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup),
+            *(config.lr_steps, config.lr_gamma),
+        )
         self.optimiser.step(lr)
         self.step += 1
         self.log.append({"step": self.step, "loss": value, "lr": lr})
         listener.stepped(self, value, lr)
+
+    def _gradients(self, batch: Batch) -> float:
+        """Gives every parameter the gradient of the batch's loss, which is returned; in `accumulate` parts, one by one.
+
+        The loss of a batch is the mean of its parts' losses, each weighed by its share of the normaliser.
+        """
+        config, model = self.config, self.model
+        losses = []
+        for part, (images, share) in enumerate(self._parts(batch)):
+            model.set_random_state(config.seed, self.step * config.accumulate + part)  # dropout masks of its own
+            loss = cross_entropy(
+                *(model(batch.images[images]), batch.labels[images], self._loss_weights),
+                *(config.loss_normalisation, config.label_smoothing),
+            )
+            loss.backward(model.device.constant(np.array([share], loss.dtype)))
+            losses.append((share, loss))
+        return math.fsum(share * loss.item() for share, loss in losses)
+
+    def _parts(self, batch: Batch) -> list[tuple[slice, float]]:
+        """(images, share of the loss's normaliser) of each part of the batch."""
+        if self.config.accumulate == 1:
+            return [(slice(None), 1.0)]
+        count = len(batch.ids)
+        parts = min(self.config.accumulate, count)
+        cuts = [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
+        of_classes = np.ones(self.model.classes)
+        if self._loss_weights is not None and self.config.loss_normalisation == "weights":
+            of_classes = self._loss_weights.astype(np.float64)
+        labels = self.model.device.download(batch.labels)
+        weighs = [float(of_classes[part[part != VOID]].sum()) for part in (labels[cut] for cut in cuts)]
+        whole = sum(weighs) or 1.0  # where all is void, loss and gradients are 0 whatever they are multiplied by
+        return [(cut, weight / whole) for cut, weight in zip(cuts, weighs, strict=True)]
 
     def _not_finite(self, loss: float, batch: Batch) -> str:
         kept = (
@@ -229,7 +289,7 @@ class Trainer:
 
     def _after_step(self, listener: Listener) -> None:
         config = self.config
-        every = config.validate_every or self.loader.batches_per_epoch
+        every = config.validate_every or config.validate_epochs * self.loader.batches_per_epoch
         finished = self.step == self.total_steps
         if finished or self.step % every == 0:
             self._validation_due = True
@@ -253,7 +313,9 @@ class Trainer:
         evaluation = evaluate(self.model, self.val_set, config.image_size, config.batch, config.workers, advance)
         miou = evaluation.scores.miou
         self.log.append({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
+        self._validations_since_best += 1
         if miou > (-1.0 if self.best_miou is None else self.best_miou):  # NaN, where all is void, is never the best
+            self._validations_since_best = 0
             self.best_miou = miou
             weights.save(self.folder.best, self.model, self._metadata())
         listener.validated(self, evaluation)
@@ -270,6 +332,8 @@ class Trainer:
             "classes": list(self.train_set.names),
             "size": list(self.config.image_size),
             "train_split": _fingerprint(self.train_set),
+            "class_weights": self.class_weights,
+            "validations_since_best": self._validations_since_best,
         }
 
     def _load(self) -> None:
@@ -286,6 +350,8 @@ class Trainer:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder.last}: {error}") from error
         self.step, self.best_miou = metadata["step"], metadata["miou"]
+        self.class_weights = metadata["class_weights"]
+        self._validations_since_best = metadata["validations_since_best"]
         self._validation_due = metadata["validation_due"]
         self.initialised = f"resumed from {self.folder.last}"
 
@@ -319,6 +385,20 @@ def _fingerprint(dataset: VOCDataset) -> str:
     """The number and the ids of a split's images, so that a resumed run notices another split."""
     digest = hashlib.sha256("\n".join(dataset.ids).encode()).hexdigest()
     return f"{len(dataset)} images with ids of SHA-256 {digest[:12]}"
+
+
+def _transform(config: Config) -> TrainTransform:
+    """How training samples are cut out and coloured."""
+    jitter = ColourJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    side = (config.short_side[0], config.short_side[1]) if config.short_side else None
+    return TrainTransform(config.image_size, config.scale, config.flip, side, jitter)
+
+
+def _class_weights(config: Config, train_set: VOCDataset) -> list[float]:
+    """The weights that the settings ask for, counted in the training masks where they are asked for by name."""
+    if config.class_weights == MEDIAN_FREQUENCY:
+        return [float(weight) for weight in class_statistics(train_set, config.workers).weights]
+    return [float(weight) for weight in config.class_weights]
 
 
 class _Stopped(Exception):

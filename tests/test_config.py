@@ -15,6 +15,7 @@ LEGAL = {
     "dtype": ('"float64"', "float64"),
     "size": ("[96, 128]", (96, 128)),
     "batch": ("12", 12),
+    "accumulate": ("2", 2),
     "epochs": ("7", 7),
     "steps": ("40000", 40000),
     "lr": ("1e-1", 0.1),
@@ -22,16 +23,28 @@ LEGAL = {
     "decay": ("0.0", 0.0),
     "bias_lr": ("2", 2.0),
     "schedule": ('"poly"', "poly"),
+    "lr_steps": ("[0.6, 0.9]", (0.6, 0.9)),
+    "lr_gamma": ("0.5", 0.5),
     "poly_power": ("1", 1.0),
     "warmup": ("100", 100),
+    "clip_norm": ("1", 1.0),
     "loss_normalisation": ('"valid"', "valid"),
     "class_weights": ("[0.5, 1, 2.25]", (0.5, 1.0, 2.25)),
+    "label_smoothing": ("0.1", 0.1),
     "scale": ("[0.5, 2]", (0.5, 2.0)),
+    "short_side": ("[48, 64]", (48, 64)),
     "flip": ("false", False),
+    "brightness": ("0.25", 0.25),
+    "contrast": ("0.25", 0.25),
+    "saturation": ("0.25", 0.25),
+    "hue": ("0.25", 0.25),
     "seed": ("9223372036854775807", 2**63 - 1),
     "workers": ("0", 0),
+    "cache": ('"memory"', "memory"),
     "checkpoint_every": ("0", 0),
     "validate_every": ("250", 250),
+    "validate_epochs": ("5", 5),
+    "patience": ("3", 3),
 }
 
 # Values of the wrong type, out of range, or not finite.
@@ -43,6 +56,7 @@ REFUSED = {
     "dtype": ["float16", 64, "double"],
     "size": [31, 0, -224, 224.0, True, [64], [64, 64, 3], [64, 31], [64, True], "64x64", []],
     "batch": [0, 1.0, True, "4", 2**63],
+    "accumulate": [0, 5, 1.0, True],
     "epochs": [0, -1, 1.5, False],
     "steps": [0, 1e3, "1000"],
     "lr": [0, -1e-3, "fast", float("nan"), float("-inf"), True, [0.1]],
@@ -50,16 +64,28 @@ REFUSED = {
     "decay": [-5e-4, float("inf"), None],
     "bias_lr": [-1, "2"],
     "schedule": ["cosine", 0],
+    "lr_steps": [0.5, [0], [0.9, 0.6], [0.5, 0.5], [0.5, 2], [1.5], [float("nan")], [True], "half"],
+    "lr_gamma": [0, 1, -0.1],
     "poly_power": [0, -0.9],
     "warmup": [-1, 0.5],
+    "clip_norm": [-1, float("inf"), True],
     "loss_normalisation": ["pixels", True],
     "class_weights": [1.0, [-1.0], ["a"], [float("nan")], [True], [0, 0], "balanced"],
+    "label_smoothing": [1, -0.1, "some"],
     "scale": [1.0, [1.0], [0, 1], [1.25, 1.0], [1, float("inf")], [1, 1, 1], [True, True]],
+    "short_side": [48, [48], [64, 48], [31, 64], [48, 64.0], [48, 64, 80]],
     "flip": [1, 0, "true"],
+    "brightness": [-0.1, 1.1, True],
+    "contrast": [-0.1, 1.1, True],
+    "saturation": [-0.1, 1.1, True],
+    "hue": [-0.1, 0.6, True],
     "seed": [-1, 1.0, 2**63],
     "workers": [-1, "all"],
+    "cache": ["ram", True],
     "checkpoint_every": [-1, 0.5],
     "validate_every": [-1, True],
+    "validate_epochs": [0, 1.5],
+    "patience": [-1, 0.5],
 }
 
 KEYS = [setting.name for setting in dataclasses.fields(Config)]
@@ -112,6 +138,16 @@ class TestValues:
                 Config(**{key: value})
             assert str(raised.value).startswith(f"{key}: expected ")
             assert f"got {value!r}" in str(raised.value)
+
+    def test_the_step_schedule_needs_its_steps(self):
+        with pytest.raises(ConfigError, match=r"lr_steps = \[0\.6, 0\.9\]"):
+            Config(schedule="step")
+        assert Config(schedule="step", lr_steps=[10, 20]).lr_steps == (10.0, 20.0)
+
+    def test_class_weights_by_name(self):
+        config = load_config(None, ["class_weights=median-frequency"])
+        assert config.class_weights == "median-frequency"
+        assert 'class_weights = "median-frequency"' in config.to_toml()
 
     def test_the_example_of_an_error_is_legal(self):
         for key in KEYS:
@@ -243,7 +279,7 @@ class TestToml:
 
 
 class TestResume:
-    SAFE = ("epochs", "steps", "checkpoint_every", "validate_every", "workers")
+    SAFE = ("epochs", "steps", "workers", "cache", "checkpoint_every", "validate_every", "validate_epochs", "patience")
 
     def test_the_same_settings(self):
         check_resume(Config(size=64), Config(size=(64, 64)))
@@ -270,6 +306,15 @@ class TestResume:
                 check_resume(old, new)
         else:
             check_resume(old, new)
+
+    def test_steps_at_shares_bind_the_length_and_steps_that_are_counted_do_not(self):
+        for lr_steps, bound in (([0.5], True), ([20], False)):
+            old, new = (Config(schedule="step", lr_steps=lr_steps, epochs=epochs) for epochs in (10, 20))
+            if bound:
+                with pytest.raises(ConfigError, match="epochs \\(was 10, now 20\\)"):
+                    check_resume(old, new)
+            else:
+                check_resume(old, new)
 
     def test_every_changed_key_is_named(self):
         with pytest.raises(ConfigError, match=r"batch \(was 4, now 2\), lr \(was 0\.001, now 0\.1\)"):

@@ -25,6 +25,7 @@ from segnet_scratch.ops.confusion import ConfusionAccumulate
 from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.cross_entropy import CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.dropout import DropoutForward, philox
+from segnet_scratch.ops.gradient_norm import GradientNorm
 from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
@@ -320,13 +321,17 @@ class TestReferencesAgainstTorch:
 
     @pytest.mark.parametrize("normalisation", ["weights", "valid"])
     @pytest.mark.parametrize("weighted", [True, False])
-    def test_cross_entropy(self, torch, normalisation, weighted):
+    @pytest.mark.parametrize("smoothing", [0.0, 0.2])
+    def test_cross_entropy(self, torch, normalisation, weighted, smoothing):
         rng = np.random.default_rng(2)
         logits, labels = 5 * rng.standard_normal((50, 7)), rng.integers(0, 7, 50).astype(np.uint8)
         labels[::5] = 255
         weights = rng.uniform(0.1, 3, 7) if weighted else None
         b = self.run(
-            CrossEntropyForward(spec_of(logits), normalisation), logits=logits, labels=labels, class_weights=weights
+            CrossEntropyForward(spec_of(logits), normalisation, smoothing),
+            logits=logits,
+            labels=labels,
+            class_weights=weights,
         )
         zt = torch.tensor(logits, requires_grad=True)
         loss = torch.nn.functional.cross_entropy(
@@ -335,13 +340,14 @@ class TestReferencesAgainstTorch:
             None if weights is None else torch.tensor(weights),
             ignore_index=255,
             reduction="mean" if normalisation == "weights" else "sum",
+            label_smoothing=smoothing,
         )
         if normalisation == "valid":
             loss = loss / 40
         loss.backward()
         np.testing.assert_allclose(b.loss[0], loss.item(), rtol=1e-12)
         back = self.run(
-            CrossEntropyBackward(spec_of(logits), normalisation),
+            CrossEntropyBackward(spec_of(logits), normalisation, smoothing),
             logits=logits,
             labels=labels,
             class_weights=weights,
@@ -369,7 +375,7 @@ class TestReferencesAgainstTorch:
             wt.grad = torch.tensor(g)
             optimiser.step()
             other = {f"{kind}{i}": np.zeros(1) for kind in "wgm" for i in (1, 2)}
-            self.run(SgdOp((9, 1, 1), F64), w0=w, g0=g, m0=m, lr=np.array([0.1]), **other)
+            self.run(SgdOp((9, 1, 1), F64), w0=w, g0=g, m0=m, lr=np.array([0.1]), scale=np.ones(1), **other)
         np.testing.assert_allclose(w, wt.detach().numpy(), rtol=1e-12)
 
     def test_philox_known_answers(self):
@@ -623,6 +629,7 @@ def plans_that_are_refused():
         ("loss: dimensions", lambda: CrossEntropyForward(x), ShapeError, "expected (pixels, classes)"),
         ("loss: classes", lambda: CrossEntropyForward(spec((3, 256), F32)), ShapeError, "at most 255"),
         ("loss: normalisation", lambda: CrossEntropyBackward(spec((3, 2), F32), "sum"), ShapeError, "'sum'"),
+        ("loss: smoothing", lambda: CrossEntropyForward(spec((3, 2), F32), smoothing=1.0), ShapeError, "smoothing 1.0"),
         ("argmax: dimensions", lambda: ArgmaxForward(spec((4,), F32)), ShapeError, "expected (..., classes)"),
         ("argmax: classes", lambda: ArgmaxForward(spec((4, 257), F32)), ShapeError, "at most 256"),
         ("confusion: classes", lambda: ConfusionAccumulate(5, 256), ShapeError, "256 classes"),
@@ -688,8 +695,8 @@ class TestRefused:
         w, m = (home.zeros((4, 3), F32) for _ in range(2))
         common = {"rates": [1.0], "decays": [0.0], "momentum": 0.9}
         step = SgdStep(home, [w], [m], **common)
-        lr = home.upload(np.array([0.1]))
-        step([home.zeros((4, 3), F32)], lr)
+        lr, one = (home.upload(np.array([number])) for number in (0.1, 1.0))
+        step([home.zeros((4, 3), F32)], lr, one)
         refused = [
             (lambda: SgdStep(home, [], [], rates=[], decays=[], momentum=0.9), ShapeError, "no parameters"),
             (lambda: SgdStep(home, [w], [], **common), ShapeError, "0 arrays of momentum for 1"),
@@ -699,13 +706,57 @@ class TestRefused:
             (lambda: SgdStep(home, [w.T], [m.T], **common), ShapeError, "contiguous"),
             (lambda: SgdStep(home, [w[:0]], [m[:0]], **common), ShapeError, "not empty"),
             (lambda: SgdStep(home, [w], [m.tolist()], **common), DTypeError, "momentum 0 is a list, no array of"),
-            (lambda: step([home.zeros((4, 2), F32)], lr), ShapeError, "gradient 0 has shape (4, 2)"),
-            (lambda: step([home.zeros((4, 3), F64)], lr), DTypeError, "gradient 0 has element type float64"),
-            (lambda: step([], lr), ShapeError, "0 arrays of gradient"),
-            (lambda: step([home.zeros((4, 3), F32)], lr.astype(F32)), DTypeError, "lr has element type float32"),
-            (lambda: step([home.zeros((4, 3), F32)], home.zeros((2,), F64)), ShapeError, "lr has shape (2,)"),
+            (lambda: step([home.zeros((4, 2), F32)], lr, one), ShapeError, "gradient 0 has shape (4, 2)"),
+            (lambda: step([home.zeros((4, 3), F64)], lr, one), DTypeError, "gradient 0 has element type float64"),
+            (lambda: step([], lr, one), ShapeError, "0 arrays of gradient"),
+            (lambda: step([home.zeros((4, 3), F32)], lr.astype(F32), one), DTypeError, "lr has element type float32"),
+            (lambda: step([home.zeros((4, 3), F32)], home.zeros((2,), F64), one), ShapeError, "lr has shape (2,)"),
+            (
+                lambda: step([home.zeros((4, 3), F32)], lr, one.astype(F32)),
+                DTypeError,
+                "scale has element type float32",
+            ),
         ]
         for call, error, message in refused:
             with pytest.raises(error) as raised:
                 call()
             assert message in str(raised.value)
+
+    @each_device
+    def test_gradient_norm(self, device):
+        home = get_device(device)
+        gradients = [home.zeros((4, 3), F32), home.zeros((5,), F32)]
+        sizes = {"squares": 2, "norm": 1, "scale": 1, "partials": 2}
+        outputs = {name: home.zeros((size,), F64) for name, size in sizes.items()}
+        norm = GradientNorm(home, gradients, 1.0, **outputs)
+        norm(gradients)
+        refused = [
+            (lambda: GradientNorm(home, [], 1.0, **outputs), ShapeError, "no parameters"),
+            (lambda: GradientNorm(home, gradients, 0.0, **outputs), ShapeError, "the largest norm is 0.0"),
+            (lambda: GradientNorm(home, gradients, np.nan, **outputs), ShapeError, "the largest norm is nan"),
+            (lambda: norm(gradients[:1]), ShapeError, "1 arrays of gradient for 2"),
+            (lambda: norm([g.astype(F64) for g in gradients]), DTypeError, "gradient 0 has element type float64"),
+        ]
+        for name, size in sizes.items():
+            wrong = outputs | {name: home.zeros((size + 1,), F64)}
+            refused.append((lambda w=wrong: GradientNorm(home, gradients, 1.0, **w), ShapeError, f"{name} has shape"))
+            wrong = outputs | {name: home.zeros((size,), F32)}
+            refused.append((lambda w=wrong: GradientNorm(home, gradients, 1.0, **w), DTypeError, f"{name} has element"))
+        for call, error, message in refused:
+            with pytest.raises(error) as raised:
+                call()
+            assert message in str(raised.value)
+
+    @each_device
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_gradient_norm_shows_any_element_that_is_not_finite(self, device, value):
+        home = get_device(device)
+        shapes = [(3,), (2, 20000), (1,)]
+        sizes = {"squares": 3, "norm": 1, "scale": 1, "partials": 5}
+        outputs = {name: home.zeros((size,), F64) for name, size in sizes.items()}
+        for index in range(3):
+            gradients = [np.ones(shape, F32) for shape in shapes]
+            gradients[index].reshape(-1)[-1] = value
+            GradientNorm(home, gradients, 1.0, **outputs)([home.upload(g) for g in gradients])
+            assert not np.isfinite(outputs["norm"]).any()
+            assert [not np.isfinite(square) for square in outputs["squares"]] == [i == index for i in range(3)]

@@ -45,7 +45,7 @@ def test_it_is_what_the_transform_does(device, size, scale):
     transform, pairs, compared = TrainTransform(size, scale), samples(), []
     for epoch in range(3):
         rngs = [[sample_rng(5, epoch, index) for index in range(len(pairs))] for _ in range(2)]
-        views = [transform.view(rng) for rng in rngs[0]]
+        views = [transform.view(rng, mask.shape) for rng, (_, mask) in zip(rngs[0], pairs, strict=True)]
         images, labels = made(device, pairs, views, size)
         for i, rng in enumerate(rngs[1]):
             image, mask = transform(*pairs[i], rng)

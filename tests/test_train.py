@@ -17,7 +17,7 @@ from PIL import Image
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config, load_config
-from segnet_scratch.data import VOCDataset
+from segnet_scratch.data import VOCDataset, class_statistics
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.metrics import MetricsLog, scores
@@ -443,6 +443,138 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(sample, tmp_path
 def test_a_learning_rate_that_is_too_large_says_so(sample, tmp_path):
     with pytest.raises(TrainingError, match=r"step 2 .*there is no checkpoint; train with a smaller lr than 1e\+30"):
         train(sample, tmp_path, steps=9, lr=1e30)
+
+
+# What a step is made of
+
+
+def test_a_batch_in_parts_makes_the_step_of_the_whole(sample, tmp_path):
+    """With running statistics in batch norm, which alone sees the parts; double, so that only rounding differs."""
+    found = {}
+    for normalisation in ("weights", "valid"):
+        for parts in (1, 2, 3):
+            settings = {"class_weights": [1, 2, 3, 0.5, 4, 0.1], "label_smoothing": 0.1, "dtype": "float64"}
+            trainer = start(
+                *(sample, tmp_path / f"{normalisation}{parts}"),
+                **settings | {"batch": 4, "accumulate": parts, "loss_normalisation": normalisation},
+            )
+            batch = next(iter(trainer.loader.epoch(0)))
+            batch.labels[0, :20] = 255  # so that the shares are not those of the images
+            model = trainer.model.eval()
+            shares = [share for _, share in trainer._parts(batch)]
+            assert len(set(shares)) == len(shares) == parts
+            images, labels = batch.images.astype(np.float64), batch.labels
+            loss = trainer._gradients(replace(batch, images=images, labels=labels))
+            found[normalisation, parts] = [loss, *(p.grad for p in model.parameters())]
+    for (normalisation, _), values in found.items():
+        for got, whole in zip(values, found[normalisation, 1], strict=True):
+            np.testing.assert_allclose(got, whole, rtol=1e-9, atol=1e-12)
+    assert found["weights", 1][0] != found["valid", 1][0]
+
+
+def test_the_parts_of_a_step_have_dropout_masks_of_their_own(sample, tmp_path, monkeypatch):
+    states = []
+    trainer = start(sample, tmp_path, steps=2, model="segnet", dropout=True, accumulate=2, validate_every=9)
+    monkeypatch.setattr(trainer.model, "set_random_state", lambda *state: states.append(state))
+    trainer.run()
+    assert states == [(0, k) for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_norm": 0.01},
+        {"label_smoothing": 0.2},
+        {"class_weights": "median-frequency"},
+        {"accumulate": 2},
+        {"schedule": "step", "lr_steps": [1]},
+        {"short_side": [40, 48]},
+        *({name: 0.5} for name in ("brightness", "contrast", "saturation", "hue")),
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_setting_changes_the_run(sample, tmp_path, settings):
+    for name, given in (("default", {}), ("changed", settings)):
+        train(sample, tmp_path / name, steps=2, validate_every=2, **given)
+    first, second = (weights.read(tmp_path / name / "last.safetensors")[0] for name in ("default", "changed"))
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+def test_the_rates_of_the_step_schedule(sample, tmp_path):
+    train(sample, tmp_path, steps=4, schedule="step", lr_steps=[0.5, 0.75], lr_gamma=0.5, warmup=1, validate_every=4)
+    assert [row["lr"] for row in rows(tmp_path) if "lr" in row] == [0.025, 0.05, 0.025, 0.0125]
+
+
+def test_median_frequency_weights_are_counted_and_kept(sample, tmp_path, monkeypatch):
+    trainer, _ = train(sample, tmp_path, steps=1, class_weights="median-frequency")
+    expected = class_statistics(VOCDataset(sample, "train")).weights
+    assert trainer.class_weights == expected.tolist()
+    assert weights.read(tmp_path / "last.safetensors")[2]["class_weights"] == expected.tolist()
+    train(sample, tmp_path / "numbers", steps=1, class_weights=expected.tolist())
+    assert losses(tmp_path) == losses(tmp_path / "numbers")
+    monkeypatch.setattr("segnet_scratch.train.class_statistics", crash)  # a resumed run does not count again
+    assert start(sample, tmp_path, steps=2, resume=True, class_weights="median-frequency").class_weights == list(
+        expected
+    )
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_cache_changes_nothing(sample, tmp_path, cache):
+    data = shutil.copytree(sample, tmp_path / "data")
+    for name, mode in (("a", "none"), ("b", cache)):
+        trainer, _ = train(data, tmp_path / name, steps=6, cache=mode)
+    assert type(trainer.train_set) is not VOCDataset
+    assert type(trainer.val_set) is not VOCDataset
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_gradients_that_are_not_finite_stop_before_the_step(sample, tmp_path, monkeypatch):
+    trainer = start(sample, tmp_path, steps=2)
+    before = trainer.model.state_dict()["classifier.weight"].copy()
+    gradients = trainer._gradients
+
+    def poisoned(batch):
+        loss = gradients(batch)
+        trainer.model.named_parameters()["classifier.bias"].grad[0] = np.inf
+        return loss
+
+    monkeypatch.setattr(trainer, "_gradients", poisoned)
+    with pytest.raises(TrainingError, match=r"norm of the gradients is inf: .*step 1"):
+        trainer.run()
+    np.testing.assert_array_equal(trainer.model.state_dict()["classifier.weight"], before)
+
+
+# Giving up
+
+
+def judge_as(monkeypatch, *mious):
+    """Validations with these mIoUs in turn."""
+    left = iter(mious)
+
+    def judged(*arguments):
+        return Evaluation(replace(scores(np.eye(6, dtype=int)), miou=next(left)), 1.0, 4, ("",) * 6)
+
+    monkeypatch.setattr("segnet_scratch.train.evaluate", judged)
+
+
+def test_patience_ends_a_run_and_a_larger_one_goes_on(sample, tmp_path, monkeypatch):
+    settings = {"steps": 8, "validate_every": 1}
+    judge_as(monkeypatch, 0.2, 0.5, 0.4, 0.3, 0.9)
+    trainer, finished = train(sample, tmp_path, patience=2, **settings)
+    assert finished
+    assert trainer.gave_up
+    assert trainer.step == 4
+    again, _ = train(sample, tmp_path, patience=2, resume=True, **settings)
+    assert again.step == 4  # as if it had never stopped
+    judge_as(monkeypatch, 0.3, 0.9, 0.8, 0.7)
+    more, _ = train(sample, tmp_path, patience=4, resume=True, **settings)
+    assert more.step == 8
+    assert not more.gave_up
+
+
+def test_validations_may_be_some_epochs_apart(sample, tmp_path):
+    train(sample, tmp_path, epochs=3, validate_epochs=2)
+    assert [row["step"] for row in rows(tmp_path) if "miou" in row] == [8, 12]
 
 
 # Processes

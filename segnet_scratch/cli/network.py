@@ -71,6 +71,8 @@ def train(
         say(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume")
         raise typer.Exit(130)
     best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
+    if trainer.gave_up:
+        say(f"ended early: no better mIoU in {resolved.patience} validations (patience)")
     say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
 
 

@@ -14,12 +14,13 @@ _VOID = 255
 
 
 def cross_entropy_forward(
-    logits: np.ndarray, labels: np.ndarray, class_weights: np.ndarray | None, sums: np.ndarray
+    logits: np.ndarray, labels: np.ndarray, class_weights: np.ndarray | None, smoothing: float, sums: np.ndarray
 ) -> None:
     """Writes sums (3,), float64: sum of weight * loss, sum of weights, number of pixels that count.
 
     loss = log(sum exp(logits)) - logits[label], for logits (P, K) and labels (P,), uint8. A pixel's weight is
-    that of its label in class_weights (K,), or 1 where that is None.
+    that of its label in class_weights (K,), or 1 where that is None. With label smoothing a share of weight * loss
+    is that of every class (`ops/cross_entropy.py`).
     """
     step = _chunk_pixels(logits)
     weights = _weights(logits, class_weights)
@@ -30,10 +31,15 @@ def cross_entropy_forward(
         counting = np.flatnonzero(labels[part] != _VOID)
         label = labels[part][counting]
         label_logits = shifted[label, counting]
+        weighted_logits = (weights @ shifted)[counting] if smoothing else None
         np.exp(shifted, out=shifted)
-        loss = np.log(shifted.sum(axis=0)[counting]) - label_logits
+        log_sum = np.log(shifted.sum(axis=0)[counting])
         weight = weights[label].astype(np.float64)
-        parts[part.start // step] = weight @ loss, weight.sum(), len(counting)
+        total = weight @ (log_sum - label_logits)
+        if weighted_logits is not None:
+            every = (weights.sum() * log_sum - weighted_logits).sum(dtype=np.float64) / len(weights)
+            total = (1 - smoothing) * total + smoothing * every
+        parts[part.start // step] = total, weight.sum(), len(counting)
 
     parallel_slices(len(logits), step, body)
     sums[...] = parts.sum(axis=0)
@@ -43,11 +49,17 @@ def cross_entropy_backward(
     logits: np.ndarray,
     labels: np.ndarray,
     class_weights: np.ndarray | None,
+    smoothing: float,
     scale: float,
     dlogits: np.ndarray,
 ) -> None:
-    """Writes dlogits (P, K) = scale * weight * (softmax(logits) - one_hot(label)); 0 at void pixels."""
+    """Writes dlogits (P, K) = scale * weight * (softmax(logits) - one_hot(label)); 0 at void pixels.
+
+    With label smoothing a share of it is that of every class.
+    """
     weights = _weights(logits, class_weights) * logits.dtype.type(scale)
+    # What each class has from every pixel, and from its own.
+    shares, weights = weights * logits.dtype.type(smoothing / len(weights)), weights * logits.dtype.type(1 - smoothing)
 
     def body(part: slice) -> None:
         gradient = _shifted(logits[part])
@@ -55,8 +67,10 @@ def cross_entropy_backward(
         is_void = labels[part] == _VOID
         label = np.where(is_void, 0, labels[part])
         weight = weights[label]
-        gradient *= weight / gradient.sum(axis=0)
+        gradient *= (weight + shares.sum()) / gradient.sum(axis=0)
         gradient[label, np.arange(len(label))] -= weight
+        if smoothing:
+            gradient -= shares[:, None]
         gradient[:, is_void] = 0
         dlogits[part] = gradient.T
 

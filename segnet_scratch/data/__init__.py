@@ -13,6 +13,7 @@ from segnet_scratch.data.statistics import class_statistics
 from segnet_scratch.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ColourJitter,
     EvalTransform,
     TrainTransform,
     normalise,
@@ -28,6 +29,7 @@ __all__ = [
     "VOC_CLASSES",
     "VOID",
     "Batch",
+    "ColourJitter",
     "EvalTransform",
     "Loader",
     "TrainTransform",

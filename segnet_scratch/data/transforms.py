@@ -1,4 +1,4 @@
-"""From a picture and its mask to what the network takes: size, crop, flip, normalisation.
+"""From a picture and its mask to what the network takes: size, crop, flip, colours, normalisation.
 
 Image and mask always go through the same geometry. Masks are resized by nearest neighbour only, since a
 value between two labels is a third class.
@@ -7,7 +7,7 @@ value between two labels is a third class.
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.errors import DataError, DTypeError, ShapeError
@@ -69,41 +69,81 @@ class View:
 
 
 @dataclass(frozen=True)
+class ColourJitter:
+    """Random brightness, contrast, saturation and hue, in this order; a strength of 0 leaves its part alone.
+
+    brightness, contrast, saturation: in [0, 1]; each factor is drawn uniformly from [1 - strength, 1 + strength].
+    Contrast moves colours to or from the image's mean grey, saturation to or from each pixel's own grey.
+    hue: in [0, 0.5]; the hue turns by a share of the colour circle drawn uniformly from [-hue, hue].
+    Raises DataError for a strength out of range.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
+        for name, highest in limits.items():
+            if not 0 <= getattr(self, name) <= highest:
+                raise DataError(f"{name} {getattr(self, name)}: expected 0 (off) to {highest}.")
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 (H, W, 3) -> the same, in other colours."""
+        # Always four draws, so that one setting does not change what another one draws.
+        *factors, turn = 2 * rng.random(4) - 1
+        strengths = (self.brightness, self.contrast, self.saturation)
+        if not any((*strengths, self.hue)):
+            return image
+        picture = Image.fromarray(image)
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for enhancer, strength, factor in zip(enhancers, strengths, factors, strict=True):
+            if strength:
+                picture = enhancer(picture).enhance(1 + strength * factor)
+        return _turn_hue(picture, self.hue * turn) if self.hue else np.array(picture)
+
+
+@dataclass(frozen=True)
 class TrainTransform:
-    """Random scale, crop and horizontal flip, the same for image and mask.
+    """Random scale, crop and horizontal flip, the same for image and mask, and random colours.
 
     size: (height, width) of the result. The picture is resized to `size` times a factor drawn uniformly
     from `scale`, flipped with probability 1/2 if `flip`, and cropped to `size` at a random place. Where
     the scaled picture is smaller than `size`, it is placed at random and padded: the image with the mean
     colour (0 after normalisation), the mask with void.
-    Raises DataError for a size or scale that is not positive.
+    short_side: (low, high); if given, the picture is resized so that its shorter side has a length drawn from
+    low..high pixels and its aspect is kept, and `scale` is not used.
+    Raises DataError for a size, scale or side that is not positive.
     """
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.75, 1.5)
     flip: bool = True
+    short_side: tuple[int, int] | None = None
+    jitter: ColourJitter = ColourJitter()
 
     def __post_init__(self) -> None:
         _check_size(self.size)
         low, high = self.scale
         if not 0 < low <= high <= 16:
             raise DataError(f"scale ({low}, {high}): expected 0 < low <= high <= 16; (1, 1) turns scaling off.")
+        if self.short_side and not 0 < self.short_side[0] <= self.short_side[1]:
+            raise DataError(f"short_side {self.short_side}: expected (low, high) with 0 < low <= high.")
 
-    def view(self, rng: np.random.Generator) -> View:
-        """What this transform draws for a sample."""
+    def view(self, rng: np.random.Generator, shape: tuple[int, ...]) -> View:
+        """What this transform draws for a sample whose picture has the shape (height, width)."""
         # Always four draws, so that one setting does not change what another one draws.
         draw_scale, draw_top, draw_left, draw_flip = rng.random(4)
         height, width = self.size
-        low, high = self.scale
-        factor = low + (high - low) * draw_scale
-        scaled = (max(1, round(height * factor)), max(1, round(width * factor)))
+        scaled = self._scaled(shape, draw_scale)
         top, left = _place(scaled[0], height, draw_top), _place(scaled[1], width, draw_left)
         return View(scaled, top, left, self.flip and bool(draw_flip < 0.5))
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
         check_pair(image, mask)
-        view = self.view(rng)
+        view = self.view(rng, mask.shape)
         height, width = self.size
         image = resize_image(image, view.scaled)
         mask = resize_mask(mask, view.scaled)
@@ -114,9 +154,21 @@ class TrainTransform:
         from_columns, to_columns = _window(view.scaled[1], width, view.left)
         pixels = np.zeros((height, width, 3), np.float32)
         labels = np.full((height, width), VOID, np.uint8)
-        pixels[to_rows, to_columns] = normalise(image[from_rows, from_columns])
+        pixels[to_rows, to_columns] = normalise(self.jitter(image[from_rows, from_columns], rng))
         labels[to_rows, to_columns] = mask[from_rows, from_columns]
         return pixels, labels
+
+    def _scaled(self, shape: tuple[int, ...], draw: float) -> tuple[int, int]:
+        """(height, width) that a picture of this shape is resized to; `draw` in [0, 1) chooses in the range."""
+        if self.short_side:
+            low, high = self.short_side
+            factor = (low + int(draw * (high - low + 1))) / min(shape)
+            height, width = shape
+        else:
+            low_factor, high_factor = self.scale
+            factor = low_factor + (high_factor - low_factor) * draw
+            height, width = self.size
+        return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 @dataclass(frozen=True)
@@ -137,6 +189,14 @@ class EvalTransform:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
         check_pair(image, mask)
         return normalise(resize_image(image, self.size)), resize_mask(mask, self.size)
+
+
+def _turn_hue(picture: Image.Image, share: float) -> np.ndarray:
+    """The picture with every hue turned by a share of the colour circle, which Pillow cuts into 256 parts."""
+    hue, saturation, value = picture.convert("HSV").split()
+    turn = round(share * 256)
+    turned = hue.point([(part + turn) % 256 for part in range(256)])
+    return np.array(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
 
 
 def _place(available: int, wanted: int, draw: float) -> int:

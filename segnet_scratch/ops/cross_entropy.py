@@ -25,16 +25,17 @@ class CrossEntropyForward(Op):
     """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
 
     `normalisation` divides by the sum of weights ("weights", as PyTorch does) or by the number of valid pixels
-    ("valid", as the authors' Caffe does). Without a valid pixel the loss is 0.
+    ("valid", as the authors' Caffe does). Without a valid pixel the loss is 0. `smoothing` spreads that share of a
+    pixel's label over all classes; cuda/cross_entropy.cu has the formula.
     """
 
     name = "cross_entropy_forward"
     optional = ("class_weights",)
     MAX_BLOCKS = 1024  # partial results that one thread adds
 
-    def __init__(self, logits: Spec, normalisation: str = "weights") -> None:
-        self.pixels, self.classes = _check(logits, normalisation)
-        self.by_valid = normalisation == "valid"
+    def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        self.pixels, self.classes = _check(logits, normalisation, smoothing)
+        self.by_valid, self.smoothing = normalisation == "valid", smoothing
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
         self.inputs = _inputs(logits)
         self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
@@ -42,7 +43,7 @@ class CrossEntropyForward(Op):
         self.flops = 4 * logits.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        sizes = (self.pixels, self.classes, self.blocks)
+        sizes = (self.pixels, self.classes, self.blocks, self.smoothing)
         arguments = (b.logits, b.labels, b.class_weights, b.partials, *sizes)
         self.kernel(device, "cross_entropy_partial", self.blocks, ELEMENT_THREADS, *arguments)
         merge = (b.partials, b.sums, b.loss, self.blocks, int(self.by_valid))
@@ -53,13 +54,17 @@ class CrossEntropyForward(Op):
         logits, labels = b.logits[valid], b.labels[valid]
         highest = logits.max(axis=1, keepdims=True)
         log_total = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1))
-        losses = log_total - logits[np.arange(len(labels)), labels]
-        weights = np.ones(len(labels)) if b.class_weights is None else b.class_weights[labels].astype(np.float64)
-        b.sums[...] = (weights * losses).sum(dtype=np.float64), weights.sum(), len(labels)
+        losses = log_total[:, None] - logits  # (valid pixels, classes): what each class would have cost
+        class_weights = np.ones(self.classes) if b.class_weights is None else b.class_weights.astype(np.float64)
+        weights = class_weights[labels]
+        of_label = weights * losses[np.arange(len(labels)), labels]
+        of_all = (class_weights * losses).mean(axis=1)
+        total = (1 - self.smoothing) * of_label + self.smoothing * of_all
+        b.sums[...] = total.sum(dtype=np.float64), weights.sum(), len(labels)
         self._divide(b)
 
     def numpy(self, b: Buffers) -> None:
-        fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, b.sums)
+        fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, self.smoothing, b.sums)
         self._divide(b)
 
     def _divide(self, b: Buffers) -> None:
@@ -73,9 +78,9 @@ class CrossEntropyBackward(Op):
     name = "cross_entropy_backward"
     optional = ("class_weights",)
 
-    def __init__(self, logits: Spec, normalisation: str = "weights") -> None:
-        self.pixels, self.classes = _check(logits, normalisation)
-        self.by_valid = normalisation == "valid"
+    def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        self.pixels, self.classes = _check(logits, normalisation, smoothing)
+        self.by_valid, self.smoothing = normalisation == "valid", smoothing
         self.inputs = {
             **_inputs(logits),
             "sums": Spec((3,), np.dtype(np.float64)),
@@ -87,7 +92,7 @@ class CrossEntropyBackward(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         arguments = (b.logits, b.labels, b.class_weights, b.sums, b.dloss, b.dlogits)
-        sizes = (self.pixels, self.classes, int(self.by_valid))
+        sizes = (self.pixels, self.classes, int(self.by_valid), self.smoothing)
         self.kernel(device, "cross_entropy_backward", element_grid(self.pixels), ELEMENT_THREADS, *arguments, *sizes)
 
     def reference(self, b: Buffers) -> None:
@@ -95,19 +100,22 @@ class CrossEntropyBackward(Op):
         labels = np.where(valid, b.labels, 0)
         exponentials = np.exp(b.logits - b.logits.max(axis=1, keepdims=True))
         softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
-        softmax[np.arange(self.pixels), labels] -= 1
-        weights = 1 if b.class_weights is None else b.class_weights[labels]
-        b.dlogits[...] = softmax * np.where(valid, weights * self._scale(b), 0)[:, None]
+        hot = np.arange(self.classes) == labels[:, None]
+        class_weights = np.ones(self.classes) if b.class_weights is None else b.class_weights
+        of_label = class_weights[labels][:, None] * (softmax - hot)
+        of_all = (class_weights.sum() * softmax - class_weights) / self.classes
+        gradient = (1 - self.smoothing) * of_label + self.smoothing * of_all
+        b.dlogits[...] = np.where(valid[:, None], gradient * self._scale(b), 0)
 
     def numpy(self, b: Buffers) -> None:
-        fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self._scale(b), b.dlogits)
+        fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self.smoothing, self._scale(b), b.dlogits)
 
     def _scale(self, b: Buffers) -> float:
         normaliser = b.sums[2 if self.by_valid else 1]
         return float(b.dloss[0] / normaliser) if normaliser > 0 else 0.0
 
 
-def _check(logits: Spec, normalisation: str) -> tuple[int, int]:
+def _check(logits: Spec, normalisation: str, smoothing: float) -> tuple[int, int]:
     expect(
         len(logits.shape) == 2 and logits.size > 0,
         f"cross_entropy: logits {logits.shape}; expected (pixels, classes)",
@@ -117,6 +125,7 @@ def _check(logits: Spec, normalisation: str) -> tuple[int, int]:
     expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
     if normalisation not in NORMALISATIONS:
         raise ShapeError(f"cross_entropy: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}")
+    expect(0 <= smoothing < 1, f"cross_entropy: smoothing {smoothing}; expected 0 <= smoothing < 1")
     return pixels, classes
 
 
@@ -129,21 +138,23 @@ def _inputs(logits: Spec) -> dict[str, Spec]:
 class CrossEntropy(Function):
     """Saves the logits; the softmax is computed again in backward."""
 
-    def __init__(self, device: Device, labels: Array, class_weights: Array | None, normalisation: str) -> None:
+    def __init__(
+        self, device: Device, labels: Array, class_weights: Array | None, normalisation: str, smoothing: float
+    ) -> None:
         super().__init__(device)
-        self.labels, self.class_weights, self.normalisation = labels, class_weights, normalisation
+        self.labels, self.class_weights, self.options = labels, class_weights, (normalisation, smoothing)
 
     def forward(self, logits: Array) -> Array:
         self.shape = logits.shape
         self.logits = logits.reshape(-1, logits.shape[-1])
         self.labels = self.labels.reshape(-1)
-        op = CrossEntropyForward.plan(spec_of(self.logits), self.normalisation)
+        op = CrossEntropyForward.plan(spec_of(self.logits), *self.options)
         out = op(self.device, logits=self.logits, labels=self.labels, class_weights=self.class_weights)
         self.sums = out.sums
         return out.loss
 
     def backward(self, dloss: Array) -> tuple[Array]:
-        op = CrossEntropyBackward.plan(spec_of(self.logits), self.normalisation)
+        op = CrossEntropyBackward.plan(spec_of(self.logits), *self.options)
         arrays = {"logits": self.logits, "labels": self.labels, "class_weights": self.class_weights}
         out = op(self.device, **arrays, sums=self.sums, dloss=dloss)
         return (out.dlogits.reshape(self.shape),)
@@ -168,11 +179,13 @@ def cross_entropy(
     labels: np.ndarray | Array,
     class_weights: np.ndarray | Array | None = None,
     normalisation: str = "weights",
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The mean loss (a tensor of one element) of logits (n, h, w, classes) against labels (n, h, w).
 
     Labels are integers; NumPy labels are checked here, labels that are on the device already must have been.
-    `class_weights` (classes) multiply the loss of each pixel by the weight of its class.
+    `class_weights` (classes) multiply the loss of each pixel by the weight of its class. `smoothing` is the share of a
+    label that is spread over all classes (label smoothing).
     """
     device, classes = logits.device, logits.shape[-1]
     if tuple(labels.shape) != logits.shape[:-1]:
@@ -181,4 +194,4 @@ def cross_entropy(
         labels = device.upload(check_labels(labels, classes))
     if isinstance(class_weights, np.ndarray):
         class_weights = device.upload(class_weights.astype(logits.dtype))
-    return CrossEntropy(device, labels, class_weights, normalisation)(logits)
+    return CrossEntropy(device, labels, class_weights, normalisation, smoothing)(logits)

@@ -370,7 +370,7 @@ class _ResizeBilinear(Differentiable):
 
 class _CrossEntropy(Differentiable):
     name, usual, arrays, others = "cross_entropy", 16, ("logits",), ("labels",)
-    options: ClassVar = {"normalisation": "weights", "weighted": 0, "void": 0.25}
+    options: ClassVar = {"normalisation": "weights", "weighted": 0, "void": 0.25, "smoothing": 0.0}
 
     def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
         n, h, w, _ = usual_map(rng, index // 4)
@@ -379,6 +379,7 @@ class _CrossEntropy(Differentiable):
             "normalisation": NORMALISATIONS[index % 2],
             "weighted": index // 2 % 2,
             "void": 0.25,
+            "smoothing": (0.0, 0.1, 0.4)[index % 3],
         }
 
     def problem(self, make: Maker, sizes: Sizes) -> Problem:
@@ -390,8 +391,9 @@ class _CrossEntropy(Differentiable):
             labels[make.rng.random(pixels) < sizes["void"]] = VOID
         weights = make.rng.uniform(0.2, 3, classes).astype(make.values) if sizes["weighted"] else None
         return make.problem(
-            lambda: ops.cross_entropy(logits, labels, weights, sizes["normalisation"]),
+            lambda: ops.cross_entropy(logits, labels, weights, sizes["normalisation"], sizes["smoothing"]),
             normalisation=sizes["normalisation"],
+            smoothing=sizes["smoothing"],
             class_weights=weights is not None,
             void=int((labels == VOID).sum()),
         )

@@ -27,7 +27,7 @@ from segnet_scratch.proof.rows.maps import (
     WindowRow,
 )
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
-from segnet_scratch.proof.rows.sgd import SgdRow
+from segnet_scratch.proof.rows.sgd import GradientNormRow, SgdRow
 
 ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
@@ -55,6 +55,7 @@ ROWS: tuple[Row, ...] = (
     AddRow(AddForward),
     SgdRow(),
     AugmentRow(),
+    GradientNormRow(),
 )
 
 

@@ -51,21 +51,24 @@ class CrossEntropyRow(Row):
             self._case("no void", 300, 4, void=0.0),
             self._case("logits of +-1e4", 500, 21, scale=1e4),
             self._case("equal logits", 500, 21, scale=0.0, weighted=True),
+            self._case("smoothed labels", 300, 21, smoothing=0.1),
+            self._case("smoothed labels, weighted", 257, 4, weighted=True, smoothing=0.3),
+            self._case("smoothed labels, logits of +-1e4", 500, 21, scale=1e4, smoothing=0.1),
         ]
 
-    def _case(
-        self, reason: str, pixels: int, classes: int, void: float = 0.2, scale: float = 3.0, weighted: bool = False
-    ) -> Case:
-        sizes = {"pixels": pixels, "classes": classes, "void": void, "scale": scale, "weighted": weighted}
-        return Case(reason, sizes)
+    def _case(self, reason: str, pixels: int, classes: int, **options: float) -> Case:
+        defaults = {"void": 0.2, "scale": 3.0, "weighted": False, "smoothing": 0.0}
+        return Case(reason, {"pixels": pixels, "classes": classes, **defaults, **options})
 
     def random_case(self, rng: np.random.Generator) -> Case:
         pixels, classes = int(rng.integers(1, 2000)), int(rng.integers(1, 60))
         scale = float(rng.choice([0.1, 3, 100]))
-        return self._case("random", pixels, classes, float(rng.uniform(0, 1)), scale, bool(rng.integers(2)))
+        options = {"void": float(rng.uniform(0, 1)), "scale": scale, "weighted": bool(rng.integers(2))}
+        smoothing = float(rng.choice([0.0, rng.uniform(0, 1)]))
+        return self._case("random", pixels, classes, **options, smoothing=smoothing)
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return self.op.plan(spec((case["pixels"], case["classes"]), dtype), self.normalisation)
+        return self.op.plan(spec((case["pixels"], case["classes"]), dtype), self.normalisation, case["smoothing"])
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         logits, classes = op.inputs["logits"], case["classes"]
@@ -83,18 +86,22 @@ class CrossEntropyRow(Row):
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         # With d = z - max z, exact but for one rounding: log sum exp(d) errs by sqrt(classes) + |d exp(d)| < 1, and
-        # d[label] by itself; a softmax relatively by all of that.
-        classes = b.logits.shape[1]
+        # d[label] by itself; a softmax relatively by all of that. Smoothing adds as many d as there are classes.
+        classes, smoothing = b.logits.shape[1], op.smoothing  # type: ignore[attr-defined]
         d = b.logits - b.logits.max(axis=1, keepdims=True)
         exponentials = np.exp(d)
         log_sum = np.log(exponentials.sum(axis=1))
         valid = b.labels < classes
         labels = np.where(valid, b.labels, 0)
-        weights = valid * (1.0 if b.class_weights is None else b.class_weights[labels])
+        class_weights = np.ones(classes) if b.class_weights is None else b.class_weights
+        weights = valid * class_weights[labels]
         unit = 2 * eps * (sqrt(classes) + 1)
         normaliser = max(b.sums[2 if self.normalisation == "valid" else 1], 1e-30)
         if self.op is CrossEntropyForward:
-            error = weights @ (unit + 2 * eps * (log_sum - np.take_along_axis(d, labels[:, None].astype(int), 1)[:, 0]))
+            of_classes = unit + 2 * eps * (log_sum[:, None] - d)
+            error = (1 - smoothing) * (weights @ np.take_along_axis(of_classes, labels[:, None].astype(int), 1)[:, 0])
+            if smoothing:
+                error += smoothing * sqrt(classes) * (valid @ (class_weights * of_classes).mean(axis=1))
             doubles = np.finfo(np.float64).eps * len(labels)  # the order of sums in double differs from NumPy's
             return {
                 "sums": np.array([error + doubles * abs(b.sums[0]), doubles * b.sums[1], 0]),
@@ -103,8 +110,16 @@ class CrossEntropyRow(Row):
         softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
         hot = np.arange(classes) == labels[:, None]
         relative = unit + 2 * eps * (log_sum[:, None] - d)
-        factor = weights * abs(b.dloss[0]) / normaliser
-        return {"dlogits": factor[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)}
+        factor = abs(b.dloss[0]) / normaliser
+        of_label = weights[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)
+        # The sum of the weights errs like any sum, and adding the share of every class rounds once more.
+        of_all = (
+            valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
+        )
+        added = (1 - smoothing) * weights[:, None] * (softmax + hot)
+        added += smoothing * valid[:, None] * (softmax * class_weights.sum() + class_weights) / classes
+        share = smoothing * of_all + (2 * eps * added if smoothing else 0)
+        return {"dlogits": factor * ((1 - smoothing) * of_label + share)}
 
     def refusals(self) -> list[Refusal]:
         x, many, few = (spec(shape, np.float32) for shape in ((1, 4, 5, 3), (3, 256), (3, 2)))

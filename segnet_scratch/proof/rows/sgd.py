@@ -1,11 +1,13 @@
-"""Row of the optimiser's step."""
+"""Rows of the optimiser: its step, and the norm of the gradients that it clips by."""
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.device import Array, Device
-from segnet_scratch.ops.op import Buffers, Op, spec
-from segnet_scratch.ops.sgd import CHUNK, SgdStep
+from segnet_scratch.ops.array_table import CHUNK, chunks_of
+from segnet_scratch.ops.gradient_norm import GradientNorm
+from segnet_scratch.ops.op import Buffers, Op, expect_float, spec
+from segnet_scratch.ops.sgd import SgdStep
 from segnet_scratch.proof.rows.base import Bounds, Case, Inputs, Row
 
 
@@ -18,18 +20,18 @@ class SgdOp(Op):
 
     def __init__(self, sizes: tuple[int, int, int], dtype: DTypeLike) -> None:
         self.inputs = {f"{kind}{i}": spec((size,), dtype) for kind in "wgm" for i, size in enumerate(sizes)}
-        self.inputs["lr"] = spec((1,), np.float64)
+        self.inputs |= {"lr": spec((1,), np.float64), "scale": spec((1,), np.float64)}
         self.outputs = {}
         self.workspace = {}
-        self.flops = 6 * sum(sizes)
+        self.flops = 7 * sum(sizes)
 
     def run(self, device: Device, b: Buffers) -> None:
         w, g, m = self._arrays(b)
-        SgdStep(device, w, m, self.RATES, self.DECAYS, self.MOMENTUM)(g, b.lr)
+        SgdStep(device, w, m, self.RATES, self.DECAYS, self.MOMENTUM)(g, b.lr, b.scale)
 
     def reference(self, b: Buffers) -> None:
         for w, g, m, rate, decay in zip(*self._arrays(b), self.RATES, self.DECAYS, strict=True):
-            m[...] = self.MOMENTUM * m + g + decay * w
+            m[...] = self.MOMENTUM * m + b.scale[0] * g + decay * w
             w[...] = w - rate * b.lr[0] * m
 
     @staticmethod
@@ -38,36 +40,114 @@ class SgdOp(Op):
         return w, g, m
 
 
+# Elements of three parameters; a block works on a chunk of 2^14 elements.
+SIZES = {
+    "size 1": (1, 1, 1),
+    "a block of threads and one off": (255, 256, 257),
+    "a chunk and one off": (CHUNK - 1, CHUNK, CHUNK + 1),
+    "a large parameter between small ones": (3, 5 * CHUNK + 7, 64),
+}
+
+
+def _random_sizes(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(k) for k in rng.integers(1, 3 * CHUNK, 3))
+
+
 class SgdRow(Row):
-    """A step over parameters of different sizes; a block works on a chunk of 2^14 elements."""
+    """A step over parameters of different sizes."""
 
     name = "sgd_step"
     op = SgdOp
     typed = False  # SgdStep, which is no Op, looks at the arrays themselves
 
     def cases(self) -> list[Case]:
-        sizes = {
-            "size 1": (1, 1, 1),
-            "a block of threads and one off": (255, 256, 257),
-            "a chunk and one off": (CHUNK - 1, CHUNK, CHUNK + 1),
-            "a large parameter between small ones": (3, 5 * CHUNK + 7, 64),
-        }
-        return [Case(reason, {"sizes": s, "lr": 0.1}) for reason, s in sizes.items()]
+        cases = [Case(reason, {"sizes": s, "lr": 0.1, "scale": 1.0}) for reason, s in SIZES.items()]
+        return [*cases, Case("gradients scaled", {"sizes": (5, 300, 7), "lr": 0.1, "scale": 0.3})]
 
     def random_case(self, rng: np.random.Generator) -> Case:
-        sizes = tuple(int(k) for k in rng.integers(1, 3 * CHUNK, 3))
-        return Case("random", {"sizes": sizes, "lr": float(10 ** rng.uniform(-5, 0))})
+        sizes, scale = _random_sizes(rng), float(rng.choice([1.0, rng.uniform(0, 1)]))
+        return Case("random", {"sizes": sizes, "lr": float(10 ** rng.uniform(-5, 0)), "scale": scale})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return SgdOp(case["sizes"], dtype)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        return {**super().inputs(op, case, rng, integers), "lr": np.array([case["lr"]])}
+        numbers = {name: np.array([case[name]]) for name in ("lr", "scale")}
+        return {**super().inputs(op, case, rng, integers), **numbers}
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         bounds: Bounds = {}
         for i, (rate, decay) in enumerate(zip(SgdOp.RATES, SgdOp.DECAYS, strict=True)):
             w, g, m = (np.abs(getattr(b, f"{kind}{i}")) for kind in "wgm")
+            g = b.scale[0] * g
             bounds[f"m{i}"] = 4 * eps * (m + g + decay * w)
             bounds[f"w{i}"] = 4 * eps * (w + rate * b.lr[0] * (m + g + decay * w))
         return bounds
+
+
+class GradientNormOp(Op):
+    """GradientNorm of three gradients behind the face of an Op."""
+
+    name = "gradient_norm"
+
+    def __init__(self, sizes: tuple[int, int, int], largest: float, dtype: DTypeLike) -> None:
+        self.largest = largest
+        self.inputs = {f"g{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
+        for name, gradient in self.inputs.items():
+            expect_float(self.name, name, gradient)
+        self.outputs = {name: spec((size,), np.float64) for name, size in (("squares", 3), ("norm", 1), ("scale", 1))}
+        self.workspace = {"partials": spec((len(chunks_of(sizes)),), np.float64)}
+        self.flops = 2 * sum(sizes)
+
+    def run(self, device: Device, b: Buffers) -> None:
+        gradients = self._arrays(b)
+        # The numpy device takes no workspace, and a call that allocates its arrays gives it none.
+        partials = b.partials if hasattr(b, "partials") else device.empty(self.workspace["partials"].shape, np.float64)
+        outputs = {"squares": b.squares, "norm": b.norm, "scale": b.scale, "partials": partials}
+        GradientNorm(device, gradients, self.largest, **outputs)(gradients)
+
+    def reference(self, b: Buffers) -> None:
+        b.squares[...] = [(g.astype(np.float64) ** 2).sum() for g in self._arrays(b)]
+        b.norm[...] = np.sqrt(b.squares.sum())
+        b.scale[...] = min(1, self.largest / b.norm[0]) if b.norm[0] > 0 else 1
+
+    @staticmethod
+    def _arrays(b: Buffers) -> list[Array]:
+        return [b.g0, b.g1, b.g2]
+
+
+class GradientNormRow(Row):
+    """Gradients of different sizes, clipped and not. Squares of integers add up exactly."""
+
+    name = "gradient_norm"
+    op = GradientNormOp
+    exact = True
+
+    def cases(self) -> list[Case]:
+        cases = [Case(reason, {"sizes": s, "largest": 10.0, "size": 1.0}) for reason, s in SIZES.items()]
+        return [
+            *cases,
+            Case("nothing to clip", {"sizes": (5, 300, 7), "largest": 1e9, "size": 1.0}),
+            Case("all zero", {"sizes": (5, 300, 7), "largest": 1.0, "size": 0.0}),
+            Case("squares beyond float32", {"sizes": (5, 300, 7), "largest": 1.0, "size": 1e25}),
+            Case("squares below float32", {"sizes": (5, 300, 7), "largest": 1e-25, "size": 1e-25}),
+        ]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        largest, size = (float(10 ** rng.uniform(-3, 3)) for _ in range(2))
+        return Case("random", {"sizes": _random_sizes(rng), "largest": largest, "size": size})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return GradientNormOp(case["sizes"], case["largest"], dtype)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        size = 1 if integers else case["size"]
+        gradients = super().inputs(op, case, rng, integers)
+        return {name: g * g.dtype.type(size) for name, g in gradients.items() if g is not None}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # The outputs are doubles whatever the gradients are. Terms of one sign: relative errors add up at most.
+        double = float(np.finfo(np.float64).eps)
+        squares = double * np.array([b.g0.size, b.g1.size, b.g2.size]) * b.squares
+        relative = double * (b.g0.size + b.g1.size + b.g2.size + 2)
+        return {"squares": squares, "norm": relative * b.norm, "scale": (relative + double) * b.scale}

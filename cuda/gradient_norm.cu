@@ -1,0 +1,53 @@
+// The Euclidean length of all gradients of a model together, and the factor that clips it.
+//
+//   norm  = sqrt(sum of g^2 over every element of every gradient)
+//   scale = largest / norm where norm > largest, else 1     (clipping by global norm, arXiv 1211.5063; sgd.cu applies it)
+//
+// A table of addresses takes the place of array arguments: addresses[p] is the gradient of parameter p. Gradients are cut
+// into chunks; block b of the first launch adds up elements chunk_start[b] ... of gradient chunk_parameter[b]. In the
+// second launch one thread a parameter adds its chunks in their order, and thread 0 the parameters in theirs: the order
+// depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
+// infinity anywhere makes the norm one: `scale` is then of no meaning, and the trainer stops before it is applied.
+#include "common/reduce.cuh"
+
+#define THREADS 256
+
+// Launch: by its op only, because `addresses` holds pointers
+extern "C" __global__ void gradient_norm_partial(
+    const uint64* __restrict__ addresses,     // (parameters)
+    const int64* __restrict__ sizes,          // (parameters)
+    const int* __restrict__ chunk_parameter,  // (chunks)
+    const int64* __restrict__ chunk_start,    // (chunks)
+    double* __restrict__ partials,            // (chunks)
+    int parameters, int chunks, int64 chunk_size) {
+    const int parameter = chunk_parameter[blockIdx.x];
+    const storage_t* const g = (const storage_t*)addresses[parameter];
+    const int64 begin = chunk_start[blockIdx.x], size = sizes[parameter];
+    const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
+    double sum = 0;
+    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) sum += (double)g[i] * (double)g[i];
+    sum = block_sum<THREADS>(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// Launch: grid 1, block THREADS
+extern "C" __global__ void gradient_norm_merge(
+    const double* __restrict__ partials,  // (chunks)
+    const int* __restrict__ first_chunk,  // (parameters + 1)
+    double* __restrict__ squares,         // (parameters)
+    double* __restrict__ norm,            // (1)
+    double* __restrict__ scale,           // (1)
+    int parameters, int chunks, double largest) {
+    for (int parameter = threadIdx.x; parameter < parameters; parameter += blockDim.x) {
+        double sum = 0;
+        for (int chunk = first_chunk[parameter]; chunk < first_chunk[parameter + 1]; ++chunk) sum += partials[chunk];
+        squares[parameter] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    double total = 0;
+    for (int parameter = 0; parameter < parameters; ++parameter) total += squares[parameter];
+    const double length = sqrt(total);
+    norm[0] = length;
+    scale[0] = length > largest ? largest / length : 1.0;
+}
