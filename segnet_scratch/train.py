@@ -22,6 +22,7 @@ from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.metrics import MetricsLog
+from segnet_scratch.nan_guard import broken_gradient, first_not_finite
 from segnet_scratch.ops import cross_entropy
 from segnet_scratch.ops.cross_entropy import check_labels
 from segnet_scratch.optim import SGD, learning_rate
@@ -211,6 +212,8 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(self._not_finite(value, batch))
+        if broken_gradient(model) is not None:
+            raise TrainingError(self._not_finite(value, batch))
         lr = learning_rate(self.step, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup)
         self.optimiser.step(lr)
         self.step += 1
@@ -222,8 +225,10 @@ class Trainer:
             f"{self.folder.last} holds the last saved state" if self.folder.last.exists() else "there is no checkpoint"
         )
         more = ", ..." if len(batch.ids) > 4 else ""
+        origin = first_not_finite(self.model, batch.images) or "loss"
         return (
-            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); {kept}; "
+            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); NaN or infinity "
+            f"first in: {origin}; {kept}; "
             f"train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
