@@ -7,7 +7,7 @@ The paper sets the pooling indices against decoders that do without (section 3.1
 "indices", the paper's own; "bilinear", fixed interpolation; "deconv", a learned transposed convolution (as FCN's).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +144,13 @@ class SegNet(Module):
     def _blocks(self, width: float, dropout: bool, decoder: str) -> list[Block]:
         return segnet_blocks(width, dropout, decoder)
 
-    def forward(self, images: "np.ndarray | Tensor") -> Tensor:
-        """Logits (n, h, w, classes) of images (n, h, w, 3)."""
+    def forward(
+        self, images: "np.ndarray | Tensor", watch: Callable[[str, Tensor], None] = lambda layer, output: None
+    ) -> Tensor:
+        """Logits (n, h, w, classes) of images (n, h, w, 3).
+
+        `watch` is shown the output of each layer, under the layer's name.
+        """
         x = self._input(images)
         sizes: list[tuple[int, int]] = []
         codes: list[PoolCodes] = []
@@ -165,8 +170,11 @@ class SegNet(Module):
                         codes.append(code)
                 if block.dropout:
                     x = self.dropouts[block.name](x)
+            watch(block.name, x)
         with scope("classifier"):
-            return self.classifier(x)
+            x = self.classifier(x)
+        watch("classifier", x)
+        return x
 
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__

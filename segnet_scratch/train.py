@@ -32,6 +32,7 @@ from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.metrics import MetricsLog
+from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops import cross_entropy
 from segnet_scratch.ops.cross_entropy import check_labels
 from segnet_scratch.optim import SGD, learning_rate
@@ -282,8 +283,10 @@ class Trainer:
             f"{self.folder.last} holds the last saved state" if self.folder.last.exists() else "there is no checkpoint"
         )
         more = ", ..." if len(batch.ids) > 4 else ""
+        origin = first_not_finite(self.model, batch.images) or "loss"
         return (
-            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); {kept}; "
+            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); NaN or infinity "
+            f"first in: {origin}; {kept}; "
             f"train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
@@ -350,8 +353,9 @@ class Trainer:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder.last}: {error}") from error
         self.step, self.best_miou = metadata["step"], metadata["miou"]
-        self.class_weights = metadata["class_weights"]
-        self._validations_since_best = metadata["validations_since_best"]
+        # A run that an earlier version began has neither.
+        self.class_weights = metadata.get("class_weights", self.class_weights)
+        self._validations_since_best = metadata.get("validations_since_best", 0)
         self._validation_due = metadata["validation_due"]
         self.initialised = f"resumed from {self.folder.last}"
 

@@ -120,7 +120,8 @@ class TestAsOnAGpu:
         monkeypatch.setattr(sanitized, "get_device", lambda name: CudaDevice())
         sanitized.main(0.0)
         counts = json.loads(capsys.readouterr().out)
-        assert counts == {"cases": len(ROWS), "kernels": len(shipped_kernels()), "missing": []}
+        assert (counts["kernels"], counts["missing"]) == (len(shipped_kernels()), [])
+        assert len(ROWS) <= counts["cases"] < 3 * len(ROWS)  # some rows have several kernels, one for each tile
 
     @pytest.mark.parametrize(
         ("log", "child", "code", "passed", "said"),

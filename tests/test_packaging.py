@@ -25,6 +25,8 @@ SHIPPED = {
     if path.suffix in (".cu", ".cuh", ".h")
 }
 
+RECIPES = sorted((ROOT / "segnet_scratch" / "recipes").glob("*.toml"))
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -67,6 +69,7 @@ class TestWheel:
     def test_it_holds_kernels_recipes_and_budget_and_no_tests(self, wheel):
         with zipfile.ZipFile(wheel) as archive:
             names = set(archive.namelist())
+            assert len(RECIPES) > 1
             for name, contents in SHIPPED.items():
                 assert archive.read(f"segnet_scratch/cuda/{name}") == contents
             metadata = next(name for name in names if name.endswith("METADATA"))
@@ -75,7 +78,7 @@ class TestWheel:
             assert "segnet = segnet_scratch.__main__:main" in archive.read(entry_points).decode()
         assert {f"segnet_scratch/cuda/{name}" for name in SHIPPED} == {n for n in names if "/cuda/" in n}
         for name in (
-            "recipes/demo.toml",
+            *(path.relative_to(ROOT / "segnet_scratch").as_posix() for path in RECIPES),
             "kernels/budget.toml",
             "profile/ceilings.cu",
             "cli/common.py",

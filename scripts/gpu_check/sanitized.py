@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: the fixed cases of the op table for so many seconds, every row at least once.
+"""What compute-sanitizer watches: fixed cases of the op table for so many seconds, each row and kernel at least once.
 
 Arrays come from cudaMalloc itself and are as large as they must be: in a pool, or between guard zones, an access beyond
 an array would be no error to the tool. Outputs and workspace are not filled with anything, so that initcheck has
@@ -27,14 +27,15 @@ def main(seconds: float) -> None:
         execute(kernel, *rest)  # type: ignore[arg-type]
 
     device.execute = noted  # type: ignore[method-assign, assignment]
+    runnable = {name for name, kernel in shipped_kernels().items() if kernel.source.compiles_for(device.architecture)}
     began, cases = perf_counter(), 0
     for _, op, inputs in problems_for_sanitizers(device):
-        if cases >= len(rows_for(device)) and perf_counter() - began > seconds:
+        enough = cases >= len(rows_for(device)) and runnable <= launched
+        if enough and perf_counter() - began > seconds:
             break
         op(device, **{name: None if a is None else device.upload(a) for name, a in inputs.items()})
         device.synchronise()
         cases += 1
-    runnable = {name for name, kernel in shipped_kernels().items() if kernel.source.compiles_for(device.architecture)}
     missing = sorted(runnable - launched)
     print(json.dumps({"cases": cases, "kernels": len(launched), "missing": missing}))
 

@@ -11,6 +11,8 @@ from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.display import TrainingDisplay, write_json
 from segnet_scratch.listeners import Listeners
+from segnet_scratch.recipes import find_config
+from segnet_scratch.recipes import recipes as shipped_recipes
 from segnet_scratch.run_record import RunRecord
 from segnet_scratch.tensorboard import TensorBoard
 from segnet_scratch.train import RunFolder, Trainer
@@ -28,7 +30,10 @@ def train(
         Path,
         typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.", file_okay=False),
     ],
-    config: Annotated[Path | None, typer.Option(help="Settings as TOML.", metavar="FILE.toml")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Settings as TOML, or the name of a recipe: see segnet recipes.", metavar="FILE.toml|NAME"),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, over those of --config; as often as you like.", metavar="KEY=VALUE"),
@@ -62,7 +67,7 @@ def train(
     # First: a missing library is noticed before the run folder is made.
     listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
     folder = RunFolder(out)
-    resolved = folder.resolve_config(config, settings or [], resume)
+    resolved = folder.resolve_config(find_config(config), settings or [], resume)
     trainer = Trainer(resolved, data, out, device, init, resume)
     with listeners:
         finished = trainer.run(listeners)
@@ -74,6 +79,13 @@ def train(
     if trainer.gave_up:
         say(f"ended early: no better mIoU in {resolved.patience} validations (patience)")
     say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the settings that ship with the program, for segnet train --config NAME."""
+    for name, purpose in shipped_recipes().items():
+        say(f"{name:24}{purpose}")
 
 
 @app.command()

@@ -1,0 +1,83 @@
+"""Where NaN or infinity began: the second look at a training step whose loss or gradients are not finite.
+
+The step itself pays for one look at its loss and its gradients. Only when that fails is the step walked through.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from segnet_scratch.autograd import Tensor, no_grad
+from segnet_scratch.device import Array
+from segnet_scratch.segnet import SegNet
+
+
+def broken_gradient(model: SegNet) -> str | None:
+    """The first parameter, in the order of backward, whose gradient holds NaN or infinity; None where all are finite.
+
+    Backward runs from the classifier to the first convolution, so the fault is at this layer or just after it.
+    """
+    for name, parameter in reversed(model.named_parameters().items()):
+        if parameter.grad is not None and not _finite(model, parameter.grad):
+            return name
+    return None
+
+
+def first_not_finite(model: SegNet, images: "np.ndarray | Tensor | Array") -> str | None:
+    """Names the first array of a training step that holds NaN or infinity, in the order in which it is computed.
+
+    images, then each block's parameters and its output in turn, the logits, then the gradients that the step left
+    behind, at last the running statistics, which training does not read. The forward pass is run again in training
+    mode with the dropout masks of the step; running statistics are put back. None where all of it is finite: then the
+    loss itself overflowed.
+    """
+    if not _finite(model, images.data if isinstance(images, Tensor) else images):
+        return "images"
+    found = next(_broken_forward(model, images), None)
+    if found is None and (name := broken_gradient(model)) is not None:
+        found = f"gradient of {name}"
+    if found is None:
+        buffers = model.named_buffers().items()
+        found = next((name for name, buffer in buffers if not _finite(model, buffer.data)), None)
+    return found
+
+
+def _broken_forward(model: SegNet, images: "np.ndarray | Tensor | Array") -> Iterator[str]:
+    """Each parameter and output that is not finite, in order of use."""
+    outputs = _outputs(model, images)
+    parameters = model.named_parameters()
+    for layer, finite in outputs.items():
+        # The last dot keeps encoder.1.1 apart from encoder.1.10. A stage's learned upsampling precedes its first block.
+        prefixes = [f"{layer}."]
+        if layer.startswith("decoder.") and layer.endswith(".1"):
+            prefixes.insert(0, f"{layer.removesuffix('1')}up.")
+        for prefix in prefixes:
+            for name, parameter in parameters.items():
+                if name.startswith(prefix) and not _finite(model, parameter.data):
+                    yield name
+        if not finite:
+            yield f"output of {layer}"
+
+
+def _outputs(model: SegNet, images: "np.ndarray | Tensor | Array") -> dict[str, bool]:
+    """Is it finite? For the output of each layer by its name, in order, of one more forward pass."""
+    device = model.device
+    running = [(buffer.data, device.copy(buffer.data)) for buffer in model.named_buffers().values()]
+    outputs: dict[str, bool] = {}
+
+    def watch(layer: str, output: Tensor) -> None:
+        outputs[layer] = _finite(model, output.data)
+
+    model.train()
+    try:
+        with no_grad(), np.errstate(all="ignore"):
+            model(images, watch)
+    finally:
+        for array, before in running:
+            device.write(array, before)
+    return outputs
+
+
+def _finite(model: SegNet, array: Array) -> bool:
+    held = array if isinstance(array, np.ndarray) else model.device.download(array)
+    return bool(np.isfinite(held).all())
