@@ -432,7 +432,7 @@ def test_the_counts_of_a_ladder_by_hand():
     found = measure.profile_op("conv2d", (2, 6, 5, 7), 9, 5, CountingDevice(), How(1))
     flops = {run.layer: run.flops for run in found.runs}
     expected = 2 * (2 * 6 * 5) * 25 * 7 * 9
-    rungs = ("direct", "tiled")
+    rungs = ("direct", "tiled", "tf32", "tf32x3", "bf16")
     directions = ("conv2d_forward", "conv2d_backward_data", "conv2d_backward_weight")
     assert flops == {f"{d}_{r}": expected for r in rungs for d in directions} | {"conv2d_backward_bias": 2 * 6 * 5 * 7}
 
@@ -444,7 +444,7 @@ def test_a_ladder_on_every_device(name, request, quick):
     assert [run.layer for run in found.runs] == ["max_pool_forward", "max_pool_backward"]
     assert all(len(run.times) == 3 and run.seconds > 0 for run in found.runs)
     rungs = [row.name for row in ladder.rows_of("conv2d", device)]
-    assert len(rungs) == (4 if name == "numpy" else 7)
+    assert len(rungs) == (4 if name == "numpy" else 16)
 
 
 # Pictures and traces

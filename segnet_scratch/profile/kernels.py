@@ -64,13 +64,12 @@ def kernel_figures(
     left_out = [a for a in architectures if a not in wanted]
     message = f"no registers and no occupancy for {', '.join(left_out)}: not known here" if left_out else ""
     sources = list({kernel.source.path: kernel.source for kernel, *_ in counts}.values())
-    elements = sorted({types.storage.name for _, types, *_ in counts})
-    compilations = compile_all(sources, wanted, elements, progress)
+    compilations = compile_all(sources, wanted, progress=progress)
     usages = {(u.kernel, u.element, u.architecture): u for c in compilations for u in c.usages}
     figures = []
     for (kernel, types, threads, shared), number in sorted(counts.items(), key=lambda item: item[0][0].name):
         for architecture in wanted:
-            usage = usages[kernel.name, types.storage.name, architecture]
+            usage = usages[kernel.name, types.name, architecture]
             held = occupancy(architecture, threads, usage.registers, usage.shared + shared)
             figures.append(KernelFigures(usage, threads, shared, number, held))
     return figures, message

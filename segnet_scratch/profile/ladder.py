@@ -4,8 +4,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from segnet_scratch.device import Device
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.observe import observe, scope
@@ -74,7 +72,7 @@ def measure(recorder: Recorder, rows: list[Row], cases: list[Case], device: Devi
     """Runs each row's op so many times, in the scope of the row's name; one pass before that is not timed."""
     work = []
     for row, case in zip(rows, cases, strict=True):
-        op = row.plan(case, np.float32)
+        op = row.plan(case, row.elements[0])
         arrays = row.inputs(op, case, row.generator(0, 0))
         on_device = {name: None if a is None else device.upload(a) for name, a in arrays.items()}
         work.append((row.name, op, on_device))

@@ -93,7 +93,7 @@ def profile_op(
     if not isinstance(device, CountingDevice):
         recorder.take_times()
         spans = recorder.spans()
-    title = f"{op}, map {'x'.join(map(str, shape))}, float32"
+    title = f"{op}, map {'x'.join(map(str, shape))}"
     return _finish(Profile(title, device.name, recorder.runs, spans=spans), device, how)
 
 
@@ -102,7 +102,7 @@ def _finish(profile: Profile, device: Device, how: How) -> Profile:
     if profile.total.seconds is not None:
         how.progress("measuring ceilings")
         profile.ceilings = measure_ceilings(device)
-    architectures = how.architectures or (getattr(device, "architecture", DEFAULT_ARCHITECTURE),)
+    architectures = how.architectures or (device.architecture or DEFAULT_ARCHITECTURE,)
     launches = [launch for run in profile.runs for launch in run.launches]
     profile.kernels, message = kernel_figures(
         launches, architectures, lambda done, total: how.progress(f"compiling kernels, {done} of {total}")

@@ -124,24 +124,24 @@ class GradientNormRow(Row):
     exact = True
 
     def cases(self) -> list[Case]:
-        cases = [Case(reason, {"sizes": s, "largest": 10.0, "size": 1.0}) for reason, s in SIZES.items()]
+        cases = [Case(reason, {"sizes": s, "largest": 10.0, "magnitude": 1.0}) for reason, s in SIZES.items()]
         return [
             *cases,
-            Case("nothing to clip", {"sizes": (5, 300, 7), "largest": 1e9, "size": 1.0}),
-            Case("all zero", {"sizes": (5, 300, 7), "largest": 1.0, "size": 0.0}),
-            Case("squares beyond float32", {"sizes": (5, 300, 7), "largest": 1.0, "size": 1e25}),
-            Case("squares below float32", {"sizes": (5, 300, 7), "largest": 1e-25, "size": 1e-25}),
+            Case("nothing to clip", {"sizes": (5, 300, 7), "largest": 1e9, "magnitude": 1.0}),
+            Case("all zero", {"sizes": (5, 300, 7), "largest": 1.0, "magnitude": 0.0}),
+            Case("squares beyond float32", {"sizes": (5, 300, 7), "largest": 1.0, "magnitude": 1e25}),
+            Case("squares below float32", {"sizes": (5, 300, 7), "largest": 1e-25, "magnitude": 1e-25}),
         ]
 
     def random_case(self, rng: np.random.Generator) -> Case:
         largest, size = (float(10 ** rng.uniform(-3, 3)) for _ in range(2))
-        return Case("random", {"sizes": _random_sizes(rng), "largest": largest, "size": size})
+        return Case("random", {"sizes": _random_sizes(rng), "largest": largest, "magnitude": size})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return GradientNormOp(case["sizes"], case["largest"], dtype)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        size = 1 if integers else case["size"]
+        size = 1 if integers else case["magnitude"]
         gradients = super().inputs(op, case, rng, integers)
         return {name: g * g.dtype.type(size) for name, g in gradients.items() if g is not None}
 
