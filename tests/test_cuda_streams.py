@@ -385,7 +385,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("settings", "advice"),
         [
-            ({}, r"a batch of 4 at 32x32 is too large here: try --set batch=2$"),
+            ({}, r"a batch of 4 at 32x32 is too large here: try --set batch=2, or --set accumulate=2$"),
             ({"batch": 1}, r"a batch of 1 at 32x32 .* smaller size or width, such as --set width=0.03125$"),
         ],
     )
