@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from faulty_device import mutant_device
 from kernel_support import needs_compiler
-from mutants import mutant_device
 
 from segnet_scratch.device import get_device
 from segnet_scratch.errors import ConfigError
