@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from math import sqrt
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -10,7 +10,10 @@ from numpy.typing import DTypeLike
 from segnet_scratch.autograd import Tensor
 from segnet_scratch.device import Array, Device
 from segnet_scratch.ops import batch_norm, conv2d, conv_transpose2d, dropout, relu
+from segnet_scratch.ops.batch_norm import EPS, MOMENTUM
 from segnet_scratch.ops.conv_transpose2d import bilinear_weight
+
+Kind = TypeVar("Kind", bound="Module")
 
 
 class Buffer:
@@ -40,6 +43,10 @@ class Module:
     def named_buffers(self) -> dict[str, Buffer]:
         """Every buffer by its dotted name."""
         return dict(self._members(Buffer))
+
+    def named_modules(self, kind: type[Kind]) -> dict[str, Kind]:
+        """Every module of this class inside this one by its dotted name, in order of definition."""
+        return dict(self._members(kind))
 
     def train(self, training: bool = True) -> Self:
         """Training mode: batch statistics, dropout on. Returns self."""
@@ -129,11 +136,12 @@ class BatchNorm2d(Module):
         self.bias = Tensor(device.zeros((channels,), dtype), device, requires_grad=True)
         self.running_mean = Buffer(device.zeros((channels,), dtype))
         self.running_var = Buffer(device.upload(ones.copy()))
+        self.momentum = MOMENTUM  # share of a batch in the running statistics
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c) to the same shape."""
         running = self.running_mean.data, self.running_var.data
-        return batch_norm(x, self.weight, self.bias, *running, training=self.training)
+        return batch_norm(x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum)
 
 
 class Dropout(Module):
@@ -148,7 +156,9 @@ class Dropout(Module):
 
 
 class ConvUnit(Module):
-    """Convolution without bias, batch norm, and ReLU where the network has one."""
+    """Convolution without bias, batch norm unless it is folded into the former, and ReLU where the network has one."""
+
+    bn: BatchNorm2d | None
 
     def __init__(
         self,
@@ -167,5 +177,24 @@ class ConvUnit(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, in) to (n, h, w, out)."""
-        x = self.bn(self.conv(x))
+        x = self.conv(x)
+        if self.bn is not None:
+            x = self.bn(x)
         return relu(x) if self.activate else x
+
+    def fold_batch_norm(self) -> None:
+        """Gives the convolution what batch norm does with running statistics, and a bias; for inference alone.
+
+        weight (conv(x) - mean) / sqrt(var + eps) + bias is a convolution with the weight of each output channel times
+        weight / sqrt(var + eps), plus bias - mean weight / sqrt(var + eps). In double, rounded once.
+        """
+        if self.bn is None:
+            return
+        device, dtype = self.conv.weight.device, self.conv.weight.dtype
+        arrays = (self.bn.weight.data, self.bn.bias.data, self.bn.running_mean.data, self.bn.running_var.data)
+        weight, bias, mean, var = (device.download(array).astype(np.float64) for array in arrays)
+        factor = weight / np.sqrt(var + EPS)
+        kernel = self.conv.weight.numpy() * factor[:, None, None, None]
+        self.conv.weight = Tensor(device.upload(kernel.astype(dtype)), device)
+        self.conv.bias = Tensor(device.upload((bias - mean * factor).astype(dtype)), device)
+        self.bn = None

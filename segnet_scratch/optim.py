@@ -28,6 +28,8 @@ class SGD:
         bias_lr: float = 1.0,
         clip_norm: float = 0.0,
     ) -> None:
+        if model.folded:
+            raise TrainingError("sgd: batch norm is folded into this network, which leaves nothing to train")
         self.model, self.clip_norm = model, clip_norm
         self.parameters = model.named_parameters()
         device = model.device

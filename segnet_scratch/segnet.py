@@ -9,14 +9,14 @@ The paper sets the pooling indices against decoders that do without (section 3.1
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.autograd import Tensor, tensor
 from segnet_scratch.device import Device, get_device
-from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError, TrainingError
 from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module, Upsample2d
 from segnet_scratch.observe import scope
 from segnet_scratch.ops import PoolCodes, max_pool, max_unpool, resize_bilinear
@@ -125,6 +125,7 @@ class SegNet(Module):
         rng = np.random.default_rng(seed)
         common = (self.device, rng, self.dtype, rung)
         self.metadata: dict[str, Any] = {}  # of the checkpoint that it was loaded from
+        self.folded = False  # is batch norm a part of the convolutions?
         self.encoder: dict[int, dict[int, ConvUnit]] = {}
         self.decoder: dict[int, dict[int | str, Module]] = {}
         for block in self.blocks:
@@ -188,6 +189,26 @@ class SegNet(Module):
             raise ShapeError(f"{name}: images have shape {tuple(images.shape)}, expected (n, h, w, 3){hint}")
         return images if isinstance(images, Tensor) else tensor(images, self.device)
 
+    def fold_batch_norm(self) -> Self:
+        """Makes batch norm a part of the convolutions, for faster inference; evaluation mode from here on.
+
+        The logits stay what they were in evaluation mode, to rounding. The network can no longer be trained or saved.
+        """
+        self.eval()
+        for unit in self.named_modules(ConvUnit).values():
+            unit.fold_batch_norm()
+        self.folded = True
+        return self
+
+    def train(self, training: bool = True) -> Self:
+        """Training mode: batch statistics, dropout on. Returns self. TrainingError once batch norm is folded."""
+        if training and self.folded:
+            raise TrainingError(
+                f"{type(self).__name__}: batch norm is folded into the convolutions, which leaves nothing to train; "
+                "load the checkpoint without fold=True"
+            )
+        return super().train(training)
+
     def set_random_state(self, seed: int, step: int) -> None:
         """What the dropout masks are made from; a trainer sets the step before each forward pass."""
         self.device.write(self.random_state, np.array([seed % 2**64, step], STATE.dtype))
@@ -203,7 +224,11 @@ class SegNet(Module):
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """All parameters and running statistics as float32, weights OIHW, under the names of checkpoints."""
+        """All parameters and running statistics as float32, weights OIHW, under the names of checkpoints.
+
+        CheckpointError once batch norm is folded: a checkpoint could not be trained on or folded again.
+        """
+        self._expect_batch_norm("state_dict()")
         arrays = {name: to_file_layout(p.numpy()) for name, p in self.named_parameters().items()}
         for name, buffer in self.named_buffers().items():
             arrays[name] = to_file_layout(self.device.download(buffer.data))
@@ -211,6 +236,7 @@ class SegNet(Module):
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Overwrites all parameters and running statistics; nothing is changed unless names and shapes all fit."""
+        self._expect_batch_norm("load_state_dict()")
         targets = {name: p.data for name, p in self.named_parameters().items()}
         targets |= {name: buffer.data for name, buffer in self.named_buffers().items()}
         missing, unknown = targets.keys() - state.keys(), state.keys() - targets.keys()
@@ -225,6 +251,12 @@ class SegNet(Module):
                 raise CheckpointError(self._shape_message(name, np.asarray(state[name]).shape, target))
         for name, target in targets.items():
             self.device.write(target, values[name].astype(self.dtype))
+
+    def _expect_batch_norm(self, what: str) -> None:
+        if self.folded:
+            raise CheckpointError(
+                f"{what}: batch norm is folded into this network; load the checkpoint without fold=True"
+            )
 
     def _shape_message(self, name: str, got: tuple[int, ...], target: Any) -> str:
         expected = to_file_layout(np.empty(target.shape, np.bool_)).shape
@@ -242,6 +274,7 @@ class SegNet(Module):
         These convolutions have no bias: batch norm would take it out again. It goes into the running mean, so that in
         evaluation mode the untrained encoder computes what VGG16 does. Nothing is changed unless all of it fits.
         """
+        self._expect_batch_norm("load_vgg16()")
         encoder = [block for block in self.blocks if not block.decoder]
         if self.architecture != "segnet":
             raise CheckpointError("VGG16 weights fit model = segnet only; SegNet-Basic has 7x7 convolutions of its own")
@@ -266,7 +299,8 @@ class SegNet(Module):
         for block, (weight, bias) in zip(encoder, values, strict=True):
             unit = self.encoder[block.stage][block.index]
             self.device.write(unit.conv.weight.data, weight)
-            self.device.write(unit.bn.running_mean.data, -bias)
+            if unit.bn is not None:
+                self.device.write(unit.bn.running_mean.data, -bias)
 
 
 class SegNetBasic(SegNet):

@@ -43,8 +43,11 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
     return weights, momenta, loaded.metadata
 
 
-def load(path: str | Path, device: "str | Device" = "auto") -> SegNet:
-    """The model of a checkpoint, in evaluation mode; `model.metadata` has its class names and image size."""
+def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False) -> SegNet:
+    """The model of a checkpoint, in evaluation mode; `model.metadata` has its class names and image size.
+
+    With `fold` batch norm becomes a part of the convolutions: the same logits to rounding, faster, inference only.
+    """
     weights, _, metadata = read(path)
     model = build(metadata["model"], device)
     try:
@@ -52,7 +55,7 @@ def load(path: str | Path, device: "str | Device" = "auto") -> SegNet:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     model.metadata = metadata
-    return model.eval()
+    return model.fold_batch_norm() if fold else model.eval()
 
 
 def initialise(model: SegNet, path: str | Path) -> str:

@@ -59,6 +59,12 @@ def chunking(request, monkeypatch):
         monkeypatch.setattr(winograd, "_FILTER_BLOCK", 5)
 
 
+@pytest.fixture(params=["much_to_multiply", "little_to_multiply"])
+def way(request, monkeypatch):
+    """Runs a test with Winograd wherever it can go, as for large maps, and without it, as for small ones."""
+    monkeypatch.setattr(winograd, "_LEAST_PRODUCTS", 0 if request.param == "much_to_multiply" else 1 << 62)
+
+
 # --- convolution -------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +132,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("shape", "filters", "stride", "padding"), CONVOLUTIONS)
-@pytest.mark.usefixtures("chunking")
+@pytest.mark.usefixtures("chunking", "way")
 def test_convolution_of_integers_is_exact(shape, filters, stride, padding, dtype):
     rng = np.random.default_rng(1)
     x = rng.integers(-4, 5, shape).astype(dtype)
@@ -154,6 +160,7 @@ def test_convolution_of_integers_is_exact(shape, filters, stride, padding, dtype
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("shape", "filters", "stride", "padding"), CONVOLUTIONS)
+@pytest.mark.usefixtures("way")
 def test_convolution_rounds_within_bounds(shape, filters, stride, padding, dtype):
     rng = np.random.default_rng(2)
     x, weight = rng.standard_normal(shape).astype(dtype), rng.standard_normal((*filters, shape[3])).astype(dtype)
@@ -167,7 +174,7 @@ def test_convolution_rounds_within_bounds(shape, filters, stride, padding, dtype
 
     def check(actual, reference, factors, summed, *arguments):
         products = reference(*(np.abs(factor) for factor in factors), *arguments)
-        if winograd.suits(filters[1:], stride, shape[3], filters[0]):
+        if winograd.suits(filters[1:], stride, shape[3], dy.shape):
             # Neighbours in a tile share their rounding errors.
             products = products.max()
         bound = 3 * np.finfo(dtype).eps * math.sqrt(summed) * products
@@ -181,7 +188,8 @@ def test_convolution_rounds_within_bounds(shape, filters, stride, padding, dtype
     check(dbias, lambda dy: dy.astype(np.float64).sum(axis=(0, 1, 2)), (dy,), pixels)
 
 
-def test_convolution_carries_nan_to_every_output_that_sees_it():
+def test_convolution_carries_nan_to_every_output_that_sees_it(monkeypatch):
+    monkeypatch.setattr(winograd, "_LEAST_PRODUCTS", 0)
     rng = np.random.default_rng(3)
     for channels, reach in ((3, 1), (32, 2)):  # Winograd may carry it one pixel further, within a tile
         x = rng.standard_normal((1, 9, 9, channels)).astype(np.float32)
@@ -192,6 +200,23 @@ def test_convolution_carries_nan_to_every_output_that_sees_it():
         assert np.isnan(y[0, 3:6, 3:6]).all()
         y[0, 4 - reach : 5 + reach, 4 - reach : 5 + reach] = 0
         assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "channels_in", "y", "suits"),
+    [
+        ((3, 3), 1, 64, (4, 224, 224, 64), True),
+        ((3, 3), 1, 512, (4, 14, 14, 512), True),
+        ((3, 3), 1, 128, (2, 32, 32, 128), True),
+        ((3, 3), 1, 128, (2, 32, 30, 128), False),  # 480 tiles
+        ((3, 3), 1, 128, (2, 4, 4, 128), False),
+        ((3, 3), 1, 31, (4, 224, 224, 64), False),
+        ((3, 3), 2, 64, (4, 224, 224, 64), False),
+        ((7, 7), 1, 64, (4, 224, 224, 64), False),
+    ],
+)
+def test_winograd_is_taken_where_it_gains(kernel, stride, channels_in, y, suits):
+    assert winograd.suits(kernel, stride, channels_in, y) is suits
 
 
 # --- batch normalisation -----------------------------------------------------------------------------------------
@@ -389,39 +414,46 @@ def test_pooling_of_every_combination_of_special_values(size):
 # --- cross-entropy -----------------------------------------------------------------------------------------------
 
 
-def reference_cross_entropy(logits, labels, class_weights, scale):
+def reference_cross_entropy(logits, labels, class_weights, smoothing, scale):
     """Sums and gradient, one pixel at a time."""
     sums, gradient = np.zeros(3), np.zeros(logits.shape)
     for p, label in enumerate(labels):
         if label == 255:
             continue
-        weight = 1.0 if class_weights is None else float(class_weights[label])
+        weights = [1.0] * len(logits[p]) if class_weights is None else [float(weight) for weight in class_weights]
         shifted = [float(value) - float(logits[p].max()) for value in logits[p]]
         total = math.fsum(math.exp(value) for value in shifted)
-        sums += (weight * (math.log(total) - shifted[label]), weight, 1)
+        # The label's share, and that of every class.
+        shares = [smoothing / len(weights) * weight for weight in weights]
+        shares[label] += (1 - smoothing) * weights[label]
+        sums[0] += math.fsum(share * (math.log(total) - value) for share, value in zip(shares, shifted, strict=True))
+        sums[1:] += weights[label], 1
         for k, value in enumerate(shifted):
-            gradient[p, k] = scale * weight * (math.exp(value) / total - (k == label))
+            gradient[p, k] = scale * (math.exp(value) / total * math.fsum(shares) - shares[k])
     return sums, gradient
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize(("pixels", "classes"), [(1, 1), (7, 2), (101, 21), (64, 16)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.usefixtures("chunking")
-def test_cross_entropy(pixels, classes, weighted, dtype):
+def test_cross_entropy(pixels, classes, weighted, smoothing, dtype):
     rng = np.random.default_rng(7)
     logits = (4 * rng.standard_normal((pixels, classes))).astype(dtype)
     labels = rng.integers(0, classes, pixels).astype(np.uint8)
     labels[1::5] = 255
     class_weights = rng.uniform(0.1, 3, classes).astype(dtype) if weighted else None
     sums, dlogits = unset(3, np.float64), unset(logits.shape, dtype)
-    loss.cross_entropy_forward(logits, labels, class_weights, sums)
-    loss.cross_entropy_backward(logits, labels, class_weights, 0.25, dlogits)
-    expected_sums, expected = reference_cross_entropy(logits, labels, class_weights, 0.25)
+    loss.cross_entropy_forward(logits, labels, class_weights, smoothing, sums)
+    loss.cross_entropy_backward(logits, labels, class_weights, smoothing, 0.25, dlogits)
+    expected_sums, expected = reference_cross_entropy(logits, labels, class_weights, smoothing, 0.25)
     eps = np.finfo(dtype).eps
     largest = 3 if weighted else 1
     spread = 2 * float(np.abs(logits).max()) + 4
-    assert_within(sums[:1], expected_sums[:1], 2 * eps * spread * expected_sums[1])
+    # Smoothing sums over the classes of each pixel.
+    weights = expected_sums[1] + smoothing * math.sqrt(classes) * largest * expected_sums[2]
+    assert_within(sums[:1], expected_sums[:1], 2 * eps * spread * weights)
     assert_within(sums[1:], expected_sums[1:], 1e-12 * expected_sums[1:])
     assert_within(dlogits, expected, 2 * eps * spread * 0.25 * largest)
     assert_equal(dlogits[labels == 255], np.zeros((np.count_nonzero(labels == 255), classes)))
@@ -431,8 +463,8 @@ def test_cross_entropy_of_extreme_logits():
     logits = np.array([[3e38, -3e38, 0], [-np.inf, 0, 0], [np.nan, np.inf, 0], [-200, -200, -200]], np.float32)
     labels = np.array([0, 1, 255, 2], np.uint8)
     sums, dlogits = unset(3, np.float64), unset(logits.shape, np.float32)
-    loss.cross_entropy_forward(logits, labels, None, sums)
-    loss.cross_entropy_backward(logits, labels, None, 1.0, dlogits)
+    loss.cross_entropy_forward(logits, labels, None, 0.0, sums)
+    loss.cross_entropy_backward(logits, labels, None, 0.0, 1.0, dlogits)
     assert_within(sums, np.array([math.log(2) + math.log(3), 3, 3]), 1e-6)
     third = 1 / 3
     expected = np.array([[0, 0, 0], [0, -0.5, 0.5], [0, 0, 0], [third, third, third - 1]])
@@ -442,8 +474,8 @@ def test_cross_entropy_of_extreme_logits():
 def test_cross_entropy_of_void_only():
     logits, labels = np.ones((3, 2), np.float32), np.full(3, 255, np.uint8)
     sums, dlogits = unset(3, np.float64), unset((3, 2), np.float32)
-    loss.cross_entropy_forward(logits, labels, None, sums)
-    loss.cross_entropy_backward(logits, labels, None, 1.0, dlogits)
+    loss.cross_entropy_forward(logits, labels, None, 0.0, sums)
+    loss.cross_entropy_backward(logits, labels, None, 0.0, 1.0, dlogits)
     assert_equal(sums, np.zeros(3))
     assert_equal(dlogits, np.zeros((3, 2)))
 
@@ -482,8 +514,8 @@ def one_of_everything():
     pooling.scatter_windows(pooled, codes, output(x.shape))
     pooling.gather_windows(dy, codes, output(codes.shape))
     logits, labels = x.reshape(-1, 20), rng.integers(0, 20, x.size // 20).astype(np.uint8)
-    loss.cross_entropy_forward(logits, labels, weight[:20], output(3, np.float64))
-    loss.cross_entropy_backward(logits, labels, weight[:20], 0.5, output(logits.shape))
+    loss.cross_entropy_forward(logits, labels, weight[:20], 0.1, output(3, np.float64))
+    loss.cross_entropy_backward(logits, labels, weight[:20], 0.1, 0.5, output(logits.shape))
     return outputs
 
 
@@ -492,6 +524,7 @@ def assert_all_same_bits(actual, expected):
         assert_same_bits(one, other)
 
 
+@pytest.mark.usefixtures("way")
 def test_results_do_not_depend_on_the_number_of_workers(monkeypatch):
     monkeypatch.setattr(winograd, "_BYTES_TOGETHER", 1 << 20)
     monkeypatch.setenv("SEGNET_THREADS", "1")

@@ -13,6 +13,7 @@ import pytest
 
 import segnet_scratch.ops
 from segnet_scratch.autograd import tensor
+from segnet_scratch.cpu import winograd
 from segnet_scratch.device import HostDevice, NumpyDevice, get_device
 from segnet_scratch.errors import DataError, DTypeError, SegnetError, ShapeError
 from segnet_scratch.kernels import shipped_kernels
@@ -127,6 +128,18 @@ class TestAgainstTheReference:
         problems = []
         for index, case in cases_of(row, DOUBLES):
             problems += check(row, case, get_device(device), row.generator(0, index), dtype)
+        assert problems == []
+
+    @pytest.mark.parametrize(
+        "name", [f"conv2d_{way}_direct" for way in ("forward", "backward_data", "backward_weight")]
+    )
+    def test_winograd_wherever_it_can_go(self, name, monkeypatch):
+        """The numpy device leaves small maps to plain matrix products, and all of the table's are small."""
+        monkeypatch.setattr(winograd, "_LEAST_PRODUCTS", 0)
+        row, problems = row_named(name), []
+        for index, case in cases_of(row, RANDOM):
+            problems += check(row, case, get_device("numpy"), row.generator(0, index))
+            problems += check(row, case, get_device("numpy"), row.generator(2, index), integers=True)
         assert problems == []
 
     @each_device

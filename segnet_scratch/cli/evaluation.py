@@ -128,7 +128,7 @@ def evaluate_command(
     IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
     """
     inference = _inference(flip, scales, window, stride, samples)
-    model = weights.load(checkpoint, get_device(device))
+    model = weights.load(checkpoint, get_device(device), fold=True)
     dataset = VOCDataset(data, split)
     input_sides = input_size(checkpoint, model, size)
     with evaluation_progress(console, len(dataset)) as advance:
@@ -180,7 +180,7 @@ def predict(
     videos = [video for argument in inputs if (video := find_video(argument))]
     images = find_images([argument for argument in inputs if not find_video(argument)])
     targets = plan_videos(videos, out)
-    model = weights.load(checkpoint, get_device(device))
+    model = weights.load(checkpoint, get_device(device), fold=True)
     names, input_sides = _names(model), input_size(checkpoint, model, size)
     results: list[dict[str, Any]] = []
     stopped = False
@@ -237,7 +237,7 @@ def submit_command(
     Example: segnet submit runs/voc/best.safetensors --data VOC2012 --out results.tar --flip
     """
     inference = _inference(flip, scales, window, stride, samples)
-    model = weights.load(checkpoint, get_device(device))
+    model = weights.load(checkpoint, get_device(device), fold=True)
     dataset = VOCDataset(data, split, with_masks=False)
     input_sides = input_size(checkpoint, model, size)
     with evaluation_progress(console, len(dataset), "segment") as advance:

@@ -1,16 +1,34 @@
-"""`segnet train` and `convert`: where a trained network comes from."""
+"""`segnet train`, `recipes`, `bn-recalibrate` and `convert`: where a trained network comes from."""
 
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.markup import escape
 
-from segnet_scratch.cli.common import DataOption, DeviceOption, JsonOption, app, console, say
+from segnet_scratch import weights
+from segnet_scratch.cli.common import (
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    SizeOption,
+    app,
+    console,
+    input_size,
+    say,
+)
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
-from segnet_scratch.display import TrainingDisplay, write_json
+from segnet_scratch.data import EvalTransform, Loader, VOCDataset
+from segnet_scratch.device import get_device
+from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.listeners import Listeners
+from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
 from segnet_scratch.run_record import RunRecord
@@ -86,6 +104,44 @@ def recipes() -> None:
     """List the settings that ship with the program, for segnet train --config NAME."""
     for name, purpose in shipped_recipes().items():
         say(f"{name:24}{purpose}")
+
+
+@app.command(name="bn-recalibrate")
+def bn_recalibrate(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="The new checkpoint.", dir_okay=False)],
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
+    batches: Annotated[int | None, typer.Option(min=1, help="So many batches; the whole split unless given.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
+    device: DeviceOption = "auto",
+    size: SizeOption = None,
+) -> None:
+    """Count the batch-norm statistics of a trained network anew, over many images with the weights at rest.
+
+    Helps where training ended amid large steps or with few images a batch. The images are resized to the network's
+    input size and not augmented.
+
+    Example: segnet bn-recalibrate runs/voc/best.safetensors --data VOC2012 --out runs/voc/recalibrated.safetensors
+    """
+    model = weights.load(checkpoint, get_device(device))
+    dataset = VOCDataset(data, split)
+    transform = EvalTransform(input_size(checkpoint, model, size))
+    # The last batch is often small, and its statistics the worst.
+    loader = Loader(dataset, transform, batch, seed, drop_last=len(dataset) >= batch)
+    count = min(batches or loader.batches_per_epoch, loader.batches_per_epoch)
+    with evaluation_progress(console, count * batch, "recalibrate") as advance, closing(loader.epoch(0)) as epoch:
+
+        def counted() -> Iterator[np.ndarray]:
+            for found in islice(epoch, count):
+                yield found.images
+                advance(len(found.images))
+
+        images = recalibrate(model, counted())
+    metadata = {key: value for key, value in model.metadata.items() if key != "model"}
+    weights.save(out, model, metadata | {"recalibrated": {"split": split, "images": images, "batch": batch}})
+    say(f"{out}: batch-norm statistics of {images} images of {split}")
 
 
 @app.command()

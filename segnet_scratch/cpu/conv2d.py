@@ -1,6 +1,6 @@
 """2-D convolution and its gradients on NHWC activations and OHWI weights.
 
-There are two ways. `winograd` takes 3x3 kernels of stride 1 with many channels. For the rest, here, the
+There are two ways. `winograd` takes 3x3 kernels of stride 1 where there is much to multiply. For the rest, here, the
 patches under the kernel are copied side by side into a matrix (im2col), a chunk of output rows at a time, and
 each chunk is one matrix product. In NHWC a row of the kernel covers kw*C contiguous values, so patches copy
 in long runs.
@@ -29,7 +29,7 @@ def forward(
 ) -> None:
     """Writes y (N, H', W', O): x (N, H, W, C) convolved with weight (O, kh, kw, C), plus any bias (O,)."""
     kernel = weight.shape[1:3]
-    if winograd.suits(kernel, stride, x.shape[3], y.shape[3]):
+    if winograd.suits(kernel, stride, x.shape[3], y.shape):
         terms = scratch("weight_terms", (16, len(weight), x.shape[3]), x.dtype)
         winograd.transform_weight(weight, terms)
         winograd.convolve(x, terms.transpose(0, 2, 1), bias, y, padding)
@@ -46,7 +46,7 @@ def backward_data(dy: np.ndarray, weight: np.ndarray, dx: np.ndarray, stride: in
     """
     kernel = weight.shape[1:3]
     flipped = weight[:, ::-1, ::-1]
-    if winograd.suits(kernel, stride, dx.shape[3], dy.shape[3]):
+    if winograd.suits(kernel, stride, dy.shape[3], dx.shape):
         terms = scratch("weight_terms", (16, len(weight), dx.shape[3]), dy.dtype)
         winograd.transform_weight(flipped, terms)
         winograd.convolve(dy, terms, None, dx, 2 - padding)
@@ -60,21 +60,25 @@ def backward_data(dy: np.ndarray, weight: np.ndarray, dx: np.ndarray, stride: in
 def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, stride: int, padding: int) -> None:
     """Writes the gradient dweight (O, kh, kw, C) for x (N, H, W, C) and dy (N, H', W', O)."""
     kernel = dweight.shape[1:3]
-    if winograd.suits(kernel, stride, x.shape[3], dy.shape[3]):
+    if winograd.suits(kernel, stride, x.shape[3], dy.shape):
         winograd.backward_weight(x, dy, dweight, padding)
         return
     patches = _Patches(x, kernel, dy.shape[:3], stride, (-padding, -padding))
     dy_rows = dy.reshape(-1, *dy.shape[2:])
-    sums = scratch("weight_sums", (_PARTIAL_SUMS, dy.shape[3], patches.values), x.dtype)
-    sums.fill(0)
+    count = min(_PARTIAL_SUMS, patches.chunks)
+    sums = scratch("weight_sums", (count, dy.shape[3], patches.values), x.dtype)
 
     def body(index: int) -> None:
-        first, last = (patches.chunks * i // _PARTIAL_SUMS for i in (index, index + 1))
+        first, last = (patches.chunks * i // count for i in (index, index + 1))
         for chunk in range(first, last):
             rows = patches.rows_of(chunk)
-            sums[index] += dy_rows[rows].reshape(-1, dy.shape[3]).T @ patches.copy(rows)
+            left, right = dy_rows[rows].reshape(-1, dy.shape[3]).T, patches.copy(rows)
+            if chunk == first:
+                np.matmul(left, right, out=sums[index])
+            else:
+                sums[index] += left @ right
 
-    parallel_for(_PARTIAL_SUMS, body)
+    parallel_for(count, body)
     np.sum(sums, axis=0, out=dweight.reshape(dy.shape[3], -1))
 
 

@@ -167,13 +167,19 @@ class BatchNormBackward(Op):
 class BatchNorm(Function):
     """Saves x and two numbers a channel; x-hat is computed again in backward."""
 
-    def __init__(self, device: Device, running_mean: Array, running_var: Array, training: bool) -> None:
+    def __init__(
+        self, device: Device, running_mean: Array, running_var: Array, training: bool, momentum: float
+    ) -> None:
         super().__init__(device)
         self.running_mean, self.running_var, self.training = running_mean, running_var, training
+        self.momentum = momentum
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
-        plan = BatchNormTrainingForward if self.training else BatchNormEvaluationForward
-        op: Op = plan.plan(spec_of(x))
+        op: Op
+        if self.training:
+            op = BatchNormTrainingForward.plan(spec_of(x), EPS, self.momentum)
+        else:
+            op = BatchNormEvaluationForward.plan(spec_of(x))
         running = {"running_mean": self.running_mean, "running_var": self.running_var}
         out = op(self.device, x=x, weight=weight, bias=bias, **running)
         self.x, self.weight, self.mean, self.inv_std = x, weight, out.mean, out.inv_std
@@ -186,10 +192,16 @@ class BatchNorm(Function):
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Array, running_var: Array, training: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Array,
+    running_var: Array,
+    training: bool,
+    momentum: float = MOMENTUM,
 ) -> Tensor:
     """weight (x - mean) / sqrt(var + 1e-5) + bias for every channel of x (n, h, w, c); the rest is (c).
 
-    In training the statistics are those of x, and the running ones move towards them by a tenth, in place.
+    In training the statistics are those of x, and the running ones move towards them by `momentum`, in place.
     """
-    return BatchNorm(x.device, running_mean, running_var, training)(x, weight, bias)
+    return BatchNorm(x.device, running_mean, running_var, training, momentum)(x, weight, bias)

@@ -114,7 +114,8 @@ class Conv2dRow(Row):
         g = op.geometry  # type: ignore[attr-defined]
         (output,) = op.outputs
         terms = getattr(of_magnitudes(op, b), output)
-        if winograd.suits((g.kh, g.kw), g.stride, g.c, g.o):
+        channels, target = (g.o, g.x) if self.op is Conv2dBackwardData else (g.c, g.y)
+        if winograd.suits((g.kh, g.kw), g.stride, channels, target):
             terms = _largest_neighbour(terms)  # what is rounded belongs to a tile, not to one output
         return {output: terms}
 

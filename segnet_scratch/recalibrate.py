@@ -1,0 +1,94 @@
+"""Batch-norm statistics of a trained network, counted anew: what the authors of SegNet did by hand before testing.
+
+The running statistics of training are an average that forgets: it knows the last dozens of batches, and the weights
+moved meanwhile. Here the weights stand still and every batch counts alike.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from segnet_scratch.autograd import no_grad
+from segnet_scratch.errors import DataError, TrainingError
+from segnet_scratch.nn import BatchNorm2d
+from segnet_scratch.segnet import SegNet
+
+
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared distances from it, merged batch by batch (Chan, Golub, LeVeque 1983)."""
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    def merge(self, count: int, mean: np.ndarray, squares: np.ndarray) -> None:
+        total, distance = self.count + count, mean - self.mean
+        self.mean = self.mean + distance * (count / total)
+        self.squares = self.squares + squares + distance**2 * (self.count * count / total)
+        self.count = total
+
+
+def recalibrate(model: SegNet, batches: Iterable[np.ndarray]) -> int:
+    """Replaces all running means and variances by those over all the given batches; returns the number of images.
+
+    batches: images (n, h, w, 3) as the network takes them, one at least. Each layer normalises a batch by the batch's
+    own statistics, as in training; those are merged in double, weighed by their pixels, and the variance is the
+    unbiased one. Dropout is off, as in inference. The network is left in evaluation mode. TrainingError where batch
+    norm is folded into the convolutions, DataError without a batch.
+    """
+    if model.folded:
+        raise TrainingError(
+            "recalibrate: batch norm is folded into this network; load the checkpoint without fold=True"
+        )
+    layers = model.named_modules(BatchNorm2d)
+    moments: dict[str, _Moments] = {}
+    images = 0
+    with no_grad(), _statistics_of_one_batch(model, layers):
+        for batch in batches:
+            model(batch.astype(model.dtype, copy=False))
+            images += len(batch)
+            for name, layer in layers.items():
+                count = len(batch) * _pixels(name, batch.shape[1:3])
+                mean, var = (
+                    model.device.download(buffer.data).astype(np.float64)
+                    for buffer in (layer.running_mean, layer.running_var)
+                )
+                found = count, mean, var * (count - 1)
+                if name in moments:
+                    moments[name].merge(*found)
+                else:
+                    moments[name] = _Moments(*found)
+    if not moments:
+        raise DataError("recalibrate: there is no batch of images; give one at least")
+    for name, layer in layers.items():
+        total = moments[name]
+        model.device.write(layer.running_mean.data, total.mean.astype(model.dtype))
+        model.device.write(layer.running_var.data, (total.squares / (total.count - 1)).astype(model.dtype))
+    return images
+
+
+@contextmanager
+def _statistics_of_one_batch(model: SegNet, layers: dict[str, BatchNorm2d]) -> Iterator[None]:
+    """Within this context a forward pass leaves the batch's own statistics in the running ones."""
+    model.eval()
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.training, layer.momentum = True, 1.0
+        for buffer in (layer.running_mean, layer.running_var):
+            # What is there counts 0 times, which is not 0 where it is infinity.
+            model.device.write(buffer.data, np.zeros(buffer.data.shape, model.dtype))
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.training, layer.momentum = False, momenta[name]
+
+
+def _pixels(layer: str, size: tuple[int, ...]) -> int:
+    """Pixels of the map that a layer, `encoder.2.1.bn`, sees of one image: stage s works behind s - 1 pools."""
+    stage = int(layer.split(".")[1])
+    height, width = (-(-side // 2 ** (stage - 1)) for side in size)
+    return height * width
