@@ -199,15 +199,15 @@ class _File:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        start = file.read(8)
+        start, size = file.read(8), os.fstat(file.fileno()).st_size
         length = int.from_bytes(start, "little")
         # The library takes up to 100 MB of header, and seconds and a gigabyte to read it; 2,000 tensors need 0.2 MB.
         if length > _MAX_HEADER:
             raise ValueError(f"a header of {length} bytes, more than {_MAX_HEADER}")
         self._file = file
         with NamedTemporaryFile() as copy:
-            copy.write(start + file.read(length))
-            copy.truncate(os.fstat(file.fileno()).st_size)
+            copy.write(start + file.read(min(length, size)))  # Python makes room for as much as it is asked to read
+            copy.truncate(size)
             copy.flush()
             with safe_open(copy.name, "np") as header:
                 self.metadata: dict[str, str] = header.metadata() or {}

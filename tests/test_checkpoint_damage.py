@@ -320,6 +320,11 @@ class TestDamage:
             pytest.skip("this system does not limit the memory of a process")
         assert "got: Unable to al" in ended.stdout
 
+    def test_a_length_beyond_the_file_costs_no_memory(self, tmp_path):
+        (tmp_path / "a").write_bytes((4 << 20).to_bytes(8, "little") + b"{}")
+        with within_limits(10), pytest.raises(CheckpointError):
+            checkpoint.load(tmp_path / "a")
+
     def test_a_header_of_megabytes_is_refused_before_the_library_reads_it(self, tmp_path):
         path = tmp_path / "large.safetensors"
         path.write_bytes(file_of(b"{" + b" " * (5 << 20) + b"}"))

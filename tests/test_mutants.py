@@ -55,7 +55,7 @@ MUTANTS = [
     for path in sorted((ROOT / "tests" / "mutants").glob("*.toml"))
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
 ]
-CHOSEN = MUTANTS if FULL else random.Random(0).sample(MUTANTS, 16)
+CHOSEN = MUTANTS if FULL else random.Random(0).sample(MUTANTS, 12)
 
 
 def copy_of_the_tree(folder: Path) -> Path:
