@@ -4,15 +4,18 @@
 
 #define THREADS 64
 
-// No barrier between writing and reading the tile.
+// No barrier between writing and reading the first tile.
 extern "C" __global__ void faulty_race(
     const storage_t* __restrict__ x,  // (count)
     storage_t* __restrict__ y,        // (count)
     int64 count) {
     SHARED_ARRAY(storage_t, tile, [THREADS]);
+    SHARED_ARRAY(storage_t, turned, [THREADS]);
     const int64 i = (int64)blockIdx.x * THREADS + threadIdx.x;
     tile[threadIdx.x] = x[i];
-    y[i] = tile[THREADS - 1 - threadIdx.x];
+    turned[threadIdx.x] = tile[THREADS - 1 - threadIdx.x];
+    __syncthreads();  // line of faulty_race
+    y[i] = turned[threadIdx.x];
 }
 
 // The last thread of a block never arrives.
@@ -63,7 +66,7 @@ extern "C" __global__ void faulty_value(
     const storage_t* __restrict__ x,  // (count)
     storage_t* __restrict__ y,        // (count)
     int64 count) {
-    FOR_EACH_INDEX(i, count) y[i] = i == 5 ? -x[i] : x[i];
+    FOR_EACH_INDEX(i, count) y[i] = i == 5 ? x[i] + 1 : x[i];
 }
 
 extern "C" __global__ void faulty_shift(
