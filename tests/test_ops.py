@@ -39,7 +39,7 @@ from segnet_scratch.proof.rows.sgd import SgdOp
 from segnet_scratch.proof.table import ROWS, row_named
 from segnet_scratch.proof.work import FULL, QUICK
 
-EFFORT = FULL if os.environ.get("SEGNET_TEST_FULL") else replace(QUICK, shapes=15, doubles=5, ordered=5, shuffles=3)
+EFFORT = FULL if os.environ.get("SEGNET_TEST_FULL") else replace(QUICK, shapes=10, ordered=4, shuffles=3, repeats=4)
 DEVICES = ("numpy", "host")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
