@@ -1,12 +1,13 @@
-"""Every op of the table on every device that needs no GPU: templates over segnet_scratch.proof.table.
+"""Every op of the table on every device that needs no GPU: the parts of the proof (segnet_scratch.proof.parts), which
+`segnet verify` runs as well, here at smaller figures; and PyTorch against the references that they rest on.
 
-By default each op meets its fixed cases and 20 random ones; with SEGNET_TEST_FULL=1 the numbers of the list of proofs
-(500 random shapes, 100 with integers, 50 for thread orders, 250 repeats).
+By default each op meets its fixed cases and a few random ones; with SEGNET_TEST_FULL=1 the figures of `verify --full`.
 """
 
 import importlib
 import os
 import pkgutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,49 +15,53 @@ import pytest
 import segnet_scratch.ops
 from segnet_scratch.autograd import tensor
 from segnet_scratch.cpu import winograd
-from segnet_scratch.device import HostDevice, NumpyDevice, get_device
-from segnet_scratch.errors import DataError, DTypeError, SegnetError, ShapeError
+from segnet_scratch.device import get_device
+from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.kernels import shipped_kernels
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.ops import PoolCodes, cross_entropy, max_pool, max_unpool
-from segnet_scratch.ops.add import AddForward
-from segnet_scratch.ops.argmax import ArgmaxForward
+from segnet_scratch.ops import PoolCodes, max_pool, max_unpool
 from segnet_scratch.ops.batch_norm import BatchNormBackward, BatchNormEvaluationForward, BatchNormTrainingForward
-from segnet_scratch.ops.confusion import ConfusionAccumulate
-from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight
 from segnet_scratch.ops.cross_entropy import CrossEntropyBackward, CrossEntropyForward
-from segnet_scratch.ops.dropout import DropoutForward, philox
+from segnet_scratch.ops.dropout import philox
 from segnet_scratch.ops.gradient_norm import GradientNorm
 from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.max_unpool import MaxUnpoolForward
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
-from segnet_scratch.ops.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.ops.sgd import SgdStep
-from segnet_scratch.proof.compare import check, deviations, run_guarded, same_bits
+from segnet_scratch.proof.compare import check, deviations, same_bits
+from segnet_scratch.proof.launches import kernels_of
+from segnet_scratch.proof.parts import PARTS
+from segnet_scratch.proof.parts.base import case_of
+from segnet_scratch.proof.parts.losses import EDGES
 from segnet_scratch.proof.rows.base import Case, empty_outputs
 from segnet_scratch.proof.rows.maps import MapRow
 from segnet_scratch.proof.rows.sgd import SgdOp
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.proof.table import ROWS, row_named
+from segnet_scratch.proof.work import FULL, QUICK
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
-RANDOM, INTEGERS, DOUBLES, ORDERS, REPEATS = (500, 100, 100, 50, 250) if FULL else (20, 10, 5, 5, 5)
-SHUFFLES = 6 if FULL else 3
+EFFORT = FULL if os.environ.get("SEGNET_TEST_FULL") else replace(QUICK, shapes=10, ordered=4, shuffles=3, repeats=4)
 DEVICES = ("numpy", "host")
-F32, F64, U8 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8)
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
-each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_row = pytest.mark.parametrize("row", [row.name for row in ROWS])
 each_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def row_named(name):
-    return next(row for row in ROWS if row.name == name)
+def rows_of(part):
+    """The rows that a part goes over."""
+    return pytest.mark.parametrize("row", list(dict.fromkeys(w.target for w in PARTS[part].works("host", EFFORT, 0))))
+
+
+def prove(part, row, device):
+    """All the work of a part on one row; what came of it is empty where everything holds."""
+    works = PARTS[part].works(device, EFFORT, 0, (row_named(row),))
+    return [str(failure) for work in works for failure in PARTS[part].do(work).failures]
 
 
 def cases_of(row, random):
     """(index, case): the fixed ones, then random ones."""
-    fixed = row.cases()
-    return list(enumerate(fixed + [row.random_case(row.generator(1, i)) for i in range(random)]))
+    return [(index, case_of(row, index, 0)) for index in range(len(row.cases()) + random)]
 
 
 class TestTable:
@@ -72,19 +77,7 @@ class TestTable:
         assert shipped - {row.op for row in ROWS} == set()
 
     def test_every_shipped_kernel_is_launched_by_a_row(self):
-        launched = set()
-
-        class Recorder(NumpyDevice):
-            runs_kernels = True
-
-            def execute(self, kernel, types, grid, block, values, shared):
-                launched.add(kernel.name)
-
-        for row in ROWS:
-            for index, case in cases_of(row, 0):
-                op = row.plan(case, row.elements[0])
-                run_guarded(op, row.inputs(op, case, row.generator(0, index)), Recorder())
-        assert launched == set(shipped_kernels())
+        assert set().union(*map(kernels_of, ROWS)) == set(shipped_kernels())
 
     def test_rows_have_names_of_their_own_and_reasons(self):
         assert len({row.name for row in ROWS}) == len(ROWS)
@@ -95,6 +88,7 @@ class TestTable:
 
     @each_row
     def test_plans_count_work_and_bytes(self, row):
+        row = row_named(row)
         for _, case in cases_of(row, 3):
             op = row.plan(case, row.elements[0])
             assert op.flops >= 0
@@ -113,22 +107,13 @@ class TestTable:
 class TestAgainstTheReference:
     @each_device
     @each_row
-    def test_the_usual_type_within_the_bound(self, row, device):
-        problems = []
-        for index, case in cases_of(row, RANDOM):
-            problems += check(row, case, get_device(device), row.generator(0, index))
-        assert problems == []
+    def test_within_the_bound(self, row, device):
+        assert prove("reference", row, device) == []
 
     @each_device
-    @pytest.mark.parametrize(
-        ("row", "dtype"),
-        [pytest.param(row, dtype, id=f"{row.name}-{dtype}") for row in ROWS for dtype in row.elements[1:]],
-    )
-    def test_other_types_within_the_bound(self, row, dtype, device):
-        problems = []
-        for index, case in cases_of(row, DOUBLES):
-            problems += check(row, case, get_device(device), row.generator(0, index), dtype)
-        assert problems == []
+    @rows_of("integers")
+    def test_integers_are_exact(self, row, device):
+        assert prove("integers", row, device) == []
 
     @pytest.mark.parametrize(
         "name", [f"conv2d_{way}_direct" for way in ("forward", "backward_data", "backward_weight")]
@@ -137,44 +122,26 @@ class TestAgainstTheReference:
         """The numpy device leaves small maps to plain matrix products, and all of the table's are small."""
         monkeypatch.setattr(winograd, "_LEAST_PRODUCTS", 0)
         row, problems = row_named(name), []
-        for index, case in cases_of(row, RANDOM):
+        for index, case in cases_of(row, EFFORT.shapes):
             problems += check(row, case, get_device("numpy"), row.generator(0, index))
             problems += check(row, case, get_device("numpy"), row.generator(2, index), integers=True)
-        assert problems == []
-
-    @each_device
-    @pytest.mark.parametrize("row", [row for row in ROWS if row.exact], ids=lambda row: row.name)
-    def test_integers_are_exact(self, row, device):
-        problems = []
-        for index, case in cases_of(row, INTEGERS):
-            problems += check(row, case, get_device(device), row.generator(2, index), integers=True)
         assert problems == []
 
 
 class TestSameBits:
     @each_row
     def test_in_every_order_of_threads_and_on_any_number_of_workers(self, row):
-        options = [HostOptions(order, workers=workers) for order in ("ascending", "descending") for workers in (1, 2)]
-        options += [HostOptions("shuffled", seed, workers=1 + seed % 2) for seed in range(SHUFFLES)]
-        devices = [HostDevice(option) for option in options]
-        for index, case in cases_of(row, ORDERS):
-            op = row.plan(case, row.elements[0])
-            inputs = row.inputs(op, case, row.generator(0, index))
-            first, *others = (run_guarded(op, inputs, device) for device in devices)
-            for option, other in zip(options[1:], others, strict=True):
-                assert other.problems == []
-                for name, output in first.outputs.items():
-                    assert same_bits(output, other.outputs[name]), f"{row.name} {case}: {name} differs with {option}"
+        assert prove("orders", row, "host") == []
 
     @each_device
     @each_row
     def test_again_and_again(self, row, device):
-        (index, case), *_ = reversed(cases_of(row, 1))
-        op = row.plan(case, row.elements[0])
-        inputs = row.inputs(op, case, row.generator(0, index))
-        first, *others = (run_guarded(op, inputs, get_device(device)) for _ in range(1 + REPEATS))
-        for other in others:
-            assert all(same_bits(output, other.outputs[name]) for name, output in first.outputs.items())
+        assert prove("repeats", row, device) == []
+
+    @each_device
+    def test_training_again(self, device):
+        (work,) = PARTS["training"].works(device, EFFORT, 0)
+        assert PARTS["training"].do(work).failures == []
 
 
 class _Fake(Op):
@@ -408,49 +375,11 @@ class TestReferencesAgainstTorch:
 # ------------------------------------------------------------------------------------------------ hostile inputs
 
 
-def pool_by_hand(x):
-    """Max-pool by its definition, element by element."""
-    n, h, w, c = x.shape
-    y = np.empty((n, -(-h // 2), -(-w // 2), c), x.dtype)
-    codes = np.empty(y.shape, np.uint8)
-    for index in np.ndindex(y.shape):
-        image, row, column, channel = index
-        best = None
-        for code in range(4):
-            i, j = 2 * row + code // 2, 2 * column + code % 2
-            if i < h and j < w:
-                value = x[image, i, j, channel]
-                if best is None or value > best or (value != value and best == best):
-                    best, y[index], codes[index] = value, value, code
-    return y, codes
-
-
-def unpool_by_hand(values, codes, size):
-    """Max-unpool by its definition; a code that points outside means position 0."""
-    n, _, _, c = values.shape
-    y = np.zeros((n, *size, c), values.dtype)
-    for image, row, column, channel in np.ndindex(values.shape):
-        code = int(codes[image, row, column, channel])
-        i, j = 2 * row + code // 2, 2 * column + code % 2
-        if code > 3 or i >= size[0] or j >= size[1]:
-            i, j = 2 * row, 2 * column
-        y[image, i, j, channel] = values[image, row, column, channel]
-    return y
-
-
-class TestHostilePooling:
-    SPECIAL = np.array([np.nan, -np.inf, np.inf, -1, 0, 1, 1], F32)
-
+class TestHostile:
     @each_device
-    def test_pool_of_nan_infinity_and_ties(self, device):
-        rng = np.random.default_rng(0)
-        for _ in range(100):
-            x = rng.choice(self.SPECIAL, rng.integers(1, (3, 6, 6, 4)))
-            run = run_guarded(MaxPoolForward.plan(spec_of(x)), {"x": x}, get_device(device))
-            y, codes = pool_by_hand(x)
-            assert run.problems == []
-            np.testing.assert_array_equal(run.outputs["y"], y)
-            np.testing.assert_array_equal(run.outputs["codes"], codes)
+    @rows_of("hostile")
+    def test_a_valid_result_or_a_named_error(self, row, device):
+        assert prove("hostile", row, device) == []
 
     @each_device
     @pytest.mark.parametrize("fill", [np.nan, -np.inf])
@@ -461,33 +390,6 @@ class TestHostilePooling:
         assert not codes.codes.any()  # the first position, never -1
         back = max_unpool(y, codes).numpy()
         np.testing.assert_array_equal(back[:, ::2, ::2], y.numpy())
-
-    @each_device
-    def test_codes_out_of_range(self, device):
-        rng = np.random.default_rng(1)
-        home = get_device(device)
-        for _ in range(100):
-            n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)))
-            windows = (n, -(-h // 2), -(-w // 2), c)
-            values = rng.choice(self.SPECIAL, windows)
-            codes = rng.integers(0, rng.choice([4, 8, 256]), windows).astype(np.uint8)
-            expected = unpool_by_hand(values, codes, (h, w))
-            for op, name in (
-                (MaxUnpoolForward.plan(spec_of(values), spec_of(codes), (h, w)), "x"),
-                (MaxPoolBackward.plan(spec_of(values), (h, w)), "dy"),
-            ):
-                run = run_guarded(op, {name: values, "codes": codes}, home)
-                assert run.problems == []
-                np.testing.assert_array_equal(*run.outputs.values(), expected)
-            dy = rng.standard_normal((n, h, w, c)).astype(F32)
-            run = run_guarded(MaxUnpoolBackward.plan(spec_of(dy)), {"dy": dy, "codes": codes}, home)
-            assert run.problems == []
-            # The transpose of unpool: <unpool(v), dy> = <v, unpool_backward(dy)>, here with v = 1 in one window.
-            gathered = run.outputs["dx"]
-            for index in np.ndindex(windows):
-                one = np.zeros(windows, F32)
-                one[index] = 1
-                assert gathered[index] == (unpool_by_hand(one, codes, (h, w)) * dy).sum()
 
     @each_device
     def test_codes_of_another_pool(self, device):
@@ -503,204 +405,22 @@ class TestHostilePooling:
         with pytest.raises(DTypeError, match="codes has element type int64, expected uint8"):
             max_unpool(y, PoolCodes(codes.codes.astype(np.int64), codes.size))
 
-    @each_device
-    def test_argmax_of_nan_infinity_and_ties(self, device):
-        logits = np.random.default_rng(2).choice(self.SPECIAL, (500, 5))
-        labels = run_guarded(ArgmaxForward(spec_of(logits)), {"logits": logits}, get_device(device)).outputs["labels"]
-        for z, label in zip(logits, labels, strict=True):
-            nan = np.flatnonzero(np.isnan(z))
-            assert label == (nan[0] if len(nan) else np.flatnonzero(z == z.max())[0])
-
-    @each_device
-    def test_relu_keeps_nan_and_infinity(self, device):
-        x = np.array([[np.nan, -np.inf, np.inf, -0.0, 0, -1, 1]], F32)
-        y = run_guarded(ReluForward(spec_of(x)), {"x": x}, get_device(device)).outputs["y"]
-        np.testing.assert_array_equal(y, [[np.nan, 0, np.inf, 0, 0, 0, 1]])
-        dy = np.array([[1, np.nan, np.inf, np.nan, 5, np.inf, -np.inf]], F32)
-        dx = run_guarded(ReluBackward(spec_of(y)), {"y": y, "dy": dy}, get_device(device)).outputs["dx"]
-        np.testing.assert_array_equal(dx, [[0, 0, np.inf, 0, 0, 0, -np.inf]])
-
 
 class TestLossEdges:
     @each_device
-    @pytest.mark.parametrize("normalisation", ["weights", "valid"])
-    def test_a_batch_all_void(self, device, normalisation):
-        logits = tensor(np.random.default_rng(0).standard_normal((2, 3, 4, 5)), device, requires_grad=True)
-        loss = cross_entropy(logits, np.full((2, 3, 4), 255), np.ones(5), normalisation)
-        loss.backward()
-        assert loss.item() == 0
-        assert not logits.grad.any()
-
-    @each_device
-    @pytest.mark.parametrize("weights", [None, np.array([1.0, 0.0, 0.0])])
-    def test_a_weight_of_zero(self, device, weights):
-        logits = tensor(np.zeros((1, 1, 2, 3)), device, requires_grad=True)
-        loss = cross_entropy(logits, np.array([[[1, 2]]]), weights)
-        loss.backward()
-        assert loss.item() == pytest.approx(0 if weights is not None else np.log(3))
-        assert np.isfinite(logits.grad).all()
-
-    @each_device
-    def test_large_logits(self, device):
-        signs = np.array([[1, -1, -1], [-1, 1, 1], [1, 1, 1], [-1, -1, -1]], F32)
-        logits = tensor(1e4 * signs.reshape(1, 2, 2, 3), device, requires_grad=True)
-        loss = cross_entropy(logits, np.array([[[0, 0], [1, 2]]]))
-        loss.backward()
-        np.testing.assert_allclose(loss.item(), (0 + (2e4 + np.log(2)) + 2 * np.log(3)) / 4, rtol=1e-6)
-        third = 1 / 3
-        expected = np.array([[0, 0, 0], [-1, 0.5, 0.5], [third, third - 1, third], [third, third, third - 1]])
-        np.testing.assert_allclose(logits.grad.reshape(4, 3), expected / 4, rtol=1e-6)
-
-    @each_device
-    def test_small_differences_of_large_logits_count(self, device):
-        # Added to log sum exp, 1e4 would round the difference of 0.5 to a multiple of 1/1024.
-        logits = tensor(np.array([[[[1e4, 1e4 - 0.5]]]], F32), device, requires_grad=True)
-        loss = cross_entropy(logits, np.array([[[0]]]))
-        loss.backward()
-        assert loss.item() == pytest.approx(np.log1p(np.exp(-0.5)), rel=1e-6)
-        probability = 1 / (1 + np.exp(0.5))
-        np.testing.assert_allclose(logits.grad.reshape(2), [-probability, probability], rtol=1e-6)
-
-    @each_device
-    @pytest.mark.parametrize("label", [21, 254, -1, 256, 1000])
-    def test_labels_that_are_no_class(self, device, label):
-        logits = tensor(np.zeros((1, 2, 3, 21)), device)
-        labels = np.zeros((1, 2, 3), np.int64)
-        labels[0, 1, 2] = label
-        with pytest.raises(
-            DataError, match=rf"label {label} at \(0, 1, 2\) \(1 such pixels\); expected 0 to 20, or 255"
-        ):
-            cross_entropy(logits, labels)
-
-    @each_device
-    @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
-    def test_integer_types_of_labels(self, device, kind):
-        logits = tensor(np.zeros((1, 1, 3, 4)), device)
-        assert cross_entropy(logits, np.array([[[0, 3, 255]]], kind)).item() == pytest.approx(np.log(4))
-
-    @each_device
-    def test_refused(self, device):
-        logits = tensor(np.zeros((1, 2, 3, 4)), device)
-        labels = np.zeros((1, 2, 3), np.uint8)
-        with pytest.raises(DTypeError, match="labels have element type float64; expected integers"):
-            cross_entropy(logits, labels.astype(np.float64))
-        with pytest.raises(ShapeError, match=r"labels \(1, 3, 2\) do not fit logits \(1, 2, 3, 4\)"):
-            cross_entropy(logits, labels.reshape(1, 3, 2))
-        with pytest.raises(ShapeError, match=r"class_weights has shape \(3,\), expected \(4,\)"):
-            cross_entropy(logits, labels, np.ones(3))
-        with pytest.raises(ShapeError, match="normalisation 'mean'; expected one of weights, valid"):
-            cross_entropy(logits, labels, normalisation="mean")
+    @pytest.mark.parametrize("edge", EDGES)
+    def test_edge(self, edge, device):
+        assert list(EDGES[edge](get_device(device))) == []
 
 
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def plans_that_are_refused():
-    """(name, plan, error, part of the message)."""
-    x, w = spec((1, 4, 5, 3), F32), spec((2, 3, 3, 3), F32)
-    codes = spec((1, 2, 3, 3), U8)
-    rows = [
-        ("conv: three dimensions", lambda: Conv2dForward(spec((4, 5, 3), F32), w), ShapeError, "channels last"),
-        ("conv: empty", lambda: Conv2dForward(spec((0, 4, 5, 3), F32), w), ShapeError, "empty"),
-        ("conv: channels", lambda: Conv2dForward(spec((1, 4, 5, 2), F32), w), ShapeError, "has 2 channels"),
-        ("conv: weight", lambda: Conv2dForward(x, spec((2, 3, 3), F32)), ShapeError, "expected (o, kh, kw, c)"),
-        ("conv: stride", lambda: Conv2dForward(x, w, 0), ShapeError, "stride 0"),
-        ("conv: padding", lambda: Conv2dForward(x, w, 1, -1), ShapeError, "padding -1"),
-        (
-            "conv: kernel",
-            lambda: Conv2dForward(x, spec((2, 7, 3, 3), F32)),
-            ShapeError,
-            "larger than the padded image 4x5",
-        ),
-        ("conv: rung", lambda: Conv2dForward(x, w, rung="fast"), ShapeError, "expected one of direct, tiled, tf32"),
-        ("conv: tiled stride", lambda: Conv2dForward(x, w, 2, 1, "tiled"), ShapeError, "use 'direct'"),
-        (
-            "conv: mixed types",
-            lambda: Conv2dForward(x, spec(w.shape, F64)),
-            DTypeError,
-            "weight has element type float64",
-        ),
-        ("conv: dgrad mixed types", lambda: Conv2dBackwardData(x, spec(w.shape, F64)), DTypeError, "float64"),
-        ("conv: wgrad channels", lambda: Conv2dBackwardWeight(x, spec((2, 3, 3, 4), F32)), ShapeError, "takes 4"),
-        ("conv: bias", lambda: Conv2dBackwardBias(spec((4, 5, 3), F32)), ShapeError, "channels last"),
-        ("batch norm: one value", lambda: BatchNormTrainingForward(spec((1, 1, 1, 3), F32)), ShapeError, "n*h*w > 1"),
-        ("batch norm: dimensions", lambda: BatchNormEvaluationForward(spec((4, 3), F32)), ShapeError, "channels last"),
-        ("batch norm: backward", lambda: BatchNormBackward(spec((4, 3), F32), True), ShapeError, "channels last"),
-        ("relu: empty", lambda: ReluForward(spec((2, 0), F32)), ShapeError, "empty"),
-        ("relu: backward empty", lambda: ReluBackward(spec((2, 0), F32)), ShapeError, "empty"),
-        ("add: empty", lambda: AddForward(spec((0,), F32)), ShapeError, "empty"),
-        ("pool: dimensions", lambda: MaxPoolForward(spec((4, 5, 3), F32)), ShapeError, "channels last"),
-        ("pool: backward dimensions", lambda: MaxPoolBackward(spec((2, 3), F32), (4, 5)), ShapeError, "channels last"),
-        ("pool: backward size", lambda: MaxPoolBackward(spec((1, 2, 3, 3), F32), (5, 5)), ShapeError, "do not fit"),
-        ("unpool: size", lambda: MaxUnpoolForward(spec(codes.shape, F32), codes, (4, 7)), ShapeError, "do not fit"),
-        ("unpool: codes", lambda: MaxUnpoolForward(x, codes, (4, 5)), ShapeError, "pass the codes of the pool"),
-        ("unpool: backward", lambda: MaxUnpoolBackward(spec((4, 5), F32)), ShapeError, "channels last"),
-        ("dropout: p = 1", lambda: DropoutForward(x, 1.0, 0), ShapeError, "expected 0 <= p < 1"),
-        ("dropout: p < 0", lambda: DropoutForward(x, -0.1, 0), ShapeError, "expected 0 <= p < 1"),
-        ("dropout: p NaN", lambda: DropoutForward(x, np.nan, 0), ShapeError, "p is nan"),
-        ("dropout: dimensions", lambda: DropoutForward(spec((4,), F32), 0.5, 0), ShapeError, "expected (n, ...)"),
-        ("loss: dimensions", lambda: CrossEntropyForward(x), ShapeError, "expected (pixels, classes)"),
-        ("loss: classes", lambda: CrossEntropyForward(spec((3, 256), F32)), ShapeError, "at most 255"),
-        ("loss: normalisation", lambda: CrossEntropyBackward(spec((3, 2), F32), "sum"), ShapeError, "'sum'"),
-        ("loss: smoothing", lambda: CrossEntropyForward(spec((3, 2), F32), smoothing=1.0), ShapeError, "smoothing 1.0"),
-        ("argmax: dimensions", lambda: ArgmaxForward(spec((4,), F32)), ShapeError, "expected (..., classes)"),
-        ("argmax: classes", lambda: ArgmaxForward(spec((4, 257), F32)), ShapeError, "at most 256"),
-        ("confusion: classes", lambda: ConfusionAccumulate(5, 256), ShapeError, "256 classes"),
-        ("confusion: pixels", lambda: ConfusionAccumulate(0, 5), ShapeError, "0 pixels"),
-        ("resize: size", lambda: ResizeBilinearForward(x, (0, 4)), ShapeError, "positive"),
-        ("resize: dimensions", lambda: ResizeBilinearForward(spec((4, 5), F32), (4, 4)), ShapeError, "channels last"),
-    ]
-    return [pytest.param(*row[1:], id=row[0]) for row in rows]
-
-
 class TestRefused:
-    @pytest.mark.parametrize(("plan", "error", "message"), plans_that_are_refused())
-    def test_plan(self, plan, error, message):
-        with pytest.raises(error) as raised:
-            plan()
-        assert message in str(raised.value)
-
-    # Confusion has no element type, and SgdStep, which is no Op, is tested below.
-    @pytest.mark.parametrize(
-        "row", [row for row in ROWS if row.name not in ("confusion_accumulate", "sgd_step")], ids=lambda row: row.name
-    )
-    @pytest.mark.parametrize("dtype", [np.float16, np.int32, np.complex64, np.bool_])
-    def test_element_types(self, row, dtype):
-        with pytest.raises(DTypeError, match=r"expected float32(, float64)? or (float64|bfloat16)"):
-            row.plan(row.cases()[0], dtype)
-
     @each_device
     @each_row
-    def test_calls(self, row, device):
-        """Nothing runs with an array that is missing, too much, or not what was planned."""
-        home = get_device(device)
-        case = next(case for case in row.cases() if case.reason in ("primes", "a chunk and one off", "a pixel more"))
-        op = row.plan(case, row.elements[0])
-        good = {
-            name: None if a is None else home.upload(a) for name, a in row.inputs(op, case, row.generator(0, 0)).items()
-        }
-        op(home, **{name: None if a is None else a.copy() for name, a in good.items()})
-        wrong: list[tuple[dict, type[SegnetError], str]] = [
-            ({name: a for name, a in good.items() if name != next(iter(good))}, ShapeError, "takes "),
-            ({**good, "another": good[next(iter(good))]}, ShapeError, "takes "),
-        ]
-        for name, array in good.items():
-            if array is None:
-                continue
-            other = {F32: np.float64, np.dtype(np.int32): np.int64}.get(array.dtype, np.int32)
-            wrong += [
-                ({**good, name: array.reshape(-1, 1, 1, 1, 1)}, ShapeError, f"{name} has shape"),
-                ({**good, name: array.astype(other)}, DTypeError, f"{name} has element type"),
-            ]
-            if name not in op.optional:
-                wrong.append(({**good, name: None}, ShapeError, f"{name} is None"))
-            if array.size > 1:
-                doubled = np.repeat(array, 2, axis=-1)[..., ::2]
-                wrong.append(({**good, name: doubled}, ShapeError, f"{name} is a view"))
-        for arrays, error, message in wrong:
-            with pytest.raises(error) as raised:
-                op(home, **arrays)
-            assert str(raised.value).startswith(f"{op.name}: {message}")
+    def test_plans_and_calls(self, row, device):
+        assert prove("refusals", row, device) == []
 
     @each_device
     def test_sgd_step(self, device):

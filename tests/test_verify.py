@@ -2,27 +2,33 @@
 
 import dataclasses
 import json
+from collections import Counter
 
+import faulty_rows
 import numpy as np
 import pytest
-from faulty_device import mutant_device
-from kernel_support import needs_compiler
+from kernel_support import TESTS, line_of, needs_compiler, written_kernel
 
-from segnet_scratch.device import get_device
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.device import HostDevice, get_device
+from segnet_scratch.errors import CompileError, ConfigError, DeviceError
 from segnet_scratch.kernels import shipped_kernels
+from segnet_scratch.kernels.host import HostOptions, sanitizer_runtime
 from segnet_scratch.kernels.source import shipped_sources
 from segnet_scratch.ops.conv2d_mma import ELEMENTS_OF_RUNG
+from segnet_scratch.proof import processes, verify
 from segnet_scratch.proof.launches import kernels_of
 from segnet_scratch.proof.misuse import MISUSES, valid_call
+from segnet_scratch.proof.parts import sanitizers
+from segnet_scratch.proof.parts.base import reason_against
 from segnet_scratch.proof.parts.gate import refusal_problems
 from segnet_scratch.proof.parts.hostile import HostileInputs
 from segnet_scratch.proof.parts.orders import Orders
 from segnet_scratch.proof.parts.reference import Integers, Reference
-from segnet_scratch.proof.parts.refusals import Refusals
 from segnet_scratch.proof.parts.variables import Variables
+from segnet_scratch.proof.problems import NETWORKS
+from segnet_scratch.proof.processes import Process
 from segnet_scratch.proof.table import ROWS, row_named
-from segnet_scratch.proof.work import QUICK, Work
+from segnet_scratch.proof.work import FULL, QUICK, Tally, Work
 
 pytestmark = needs_compiler
 
@@ -57,12 +63,6 @@ class TestParts:
         """And finds faults: it is among those that kill the mutants of test_mutants.py."""
         tally = prove(part, row, get_device("host"), count=16)
         assert not tally.failures, tally.failures
-
-    @pytest.mark.parametrize("row", [row.name for row in ROWS])
-    def test_what_does_not_fit_is_refused(self, row):
-        tally = Refusals().prove(row_named(row), Work("refusals", "numpy", row, effort=QUICK), get_device("numpy"))
-        assert not tally.failures, tally.failures
-        assert tally.counts["calls"] > 0
 
     def test_a_gate_that_refuses_nothing_or_wrongly_is_found(self):
         right = valid_call(shipped_kernels()["add_forward"])
@@ -111,3 +111,209 @@ class TestCommand:
     def test_a_row_that_is_not_there(self):
         with pytest.raises(ConfigError, match="add_forward"):
             row_named("nothing")
+
+
+def line_of_fault(kind):
+    return f"faulty.cu:{line_of('faulty.cu', f'// line of faulty_{kind}')}"
+
+
+def prove_faulty(part, kind, **effort):
+    """The failures of a part on a kernel of tests/kernels/faulty.cu, each in a single text."""
+    row, effort = faulty_rows.ROWS[kind], dataclasses.replace(QUICK, **effort)
+    device = HostDevice(HostOptions(workers=1))
+    tally = part.prove(row, Work(part.name, "host", row.name, 0, 3, 0, effort), device)
+    return [str(failure) for failure in tally.failures]
+
+
+class TestFaultyKernels:
+    """Each fault is found by the part that is there for it, and named: kernel, block, thread, line."""
+
+    @pytest.mark.parametrize("part", [Reference(), Integers()], ids=lambda part: part.name)
+    def test_a_wrong_value(self, part):
+        first, *_ = prove_faulty(part, "value")
+        assert "y: 1 of 64 elements are wrong, worst (5,)" in first
+        assert f"y is written by faulty_value (faulty.cu:{written_kernel('faulty_value').line})" in first
+        assert "y[5] is written by thread (5, 0, 0) of block (0, 0, 0) alone" in first
+
+    def test_a_write_past_the_end(self):
+        first, *_ = prove_faulty(Reference(), "write")
+        assert "y: 1 element written past its end, the nearest is y[64]; the array has 64 elements" in first
+        if not reason_against(sanitizer_runtime):
+            assert f"{line_of_fault('write')}: faulty_write: block (0, 0, 0), thread (63, 0, 0) writes 4 bytes" in first
+
+    def test_a_race(self):
+        first, *_ = prove_faulty(Orders(), "race")
+        assert "y: other bits than in ascending order of threads and blocks" in first
+        assert "race: the result depends on the order of threads" in first
+        line = line_of("faulty.cu", "// line of faulty_race")
+        assert f"between the start of the kernel and the barrier in line {line}" in first
+        assert "disturb each other in shared array 'turned'" in first
+
+    def test_a_divergent_barrier(self):
+        first, *_ = prove_faulty(Orders(), "barrier")
+        line = line_of("faulty.cu", "// line of faulty_barrier")
+        assert "KernelFault: faulty.cu: faulty_barrier: block (0, 0, 0): divergent barrier" in first
+        assert f"waits at line {line}, thread (63, 0, 0) has returned" in first
+
+    def test_a_variable_without_a_value(self):
+        failures = prove_faulty(Variables(), "variable")
+        assert any("automatic variables: pattern" in failure for failure in failures)
+        assert "y[3] depends on a variable that is read before it is set" in failures[0]
+        assert "y[3] is written by thread (3, 0, 0) of block (0, 0, 0) alone" in failures[0]
+
+    def test_a_read_that_changes_nothing_passes_all_but_the_sanitizers(self):
+        for part in (Reference(), Integers(), Orders(), Variables()):
+            assert prove_faulty(part, "read") == []
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A worker process that knows the faulty rows; sanitized or not."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    started = []
+
+    def start(sanitized=False):
+        started.append(Process(sanitized, "faulty_rows"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def work(part, kind, sanitized=False, count=3):
+    return Work(part, "host", f"faulty_{kind}", 0, count, 0, QUICK, sanitize=sanitized)
+
+
+class TestProcesses:
+    def test_work_is_done_and_counted(self, process):
+        tally = process().do(Work("reference", "host", "add_forward", 0, 5, 0, QUICK))
+        assert tally.failures == []
+        assert tally.counts["shapes"] == 5
+        assert tally.kernels == {"add_forward": 5}
+        assert tally.seconds > 0
+        assert Tally.from_json(json.loads(json.dumps(tally.to_json()))) == tally
+
+    def test_a_crash_is_a_failure_and_the_next_work_is_done(self, process):
+        worker = process()
+        (failure,) = worker.do(work("reference", "address")).failures
+        assert "the process ended with SIGSEGV" in failure.message
+        assert failure.target == "faulty_address"
+        assert worker.do(Work("reference", "host", "add_forward", 0, 2, 0, QUICK)).failures == []
+
+    def test_a_kernel_that_never_ends_is_a_failure(self, process, monkeypatch):
+        monkeypatch.setattr(processes, "LIMIT", 6.0)
+        (failure,) = process().do(work("reference", "end", count=1)).failures
+        assert "did not end within 6 s" in failure.message
+
+    def test_an_error_that_nobody_expects_shows_where(self, process):
+        (failure,) = process().do(Work("a part that nobody wrote", "host", "add_forward")).failures
+        assert "Traceback" in failure.message
+        assert "KeyError: 'a part that nobody wrote'" in failure.message
+
+    def test_all_work_is_done_once(self, monkeypatch):
+        works = [Work("losses", "numpy", str(number)) for number in range(20)]
+        works += [Work("losses", "cuda", str(number)) for number in range(3)]
+        done = []
+        monkeypatch.setattr(Process, "do", lambda self, work: Tally(seconds=1.0))
+        processes.do_all(works, lambda work: False, lambda work, tally: done.append(work), lanes=3)
+        assert sorted(w.target for w in done) == sorted(w.target for w in works)
+        on_gpu = [w.target for w in done if w.device == "cuda"]
+        assert on_gpu == ["0", "1", "2"]
+
+    def test_an_exception_ends_it(self, monkeypatch):
+        def interrupted(self, work):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Process, "do", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            processes.do_all([Work("losses", "numpy", "0")] * 5, lambda work: False, lambda work, tally: None)
+
+
+@pytest.mark.skipif(bool(reason_against(sanitizer_runtime)), reason="the C++ compiler brings no AddressSanitizer")
+class TestUnderSanitizers:
+    def test_a_read_past_the_end(self, process):
+        (failure,) = process(True).do(work("sanitizers", "read", True)).failures
+        assert failure.message.startswith(f"{line_of_fault('read')}: faulty_read: block (0, 0, 0), thread (63, 0, 0)")
+        assert "reads 4 bytes past the end of x, at x[64] of 64 elements" in failure.message
+        assert "case 0 of seed 0" in failure.case
+
+    def test_undefined_behaviour(self, process):
+        (failure,) = process(True).do(work("sanitizers", "shift", True)).failures
+        assert (
+            f"{line_of_fault('shift')}: faulty_shift: undefined behaviour: shift exponent 65 is too" in failure.message
+        )
+
+    def test_nothing_to_report(self, process):
+        tally = process(True).do(Work("sanitizers", "host", "conv2d_backward_bias", 0, 4, 0, QUICK, sanitize=True))
+        assert tally.failures == []
+        assert tally.counts["shapes"] == 4
+
+
+class TestVerify:
+    def test_the_figures_of_the_full_proof(self):
+        assert (FULL.shapes, FULL.integers, FULL.gradients, FULL.networks, FULL.directions) == (500, 100, 50, 3, 5)
+        assert FULL.kinds == len(NETWORKS)
+        assert (FULL.ordered, 2 + FULL.shuffles, FULL.sanitized, FULL.variables) == (50, 8, 100, 100)
+        assert (FULL.hostile, FULL.repeats, FULL.steps, FULL.runs) == (200, 250, 50, 3)
+
+    def test_a_kernel_without_a_row_is_a_failure(self, monkeypatch):
+        kernels = {**shipped_kernels(), "forgotten": None}
+        monkeypatch.setattr(verify, "shipped_kernels", lambda: kernels)
+        tally = Tally(kernels=Counter(shipped_kernels()), counts=Counter(shapes=1))
+        line = verify.Line(Reference(), "host", tally)
+        verify._expect_every_kernel({("reference", "host"): line})
+        (failure,) = tally.failures
+        assert failure.target == "forgotten"
+        assert "no row of the op table" in failure.message
+
+    def test_a_device_that_is_missing(self, monkeypatch):
+        monkeypatch.setattr(verify, "cuda_missing", lambda: "there is no GPU; get one")
+        with pytest.raises(DeviceError, match="get one"):
+            verify.verify(["cuda"], parts=["loss edges"])
+        report = verify.verify(parts=["loss edges"])
+        assert report.missing == {"cuda": "there is no GPU; get one"}
+        assert report.passed
+        assert [(line.part.name, line.device) for line in report.lines] == [
+            ("loss edges", "host"),
+            ("loss edges", "numpy"),
+        ]
+
+    def test_a_compiler_without_sanitizers(self, monkeypatch):
+        def missing():
+            raise CompileError("it brings none; install one")
+
+        monkeypatch.setattr(sanitizers, "sanitizer_runtime", missing)
+        report = verify.verify(["host"], parts=["sanitizers"], rows=["add_forward"])
+        (line,) = report.lines
+        assert line.verdict == "skipped"
+        assert line.tally.skipped == "it brings none; install one"
+        assert not report.passed  # nothing has been shown
+
+    def test_host_options_reach_the_work(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(verify, "do_all", lambda works, sanitized, done: seen.extend(works))
+        verify.verify(["host", "numpy"], parts=["reference"], rows=["add_forward"], order="descending", sanitize=True)
+        assert {(w.device, w.order, w.sanitize) for w in seen} == {
+            ("host", "descending", True),
+            ("numpy", "ascending", False),
+        }
+
+    def test_failures_are_reported(self, segnet, monkeypatch, tmp_path):
+        def broken(works, sanitized, done):
+            for one in works:
+                tally = Tally(counts=Counter(derivatives=7), worst=float("inf"))
+                tally.fail(one, one.target, "x=(3,4)", "y[0] is wrong\nadd.cu:7: thread (0, 0, 0)")
+                done(one, tally)
+
+        monkeypatch.setattr(verify, "do_all", broken)
+        file = tmp_path / "report.json"
+        done = segnet("verify", "--device", "numpy", "--only", "gradients", "--json", file)
+        assert done.code == 1
+        assert "gradients, add on numpy, x=(3,4): y[0] is wrong" in done.out
+        assert "add.cu:7: thread (0, 0, 0)" in done.out
+        assert "FAILED: gradients, on numpy, seed 0" in done.out
+        report = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert report["passed"] is False
+        assert report["parts"][0]["worst"] is None
+        assert report["parts"][0]["failures"][0]["target"] == "add"

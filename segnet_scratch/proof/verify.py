@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class Line:
             "verdict": self.verdict,
             "ran": self.part.ran(self.tally),
             **self.tally.to_json(),
+            "worst": self.tally.worst if isfinite(self.tally.worst) else None,  # JSON has no infinity
         }
 
 

@@ -17,7 +17,8 @@ class Effort:
     doubles: int  # the same in float64
     integers: int  # shapes of each op that is exact for integers
     gradients: int  # shapes of each op; 0: as many as suit it
-    networks: int  # seeds of each whole network
+    kinds: int  # of whole networks
+    networks: int  # seeds of each of them
     directions: int  # along which the gradient of each of its parameters is taken
     ordered: int  # shapes of each op, in every order of threads
     shuffles: int  # orders beside ascending and descending
@@ -31,13 +32,13 @@ class Effort:
 
 QUICK = Effort(
     *(8, 2, 5),  # values
-    *(0, 1, 1),  # gradients
+    *(0, 2, 1, 1),  # gradients
     *(2, 2, 2, 2),  # orders, builds
     *(25, 10, 3, 2),  # hostile inputs, repeats
 )
 FULL = Effort(
     *(500, 100, 100),
-    *(50, 3, 5),
+    *(50, 7, 3, 5),
     *(50, 6, 100, 100),
     *(200, 250, 50, 3),
 )

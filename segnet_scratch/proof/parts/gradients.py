@@ -68,7 +68,7 @@ class Networks(_Checked):
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         if rows is ROWS:
             for offset in range(effort.networks):
-                for index in range(len(NETWORKS)):
+                for index in range(min(effort.kinds, len(NETWORKS))):
                     yield Work(self.name, device, NETWORK, index, 1, seed + offset, effort)
 
     def do(self, work: Work) -> Tally:

@@ -127,6 +127,7 @@ class CrossEntropyRow(Row):
             Refusal("four dimensions", lambda: self.op(x), ShapeError, "expected (pixels, classes)"),  # type: ignore[call-arg]
             Refusal("256 classes", lambda: self.op(many), ShapeError, "at most 255"),  # type: ignore[call-arg]
             Refusal("normalisation", lambda: self.op(few, "sum"), ShapeError, "'sum'"),  # type: ignore[call-arg]
+            Refusal("smoothing", lambda: self.op(few, smoothing=1.0), ShapeError, "smoothing 1.0"),  # type: ignore[call-arg]
         ]
 
 
