@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -178,19 +179,19 @@ def _repeat_sanitized(device: str) -> None:
 
 
 def _gradients_table(results: list[Result]) -> Table:
-    table = Table()
+    limits = ", ".join(sorted({f"{r.limit:.0e}" for r in results}))
+    table = Table(title=f"worst error, and where; up to {limits} passes", box=SIMPLE)
     for column in ("op", "verdict"):
         table.add_column(column, no_wrap=True)
-    for column in ("cases", "derivatives", "at kinks", "worst error", "limit"):
+    for column in ("cases", "compared", "kinks", "error"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("worst at", "expected", "got"):
-        table.add_column(column, overflow="fold")
+    table.add_column("by, numeric, backward", overflow="fold")  # gives way in a narrow terminal
     table.add_column("s", justify="right", no_wrap=True)
     for r in results:
         style = {"passed": "green", "FAILED": "bold red"}.get(r.verdict, "yellow")
-        worst = [r.where.place, f"{r.where.numeric:.9g}", f"{r.where.analytic:.9g}"] if r.where else ["-", "-", "-"]
-        numbers = [str(r.cases), str(r.compared), f"{r.skipped:.1%}", f"{r.worst:.1e}", f"{r.limit:.0e}"]
-        table.add_row(r.op, Text(r.verdict, style), *numbers, *worst, f"{r.seconds:.1f}")
+        worst = f"{r.where.place} {r.where.numeric:.7g} {r.where.analytic:.7g}" if r.where else "-"
+        numbers = [str(r.cases), str(r.compared), f"{r.skipped:.1%}", f"{r.worst:.1e}"]
+        table.add_row(r.op, Text(r.verdict, style), *numbers, worst, f"{r.seconds:.1f}")
     return table
 
 
