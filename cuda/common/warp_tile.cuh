@@ -13,6 +13,7 @@
 // so that one kernel serves them all.
 #pragma once
 #include "mma.cuh"
+#include "piece.cuh"
 
 enum Multiply { TF32, TF32X3, BF16 };
 
@@ -77,8 +78,6 @@ private:
     }
 };
 
-#define PIECE_BYTES 16                                    // what one thread copies, and ldmatrix takes as a row
-#define PIECE (PIECE_BYTES / (int)sizeof(storage_t))      // numbers in it
 #define STEP_BYTES 32                                     // of depth: one instruction
 #define STEP_DEPTH (STEP_BYTES / (int)sizeof(storage_t))  // numbers
 #define DEPTH_BYTES 128                                   // of depth: one stage of the pipeline

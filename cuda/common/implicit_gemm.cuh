@@ -1,0 +1,378 @@
+// Convolution of stride 1 as a matrix product on tensor cores: the main loops, without what comes before and after.
+//
+//   fprop  y (pixels, o)          = patches (pixels, kh kw c)  x  weight^T (kh kw c, o)
+//   wgrad  dweight^T (kh kw c, o) = patches^T (kh kw c, pixels)  x  dy (pixels, o), the pixels split into chunks
+//
+// A block of 128 threads, four warps, computes a tile of the product. Both factors pass through shared memory in stages
+// of 128 bytes of depth (32 float32 or 64 bfloat16), copied two stages ahead of the arithmetic, so that the latency of
+// global memory is hidden. How operands lie in shared memory and reach the registers: warp_tile.cuh.
+//
+// The patches come from a source:
+//
+//   DensePieces     a map, 16 bytes at a time by asynchronous copies; the channels are a multiple of PIECE
+//   DenseElements   a map of any channels (3 of an image), number by number
+//   UnpooledPieces  the map that an unpool would make of pooled values and packed codes, without writing it: a piece
+//                   passes by the registers, where the values that belong elsewhere become zeros
+//
+// and in fprop the pixels come in one of two orders (RowOrder): one after the other, or window by window.
+//
+// In fprop, thread t copies piece t % 8 of every 16th patch and weight row from t / 8 on; in wgrad, where the contiguous
+// dimension is no depth, a fixed piece of every pixel that is its turn.
+// Sizes: offsets in the images of one block are 32 bits wide; the plan (ops/conv2d_mma.py) refuses what does not fit.
+#pragma once
+#include "async_copy.cuh"
+#include "packed_codes.cuh"
+#include "warp_tile.cuh"
+
+#define THREADS 128
+#define STAGES 3
+#define BLOCKS 2  // on a multiprocessor: more have no room for their stages, so registers need not be saved for them
+
+struct Convolution {
+    int n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x;
+    __device__ int depth() const { return kh * kw * c; }
+    __device__ int64 pixels() const { return (int64)n * oh * ow; }
+};
+
+// An output pixel. Its image is counted from the first one that the block touches.
+struct Pixel {
+    int image, y, x;
+    bool exists;
+};
+
+// The order of the product's rows. With `windows`, rows 4 k ... 4 k + 3 are the positions of the k-th 2x2 window of the
+// output: four neighbouring rows of a warp's tile, between whose lanes a shuffle can pool or choose. At an odd edge
+// some of them do not exist.
+struct RowOrder {
+    int h, w;
+    bool windows;
+    __device__ RowOrder(const Convolution& g, bool by_windows) : h(g.oh), w(g.ow), windows(by_windows) {}
+    __device__ int window_rows() const { return (h + 1) / 2; }
+    __device__ int window_columns() const { return (w + 1) / 2; }
+    __device__ int rows_of_image() const { return windows ? 4 * window_rows() * window_columns() : h * w; }
+    // `row` counts from the first row of an image.
+    __device__ Pixel at(int row, bool exists) const {
+        const int image = row / rows_of_image(), within = row - image * rows_of_image();
+        if (!windows) return {image, within / w, within % w, exists};
+        const int window = within / 4;
+        const int y = window / window_columns() * 2 + (within >> 1 & 1), x = window % window_columns() * 2 + (within & 1);
+        return {image, y, x, exists && y < h && x < w};
+    }
+};
+
+// Where the patch of an output pixel begins, in terms of its source, and which taps of it lie inside the image: bit ky
+// for a row of taps, bit 16 + kx for a column. A pixel that does not exist has none.
+struct Patch {
+    int offset;
+    unsigned taps;
+
+    // A bit for each of the positions start, start + 1, ... of `count` taps that is at least 0 and less than `size`.
+    __device__ static unsigned taps_inside(int start, int size, int count) {
+        const int first = min(max(-start, 0), count), end = max(min(size - start, count), first);
+        return (1u << end) - (1u << first);
+    }
+    __device__ bool inside(unsigned tap) const { return (taps & tap) == tap; }
+};
+
+// One position of the depth kh kw c. Beyond its end ky is kh, which no patch has.
+struct Tap {
+    int ky, kx, channel;
+    __device__ Tap(const Convolution& g, int k) {
+        const int tap = k / g.c;
+        channel = k - tap * g.c;
+        ky = min(tap / g.kw, g.kh);
+        kx = tap % g.kw;
+    }
+    __device__ void advance(const Convolution& g, int by) {
+        channel += by;
+        while (channel >= g.c && ky < g.kh) {
+            channel -= g.c;
+            if (++kx == g.kw) {
+                kx = 0;
+                ++ky;
+            }
+        }
+    }
+    __device__ unsigned bits() const { return 1u << ky | 1u << (16 + kx); }  // of Patch::taps
+};
+
+__device__ inline void copy_piece(char* to, const storage_t* from, const storage_t* array, bool inside) {
+    cp_async_16(to, inside ? from : array, inside ? PIECE_BYTES : 0);
+}
+
+// Two bytes are too few for an asynchronous copy: bfloat16 passes by a register. What a stage receives early is safe,
+// since nobody reads it before the barrier after its wait.
+__device__ inline void copy_element(char* to, const storage_t* from, const storage_t* array, bool inside) {
+    if constexpr (sizeof(storage_t) == 4)
+        cp_async_4(to, inside ? from : array, inside ? 4 : 0);
+    else
+        *(storage_t*)to = inside ? *from : storage_t(0);
+}
+
+// A source has, for COUNT patches that a thread copies from in a stage: the patch of a pixel, the tap of the stage, the
+// start of a copy (before the arithmetic of another stage) and its end (after it).
+template <bool ELEMENTS>
+struct Dense {
+    static constexpr bool PIECES = !ELEMENTS;
+    const storage_t *x, *images, *shifted = nullptr;
+    unsigned bits = 0;
+
+    __device__ Dense(const Convolution& g, const storage_t* map, const uint8*, int first_image)
+        : x(map), images(map + (int64)first_image * g.h * g.w * g.c) {}
+    __device__ static Patch patch(const Convolution& g, const Pixel& pixel) {
+        const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
+        const unsigned rows = Patch::taps_inside(y, g.h, g.kh), columns = Patch::taps_inside(x, g.w, g.kw);
+        return {((pixel.image * g.h + y) * g.w + x) * g.c, pixel.exists ? rows | columns << 16 : 0};
+    }
+    __device__ void take_tap(const Convolution& g, const Tap& tap) {
+        shifted = images + ((tap.ky * g.w + tap.kx) * g.c + tap.channel);
+        bits = tap.bits();
+    }
+    __device__ void begin(int, char* to, const Patch& patch) {
+        if constexpr (ELEMENTS)
+            copy_element(to, shifted + patch.offset, x, patch.inside(bits));
+        else
+            copy_piece(to, shifted + patch.offset, x, patch.inside(bits));
+    }
+    __device__ void end(int, char*) {}
+};
+template <int COUNT>
+using DensePieces = Dense<false>;
+template <int COUNT>
+using DenseElements = Dense<true>;
+
+// The window in which tap (ky, kx) of a patch lies depends on whether the patch begins in an even or odd row and column.
+// Patch::offset is that of the window where it begins, a multiple of 4; its two low bits are the position there.
+template <int COUNT>
+struct UnpooledPieces {
+    static constexpr bool PIECES = true;
+    const storage_t* images;
+    const uint8* codes;
+    int ky = 0, kx = 0, channel = 0, row_stride, column_stride;
+    unsigned bits = 0;
+    Piece pieces[COUNT];
+    unsigned piece_codes_[COUNT];  // with the position that a value must have in the bits above
+
+    __device__ UnpooledPieces(const Convolution& g, const storage_t* pooled, const uint8* packed, int first_image)
+        : row_stride((g.w + 1) / 2 * g.c), column_stride(g.c) {
+        const int64 offset = (int64)first_image * ((g.h + 1) / 2) * row_stride;
+        images = pooled + offset;
+        codes = packed + offset / 4;
+    }
+    __device__ static Patch patch(const Convolution& g, const Pixel& pixel) {
+        const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
+        const unsigned rows = Patch::taps_inside(y, g.h, g.kh), columns = Patch::taps_inside(x, g.w, g.kw);
+        const int window = (pixel.image * ((g.h + 1) / 2) + (y >> 1)) * ((g.w + 1) / 2) + (x >> 1);
+        return {window * g.c + 2 * (y & 1) + (x & 1), pixel.exists ? rows | columns << 16 : 0};
+    }
+    __device__ void take_tap(const Convolution&, const Tap& tap) {
+        ky = tap.ky;
+        kx = tap.kx;
+        channel = tap.channel;
+        bits = tap.bits();
+    }
+    __device__ void begin(int i, char*, const Patch& patch) {
+        pieces[i] = {{0, 0, 0, 0}};
+        piece_codes_[i] = 0;
+        if (!patch.inside(bits)) return;
+        const int y = (patch.offset >> 1 & 1) + ky, x = (patch.offset & 1) + kx;
+        const int offset = (patch.offset & ~3) + (y >> 1) * row_stride + (x >> 1) * column_stride + channel;
+        pieces[i] = *(const Piece*)(images + offset);
+        piece_codes_[i] = piece_codes(codes, offset) | (2 * (y & 1) + (x & 1)) << 16;
+    }
+    __device__ void end(int i, char* to) {
+        *(Piece*)to = at_position(pieces[i], piece_codes_[i] & 0xFFFF, (int)(piece_codes_[i] >> 16));
+    }
+};
+
+// The pipeline: STAGES - 1 stages are under way while one is multiplied. `begin(i, stage)` starts the copies of the i-th
+// part of the depth, `end(stage)` does what they need after the arithmetic, `multiply(stage)` adds a stage's product.
+template <class Begin, class End, class Multiply>
+__device__ void run_pipeline(int parts, Begin begin, End end, Multiply multiply) {
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (i < parts) {
+            begin(i, i);
+            end(i);
+        }
+        cp_async_commit();
+    }
+    int stage = 0, next = STAGES - 1;
+    for (int i = 0; i < parts; ++i) {
+        cp_async_wait_group<STAGES - 2>();
+        __syncthreads();  // the stage is complete, and everyone has finished with the one before, which `next` overwrites
+        const bool more = i + STAGES - 1 < parts;
+        if (more) begin(i + STAGES - 1, next);
+        cp_async_commit();  // also of nothing: the wait counts groups
+        multiply(stage);
+        if (more) end(next);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        next = next + 1 == STAGES ? 0 : next + 1;
+    }
+}
+
+// How the tile of a block is dealt to its warps.
+template <int ROWS_, int COLUMNS_, int WARPS_DOWN_>
+struct BlockTile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_DOWN = WARPS_DOWN_;
+    static constexpr int WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
+    static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
+    static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * DEPTH_BYTES;
+    typedef WarpTile<WARP_ROWS, WARP_COLUMNS> Tile;
+    // Where the part of this thread's warp begins.
+    __device__ static int row0() { return warp_index() % WARPS_DOWN * WARP_ROWS; }
+    __device__ static int column0() { return warp_index() / WARPS_DOWN * WARP_COLUMNS; }
+};
+
+struct ForwardOperands {
+    typedef DepthContiguous Left, Right;
+};
+
+// The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on.
+template <class Block, template <int> class Source>
+__device__ void block_multiply_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
+                                 const uint8* __restrict__ codes, const storage_t* __restrict__ weight,
+                                 const Convolution& g, const RowOrder& order) {
+    SHARED_DYNAMIC(char, stages);
+    SHARED_ARRAY(Patch, patches, [Block::ROWS]);
+    // A piece, or one number, of every LANES-th row.
+    constexpr bool PIECES = Source<1>::PIECES;
+    constexpr int ACROSS = PIECES ? DEPTH / PIECE : DEPTH, LANES = THREADS / ACROSS, COUNT = Block::ROWS / LANES;
+    constexpr int UNROLL = PIECES ? COUNT : 4;
+
+    const int64 first_row = (int64)blockIdx.x * Block::ROWS, rows = (int64)g.n * order.rows_of_image();
+    const int first_image = (int)(first_row / order.rows_of_image());
+    const int first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
+    for (int row = threadIdx.x; row < Block::ROWS; row += THREADS) {
+        const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
+        patches[row] = Source<COUNT>::patch(g, order.at(within, first_row + row < rows));
+    }
+    __syncthreads();
+
+    Source<COUNT> source(g, x, codes, first_image);
+    const int part = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
+    int k = PIECES ? part * PIECE : part;
+    const int piece = k / PIECE, within = k % PIECE * (int)sizeof(storage_t);
+    Tap tap(g, k);
+    auto left = [&](int i, int stage) {
+        return stages + stage * Block::STAGE_BYTES + DepthContiguous::offset(lane + i * LANES, piece) + within;
+    };
+    auto begin = [&](int, int stage) {
+        source.take_tap(g, tap);
+#pragma unroll UNROLL
+        for (int i = 0; i < COUNT; ++i) source.begin(i, left(i, stage), patches[lane + i * LANES]);
+        char* const right = stages + stage * Block::STAGE_BYTES + Block::ROWS * DEPTH_BYTES;
+#pragma unroll UNROLL
+        for (int i = 0; i < Block::COLUMNS / LANES; ++i) {
+            const int column = lane + i * LANES, output = first_channel + column;
+            char* const to = right + DepthContiguous::offset(column, piece) + within;
+            const storage_t* const from = weight + (int64)output * depth + k;
+            if constexpr (PIECES)
+                copy_piece(to, from, weight, k < depth && output < g.o);
+            else
+                copy_element(to, from, weight, k < depth && output < g.o);
+        }
+        k += DEPTH;
+        tap.advance(g, DEPTH);
+    };
+    auto end = [&](int stage) {
+#pragma unroll UNROLL
+        for (int i = 0; i < COUNT; ++i) source.end(i, left(i, stage));
+    };
+    run_pipeline((depth + DEPTH - 1) / DEPTH, begin, end, [&](int stage) {
+        const char* const operands = stages + stage * Block::STAGE_BYTES;
+        add_stage<ForwardOperands>(tile, operands, operands + Block::ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
+    });
+}
+
+template <int COLUMNS>
+struct WeightOperands {
+    typedef DepthDown<128> Left;
+    typedef DepthDown<COLUMNS> Right;
+};
+
+// wgrad of the pixels of chunk blockIdx.z: rows are positions of kh kw c, columns outputs, the depth is pixels.
+template <class Block, template <int> class Source>
+__device__ void block_backward_weight(const storage_t* __restrict__ x, const uint8* __restrict__ codes,
+                                const storage_t* __restrict__ dy, accumulate_t* __restrict__ partials,
+                                const Convolution& g, int64 pixels_per_chunk) {
+    constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS;
+    SHARED_DYNAMIC(char, stages);
+    SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);  // of the pixels of a part of the depth, a part ahead of the copies
+    // Of every LANES-th pixel this thread copies one piece or number of the patches, another of dy.
+    constexpr bool PIECES = Source<1>::PIECES;
+    constexpr int UNIT = PIECES ? PIECE : 1, UNROLL = PIECES ? DEPTH : 4;
+    constexpr int LEFT_LANES = THREADS * UNIT / ROWS, RIGHT_LANES = THREADS * UNIT / COLUMNS;
+    constexpr int COUNT = DEPTH / LEFT_LANES;
+
+    const RowOrder order(g, false);
+    const int64 pixels = g.pixels(), first_pixel = blockIdx.z * pixels_per_chunk;
+    const int first_image = (int)(first_pixel / (g.oh * g.ow));
+    const int count = (int)(first_pixel + pixels_per_chunk < pixels ? pixels_per_chunk : pixels - first_pixel);
+    const int parts = (count + DEPTH - 1) / DEPTH, first = (int)(first_pixel - (int64)first_image * (g.oh * g.ow));
+    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_channel = blockIdx.y * COLUMNS;
+    auto find_patches = [&](int part, int slot) {
+        for (int i = threadIdx.x; i < DEPTH; i += THREADS) {
+            const int pixel = part * DEPTH + i;
+            patches[slot][i] = Source<COUNT>::patch(g, order.at(first + min(pixel, count - 1), pixel < count));
+        }
+    };
+#pragma unroll
+    for (int part = 0; part < STAGES; ++part) find_patches(part, part);
+    __syncthreads();
+
+    const int left_number = threadIdx.x * UNIT % ROWS, right_number = threadIdx.x * UNIT % COLUMNS;
+    const int left_lane = threadIdx.x * UNIT / ROWS, right_lane = threadIdx.x * UNIT / COLUMNS;
+    const int output = first_channel + right_number;
+    const storage_t* const gradients = dy + first_pixel * g.o + output;
+    Source<COUNT> source(g, x, codes, first_image);
+    source.take_tap(g, Tap(g, first_row + left_number));
+    auto left = [&](int i, int stage) {
+        return stages + stage * Block::STAGE_BYTES + DepthDown<ROWS>::offset(left_lane + i * LEFT_LANES, left_number / PIECE) +
+               left_number % PIECE * (int)sizeof(storage_t);
+    };
+    auto begin = [&](int part, int stage) {
+#pragma unroll UNROLL
+        for (int i = 0; i < COUNT; ++i) source.begin(i, left(i, stage), patches[stage][left_lane + i * LEFT_LANES]);
+        char* const right = stages + stage * Block::STAGE_BYTES + ROWS * DEPTH_BYTES;
+#pragma unroll UNROLL
+        for (int i = 0; i < DEPTH / RIGHT_LANES; ++i) {
+            const int row = right_lane + i * RIGHT_LANES, pixel = part * DEPTH + row;
+            char* const to = right + DepthDown<COLUMNS>::offset(row, right_number / PIECE) + right_number % PIECE * (int)sizeof(storage_t);
+            const storage_t* const from = gradients + (int64)pixel * g.o;
+            if constexpr (PIECES)
+                copy_piece(to, from, dy, pixel < count && output < g.o);
+            else
+                copy_element(to, from, dy, pixel < count && output < g.o);
+        }
+        // Into the slot that was read STAGES - 1 parts and at least a barrier ago; it is read next after another barrier.
+        if (part + 1 >= STAGES) find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);
+    };
+    auto end = [&](int stage) {
+#pragma unroll UNROLL
+        for (int i = 0; i < COUNT; ++i) source.end(i, left(i, stage));
+    };
+    typename Block::Tile tile;
+    run_pipeline(parts, begin, end, [&](int stage) {
+        const char* const operands = stages + stage * Block::STAGE_BYTES;
+        add_stage<WeightOperands<COLUMNS>>(tile, operands, operands + ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
+    });
+
+    accumulate_t* const partial = partials + (int64)blockIdx.z * g.o * depth;
+#pragma unroll
+    for (int n = 0; n < tile.N; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int column = first_channel + Block::column0() + tile.column(n, j);
+            if (column >= g.o) continue;
+#pragma unroll
+            for (int i = 0; i < 2 * tile.M; ++i) {
+                const int row = first_row + Block::row0() + tile.row(i / 2, i % 2 * 2);
+                if (row < depth) partial[(int64)column * depth + row] = tile.sums[i / 2][n][i % 2 * 2 + j];
+            }
+        }
+}
+
+struct __align__(2 * sizeof(storage_t)) Pair {
+    storage_t first, second;
+};

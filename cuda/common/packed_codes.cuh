@@ -1,0 +1,38 @@
+// Pooling codes as SegNet stores them, two bits a window: (n, ph, pw, c / 4) bytes, of which the code of channel k is
+// bits 2 (k % 4) and up of byte k / 4. A code 0..3 is a position of the 2x2 window: 2 row + column (windows.cuh).
+//
+// The codes of a piece (piece.cuh) are one byte of float32, two of bfloat16.
+#pragma once
+#include "piece.cuh"
+
+// The codes of the piece that begins at element `offset` of a map, channel 0 in the lowest bits.
+__device__ inline unsigned piece_codes(const uint8* codes, int64 offset) {
+    if constexpr (sizeof(storage_t) == 2)
+        return *(const unsigned short*)(codes + offset / 4);
+    else
+        return codes[offset / 4];
+}
+
+// The piece, with zeros where the code is not `position`.
+__device__ inline Piece at_position(Piece piece, unsigned codes, int position) {
+    const unsigned differing = codes ^ position * 0x5555u;
+    const unsigned match = ~(differing | differing >> 1);  // bit 2 k: channel k
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(storage_t) == 2) {
+            const unsigned low = match >> 4 * i & 1, high = match >> (4 * i + 2) & 1;
+            piece.words[i] &= low * 0x0000FFFFu | high * 0xFFFF0000u;
+        } else {
+            piece.words[i] &= 0u - (match >> 2 * i & 1);
+        }
+    }
+    return piece;
+}
+
+// Writes the codes of the piece that begins at element `offset` of a map.
+__device__ inline void store_codes(uint8* codes, int64 offset, unsigned piece) {
+    if constexpr (sizeof(storage_t) == 2)
+        *(unsigned short*)(codes + offset / 4) = (unsigned short)piece;
+    else
+        codes[offset / 4] = (uint8)piece;
+}

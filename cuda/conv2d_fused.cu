@@ -1,0 +1,425 @@
+// Convolutions of the fused engine: the main loops of conv2d_mma.cu, with what stands round a convolution of SegNet in
+// their loads and stores. Stride 1, kernels up to 15x15, channels a multiple of a piece (4 float32, 8 bfloat16).
+// Element types: tf32, tf32x3, bf16; sm_80 and newer.
+//
+//   forward          y = [unpool(x)] * weight [+ bias], [ReLU], [max-pool]
+//                    training: writes y, and of each tile of 128 pixels the mean and M2 of every channel, from which
+//                    norm_merge_statistics makes batch norm's statistics: y is not read again for them
+//                    inference (batch norm folded into weight and bias): nothing but z, or its pooled map and codes
+//   backward_data    dr = the gradient before the ReLU of the block below, from dy of this one: the fprop of dy with the
+//                    flipped weight, [gathered at the codes of the unpool], zero where the ReLU below was; and of each
+//                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
+//   backward_weight  the partial results of dweight where x was unpooled
+//
+// In brackets: by option. Unpooled maps are never written: source UnpooledPieces (common/implicit_gemm.cuh) expands
+// the codes on the way in; on the way out the rows of a tile come window by window. z = relu(bn(y)) of the block below is
+// not kept either; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
+//
+// The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
+// that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
+// Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
+#include "common/implicit_gemm.cuh"
+
+// The tile of a block in shared memory, as it is stored, where the stages of the main loop were. A thread looks after the
+// piece of columns from `column()` on, of every LANES-th row from `lane()` on.
+template <class Block>
+struct StoredTile {
+    static constexpr int STRIDE = Block::COLUMNS + 8;  // 8 rows that a warp writes at once then lie in all banks
+    static constexpr int ACROSS = Block::COLUMNS / PIECE, LANES = THREADS / ACROSS;
+    static_assert(Block::ROWS * STRIDE * sizeof(storage_t) <= STAGES * Block::STAGE_BYTES, "no room");
+    storage_t* numbers;
+
+    __device__ static int column() { return (int)threadIdx.x % ACROSS * PIECE; }
+    __device__ static int lane() { return (int)threadIdx.x / ACROSS; }
+    __device__ static int channel() { return blockIdx.y * Block::COLUMNS + column(); }
+
+    // Every thread brings its part of the tile. `bias` may be null.
+    __device__ StoredTile(const typename Block::Tile& tile, const accumulate_t* bias, int o) {
+        typedef typename Block::Tile Tile;
+        SHARED_DYNAMIC(storage_t, memory);
+        numbers = memory;
+        __syncthreads();  // the last stage has been read
+#pragma unroll
+        for (int n = 0; n < Tile::N; ++n) {
+            const int in_tile = Block::column0() + Tile::column(n, 0), output = blockIdx.y * Block::COLUMNS + in_tile;
+            const float shifts[2] = {bias && output < o ? bias[output] : 0, bias && output < o ? bias[output + 1] : 0};
+#pragma unroll
+            for (int i = 0; i < 2 * Tile::M; ++i) {
+                const float* const sums = tile.sums[i / 2][n] + i % 2 * 2;
+                storage_t* const to = numbers + (Block::row0() + Tile::row(i / 2, i % 2 * 2)) * STRIDE + in_tile;
+                *(Pair*)to = {storage_t(sums[0] + shifts[0]), storage_t(sums[1] + shifts[1])};
+            }
+        }
+        __syncthreads();
+    }
+    __device__ Piece piece(int row) const { return *(const Piece*)(numbers + row * STRIDE + column()); }
+};
+
+// The sum over all lanes, in their order, of what each thread has summed for its piece of columns: that of column
+// threadIdx.x of the block, in threads below COLUMNS. Every thread calls this.
+template <class Block>
+__device__ float add_lanes(const Values& own) {
+    typedef StoredTile<Block> Stored;
+    SHARED_ARRAY(float, lanes, [Stored::LANES][Block::COLUMNS]);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) lanes[Stored::lane()][Stored::column() + i] = own.of[i];
+    __syncthreads();
+    float total = 0;
+    if (threadIdx.x < Block::COLUMNS)
+        for (int lane = 0; lane < Stored::LANES; ++lane) total += lanes[lane][threadIdx.x];
+    __syncthreads();  // the next call writes `lanes` again
+    return total;
+}
+
+// partials[tile][0 and 1][channel], for column threadIdx.x of the block.
+template <class Block>
+__device__ void store_partials(accumulate_t* partials, float first, float second, int o) {
+    const int channel = blockIdx.y * Block::COLUMNS + threadIdx.x;
+    if (threadIdx.x >= Block::COLUMNS || channel >= o) return;
+    partials[(int64)blockIdx.x * 2 * o + channel] = first;
+    partials[((int64)blockIdx.x * 2 + 1) * o + channel] = second;
+}
+
+// Mean and M2 of each column over the `count` rows of the tile that exist. In two passes: E[x^2] - E[x]^2 would cancel.
+template <class Block>
+__device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* partials, int count, int o) {
+    SHARED_ARRAY(float, means, [Block::COLUMNS]);
+    Values own;
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
+    for (int row = tile.lane(); row < count; row += tile.LANES) {
+        const Values values = values_of(tile.piece(row));
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) own.of[i] += values.of[i];
+    }
+    const float mean = add_lanes<Block>(own) / count;
+    if (threadIdx.x < Block::COLUMNS) means[threadIdx.x] = mean;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
+    for (int row = tile.lane(); row < count; row += tile.LANES) {
+        const Values values = values_of(tile.piece(row));
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            const float distance = values.of[i] - means[tile.column() + i];
+            own.of[i] += distance * distance;
+        }
+    }
+    store_partials<Block>(partials, mean, add_lanes<Block>(own), o);
+}
+
+// max(x, 0) of stored numbers, by their signs; a NaN stays one.
+__device__ inline Piece relu(Piece piece) {
+    const Values values = values_of(piece);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i)
+        if (values.of[i] <= 0) {
+            if constexpr (sizeof(storage_t) == 2)
+                piece.words[i / 2] &= i % 2 ? 0x0000FFFFu : 0xFFFF0000u;
+            else
+                piece.words[i] = 0;
+        }
+    return piece;
+}
+
+// y[pixel, output] of the rows of the tile.
+template <class Block>
+__device__ void store_map(const StoredTile<Block>& tile, storage_t* y, int count, int o, bool with_relu) {
+    if (tile.channel() >= o) return;
+    for (int row = tile.lane(); row < count; row += tile.LANES) {
+        const Piece piece = tile.piece(row);
+        *(Piece*)(y + ((int64)blockIdx.x * Block::ROWS + row) * o + tile.channel()) = with_relu ? relu(piece) : piece;
+    }
+}
+
+// The maximum of each window and its position, of rows in the order of windows. Which one wins: max_pool.cu.
+template <class Block>
+__device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, uint8* codes, const RowOrder& order,
+                             int count, int o, bool with_relu) {
+    if (tile.channel() >= o) return;
+    for (int window = tile.lane(); 4 * window < count; window += tile.LANES) {
+        const int64 row = (int64)blockIdx.x * Block::ROWS + 4 * window;
+        const Pixel first = order.at((int)(row % order.rows_of_image()), true);
+        Piece best = tile.piece(4 * window);
+        if (with_relu) best = relu(best);
+        unsigned chosen = 0;
+#pragma unroll
+        for (int code = 1; code < 4; ++code) {
+            if (first.x + code % 2 >= order.w || first.y + code / 2 >= order.h) continue;
+            Piece candidate = tile.piece(4 * window + code);
+            if (with_relu) candidate = relu(candidate);
+            const Values a = values_of(best), b = values_of(candidate);
+#pragma unroll
+            for (int i = 0; i < PIECE; ++i) {
+                if (!(b.of[i] > a.of[i] || (b.of[i] != b.of[i] && a.of[i] == a.of[i]))) continue;
+                chosen = (chosen & ~(3u << 2 * i)) | code << 2 * i;
+                if constexpr (sizeof(storage_t) == 2) {
+                    const unsigned mask = i % 2 ? 0xFFFF0000u : 0x0000FFFFu;
+                    best.words[i / 2] = (best.words[i / 2] & ~mask) | (candidate.words[i / 2] & mask);
+                } else {
+                    best.words[i] = candidate.words[i];
+                }
+            }
+        }
+        const int64 element = row / 4 * o + tile.channel();
+        *(Piece*)(pooled + element) = best;
+        store_codes(codes, element, chosen);
+    }
+}
+
+// How many of the rows of this block exist.
+template <class Block>
+__device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
+    const int64 left = (int64)g.n * order.rows_of_image() - (int64)blockIdx.x * Block::ROWS;
+    return (int)(left < Block::ROWS ? left : Block::ROWS);
+}
+
+template <class Block, template <int> class Source>
+__device__ void forward(const storage_t* __restrict__ x, const uint8* __restrict__ unpool_codes,
+                        const storage_t* __restrict__ weight, const accumulate_t* __restrict__ bias,
+                        storage_t* __restrict__ y, accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes,
+                        const Convolution& g, bool with_relu) {
+    const RowOrder order(g, pool_codes != nullptr);
+    typename Block::Tile tile;
+    block_multiply_forward<Block, Source>(tile, x, unpool_codes, weight, g, order);
+    const StoredTile<Block> stored(tile, bias, g.o);
+    const int count = rows_of_block<Block>(g, order);
+    if (pool_codes) {
+        store_pooled(stored, y, pool_codes, order, count, g.o, with_relu);
+    } else {
+        store_map(stored, y, count, g.o, with_relu);
+        if (partials) store_statistics(stored, partials, count, g.o);
+    }
+}
+
+// The block below, whose output the convolution read: its map y (n, h, w, c) before batch norm, and batch norm.
+struct Below {
+    const storage_t* y;
+    const accumulate_t *mean, *inv_std, *weight, *bias;
+    const uint8* pool_codes;  // null: it does not end in a pool
+    int h, w;
+    bool relu;
+
+    // The piece of y that belongs to a pixel of the block's output: of a pool, at the position that it chose.
+    __device__ Piece piece(int64 pixel, int channel, int channels) const {
+        if (!pool_codes) return *(const Piece*)(y + pixel * channels + channel);
+        const int columns = (w + 1) / 2, rows = (h + 1) / 2;
+        const int64 line = pixel / columns, image = line / rows;
+        const int column = (int)(pixel - line * columns) * 2, row = (int)(line - image * rows) * 2;
+        const storage_t* const first = y + ((image * h + row) * w + column) * channels + channel;
+        const unsigned codes = piece_codes(pool_codes, pixel * channels + channel);
+        Piece chosen = at_position(*(const Piece*)first, codes, 0);
+        const bool right = column + 1 < w, lower = row + 1 < h;
+        if (right) chosen = either(chosen, at_position(*(const Piece*)(first + channels), codes, 1));
+        if (lower) chosen = either(chosen, at_position(*(const Piece*)(first + (int64)w * channels), codes, 2));
+        if (right && lower) chosen = either(chosen, at_position(*(const Piece*)(first + (int64)(w + 1) * channels), codes, 3));
+        return chosen;
+    }
+};
+
+// Writes dr of the rows (or windows) of a tile, and the sums of each column.
+template <class Block>
+__device__ void store_gradient(const StoredTile<Block>& tile, const Below& below, const uint8* unpool_codes, storage_t* dr,
+                               accumulate_t* partials, int count, int c) {
+    const int channel = tile.channel();
+    const Values mean = channels_of(below.mean, channel, c), inv_std = channels_of(below.inv_std, channel, c);
+    const Values weight = channels_of(below.weight, channel, c), bias = channels_of(below.bias, channel, c);
+    Values sums, sums_xhat;
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) sums.of[i] = sums_xhat.of[i] = 0;
+    const int rows_of_pixel = unpool_codes ? 4 : 1;  // a pixel of dr: a row, or the window of an unpool
+    if (channel < c)
+        for (int i = tile.lane(); i * rows_of_pixel < count; i += tile.LANES) {
+            const int64 pixel = (int64)blockIdx.x * (Block::ROWS / rows_of_pixel) + i, element = pixel * c + channel;
+            Piece piece = tile.piece(i * rows_of_pixel);
+            if (unpool_codes) {
+                const unsigned codes = piece_codes(unpool_codes, element);
+                piece = at_position(piece, codes, 0);
+#pragma unroll
+                for (int code = 1; code < 4; ++code)
+                    piece = either(piece, at_position(tile.piece(4 * i + code), codes, code));
+            }
+            const Values y = values_of(below.piece(pixel, channel, c));
+            Values gradient = values_of(piece);
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k) {
+                const float distance = y.of[k] - mean.of[k];
+                const bool passes = distance * (inv_std.of[k] * weight.of[k]) + bias.of[k] > 0;
+                if (below.relu && !passes) gradient.of[k] = 0;
+                sums.of[k] += gradient.of[k];
+                sums_xhat.of[k] += gradient.of[k] * (distance * inv_std.of[k]);
+            }
+            *(Piece*)(dr + element) = piece_of(gradient);
+        }
+    const float total = add_lanes<Block>(sums);
+    store_partials<Block>(partials, total, add_lanes<Block>(sums_xhat), c);
+}
+
+template <class Block>
+__device__ void backward_data(const storage_t* __restrict__ dy, const storage_t* __restrict__ flipped, const Below& below,
+                              const uint8* __restrict__ unpool_codes, storage_t* __restrict__ dr,
+                              accumulate_t* __restrict__ partials, const Convolution& g) {
+    const RowOrder order(g, unpool_codes != nullptr);
+    typename Block::Tile tile;
+    block_multiply_forward<Block, DensePieces>(tile, dy, nullptr, flipped, g, order);
+    const StoredTile<Block> stored(tile, nullptr, g.o);
+    store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x128(
+    const storage_t* __restrict__ x,                 // (n, h, w, c)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 128, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x64(
+    const storage_t* __restrict__ x,                 // (n, h, w, c)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 64, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x32(
+    const storage_t* __restrict__ x,                 // (n, h, w, c)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 32, 4>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_elements(
+    const storage_t* __restrict__ x,                 // (n, h, w, c)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 64, 2>, DenseElements>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x64(
+    const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 64, 2>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x32(
+    const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
+    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
+    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
+    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
+    int tiles, int relu) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    forward<BlockTile<128, 32, 4>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x128(
+    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
+    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
+    const accumulate_t* __restrict__ mean,               // (o)
+    const accumulate_t* __restrict__ inv_std,            // (o)
+    const accumulate_t* __restrict__ bn_weight,          // (o)
+    const accumulate_t* __restrict__ bn_bias,            // (o)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
+    int below_h, int below_w, int below_relu) {
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    backward_data<BlockTile<128, 128, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x64(
+    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
+    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
+    const accumulate_t* __restrict__ mean,               // (o)
+    const accumulate_t* __restrict__ inv_std,            // (o)
+    const accumulate_t* __restrict__ bn_weight,          // (o)
+    const accumulate_t* __restrict__ bn_bias,            // (o)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
+    int below_h, int below_w, int below_relu) {
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    backward_data<BlockTile<128, 64, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x32(
+    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
+    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
+    const accumulate_t* __restrict__ mean,               // (o)
+    const accumulate_t* __restrict__ inv_std,            // (o)
+    const accumulate_t* __restrict__ bn_weight,          // (o)
+    const accumulate_t* __restrict__ bn_bias,            // (o)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
+    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
+    int below_h, int below_w, int below_relu) {
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    backward_data<BlockTile<128, 32, 4>>(dy, flipped, below, unpool_codes, dr, partials, g);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_weight_unpool_128x64(
+    const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ dy,        // (n, oh, ow, o)
+    accumulate_t* __restrict__ partials,     // (chunks, o, kh, kw, c)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
+    int64 pixels_per_chunk) {
+    block_backward_weight<BlockTile<128, 64, 2>, UnpooledPieces>(
+        x, unpool_codes, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+}
