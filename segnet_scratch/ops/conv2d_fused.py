@@ -12,16 +12,16 @@ from typing import ClassVar
 import numpy as np
 
 from segnet_scratch.cpu import conv2d as fast
-from segnet_scratch.device import Array, Device
+from segnet_scratch.device import Device
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.kernels import ElementTypes
 from segnet_scratch.ops import conv2d_mma as mma
 from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.max_pool import MaxPoolForward
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, spec_of
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.packed_codes import gather_at, pack_codes, packed_codes, scatter_from
 from segnet_scratch.ops.windows import CODE, windows_of
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.precision import BFLOAT16, round_to_tf32
 
 Size = tuple[int, int]
 TILE_ROWS = 128  # of the matrix product, in every tile: what a row of `partials` sums up
@@ -41,25 +41,33 @@ def tiles_of(rows: int) -> int:
 class _FusedConv(Op):
     """What the three share: the convolution's geometry and the element types."""
 
-    def __init__(self, full: tuple[int, ...], weight: tuple[int, ...], dtype: np.dtype, rung: str) -> None:
-        expect(
-            len(weight) == 4 and weight[1] % 2 == 1 and weight[2] % 2 == 1,
-            f"{self.name}: weight has shape {weight}; expected (o, kh, kw, c) with odd kh and kw, which keep the size",
-        )
-        expect(weight[1] == weight[2], f"{self.name}: the kernel is {weight[1]}x{weight[2]}; expected a square one")
+    def __init__(self, map_: Spec, full: tuple[int, ...], weight: Spec, rung: str) -> None:
+        expect_map(self.name, "the map", map_, bfloat16=True)
+        expect_map(self.name, "weight", weight, bfloat16=True)
+        self._expect_kernel(weight.shape)
+        dtype = map_.dtype
+        if weight.dtype != dtype:
+            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, the map {dtype}; convert one")
         if rung not in mma.ELEMENTS_OF_RUNG:
             raise DTypeError(
                 f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(mma.ELEMENTS_OF_RUNG)}"
             )
         if dtype not in (mma.ELEMENTS_OF_RUNG[rung], np.float64):
             raise DTypeError(f"{self.name}: rung {rung!r} takes {mma.ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it")
-        self.geometry = Geometry.of(full, weight, 1, weight[1] // 2)
+        self.geometry = Geometry.of(full, weight.shape, 1, weight.shape[1] // 2)
         reason = mma.misfit(self.geometry)
         expect(reason is None, f"{self.name}: {reason}")
         self.dtype, self.rung = dtype, rung
         self.vector = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
         self.workspace = {}
         self.flops = self.geometry.flops
+
+    def _expect_kernel(self, weight: tuple[int, ...]) -> None:
+        expect(
+            len(weight) == 4 and weight[1] % 2 == 1 and weight[2] % 2 == 1,
+            f"{self.name}: weight has shape {weight}; expected (o, kh, kw, c) with odd kh and kw, which keep the size",
+        )
+        expect(weight[1] == weight[2], f"{self.name}: the kernel is {weight[1]}x{weight[2]}; expected a square one")
 
     @property
     def types(self) -> ElementTypes:
@@ -74,6 +82,15 @@ class _FusedConv(Op):
                 f"use a width that makes it a multiple of {piece}, or the layers engine",
             )
 
+    def _factor(self, array: np.ndarray) -> np.ndarray:
+        """What the rung multiplies."""
+        return round_to_tf32(array) if self.rung == "tf32" else array
+
+    def _fast_forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        y = np.empty((*x.shape[:3], weight.shape[0]), x.dtype)
+        fast.forward(self._factor(x), self._factor(weight), None, y, 1, weight.shape[1] // 2)
+        return y
+
     def _vectors(self, channels: int, *names: str) -> dict[str, Spec]:
         return {name: Spec((channels,), self.vector) for name in names}
 
@@ -86,8 +103,9 @@ def _forward_tile(g: Geometry, unpool: bool, itemsize: int) -> mma.Tile:
     if g.c * itemsize % PIECE_BYTES:
         return mma.ELEMENTS
     return next(
-        tile for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE) if g.o <= tile.columns or (unpool and tile is mma.MEDIUM)
-        or tile is mma.WIDE
+        tile
+        for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE)
+        if g.o <= tile.columns or (unpool and tile is mma.MEDIUM) or tile is mma.WIDE
     )
 
 
@@ -113,9 +131,11 @@ class FusedForward(_FusedConv):
         pool: bool = False,
     ) -> None:
         full = x.shape if unpool is None else (x.shape[0], *unpool, *x.shape[3:])
-        super().__init__(full, weight.shape, x.dtype, rung)
+        super().__init__(x, full, weight, rung)
         g = self.geometry
-        expect(not (statistics and (bias or relu or pool)), f"{self.name}: statistics are those of the bare convolution")
+        expect(
+            not (statistics and (bias or relu or pool)), f"{self.name}: statistics are those of the bare convolution"
+        )
         self._expect_pieces(outputs=g.o)
         self.unpool, self.statistics, self.relu, self.pool = unpool, statistics, relu, pool
         self.inputs = {"x": x, "weight": weight}
@@ -150,10 +170,10 @@ class FusedForward(_FusedConv):
         )
 
     def reference(self, b: Buffers) -> None:
-        self._compute(b, _plain_forward)
+        self._compute(b, plain_forward)
 
     def numpy(self, b: Buffers) -> None:
-        _in_float32(self, b, lambda wide: self._compute(wide, _fast_forward))
+        _in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         x = b.x if self.unpool is None else scatter_from(b.x, b.unpool_codes, self.unpool)
@@ -171,7 +191,7 @@ class FusedForward(_FusedConv):
             return
         b.y[...] = y
         if self.statistics:
-            for tile, rows in enumerate(_tiles(y)):
+            for tile, rows in enumerate(tiles(y)):
                 b.partials[tile, 0] = rows.mean(0)
                 b.partials[tile, 1] = ((rows - b.partials[tile, 0]) ** 2).sum(0)
 
@@ -199,8 +219,8 @@ class FusedBackwardData(_FusedConv):
     name = "conv2d_fused_backward_data"
 
     def __init__(self, dy: Spec, weight: Spec, below: Below, rung: str, unpool: Size | None = None) -> None:
-        n, h, w = dy.shape[:3]
-        super().__init__((n, h, w, weight.shape[3]), weight.shape, dy.dtype, rung)
+        n, h, w, _ = expect_map(self.name, "dy", dy, bfloat16=True)
+        super().__init__(dy, (n, h, w, weight.shape[3]), weight, rung)
         g = self.geometry
         self._expect_pieces(channels=g.c, outputs=g.o)
         self.below, self.unpool = below, unpool
@@ -217,6 +237,7 @@ class FusedBackwardData(_FusedConv):
         if unpool is not None:
             self.inputs["unpool_codes"] = packed_codes(self.out)
         self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
+        self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
         self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -236,10 +257,10 @@ class FusedBackwardData(_FusedConv):
         )
 
     def reference(self, b: Buffers) -> None:
-        self._compute(b, _plain_forward)
+        self._compute(b, plain_forward)
 
     def numpy(self, b: Buffers) -> None:
-        _in_float32(self, b, lambda wide: self._compute(wide, _fast_forward))
+        _in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         gradient, y = _rounded(convolve(b.dy, b.flipped), self.dtype), b.below_y
@@ -252,9 +273,8 @@ class FusedBackwardData(_FusedConv):
             passes = (y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0
             gradient = np.where(passes, gradient, 0)
         b.dr[...] = gradient
-        per_tile = TILE_ROWS if self.unpool is None else TILE_ROWS // 4
         for number, term in enumerate((gradient, gradient * xhat)):
-            for tile, part in enumerate(_tiles(term, per_tile)):
+            for tile, part in enumerate(tiles(term, self.pixels_of_tile)):
                 b.partials[tile, number] = part.sum(0)
 
 
@@ -264,7 +284,7 @@ class FusedBackwardWeight(_FusedConv):
     name = "conv2d_fused_backward_weight"
 
     def __init__(self, x: Spec, weight: Spec, rung: str, unpool: Size) -> None:
-        super().__init__((x.shape[0], *unpool, *x.shape[3:]), weight.shape, x.dtype, rung)
+        super().__init__(x, (x.shape[0], *unpool, *x.shape[3:]), weight, rung)
         g = self.geometry
         self._expect_pieces(channels=g.c, outputs=g.o)
         expect_windows(self.name, "x", x.shape, windows_of(*g.x))
@@ -297,7 +317,7 @@ class FusedBackwardWeight(_FusedConv):
 
     def numpy(self, b: Buffers) -> None:
         x = scatter_from(b.x, b.unpool_codes, self.unpool)
-        wide = (a.astype(b.dweight.dtype, copy=False) for a in (x, b.dy))
+        wide = (self._factor(a.astype(b.dweight.dtype, copy=False)) for a in (x, b.dy))
         fast.backward_weight(*wide, b.dweight, 1, self.geometry.padding)
 
 
@@ -328,20 +348,14 @@ def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:
     return [(ky, kx, padded[:, ky : ky + h, kx : kx + w]) for ky in range(kernel) for kx in range(kernel)]
 
 
-def _plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     y = np.zeros((*x.shape[:3], weight.shape[0]), x.dtype)
     for ky, kx, patch in _patches(x, weight.shape[1]):
         y += patch @ weight[:, ky, kx].T
     return y
 
 
-def _fast_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    y = np.empty((*x.shape[:3], weight.shape[0]), x.dtype)
-    fast.forward(x, weight, None, y, 1, weight.shape[1] // 2)
-    return y
-
-
-def _tiles(array: np.ndarray, rows: int = TILE_ROWS) -> list[np.ndarray]:
+def tiles(array: np.ndarray, rows: int = TILE_ROWS) -> list[np.ndarray]:
     """(rows, c) pieces of a map, in the order of its pixels."""
     flat = array.reshape(-1, array.shape[-1])
     return [flat[start : start + rows] for start in range(0, len(flat), rows)]

@@ -15,6 +15,7 @@ from segnet_scratch.proof.rows.augment import AugmentRow
 from segnet_scratch.proof.rows.base import Row
 from segnet_scratch.proof.rows.batch_norm import BatchNormBackwardRow, BatchNormEvaluationRow, BatchNormTrainingRow
 from segnet_scratch.proof.rows.conv2d import Conv2dBackwardBiasRow, conv_rows
+from segnet_scratch.proof.rows.conv2d_fused import fused_conv_rows
 from segnet_scratch.proof.rows.conv2d_mma import tensor_core_rows
 from segnet_scratch.proof.rows.conv_transpose2d import conv_transpose_rows
 from segnet_scratch.proof.rows.maps import (
@@ -33,6 +34,7 @@ ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
     *conv_rows("tiled"),
     *tensor_core_rows(),
+    *fused_conv_rows(),
     Conv2dBackwardBiasRow(),
     *conv_transpose_rows("direct"),
     *conv_transpose_rows("tiled"),

@@ -1,0 +1,81 @@
+"""What a training step keeps in memory, counted before it runs: the fused engine against the layers and PyTorch.
+
+Counted are maps, indices and workspaces. Parameters, their gradients and momenta are left out: everybody has them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.network import Layer, layers_of, storage
+from segnet_scratch.engine.program import Program
+from segnet_scratch.engine.training import Objective, training_program
+from segnet_scratch.segnet import Block
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of one way to compute a training step, by what they hold; `peak` is what must exist at one time."""
+
+    name: str
+    entries: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(self.entries.values())
+
+
+def _kind(array: str, program: Program, arena: Arena) -> str:
+    """What an array of the training program is, for whoever reads the ledger."""
+    if array.startswith("workspace."):
+        return "workspace"
+    *_, what = array.split(".")
+    if what == "y" and not array.startswith("d"):
+        return "convolution outputs"
+    return {"pooled": "pooled maps", "codes": "indices", "z": "transient maps", "again": "transient maps"}.get(
+        what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums"
+    )
+
+
+def fused_account(program: Program, arena: Arena) -> Account:
+    """The fused engine at the fullest step of its program; what the arena cannot fill counts as such."""
+    fullest = max(range(len(program.steps)), key=lambda step: sum(arena.alive(step).values()))
+    entries: Counter[str] = Counter()
+    for array, nbytes in arena.alive(fullest).items():
+        entries[_kind(array, program, arena)] += nbytes
+    entries["gaps between arrays"] = arena.nbytes - sum(entries.values())
+    return Account("fused", dict(entries))
+
+
+def _paper(layers: Sequence[Layer], itemsize: int, index: int, name: str) -> Account:
+    """An engine that keeps what every layer's backward asks for: y for batch norm, z for the next convolution and ReLU,
+    pooled and unpooled maps, an index of `index` bytes for each pooled value; and two maps of gradients at a time."""
+    maps = sum(prod(layer.full) for layer in layers) * itemsize
+    pooled = sum(prod(layer.out) for layer in layers if layer.block.pool)
+    unpooled = sum(layer.full[0] * prod(layer.unpool) * layer.block.in_channels for layer in layers if layer.unpool)
+    entries = {
+        "convolution outputs": maps,
+        "activations": maps,
+        "pooled maps": pooled * itemsize,
+        "unpooled maps": unpooled * itemsize,
+        "indices": pooled * index,
+        "gradients of maps": 2 * max(prod(layer.full) for layer in layers) * itemsize,
+    }
+    return Account(name, entries)
+
+
+def accounts(
+    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
+) -> list[Account]:
+    """The fused engine with this rung, the layers of this project in float32, PyTorch with maps as wide as the rung's.
+
+    PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
+    """
+    layers = layers_of(blocks, batch, *size)
+    program = training_program(blocks, batch, size, rung, Objective(classes), classifier_kernel)
+    itemsize = storage(rung).itemsize
+    fused = fused_account(program, Arena.plan(program.lifetimes(kept=("loss", "logits"))))
+    return [fused, _paper(layers, 4, 1, "layers"), _paper(layers, itemsize, 8, "PyTorch")]

@@ -1,0 +1,104 @@
+"""SegNet's blocks as the fused engine computes them: which of them it takes, and the arrays that belong to each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.conv2d_fused import piece_of
+from segnet_scratch.ops.conv2d_mma import ELEMENTS_OF_RUNG, has_tensor_cores
+from segnet_scratch.ops.op import Spec
+from segnet_scratch.ops.windows import windows_of
+from segnet_scratch.segnet import Block, SegNet
+
+RUNG_OF_PRECISION = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of the network with its sizes."""
+
+    block: Block
+    full: tuple[int, int, int, int]  # (n, h, w, out channels): y, and z where it is not pooled
+    unpool: tuple[int, int] | None  # (h, w) of the unpooled input
+    codes: str | None  # the array of packed codes that the block's unpool reads
+
+    @property
+    def name(self) -> str:
+        """The prefix of its parameters."""
+        return self.block.name
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """What it gives to the next layer."""
+        return windows_of(*self.full) if self.block.pool else self.full
+
+    @property
+    def weight(self) -> tuple[int, int, int, int]:
+        """(o, k, k, c)."""
+        b = self.block
+        return b.out_channels, b.kernel, b.kernel, b.in_channels
+
+
+def layers_of(blocks: Sequence[Block], batch: int, height: int, width: int) -> list[Layer]:
+    """The blocks with the sizes that they have for images (batch, height, width, 3)."""
+    layers: list[Layer] = []
+    pools: list[tuple[str, tuple[int, int]]] = []
+    size = height, width
+    for block in blocks:
+        unpool, codes = None, None
+        if block.unpool is not None:
+            codes, size = pools.pop()
+            unpool = size
+        layer = Layer(block, (batch, *size, block.out_channels), unpool, codes)
+        if block.pool:
+            pools.append((f"{block.name}.codes", size))
+            size = layer.out[1], layer.out[2]
+        layers.append(layer)
+    return layers
+
+
+def misfit(model: SegNet, rung: str) -> str | None:
+    """Why the fused engine cannot compute a network; None where it can."""
+    if model.decoder_kind != "indices":
+        return f"unpools by pooling indices, and the decoder of this network is {model.decoder_kind!r}"
+    if model.has_dropout:
+        return "has no dropout, and this network does (Bayesian SegNet)"
+    if model.dtype != np.float32:
+        return f"keeps parameters in float32, and those of this network are {model.dtype}"
+    piece = piece_of(ELEMENTS_OF_RUNG[rung])
+    for block in model.blocks:
+        if block.out_channels % piece:
+            return (
+                f"moves pieces of {piece} channels, and {block.name} has {block.out_channels} at width "
+                f"{model.width:g}; widths 1, 0.5, 0.25 and 0.125 fit"
+            )
+    return None
+
+
+def check(model: SegNet, rung: str) -> None:
+    """ConfigError where the fused engine cannot compute this network on this device."""
+    if reason := misfit(model, rung):
+        raise ConfigError(f'engine: the fused engine {reason}; set engine = "layers"')
+    if not has_tensor_cores(model.device):
+        raise ConfigError(
+            "engine: the fused engine needs tensor cores of sm_80 or newer, and this GPU is "
+            f'{model.device.architecture}; set engine = "layers"'
+        )
+
+
+def padded(classes: int, rung: str) -> int:
+    """Channels of the logits: the classes, up to whole pieces. Those beyond have weight and gradient 0."""
+    piece = piece_of(ELEMENTS_OF_RUNG[rung])
+    return -(-classes // piece) * piece
+
+
+def storage(rung: str) -> np.dtype:
+    """The element type of maps."""
+    return ELEMENTS_OF_RUNG[rung]
+
+
+def vector(channels: int) -> Spec:
+    """A float32 number a channel."""
+    return Spec((channels,), np.dtype(np.float32))

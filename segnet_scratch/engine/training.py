@@ -1,0 +1,290 @@
+"""The training step of the fused engine: forward, loss and backward as one program on one arena.
+
+Read `training_program` top-down: it is SegNet, forwards and then backwards. Of the forward pass only y (a convolution's
+bare result), the pooled maps and their two-bit codes last until backward; z = relu(bn(y)) goes as soon as the next
+convolution has read it, and is made again where wgrad needs it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segnet_scratch.autograd import Tensor
+from segnet_scratch.device import Array
+from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.network import Layer, check, layers_of, padded, storage, vector
+from segnet_scratch.engine.program import Program
+from segnet_scratch.engine.weights import WorkingWeights
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.cast import Cast
+from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.conv2d_fused import Below, FusedBackwardData, FusedBackwardWeight, FusedForward
+from segnet_scratch.ops.norm_relu import (
+    NormMergeGradients,
+    NormMergeStatistics,
+    NormReluBackward,
+    NormReluForward,
+    NormReluPoolBackward,
+    NormReluPoolForward,
+)
+from segnet_scratch.ops.op import Op, Spec, spec
+from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
+from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.segnet import Block, SegNet
+
+CLASSIFIER = "classifier"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: softmax cross-entropy, as `ops.cross_entropy` has it."""
+
+    classes: int
+    weighted: bool = False  # are there class weights?
+    normalisation: str = "weights"
+    smoothing: float = 0.0
+
+
+class _Builder:
+    """Appends the steps of each layer. Arrays are called `<layer>.<what>`; `d<what>` is the gradient of <what>."""
+
+    def __init__(self, layers: Sequence[Layer], rung: str, objective: Objective, classifier_kernel: int) -> None:
+        self.program, self.layers, self.rung, self.objective = Program(), layers, rung, objective
+        self.type = storage(rung)
+        n, h, w, c = layers[-1].full
+        self.logits = Spec((n, h, w, padded(objective.classes, rung)), self.type)
+        self.classifier_weight = (self.logits.shape[3], classifier_kernel, classifier_kernel, c)
+        self._give(n, *layers[0].full[1:3])
+
+    def _give(self, n: int, h: int, w: int) -> None:
+        give = self.program.give
+        give("images", spec((n, h, w, 3), np.float32))
+        give("labels", spec((n, h, w), np.uint8))
+        if self.objective.weighted:
+            give("class_weights", vector(self.objective.classes))
+        for layer in self.layers:
+            self._give_weight(f"{layer.name}.conv.weight", layer.weight)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                give(f"{layer.name}.bn.{name}", vector(layer.block.out_channels))
+            for name in ("weight", "bias"):
+                give(f"d{layer.name}.bn.{name}", vector(layer.block.out_channels))
+        self._give_weight(f"{CLASSIFIER}.weight", self.classifier_weight)
+        give(f"{CLASSIFIER}.bias", vector(self.logits.shape[3]))
+        give(f"d{CLASSIFIER}.bias", vector(self.logits.shape[3]))
+
+    def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
+        o, k, _, c = shape
+        self.program.give(name, Spec(shape, self.type))
+        self.program.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
+        self.program.give(f"d{name}", spec(shape, np.float32))
+
+    def add(self, layer: str, op: Op, **arrays: str) -> None:
+        self.program.add(layer, op, **arrays)
+
+    def spec_of(self, array: str) -> Spec:
+        return self.program.given.get(array) or self.program.made[array]
+
+    # Forward.
+
+    def forward(self) -> None:
+        x = "images"
+        if self.type == BFLOAT16:
+            self.add("images", Cast.plan(self.spec_of("images")), x="images", y="images.cast")
+            x = "images.cast"
+        self.first_input = x
+        for layer in self.layers:
+            x = self._block_forward(layer, x)
+        weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+        op = Conv2dForward.plan(self.spec_of(x), self.spec_of(weight), 1, self.classifier_weight[1] // 2, self.rung)
+        self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
+
+    def _block_forward(self, layer: Layer, x: str) -> str:
+        """y, its statistics, and the map for the next layer, whose name is returned."""
+        name = layer.name
+        codes = {} if layer.codes is None else {"unpool_codes": layer.codes}
+        op = FusedForward.plan(self.spec_of(x), Spec(layer.weight, self.type), self.rung, layer.unpool, statistics=True)
+        self.add(name, op, x=x, weight=f"{name}.conv.weight", **codes, y=f"{name}.y", partials=f"{name}.statistics")
+        self.add(
+            *(name, NormMergeStatistics.plan(self.spec_of(f"{name}.statistics"), op.geometry.pixels)),
+            partials=f"{name}.statistics",
+            running_mean=f"{name}.bn.running_mean",
+            running_var=f"{name}.bn.running_var",
+            mean=f"{name}.mean",
+            inv_std=f"{name}.inv_std",
+        )
+        if not layer.block.pool:
+            return self._make_z(layer, f"{name}.z")
+        pool = NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
+        out = {"pooled": f"{name}.pooled", "codes": f"{name}.codes"}
+        self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
+        return f"{name}.pooled"
+
+    def _make_z(self, layer: Layer, z: str) -> str:
+        op = NormReluForward.plan(self.spec_of(f"{layer.name}.y"), layer.block.relu)
+        self.add(layer.name, op, y=f"{layer.name}.y", **self._norm(layer), z=z)
+        return z
+
+    def _norm(self, layer: Layer) -> dict[str, str]:
+        return {
+            "mean": f"{layer.name}.mean",
+            "inv_std": f"{layer.name}.inv_std",
+            "weight": f"{layer.name}.bn.weight",
+            "bias": f"{layer.name}.bn.bias",
+        }
+
+    # Backward.
+
+    def backward(self) -> None:
+        last, bias = self.layers[-1], f"d{CLASSIFIER}.bias"
+        objective = self.objective
+        loss = SoftmaxCrossEntropy.plan(self.logits, objective.classes, objective.normalisation, objective.smoothing)
+        weights = {"class_weights": "class_weights"} if objective.weighted else {}
+        self.add("loss", loss, logits="logits", labels="labels", **weights, loss="loss", dlogits="dlogits")
+        self.add(CLASSIFIER, Conv2dBackwardBias.plan(self.logits), dy="dlogits", dbias=bias)
+        self._weight_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", f"{last.name}.z", "dlogits")
+        self._below_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", "dlogits", last, None, None)
+        for position in reversed(range(len(self.layers))):
+            below = self.layers[position - 1] if position else None
+            self._block_backward(self.layers[position], below)
+
+    def _block_backward(self, layer: Layer, below: Layer | None) -> None:
+        """From dr, the gradient before the layer's ReLU, to its parameters' gradients and the dr of the layer below."""
+        name, weight = layer.name, f"{layer.name}.conv.weight"
+        sums = {"dweight": f"d{name}.bn.weight", "dbias": f"d{name}.bn.bias"}
+        partials = f"d{name}.sums"
+        self.add(name, NormMergeGradients.plan(self.spec_of(partials)), partials=partials, **sums)
+        norm = {key: array for key, array in self._norm(layer).items() if key != "bias"}
+        y = self.spec_of(f"{name}.y")
+        if layer.block.pool:
+            dy, codes = f"d{name}.y", f"{name}.codes"
+            op: Op = NormReluPoolBackward.plan(y)
+            self.add(name, op, y=f"{name}.y", dr=f"d{name}.r", codes=codes, **norm, **sums, dy=dy)
+        else:
+            dy = f"d{name}.r"  # in place
+            self.add(name, NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
+        if below is None:
+            self._weight_gradient(name, weight, self.first_input, dy)
+            return
+        # A map that was unpooled, pooled or none of both: what the convolution read of the layer below.
+        x = f"{below.name}.pooled" if below.block.pool else self._make_z(below, f"{below.name}.z.again")
+        self._weight_gradient(name, weight, x, dy, layer.unpool, layer.codes)
+        self._below_gradient(name, weight, dy, below, layer.unpool, layer.codes)
+
+    def _weight_gradient(
+        self, name: str, weight: str, x: str, dy: str, unpool: tuple[int, int] | None = None, codes: str | None = None
+    ) -> None:
+        of_x, of_weight = self.spec_of(x), self.spec_of(weight)
+        if unpool is not None and codes is not None:
+            op: Op = FusedBackwardWeight.plan(of_x, of_weight, self.rung, unpool)
+            self.add(name, op, x=x, unpool_codes=codes, dy=dy, dweight=f"d{weight}")
+        else:
+            op = Conv2dBackwardWeight.plan(of_x, of_weight, 1, of_weight.shape[1] // 2, self.rung)
+            self.add(name, op, x=x, dy=dy, dweight=f"d{weight}")
+
+    def _below_gradient(
+        self, name: str, weight: str, dy: str, below: Layer, unpool: tuple[int, int] | None, codes: str | None
+    ) -> None:
+        of_below = Below(self.spec_of(f"{below.name}.y"), below.block.relu, below.block.pool)
+        op = FusedBackwardData.plan(self.spec_of(dy), self.spec_of(weight), of_below, self.rung, unpool)
+        norm = self._norm(below)
+        arrays = {
+            "mean": norm["mean"],
+            "inv_std": norm["inv_std"],
+            "bn_weight": norm["weight"],
+            "bn_bias": norm["bias"],
+        }
+        if below.block.pool:
+            arrays["pool_codes"] = f"{below.name}.codes"
+        if codes is not None:
+            arrays["unpool_codes"] = codes
+        out = {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
+        self.add(name, op, dy=dy, flipped=f"{weight}.flipped", below_y=f"{below.name}.y", **arrays, **out)
+
+
+def training_program(
+    blocks: Sequence[Block],
+    batch: int,
+    size: tuple[int, int],
+    rung: str,
+    objective: Objective,
+    classifier_kernel: int = 3,
+) -> Program:
+    """Forward, loss and backward of a network for images (batch, *size, 3); nothing is allocated."""
+    builder = _Builder(layers_of(blocks, batch, *size), rung, objective, classifier_kernel)
+    builder.forward()
+    builder.backward()
+    return builder.program
+
+
+class FusedTraining:
+    """Losses and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
+
+    Parameters and running statistics are the model's own arrays. `rung` is "tf32x3", "tf32" or "bf16". Whoever changes
+    parameters must call `weights.refresh`, or update them through `weights` itself.
+    """
+
+    def __init__(
+        self,
+        model: SegNet,
+        batch: int,
+        size: tuple[int, int],
+        rung: str,
+        weights: WorkingWeights,
+        class_weights: np.ndarray | None = None,
+        normalisation: str = "weights",
+        smoothing: float = 0.0,
+    ) -> None:
+        check(model, rung)
+        self.model, self.device, self.weights = model, model.device, weights
+        objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
+        kernel = model.classifier_kernel
+        self.program = training_program(model.blocks, batch, size, rung, objective, kernel)
+        self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
+        self._gradients: list[tuple[Tensor, Array]] = []  # of each parameter, and where it will be
+        arrays = self._given(class_weights) | self.arena.allocate(self.device)
+        self._images, self._labels, self.loss, self.logits = (
+            arrays[name] for name in ("images", "labels", "loss", "logits")
+        )
+        self._bound = self.program.bind(arrays)
+        self._replay = None
+
+    def _given(self, class_weights: np.ndarray | None) -> dict[str, Array]:
+        """The arrays that the program does not make."""
+        device, given = self.device, self.program.given
+        arrays: dict[str, Array] = self.weights.arrays()
+        arrays |= {name: buffer.data for name, buffer in self.model.named_buffers().items()}
+        if class_weights is not None:
+            arrays["class_weights"] = device.upload(np.asarray(class_weights, np.float32))
+        for name in given:
+            if name not in arrays and name in ("images", "labels"):
+                arrays[name] = device.zeros(given[name].shape, given[name].dtype)
+        for name, parameter in self.model.named_parameters().items():
+            if name not in arrays:  # batch norm
+                arrays[name] = parameter.data
+            gradient = device.zeros(given[f"d{name}"].shape, np.float32)
+            arrays[f"d{name}"] = gradient
+            # Of the classifier the padding is left out; what remains lies together, as outputs come first.
+            self._gradients.append((parameter, gradient[: parameter.shape[0]]))
+        return arrays
+
+    def __call__(self, images: Array, labels: Array) -> Array:
+        """The loss, float32 (1), of a batch; every parameter's `grad` holds its gradient. Waits for nothing.
+
+        images (batch, *size, 3) float32, labels (batch, *size) uint8, both on the device. ShapeError for another shape.
+        """
+        for name, array, target in (("images", images, self._images), ("labels", labels, self._labels)):
+            if tuple(array.shape) != tuple(target.shape) or array.dtype != target.dtype:
+                raise ShapeError(
+                    f"fused engine: {name} are {tuple(array.shape)} {array.dtype}, expected {tuple(target.shape)} "
+                    f"{target.dtype}: it was planned for one shape"
+                )
+            self.device.write(target, array)
+        if self._replay is None:
+            self._bound.run(self.device)  # loads the kernels, which a graph cannot
+            self._replay = self.device.capture(lambda: self._bound.run(self.device))
+        else:
+            self._replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return self.loss
