@@ -182,19 +182,25 @@ class ConvUnit(Module):
             x = self.bn(x)
         return relu(x) if self.activate else x
 
-    def fold_batch_norm(self) -> None:
-        """Gives the convolution what batch norm does with running statistics, and a bias; for inference alone.
+    def folded(self) -> tuple[np.ndarray, np.ndarray]:
+        """The weight (o, k, k, c) and bias (o) of one convolution that does what this one and batch norm do.
 
-        weight (conv(x) - mean) / sqrt(var + eps) + bias is a convolution with the weight of each output channel times
-        weight / sqrt(var + eps), plus bias - mean weight / sqrt(var + eps). In double, rounded once.
+        weight (conv(x) - mean) / sqrt(var + eps) + bias, with running statistics, is a convolution with the weight of
+        each output channel times weight / sqrt(var + eps), plus bias - mean weight / sqrt(var + eps). In double.
         """
         if self.bn is None:
-            return
-        device, dtype = self.conv.weight.device, self.conv.weight.dtype
+            return self.conv.weight.numpy(), self.conv.bias.numpy()
+        device = self.conv.weight.device
         arrays = (self.bn.weight.data, self.bn.bias.data, self.bn.running_mean.data, self.bn.running_var.data)
         weight, bias, mean, var = (device.download(array).astype(np.float64) for array in arrays)
         factor = weight / np.sqrt(var + EPS)
-        kernel = self.conv.weight.numpy() * factor[:, None, None, None]
-        self.conv.weight = Tensor(device.upload(kernel.astype(dtype)), device)
-        self.conv.bias = Tensor(device.upload((bias - mean * factor).astype(dtype)), device)
+        return self.conv.weight.numpy() * factor[:, None, None, None], bias - mean * factor
+
+    def fold_batch_norm(self) -> None:
+        """Makes this that one convolution, in its own element type; for inference alone."""
+        if self.bn is None:
+            return
+        device, dtype = self.conv.weight.device, self.conv.weight.dtype
+        weight, bias = (Tensor(device.upload(array.astype(dtype)), device) for array in self.folded())
+        self.conv.weight, self.conv.bias = weight, bias
         self.bn = None

@@ -121,7 +121,7 @@ class SegNet(Module):
         self.device = get_device(device)
         self.classes, self.width, self.has_dropout, self.decoder_kind = classes, width, dropout, decoder
         self.dtype = np.dtype(dtype)
-        self.blocks = self._blocks(width, dropout, decoder)
+        self.blocks = self.blocks_of(width, dropout, decoder)
         rng = np.random.default_rng(seed)
         common = (self.device, rng, self.dtype, rung)
         self.metadata: dict[str, Any] = {}  # of the checkpoint that it was loaded from
@@ -142,7 +142,9 @@ class SegNet(Module):
             if block.dropout
         }
 
-    def _blocks(self, width: float, dropout: bool, decoder: str) -> list[Block]:
+    @staticmethod
+    def blocks_of(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
+        """The blocks of this network, without building it."""
         return segnet_blocks(width, dropout, decoder)
 
     def forward(
@@ -309,7 +311,9 @@ class SegNetBasic(SegNet):
     architecture = "segnet-basic"
     classifier_kernel = 1
 
-    def _blocks(self, width: float, dropout: bool, decoder: str) -> list[Block]:
+    @staticmethod
+    def blocks_of(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
+        """The blocks of this network, without building it."""
         return segnet_basic_blocks(width, dropout, decoder)
 
 

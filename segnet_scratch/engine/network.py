@@ -12,6 +12,7 @@ from segnet_scratch.ops.op import Spec
 from segnet_scratch.ops.windows import windows_of
 from segnet_scratch.segnet import Block, SegNet
 
+CLASSIFIER = "classifier"
 RUNG_OF_PRECISION = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
@@ -59,12 +60,14 @@ def layers_of(blocks: Sequence[Block], batch: int, height: int, width: int) -> l
     return layers
 
 
-def misfit(model: SegNet, rung: str) -> str | None:
+def misfit(model: SegNet, rung: str, training: bool) -> str | None:
     """Why the fused engine cannot compute a network; None where it can."""
     if model.decoder_kind != "indices":
         return f"unpools by pooling indices, and the decoder of this network is {model.decoder_kind!r}"
-    if model.has_dropout:
+    if training and model.has_dropout:
         return "has no dropout, and this network does (Bayesian SegNet)"
+    if training and model.folded:
+        return "trains batch norm, which is folded into the convolutions of this network"
     if model.dtype != np.float32:
         return f"keeps parameters in float32, and those of this network are {model.dtype}"
     piece = piece_of(ELEMENTS_OF_RUNG[rung])
@@ -77,9 +80,9 @@ def misfit(model: SegNet, rung: str) -> str | None:
     return None
 
 
-def check(model: SegNet, rung: str) -> None:
+def check(model: SegNet, rung: str, training: bool = True) -> None:
     """ConfigError where the fused engine cannot compute this network on this device."""
-    if reason := misfit(model, rung):
+    if reason := misfit(model, rung, training):
         raise ConfigError(f'engine: the fused engine {reason}; set engine = "layers"')
     if not has_tensor_cores(model.device):
         raise ConfigError(

@@ -60,6 +60,10 @@ class Program:
             self.made[arrays[key]] = spec
         self.steps.append(Step(op, layer, arrays))
 
+    def spec_of(self, array: str) -> Spec:
+        """What an array is."""
+        return self.given.get(array) or self.made[array]
+
     def _spec(self, op: Op, name: str | None) -> Spec:
         spec = self.given.get(name or "") or self.made.get(name or "")
         if spec is None:

@@ -13,7 +13,7 @@ import numpy as np
 from segnet_scratch.autograd import Tensor
 from segnet_scratch.device import Array
 from segnet_scratch.engine.arena import Arena
-from segnet_scratch.engine.network import Layer, check, layers_of, padded, storage, vector
+from segnet_scratch.engine.network import CLASSIFIER, Layer, check, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ShapeError
@@ -33,7 +33,6 @@ from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
 
-CLASSIFIER = "classifier"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class _Builder:
         self.program.add(layer, op, **arrays)
 
     def spec_of(self, array: str) -> Spec:
-        return self.program.given.get(array) or self.program.made[array]
+        return self.program.spec_of(array)
 
     # Forward.
 

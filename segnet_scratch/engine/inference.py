@@ -1,0 +1,106 @@
+"""Inference by the fused engine: batch norm folded, one kernel a block, one arena, one graph.
+
+A block is one kernel: unpool on the way in; bias, ReLU and pool on the way out. Nothing else is written.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from segnet_scratch.device import Array
+from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, storage, vector
+from segnet_scratch.engine.program import Program
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.nn import ConvUnit
+from segnet_scratch.ops.cast import Cast
+from segnet_scratch.ops.conv2d import Conv2dForward
+from segnet_scratch.ops.conv2d_fused import FusedForward
+from segnet_scratch.ops.op import Spec, spec
+from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.segnet import Block, SegNet
+
+
+def inference_program(
+    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
+) -> Program:
+    """Logits of images (batch, *size, 3), padded to whole pieces of channels; nothing is allocated."""
+    program, dtype = Program(), storage(rung)
+    x = program.give("images", spec((batch, *size, 3), np.float32))
+    if dtype == BFLOAT16:
+        program.add("images", Cast.plan(program.given["images"]), x="images", y="images.cast")
+        x = "images.cast"
+    for layer in layers_of(blocks, batch, *size):
+        name, block = layer.name, layer.block
+        arrays = {} if layer.codes is None else {"unpool_codes": layer.codes}
+        arrays["weight"] = program.give(f"{name}.weight", Spec(layer.weight, dtype))
+        arrays["bias"] = program.give(f"{name}.bias", vector(block.out_channels))
+        if block.pool:
+            arrays["pool_codes"] = f"{name}.codes"
+        op = FusedForward.plan(
+            *(program.spec_of(x), Spec(layer.weight, dtype), rung, layer.unpool),
+            bias=True,
+            relu=block.relu,
+            pool=block.pool,
+        )
+        program.add(name, op, x=x, **arrays, y=f"{name}.z")
+        x = f"{name}.z"
+    shape = (padded(classes, rung), classifier_kernel, classifier_kernel, blocks[-1].out_channels)
+    weight = program.give(f"{CLASSIFIER}.weight", Spec(shape, dtype))
+    bias = program.give(f"{CLASSIFIER}.bias", vector(shape[0]))
+    classify = Conv2dForward.plan(program.spec_of(x), Spec(shape, dtype), 1, classifier_kernel // 2, rung)
+    program.add(CLASSIFIER, classify, x=x, weight=weight, bias=bias, y="logits")
+    return program
+
+
+class FusedInference:
+    """Logits of a SegNet, in evaluation mode, for batches of one shape.
+
+    Takes the weights as they are now, batch norm folded into them in double and rounded once; the model may already be
+    folded, and is left as it is. `rung` is "tf32x3", "tf32" or "bf16".
+    """
+
+    def __init__(self, model: SegNet, batch: int, size: tuple[int, int], rung: str) -> None:
+        check(model, rung, training=False)
+        self.device, self.classes = model.device, model.classes
+        self.program = inference_program(model.blocks, model.classes, batch, size, rung, model.classifier_kernel)
+        self.arena = Arena.plan(self.program.lifetimes(kept=("logits",)))
+        arrays = self._weights(model) | self.arena.allocate(self.device)
+        arrays["images"] = self.device.zeros(self.program.given["images"].shape, np.float32)
+        self._images, self._logits = arrays["images"], arrays["logits"]
+        self._bound = self.program.bind(arrays)
+        self._replay: Callable[[], None] | None = None
+
+    def _weights(self, model: SegNet) -> dict[str, Array]:
+        given: dict[str, np.ndarray] = {
+            f"{CLASSIFIER}.weight": model.classifier.weight.numpy(),
+            f"{CLASSIFIER}.bias": model.classifier.bias.numpy(),
+        }
+        for name, unit in model.named_modules(ConvUnit).items():
+            given[f"{name}.weight"], given[f"{name}.bias"] = unit.folded()
+        arrays = {}
+        for name, values in given.items():
+            target = self.program.given[name]
+            whole = np.zeros(target.shape, target.dtype)  # outputs beyond the classes stay 0
+            whole[: len(values)] = values
+            arrays[name] = self.device.upload(whole)
+        return arrays
+
+    def __call__(self, images: Array) -> Array:
+        """Logits (batch, *size, channels) of images (batch, *size, 3), float32, on the device. Waits for nothing.
+
+        The first `classes` channels are the logits, in the rung's element type; the same array every time.
+        """
+        if tuple(images.shape) != tuple(self._images.shape) or images.dtype != np.float32:
+            raise ShapeError(
+                f"fused engine: images are {tuple(images.shape)} {images.dtype}, expected {tuple(self._images.shape)} "
+                "float32: it was planned for one shape"
+            )
+        self.device.write(self._images, images)
+        if self._replay is None:
+            self._bound.run(self.device)
+            self._replay = self.device.capture(lambda: self._bound.run(self.device))
+        else:
+            self._replay()
+        return self._logits
