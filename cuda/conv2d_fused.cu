@@ -140,30 +140,14 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
     for (int window = tile.lane(); 4 * window < count; window += tile.LANES) {
         const int64 row = (int64)blockIdx.x * Block::ROWS + 4 * window;
         const Pixel first = order.at((int)(row % order.rows_of_image()), true);
-        Piece best = tile.piece(4 * window);
-        if (with_relu) best = relu(best);
-        unsigned chosen = 0;
+        auto candidate = [&](int code) { return with_relu ? relu(tile.piece(4 * window + code)) : tile.piece(4 * window + code); };
+        PooledPiece pool(candidate(0));
 #pragma unroll
-        for (int code = 1; code < 4; ++code) {
-            if (first.x + code % 2 >= order.w || first.y + code / 2 >= order.h) continue;
-            Piece candidate = tile.piece(4 * window + code);
-            if (with_relu) candidate = relu(candidate);
-            const Values a = values_of(best), b = values_of(candidate);
-#pragma unroll
-            for (int i = 0; i < PIECE; ++i) {
-                if (!(b.of[i] > a.of[i] || (b.of[i] != b.of[i] && a.of[i] == a.of[i]))) continue;
-                chosen = (chosen & ~(3u << 2 * i)) | code << 2 * i;
-                if constexpr (sizeof(storage_t) == 2) {
-                    const unsigned mask = i % 2 ? 0xFFFF0000u : 0x0000FFFFu;
-                    best.words[i / 2] = (best.words[i / 2] & ~mask) | (candidate.words[i / 2] & mask);
-                } else {
-                    best.words[i] = candidate.words[i];
-                }
-            }
-        }
+        for (int code = 1; code < 4; ++code)
+            if (first.x + code % 2 < order.w && first.y + code / 2 < order.h) pool.offer(candidate(code), code);
         const int64 element = row / 4 * o + tile.channel();
-        *(Piece*)(pooled + element) = best;
-        store_codes(codes, element, chosen);
+        *(Piece*)(pooled + element) = pool.best;
+        store_codes(codes, element, pool.codes);
     }
 }
 

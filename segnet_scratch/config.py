@@ -179,6 +179,17 @@ class Config:
         _choice("float32", "float64"),
         "element type of the network; float64 is for comparing devices, at half the speed",
     )
+    engine: str = _setting(
+        "layers",
+        _choice("layers", "fused"),
+        "what computes a training step: layers, one op after the other; or fused, few large kernels on one arena "
+        "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80)",
+    )
+    precision: str = _setting(
+        "float32",
+        _choice("float32", "tf32", "bf16"),
+        "how convolutions multiply: in float32, or by tensor cores in tf32 or, with the fused engine, bfloat16",
+    )
     size: int | tuple[int, int] = _setting(
         224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
     )
@@ -298,6 +309,13 @@ class Config:
             )
         if self.schedule == "step" and not self.lr_steps:
             raise ConfigError('schedule = "step": expected lr_steps, got none; add for example lr_steps = [0.6, 0.9].')
+        if self.engine == "layers" and self.precision == "bf16":
+            raise ConfigError('precision = "bf16": expected the fused engine, got layers; add engine = "fused".')
+        if self.engine == "fused" and self.accumulate > 1:
+            raise ConfigError(
+                f'engine = "fused": expected accumulate = 1, got {self.accumulate} parts; it needs less memory, so a '
+                "whole batch may fit."
+            )
         if self.accumulate > self.batch:
             raise ConfigError(
                 f"accumulate: expected at most the batch, got {self.accumulate} parts of {self.batch} images; "

@@ -29,6 +29,8 @@ from segnet_scratch.data import (
 )
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.device import get_device
+from segnet_scratch.engine.training import FusedEngine
+from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.metrics import MetricsLog
@@ -141,8 +143,11 @@ class Trainer:
             decoder=config.decoder,
             seed=config.seed,
             dtype=config.dtype,
+            rung="tf32" if config.precision == "tf32" else None,
         )
-        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr, config.clip_norm)
+        # Before the optimiser: the engine lays the classifier's parameters where its kernels want them.
+        working = WorkingWeights.of(self.model, config.precision) if config.engine == "fused" else None
+        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr, config.clip_norm, working)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self.best_miou: float | None = None
@@ -159,6 +164,10 @@ class Trainer:
             if init is not None:
                 self.initialised = initialise(self.model, init)
         self._loss_weights = np.array(self.class_weights, np.float32) if self.class_weights else None
+        self.engine: FusedEngine | None = None
+        if working is not None:
+            objective = self._loss_weights, config.loss_normalisation, config.label_smoothing
+            self.engine = FusedEngine(self.model, working, *objective)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(self.folder.path)
         self.log.truncate_after(self.step)
@@ -252,6 +261,8 @@ class Trainer:
         The loss of a batch is the mean of its parts' losses, each weighed by its share of the normaliser.
         """
         config, model = self.config, self.model
+        if self.engine is not None:
+            return float(model.device.download(self.engine(batch.images, batch.labels))[0])
         losses = []
         for part, (images, share) in enumerate(self._parts(batch)):
             model.set_random_state(config.seed, self.step * config.accumulate + part)  # dropout masks of its own

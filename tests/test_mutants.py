@@ -85,7 +85,9 @@ def kill(mutant: Mutant, folder: Path) -> dict[str, str]:
     tree = copy_of_the_tree(folder)
     mutant.apply(tree)
     code, failures, report = run_tests(tree, mutant.killed_by)
-    # A fault that corrupts memory may end the process after its tests have been judged.
+    # A fault that corrupts memory may end the process, after its test has been judged or before.
+    if code < 0 and not failures and len(mutant.killed_by) == 1:
+        return {mutant.killed_by[0]: f"the process ended by signal {-code}"}
     assert code in (0, 1) or (code < 0 and failures), (
         f"'{mutant.name}': the tests could not be run, exit code {code}\n{report}"
     )

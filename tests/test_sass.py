@@ -32,6 +32,16 @@ TILES = {
     "conv2d_backward_weight_mma_128x128": (64, 64, 128, 128),
     "conv2d_backward_weight_mma_128x64": (64, 32, 128, 64),
     "conv2d_backward_weight_mma_elements": (64, 32, 128, 64),
+    "conv2d_fused_forward_128x128": (64, 64, 128, 128),
+    "conv2d_fused_forward_128x64": (64, 32, 128, 64),
+    "conv2d_fused_forward_128x32": (32, 32, 128, 32),
+    "conv2d_fused_forward_elements": (64, 32, 128, 64),
+    "conv2d_fused_forward_unpool_128x64": (64, 32, 128, 64),
+    "conv2d_fused_forward_unpool_128x32": (32, 32, 128, 32),
+    "conv2d_fused_backward_data_128x128": (64, 64, 128, 128),
+    "conv2d_fused_backward_data_128x64": (64, 32, 128, 64),
+    "conv2d_fused_backward_data_128x32": (32, 32, 128, 32),
+    "conv2d_fused_backward_weight_unpool_128x64": (64, 32, 128, 64),
 }
 STEPS, THREADS = 4, 128  # instructions deep is a stage; threads of a block
 
@@ -78,8 +88,8 @@ def main_loops(sass):
 
 
 @functools.cache
-def disassembled(element, architecture):
-    cubin = nvrtc.cached_cubin(SOURCE, ElementTypes.named(element), architecture)
+def disassembled(source, element, architecture):
+    cubin = nvrtc.cached_cubin(source, ElementTypes.named(element), architecture)
     command = [disassembler(), "-c", str(cubin)]
     return main_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -109,7 +119,7 @@ def test_a_loop_is_found():
 @pytest.mark.parametrize("element", SOURCE.elements)
 @pytest.mark.parametrize("kernel", TILES)
 def test_main_loop(kernel, element, architecture):
-    loop = Counter(disassembled(element, architecture)[kernel])
+    loop = Counter(disassembled(find_kernel(kernel).source, element, architecture)[kernel])
     rows, columns, block_rows, block_columns = TILES[kernel]
 
     def count(prefix):
@@ -133,6 +143,13 @@ def test_main_loop(kernel, element, architecture):
     # Copies: 16 bytes each, past the registers. Nothing else comes from global memory.
     if kernel.endswith("elements"):
         assert count("LDG.E.U16" if element == "bf16" else "LDGSTS.E") > 0
+    elif "unpool" in kernel:
+        # The pooled map passes by the registers, 16 bytes and their codes at a time; the other factor does not.
+        pieces = block_rows * 8 // THREADS
+        assert count("LDG.E.128") == count("STS.128") == pieces
+        assert count("LDG.E.U16" if element == "bf16" else "LDG.E.U8") == pieces
+        assert count("LDG.") == 2 * pieces
+        assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == block_columns * 8 // THREADS
     else:
         assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
         assert count("LDG.") == count("STS.U") == 0

@@ -421,7 +421,7 @@ class Poison(Listener):
 @pytest.mark.parametrize(
     ("poisoned", "error", "part"),
     [
-        (4, TrainingError, r"loss is nan at step 5 .*sample_.*last\.safetensors.*smaller lr"),
+        (4, TrainingError, r"^the loss is nan at step 5 .*sample_.*last\.safetensors.*smaller lr"),
         (6, CheckpointError, "NaN"),
     ],
     ids=["between two checkpoints", "as one is due"],

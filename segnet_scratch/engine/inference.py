@@ -11,7 +11,6 @@ from segnet_scratch.device import Array
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
-
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.nn import ConvUnit
 from segnet_scratch.ops.cast import Cast

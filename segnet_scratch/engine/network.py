@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.ops.conv2d_fused import piece_of
 from segnet_scratch.ops.conv2d_mma import ELEMENTS_OF_RUNG, has_tensor_cores
 from segnet_scratch.ops.op import Spec
+from segnet_scratch.ops.pieces import piece_of
 from segnet_scratch.ops.windows import windows_of
 from segnet_scratch.segnet import Block, SegNet
 

@@ -7,13 +7,14 @@ convolution has read it, and is made again where wgrad needs it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from segnet_scratch.autograd import Tensor
 from segnet_scratch.device import Array
 from segnet_scratch.engine.arena import Arena
-from segnet_scratch.engine.network import CLASSIFIER, Layer, check, layers_of, padded, storage, vector
+from segnet_scratch.engine.network import CLASSIFIER, Layer, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ShapeError
@@ -32,7 +33,6 @@ from segnet_scratch.ops.op import Op, Spec, spec
 from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
-
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def training_program(
 class FusedTraining:
     """Losses and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
 
-    Parameters and running statistics are the model's own arrays. `rung` is "tf32x3", "tf32" or "bf16". Whoever changes
-    parameters must call `weights.refresh`, or update them through `weights` itself.
+    Parameters and running statistics are the model's own arrays; `weights`, which say in what precision convolutions
+    multiply, must be up to date.
     """
 
     def __init__(
@@ -228,17 +228,15 @@ class FusedTraining:
         model: SegNet,
         batch: int,
         size: tuple[int, int],
-        rung: str,
         weights: WorkingWeights,
         class_weights: np.ndarray | None = None,
         normalisation: str = "weights",
         smoothing: float = 0.0,
     ) -> None:
-        check(model, rung)
         self.model, self.device, self.weights = model, model.device, weights
         objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
         kernel = model.classifier_kernel
-        self.program = training_program(model.blocks, batch, size, rung, objective, kernel)
+        self.program = training_program(model.blocks, batch, size, weights.rung, objective, kernel)
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self._gradients: list[tuple[Tensor, Array]] = []  # of each parameter, and where it will be
         arrays = self._given(class_weights) | self.arena.allocate(self.device)
@@ -287,3 +285,25 @@ class FusedTraining:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return self.loss
+
+
+class FusedEngine:
+    """The fused engine for batches of any shape: an arena and a graph for each shape that comes.
+
+    Whoever loads other weights into the model calls `weights.refresh` afterwards.
+    """
+
+    def __init__(self, model: SegNet, weights: WorkingWeights, *objective: Any) -> None:
+        """`objective`: class weights or None, normalisation, smoothing."""
+        self.model, self.weights, self._objective = model, weights, objective
+        self.weights.refresh()
+        self._steps: dict[tuple[int, ...], FusedTraining] = {}
+
+    def __call__(self, images: Array, labels: Array) -> Array:
+        """The loss, float32 (1), of a batch; every parameter's `grad` holds its gradient."""
+        shape = tuple(images.shape)
+        if shape not in self._steps:
+            batch, height, width, _ = shape
+            size = height, width
+            self._steps[shape] = FusedTraining(self.model, batch, size, self.weights, *self._objective)
+        return self._steps[shape](images, labels)

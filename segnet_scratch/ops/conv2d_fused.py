@@ -20,22 +20,11 @@ from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.max_pool import MaxPoolForward
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.packed_codes import gather_at, pack_codes, packed_codes, scatter_from
+from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, rounded, tiles_of
 from segnet_scratch.ops.windows import CODE, windows_of
-from segnet_scratch.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.precision import round_to_tf32
 
 Size = tuple[int, int]
-TILE_ROWS = 128  # of the matrix product, in every tile: what a row of `partials` sums up
-PIECE_BYTES = 16
-
-
-def piece_of(dtype: np.dtype) -> int:
-    """Channels in a piece of 16 bytes: what the fused kernels move at once."""
-    return PIECE_BYTES // np.dtype(dtype).itemsize
-
-
-def tiles_of(rows: int) -> int:
-    """How many tiles cover so many rows of the matrix product."""
-    return -(-rows // TILE_ROWS)
 
 
 class _FusedConv(Op):
@@ -74,13 +63,7 @@ class _FusedConv(Op):
         return ElementTypes.named(self.rung)
 
     def _expect_pieces(self, **channels: int) -> None:
-        piece = piece_of(mma.ELEMENTS_OF_RUNG[self.rung])
-        for what, count in channels.items():
-            expect(
-                count % piece == 0,
-                f"{self.name}: {count} {what}; the fused kernels move pieces of {piece} {self.rung} numbers: "
-                f"use a width that makes it a multiple of {piece}, or the layers engine",
-            )
+        expect_pieces(self.name, mma.ELEMENTS_OF_RUNG[self.rung], **channels)
 
     def _factor(self, array: np.ndarray) -> np.ndarray:
         """What the rung multiplies."""
@@ -173,14 +156,14 @@ class FusedForward(_FusedConv):
         self._compute(b, plain_forward)
 
     def numpy(self, b: Buffers) -> None:
-        _in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         x = b.x if self.unpool is None else scatter_from(b.x, b.unpool_codes, self.unpool)
         y = convolve(x, b.weight)
         if hasattr(b, "bias"):
             y = y + b.bias
-        y = _rounded(y, self.dtype)
+        y = rounded(y, self.dtype)
         if self.relu:
             y = np.where(y <= 0, 0, y).astype(y.dtype)
         if self.pool:
@@ -260,10 +243,10 @@ class FusedBackwardData(_FusedConv):
         self._compute(b, plain_forward)
 
     def numpy(self, b: Buffers) -> None:
-        _in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        gradient, y = _rounded(convolve(b.dy, b.flipped), self.dtype), b.below_y
+        gradient, y = rounded(convolve(b.dy, b.flipped), self.dtype), b.below_y
         if self.unpool is not None:
             gradient = gather_at(gradient, b.unpool_codes)
         if self.below.pool:
@@ -324,21 +307,6 @@ class FusedBackwardWeight(_FusedConv):
 def expect_windows(op: str, name: str, shape: tuple[int, ...], windows: tuple[int, ...]) -> None:
     """ShapeError unless a pooled map has a value for each window of the map that it is unpooled to."""
     expect(tuple(shape) == tuple(windows), f"{op}: {name} has shape {shape}; a pool of the unpooled map has {windows}")
-
-
-def _rounded(array: np.ndarray, storage: np.dtype) -> np.ndarray:
-    """What is stored of an array, in the array's own type."""
-    return array.astype(BFLOAT16).astype(array.dtype) if storage == BFLOAT16 else array
-
-
-def _in_float32(op: Op, b: Buffers, compute: Callable[[Buffers], None]) -> None:
-    """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs."""
-    wide = Buffers(**{k: a.astype(np.float32) if a.dtype == BFLOAT16 else a for k, a in vars(b).items()})
-    compute(wide)
-    for name in op.outputs:
-        target = getattr(b, name)
-        if target.dtype == BFLOAT16:
-            target[...] = getattr(wide, name)
 
 
 def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:

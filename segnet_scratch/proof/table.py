@@ -27,6 +27,7 @@ from segnet_scratch.proof.rows.maps import (
     ResizeRow,
     WindowRow,
 )
+from segnet_scratch.proof.rows.norm_relu import norm_rows
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
 from segnet_scratch.proof.rows.sgd import GradientNormRow, SgdRow
 
@@ -35,6 +36,7 @@ ROWS: tuple[Row, ...] = (
     *conv_rows("tiled"),
     *tensor_core_rows(),
     *fused_conv_rows(),
+    *norm_rows(),
     Conv2dBackwardBiasRow(),
     *conv_transpose_rows("direct"),
     *conv_transpose_rows("tiled"),

@@ -1,0 +1,266 @@
+// Batch norm with ReLU, and with max-pool, between two convolutions of the fused engine; and the sums of its backward.
+// Element types: float32, bfloat16.
+//
+//   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which conv2d_fused.cu left
+//   forward           z = relu((y - mean) inv_std weight + bias);  pooled blocks write max-pool and codes of z, not z
+//   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
+//   backward          dy = weight inv_std (dr - dbias / rows - xhat dweight / rows), xhat = (y - mean) inv_std
+//                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; of a pooled block that of its
+//                     pooled map, which belongs to the coded element of each window (the others have dr 0)
+//
+// batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1) or
+// pooled map (1/4) and codes (1/32 or 1/64) forward, dr (1 or 1/4) and dy (1) backward. These kernels are bound by that
+// traffic. dy takes the place of dr where they are of one size.
+//
+// Threads of maps: each looks after one piece of channels (16 bytes), whose numbers it loads once, of every so many
+// rows (pixels, or windows); neighbouring threads have neighbouring pieces. No sums: any order.
+//
+// Merges: there are thousands of tiles and perhaps 64 channels, so one thread a channel would wait for memory thousands
+// of times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles; loads of a lane
+// do not depend on each other. All sums in double; statistics as distances from the first tile's mean (never
+// E[x^2] - E[x]^2). Lanes are added as a binary tree: the order depends on the shape alone.
+#include "common/packed_codes.cuh"
+
+#define TILE_ROWS 128  // of a convolution's tile (conv2d_fused.cu); the last one has what is left
+#define MERGE_CHANNELS 8
+#define MERGE_LANES 64
+
+// The sums of COUNT numbers over the lanes of a block, for each of its channels; valid in lane 0.
+template <int COUNT>
+__device__ void block_add_lanes(double (&sums)[COUNT]) {
+    SHARED_ARRAY(double, lanes, [COUNT][MERGE_LANES][MERGE_CHANNELS]);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] = sums[i];
+    __syncthreads();
+    for (int half = MERGE_LANES / 2; half > 0; half /= 2) {
+        if (threadIdx.y < half)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] += lanes[i][threadIdx.y + half][threadIdx.x];
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sums[i] = lanes[i][0][threadIdx.x];
+}
+
+// Launch: grid (c + 7) / 8, block (8, 64)
+extern "C" __global__ void norm_merge_statistics(
+    const float* __restrict__ partials,  // (tiles, 2, c): mean, M2
+    float* __restrict__ mean,            // (c)
+    float* __restrict__ inv_std,         // (c)
+    float* __restrict__ running_mean,    // (c)
+    float* __restrict__ running_var,     // (c)
+    int64 rows, int c, int tiles, double eps, double momentum) {
+    const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
+    double sums[3] = {0, 0, 0};  // of distances, of their squares, of M2
+    const double pivot = channel < c ? partials[channel] : 0;
+    if (channel < c)
+        for (int tile = threadIdx.y; tile < tiles; tile += MERGE_LANES) {
+            const int64 left = rows - (int64)tile * TILE_ROWS;
+            const double count = left < TILE_ROWS ? left : TILE_ROWS;
+            const double distance = partials[(int64)tile * 2 * c + channel] - pivot;
+            sums[0] += count * distance;
+            sums[1] += count * distance * distance;
+            sums[2] += partials[((int64)tile * 2 + 1) * c + channel];
+        }
+    block_add_lanes(sums);
+    if (threadIdx.y != 0 || channel >= c) return;
+    const double offset = sums[0] / rows, m2 = sums[2] + (sums[1] - sums[0] * offset);
+    mean[channel] = (float)(pivot + offset);
+    inv_std[channel] = (float)(1 / sqrt(m2 / rows + eps));
+    running_mean[channel] = (float)((1 - momentum) * running_mean[channel] + momentum * (pivot + offset));
+    running_var[channel] = (float)((1 - momentum) * running_var[channel] + momentum * (m2 / (rows - 1)));
+}
+
+// Launch: grid (c + 7) / 8, block (8, 64)
+extern "C" __global__ void norm_merge_gradients(
+    const float* __restrict__ partials,  // (tiles, 2, c): sum of dr, of dr xhat
+    float* __restrict__ dweight,         // (c)
+    float* __restrict__ dbias,           // (c)
+    int c, int tiles) {
+    const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
+    double sums[2] = {0, 0};
+    if (channel < c)
+        for (int tile = threadIdx.y; tile < tiles; tile += MERGE_LANES) {
+            sums[0] += partials[(int64)tile * 2 * c + channel];
+            sums[1] += partials[((int64)tile * 2 + 1) * c + channel];
+        }
+    block_add_lanes(sums);
+    if (threadIdx.y != 0 || channel >= c) return;
+    dbias[channel] = (float)sums[0];
+    dweight[channel] = (float)sums[1];
+}
+
+// The piece of channels of a thread, and its rows: first, first + step, ...
+struct Share {
+    int channel;
+    int64 first, step;
+    bool exists;
+    __device__ explicit Share(int c) {
+        const int pieces = c / PIECE, left = pieces - blockIdx.y * blockDim.x;
+        const int across = left < (int)blockDim.x ? left : blockDim.x, down = blockDim.x / across;
+        channel = (blockIdx.y * blockDim.x + threadIdx.x % across) * PIECE;
+        first = (int64)blockIdx.x * down + threadIdx.x / across;
+        step = (int64)gridDim.x * down;
+        exists = threadIdx.x / across < down;  // threads that do not fill a row of pieces have nothing to do
+    }
+};
+
+// What forward does to a piece of y, as it is stored.
+struct Norm {
+    Values mean, scale, bias;
+    bool relu;
+    __device__ Norm(const float* means, const float* inv_stds, const float* weights, const float* biases, int channel,
+                    bool with_relu)
+        : relu(with_relu) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            mean.of[i] = means[channel + i];
+            scale.of[i] = inv_stds[channel + i] * weights[channel + i];
+            bias.of[i] = biases[channel + i];
+        }
+    }
+    __device__ Piece of(const Piece& y) const {
+        Values z = values_of(y);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            z.of[i] = (z.of[i] - mean.of[i]) * scale.of[i] + bias.of[i];
+            if (relu && z.of[i] <= 0) z.of[i] = 0;  // a NaN stays one
+        }
+        return piece_of(z);
+    }
+};
+
+// A window of a map (n, h, w, c): where its elements lie.
+struct WindowOfPieces {
+    int64 element;
+    bool right, below;
+    __device__ WindowOfPieces(int64 window, int h, int w, int c, int channel) {
+        const int columns = (w + 1) / 2, rows = (h + 1) / 2;
+        const int64 line = window / columns, image = line / rows;
+        const int column = (int)(window - line * columns) * 2, row = (int)(line - image * rows) * 2;
+        element = ((image * h + row) * w + column) * c + channel;
+        right = column + 1 < w;
+        below = row + 1 < h;
+    }
+    __device__ bool holds(int code) const { return (right || !(code & 1)) && (below || !(code & 2)); }
+    __device__ int64 at(int code, int w, int c) const { return element + ((int64)(code / 2) * w + code % 2) * c; }
+};
+
+// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
+extern "C" __global__ void norm_relu_forward(
+    const storage_t* __restrict__ y,    // (rows, c)
+    const float* __restrict__ mean,     // (c)
+    const float* __restrict__ inv_std,  // (c)
+    const float* __restrict__ weight,   // (c)
+    const float* __restrict__ bias,     // (c)
+    storage_t* __restrict__ z,          // (rows, c)
+    int64 rows, int c, int relu) {
+    const Share share(c);
+    if (!share.exists) return;
+    const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
+    for (int64 row = share.first; row < rows; row += share.step) {
+        const int64 element = row * c + share.channel;
+        *(Piece*)(z + element) = norm.of(*(const Piece*)(y + element));
+    }
+}
+
+// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
+extern "C" __global__ void norm_relu_pool_forward(
+    const storage_t* __restrict__ y,    // (n, h, w, c)
+    const float* __restrict__ mean,     // (c)
+    const float* __restrict__ inv_std,  // (c)
+    const float* __restrict__ weight,   // (c)
+    const float* __restrict__ bias,     // (c)
+    storage_t* __restrict__ pooled,     // (n, (h + 1) / 2, (w + 1) / 2, c)
+    uint8* __restrict__ codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    int n, int h, int w, int c, int relu) {
+    const Share share(c);
+    if (!share.exists) return;
+    const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
+    const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
+    for (int64 window = share.first; window < windows; window += share.step) {
+        const WindowOfPieces at(window, h, w, c, share.channel);
+        PooledPiece pool(norm.of(*(const Piece*)(y + at.element)));
+#pragma unroll
+        for (int code = 1; code < 4; ++code)
+            if (at.holds(code)) pool.offer(norm.of(*(const Piece*)(y + at.at(code, w, c))), code);
+        const int64 element = window * c + share.channel;
+        *(Piece*)(pooled + element) = pool.best;
+        store_codes(codes, element, pool.codes);
+    }
+}
+
+// dy of a piece.
+struct NormBackward {
+    Values mean, inv_std, gain, mean_dr, mean_dr_xhat;
+    __device__ NormBackward(const float* means, const float* inv_stds, const float* weights, const float* dweights,
+                            const float* dbiases, int channel, int64 rows) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            mean.of[i] = means[channel + i];
+            inv_std.of[i] = inv_stds[channel + i];
+            gain.of[i] = weights[channel + i] * inv_std.of[i];
+            mean_dr.of[i] = dbiases[channel + i] / rows;
+            mean_dr_xhat.of[i] = dweights[channel + i] / rows;
+        }
+    }
+    __device__ Piece of(const Piece& y, const Piece& dr) const {
+        const Values ys = values_of(y);
+        Values gradient = values_of(dr);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            const float xhat = (ys.of[i] - mean.of[i]) * inv_std.of[i];
+            gradient.of[i] = gain.of[i] * (gradient.of[i] - mean_dr.of[i] - xhat * mean_dr_xhat.of[i]);
+        }
+        return piece_of(gradient);
+    }
+};
+
+// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
+extern "C" __global__ void norm_relu_backward(
+    const storage_t* __restrict__ y,    // (rows, c)
+    const float* __restrict__ mean,     // (c)
+    const float* __restrict__ inv_std,  // (c)
+    const float* __restrict__ weight,   // (c)
+    const float* __restrict__ dweight,  // (c)
+    const float* __restrict__ dbias,    // (c)
+    storage_t* __restrict__ dr,         // (rows, c), which becomes dy
+    int64 rows, int c) {
+    const Share share(c);
+    if (!share.exists) return;
+    const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, rows);
+    for (int64 row = share.first; row < rows; row += share.step) {
+        const int64 element = row * c + share.channel;
+        *(Piece*)(dr + element) = norm.of(*(const Piece*)(y + element), *(const Piece*)(dr + element));
+    }
+}
+
+// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
+extern "C" __global__ void norm_relu_pool_backward(
+    const storage_t* __restrict__ y,    // (n, h, w, c)
+    const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ dr,   // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const float* __restrict__ mean,     // (c)
+    const float* __restrict__ inv_std,  // (c)
+    const float* __restrict__ weight,   // (c)
+    const float* __restrict__ dweight,  // (c)
+    const float* __restrict__ dbias,    // (c)
+    storage_t* __restrict__ dy,         // (n, h, w, c)
+    int n, int h, int w, int c) {
+    const Share share(c);
+    if (!share.exists) return;
+    const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
+    const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
+    for (int64 window = share.first; window < windows; window += share.step) {
+        const WindowOfPieces at(window, h, w, c, share.channel);
+        const int64 pooled = window * c + share.channel;
+        const Piece gradient = *(const Piece*)(dr + pooled);
+        const unsigned chosen = piece_codes(codes, pooled);
+#pragma unroll
+        for (int code = 0; code < 4; ++code) {
+            if (!at.holds(code)) continue;
+            const int64 element = at.at(code, w, c);
+            *(Piece*)(dy + element) = norm.of(*(const Piece*)(y + element), at_position(gradient, chosen, code));
+        }
+    }
+}

@@ -1,0 +1,47 @@
+"""What the kernels of the fused engine have in common: pieces of 16 bytes, tiles of 128 rows, bfloat16 in NumPy."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from segnet_scratch.ops.op import Buffers, Op, expect
+from segnet_scratch.precision import BFLOAT16
+
+TILE_ROWS = 128  # of a convolution's matrix product, in every tile: what a row of `partials` sums up
+PIECE_BYTES = 16
+
+
+def piece_of(dtype: np.dtype) -> int:
+    """Channels in a piece: what the fused kernels move at once. cuda/common/piece.cuh has it, too."""
+    return max(4, PIECE_BYTES // np.dtype(dtype).itemsize)  # float64, which no kernel moves: as float32
+
+
+def expect_pieces(op: str, dtype: np.dtype, **channels: int) -> None:
+    """ShapeError unless the numbers of channels are whole pieces of this element type."""
+    piece = piece_of(dtype)
+    for what, count in channels.items():
+        expect(
+            count % piece == 0,
+            f"{op}: {count} {what}; the fused kernels move pieces of {piece} numbers: use a width that makes it a "
+            f"multiple of {piece}, or the layers engine",
+        )
+
+
+def tiles_of(rows: int) -> int:
+    """How many tiles cover so many rows."""
+    return -(-rows // TILE_ROWS)
+
+
+def rounded(array: np.ndarray, storage: np.dtype) -> np.ndarray:
+    """What is stored of an array, in the array's own type."""
+    return array.astype(BFLOAT16).astype(array.dtype) if storage == BFLOAT16 else array
+
+
+def in_float32(op: Op, b: Buffers, compute: Callable[[Buffers], None]) -> None:
+    """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs."""
+    wide = Buffers(**{k: a.astype(np.float32) if a.dtype == BFLOAT16 else a for k, a in vars(b).items()})
+    compute(wide)
+    for name in op.outputs:
+        target = getattr(b, name)
+        if target.dtype == BFLOAT16:
+            target[...] = getattr(wide, name)
