@@ -39,9 +39,13 @@ def rounded(array: np.ndarray, storage: np.dtype) -> np.ndarray:
 
 def in_float32(op: Op, b: Buffers, compute: Callable[[Buffers], None]) -> None:
     """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs."""
-    wide = Buffers(**{k: a.astype(np.float32) if a.dtype == BFLOAT16 else a for k, a in vars(b).items()})
+    wide = Buffers(**{k: _wide(array) for k, array in vars(b).items()})
     compute(wide)
     for name in op.outputs:
         target = getattr(b, name)
         if target.dtype == BFLOAT16:
             target[...] = getattr(wide, name)
+
+
+def _wide(array: np.ndarray | None) -> np.ndarray | None:
+    return array.astype(np.float32) if array is not None and array.dtype == BFLOAT16 else array

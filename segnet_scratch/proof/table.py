@@ -28,7 +28,7 @@ from segnet_scratch.proof.rows.maps import (
     WindowRow,
 )
 from segnet_scratch.proof.rows.norm_relu import norm_rows
-from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow
+from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow, SoftmaxCrossEntropyRow
 from segnet_scratch.proof.rows.sgd import GradientNormRow, SgdRow
 
 ROWS: tuple[Row, ...] = (
@@ -52,6 +52,7 @@ ROWS: tuple[Row, ...] = (
     WindowRow(MaxUnpoolBackward),
     DropoutRow(DropoutForward),
     *(CrossEntropyRow(op, n) for op in (CrossEntropyForward, CrossEntropyBackward) for n in ("weights", "valid")),
+    *(SoftmaxCrossEntropyRow(n) for n in ("weights", "valid")),
     ArgmaxRow(ArgmaxForward),
     ConfusionRow(),
     ResizeRow(),

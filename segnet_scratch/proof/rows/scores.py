@@ -1,6 +1,8 @@
 """Rows of the loss, and of what counts right and wrong pixels."""
 
+import functools
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -8,8 +10,10 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.argmax import ArgmaxForward
 from segnet_scratch.ops.confusion import ConfusionAccumulate
-from segnet_scratch.ops.cross_entropy import VOID, CrossEntropyForward
+from segnet_scratch.ops.cross_entropy import VOID, CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
+from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
+from segnet_scratch.precision import BFLOAT16
 from segnet_scratch.proof.rows import by_hand
 from segnet_scratch.proof.rows.base import (
     MAPS,
@@ -128,6 +132,57 @@ class CrossEntropyRow(Row):
             Refusal("256 classes", lambda: self.op(many), ShapeError, "at most 255"),  # type: ignore[call-arg]
             Refusal("normalisation", lambda: self.op(few, "sum"), ShapeError, "'sum'"),  # type: ignore[call-arg]
             Refusal("smoothing", lambda: self.op(few, smoothing=1.0), ShapeError, "smoothing 1.0"),  # type: ignore[call-arg]
+        ]
+
+
+class SoftmaxCrossEntropyRow(CrossEntropyRow):
+    """Loss and gradient of padded logits, as the fused engine has them."""
+
+    elements = (np.dtype(np.float32), BFLOAT16)
+
+    def __init__(self, normalisation: str) -> None:
+        super().__init__(CrossEntropyForward, normalisation)
+        self.name, self.op = f"softmax_cross_entropy_{normalisation}", SoftmaxCrossEntropy
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        classes = case["classes"]
+        logits = spec((1, 1, case["pixels"], -(-classes // 8) * 8), dtype)
+        return SoftmaxCrossEntropy.plan(logits, classes, self.normalisation, case["smoothing"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        logits = op.inputs["logits"]
+        labels = rng.integers(0, case["classes"], op.inputs["labels"].shape, np.uint8)
+        labels[rng.random(labels.shape) < case["void"]] = VOID
+        weights = rng.uniform(0.1, 3, case["classes"]).astype(np.float32) if case["weighted"] else None
+        x = np.clip(values(rng, logits, integers).astype(np.float32) * case["scale"], -1e4, 1e4).astype(logits.dtype)
+        return {"logits": x, "labels": labels, "class_weights": weights}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        classes = op.classes  # type: ignore[attr-defined]
+        logits = np.ascontiguousarray(b.logits[..., :classes].reshape(-1, classes))
+        labels = b.labels.reshape(-1)
+        parts = CrossEntropyForward.plan(spec_of(logits), self.normalisation, op.smoothing)  # type: ignore[attr-defined]
+        plain = Buffers(logits=logits, labels=labels, class_weights=b.class_weights, **empty_outputs(parts))
+        parts.reference(plain)
+        plain.dloss = np.ones(1)
+        loss = CrossEntropyRow(CrossEntropyForward, self.normalisation).bound(parts, plain, eps)["loss"]
+        of_logits = CrossEntropyRow(CrossEntropyBackward, self.normalisation).bound(parts, plain, eps)["dlogits"]
+        dlogits = np.zeros(b.logits.shape)
+        dlogits[..., :classes] = np.asarray(of_logits).reshape(*b.logits.shape[:3], classes)
+        return {"loss": loss, "dlogits": dlogits}
+
+    def refusals(self) -> list[Refusal]:
+        def refusal(reason: str, message: str, shape: tuple[int, ...], classes: int, *options: Any) -> Refusal:
+            attempt = functools.partial(SoftmaxCrossEntropy, spec(shape, np.float32), classes, *options)
+            return Refusal(reason, attempt, ShapeError, message)
+
+        return [
+            refusal("two dimensions", "channels last", (3, 8), 5),
+            refusal("half a piece", "use a width", (1, 2, 3, 6), 5),
+            refusal("more classes than channels", "9 classes in 8 channels", (1, 2, 3, 8), 9),
+            refusal("256 classes", "expected 1 to 255", (1, 2, 3, 256), 256),
+            refusal("normalisation", "'sum'", (1, 2, 3, 8), 5, "sum"),
+            refusal("smoothing", "smoothing 1.0", (1, 2, 3, 8), 5, "valid", 1.0),
         ]
 
 
