@@ -6,9 +6,11 @@ from math import inf
 import numpy as np
 
 from segnet_scratch.device import Array
+from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, TrainingError
 from segnet_scratch.ops.gradient_norm import GradientNorm
 from segnet_scratch.ops.sgd import SgdStep
+from segnet_scratch.ops.sgd_pack import SgdPackStep
 from segnet_scratch.segnet import SegNet, from_file_layout, to_file_layout
 
 
@@ -17,7 +19,7 @@ class SGD:
 
     Biases and batch-norm parameters do not decay. Their learning rate is `bias_lr` times that of the weights (the
     authors' Caffe models use 2). Where all gradients together are longer than `clip_norm`, `scale` makes them that
-    long; else, and without `clip_norm` (0), it is 1.
+    long; else, and without `clip_norm` (0), it is 1. `working` are the fused engine's weights, kept up to date.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class SGD:
         decay: float = 5e-4,
         bias_lr: float = 1.0,
         clip_norm: float = 0.0,
+        working: WorkingWeights | None = None,
     ) -> None:
         if model.folded:
             raise TrainingError("sgd: batch norm is folded into this network, which leaves nothing to train")
@@ -37,14 +40,16 @@ class SGD:
         self._lr = device.zeros((1,), np.float64)
         arrays = [p.data for p in self.parameters.values()]
         weights = [len(p.shape) == 4 for p in self.parameters.values()]
-        self._step = SgdStep(
-            device,
-            arrays,
-            list(self.momenta.values()),
-            rates=[1.0 if weight else bias_lr for weight in weights],
-            decays=[decay if weight else 0.0 for weight in weights],
-            momentum=momentum,
-        )
+        rates = [1.0 if weight else bias_lr for weight in weights]
+        decays = [decay if weight else 0.0 for weight in weights]
+        step = device, arrays, list(self.momenta.values()), rates, decays, momentum
+        if working is None:
+            self._step = SgdStep(*step)
+        else:
+            copies = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
+            self._step = packing = SgdPackStep(*step, *copies, working.storage)
+            working.refresh = packing.refresh
+            working.refresh()
         self._scale = device.upload(np.ones(1))
         self.norm = device.zeros((1,), np.float64)  # of all gradients together, before clipping
         self._norm = GradientNorm(

@@ -75,7 +75,8 @@ class _Builder:
     def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
         o, k, _, c = shape
         self.program.give(name, Spec(shape, self.type))
-        self.program.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
+        if name != f"{self.layers[0].name}.conv.weight":  # below the first layer there is nothing
+            self.program.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
         self.program.give(f"d{name}", spec(shape, np.float32))
 
     def add(self, layer: str, op: Op, **arrays: str) -> None:
@@ -249,7 +250,7 @@ class FusedTraining:
     def _given(self, class_weights: np.ndarray | None) -> dict[str, Array]:
         """The arrays that the program does not make."""
         device, given = self.device, self.program.given
-        arrays: dict[str, Array] = self.weights.arrays()
+        arrays = self.weights.arrays()
         arrays |= {name: buffer.data for name, buffer in self.model.named_buffers().items()}
         if class_weights is not None:
             arrays["class_weights"] = device.upload(np.asarray(class_weights, np.float32))
@@ -257,8 +258,6 @@ class FusedTraining:
             if name not in arrays and name in ("images", "labels"):
                 arrays[name] = device.zeros(given[name].shape, given[name].dtype)
         for name, parameter in self.model.named_parameters().items():
-            if name not in arrays:  # batch norm
-                arrays[name] = parameter.data
             gradient = device.zeros(given[f"d{name}"].shape, np.float32)
             arrays[f"d{name}"] = gradient
             # Of the classifier the padding is left out; what remains lies together, as outputs come first.

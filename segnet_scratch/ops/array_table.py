@@ -51,10 +51,10 @@ class ArrayTable:
             if tuple(array.shape) != shape or not array.flags.c_contiguous or array.size == 0:
                 raise ShapeError(f"{what} has shape {array.shape}; expected {shape}, contiguous, not empty")
 
-    def addresses(self, *columns: Sequence[Array]) -> Array:
-        """uint64 (parameters, columns) on the device; uploaded again only where an array lies elsewhere than before."""
+    def addresses(self, *columns: Sequence[Array | None]) -> Array:
+        """uint64 (parameters, columns) on the device, 0 for None; uploaded again only where an array has moved."""
         rows = zip(*columns, strict=True)
-        addresses = tuple(self.device.address(array) for row in rows for array in row)
+        addresses = tuple(0 if array is None else self.device.address(array) for row in rows for array in row)
         if addresses != self._addresses:
             self._table = self.device.constant(np.array(addresses, np.uint64).reshape(-1, len(columns)))
             self._addresses = addresses

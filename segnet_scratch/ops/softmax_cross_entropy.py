@@ -75,4 +75,3 @@ class SoftmaxCrossEntropy(Op):
 
     def numpy(self, b: Buffers) -> None:
         in_float32(self, b, self.reference)
-

@@ -29,7 +29,7 @@ from segnet_scratch.proof.rows.maps import (
 )
 from segnet_scratch.proof.rows.norm_relu import norm_rows
 from segnet_scratch.proof.rows.scores import ArgmaxRow, ConfusionRow, CrossEntropyRow, SoftmaxCrossEntropyRow
-from segnet_scratch.proof.rows.sgd import GradientNormRow, SgdRow
+from segnet_scratch.proof.rows.sgd import GradientNormRow, SgdPackRow, SgdRow
 
 ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
@@ -59,6 +59,7 @@ ROWS: tuple[Row, ...] = (
     ResizeBackwardRow(),
     AddRow(AddForward),
     SgdRow(),
+    SgdPackRow(),
     AugmentRow(),
     GradientNormRow(),
 )

@@ -8,6 +8,8 @@ from segnet_scratch.ops.array_table import CHUNK, chunks_of
 from segnet_scratch.ops.gradient_norm import GradientNorm
 from segnet_scratch.ops.op import Buffers, Op, expect_float, spec
 from segnet_scratch.ops.sgd import SgdStep
+from segnet_scratch.ops.sgd_pack import SgdPackStep
+from segnet_scratch.precision import BFLOAT16
 from segnet_scratch.proof.rows.base import Bounds, Case, Inputs, Row
 
 
@@ -83,6 +85,90 @@ class SgdRow(Row):
             bounds[f"m{i}"] = 4 * eps * (m + g + decay * w)
             bounds[f"w{i}"] = 4 * eps * (w + rate * b.lr[0] * (m + g + decay * w))
         return bounds
+
+
+class SgdPackOp(Op):
+    """SgdPackStep for a weight with copies, a vector and a weight with a flipped copy alone, as an Op."""
+
+    name = "sgd_pack_step"
+    updates = ("w0", "w1", "w2", "m0", "m1", "m2", "copy0", "flipped0", "flipped2")
+    RATES, DECAYS, MOMENTUM = SgdOp.RATES, SgdOp.DECAYS, SgdOp.MOMENTUM
+
+    def __init__(self, o: int, kernel: int, c: int, padding: int, storage: DTypeLike) -> None:
+        # For the reference everything is float64.
+        self.storage = np.dtype(storage)
+        master = np.float64 if storage == np.float64 else np.float32
+        shapes = (o, kernel, kernel, c), (o,), (c, kernel, kernel, o)
+        self.inputs = {f"{kind}{i}": spec(shape, master) for kind in "wgm" for i, shape in enumerate(shapes)}
+        self.inputs |= {
+            "copy0": spec((o + padding, kernel, kernel, c), storage),
+            "flipped0": spec((c, kernel, kernel, o + padding), storage),
+            "flipped2": spec((o, kernel, kernel, c), storage),
+            "lr": spec((1,), np.float64),
+            "scale": spec((1,), np.float64),
+        }
+        self.outputs, self.workspace, self.flops = {}, {}, 7 * sum(int(np.prod(shape)) for shape in shapes)
+
+    def run(self, device: Device, b: Buffers) -> None:
+        w, g, m = SgdOp._arrays(b)
+        copies = (b.copy0, None, None), (b.flipped0, None, b.flipped2)
+        step = SgdPackStep(device, w, m, self.RATES, self.DECAYS, self.MOMENTUM, *copies, self.storage)
+        step(g, b.lr, b.scale)
+
+    def reference(self, b: Buffers) -> None:
+        w, g, m = SgdOp._arrays(b)
+        for i in range(3):
+            m[i][...] = self.MOMENTUM * m[i] + b.scale[0] * g[i] + self.DECAYS[i] * w[i]
+            w[i][...] = w[i] - self.RATES[i] * b.lr[0] * m[i]
+        o, k = len(w[0]), w[0].shape[1]
+        b.copy0[:o] = w[0]
+        for y in range(k):
+            for x in range(k):
+                b.flipped0[:, k - 1 - y, k - 1 - x, :o] = w[0][:, y, x].T
+                b.flipped2[:, k - 1 - y, k - 1 - x] = w[2][:, y, x].T
+
+
+class SgdPackRow(Row):
+    """A step with copies in float32 or bfloat16. What lies beyond the outputs stays as it was."""
+
+    name = "sgd_pack_step"
+    op = SgdPackOp
+    elements = (np.dtype(np.float32), BFLOAT16)
+    typed = False
+
+    def cases(self) -> list[Case]:
+        sizes = {
+            "size 1": (1, 1, 1, 0),
+            "no padding": (8, 3, 4, 0),
+            "the classifier of SegNet": (21, 3, 64, 3),
+            "a tile and one off": (31, 3, 33, 1),
+            "whole tiles": (32, 1, 64, 0),
+            "many tiles": (65, 3, 70, 7),
+            "SegNet-Basic": (4, 7, 3, 4),
+        }
+        return [
+            Case(reason, {"sizes": s, "lr": 0.1, "scale": 1.0 - 0.1 * i}) for i, (reason, s) in enumerate(sizes.items())
+        ]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        o, c, padding = (int(k) for k in rng.integers((1, 1, 0), (70, 70, 8)))
+        return Case("random", {"sizes": (o, int(rng.choice([1, 3, 5])), c, padding), "lr": 0.01, "scale": 0.5})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return SgdPackOp(*case["sizes"], dtype)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        numbers = {name: np.array([case[name]]) for name in ("lr", "scale")}
+        return {**super().inputs(op, case, rng, integers), **numbers}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        bounds = SgdRow().bound(op, b, eps)
+        o = len(b.w0)
+        w0, w2 = np.asarray(bounds["w0"]), np.asarray(bounds["w2"])
+        copy0, flipped0 = np.zeros(b.copy0.shape), np.zeros(b.flipped0.shape)
+        copy0[:o] = w0
+        flipped0[..., :o] = w0[:, ::-1, ::-1].transpose(3, 1, 2, 0)
+        return {**bounds, "copy0": copy0, "flipped0": flipped0, "flipped2": w2[:, ::-1, ::-1].transpose(3, 1, 2, 0)}
 
 
 class GradientNormOp(Op):

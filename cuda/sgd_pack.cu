@@ -1,0 +1,63 @@
+// SGD with momentum over all parameters of a model, which also writes the weights as the fused engine's kernels read them.
+// Element types: float32, bfloat16.
+//
+//   m = momentum m + scale g + decay w;   w = w - rate lr m     (sgd.cu; w, g, m are float32)
+//   copy    (padded outputs, taps, channels)   w in storage_t; outputs beyond those of w stay as they were (0)
+//   flipped (channels, taps, padded outputs)   flipped[c][taps - 1 - t][o] = w[o][t][c]: with it dgrad is an fprop
+//
+// A parameter is seen as (outputs, taps, channels); a bias or a vector of batch norm is one output of one tap. Arrays
+// come by a table of addresses {w, g, m, copy, flipped}, 0 where there is no copy. A parameter moves 12 bytes in, 8 out,
+// and 2 or 4 for each copy.
+//
+// A block looks after 32 outputs x 32 channels of one tap: it reads and writes w, g, m and the copy along the channels
+// and, by way of shared memory, writes `flipped` along the outputs, so that all accesses are runs of 32.
+// Threads: (32, 8), every 8th row of the tile. Element-wise: no order to depend on. With `update` 0 only copies are made.
+#include "common/types.cuh"
+
+#define TILE 32
+#define ROWS 8
+
+// Launch: by its op only, because `addresses` holds pointers
+extern "C" __global__ void sgd_pack_step(
+    const uint64* __restrict__ addresses,  // (parameters, 5)
+    const int* __restrict__ shapes,        // (parameters, 4): outputs, taps, channels, padded outputs
+    const double* __restrict__ rates,      // (parameters)
+    const double* __restrict__ decays,     // (parameters)
+    const int* __restrict__ tiles,         // (tile_count, 4): parameter, first output, tap, first channel
+    const double* __restrict__ lr,         // (1)
+    const double* __restrict__ scale,      // (1)
+    int parameters, int tile_count, double momentum, int update) {
+    SHARED_ARRAY(storage_t, turned, [TILE][TILE + 1]);  // a column more, so that its columns lie in different banks
+    const int* const tile = tiles + (int64)blockIdx.x * 4;
+    const int parameter = tile[0], first_output = tile[1], tap = tile[2], first_channel = tile[3];
+    const int* const shape = shapes + parameter * 4;
+    const int outputs = shape[0], taps = shape[1], channels = shape[2], padded = shape[3];
+    float* const w = (float*)addresses[parameter * 5 + 0];
+    const float* const g = (const float*)addresses[parameter * 5 + 1];
+    float* const m = (float*)addresses[parameter * 5 + 2];
+    storage_t* const copy = (storage_t*)addresses[parameter * 5 + 3];
+    storage_t* const flipped = (storage_t*)addresses[parameter * 5 + 4];
+    const float rate = (float)(lr[0] * rates[parameter]), decay = (float)decays[parameter];
+    const float keep = (float)momentum, factor = (float)scale[0];
+    for (int row = threadIdx.y; row < TILE; row += ROWS) {
+        const int output = first_output + row, channel = first_channel + threadIdx.x;
+        if (output >= outputs || channel >= channels) continue;
+        const int64 i = ((int64)output * taps + tap) * channels + channel;
+        float value = w[i];
+        if (update) {
+            const float velocity = keep * m[i] + (factor * g[i] + decay * value);
+            m[i] = velocity;
+            value = value - rate * velocity;
+            w[i] = value;
+        }
+        if (copy) copy[i] = value;
+        turned[row][threadIdx.x] = value;
+    }
+    if (!flipped) return;  // all threads of the block, which has one parameter
+    __syncthreads();
+    for (int row = threadIdx.y; row < TILE; row += ROWS) {
+        const int output = first_output + threadIdx.x, channel = first_channel + row;
+        if (output >= outputs || channel >= channels) continue;
+        flipped[((int64)channel * taps + (taps - 1 - tap)) * padded + output] = turned[threadIdx.x][row];
+    }
+}

@@ -1,0 +1,55 @@
+"""The weights as the fused kernels read them, beside the float32 parameters that SGD moves."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from segnet_scratch.device import Array
+from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, padded, storage
+from segnet_scratch.segnet import SegNet
+
+
+class WorkingWeights:
+    """For each convolution its weight in the rung's element type, and flipped, as dgrad takes it.
+
+    The classifier's outputs are padded to whole pieces: its parameters move into larger arrays, in which what lies
+    beyond the classes is 0 and stays so. Where that is all a rung needs (float32), the parameter is the working weight.
+    The optimiser that is given this object writes the copies in the launch that moves the parameters; `refresh` does so
+    after any other change.
+    """
+
+    def __init__(self, model: SegNet, rung: str) -> None:
+        check(model, rung)
+        self.model, self.rung, self.storage = model, rung, storage(rung)
+        device = model.device
+        outputs = padded(model.classes, rung)
+        self._whole: dict[str, Array] = {}  # the classifier's parameters with their padding
+        for part, parameter in (("weight", model.classifier.weight), ("bias", model.classifier.bias)):
+            whole = np.zeros((outputs, *parameter.shape[1:]), np.float32)
+            whole[: model.classes] = parameter.numpy()
+            self._whole[f"{CLASSIFIER}.{part}"] = array = device.upload(whole)
+            parameter.data = array[: model.classes]
+        self.copies: dict[str, Array] = {}
+        self.flipped: dict[str, Array] = {}
+        weights = {name: p.data for name, p in model.named_parameters().items() if len(p.shape) == 4}
+        for position, (name, weight) in enumerate(weights.items()):
+            o, k, _, c = self._whole.get(name, weight).shape
+            if self.storage != np.float32:
+                self.copies[name] = device.zeros((o, k, k, c), self.storage)
+            if position > 0:  # below the first layer there is nothing
+                self.flipped[name] = device.zeros((c, k, k, o), self.storage)
+        self.refresh: Callable[[], None] = self._nobody
+
+    @classmethod
+    def of(cls, model: SegNet, precision: str) -> "WorkingWeights":
+        """For one of the settings of `precision`: float32, tf32, bf16."""
+        return cls(model, RUNG_OF_PRECISION[precision])
+
+    def _nobody(self) -> None:
+        raise RuntimeError("no optimiser writes these weights; give them to SGD")
+
+    def arrays(self) -> dict[str, Array]:
+        """What the kernels read, by the names of the training program."""
+        arrays = {name: p.data for name, p in self.model.named_parameters().items()}
+        flipped = {f"{name}.flipped": array for name, array in self.flipped.items()}
+        return arrays | self._whole | self.copies | flipped

@@ -1,0 +1,115 @@
+"""SGD that also writes the weights as the fused engine's kernels read them, all parameters in one launch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from segnet_scratch.device import Array, Device
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes, launch
+from segnet_scratch.ops.sgd import SgdStep
+from segnet_scratch.precision import BFLOAT16
+
+TILE, ROWS = 32, 8  # of cuda/sgd_pack.cu
+
+
+class SgdPackStep(SgdStep):
+    """SgdStep of float32 parameters; beside each weight (o, k, k, c) it keeps a copy and a flipped one up to date.
+
+    `copies` (padded, k, k, c) and `flipped` (c, k, k, padded) have the element type `storage`, float32 or bfloat16, and
+    None for a parameter that has none; padded is at least o, and what lies beyond o is left alone.
+    flipped[c, k-1-y, k-1-x, o] is weight[o, y, x, c].
+    """
+
+    name = "sgd_pack_step"
+
+    def __init__(
+        self,
+        device: Device,
+        parameters: Sequence[Array],
+        momenta: Sequence[Array],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        momentum: float,
+        copies: Sequence[Array | None],
+        flipped: Sequence[Array | None],
+        storage: np.dtype,
+    ) -> None:
+        super().__init__(device, parameters, momenta, rates, decays, momentum)
+        if self.table.dtype != np.float32:
+            raise DTypeError(f"{self.name}: parameters have element type {self.table.dtype}; expected float32")
+        if storage not in (np.float32, BFLOAT16):
+            raise DTypeError(f"{self.name}: copies of element type {storage}; expected float32 or bfloat16")
+        self.storage = np.dtype(storage)
+        self.copies, self.flipped = list(copies), list(flipped)
+        padded = [self._padded(index, shape) for index, shape in enumerate(self.table.shapes)]
+        for shape, outputs in zip(self.table.shapes, padded, strict=True):
+            if 0 < outputs < shape[0]:
+                raise ShapeError(f"{self.name}: copies of {outputs} outputs for a weight {shape}; expected as many or more")
+        self._shapes = [(*_as_weight(s), p) for s, p in zip(self.table.shapes, padded, strict=True)]
+        self._tiles = [
+            (index, output, tap, channel)
+            for index, (outputs, taps, channels, _) in enumerate(self._shapes)
+            for tap in range(taps)
+            for output in range(0, outputs, TILE)
+            for channel in range(0, channels, TILE)
+        ]
+        self._on_device: tuple[Array, ...] = ()
+        self._zero = device.zeros((1,), np.float64)
+
+    def _padded(self, index: int, shape: tuple[int, ...]) -> int:
+        """Outputs of the copies of a parameter, checked; 0 where it has none."""
+        copy, flipped = self.copies[index], self.flipped[index]
+        found = [(copy, 0), (flipped, -1)]
+        sizes = {array.shape[axis] for array, axis in found if array is not None and array.ndim == 4}
+        if copy is None and flipped is None:
+            return 0
+        outputs = sizes.pop() if len(sizes) == 1 else -1
+        expected = (outputs, *shape[1:]), (shape[-1], *shape[1:3], outputs)
+        for (array, _), wanted, name in zip(found, expected, ("copy", "flipped"), strict=True):
+            if array is None:
+                continue
+            what = f"{self.name}: {name} {index}"
+            if not self.device.owns(array) or array.dtype != self.storage:
+                raise DTypeError(f"{what} is no array of {self.storage} on the {self.device.name} device")
+            if len(shape) != 4 or tuple(array.shape) != wanted or not array.flags.c_contiguous:
+                raise ShapeError(f"{what} has shape {array.shape}; the parameter has {shape}, expected {wanted}")
+        return outputs
+
+    def __call__(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
+        """Updates every parameter and its copies."""
+        super().__call__(gradients, lr, scale)
+        if not self.device.runs_kernels:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Writes the copies of the parameters as they are."""
+        if self.device.runs_kernels:
+            self._run(self.parameters, self._zero, self._zero, update=False)
+            return
+        for parameter, copy, flipped in zip(self.parameters, self.copies, self.flipped, strict=True):
+            if copy is not None:
+                copy[: len(parameter)] = parameter
+            if flipped is not None:
+                flipped[..., : len(parameter)] = parameter[:, ::-1, ::-1].transpose(3, 1, 2, 0)
+
+    def _launch(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
+        self._run(gradients, lr, scale, update=True)
+
+    def _run(self, gradients: Sequence[Array], lr: Array, scale: Array, update: bool) -> None:
+        if not self._on_device:
+            columns = (self._shapes, np.int32), (self.rates, float), (self.decays, float), (self._tiles, np.int32)
+            self._on_device = tuple(self.device.constant(np.array(rows, dtype)) for rows, dtype in columns)
+        columns = (self.parameters, gradients, self.momenta, self.copies, self.flipped)
+        arguments = (
+            *(self.table.addresses(*columns), *self._on_device, lr, scale),
+            *(len(self.parameters), len(self._tiles), self.momentum, int(update)),
+        )
+        launch(self.device, self.name, len(self._tiles), (TILE, ROWS), arguments, ElementTypes.of(self.storage))
+
+
+def _as_weight(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(outputs, taps, channels) of a parameter; a vector is one output."""
+    if len(shape) == 4:
+        return shape[0], shape[1] * shape[2], shape[3]
+    return 1, 1, int(np.prod(shape))
