@@ -76,7 +76,7 @@ extern "C" __global__ void softmax_cross_entropy(
             for (int p = 0; p < pieces; ++p) dz[p] = {{0, 0, 0, 0}};
             continue;
         }
-        float highest = -INFINITY, sum = 0, of_label = 0;
+        float highest = values_of(z[0]).of[0], sum = 0, of_label = 0;
         for (int p = 0; p < pieces; ++p) {
             const Values values = values_of(z[p]);
 #pragma unroll

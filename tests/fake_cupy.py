@@ -116,6 +116,9 @@ class ndarray:
     def reshape(self, *shape: Any) -> "ndarray":
         return self._view(self._values.reshape(*shape))
 
+    def view(self, dtype: Any) -> "ndarray":
+        return self._view(self._values.view(dtype))
+
     def __getitem__(self, index: Any) -> "ndarray":
         assert isinstance(index, slice)
         return self._view(self._values[index])

@@ -45,7 +45,9 @@ class SgdPackStep(SgdStep):
         padded = [self._padded(index, shape) for index, shape in enumerate(self.table.shapes)]
         for shape, outputs in zip(self.table.shapes, padded, strict=True):
             if 0 < outputs < shape[0]:
-                raise ShapeError(f"{self.name}: copies of {outputs} outputs for a weight {shape}; expected as many or more")
+                raise ShapeError(
+                    f"{self.name}: copies of {outputs} outputs for a weight {shape}; expected as many or more"
+                )
         self._shapes = [(*_as_weight(s), p) for s, p in zip(self.table.shapes, padded, strict=True)]
         self._tiles = [
             (index, output, tap, channel)

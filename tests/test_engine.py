@@ -1,0 +1,311 @@
+"""The fused engine against the layers: the same losses, gradients and logits from fewer, larger kernels."""
+
+import numpy as np
+import pytest
+
+from segnet_scratch import no_grad
+from segnet_scratch.config import load_config
+from segnet_scratch.device import HostDevice, get_device
+from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.inference import FusedInference
+from segnet_scratch.engine.ledger import accounts
+from segnet_scratch.engine.training import FusedEngine, FusedTraining, Objective, training_program
+from segnet_scratch.engine.weights import WorkingWeights
+from segnet_scratch.errors import ConfigError, ShapeError
+from segnet_scratch.ops import cross_entropy
+from segnet_scratch.optim import SGD
+from segnet_scratch.segnet import SegNet, SegNetBasic
+
+CLASSES = 21
+NARROW = {"segnet": (SegNet, 0.125, (37, 45)), "segnet-basic": (SegNetBasic, 0.125, (17, 24))}
+DEVICES = "numpy", "host"
+
+
+def build(name, device="numpy", **options):
+    network, width, size = NARROW[name]
+    return network(CLASSES, width, device, seed=1, **options), size
+
+
+def batch(rng, size, n=2):
+    images = rng.standard_normal((n, *size, 3)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, (n, *size)).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.1] = 255
+    return images, labels
+
+
+def gradients(model):
+    return {name: model.device.download(p.grad) for name, p in model.named_parameters().items()}
+
+
+def flat(arrays):
+    return np.concatenate([np.ravel(array).astype(np.float64) for array in arrays.values()])
+
+
+def distance(a, b):
+    """Of two sets of gradients, relative to the second."""
+    a, b = flat(a), flat(b)
+    assert np.isfinite(a).all()
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class Layers:
+    """The layers engine."""
+
+    def __init__(self, name, device="numpy", noise=0.0, seed=0, **options):
+        self.model, self.size = build(name, device, **options)
+        rng = np.random.default_rng(seed)
+        for parameter in self.model.parameters():
+            if len(parameter.shape) == 4:
+                parameter.data *= (1 + noise * rng.uniform(-1, 1, parameter.shape)).astype(parameter.dtype)
+        self.optimiser = SGD(self.model)
+
+    def loss(self, images, labels, *objective):
+        self.model.train()
+        self.model.zero_grad()
+        loss = cross_entropy(self.model(images.astype(self.model.dtype)), labels, *objective)
+        loss.backward()
+        return loss.item()
+
+
+class Fused:
+    """The fused engine."""
+
+    def __init__(self, name, device="numpy", rung="tf32x3", objective=(None,)):
+        self.model, self.size = build(name, device)
+        weights = WorkingWeights(self.model, rung)
+        self.optimiser = SGD(self.model, working=weights)
+        self.engine = FusedEngine(self.model, weights, *objective)
+
+    def loss(self, images, labels, *_):
+        device = self.model.device
+        return float(device.download(self.engine(device.upload(images), device.upload(labels)))[0])
+
+
+class TestGradients:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("name", NARROW)
+    def test_in_float32_they_are_those_of_the_layers(self, name, device):
+        rng = np.random.default_rng(3)
+        weights = rng.uniform(0.5, 2, CLASSES).astype(np.float32)
+        objective = (weights, "valid", 0.1)
+        layers, fused = Layers(name, device), Fused(name, device, objective=objective)
+        images, labels = batch(rng, layers.size)
+        expected = layers.loss(images, labels, *objective)
+        assert fused.loss(images, labels) == pytest.approx(expected, rel=2e-6)
+        # What rounding makes of SegNet's gradients: the layers in float32 against themselves in double.
+        double = Layers(name, dtype=np.float64)
+        double.loss(images, labels, *objective)
+        explained = distance(gradients(layers.model), gradients(double.model))
+        assert distance(gradients(fused.model), gradients(double.model)) <= 4 * explained + 1e-5
+        ours, theirs = fused.model.named_buffers(), layers.model.named_buffers()
+        for key in ours:
+            np.testing.assert_allclose(ours[key].data, theirs[key].data, rtol=1e-4, atol=1e-5, err_msg=key)
+
+    @pytest.mark.parametrize("name", NARROW)
+    def test_in_bfloat16_rounding_explains_the_difference(self, name):
+        """A layer rounds weight, y and z forward, dr and dy backward: five times, where the noise below comes once."""
+        double, fused = Layers(name, dtype=np.float64), Fused(name, rung="bf16")
+        images, labels = batch(np.random.default_rng(4), double.size)
+        expected = double.loss(images, labels)
+        assert fused.loss(images, labels) == pytest.approx(expected, rel=2e-2)
+        of_noise = []
+        for seed in range(3):
+            noisy = Layers(name, dtype=np.float64, noise=2.0**-9, seed=seed)
+            noisy.loss(images, labels)
+            of_noise.append(distance(gradients(noisy.model), gradients(double.model)))
+        assert distance(gradients(fused.model), gradients(double.model)) <= 5 * np.mean(of_noise)
+
+    def test_kernels_and_numpy_round_to_bfloat16_alike(self):
+        numpy, host = (Fused("segnet-basic", device, "bf16") for device in DEVICES)
+        images, labels = batch(np.random.default_rng(5), numpy.size)
+        assert host.loss(images, labels) == pytest.approx(numpy.loss(images, labels), rel=1e-4)
+        assert distance(gradients(host.model), gradients(numpy.model)) < 0.02
+
+    def test_no_valid_pixel(self):
+        fused = Fused("segnet-basic", "host", "bf16")
+        images, labels = batch(np.random.default_rng(6), fused.size)
+        assert fused.loss(images, np.full_like(labels, 255)) == 0
+        assert all((gradient == 0).all() for gradient in gradients(fused.model).values())
+
+
+class TestTraining:
+    def run(self, contender, steps=20, seed=7):
+        rng, losses = np.random.default_rng(seed), []
+        for _ in range(steps):
+            losses.append(contender.loss(*batch(rng, contender.size)))
+            contender.optimiser.step(0.01)
+        return np.array(losses)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_twenty_steps_stay_with_the_layers(self, device):
+        layers, fused = self.run(Layers("segnet-basic", device)), self.run(Fused("segnet-basic", device))
+        np.testing.assert_allclose(fused, layers, rtol=1e-4)
+
+    def test_twenty_steps_of_segnet_stay_as_close_as_rounding_lets_them(self):
+        """SegNet parts from itself where weights differ by 1e-7 (docs/numerics.md); the engine may not part further."""
+        layers, fused = self.run(Layers("segnet")), self.run(Fused("segnet"))
+        apart = [np.abs(self.run(Layers("segnet", noise=1e-7, seed=seed)) - layers).max() for seed in range(3)]
+        assert np.abs(fused - layers).max() <= 3 * max(apart)
+
+    @pytest.mark.parametrize("rung", ["tf32x3", "bf16"])
+    def test_the_same_bits_again(self, rung):
+        first, second = (self.run(Fused("segnet-basic", "host", rung), steps=3) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+
+    def test_batches_of_another_shape(self):
+        layers, fused = Layers("segnet-basic"), Fused("segnet-basic")
+        rng = np.random.default_rng(8)
+        for n, size in ((2, (17, 24)), (1, (32, 16)), (2, (17, 24))):
+            images, labels = batch(rng, size, n)
+            assert fused.loss(images, labels) == pytest.approx(layers.loss(images, labels), rel=1e-5)
+
+
+class Strict(HostDevice):
+    """A host device that moves and makes no memory while it is closed."""
+
+    closed = False
+
+    def empty(self, shape, dtype):
+        assert not self.closed, "an allocation in a step"
+        return super().empty(shape, dtype)
+
+    def upload(self, array):
+        assert not self.closed, "an upload in a step"
+        return super().upload(array)
+
+    def download(self, array):
+        assert not self.closed, "a download in a step"
+        return super().download(array)
+
+
+class TestStep:
+    def test_a_step_allocates_nothing_and_waits_for_nothing(self):
+        device = Strict()
+        model = SegNetBasic(CLASSES, 0.125, device, seed=1)
+        weights = WorkingWeights(model, "bf16")
+        SGD(model, working=weights)
+        step = FusedTraining(model, 2, (17, 24), weights)
+        images, labels = batch(np.random.default_rng(9), (17, 24))
+        device.closed = True
+        step(images, labels)
+
+    def test_what_does_not_fit_the_plan_is_refused(self):
+        fused = Fused("segnet-basic")
+        step = FusedTraining(fused.model, 2, (17, 24), fused.engine.weights)
+        images, labels = batch(np.random.default_rng(9), (17, 24))
+        with pytest.raises(ShapeError, match=r"images are \(1, 17, 24, 3\) float32, expected \(2, 17, 24, 3\)"):
+            step(images[:1], labels)
+        with pytest.raises(ShapeError, match="labels are .* int64, expected .* uint8"):
+            step(images, labels.astype(np.int64))
+
+    def test_on_the_stand_in_for_a_gpu_it_is_recorded_and_replayed(self, cupy):
+        device = get_device("cuda")
+        on_host, on_cuda = Fused("segnet-basic", "host", "bf16"), Fused("segnet-basic", device, "bf16")
+        rng = np.random.default_rng(10)
+        for _ in range(3):  # runs, then twice from the graph
+            images, labels = batch(rng, on_host.size)
+            assert on_cuda.loss(images, labels) == on_host.loss(images, labels)
+            for fused in (on_cuda, on_host):
+                fused.optimiser.step(0.01)
+
+
+class TestInference:
+    @pytest.mark.parametrize("folded", [False, True])
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("name", NARROW)
+    def test_logits_are_those_of_the_layers(self, name, device, folded):
+        model, size = build(name, device)
+        rng = np.random.default_rng(11)
+        for key, array in {**model.named_buffers(), **model.named_parameters()}.items():
+            if ".bn." in key:
+                model.device.write(array.data, rng.uniform(0.5, 1.5, array.data.shape).astype(np.float32))
+        images = rng.standard_normal((2, *size, 3)).astype(np.float32)
+        model.eval()
+        with no_grad():
+            expected = model(images).numpy()
+        if folded:
+            model.fold_batch_norm()
+        fused = FusedInference(model, 2, size, "tf32x3")
+        for _ in range(2):
+            logits = model.device.download(fused(model.device.upload(images)))
+            assert logits.shape == (*expected.shape[:3], 24)
+            np.testing.assert_allclose(logits[..., :CLASSES], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+            assert (logits[..., CLASSES:] == 0).all()
+
+    @pytest.mark.parametrize("name", NARROW)
+    def test_in_bfloat16_rounding_explains_the_difference(self, name):
+        model, size = build(name)
+        images, _ = batch(np.random.default_rng(12), size)
+
+        def logits(noise=0.0, seed=0):
+            layers = Layers(name, noise=noise, seed=seed)
+            layers.model.eval()
+            with no_grad():
+                return layers.model(images).numpy()
+
+        exact = logits()
+        of_noise = np.mean([np.linalg.norm(logits(2.0**-9, seed) - exact) for seed in range(3)])
+        ours = FusedInference(model, 2, size, "bf16")(images)[..., :CLASSES].astype(np.float32)
+        assert np.linalg.norm(ours - exact) <= 5 * of_noise
+
+    def test_another_shape_is_refused(self):
+        model, size = build("segnet-basic")
+        with pytest.raises(ShapeError, match=r"images are \(1, 17, 24, 3\) float32, expected \(2, 17, 24, 3\) float32"):
+            FusedInference(model, 2, size, "tf32")(np.zeros((1, *size, 3), np.float32))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"decoder": "bilinear"}, "decoder of this network is 'bilinear'"),
+            ({"dropout": True}, "has no dropout"),
+            ({"dtype": np.float64}, "parameters in float32, and those of this network are float64"),
+        ],
+    )
+    def test_networks_that_it_does_not_compute(self, options, message):
+        model, _ = build("segnet", **options)
+        with pytest.raises(ConfigError, match=f'{message}.*set engine = "layers"'):
+            WorkingWeights(model, "tf32x3")
+
+    def test_channels_that_are_no_whole_pieces(self):
+        model = SegNet(CLASSES, 0.2, "numpy")
+        with pytest.raises(ConfigError, match=r"pieces of 8 channels, and encoder\.1\.1 has 13 at width 0\.2"):
+            WorkingWeights(model, "bf16")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["precision=bf16"], 'add engine = "fused"'),
+            (["engine=fused", "accumulate=2"], "expected accumulate = 1"),
+            (["engine=fast"], '"layers" or "fused"'),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            load_config(None, settings)
+
+
+class TestLedger:
+    @pytest.mark.parametrize(("n", "size"), [(16, (224, 224)), (8, (360, 480))])
+    def test_training_in_bfloat16_needs_at_most_half_of_pytorch_on_paper(self, n, size):
+        fused, layers, torch = accounts(SegNet.blocks_of(1.0), CLASSES, n, size, "bf16")
+        assert fused.peak <= torch.peak / 2
+        assert fused.peak <= layers.peak / 2
+        # Worked by hand for PyTorch: y and z of 25 convolutions, 2 bytes each.
+        assert torch.entries["convolution outputs"] == torch.entries["activations"]
+        assert torch.entries["indices"] == 32 * fused_indices(n, size)
+
+    def test_the_arena_is_as_small_as_any_could_be(self):
+        program = training_program(SegNet.blocks_of(1.0), 16, (224, 224), "bf16", Objective(CLASSES))
+        arena = Arena.plan(program.lifetimes())
+        assert arena.nbytes == arena.needed
+
+
+def fused_indices(n, size):
+    """Bytes of all packed codes: a quarter of a byte for each pooled value."""
+    total, (h, w) = 0, size
+    for channels in (64, 128, 256, 512, 512):
+        h, w = (h + 1) // 2, (w + 1) // 2
+        total += n * h * w * channels // 4
+    return total
