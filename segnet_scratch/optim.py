@@ -46,8 +46,8 @@ class SGD:
         if working is None:
             self._step = SgdStep(*step)
         else:
-            copies = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
-            self._step = packing = SgdPackStep(*step, *copies, working.storage)
+            copies, flipped = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
+            self._step = packing = SgdPackStep(*step, copies, flipped, working.storage)
             working.refresh = packing.refresh
             working.refresh()
         self._scale = device.upload(np.ones(1))

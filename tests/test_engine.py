@@ -195,7 +195,7 @@ class TestStep:
         images, labels = batch(np.random.default_rng(9), (17, 24))
         with pytest.raises(ShapeError, match=r"images are \(1, 17, 24, 3\) float32, expected \(2, 17, 24, 3\)"):
             step(images[:1], labels)
-        with pytest.raises(ShapeError, match="labels are .* int64, expected .* uint8"):
+        with pytest.raises(ShapeError, match=r"labels are .* int64, expected .* uint8"):
             step(images, labels.astype(np.int64))
 
     def test_on_the_stand_in_for_a_gpu_it_is_recorded_and_replayed(self, cupy):

@@ -101,7 +101,7 @@ class TestProgram:
             program.add("l", ReluForward.plan(spec((3, 2), np.float32)), x="x", y="y2")
         with pytest.raises(ShapeError, match="an output y that is not named"):
             program.add("l", ReluForward.plan(x), x="x")
+        double = spec((2, 3), np.float64)
+        program.give("x2", double)
         with pytest.raises(ShapeError, match=r"y is \(2, 3\) float32, expected \(2, 3\) float64"):
-            double = spec((2, 3), np.float64)
-            program.give("x2", double)
             program.add("l", ReluForward.plan(double), x="x2", y="dy")

@@ -5,7 +5,7 @@ bare result), the pooled maps and their two-bit codes last until backward; z = r
 convolution has read it, and is made again where wgrad needs it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,7 +245,7 @@ class FusedTraining:
             arrays[name] for name in ("images", "labels", "loss", "logits")
         )
         self._bound = self.program.bind(arrays)
-        self._replay = None
+        self._replay: Callable[[], None] | None = None
 
     def _given(self, class_weights: np.ndarray | None) -> dict[str, Array]:
         """The arrays that the program does not make."""

@@ -300,8 +300,8 @@ class FusedBackwardWeight(_FusedConv):
 
     def numpy(self, b: Buffers) -> None:
         x = scatter_from(b.x, b.unpool_codes, self.unpool)
-        wide = (self._factor(a.astype(b.dweight.dtype, copy=False)) for a in (x, b.dy))
-        fast.backward_weight(*wide, b.dweight, 1, self.geometry.padding)
+        wide, dy = (self._factor(a.astype(b.dweight.dtype, copy=False)) for a in (x, b.dy))
+        fast.backward_weight(wide, dy, b.dweight, 1, self.geometry.padding)
 
 
 def expect_windows(op: str, name: str, shape: tuple[int, ...], windows: tuple[int, ...]) -> None:

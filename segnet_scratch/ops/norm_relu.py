@@ -60,7 +60,7 @@ class NormMergeStatistics(_Merge):
             f"{self.name}: {rows} rows are {tiles_of(rows)} tiles of {TILE_ROWS}, partials have {self.tiles}",
         )
         self.rows, self.eps, self.momentum = rows, eps, momentum
-        self.inputs |= {"running_mean": self.vector, "running_var": self.vector}
+        self.inputs = {"partials": partials, "running_mean": self.vector, "running_var": self.vector}
         self.outputs = {"mean": self.vector, "inv_std": self.vector}
 
     def launch(self, device: Device, b: Buffers) -> None:

@@ -45,9 +45,7 @@ class SgdPackStep(SgdStep):
         padded = [self._padded(index, shape) for index, shape in enumerate(self.table.shapes)]
         for shape, outputs in zip(self.table.shapes, padded, strict=True):
             if 0 < outputs < shape[0]:
-                raise ShapeError(
-                    f"{self.name}: copies of {outputs} outputs for a weight {shape}; expected as many or more"
-                )
+                raise ShapeError(f"{self.name}: copies have {outputs} outputs, the weight {shape[0]}; expected as many")
         self._shapes = [(*_as_weight(s), p) for s, p in zip(self.table.shapes, padded, strict=True)]
         self._tiles = [
             (index, output, tap, channel)
@@ -100,11 +98,14 @@ class SgdPackStep(SgdStep):
 
     def _run(self, gradients: Sequence[Array], lr: Array, scale: Array, update: bool) -> None:
         if not self._on_device:
-            columns = (self._shapes, np.int32), (self.rates, float), (self.decays, float), (self._tiles, np.int32)
-            self._on_device = tuple(self.device.constant(np.array(rows, dtype)) for rows, dtype in columns)
-        columns = (self.parameters, gradients, self.momenta, self.copies, self.flipped)
+            numbers = (
+                *(np.array(self._shapes, np.int32), np.array(self.rates), np.array(self.decays)),
+                np.array(self._tiles, np.int32),
+            )
+            self._on_device = tuple(self.device.constant(array) for array in numbers)
+        addresses = self.table.addresses(self.parameters, gradients, self.momenta, self.copies, self.flipped)
         arguments = (
-            *(self.table.addresses(*columns), *self._on_device, lr, scale),
+            *(addresses, *self._on_device, lr, scale),
             *(len(self.parameters), len(self._tiles), self.momentum, int(update)),
         )
         launch(self.device, self.name, len(self._tiles), (TILE, ROWS), arguments, ElementTypes.of(self.storage))

@@ -230,7 +230,8 @@ class FusedBackwardDataRow(FusedRow):
 
         arrays |= {name: quarters(name) for name in ("below_y", "mean", "bn_weight", "bn_bias")}
         arrays["inv_std"] = rng.choice([0.25, 0.5, 1, 2], shapes["inv_std"]).astype(op.inputs["inv_std"].dtype)
-        for name, size in (("unpool_codes", case["size"][1:]), ("pool_codes", shapes["below_y"][1:3])):
+        sizes: dict[str, Any] = {"unpool_codes": case["size"][1:], "pool_codes": shapes["below_y"][1:3]}
+        for name, size in sizes.items():
             if name in arrays:
                 arrays[name] = packed(rng, op.outputs["dr"].shape, size)
         return arrays

@@ -155,7 +155,8 @@ class SgdPackRow(Row):
         return Case("random", {"sizes": (o, int(rng.choice([1, 3, 5])), c, padding), "lr": 0.01, "scale": 0.5})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return SgdPackOp(*case["sizes"], dtype)
+        o, kernel, c, padding = case["sizes"]
+        return SgdPackOp(o, kernel, c, padding, dtype)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         numbers = {name: np.array([case[name]]) for name in ("lr", "scale")}
