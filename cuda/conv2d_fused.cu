@@ -26,8 +26,11 @@ template <class Block>
 struct StoredTile {
     static constexpr int STRIDE = Block::COLUMNS + 8;  // 8 rows that a warp writes at once then lie in all banks
     static constexpr int ACROSS = Block::COLUMNS / PIECE, LANES = THREADS / ACROSS;
-    static_assert(Block::ROWS * STRIDE * sizeof(storage_t) <= STAGES * Block::STAGE_BYTES, "no room");
-    storage_t* numbers;
+    storage_t* numbers;  // (ROWS, STRIDE)
+    float* lanes;        // (LANES, COLUMNS): what each thread has summed up
+    float* means;        // (COLUMNS)
+    static_assert(Block::ROWS * STRIDE * sizeof(storage_t) + (LANES + 1) * Block::COLUMNS * sizeof(float) <=
+                      STAGES * Block::STAGE_BYTES, "no room");
 
     __device__ static int column() { return (int)threadIdx.x % ACROSS * PIECE; }
     __device__ static int lane() { return (int)threadIdx.x / ACROSS; }
@@ -36,8 +39,11 @@ struct StoredTile {
     // Every thread brings its part of the tile. `bias` may be null.
     __device__ StoredTile(const typename Block::Tile& tile, const accumulate_t* bias, int o) {
         typedef typename Block::Tile Tile;
+        // Not in arrays of their own: with them, a block would take more than the 99 KiB that some GPUs have for one.
         SHARED_DYNAMIC(storage_t, memory);
         numbers = memory;
+        lanes = (float*)(numbers + Block::ROWS * STRIDE);
+        means = lanes + LANES * Block::COLUMNS;
         __syncthreads();  // the last stage has been read
 #pragma unroll
         for (int n = 0; n < Tile::N; ++n) {
@@ -58,15 +64,13 @@ struct StoredTile {
 // The sum over all lanes, in their order, of what each thread has summed for its piece of columns: that of column
 // threadIdx.x of the block, in threads below COLUMNS. Every thread calls this.
 template <class Block>
-__device__ float add_lanes(const Values& own) {
-    typedef StoredTile<Block> Stored;
-    SHARED_ARRAY(float, lanes, [Stored::LANES][Block::COLUMNS]);
+__device__ float add_lanes(const StoredTile<Block>& tile, const Values& own) {
 #pragma unroll
-    for (int i = 0; i < PIECE; ++i) lanes[Stored::lane()][Stored::column() + i] = own.of[i];
+    for (int i = 0; i < PIECE; ++i) tile.lanes[tile.lane() * Block::COLUMNS + tile.column() + i] = own.of[i];
     __syncthreads();
     float total = 0;
     if (threadIdx.x < Block::COLUMNS)
-        for (int lane = 0; lane < Stored::LANES; ++lane) total += lanes[lane][threadIdx.x];
+        for (int lane = 0; lane < tile.LANES; ++lane) total += tile.lanes[lane * Block::COLUMNS + threadIdx.x];
     __syncthreads();  // the next call writes `lanes` again
     return total;
 }
@@ -83,7 +87,6 @@ __device__ void store_partials(accumulate_t* partials, float first, float second
 // Mean and M2 of each column over the `count` rows of the tile that exist. In two passes: E[x^2] - E[x]^2 would cancel.
 template <class Block>
 __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* partials, int count, int o) {
-    SHARED_ARRAY(float, means, [Block::COLUMNS]);
     Values own;
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
@@ -92,8 +95,8 @@ __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* pa
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) own.of[i] += values.of[i];
     }
-    const float mean = add_lanes<Block>(own) / count;
-    if (threadIdx.x < Block::COLUMNS) means[threadIdx.x] = mean;
+    const float mean = add_lanes(tile, own) / count;
+    if (threadIdx.x < Block::COLUMNS) tile.means[threadIdx.x] = mean;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
@@ -101,11 +104,11 @@ __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* pa
         const Values values = values_of(tile.piece(row));
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
-            const float distance = values.of[i] - means[tile.column() + i];
+            const float distance = values.of[i] - tile.means[tile.column() + i];
             own.of[i] += distance * distance;
         }
     }
-    store_partials<Block>(partials, mean, add_lanes<Block>(own), o);
+    store_partials<Block>(partials, mean, add_lanes(tile, own), o);
 }
 
 // max(x, 0) of stored numbers, by their signs; a NaN stays one.
@@ -235,8 +238,8 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
             }
             *(Piece*)(dr + element) = piece_of(gradient);
         }
-    const float total = add_lanes<Block>(sums);
-    store_partials<Block>(partials, total, add_lanes<Block>(sums_xhat), c);
+    const float total = add_lanes(tile, sums);
+    store_partials<Block>(partials, total, add_lanes(tile, sums_xhat), c);
 }
 
 template <class Block>

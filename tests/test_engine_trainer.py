@@ -12,7 +12,10 @@ FUSED = {"engine": "fused", "width": 1 / 8}
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"clip_norm": 0.5, "label_smoothing": 0.1, "class_weights": "median-frequency", "loss_normalisation": "valid"}],
+    [
+        {},
+        {"clip_norm": 0.5, "label_smoothing": 0.1, "class_weights": "median-frequency", "loss_normalisation": "valid"},
+    ],
     ids=["plain", "clipped, smoothed, weighted"],
 )
 def test_a_run_is_that_of_the_layers(sample, tmp_path, settings):

@@ -8,6 +8,7 @@ import typer
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, parse_size
 from segnet_scratch.device import get_device
 from segnet_scratch.display import write_json
+from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.kernels.resources import ARCHITECTURES
 from segnet_scratch.profile import roofline, trace
@@ -32,6 +33,10 @@ def profile(
     decoder: Annotated[str, typer.Option(metavar="|".join(DECODERS), help="Its decoder.")] = "indices",
     width: Annotated[float, typer.Option(help="Multiplier of its channels.")] = 1.0,
     inference: Annotated[bool, typer.Option("--inference", help="Forward in evaluation mode, no training.")] = False,
+    engine: Annotated[str, typer.Option(metavar="layers|fused", help="What computes the step.")] = "layers",
+    precision: Annotated[
+        str, typer.Option(metavar="|".join(RUNG_OF_PRECISION), help="Of the fused engine.")
+    ] = "float32",
     counts: Annotated[
         bool, typer.Option("--counts", help="Compute nothing: operations, bytes, memory, launches, registers.")
     ] = False,
@@ -63,6 +68,10 @@ def profile(
     """
     if model not in MODELS:
         raise ConfigError(f"--model {model}: expected one of {', '.join(MODELS)}")
+    if engine not in ("layers", "fused"):
+        raise ConfigError(f"--engine {engine}: expected layers or fused")
+    if precision not in RUNG_OF_PRECISION or (precision != "float32" and engine == "layers"):
+        raise ConfigError(f"--precision {precision}: expected {', '.join(RUNG_OF_PRECISION)}, with --engine fused")
     if counts and (picture or timeline):
         raise ConfigError("--roofline and --trace show times, which --counts does not take; leave it out")
     if picture is not None:
@@ -75,7 +84,7 @@ def profile(
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
         else:
             sides = (pixels, pixels) if size is None else parse_size(size)
-            work = Work(model, decoder, width, batch or images, sides, inference)
+            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision)
             found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
     show(console, found, by_layer=op is None)
     write_json(json, found.to_json())

@@ -86,6 +86,10 @@ class FusedInference:
             arrays[name] = self.device.upload(whole)
         return arrays
 
+    def run(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        """One pass over what the images hold, op by op."""
+        self._bound.run(self.device, enter)
+
     def __call__(self, images: Array) -> Array:
         """Logits (batch, *size, channels) of images (batch, *size, 3), float32, on the device. Waits for nothing.
 
@@ -98,8 +102,8 @@ class FusedInference:
             )
         self.device.write(self._images, images)
         if self._replay is None:
-            self._bound.run(self.device)
-            self._replay = self.device.capture(lambda: self._bound.run(self.device))
+            self.run()  # loads the kernels, which a graph cannot
+            self._replay = self.device.capture(self.run)
         else:
             self._replay()
         return self._logits

@@ -3,7 +3,7 @@
 What an array is (its Spec) comes from the plan of the op that makes it; how long it lives from the steps that touch it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from segnet_scratch.device import Array, Device
@@ -15,10 +15,11 @@ from segnet_scratch.ops.op import Buffers, Op, Spec
 
 @dataclass(frozen=True)
 class Step:
-    """One op, the layer it belongs to, and the array behind each of its inputs, outputs and workspaces."""
+    """One op, the layer and phase it belongs to, and the array behind each of its inputs, outputs and workspaces."""
 
     op: Op
     layer: str
+    phase: str
     arrays: Mapping[str, str]
 
 
@@ -32,6 +33,7 @@ class Program:
     given: dict[str, Spec] = field(default_factory=dict)
     made: dict[str, Spec] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    phase: str = "forward"  # of the steps that are added
 
     def give(self, name: str, spec: Spec) -> str:
         """Declares an array that somebody else owns."""
@@ -58,7 +60,7 @@ class Program:
         for key, spec in op.workspace.items():
             arrays[key] = f"workspace.{len(self.steps)}.{key}"
             self.made[arrays[key]] = spec
-        self.steps.append(Step(op, layer, arrays))
+        self.steps.append(Step(op, layer, self.phase, arrays))
 
     def spec_of(self, array: str) -> Spec:
         """What an array is."""
@@ -101,8 +103,12 @@ class BoundProgram:
     def __init__(self, steps: list[tuple[Step, Buffers]]) -> None:
         self._steps = steps
 
-    def run(self, device: Device) -> None:
-        """Carries out every step."""
+    def run(self, device: Device, enter: Callable[[str], None] = lambda phase: None) -> None:
+        """Carries out every step; `enter` is told when another phase begins."""
+        phase = ""
         for step, buffers in self._steps:
+            if step.phase != phase:
+                phase = step.phase
+                enter(phase)
             with scope(step.layer):
                 carry_out(step.op, lambda op=step.op, b=buffers: op.run(device, b))  # type: ignore[misc]

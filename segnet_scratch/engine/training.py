@@ -141,6 +141,7 @@ class _Builder:
         loss = SoftmaxCrossEntropy.plan(self.logits, objective.classes, objective.normalisation, objective.smoothing)
         weights = {"class_weights": "class_weights"} if objective.weighted else {}
         self.add("loss", loss, logits="logits", labels="labels", **weights, loss="loss", dlogits="dlogits")
+        self.program.phase = "backward"
         self.add(CLASSIFIER, Conv2dBackwardBias.plan(self.logits), dy="dlogits", dbias=bias)
         self._weight_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", f"{last.name}.z", "dlogits")
         self._below_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", "dlogits", last, None, None)
@@ -264,6 +265,10 @@ class FusedTraining:
             self._gradients.append((parameter, gradient[: parameter.shape[0]]))
         return arrays
 
+    def run(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        """One pass over what images and labels hold, op by op; `enter` is told of forward and backward."""
+        self._bound.run(self.device, enter)
+
     def __call__(self, images: Array, labels: Array) -> Array:
         """The loss, float32 (1), of a batch; every parameter's `grad` holds its gradient. Waits for nothing.
 
@@ -277,8 +282,8 @@ class FusedTraining:
                 )
             self.device.write(target, array)
         if self._replay is None:
-            self._bound.run(self.device)  # loads the kernels, which a graph cannot
-            self._replay = self.device.capture(lambda: self._bound.run(self.device))
+            self.run()  # loads the kernels, which a graph cannot
+            self._replay = self.device.capture(self.run)
         else:
             self._replay()
         for parameter, gradient in self._gradients:
