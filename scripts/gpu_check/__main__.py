@@ -15,6 +15,7 @@ from time import perf_counter
 from gpu_check import report
 from gpu_check.compilation import compilation
 from gpu_check.demo import demo
+from gpu_check.fused import fused_engine
 from gpu_check.gradients import gradients
 from gpu_check.op_table import bits_of_the_host, determinism, exact, kernels
 from gpu_check.part import Outcome, Work
@@ -28,16 +29,17 @@ from segnet_scratch.errors import SegnetError
 # The parts in the order in which they run, what is learnt soonest first, with their shares of the time.
 PARTS: dict[str, tuple[Callable[[Work], Outcome], float]] = {
     "compilation": (compilation, 0.08),
-    "kernels": (kernels, 0.18),
+    "kernels": (kernels, 0.16),
     "integers": (exact, 0.06),
     "losses": (losses_of_other_devices, 0.04),
+    "fused engine": (fused_engine, 0.04),
     "learning": (learning, 0.08),
     "graphs": (graphs, 0.03),
     "uploads": (uploads, 0.04),
     "timing": (timing, 0.06),
     "determinism": (determinism, 0.06),
     "same run again": (same_run_again, 0.05),
-    "gradients": (gradients, 0.10),
+    "gradients": (gradients, 0.08),
     "sanitizers": (sanitizers, 0.08),  # and as much again until the tools have started
     "bits of the host": (bits_of_the_host, 0.06),
     "demo": (demo, 0.07),
