@@ -6,6 +6,8 @@
 //                    training: writes y, and of each tile of 128 pixels the mean and M2 of every channel, from which
 //                    norm_merge_statistics makes batch norm's statistics: y is not read again for them
 //                    inference (batch norm folded into weight and bias): nothing but z, or its pooled map and codes
+//   split            the same of inference where few tiles would leave most of a GPU idle (small maps, one image): the
+//                    depth is split, blocks leave sums in float, and merge adds them in order and does the rest
 //   backward_data    dr = the gradient before the ReLU of the block below, from dy of this one: the fprop of dy with the
 //                    flipped weight, [gathered at the codes of the unpool], zero where the ReLU below was; and of each
 //                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
@@ -178,6 +180,53 @@ __device__ void forward(const storage_t* __restrict__ x, const uint8* __restrict
         if (partials) store_statistics(stored, partials, count, g.o);
     }
 }
+
+struct __align__(2 * sizeof(accumulate_t)) Sums {
+    accumulate_t first, second;
+};
+
+// Sums of a part of the depth, for merge: partials[blockIdx.z][row][output].
+template <class Block, template <int> class Source>
+__device__ void split(const storage_t* __restrict__ x, const uint8* __restrict__ unpool_codes,
+                      const storage_t* __restrict__ weight, accumulate_t* __restrict__ partials, const Convolution& g,
+                      int64 rows, bool by_windows, int parts_per_chunk) {
+    typedef typename Block::Tile Tile;
+    Tile tile;
+    const RowOrder order(g, by_windows);
+    block_multiply_forward<Block, Source>(tile, x, unpool_codes, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::M; ++i) {
+        const int64 row = (int64)blockIdx.x * Block::ROWS + Block::row0() + Tile::row(i / 2, i % 2 * 2);
+        if (row >= rows) continue;
+#pragma unroll
+        for (int n = 0; n < Tile::N; ++n) {
+            const int output = blockIdx.y * Block::COLUMNS + Block::column0() + Tile::column(n, 0);
+            const float* const sums = tile.sums[i / 2][n] + i % 2 * 2;
+            if (output < g.o) *(Sums*)(partials + ((int64)blockIdx.z * rows + row) * g.o + output) = {sums[0], sums[1]};
+        }
+    }
+}
+
+// A piece of one row of z: the sums of all chunks in their order, the bias, rounded, ReLU.
+struct Merge {
+    const accumulate_t *partials, *bias;
+    int64 rows;
+    int o, chunks;
+    bool with_relu;
+    __device__ Piece piece(int64 row, int output) const {
+        Values z;
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) z.of[i] = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const accumulate_t* const from = partials + (chunk * rows + row) * o + output;
+#pragma unroll
+            for (int i = 0; i < PIECE; ++i) z.of[i] += from[i];
+        }
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) z.of[i] += bias[output + i];
+        return with_relu ? relu(piece_of(z)) : piece_of(z);
+    }
+};
 
 // The block below, whose output the convolution read: its map y (n, h, w, c) before batch norm, and batch norm.
 struct Below {
@@ -409,4 +458,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     int64 pixels_per_chunk) {
     block_backward_weight<BlockTile<128, 64, 2>, UnpooledPieces>(
         x, unpool_codes, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_128x64(
+    const storage_t* __restrict__ x,         // (n, h, w, c)
+    const storage_t* __restrict__ weight,    // (o, kh, kw, c)
+    accumulate_t* __restrict__ partials,     // (chunks, rows, o)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
+    int chunks, int parts_per_chunk) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    split<BlockTile<128, 64, 2>, DensePieces>(
+        x, nullptr, weight, partials, g, rows, by_windows, parts_per_chunk);
+}
+
+// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_unpool_128x64(
+    const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ weight,    // (o, kh, kw, c)
+    accumulate_t* __restrict__ partials,     // (chunks, rows, o)
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
+    int chunks, int parts_per_chunk) {
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    split<BlockTile<128, 64, 2>, UnpooledPieces>(
+        x, unpool_codes, weight, partials, g, rows, by_windows, parts_per_chunk);
+}
+
+// A thread takes a piece of a pixel, or of a window where the rows come by windows; grid-stride.
+extern "C" __global__ void conv2d_fused_merge(
+    const accumulate_t* __restrict__ partials,  // (chunks, rows, o)
+    const accumulate_t* __restrict__ bias,      // (o)
+    storage_t* __restrict__ y,                  // (n, out_h, out_w, o)
+    uint8* __restrict__ OPTIONAL pool_codes,    // (n, out_h, out_w, o / 4)
+    int n, int oh, int ow, int out_h, int out_w, int o, int rows, int chunks, int with_relu) {
+    const Merge merge = {partials, bias, rows, o, chunks, with_relu != 0};
+    const int across = o / PIECE;
+    FOR_EACH_INDEX(i, (int64)n * out_h * out_w * across) {
+        const int64 pixel = i / across, element = i * PIECE;
+        const int output = (int)(i - pixel * across) * PIECE;
+        if (!pool_codes) {
+            *(Piece*)(y + element) = merge.piece(pixel, output);
+            continue;
+        }
+        const int64 line = pixel / out_w;
+        const int column = (int)(pixel - line * out_w) * 2, row = (int)(line % out_h) * 2;
+        PooledPiece pool(merge.piece(4 * pixel, output));
+        for (int code = 1; code < 4; ++code)
+            if (column + code % 2 < ow && row + code / 2 < oh) pool.offer(merge.piece(4 * pixel + code, output), code);
+        *(Piece*)(y + element) = pool.best;
+        store_codes(pool_codes, element, pool.codes);
+    }
 }

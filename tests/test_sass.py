@@ -38,6 +38,8 @@ TILES = {
     "conv2d_fused_forward_elements": (64, 32, 128, 64),
     "conv2d_fused_forward_unpool_128x64": (64, 32, 128, 64),
     "conv2d_fused_forward_unpool_128x32": (32, 32, 128, 32),
+    "conv2d_fused_split_128x64": (64, 32, 128, 64),
+    "conv2d_fused_split_unpool_128x64": (64, 32, 128, 64),
     "conv2d_fused_backward_data_128x128": (64, 64, 128, 128),
     "conv2d_fused_backward_data_128x64": (64, 32, 128, 64),
     "conv2d_fused_backward_data_128x32": (32, 32, 128, 32),

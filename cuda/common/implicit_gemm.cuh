@@ -228,11 +228,13 @@ struct ForwardOperands {
     typedef DepthContiguous Left, Right;
 };
 
-// The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on.
+// The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on. Of the
+// depth, the stages from `first_part` on, at most `most_parts`.
 template <class Block, template <int> class Source>
 __device__ void block_multiply_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
-                                 const uint8* __restrict__ codes, const storage_t* __restrict__ weight,
-                                 const Convolution& g, const RowOrder& order) {
+                                       const uint8* __restrict__ codes, const storage_t* __restrict__ weight,
+                                       const Convolution& g, const RowOrder& order, int first_part = 0,
+                                       int most_parts = 1 << 30) {
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [Block::ROWS]);
     // A piece, or one number, of every LANES-th row.
@@ -251,8 +253,9 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
 
     Source<COUNT> source(g, x, codes, first_image);
     const int part = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
-    int k = PIECES ? part * PIECE : part;
-    const int piece = k / PIECE, within = k % PIECE * (int)sizeof(storage_t);
+    const int start = PIECES ? part * PIECE : part;
+    const int piece = start / PIECE, within = start % PIECE * (int)sizeof(storage_t);
+    int k = first_part * DEPTH + start;
     Tap tap(g, k);
     auto left = [&](int i, int stage) {
         return stages + stage * Block::STAGE_BYTES + DepthContiguous::offset(lane + i * LANES, piece) + within;
@@ -279,7 +282,7 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
 #pragma unroll UNROLL
         for (int i = 0; i < COUNT; ++i) source.end(i, left(i, stage));
     };
-    run_pipeline((depth + DEPTH - 1) / DEPTH, begin, end, [&](int stage) {
+    run_pipeline(min((depth + DEPTH - 1) / DEPTH - first_part, most_parts), begin, end, [&](int stage) {
         const char* const operands = stages + stage * Block::STAGE_BYTES;
         add_stage<ForwardOperands>(tile, operands, operands + Block::ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
     });

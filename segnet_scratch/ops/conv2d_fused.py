@@ -20,7 +20,7 @@ from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.max_pool import MaxPoolForward
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.packed_codes import gather_at, pack_codes, packed_codes, scatter_from
-from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, rounded, tiles_of
+from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
 from segnet_scratch.ops.windows import CODE, windows_of
 from segnet_scratch.precision import round_to_tf32
 
@@ -92,6 +92,29 @@ def _forward_tile(g: Geometry, unpool: bool, itemsize: int) -> mma.Tile:
     )
 
 
+@dataclass(frozen=True)
+class Split:
+    """How the depth of a convolution is split where its tiles alone would leave most of a GPU idle."""
+
+    chunks: int
+    parts: int  # stages of the pipeline in each chunk; the last may have fewer
+
+    WANTED_BLOCKS: ClassVar[int] = 132  # multiprocessors of an H100
+    LEAST_PARTS: ClassVar[int] = 8  # so that writing the sums stays small beside making them
+
+    @staticmethod
+    def of(g: Geometry, rows: int, itemsize: int) -> "Split | None":
+        """For so many rows of the matrix product, from the shape alone; None where it is not worth it."""
+        tile = mma.MEDIUM
+        down, across = tile.grid(rows, g.o)
+        parts = -(-g.depth * itemsize // tile.DEPTH_BYTES)
+        wanted = min(parts // Split.LEAST_PARTS, Split.WANTED_BLOCKS // (down * across))
+        if wanted < 2 or g.c * itemsize % PIECE_BYTES:
+            return None
+        each = -(-parts // wanted)
+        return Split(-(-parts // each), each)
+
+
 class FusedForward(_FusedConv):
     """y = [pool] [relu] ([unpool](x) * weight [+ bias]), and the statistics that batch norm needs of y.
 
@@ -130,6 +153,10 @@ class FusedForward(_FusedConv):
             self.inputs |= self._vectors(g.o, "bias")
         windows = windows_of(*g.y)
         self.out = windows if pool else g.y
+        self.rows = 4 * windows[0] * windows[1] * windows[2] if pool else g.pixels
+        self.split = Split.of(g, self.rows, x.dtype.itemsize) if bias else None
+        if self.split is not None:
+            self.workspace = {"sums": Spec((self.split.chunks, self.rows, g.o), self.vector)}
         self.outputs = {"y": x.with_shape(*self.out)}
         if statistics:
             self.outputs["partials"] = self._partials(g.pixels, g.o)
@@ -137,20 +164,39 @@ class FusedForward(_FusedConv):
             self.outputs["pool_codes"] = packed_codes(windows)
 
     def launch(self, device: Device, b: Buffers) -> None:
+        if self.split is not None:
+            self._launch_split(device, b, self.split)
+            return
         g = self.geometry
         tile = _forward_tile(g, self.unpool is not None, self.dtype.itemsize)
-        rows = 4 * self.out[0] * self.out[1] * self.out[2] if self.pool else g.pixels
         unpooled = () if self.unpool is None else (b.unpool_codes,)
         optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "pool_codes"))
         self.kernel(
             device,
             f"conv2d_fused_forward_{'unpool_' if unpooled else ''}{tile.name}",
-            tile.grid(rows, g.o),
+            tile.grid(self.rows, g.o),
             tile.THREADS,
             *(b.x, *unpooled, b.weight, *optional),
-            *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(rows), int(self.relu)),
+            *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(self.rows), int(self.relu)),
             shared=tile.shared,
         )
+
+    def _launch_split(self, device: Device, b: Buffers, split: Split) -> None:
+        g, tile = self.geometry, mma.MEDIUM
+        unpooled = () if self.unpool is None else (b.unpool_codes,)
+        self.kernel(
+            device,
+            f"conv2d_fused_split_{'unpool_' if unpooled else ''}{tile.name}",
+            (*tile.grid(self.rows, g.o), split.chunks),
+            tile.THREADS,
+            *(b.x, *unpooled, b.weight, b.sums),
+            *(*g.gemm_arguments(g.pads), self.rows, int(self.pool), split.chunks, split.parts),
+            shared=tile.shared,
+        )
+        arrays = b.sums, b.bias, b.y, getattr(b, "pool_codes", None)
+        sizes = g.n, g.oh, g.ow, *self.out[1:3], g.o, self.rows, split.chunks, int(self.relu)
+        pieces = b.y.size // piece_of(self.dtype)
+        self.kernel(device, "conv2d_fused_merge", element_grid(pieces), ELEMENT_THREADS, *arrays, *sizes)
 
     def reference(self, b: Buffers) -> None:
         self._compute(b, plain_forward)

@@ -171,6 +171,11 @@ class FusedInferenceRow(FusedRow):
     def __init__(self, rung: str) -> None:
         super().__init__("conv2d_fused_inference", rung)
 
+    def cases(self) -> list[Case]:
+        deep = [fused_case("deep and small: the depth is split", (1, 3, 5), 136, 72, **o) for o in self.options]
+        uneven = fused_case("chunks of unequal depth", (2, 3, 2), 248, 8, **self.options[-1])
+        return [*super().cases(), *deep, uneven]
+
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         x, weight = self.specs(case, dtype)
         unpool = None
