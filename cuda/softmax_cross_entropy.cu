@@ -17,7 +17,7 @@
 #include "common/softmax.cuh"
 
 #define THREADS 256
-#define STAGE (THREADS * 7)  // pieces (28 KiB): a pixel a thread up to 28 float32, 56 bfloat16 channels, else fewer
+#define STAGE (THREADS * 7)  // 28 KiB: a pixel a thread up to 28 float32, 56 bfloat16 channels; else fewer
 
 // partials[block][number] of this block.
 template <int COUNT>
