@@ -17,7 +17,7 @@
 #include "common/softmax.cuh"
 
 #define THREADS 256
-#define STAGE (THREADS * 7)  // 28 KiB: a pixel a thread up to 28 float32, 56 bfloat16 channels; else fewer
+#define STAGE (THREADS * 7)  // 28 KiB: a pixel a thread up to 28 float32 or 56 bfloat16 channels; else fewer
 
 // partials[block][number] of this block.
 template <int COUNT>
@@ -125,9 +125,9 @@ extern "C" __global__ void softmax_cross_entropy(
             own[0] += loss_to_gradient(stage + threadIdx.x * stride, label, classes, pieces, gradient);
         }
         __syncthreads();
+        // What a thread stores here is where it loads next: no barrier lies between.
         Piece* const to = (Piece*)(dlogits + first * padded);
         for (int i = threadIdx.x; i < count * pieces; i += THREADS) to[i] = stage[i / pieces * stride + i % pieces];
-        __syncthreads();  // the next pixels take their places
     }
     block_store_sums(own, partials);
 }

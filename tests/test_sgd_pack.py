@@ -1,5 +1,5 @@
-"""SGD that keeps copies of the weights, beyond what the templates over the op table check: several steps, copies without
-a step, arrays that do not fit. Faults put into it: test_mutants.py.
+"""SGD that keeps copies of the weights, beyond what the templates over the op table check: several steps, copies
+without a step, arrays that do not fit. Faults put into it: test_mutants.py.
 """
 
 import numpy as np
@@ -14,17 +14,16 @@ from segnet_scratch.precision import BFLOAT16
 
 F32 = np.dtype(np.float32)
 RATE, DECAY, MOMENTUM, UNTOUCHED = 2.0, 0.1, 0.9, 7.0
-# A weight and the outputs of its copies, or a vector: the classifier, no padding, one off a tile, SegNet-Basic's kernel.
-SHAPES = (
-    *((21, 3, 3, 64), 24),
-    *((21,), None),
-    *((32, 3, 3, 32), 32),
-    *((33, 1, 1, 31), 40),
-    *((4, 7, 7, 3), 8),
-    *((1024,), None),
-    *((1025,), None),
-)
-PARAMETERS = list(zip(SHAPES[::2], SHAPES[1::2], strict=True))
+# Shapes of parameters, each with the outputs of its copies; None for a vector, which has none.
+PARAMETERS = [
+    ((21, 3, 3, 64), 24),  # the classifier
+    ((21,), None),
+    ((32, 3, 3, 32), 32),  # without padding
+    ((33, 1, 1, 31), 40),  # one off a tile
+    ((4, 7, 7, 3), 8),  # SegNet-Basic's kernel
+    ((1024,), None),
+    ((1025,), None),
+]
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
 each_storage = pytest.mark.parametrize("storage", [F32, BFLOAT16], ids=str)
 
@@ -174,7 +173,7 @@ def test_an_array_of_another_library_and_a_view_are_refused():
     device = get_device("host")
     w, m = ([np.zeros(WEIGHT, F32)] for _ in range(2))
     strided = np.zeros((8, 3, 3, 8), F32)[..., ::2]
-    with pytest.raises(ShapeError, match="copy 0 .* contiguous"):
+    with pytest.raises(ShapeError, match=r"copy 0 .* contiguous"):
         SgdPackStep(device, w, m, [1.0], [0.0], 0.9, [strided], [None], F32)
     with pytest.raises(DTypeError, match="copy 0 is a memoryview, no array of the host device"):
         SgdPackStep(device, w, m, [1.0], [0.0], 0.9, [memoryview(np.zeros((8, 3, 3, 4), F32))], [None], F32)

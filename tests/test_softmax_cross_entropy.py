@@ -114,7 +114,7 @@ def test_large_logits_by_hand(device):
 
 @each_storage
 def test_steps_of_a_block(storage):
-    """Shared memory holds 27 pixels of 256 float32 channels and 54 of bfloat16; 256 threads are a pixel each up to 28."""
+    """Shared memory holds 27 pixels of 256 float32 channels, 54 of bfloat16; up to 28 channels each thread has one."""
     at_once = 1792 // (256 // (16 // storage.itemsize) + 1)
     sizes = [(255, pixels) for pixels in (1, at_once - 1, at_once, at_once + 1, 3 * at_once + 1)]
     for classes, pixels in (*sizes, (24, 255), (24, 257), (25, 257), (1, 513)):
