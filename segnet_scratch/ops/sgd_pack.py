@@ -65,8 +65,10 @@ class SgdPackStep(SgdStep):
             return 0
         if len(shape) != 4:
             raise ShapeError(f"{self.name}: parameter {index} has shape {shape}; only a weight (o, k, k, c) has copies")
-        some, axis = (flipped, -1) if copy is None else (copy, 0)
-        outputs = max(shape[0], some.shape[axis] if some.ndim == 4 else 0)
+        given = [
+            array.shape[axis] for array, axis in ((copy, 0), (flipped, -1)) if array is not None and array.ndim == 4
+        ]
+        outputs = max(shape[0], *given[:1])
         expected = (outputs, *shape[1:]), (shape[-1], *shape[1:3], outputs)
         for array, wanted, kind in zip((copy, flipped), expected, ("copy", "flipped"), strict=True):
             if array is None:
