@@ -24,26 +24,15 @@
 // order, three threads add the partials in the order of the blocks; the grid depends on the shape alone.
 // Threads: one pixel each, grid-stride. A thread reads its `classes` neighbouring logits one after the other.
 #include "common/reduce.cuh"
+#include "common/softmax.cuh"
 
 #define THREADS 256
-#define VOID_LABEL 255
 
-// The logarithm of a softmax. The maximum is kept apart from the logarithm of the sum: added up, large logits would
-// round away the small numbers that matter.
-struct LogSoftmax {
-    accumulate_t highest, log_sum;
-    __device__ LogSoftmax(const storage_t* logits, int classes) {
-        highest = logits[0];
-        for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
-        accumulate_t sum = 0;
-        for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
-        log_sum = log(sum);
-    }
-    __device__ accumulate_t of(accumulate_t logit) const { return (logit - highest) - log_sum; }
-};
-
-__device__ inline double weight_of(const storage_t* class_weights, int k) {
-    return class_weights ? (double)class_weights[k] : 1.0;
+__device__ inline LogSoftmax log_softmax_of(const storage_t* logits, int classes) {
+    accumulate_t highest = logits[0], sum = 0;
+    for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
+    for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
+    return {highest, log(sum)};
 }
 
 // Launch: grid blocks, block THREADS
@@ -59,7 +48,7 @@ extern "C" __global__ void cross_entropy_partial(
         if (label >= classes) continue;
         const storage_t* const z = logits + pixel * classes;
         const double weight = weight_of(class_weights, label);
-        const LogSoftmax log_softmax(z, classes);
+        const LogSoftmax log_softmax = log_softmax_of(z, classes);
         loss -= (1 - smoothing) * weight * log_softmax.of(z[label]);
         if (smoothing > 0) {
             double spread = 0;
@@ -108,10 +97,7 @@ extern "C" __global__ void cross_entropy_backward(
     int64 pixels, int classes, int by_valid, double smoothing) {
     const double normaliser = by_valid ? sums[2] : sums[1];
     const double scale = normaliser > 0 ? dloss[0] / normaliser : 0.0;
-    const double share = scale * smoothing / classes;  // of every class, where labels are smoothed
-    double all_weights = 0;
-    if (smoothing > 0)
-        for (int k = 0; k < classes; ++k) all_weights += weight_of(class_weights, k);
+    const LogitGradient<storage_t> gradient(class_weights, classes, scale, smoothing);
     FOR_EACH_INDEX(pixel, pixels) {
         const int label = labels[pixel];
         const storage_t* const z = logits + pixel * classes;
@@ -120,13 +106,8 @@ extern "C" __global__ void cross_entropy_backward(
             for (int k = 0; k < classes; ++k) dz[k] = 0;
             continue;
         }
-        const accumulate_t factor = scale * (1 - smoothing) * weight_of(class_weights, label);
-        const LogSoftmax log_softmax(z, classes);
-        for (int k = 0; k < classes; ++k) {
-            const accumulate_t softmax = exp(log_softmax.of(z[k]));
-            accumulate_t gradient = factor * (softmax - (k == label ? 1 : 0));
-            if (smoothing > 0) gradient += share * (all_weights * softmax - weight_of(class_weights, k));
-            dz[k] = gradient;
-        }
+        const accumulate_t factor = gradient.factor(label);
+        const LogSoftmax log_softmax = log_softmax_of(z, classes);
+        for (int k = 0; k < classes; ++k) dz[k] = gradient.of(k, label, factor, exp(log_softmax.of(z[k])));
     }
 }

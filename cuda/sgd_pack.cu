@@ -1,17 +1,19 @@
-// SGD with momentum over all parameters of a model, which also writes the weights as the fused engine's kernels read them.
+// SGD with momentum over all parameters of a model, which also writes the weights as the fused engine reads them.
 // Element types: float32, bfloat16.
 //
 //   m = momentum m + scale g + decay w;   w = w - rate lr m     (sgd.cu; w, g, m are float32)
 //   copy    (padded outputs, taps, channels)   w in storage_t; outputs beyond those of w stay as they were (0)
-//   flipped (channels, taps, padded outputs)   flipped[c][taps - 1 - t][o] = w[o][t][c]: with it dgrad is an fprop
+//   flipped (channels, taps, padded outputs)   flipped[c][taps - 1 - t][o] = w[o][t][c]; dgrad is an fprop with it
 //
-// A parameter is seen as (outputs, taps, channels); a bias or a vector of batch norm is one output of one tap. Arrays
-// come by a table of addresses {w, g, m, copy, flipped}, 0 where there is no copy. A parameter moves 12 bytes in, 8 out,
-// and 2 or 4 for each copy.
+// A parameter is seen as (outputs, taps, channels); a bias or a vector of batch norm, which lies in a row, as outputs
+// of one tap and up to 32 channels. Arrays come by a table of addresses {w, g, m, copy, flipped}, 0 for no copy.
 //
-// A block looks after 32 outputs x 32 channels of one tap: it reads and writes w, g, m and the copy along the channels
-// and, by way of shared memory, writes `flipped` along the outputs, so that all accesses are runs of 32.
-// Threads: (32, 8), every 8th row of the tile. Element-wise: no order to depend on. With `update` 0 only copies are made.
+// Bytes for each number of a parameter: w, g, m read (12), w, m written (8), and 2 (bfloat16) or 4 (float32) for each
+// of its copies: 24 for a weight with both in bfloat16, 24 for one with a flipped float32, 20 for a vector.
+//
+// A block looks after 32 outputs x 32 channels of one tap. It reads and writes w, g, m and the copy along the channels
+// and, by way of shared memory, writes `flipped` along the outputs: all accesses are runs of 32.
+// Threads: (32, 8), every 8th row of the tile. Element-wise: no order to depend on. With `update` 0 it only copies.
 #include "common/types.cuh"
 
 #define TILE 32

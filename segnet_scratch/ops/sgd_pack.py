@@ -1,6 +1,7 @@
 """SGD that also writes the weights as the fused engine's kernels read them, all parameters in one launch."""
 
 from collections.abc import Sequence
+from math import gcd, prod
 
 import numpy as np
 
@@ -42,10 +43,10 @@ class SgdPackStep(SgdStep):
             raise DTypeError(f"{self.name}: copies of element type {storage}; expected float32 or bfloat16")
         self.storage = np.dtype(storage)
         self.copies, self.flipped = list(copies), list(flipped)
+        for kind, arrays in (("copy", self.copies), ("flipped", self.flipped)):
+            if len(arrays) != len(self.parameters):
+                raise ShapeError(f"{self.name}: {len(arrays)} arrays of {kind} for {len(self.parameters)} parameters")
         padded = [self._padded(index, shape) for index, shape in enumerate(self.table.shapes)]
-        for shape, outputs in zip(self.table.shapes, padded, strict=True):
-            if 0 < outputs < shape[0]:
-                raise ShapeError(f"{self.name}: copies have {outputs} outputs, the weight {shape[0]}; expected as many")
         self._shapes = [(*_as_weight(s), p) for s, p in zip(self.table.shapes, padded, strict=True)]
         self._tiles = [
             (index, output, tap, channel)
@@ -60,20 +61,27 @@ class SgdPackStep(SgdStep):
     def _padded(self, index: int, shape: tuple[int, ...]) -> int:
         """Outputs of the copies of a parameter, checked; 0 where it has none."""
         copy, flipped = self.copies[index], self.flipped[index]
-        found = [(copy, 0), (flipped, -1)]
-        sizes = {array.shape[axis] for array, axis in found if array is not None and array.ndim == 4}
         if copy is None and flipped is None:
             return 0
-        outputs = sizes.pop() if len(sizes) == 1 else -1
+        if len(shape) != 4:
+            raise ShapeError(f"{self.name}: parameter {index} has shape {shape}; only a weight (o, k, k, c) has copies")
+        given = [
+            array.shape[axis] for array, axis in ((copy, 0), (flipped, -1)) if array is not None and array.ndim == 4
+        ]
+        outputs = max(shape[0], *given[:1])
         expected = (outputs, *shape[1:]), (shape[-1], *shape[1:3], outputs)
-        for (array, _), wanted, name in zip(found, expected, ("copy", "flipped"), strict=True):
+        for array, wanted, kind in zip((copy, flipped), expected, ("copy", "flipped"), strict=True):
             if array is None:
                 continue
-            what = f"{self.name}: {name} {index}"
-            if not self.device.owns(array) or array.dtype != self.storage:
-                raise DTypeError(f"{what} is no array of {self.storage} on the {self.device.name} device")
-            if len(shape) != 4 or tuple(array.shape) != wanted or not array.flags.c_contiguous:
-                raise ShapeError(f"{what} has shape {array.shape}; the parameter has {shape}, expected {wanted}")
+            what = f"{self.name}: {kind} {index}"
+            if not self.device.owns(array):
+                raise DTypeError(f"{what} is a {type(array).__name__}, no array of the {self.device.name} device")
+            if array.dtype != self.storage:
+                raise DTypeError(f"{what} has element type {array.dtype}, expected {self.storage}")
+            if tuple(array.shape) != wanted or not array.flags.c_contiguous:
+                raise ShapeError(
+                    f"{what} has shape {tuple(array.shape)}; expected {wanted}, contiguous, for a weight {shape}"
+                )
         return outputs
 
     def __call__(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
@@ -112,7 +120,9 @@ class SgdPackStep(SgdStep):
 
 
 def _as_weight(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(outputs, taps, channels) of a parameter; a vector is one output."""
+    """(outputs, taps, channels) of a parameter; a vector in tiles as full as its length allows."""
     if len(shape) == 4:
         return shape[0], shape[1] * shape[2], shape[3]
-    return 1, 1, int(np.prod(shape))
+    size = prod(shape)
+    channels = gcd(size, TILE)
+    return size // channels, 1, channels

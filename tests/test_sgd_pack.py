@@ -1,0 +1,179 @@
+"""SGD that keeps copies of the weights, beyond what the templates over the op table check: several steps, copies
+without a step, arrays that do not fit. Faults put into it: test_mutants.py.
+"""
+
+import numpy as np
+import pytest
+from kernel_support import Recorder
+
+from segnet_scratch.device import get_device
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes, launch
+from segnet_scratch.ops.sgd_pack import TILE, SgdPackStep
+from segnet_scratch.precision import BFLOAT16
+
+F32 = np.dtype(np.float32)
+RATE, DECAY, MOMENTUM, UNTOUCHED = 2.0, 0.1, 0.9, 7.0
+# Shapes of parameters, each with the outputs of its copies; None for a vector, which has none.
+PARAMETERS = [
+    ((21, 3, 3, 64), 24),  # the classifier
+    ((21,), None),
+    ((32, 3, 3, 32), 32),  # without padding
+    ((33, 1, 1, 31), 40),  # one off a tile
+    ((4, 7, 7, 3), 8),  # SegNet-Basic's kernel
+    ((1024,), None),
+    ((1025,), None),
+]
+each_device = pytest.mark.parametrize("device", ["numpy", "host"])
+each_storage = pytest.mark.parametrize("storage", [F32, BFLOAT16], ids=str)
+
+
+class Step:
+    """A step over these parameters; what lies beyond a weight's outputs in its copies holds UNTOUCHED."""
+
+    def __init__(self, device, storage, parameters=PARAMETERS):
+        self.device, rng = device if isinstance(device, Recorder) else get_device(device), np.random.default_rng(0)
+        upload = self.device.upload
+        self.w = [upload(rng.standard_normal(shape).astype(F32)) for shape, _ in parameters]
+        self.m = [upload(rng.standard_normal(shape).astype(F32)) for shape, _ in parameters]
+        self.copies, self.flipped = [], []
+        for shape, outputs in parameters:
+            sizes = (None, None) if outputs is None else ((outputs, *shape[1:]), (shape[3], *shape[1:3], outputs))
+            copy, flipped = (None if s is None else upload(np.full(s, UNTOUCHED, storage)) for s in sizes)
+            self.copies.append(copy)
+            self.flipped.append(flipped)
+        rates, decays = [RATE] * len(parameters), [DECAY] * len(parameters)
+        options = self.w, self.m, rates, decays, MOMENTUM, self.copies, self.flipped, storage
+        self.step = SgdPackStep(self.device, *options)
+
+    def gradients(self, seed):
+        rng = np.random.default_rng(seed)
+        return [self.device.upload(rng.standard_normal(w.shape).astype(F32)) for w in self.w]
+
+    def assert_copies_are_those_of_the_weights(self):
+        for index, (w, copy, flipped) in enumerate(zip(self.w, self.copies, self.flipped, strict=True)):
+            if copy is None:
+                continue
+            o, kh, kw, _ = w.shape
+            np.testing.assert_array_equal(copy[:o], w.astype(copy.dtype), err_msg=f"copy {index}")
+            for y in range(kh):
+                for x in range(kw):
+                    turned = flipped[:, kh - 1 - y, kw - 1 - x]
+                    np.testing.assert_array_equal(turned[:, :o].T, w[:, y, x].astype(copy.dtype), err_msg=f"{index}")
+            assert (copy[o:] == UNTOUCHED).all()
+            assert (flipped[..., o:] == UNTOUCHED).all()
+
+
+@each_device
+@each_storage
+def test_steps_are_those_of_the_formula_and_copies_follow(device, storage):
+    s = Step(device, storage)
+    w, m = ([a.astype(np.float64) for a in arrays] for arrays in (s.w, s.m))
+    numbers = {name: s.device.upload(np.zeros(1)) for name in ("lr", "scale")}
+    for seed, (lr, scale) in enumerate(((0.1, 1.0), (0.03, 0.5), (0.01, 0.25))):
+        # Written into arrays that stay where they are, as between launches of a captured graph.
+        s.device.write(numbers["lr"], np.array([lr]))
+        s.device.write(numbers["scale"], np.array([scale]))
+        gradients = s.gradients(seed)
+        s.step(gradients, **numbers)
+        for i, g in enumerate(gradients):
+            m[i] = MOMENTUM * m[i] + scale * g.astype(np.float64) + DECAY * w[i]
+            w[i] = w[i] - RATE * lr * m[i]
+            np.testing.assert_allclose(s.m[i], m[i], rtol=1e-5, atol=1e-5, err_msg=f"momentum {i}")
+            np.testing.assert_allclose(s.w[i], w[i], rtol=1e-5, atol=1e-5, err_msg=f"parameter {i}")
+        s.assert_copies_are_those_of_the_weights()
+
+
+@each_device
+@each_storage
+def test_refresh_writes_copies_and_nothing_else(device, storage):
+    s = Step(device, storage)
+    before = [[a.copy() for a in arrays] for arrays in (s.w, s.m)]
+    s.step.refresh()
+    s.assert_copies_are_those_of_the_weights()
+    for arrays, kept in zip((s.w, s.m), before, strict=True):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(arrays, kept, strict=True))
+    # As after a checkpoint has been loaded.
+    for w in s.w:
+        s.device.write(w, np.random.default_rng(1).standard_normal(w.shape).astype(F32))
+    s.step.refresh()
+    s.assert_copies_are_those_of_the_weights()
+
+
+def test_flipped_is_what_the_layers_make_for_dgrad():
+    s = Step("host", F32, [((32, 3, 3, 48), 32), ((5, 3, 5, 3), 5)])
+    s.step.refresh()
+    for w, flipped in zip(s.w, s.flipped, strict=True):
+        expected = np.empty_like(flipped)
+        launch(s.device, "conv2d_flip_weight", 4, 256, (w, expected, *w.shape), ElementTypes.of(F32))
+        np.testing.assert_array_equal(flipped, expected)
+
+
+def test_a_parameter_may_have_either_copy():
+    s = Step("host", BFLOAT16, [((5, 3, 3, 8), 8)] * 2)
+    options = s.w, s.m, [RATE] * 2, [DECAY] * 2, MOMENTUM
+    SgdPackStep(s.device, *options, [s.copies[0], None], [None, s.flipped[1]], BFLOAT16).refresh()
+    assert (s.copies[1] == UNTOUCHED).all()
+    assert (s.flipped[0] == UNTOUCHED).all()
+    np.testing.assert_array_equal(s.copies[0][:5], s.w[0].astype(BFLOAT16))
+    np.testing.assert_array_equal(s.flipped[1][:, 0, 2, :5].T, s.w[1][:, 2, 0].astype(BFLOAT16))
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((TILE * TILE,), 1),  # as full as a tile of a weight
+        ((64,), 1),
+        ((48,), 1),
+        ((21,), 1),
+        ((64, 3, 3, 64), 36),
+        ((33, 3, 3, 31), 18),
+        ((64, 3, 3, 3), 18),
+    ],
+    ids=str,
+)
+def test_blocks_of_a_parameter(shape, blocks):
+    recorder = Recorder()
+    Step(recorder, F32, [(shape, None)]).step.refresh()
+    ((kernel, _, grid, block, _, _),) = recorder.launches
+    assert (kernel.name, grid[0], tuple(block)[:2]) == ("sgd_pack_step", blocks, (32, 8))
+
+
+WEIGHT = (5, 3, 3, 4)
+GOOD = {"copies": [(8, 3, 3, 4)], "flipped": [(4, 3, 3, 8)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"copies": []}, ShapeError, "0 arrays of copy for 1 parameters"),
+        ({"flipped": [None, None]}, ShapeError, "2 arrays of flipped for 1 parameters"),
+        ({"copies": [(4, 3, 3, 4)]}, ShapeError, r"copy 0 has shape \(4, 3, 3, 4\); expected \(5, 3, 3, 4\)"),
+        ({"copies": [(8, 36)]}, ShapeError, r"copy 0 has shape \(8, 36\)"),
+        ({"flipped": [(4, 3, 3, 5)]}, ShapeError, r"flipped 0 has shape \(4, 3, 3, 5\); expected \(4, 3, 3, 8\)"),
+        ({"flipped": [(8, 3, 3, 4)]}, ShapeError, r"flipped 0 .* for a weight \(5, 3, 3, 4\)"),
+        ({"parameter": (5,)}, ShapeError, r"parameter 0 has shape \(5,\); only a weight"),
+        ({"storage": np.float64}, DTypeError, "copies of element type float64; expected float32 or bfloat16"),
+        ({"storage": BFLOAT16}, DTypeError, "copy 0 has element type float32, expected bfloat16"),
+        ({"dtype": np.float64}, DTypeError, "parameters have element type float64; expected float32"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+@each_device
+def test_what_does_not_fit_is_refused_by_name(device, change, error, message):
+    options = {"parameter": WEIGHT, "storage": F32, "dtype": F32, **GOOD, **change}
+    device = get_device(device)
+    w, m = ([device.zeros(options["parameter"], options["dtype"])] for _ in range(2))
+    columns = [[None if s is None else device.zeros(s, F32) for s in options[kind]] for kind in ("copies", "flipped")]
+    with pytest.raises(error, match=message):
+        SgdPackStep(device, w, m, [1.0], [0.0], 0.9, *columns, np.dtype(options["storage"]))
+
+
+def test_an_array_of_another_library_and_a_view_are_refused():
+    device = get_device("host")
+    w, m = ([np.zeros(WEIGHT, F32)] for _ in range(2))
+    strided = np.zeros((8, 3, 3, 8), F32)[..., ::2]
+    with pytest.raises(ShapeError, match=r"copy 0 .* contiguous"):
+        SgdPackStep(device, w, m, [1.0], [0.0], 0.9, [strided], [None], F32)
+    with pytest.raises(DTypeError, match="copy 0 is a memoryview, no array of the host device"):
+        SgdPackStep(device, w, m, [1.0], [0.0], 0.9, [memoryview(np.zeros((8, 3, 3, 4), F32))], [None], F32)
