@@ -7,7 +7,7 @@
 //                    norm_merge_statistics makes batch norm's statistics: y is not read again for them
 //                    inference (batch norm folded into weight and bias): nothing but z, or its pooled map and codes
 //   split            the same of inference where few tiles would leave most of a GPU idle (small maps, one image): the
-//                    depth is split, blocks leave sums in float, and merge adds them in order and does the rest
+//                    depth is split, blocks leave sums in float, and conv2d_fused_merge.cu does the rest
 //   backward_data    dr = the gradient before the ReLU of the block below, from dy of this one: the fprop of dy with the
 //                    flipped weight, [gathered at the codes of the unpool], zero where the ReLU below was; and of each
 //                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
@@ -113,20 +113,6 @@ __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* pa
     store_partials<Block>(partials, mean, add_lanes(tile, own), o);
 }
 
-// max(x, 0) of stored numbers, by their signs; a NaN stays one.
-__device__ inline Piece relu(Piece piece) {
-    const Values values = values_of(piece);
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i)
-        if (values.of[i] <= 0) {
-            if constexpr (sizeof(storage_t) == 2)
-                piece.words[i / 2] &= i % 2 ? 0x0000FFFFu : 0xFFFF0000u;
-            else
-                piece.words[i] = 0;
-        }
-    return piece;
-}
-
 // y[pixel, output] of the rows of the tile.
 template <class Block>
 __device__ void store_map(const StoredTile<Block>& tile, storage_t* y, int count, int o, bool with_relu) {
@@ -185,7 +171,7 @@ struct __align__(2 * sizeof(accumulate_t)) Sums {
     accumulate_t first, second;
 };
 
-// Sums of a part of the depth, for merge: partials[blockIdx.z][row][output].
+// Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
 template <class Block, template <int> class Source>
 __device__ void split(const storage_t* __restrict__ x, const uint8* __restrict__ unpool_codes,
                       const storage_t* __restrict__ weight, accumulate_t* __restrict__ partials, const Convolution& g,
@@ -206,27 +192,6 @@ __device__ void split(const storage_t* __restrict__ x, const uint8* __restrict__
         }
     }
 }
-
-// A piece of one row of z: the sums of all chunks in their order, the bias, rounded, ReLU.
-struct Merge {
-    const accumulate_t *partials, *bias;
-    int64 rows;
-    int o, chunks;
-    bool with_relu;
-    __device__ Piece piece(int64 row, int output) const {
-        Values z;
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) z.of[i] = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            const accumulate_t* const from = partials + (chunk * rows + row) * o + output;
-#pragma unroll
-            for (int i = 0; i < PIECE; ++i) z.of[i] += from[i];
-        }
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) z.of[i] += bias[output + i];
-        return with_relu ? relu(piece_of(z)) : piece_of(z);
-    }
-};
 
 // The block below, whose output the convolution read: its map y (n, h, w, c) before batch norm, and batch norm.
 struct Below {
@@ -483,30 +448,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
     split<BlockTile<128, 64, 2>, UnpooledPieces>(
         x, unpool_codes, weight, partials, g, rows, by_windows, parts_per_chunk);
-}
-
-// A thread takes a piece of a pixel, or of a window where the rows come by windows; grid-stride.
-extern "C" __global__ void conv2d_fused_merge(
-    const accumulate_t* __restrict__ partials,  // (chunks, rows, o)
-    const accumulate_t* __restrict__ bias,      // (o)
-    storage_t* __restrict__ y,                  // (n, out_h, out_w, o)
-    uint8* __restrict__ OPTIONAL pool_codes,    // (n, out_h, out_w, o / 4)
-    int n, int oh, int ow, int out_h, int out_w, int o, int rows, int chunks, int with_relu) {
-    const Merge merge = {partials, bias, rows, o, chunks, with_relu != 0};
-    const int across = o / PIECE;
-    FOR_EACH_INDEX(i, (int64)n * out_h * out_w * across) {
-        const int64 pixel = i / across, element = i * PIECE;
-        const int output = (int)(i - pixel * across) * PIECE;
-        if (!pool_codes) {
-            *(Piece*)(y + element) = merge.piece(pixel, output);
-            continue;
-        }
-        const int64 line = pixel / out_w;
-        const int column = (int)(pixel - line * out_w) * 2, row = (int)(line % out_h) * 2;
-        PooledPiece pool(merge.piece(4 * pixel, output));
-        for (int code = 1; code < 4; ++code)
-            if (column + code % 2 < ow && row + code / 2 < oh) pool.offer(merge.piece(4 * pixel + code, output), code);
-        *(Piece*)(y + element) = pool.best;
-        store_codes(pool_codes, element, pool.codes);
-    }
 }

@@ -20,27 +20,11 @@
 // do not depend on each other. All sums in double; statistics as distances from the first tile's mean (never
 // E[x^2] - E[x]^2). Lanes are added as a binary tree: the order depends on the shape alone.
 #include "common/packed_codes.cuh"
+#include "common/reduce.cuh"
 
 #define TILE_ROWS 128  // of a convolution's tile (conv2d_fused.cu); the last one has what is left
 #define MERGE_CHANNELS 8
 #define MERGE_LANES 64
-
-// The sums of COUNT numbers over the lanes of a block, for each of its channels; valid in lane 0.
-template <int COUNT>
-__device__ void block_add_lanes(double (&sums)[COUNT]) {
-    SHARED_ARRAY(double, lanes, [COUNT][MERGE_LANES][MERGE_CHANNELS]);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] = sums[i];
-    __syncthreads();
-    for (int half = MERGE_LANES / 2; half > 0; half /= 2) {
-        if (threadIdx.y < half)
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] += lanes[i][threadIdx.y + half][threadIdx.x];
-        __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) sums[i] = lanes[i][0][threadIdx.x];
-}
 
 // Launch: grid (c + 7) / 8, block (8, 64)
 extern "C" __global__ void norm_merge_statistics(
@@ -62,7 +46,7 @@ extern "C" __global__ void norm_merge_statistics(
             sums[1] += count * distance * distance;
             sums[2] += partials[((int64)tile * 2 + 1) * c + channel];
         }
-    block_add_lanes(sums);
+    block_add_lanes<MERGE_LANES, MERGE_CHANNELS>(sums);
     if (threadIdx.y != 0 || channel >= c) return;
     const double offset = sums[0] / rows, m2 = sums[2] + (sums[1] - sums[0] * offset);
     mean[channel] = (float)(pivot + offset);
@@ -84,7 +68,7 @@ extern "C" __global__ void norm_merge_gradients(
             sums[0] += partials[(int64)tile * 2 * c + channel];
             sums[1] += partials[((int64)tile * 2 + 1) * c + channel];
         }
-    block_add_lanes(sums);
+    block_add_lanes<MERGE_LANES, MERGE_CHANNELS>(sums);
     if (threadIdx.y != 0 || channel >= c) return;
     dbias[channel] = (float)sums[0];
     dweight[channel] = (float)sums[1];

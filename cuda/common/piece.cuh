@@ -49,3 +49,17 @@ __device__ inline Piece piece_of(const Values& values) {
     }
     return piece;
 }
+
+// max(x, 0) of stored numbers, by their signs; a NaN stays one.
+__device__ inline Piece relu(Piece piece) {
+    const Values values = values_of(piece);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i)
+        if (values.of[i] <= 0) {
+            if constexpr (sizeof(storage_t) == 2)
+                piece.words[i / 2] &= i % 2 ? 0x0000FFFFu : 0xFFFF0000u;
+            else
+                piece.words[i] = 0;
+        }
+    return piece;
+}

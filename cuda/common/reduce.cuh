@@ -17,3 +17,20 @@ __device__ T block_sum(T value) {
     __syncthreads();  // a second call writes `lanes` again
     return total;
 }
+
+// The sums of COUNT numbers over threadIdx.y, for each threadIdx.x of a block of COLUMNS x LANES threads; valid everywhere.
+template <int LANES, int COLUMNS, int COUNT>
+__device__ void block_add_lanes(double (&sums)[COUNT]) {
+    SHARED_ARRAY(double, lanes, [COUNT][LANES][COLUMNS]);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] = sums[i];
+    __syncthreads();
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        if (threadIdx.y < half)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] += lanes[i][threadIdx.y + half][threadIdx.x];
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sums[i] = lanes[i][0][threadIdx.x];
+}

@@ -70,8 +70,13 @@ class FusedRow(Row):
 
     def cases(self) -> list[Case]:
         chosen = [(case, self.options[i % len(self.options)]) for i, case in enumerate(SHAPES)]
-        chosen += [(SHAPES[3], options) for options in self.options]  # each of them at an odd edge
-        return [Case(case.reason, {**case.sizes, **options}) for case, options in chosen]
+        found = [Case(case.reason, {**case.sizes, **options}) for case, options in chosen]
+        return found + self.with_every_option("odd edges", (1, 5, 7), 16, 24)
+
+    def with_every_option(self, reason: str, size: tuple[int, int, int], c: int, o: int) -> list[Case]:
+        """One shape with each of the options."""
+        named = [(", ".join(key for key, value in options.items() if value), options) for options in self.options]
+        return [fused_case(f"{reason}; {names or 'plain'}", size, c, o, **options) for names, options in named]
 
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c, o = (int(k) for k in rng.integers(1, (4, 16, 16, 12, 18)))
@@ -172,7 +177,7 @@ class FusedInferenceRow(FusedRow):
         super().__init__("conv2d_fused_inference", rung)
 
     def cases(self) -> list[Case]:
-        deep = [fused_case("deep and small: the depth is split", (1, 3, 5), 136, 72, **o) for o in self.options]
+        deep = self.with_every_option("deep and small, the depth is split", (1, 3, 5), 136, 72)
         uneven = fused_case("chunks of unequal depth", (2, 3, 2), 248, 8, **self.options[-1])
         return [*super().cases(), *deep, uneven]
 
