@@ -119,7 +119,8 @@ __device__ void store_map(const StoredTile<Block>& tile, storage_t* y, int count
     if (tile.channel() >= o) return;
     for (int row = tile.lane(); row < count; row += tile.LANES) {
         const Piece piece = tile.piece(row);
-        *(Piece*)(y + ((int64)blockIdx.x * Block::ROWS + row) * o + tile.channel()) = with_relu ? relu(piece) : piece;
+        const int64 element = ((int64)blockIdx.x * Block::ROWS + row) * o + tile.channel();
+        store_piece(y + element, with_relu ? relu(piece) : piece);
     }
 }
 
@@ -137,7 +138,7 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
         for (int code = 1; code < 4; ++code)
             if (first.x + code % 2 < order.w && first.y + code / 2 < order.h) pool.offer(candidate(code), code);
         const int64 element = row / 4 * o + tile.channel();
-        *(Piece*)(pooled + element) = pool.best;
+        store_piece(pooled + element, pool.best);
         store_codes(codes, element, pool.codes);
     }
 }
@@ -203,17 +204,17 @@ struct Below {
 
     // The piece of y that belongs to a pixel of the block's output: of a pool, at the position that it chose.
     __device__ Piece piece(int64 pixel, int channel, int channels) const {
-        if (!pool_codes) return *(const Piece*)(y + pixel * channels + channel);
+        if (!pool_codes) return load_piece(y + pixel * channels + channel);
         const int columns = (w + 1) / 2, rows = (h + 1) / 2;
         const int64 line = pixel / columns, image = line / rows;
         const int column = (int)(pixel - line * columns) * 2, row = (int)(line - image * rows) * 2;
         const storage_t* const first = y + ((image * h + row) * w + column) * channels + channel;
         const unsigned codes = piece_codes(pool_codes, pixel * channels + channel);
-        Piece chosen = at_position(*(const Piece*)first, codes, 0);
+        Piece chosen = at_position(load_piece(first), codes, 0);
         const bool right = column + 1 < w, lower = row + 1 < h;
-        if (right) chosen = either(chosen, at_position(*(const Piece*)(first + channels), codes, 1));
-        if (lower) chosen = either(chosen, at_position(*(const Piece*)(first + (int64)w * channels), codes, 2));
-        if (right && lower) chosen = either(chosen, at_position(*(const Piece*)(first + (int64)(w + 1) * channels), codes, 3));
+        if (right) chosen = either(chosen, at_position(load_piece(first + channels), codes, 1));
+        if (lower) chosen = either(chosen, at_position(load_piece(first + (int64)w * channels), codes, 2));
+        if (right && lower) chosen = either(chosen, at_position(load_piece(first + (int64)(w + 1) * channels), codes, 3));
         return chosen;
     }
 };
@@ -250,7 +251,7 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
                 sums.of[k] += gradient.of[k];
                 sums_xhat.of[k] += gradient.of[k] * (distance * inv_std.of[k]);
             }
-            *(Piece*)(dr + element) = piece_of(gradient);
+            store_piece(dr + element, piece_of(gradient));
         }
     const float total = add_lanes(tile, sums);
     store_partials<Block>(partials, total, add_lanes(tile, sums_xhat), c);

@@ -19,7 +19,11 @@ struct Merge {
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const accumulate_t* const from = partials + (chunk * rows + row) * o + output;
 #pragma unroll
-            for (int i = 0; i < PIECE; ++i) z.of[i] += from[i];
+            for (int four = 0; four < PIECE; four += 4) {
+                const Piece sums = load_piece((const storage_t*)(from + four));  // of floats, whatever is stored
+#pragma unroll
+                for (int i = 0; i < 4; ++i) z.of[four + i] += __uint_as_float(sums.words[i]);
+            }
         }
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) z.of[i] += bias[output + i];
@@ -39,7 +43,7 @@ extern "C" __global__ void conv2d_fused_merge(
         const int64 pixel = i / across, element = i * PIECE;
         const int output = (int)(i - pixel * across) * PIECE;
         if (!pool_codes) {
-            *(Piece*)(y + element) = merge.piece(pixel, output);
+            store_piece(y + element, merge.piece(pixel, output));
             continue;
         }
         const int64 line = pixel / out_w;
@@ -47,7 +51,7 @@ extern "C" __global__ void conv2d_fused_merge(
         PooledPiece pool(merge.piece(4 * pixel, output));
         for (int code = 1; code < 4; ++code)
             if (column + code % 2 < ow && row + code / 2 < oh) pool.offer(merge.piece(4 * pixel + code, output), code);
-        *(Piece*)(y + element) = pool.best;
+        store_piece(y + element, pool.best);
         store_codes(pool_codes, element, pool.codes);
     }
 }

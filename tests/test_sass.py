@@ -158,3 +158,34 @@ def test_main_loop(kernel, element, architecture):
 
     assert count("BAR") == 1, "one barrier a stage"
     assert count("LDL") == count("STL") == 0, "local memory"
+
+
+# What the fused engine's kernels store beside whole pieces of maps: floats of partial sums, codes (a byte or two).
+OTHER_STORES = {
+    "norm_relu_forward": set(),
+    "norm_relu_pool_forward": {"U8", "U16"},
+    "norm_relu_backward": set(),
+    "norm_relu_pool_backward": set(),
+    "conv2d_fused_forward_128x128": {"", "U8", "U16"},
+    "conv2d_fused_backward_data_128x128": {""},
+    "conv2d_fused_merge": {"U8", "U16"},
+    "softmax_cross_entropy": {"64"},
+}
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", CHOSEN)
+@pytest.mark.parametrize("kernel", OTHER_STORES)
+def test_maps_move_in_pieces_of_16_bytes(kernel, architecture):
+    """Left to itself the compiler splits them into words where they come out of branches or arithmetic."""
+    source = find_kernel(kernel).source
+    for element in source.elements:
+        cubin = nvrtc.cached_cubin(source, ElementTypes.named(element), architecture)
+        command = [disassembler(), "-c", str(cubin)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        body = re.split(r"^\.text\.", sass, flags=re.MULTILINE)
+        (own,) = (text for text in body if text.startswith(f"{kernel}:"))
+        stores = set(re.findall(r"\bSTG\.E\.?(\w*)", own))
+        assert stores - {"128"} <= OTHER_STORES[kernel], element
+        assert "128" in stores, element
+        assert "LDG.E.128" in own or kernel == "conv2d_fused_forward_128x128", element

@@ -177,7 +177,7 @@ struct UnpooledPieces {
         if (!patch.inside(bits)) return;
         const int y = (patch.offset >> 1 & 1) + ky, x = (patch.offset & 1) + kx;
         const int offset = (patch.offset & ~3) + (y >> 1) * row_stride + (x >> 1) * column_stride + channel;
-        pieces[i] = *(const Piece*)(images + offset);
+        pieces[i] = load_piece(images + offset);
         piece_codes_[i] = piece_codes(codes, offset) | (2 * (y & 1) + (x & 1)) << 16;
     }
     __device__ void end(int i, char* to) {
