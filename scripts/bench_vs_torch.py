@@ -2,6 +2,7 @@
 """SegNet's training step and inference, ours beside PyTorch's: error, time and peak memory, measured in one run.
 
     scripts/bench_vs_torch.py --device cpu          our NumPy device; needs the extra `oracle`
+    scripts/bench_vs_torch.py --device cuda         the fused engine and the layers beside PyTorch at its best (bench_gpu/)
     scripts/bench_vs_torch.py --host                the host device's tiled convolution beside a BLAS matrix product
 
 Both sides get the same images, weights and number of threads. Nothing is timed before both are right. Times are taken
@@ -158,13 +159,11 @@ class PyTorch:
         return {"logits": logits, **{name: p.grad.numpy() for name, p in self.model.named_parameters()}}
 
 
-# By --device. The first is ours; a further device brings its own contenders, and a `train_step` that waits for it.
-CONTENDERS: dict[str, dict[str, Callable[[Work], Contender]]] = {
-    "cpu": {
-        "ours, numpy": lambda work: Ours(work, "numpy"),
-        "PyTorch, channels_last": lambda work: PyTorch(work, "channels_last"),
-        "PyTorch, contiguous": lambda work: PyTorch(work, "contiguous_format"),
-    }
+# Of the CPU; the first is ours.
+CONTENDERS: dict[str, Callable[[Work], Contender]] = {
+    "ours, numpy": lambda work: Ours(work, "numpy"),
+    "PyTorch, channels_last": lambda work: PyTorch(work, "channels_last"),
+    "PyTorch, contiguous": lambda work: PyTorch(work, "contiguous_format"),
 }
 
 
@@ -325,7 +324,7 @@ def report_memory(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Error, time and memory of a device's contenders; what the JSON file holds."""
     work = Work(arguments.batch, arguments.size, arguments.width)
-    factories = CONTENDERS[arguments.device]
+    factories = CONTENDERS
     errors = correctness(factories, arguments.width)
     if not report_errors(errors):
         raise SystemExit("error: our results are wrong, so their speed says nothing")
@@ -412,7 +411,9 @@ def environment(threads: int) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--device", choices=list(CONTENDERS), default="cpu", help="cpu: the NumPy device (default)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: the NumPy device (default)")
+    parser.add_argument("--seconds", type=float, default=360, help="cuda: budget of time; the least important go (360)")
+    parser.add_argument("--thorough", action="store_true", help="cuda: every way to run PyTorch, compilation included")
     parser.add_argument("--host", action="store_true", help="measure the host device's tiled convolution instead")
     parser.add_argument("--batch", type=int, default=4, help="images in a batch (4)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (224)")
@@ -442,7 +443,14 @@ def main() -> None:
     set_threads(arguments.threads, with_torch=not arguments.host and not (child and is_ours(child)))
     if child:
         work = Work(arguments.batch, arguments.size, arguments.width)
-        run_child(CONTENDERS[arguments.device][child], child, work)
+        run_child(CONTENDERS[child], child, work)
+        return
+    if arguments.device == "cuda" and not arguments.host:
+        from bench_gpu import run
+
+        found = run.main(arguments, environment(arguments.threads))
+        if arguments.json:
+            run.write(arguments.json, found)
         return
     report = measure_host(arguments) if arguments.host else compare(arguments)
     if arguments.json:
