@@ -2,7 +2,7 @@
 """SegNet's training step and inference, ours beside PyTorch's: error, time and peak memory, measured in one run.
 
     scripts/bench_vs_torch.py --device cpu          our NumPy device; needs the extra `oracle`
-    scripts/bench_vs_torch.py --device cuda         the fused engine and the layers beside PyTorch at its best (bench_gpu/)
+    scripts/bench_vs_torch.py --device cuda         both engines beside PyTorch at its best (bench_gpu/)
     scripts/bench_vs_torch.py --host                the host device's tiled convolution beside a BLAS matrix product
 
 Both sides get the same images, weights and number of threads. Nothing is timed before both are right. Times are taken

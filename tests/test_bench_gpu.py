@@ -126,8 +126,8 @@ class TestCases:
 class TestGate:
     def test_right_contenders_pass(self):
         errors = gate.errors_of(get_device("numpy"), width=1 / 8, torch_device="cpu")
-        for precision, found in errors.items():
-            assert all(gate.right(found).values()), (precision, found)
+        for precision in ("bf16", "float32"):  # on the CPU PyTorch has no tf32
+            assert all(gate.right(errors[precision]).values()), (precision, errors[precision])
         assert "ours, layers" not in errors["bf16"]
         assert errors["float32"]["ours, fused"]["logits"] < 1e-4 < errors["bf16"]["ours, fused"]["logits"]
 
