@@ -13,7 +13,8 @@
 // traffic. dy takes the place of dr where they are of one size.
 //
 // Threads of maps: each looks after one piece of channels (16 bytes), whose numbers it loads once, of every so many
-// rows (pixels, or windows); neighbouring threads have neighbouring pieces. No sums: any order.
+// rows (pixels, or windows); neighbouring threads have neighbouring pieces. All loads of a window are begun before the
+// first is used. No sums: any order.
 //
 // Merges: there are thousands of tiles and perhaps 64 channels, so one thread a channel would wait for memory thousands
 // of times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles; loads of a lane
@@ -21,6 +22,7 @@
 // E[x^2] - E[x]^2). Lanes are added as a binary tree: the order depends on the shape alone.
 #include "common/packed_codes.cuh"
 #include "common/reduce.cuh"
+#include "common/windows.cuh"
 
 #define TILE_ROWS 128  // of a convolution's tile (conv2d_fused.cu); the last one has what is left
 #define MERGE_CHANNELS 8
@@ -74,26 +76,30 @@ extern "C" __global__ void norm_merge_gradients(
     dweight[channel] = (float)sums[1];
 }
 
-// The piece of channels of a thread, and its rows: first, first + step, ...
+// The share of a thread in a (rows, c) matrix: one piece of the channels, of the rows first, first + step, ...
+//
+//   for (Share share(c); share.exists(c); share.next())
+//
+// Any one-dimensional grid covers the matrix. Where a row has more pieces than there are threads, a thread takes several
+// shares; the threads beyond the last whole row of pieces have none. Nobody has one where c is no multiple of a piece,
+// which ops/norm_relu.py refuses.
 struct Share {
-    int channel;
-    int64 first, step;
-    bool exists;
-    __device__ explicit Share(int c) {
-        const int pieces = c / PIECE, left = pieces - blockIdx.y * blockDim.x;
-        const int across = left < (int)blockDim.x ? left : blockDim.x, down = blockDim.x / across;
-        channel = (blockIdx.y * blockDim.x + threadIdx.x % across) * PIECE;
-        first = (int64)blockIdx.x * down + threadIdx.x / across;
-        step = (int64)gridDim.x * down;
-        exists = threadIdx.x / across < down;  // threads that do not fill a row of pieces have nothing to do
+    int64 threads, channel, first, step;
+    __device__ explicit Share(int c) : threads((int64)gridDim.x * blockDim.x) {
+        const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x, pieces = c < PIECE ? 1 : c / PIECE;
+        channel = index % pieces * PIECE;
+        first = index / pieces;
+        step = threads < pieces ? 1 : threads / pieces;
     }
+    __device__ bool exists(int c) const { return c % PIECE == 0 && channel < c && first < step; }
+    __device__ void next() { channel += threads * PIECE; }
 };
 
 // What forward does to a piece of y, as it is stored.
 struct Norm {
     Values mean, scale, bias;
     bool relu;
-    __device__ Norm(const float* means, const float* inv_stds, const float* weights, const float* biases, int channel,
+    __device__ Norm(const float* means, const float* inv_stds, const float* weights, const float* biases, int64 channel,
                     bool with_relu)
         : relu(with_relu) {
 #pragma unroll
@@ -114,23 +120,15 @@ struct Norm {
     }
 };
 
-// A window of a map (n, h, w, c): where its elements lie.
-struct WindowOfPieces {
-    int64 element;
-    bool right, below;
-    __device__ WindowOfPieces(int64 window, int h, int w, int c, int channel) {
-        const int columns = (w + 1) / 2, rows = (h + 1) / 2;
-        const int64 line = window / columns, image = line / rows;
-        const int column = (int)(window - line * columns) * 2, row = (int)(line - image * rows) * 2;
-        element = ((image * h + row) * w + column) * c + channel;
-        right = column + 1 < w;
-        below = row + 1 < h;
+// The pieces of a window. A position outside of the map is answered by the first one, which no pool prefers to itself.
+struct WindowPieces {
+    Piece at[4];
+    __device__ WindowPieces(const storage_t* map, const Window& window, int w, int c) {
+#pragma unroll
+        for (int code = 0; code < 4; ++code) at[code] = *(const Piece*)(map + window.at(window.holds(code) ? code : 0, w, c));
     }
-    __device__ bool holds(int code) const { return (right || !(code & 1)) && (below || !(code & 2)); }
-    __device__ int64 at(int code, int w, int c) const { return element + ((int64)(code / 2) * w + code % 2) * c; }
 };
 
-// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
 extern "C" __global__ void norm_relu_forward(
     const storage_t* __restrict__ y,    // (rows, c)
     const float* __restrict__ mean,     // (c)
@@ -139,16 +137,15 @@ extern "C" __global__ void norm_relu_forward(
     const float* __restrict__ bias,     // (c)
     storage_t* __restrict__ z,          // (rows, c)
     int64 rows, int c, int relu) {
-    const Share share(c);
-    if (!share.exists) return;
-    const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-    for (int64 row = share.first; row < rows; row += share.step) {
-        const int64 element = row * c + share.channel;
-        *(Piece*)(z + element) = norm.of(*(const Piece*)(y + element));
+    for (Share share(c); share.exists(c); share.next()) {
+        const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
+        for (int64 row = share.first; row < rows; row += share.step) {
+            const int64 element = row * c + share.channel;
+            *(Piece*)(z + element) = norm.of(*(const Piece*)(y + element));
+        }
     }
 }
 
-// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
 extern "C" __global__ void norm_relu_pool_forward(
     const storage_t* __restrict__ y,    // (n, h, w, c)
     const float* __restrict__ mean,     // (c)
@@ -158,19 +155,18 @@ extern "C" __global__ void norm_relu_pool_forward(
     storage_t* __restrict__ pooled,     // (n, (h + 1) / 2, (w + 1) / 2, c)
     uint8* __restrict__ codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     int n, int h, int w, int c, int relu) {
-    const Share share(c);
-    if (!share.exists) return;
-    const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
     const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
-    for (int64 window = share.first; window < windows; window += share.step) {
-        const WindowOfPieces at(window, h, w, c, share.channel);
-        PooledPiece pool(norm.of(*(const Piece*)(y + at.element)));
+    for (Share share(c); share.exists(c); share.next()) {
+        const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
+        for (int64 row = share.first; row < windows; row += share.step) {
+            const WindowPieces pieces(y, Window(row, (int)share.channel, h, w, c), w, c);
+            PooledPiece pool(norm.of(pieces.at[0]));
 #pragma unroll
-        for (int code = 1; code < 4; ++code)
-            if (at.holds(code)) pool.offer(norm.of(*(const Piece*)(y + at.at(code, w, c))), code);
-        const int64 element = window * c + share.channel;
-        *(Piece*)(pooled + element) = pool.best;
-        store_codes(codes, element, pool.codes);
+            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
+            const int64 element = row * c + share.channel;
+            *(Piece*)(pooled + element) = pool.best;
+            store_codes(codes, element, pool.codes);
+        }
     }
 }
 
@@ -178,7 +174,7 @@ extern "C" __global__ void norm_relu_pool_forward(
 struct NormBackward {
     Values mean, inv_std, gain, mean_dr, mean_dr_xhat;
     __device__ NormBackward(const float* means, const float* inv_stds, const float* weights, const float* dweights,
-                            const float* dbiases, int channel, int64 rows) {
+                            const float* dbiases, int64 channel, int64 rows) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             mean.of[i] = means[channel + i];
@@ -200,7 +196,6 @@ struct NormBackward {
     }
 };
 
-// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
 extern "C" __global__ void norm_relu_backward(
     const storage_t* __restrict__ y,    // (rows, c)
     const float* __restrict__ mean,     // (c)
@@ -210,16 +205,15 @@ extern "C" __global__ void norm_relu_backward(
     const float* __restrict__ dbias,    // (c)
     storage_t* __restrict__ dr,         // (rows, c), which becomes dy
     int64 rows, int c) {
-    const Share share(c);
-    if (!share.exists) return;
-    const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, rows);
-    for (int64 row = share.first; row < rows; row += share.step) {
-        const int64 element = row * c + share.channel;
-        *(Piece*)(dr + element) = norm.of(*(const Piece*)(y + element), *(const Piece*)(dr + element));
+    for (Share share(c); share.exists(c); share.next()) {
+        const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, rows);
+        for (int64 row = share.first; row < rows; row += share.step) {
+            const int64 element = row * c + share.channel;
+            *(Piece*)(dr + element) = norm.of(*(const Piece*)(y + element), *(const Piece*)(dr + element));
+        }
     }
 }
 
-// Launch: by ops/norm_relu.py only, whose grid covers the pieces of a row
 extern "C" __global__ void norm_relu_pool_backward(
     const storage_t* __restrict__ y,    // (n, h, w, c)
     const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
@@ -231,20 +225,18 @@ extern "C" __global__ void norm_relu_pool_backward(
     const float* __restrict__ dbias,    // (c)
     storage_t* __restrict__ dy,         // (n, h, w, c)
     int n, int h, int w, int c) {
-    const Share share(c);
-    if (!share.exists) return;
-    const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
     const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
-    for (int64 window = share.first; window < windows; window += share.step) {
-        const WindowOfPieces at(window, h, w, c, share.channel);
-        const int64 pooled = window * c + share.channel;
-        const Piece gradient = *(const Piece*)(dr + pooled);
-        const unsigned chosen = piece_codes(codes, pooled);
+    for (Share share(c); share.exists(c); share.next()) {
+        const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
+        for (int64 row = share.first; row < windows; row += share.step) {
+            const Window window(row, (int)share.channel, h, w, c);
+            const WindowPieces pieces(y, window, w, c);
+            const Piece gradient = *(const Piece*)(dr + row * c + share.channel);
+            const unsigned chosen = piece_codes(codes, row * c + share.channel);
 #pragma unroll
-        for (int code = 0; code < 4; ++code) {
-            if (!at.holds(code)) continue;
-            const int64 element = at.at(code, w, c);
-            *(Piece*)(dy + element) = norm.of(*(const Piece*)(y + element), at_position(gradient, chosen, code));
+            for (int code = 0; code < 4; ++code)
+                if (window.holds(code))
+                    *(Piece*)(dy + window.at(code, w, c)) = norm.of(pieces.at[code], at_position(gradient, chosen, code));
         }
     }
 }

@@ -18,14 +18,13 @@ struct Window {
     int c, column, row;
     int64 element;      // of the map: (n, 2 row, 2 column, c)
     bool right, below;  // is there a second column, a second row?
-    __device__ Window(int64 index, int h, int w, int channels) {
+    __device__ Window(int64 index, int h, int w, int channels)
+        : Window(index / channels, (int)(index % channels), h, w, channels) {}
+    __device__ Window(int64 window, int channel, int h, int w, int channels) : c(channel) {
         const int columns = (w + 1) / 2, rows = (h + 1) / 2;
-        c = (int)(index % channels);
-        index /= channels;
-        column = (int)(index % columns);
-        index /= columns;
-        row = (int)(index % rows);
-        const int64 n = index / rows;
+        const int64 line = window / columns, n = line / rows;
+        column = (int)(window % columns);
+        row = (int)(line % rows);
         element = ((n * h + 2 * row) * w + 2 * column) * channels + c;
         right = 2 * column + 1 < w;
         below = 2 * row + 1 < h;

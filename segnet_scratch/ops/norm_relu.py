@@ -16,7 +16,7 @@ from segnet_scratch.ops.pieces import TILE_ROWS, expect_pieces, in_float32, piec
 from segnet_scratch.ops.windows import CODE, windows_of
 
 MERGE_CHANNELS, MERGE_LANES = 8, 64
-MAX_BLOCKS = 2048  # enough for any GPU; beyond it threads take more rows
+MAX_BLOCKS = 4096  # several rounds of any GPU, so that the last one leaves little idle; threads then take more rows
 
 
 class _Merge(Op):
@@ -110,11 +110,10 @@ class _OnMaps(Op):
         self.workspace = {}
         self.flops = 4 * y.size
 
-    def _grid(self, rows: int) -> tuple[int, int]:
-        """Blocks: rows, groups of pieces."""
-        pieces = self.channels // piece_of(self.inputs["y"].dtype)
-        down = ELEMENT_THREADS // min(pieces, ELEMENT_THREADS)
-        return max(1, min(-(-rows // down), MAX_BLOCKS)), -(-pieces // ELEMENT_THREADS)
+    def _grid(self, rows: int) -> int:
+        """Blocks of ELEMENT_THREADS for so many rows of pieces."""
+        pieces = rows * (self.channels // piece_of(self.inputs["y"].dtype))
+        return min(-(-pieces // ELEMENT_THREADS), MAX_BLOCKS)
 
     def _vectors(self, *names: str) -> None:
         self.inputs = {**self.inputs, **dict.fromkeys(names, self.vector)}

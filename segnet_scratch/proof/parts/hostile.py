@@ -26,7 +26,9 @@ class HostileInputs(Part):
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         for row in rows:
-            if row.hostile(np.random.default_rng(seed)) is not None:
+            with np.errstate(all="ignore"):
+                hostile = row.hostile(np.random.default_rng(seed))
+            if hostile is not None:
                 yield Work(self.name, device, row.name, 0, effort.hostile, seed, effort)
 
     def do(self, work: Work) -> Tally:

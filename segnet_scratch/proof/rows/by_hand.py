@@ -26,6 +26,14 @@ def pool(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, codes
 
 
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Codes (n, h, w, c), four to a byte: that of channel k is bits 2 (k % 4) and up of byte k // 4."""
+    bytes_ = np.zeros((*codes.shape[:3], codes.shape[3] // 4), np.uint8)
+    for *pixel, channel in np.ndindex(codes.shape):
+        bytes_[(*pixel, channel // 4)] += int(codes[(*pixel, channel)]) * 4 ** (channel % 4)
+    return bytes_
+
+
 def positions(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(row, column) in the map for each code (..., 2); a code that points outside means position 0 of its window."""
     found = np.empty((*codes.shape, 2), int)
