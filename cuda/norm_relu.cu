@@ -125,7 +125,7 @@ struct WindowPieces {
     Piece at[4];
     __device__ WindowPieces(const storage_t* map, const Window& window, int w, int c) {
 #pragma unroll
-        for (int code = 0; code < 4; ++code) at[code] = *(const Piece*)(map + window.at(window.holds(code) ? code : 0, w, c));
+        for (int code = 0; code < 4; ++code) at[code] = load_piece(map + window.at(window.holds(code) ? code : 0, w, c));
     }
 };
 
@@ -141,7 +141,7 @@ extern "C" __global__ void norm_relu_forward(
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
         for (int64 row = share.first; row < rows; row += share.step) {
             const int64 element = row * c + share.channel;
-            *(Piece*)(z + element) = norm.of(*(const Piece*)(y + element));
+            store_piece(z + element, norm.of(load_piece(y + element)));
         }
     }
 }
@@ -164,7 +164,7 @@ extern "C" __global__ void norm_relu_pool_forward(
 #pragma unroll
             for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
             const int64 element = row * c + share.channel;
-            *(Piece*)(pooled + element) = pool.best;
+            store_piece(pooled + element, pool.best);
             store_codes(codes, element, pool.codes);
         }
     }
@@ -209,7 +209,7 @@ extern "C" __global__ void norm_relu_backward(
         const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, rows);
         for (int64 row = share.first; row < rows; row += share.step) {
             const int64 element = row * c + share.channel;
-            *(Piece*)(dr + element) = norm.of(*(const Piece*)(y + element), *(const Piece*)(dr + element));
+            store_piece(dr + element, norm.of(load_piece(y + element), load_piece(dr + element)));
         }
     }
 }
@@ -231,12 +231,12 @@ extern "C" __global__ void norm_relu_pool_backward(
         for (int64 row = share.first; row < windows; row += share.step) {
             const Window window(row, (int)share.channel, h, w, c);
             const WindowPieces pieces(y, window, w, c);
-            const Piece gradient = *(const Piece*)(dr + row * c + share.channel);
+            const Piece gradient = load_piece(dr + row * c + share.channel);
             const unsigned chosen = piece_codes(codes, row * c + share.channel);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))
-                    *(Piece*)(dy + window.at(code, w, c)) = norm.of(pieces.at[code], at_position(gradient, chosen, code));
+                    store_piece(dy + window.at(code, w, c), norm.of(pieces.at[code], at_position(gradient, chosen, code)));
         }
     }
 }

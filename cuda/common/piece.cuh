@@ -9,6 +9,26 @@ struct __align__(PIECE_BYTES) Piece {
     unsigned words[4];
 };
 
+// A piece moved between registers and global memory by one instruction. Copied as a struct, or stored as a uint4, it
+// would be up to the compiler, which moves four words one by one where they come out of branches or go into arithmetic.
+__device__ inline Piece load_piece(const storage_t* from) {
+#ifdef SEGNET_HOST
+    return *(const Piece*)from;
+#else
+    const uint4 words = *(const uint4*)from;
+    return {{words.x, words.y, words.z, words.w}};
+#endif
+}
+__device__ inline void store_piece(storage_t* to, const Piece& piece) {
+#ifdef SEGNET_HOST
+    *(Piece*)to = piece;
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(piece.words[0]), "r"(piece.words[1]),
+                 "r"(piece.words[2]), "r"(piece.words[3])
+                 : "memory");
+#endif
+}
+
 struct Values {
     float of[PIECE];
 };
