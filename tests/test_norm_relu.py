@@ -188,14 +188,19 @@ class TestMerges:
             np.testing.assert_allclose(after[name], expected[name], rtol=3e-6, atol=1e-6, err_msg=name)
 
     @pytest.mark.parametrize("device", ["numpy", "host"])
-    def test_a_constant_channel_far_from_zero_has_no_variance(self, device):
-        partials = np.zeros((9, 2, 8), F32)
-        partials[:, 0] = 1e6 + 0.1
-        vector = np.zeros(8, F32)
-        plan = NormMergeStatistics.plan(spec_of(partials), 9 * TILE_ROWS - 1)
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_tiles_far_from_zero_that_hardly_differ(self, constant, device):
+        """Their squares have more digits than a double: E[x^2] - E[x]^2 would be off by more than the variance."""
+        tiles, last = 9, TILE_ROWS - 1
+        steps = np.random.default_rng(9).integers(0, 1 if constant else 2, (tiles, 8))
+        partials = np.zeros((tiles, 2, 8), F32)
+        partials[:, 0] = 3e6 + 0.25 * steps  # the smallest step of float32
+        rows, vector = TILE_ROWS * (tiles - 1) + last, np.zeros(8, F32)
+        plan = NormMergeStatistics.plan(spec_of(partials), rows)
         out = plan(get_device(device), partials=partials, running_mean=vector.copy(), running_var=vector.copy())
-        np.testing.assert_array_equal(out.mean, partials[0, 0])
-        np.testing.assert_allclose(out.inv_std, 1 / np.sqrt(1e-5), rtol=1e-6)
+        distances = 0.25 * np.repeat(steps, [TILE_ROWS] * (tiles - 1) + [last], axis=0)
+        np.testing.assert_array_equal(out.mean, (3e6 + distances.mean(0)).astype(F32))
+        np.testing.assert_allclose(out.inv_std, 1 / np.sqrt(distances.var(0) + 1e-5), rtol=1e-6)
 
     @pytest.mark.parametrize("device", ["numpy", "host"])
     def test_gradients(self, device):
