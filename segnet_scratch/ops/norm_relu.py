@@ -184,10 +184,6 @@ class NormReluBackward(_OnMaps):
     def reference(self, b: Buffers) -> None:
         b.dr[...] = _backward(b, b.dr, self.rows)
 
-    def numpy(self, b: Buffers) -> None:
-        wide = {name: np.asarray(array, np.float32) for name, array in vars(b).items()}
-        b.dr[...] = _backward(Buffers(**wide), wide["dr"], self.rows)
-
 
 class NormReluPoolBackward(_OnMaps):
     """dy (n, h, w, c) from the gradient `dr` before the ReLU of a pooled block, at the elements that `codes` names."""

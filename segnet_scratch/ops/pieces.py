@@ -38,10 +38,10 @@ def rounded(array: np.ndarray, storage: np.dtype) -> np.ndarray:
 
 
 def in_float32(op: Op, b: Buffers, compute: Callable[[Buffers], None]) -> None:
-    """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs."""
+    """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs (and inputs that are updated)."""
     wide = Buffers(**{k: _wide(array) for k, array in vars(b).items()})
     compute(wide)
-    for name in op.outputs:
+    for name in (*op.outputs, *op.updates):
         target = getattr(b, name)
         if target.dtype == BFLOAT16:
             target[...] = getattr(wide, name)

@@ -1,0 +1,324 @@
+"""Batch norm, ReLU and pool of the fused engine, beyond what the templates over the op table check: the bits of the
+layers' kernels, the gradients of PyTorch, any grid, packed codes, how wide the machine code's accesses are.
+"""
+
+import functools
+import re
+import subprocess
+from collections import Counter
+
+import numpy as np
+import pytest
+from kernel_support import needs_compiler
+from test_sass import disassembler, needs_disassembler
+
+from segnet_scratch.device import HostDevice, get_device
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.kernels import ElementTypes, find_kernel, launch, nvrtc
+from segnet_scratch.ops.batch_norm import BatchNormBackward, BatchNormTrainingForward
+from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
+from segnet_scratch.ops.norm_relu import (
+    NormMergeGradients,
+    NormMergeStatistics,
+    NormReluBackward,
+    NormReluForward,
+    NormReluPoolBackward,
+    NormReluPoolForward,
+)
+from segnet_scratch.ops.op import spec, spec_of
+from segnet_scratch.ops.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
+from segnet_scratch.ops.pieces import TILE_ROWS, piece_of
+from segnet_scratch.ops.relu import ReluForward
+from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.proof.compare import same_bits
+from segnet_scratch.proof.rows import by_hand
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+MAPS = [(2, 6, 8, 16), (1, 5, 7, 8), (3, 1, 9, 24), (2, 9, 1, 64), (1, 1, 2, 8), (1, 3, 5, 2056)]
+
+each_map = pytest.mark.parametrize("shape", MAPS, ids=str)
+
+
+def channels(rng, c, dtype=F32):
+    """weight, bias (c): of both signs, and one channel that is switched off."""
+    weight, bias = rng.standard_normal((2, c))
+    weight[0] = 0
+    return {"weight": weight.astype(dtype), "bias": bias.astype(dtype)}
+
+
+def batch_norm(device, x, weight, bias):
+    """y, mean, inv_std by the layers' op."""
+    running = {"running_mean": np.zeros_like(weight), "running_var": np.ones_like(weight)}
+    return BatchNormTrainingForward.plan(spec_of(x))(device, x=x, weight=weight, bias=bias, **running)
+
+
+def max_pool(device, x):
+    """y, codes by the layers' op."""
+    return MaxPoolForward.plan(spec_of(x))(device, x=x)
+
+
+def partials_of(*terms):
+    """(tiles, 2, c): what `terms`, functions of the (rows, c) of a tile, make of two maps or of one."""
+    return lambda *maps: np.stack(
+        [
+            np.stack([term(*(m.reshape(-1, m.shape[-1])[start : start + TILE_ROWS] for m in maps)) for term in terms])
+            for start in range(0, maps[0].size // maps[0].shape[-1], TILE_ROWS)
+        ]
+    )
+
+
+statistics_of = partials_of(lambda y: y.mean(0), lambda y: ((y - y.mean(0)) ** 2).sum(0))
+sums_of = partials_of(lambda dr, xhat: dr.sum(0), lambda dr, xhat: (dr * xhat).sum(0))
+
+
+@needs_compiler
+class TestBitsOfTheLayers:
+    """Given the same mean and inv_std, the kernels give what batch norm, ReLU and pool give one after the other."""
+
+    @each_map
+    @pytest.mark.parametrize("relu", [True, False])
+    def test_forward(self, shape, relu):
+        device, rng = get_device("host"), np.random.default_rng(0)
+        y, norm = rng.standard_normal(shape).astype(F32), channels(rng, shape[3])
+        layer = batch_norm(device, y, **norm)
+        z = ReluForward.plan(spec_of(y))(device, x=layer.y).y if relu else layer.y
+        inputs = {"y": y, "mean": layer.mean, "inv_std": layer.inv_std, **norm}
+        assert same_bits(NormReluForward.plan(spec_of(y), relu)(device, **inputs).z, z)
+        out, pool = NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z)
+        assert same_bits(out.pooled, pool.y)
+        assert same_bits(out.codes, pack_codes(pool.codes))
+
+    @each_map
+    @pytest.mark.parametrize("relu", [True, False])
+    def test_forward_in_bfloat16_pools_what_it_would_have_stored(self, shape, relu):
+        """Rounding makes numbers equal that were not: the pool must see them so."""
+        device, rng = get_device("host"), np.random.default_rng(1)
+        y, norm = rng.standard_normal(shape).astype(BFLOAT16), channels(rng, shape[3])
+        layer = batch_norm(device, y.astype(F32), **norm)
+        inputs = {"y": y, "mean": layer.mean, "inv_std": layer.inv_std, **norm}
+        z = NormReluForward.plan(spec_of(y), relu)(device, **inputs).z
+        rectified = np.where(layer.y <= 0, 0, layer.y) if relu else layer.y
+        assert same_bits(z, rectified.astype(BFLOAT16))
+        out, pool = NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z.astype(F32))
+        assert same_bits(out.pooled, pool.y.astype(BFLOAT16))
+        assert same_bits(out.codes, pack_codes(pool.codes))
+
+    @each_map
+    @pytest.mark.parametrize("dtype", [F32, BFLOAT16], ids=str)
+    def test_backward(self, shape, dtype):
+        device, rng = get_device("host"), np.random.default_rng(2)
+        y, dr = rng.standard_normal((2, *shape)).astype(dtype)
+        norm = channels(rng, shape[3])
+        layer = batch_norm(device, y.astype(F32), **norm)
+        saved = {"mean": layer.mean, "inv_std": layer.inv_std, "weight": norm["weight"]}
+        pool = max_pool(device, layer.y)
+        pooled = rng.standard_normal(pool.y.shape).astype(dtype)
+        spread = MaxPoolBackward.plan(spec(pooled.shape, F32), shape[1:3])
+        scattered = spread(device, dy=pooled.astype(F32), codes=pool.codes).dx
+        for gradient in (dr.astype(F32), scattered):
+            of_layer = BatchNormBackward.plan(spec(shape, F32), True)(device, x=y.astype(F32), dy=gradient, **saved)
+            arrays = {"y": y, **saved, "dweight": of_layer.dweight, "dbias": of_layer.dbias}
+            if gradient is scattered:
+                codes = pack_codes(pool.codes)
+                dy = NormReluPoolBackward.plan(spec_of(y))(device, dr=pooled, codes=codes, **arrays).dy
+            else:
+                dy = dr.copy()
+                NormReluBackward.plan(spec_of(y))(device, dr=dy, **arrays)
+            assert same_bits(dy, of_layer.dx.astype(dtype))
+
+
+@needs_compiler
+class TestAnyGrid:
+    """More threads than there is work, fewer than a row has pieces, or a number that divides nothing: the same bits."""
+
+    @pytest.mark.parametrize(("grid", "block"), [(1, 1), (1, 3), (2, 96), (5, 17), (300, 256)])
+    @pytest.mark.parametrize("dtype", [F32, BFLOAT16], ids=str)
+    @pytest.mark.parametrize(
+        "op", [NormReluForward, NormReluPoolForward, NormReluBackward, NormReluPoolBackward], ids=lambda op: op.name
+    )
+    def test_gives_the_same(self, op, dtype, grid, block, monkeypatch):
+        rng, device = np.random.default_rng(3), HostDevice()
+        plan = op(spec((2, 5, 3, 40), dtype))
+        inputs = {
+            name: rng.integers(0, 256, s.shape).astype(s.dtype)
+            if name == "codes"
+            else rng.standard_normal(s.shape).astype(s.dtype)
+            for name, s in plan.inputs.items()
+        }
+
+        def result():
+            given = {name: array.copy() for name, array in inputs.items()}
+            return {**vars(plan(device, **given)), **{name: given[name] for name in plan.updates}}
+
+        usual = result()
+        kernel = plan.kernel
+        monkeypatch.setattr(
+            plan, "kernel", lambda device, name, _, __, *arguments: kernel(device, name, grid, block, *arguments)
+        )
+        other = result()
+        assert usual.keys() == other.keys() != set()
+        assert all(same_bits(usual[name], other[name]) for name in usual)
+
+    def test_channels_that_are_no_pieces_are_left_alone(self):
+        """The ops refuse them; a launch by hand writes nothing rather than beside an array."""
+        y, z, vector = np.ones((5, 6), F32), np.full((5, 6), 7, F32), np.ones(6, F32)
+        launch(HostDevice(), "norm_relu_forward", 1, 4, (y, *[vector] * 4, z, 5, 6, 1), ElementTypes.of(F32))
+        assert (z == 7).all()
+
+
+class TestMerges:
+    @pytest.mark.parametrize("device", ["numpy", "host"])
+    @pytest.mark.parametrize("shape", [(2, 24, 32, 16), (1, 3, 43, 8), (1, 1, 2, 12), (5, 40, 41, 9)], ids=str)
+    def test_statistics_are_those_of_batch_norm(self, shape, device):
+        rng, device = np.random.default_rng(4), get_device(device)
+        y = (rng.standard_normal(shape) + 30 * rng.standard_normal(shape[3])).astype(F32)
+        rows = y.size // shape[3]
+        partials = statistics_of(y.astype(F64)).astype(F32)
+        running_mean, running_var = rng.uniform(1, 2, (2, shape[3])).astype(F32)
+        after = {"running_mean": running_mean.copy(), "running_var": running_var.copy()}
+        out = NormMergeStatistics.plan(spec_of(partials), rows)(device, partials=partials, **after)
+        expected = {"running_mean": running_mean.astype(F64), "running_var": running_var.astype(F64)}
+        ones = np.ones(shape[3])
+        wide = BatchNormTrainingForward.plan(spec(shape, F64))
+        layer = wide(get_device("numpy"), x=y.astype(F64), weight=ones, bias=ones, **expected)
+        # The tiles' means are rounded to float32 (relative to their size), and so is everything that is stored.
+        np.testing.assert_allclose(out.mean, layer.mean, rtol=3e-7, atol=0)
+        np.testing.assert_allclose(out.inv_std, layer.inv_std, rtol=3e-6)
+        for name in expected:  # a sum of two terms, which may cancel
+            np.testing.assert_allclose(after[name], expected[name], rtol=3e-6, atol=1e-6, err_msg=name)
+
+    @pytest.mark.parametrize("device", ["numpy", "host"])
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_tiles_far_from_zero_that_hardly_differ(self, constant, device):
+        """Their squares have more digits than a double: E[x^2] - E[x]^2 would be off by more than the variance."""
+        tiles, last = 9, TILE_ROWS - 1
+        steps = np.random.default_rng(9).integers(0, 1 if constant else 2, (tiles, 8))
+        partials = np.zeros((tiles, 2, 8), F32)
+        partials[:, 0] = 3e6 + 0.25 * steps  # the smallest step of float32
+        rows, vector = TILE_ROWS * (tiles - 1) + last, np.zeros(8, F32)
+        plan = NormMergeStatistics.plan(spec_of(partials), rows)
+        out = plan(get_device(device), partials=partials, running_mean=vector.copy(), running_var=vector.copy())
+        distances = 0.25 * np.repeat(steps, [TILE_ROWS] * (tiles - 1) + [last], axis=0)
+        np.testing.assert_array_equal(out.mean, (3e6 + distances.mean(0)).astype(F32))
+        np.testing.assert_allclose(out.inv_std, 1 / np.sqrt(distances.var(0) + 1e-5), rtol=1e-6)
+
+    @pytest.mark.parametrize("device", ["numpy", "host"])
+    def test_gradients(self, device):
+        rng = np.random.default_rng(5)
+        partials = (rng.standard_normal((6272, 2, 3)) * 10.0 ** rng.integers(-3, 4, (6272, 1, 1))).astype(F32)
+        out = NormMergeGradients.plan(spec_of(partials))(get_device(device), partials=partials)
+        exact = partials.astype(np.longdouble).sum(0)
+        np.testing.assert_allclose(out.dbias, exact[0].astype(F64), rtol=1e-7)
+        np.testing.assert_allclose(out.dweight, exact[1].astype(F64), rtol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 8), (1, 13, 11, 4), (2, 1, 5, 8)], ids=str)
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_are_pytorch_s(shape, pool, relu):
+    """All that lies between two convolutions, in float64, from partial sums to dy: of the references, no kernels."""
+    torch = pytest.importorskip("torch")
+    rng, device, c = np.random.default_rng(6), get_device("numpy"), shape[3]
+    y, norm = rng.standard_normal(shape), channels(rng, c, F64)
+    rows = y.size // c
+
+    theirs = {k: torch.tensor(a, requires_grad=True) for k, a in (("y", np.moveaxis(y, 3, 1).copy()), *norm.items())}
+    z = torch.nn.functional.batch_norm(theirs["y"], None, None, theirs["weight"], theirs["bias"], training=True)
+    z = torch.relu(z) if relu else z
+    z = torch.nn.functional.max_pool2d(z, 2, ceil_mode=True) if pool else z
+    dz = rng.standard_normal(np.moveaxis(z.detach().numpy(), 1, 3).shape)
+    z.backward(torch.tensor(np.moveaxis(dz, 3, 1).copy()))
+
+    running = {"running_mean": np.zeros(c), "running_var": np.ones(c)}
+    merge = NormMergeStatistics.plan(spec((-(-rows // TILE_ROWS), 2, c), F64), rows)
+    merged = merge(device, partials=statistics_of(y), **running)
+    numbers = {"mean": merged.mean, "inv_std": merged.inv_std}
+    if pool:
+        out = NormReluPoolForward.plan(spec_of(y), relu)(device, y=y, **numbers, **norm)
+        ours, at_codes = out.pooled, functools.partial(gather_at, packed=out.codes)
+    else:
+        ours, at_codes = NormReluForward.plan(spec_of(y), relu)(device, y=y, **numbers, **norm).z, np.copy
+    np.testing.assert_allclose(np.moveaxis(ours, 3, 1), z.detach().numpy(), rtol=1e-10, atol=1e-12)
+    dr = np.where(ours > 0, dz, 0) if relu else dz.copy()  # what dgrad's epilogue leaves, and its sums
+    partials = sums_of(dr, (at_codes(y) - merged.mean) * merged.inv_std)
+    sums = vars(NormMergeGradients.plan(spec_of(partials))(device, partials=partials))
+    arrays = {"y": y, "dr": dr, **numbers, "weight": norm["weight"], **sums}
+    if pool:
+        dy = NormReluPoolBackward.plan(spec_of(y))(device, codes=out.codes, **arrays).dy
+    else:
+        NormReluBackward.plan(spec_of(y))(device, **arrays)
+        dy = dr
+    np.testing.assert_allclose(np.moveaxis(dy, 3, 1), theirs["y"].grad.numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(sums["dweight"], theirs["weight"].grad.numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(sums["dbias"], theirs["bias"].grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+class TestPackedCodes:
+    def test_packing_is_undone_and_is_that_of_the_definition(self):
+        codes = np.random.default_rng(7).integers(0, 4, (2, 3, 5, 24), np.uint8)
+        packed = pack_codes(codes)
+        assert same_bits(packed, by_hand.packed(codes))
+        assert same_bits(unpack_codes(packed), codes)
+        assert packed_codes(codes.shape) == spec_of(packed)
+
+    @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
+    def test_scattering_and_gathering(self, size):
+        rng = np.random.default_rng(8)
+        map_ = rng.standard_normal((2, *size, 8))
+        values, codes = by_hand.pool(map_)
+        assert same_bits(gather_at(map_, pack_codes(codes)), values)
+        assert same_bits(scatter_from(values, pack_codes(codes), size), by_hand.scatter(values, codes, size))
+
+    def test_codes_that_name_nothing(self):
+        """Of a map of one pixel only position 0 exists."""
+        values, codes = np.ones((1, 1, 1, 4)), pack_codes(np.arange(4, dtype=np.uint8).reshape(1, 1, 1, 4))
+        np.testing.assert_array_equal(scatter_from(values, codes, (1, 1)), [[[[1, 0, 0, 0]]]])
+        np.testing.assert_array_equal(gather_at(values, codes), [[[[1, 0, 0, 0]]]])
+
+    def test_channels_that_fill_no_byte(self):
+        with pytest.raises(ShapeError, match="packed codes of 6 channels: expected a multiple of 4"):
+            packed_codes((1, 2, 3, 6))
+
+
+class TestPlans:
+    @pytest.mark.parametrize(("dtype", "piece"), [(F32, 4), (BFLOAT16, 8)], ids=str)
+    def test_channels_are_whole_pieces(self, dtype, piece):
+        with pytest.raises(
+            ShapeError, match=f"norm_relu_forward: 12 channels|move pieces of {piece} numbers: use a width"
+        ):
+            NormReluForward(spec((1, 2, 3, piece + piece // 2), dtype))
+        assert NormReluForward(spec((1, 2, 3, piece), dtype)).outputs["z"].dtype == dtype
+
+    def test_numbers_of_channels_are_float32_beside_bfloat16(self):
+        plan = NormReluBackward(spec((1, 2, 3, 8), BFLOAT16))
+        assert {plan.inputs[name].dtype for name in ("mean", "inv_std", "weight", "dweight", "dbias")} == {F32}
+
+    @needs_compiler
+    def test_no_kernel_takes_float64(self):
+        plan = NormReluForward(spec((1, 2, 3, 8), F64))
+        arrays = {name: np.ones(s.shape) for name, s in plan.inputs.items()}
+        with pytest.raises(DTypeError, match="norm_relu_forward: cannot be launched for float64"):
+            plan(get_device("host"), **arrays)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_maps_move_16_bytes_at_once(element, architecture):
+    """The compiler is free to take four words one by one where a struct of them is copied, and does."""
+    types = ElementTypes.named(element)
+    cubin = nvrtc.cached_cubin(find_kernel("norm_relu_forward").source, types, architecture)
+    code = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    loads, stores = {}, {}
+    for kernel, body in re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", code, re.MULTILINE | re.DOTALL):
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body)
+        loads[kernel], stores[kernel] = (Counter(n for n in names if n.startswith(what)) for what in ("LDG", "STG"))
+    codes = {"float32": "U8", "bfloat16": "U16"}[element]
+    piece = piece_of(types.storage)
+    for kernel, numbers in {"forward": 4, "pool_forward": 4, "backward": 5, "pool_backward": 5}.items():
+        loaded, stored = loads[f"norm_relu_{kernel}"], stores[f"norm_relu_{kernel}"]
+        assert set(stored) == {"STG.E.128"} | ({f"STG.E.{codes}"} if kernel == "pool_forward" else set())
+        # Word by word come the numbers of the channels alone: a piece of each, once.
+        narrow = {n: k for n, k in loaded.items() if ".128" not in n and f".{codes}" not in n}
+        assert narrow == {"LDG.E.CONSTANT": numbers * piece}
+        assert any(n.startswith("LDG.E.128") for n in loaded)
