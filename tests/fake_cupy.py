@@ -231,6 +231,7 @@ class FakeCupy(types.ModuleType):
                 memGetInfo=lambda: (self.free, total),
                 driverGetVersion=lambda: driver,
                 runtimeGetVersion=lambda: 13020,
+                getDeviceProperties=lambda index: {"name": b"a stand-in"},
                 getDeviceCount=self._count_gpus,
             ),
         )

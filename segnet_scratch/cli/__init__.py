@@ -1,11 +1,11 @@
 """The command line. One module for each group of commands; `common` holds what they share."""
 
 # Each registers its commands, in the order in which the help shows them.
-from segnet_scratch.cli import network, evaluation, proof, kernels, profile, memory, data, common  # noqa: I001
+from segnet_scratch.cli import network, evaluation, proof, kernels, profile, memory, tune, data, common  # noqa: I001
 from segnet_scratch.cli.common import app, fail
 from segnet_scratch.errors import ConfigError, SegnetError
 
-__all__ = ["common", "data", "evaluation", "kernels", "main", "memory", "network", "profile", "proof"]
+__all__ = ["common", "data", "evaluation", "kernels", "main", "memory", "network", "profile", "proof", "tune"]
 
 
 def main() -> None:

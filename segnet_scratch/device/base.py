@@ -21,6 +21,7 @@ class Device:
     name: str
     runs_kernels: bool  # True: ops launch kernels; False: ops compute with NumPy
     architecture: str | None = None  # of a GPU, as NVRTC names it: "sm_90"
+    gpu: str | None = None  # its name: "NVIDIA H100 80GB HBM3"
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """An array with undefined contents."""

@@ -36,6 +36,8 @@ class CudaDevice(Device):
                 "use --device numpy or --device host"
             )
         self.architecture: str = f"sm_{major}{minor}"
+        name = self._cupy.cuda.runtime.getDeviceProperties(gpu.id)["name"]
+        self.gpu: str = name.decode() if isinstance(name, bytes) else str(name)
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
         self._recording: Recording[Any] | None = None  # while `capture` records

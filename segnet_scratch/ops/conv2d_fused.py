@@ -81,15 +81,11 @@ class _FusedConv(Op):
         return Spec((tiles_of(rows), 2, channels), self.vector)
 
 
-def _forward_tile(g: Geometry, unpool: bool, itemsize: int) -> mma.Tile:
-    """The tile of fprop and dgrad. Unpooled pieces pass by registers, for which the widest tile has none left."""
+def _forward_tile(g: Geometry, widest: mma.Tile, itemsize: int) -> mma.Tile:
+    """The tile of fprop and dgrad, by shape alone: the narrowest that holds all outputs, or the widest there is."""
     if g.c * itemsize % PIECE_BYTES:
         return mma.ELEMENTS
-    return next(
-        tile
-        for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE)
-        if g.o <= tile.columns or (unpool and tile is mma.MEDIUM) or tile is mma.WIDE
-    )
+    return next(tile for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE) if g.o <= tile.columns or tile is widest)
 
 
 @dataclass(frozen=True)
@@ -162,13 +158,17 @@ class FusedForward(_FusedConv):
             self.outputs["partials"] = self._partials(g.pixels, g.o)
         if pool:
             self.outputs["pool_codes"] = packed_codes(windows)
+        self.kind = "fused_forward" if unpool is None else "fused_unpool"
+        # Unpooled pieces pass by registers, for which the widest tile has none left.
+        self.widest_tile = mma.WIDE if unpool is None else mma.MEDIUM
+        self.default_tile = _forward_tile(g, self.widest_tile, x.dtype.itemsize)
 
     def launch(self, device: Device, b: Buffers) -> None:
         if self.split is not None:
             self._launch_split(device, b, self.split)
             return
         g = self.geometry
-        tile = _forward_tile(g, self.unpool is not None, self.dtype.itemsize)
+        tile = mma.chosen(device, self.kind, self.rung, g, self.default_tile, self.widest_tile)
         unpooled = () if self.unpool is None else (b.unpool_codes,)
         optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "pool_codes"))
         self.kernel(
@@ -268,11 +268,12 @@ class FusedBackwardData(_FusedConv):
         self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
         self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
         self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
+        self.default_tile = _forward_tile(g.mirrored, mma.WIDE, dy.dtype.itemsize)
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
         mirrored = g.mirrored
-        tile = _forward_tile(mirrored, False, self.dtype.itemsize)
+        tile = mma.chosen(device, "fused_backward_data", self.rung, mirrored, self.default_tile)
         codes = getattr(b, "pool_codes", None), getattr(b, "unpool_codes", None)
         self.kernel(
             device,

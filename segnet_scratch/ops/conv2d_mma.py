@@ -12,6 +12,7 @@ from segnet_scratch.device import Array, Device
 from segnet_scratch.kernels import ElementTypes
 from segnet_scratch.ops.conv2d_geometry import Geometry
 from segnet_scratch.ops.op import Op
+from segnet_scratch.ops.tile_table import table_of
 from segnet_scratch.precision import BFLOAT16
 
 ELEMENTS_OF_RUNG = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
@@ -47,13 +48,23 @@ ELEMENTS = Tile("elements", 128, 64)  # copies number by number: for channels th
 
 
 def forward_tile(g: Geometry, itemsize: int) -> Tile:
-    """The tile of fprop, and of dgrad with `g.mirrored`, for arrays of this element size.
-
-    From the shape alone, so that a plan needs no GPU. This is where a choice that was measured on one belongs.
-    """
+    """The tile of fprop, and of dgrad with `g.mirrored`, for arrays of this element size, by shape alone."""
     if g.c * itemsize % 16:
         return ELEMENTS
     return next(tile for tile in (NARROW, MEDIUM, WIDE) if g.o <= tile.columns or tile is WIDE)
+
+
+def candidates(default: Tile, widest: Tile) -> tuple[Tile, ...]:
+    """The tiles that could stand in for a default, up to the widest that has a kernel."""
+    if default is ELEMENTS:
+        return (ELEMENTS,)
+    return tuple(tile for tile in (NARROW, MEDIUM, WIDE) if tile.columns <= widest.columns)
+
+
+def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile, widest: Tile = WIDE) -> Tile:
+    """The tile that was measured to be the fastest on this device, else the default."""
+    name = table_of(device).name_for(kind, rung, g)
+    return next((tile for tile in candidates(default, widest) if tile.name == name), default)
 
 
 def weight_tile(g: Geometry, itemsize: int) -> Tile:
@@ -121,7 +132,7 @@ def launch_forward(
     y: Array,
 ) -> None:
     """The implicit GEMM of fprop, and of dgrad with other arguments."""
-    tile = forward_tile(g, x.dtype.itemsize)
+    tile = chosen(device, "forward", rung, g, forward_tile(g, x.dtype.itemsize))
     op.kernel(
         device,
         f"conv2d_forward_mma_{tile.name}",
