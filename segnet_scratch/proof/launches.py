@@ -22,13 +22,13 @@ from segnet_scratch.kernels.workbench.writers import describe_writers
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.proof.compare import Problem
 from segnet_scratch.proof.misuse import Recorder
-from segnet_scratch.proof.rows.base import Inputs, Row, empty_outputs
+from segnet_scratch.proof.rows.base import Case, Inputs, Row, empty_outputs
 
 
-def kernels_of(row: Row) -> set[str]:
-    """The kernels that the fixed cases of a row launch; nothing runs."""
+def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
+    """The kernels that these cases of a row launch, or all its fixed ones; nothing runs."""
     recorder = Recorder()
-    for index, case in enumerate(row.cases()):
+    for index, case in enumerate(cases or row.cases()):
         op = row.plan(case, row.elements[0])
         inputs = row.inputs(op, case, row.generator(0, index))
         workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
