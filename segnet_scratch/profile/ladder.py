@@ -47,16 +47,20 @@ def rows_of(op: str, device: Device) -> list[Row]:
 
 
 def case_of(row: Row, shape: tuple[int, int, int, int], outputs: int | None, kernel: int) -> Case:
-    """The row's first case in another size: a map (n, h, w, c), for convolutions `outputs` channels and a kernel."""
-    n, h, w, c = shape
+    """The row's first case in another size: a map (n, h, w, c), for convolutions `outputs` channels and a kernel.
+
+    Channels are rounded up to what the row takes.
+    """
+    n, h, w = shape[:3]
+    c, o = (-(-count // row.channels) * row.channels for count in (shape[3], outputs or shape[3]))
     # By the names that rows give their sizes; a row has some of them.
     sizes: Mapping[str, Any] = {
-        "x": shape,
-        "o": outputs or c,
+        "x": (n, h, w, c),
+        "o": o,
         "kernel": (kernel, kernel),
         "padding": kernel // 2,
         "stride": 1,
-        "y": (n, 2 * h, 2 * w, outputs or c),
+        "y": (n, 2 * h, 2 * w, o),
         "c": c,
         "size": (2 * h, 2 * w),
         "bias": False,

@@ -64,6 +64,7 @@ class Row:
     op: type[Op]
     exact: ClassVar[bool] = False  # integer-valued inputs give exactly the reference's result
     elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
+    channels: ClassVar[int] = 1  # those of maps are a multiple of it
     typed: ClassVar[bool] = True  # the plan refuses element types other than float32 and float64
 
     def cases(self) -> list[Case]:

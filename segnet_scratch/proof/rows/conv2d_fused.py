@@ -33,7 +33,7 @@ from segnet_scratch.proof.rows.base import Bounds, Case, Inputs, Refusal, Row, o
 
 def fused_case(reason: str, size: tuple[int, int, int], c: int, o: int, kernel: int = 3, **options: Any) -> Case:
     """A convolution of `size` (n, h, w) from c to o channels."""
-    return Case(reason, {"size": size, "c": c, "o": o, "kernel": kernel, **options})
+    return Case(reason, {"x": (*size, c), "o": o, "kernel": (kernel, kernel), **options})
 
 
 # Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 32 float32 or 64 bfloat16 of depth.
@@ -62,6 +62,7 @@ def packed(rng: np.random.Generator, pooled: tuple[int, ...], size: tuple[int, i
 class FusedRow(Row):
     """What the rows share. `exact` is not asked for: bfloat16 rounds integers beyond 256 before they are summed."""
 
+    channels = 8
     options: tuple[dict[str, Any], ...] = ({},)  # each goes with every shape, in turn
 
     def __init__(self, name: str, rung: str) -> None:
@@ -86,8 +87,8 @@ class FusedRow(Row):
 
     def specs(self, case: Case, dtype: DTypeLike) -> tuple[Spec, Spec]:
         """x, of full size, and weight."""
-        c, o, k = case["c"], case["o"], case["kernel"]
-        return spec((*case["size"], c), dtype), spec((o, k, k, c), dtype)
+        x, o = case["x"], case["o"]
+        return spec(x, dtype), spec((o, *case["kernel"], x[3]), dtype)
 
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         rounded = self.rung == "tf32" and name in ("x", "dy", "weight", "flipped")
@@ -141,7 +142,7 @@ class FusedForwardRow(FusedRow):
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
         if "unpool_codes" in arrays:
-            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["size"][1:])
+            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
@@ -195,7 +196,7 @@ class FusedInferenceRow(FusedRow):
             # Of factors -1, 0, 1 no sum here comes near 256, up to which bfloat16 is exact.
             arrays |= {name: rng.integers(-1, 2, s.shape).astype(s.dtype) for name, s in op.inputs.items()}
         if "unpool_codes" in arrays:
-            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["size"][1:])
+            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
@@ -240,7 +241,7 @@ class FusedBackwardDataRow(FusedRow):
 
         arrays |= {name: quarters(name) for name in ("below_y", "mean", "bn_weight", "bn_bias")}
         arrays["inv_std"] = rng.choice([0.25, 0.5, 1, 2], shapes["inv_std"]).astype(op.inputs["inv_std"].dtype)
-        sizes: dict[str, Any] = {"unpool_codes": case["size"][1:], "pool_codes": shapes["below_y"][1:3]}
+        sizes: dict[str, Any] = {"unpool_codes": case["x"][1:3], "pool_codes": shapes["below_y"][1:3]}
         for name, size in sizes.items():
             if name in arrays:
                 arrays[name] = packed(rng, op.outputs["dr"].shape, size)
@@ -283,7 +284,7 @@ class FusedBackwardWeightRow(FusedRow):
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
-        arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["size"][1:])
+        arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:

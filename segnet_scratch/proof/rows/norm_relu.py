@@ -135,6 +135,8 @@ class MergeGradientsRow(MergeRow):
 class NormRow(Row):
     """Passes over maps of one element type: for each there are kernels of their own to be proven."""
 
+    channels = 8
+
     def __init__(self, op: type[Op], element: np.dtype, *options: bool) -> None:
         self.op, self.elements, self.options = op, (element,), options
         self.name = op.name + ("" if all(options) else "_linear") + ("" if element == FLOAT32 else f"_{element.name}")

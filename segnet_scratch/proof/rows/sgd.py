@@ -147,15 +147,16 @@ class SgdPackRow(Row):
             "SegNet-Basic": (4, 7, 3, 4),
         }
         return [
-            Case(reason, {"sizes": s, "lr": 0.1, "scale": 1.0 - 0.1 * i}) for i, (reason, s) in enumerate(sizes.items())
+            Case(reason, {"weight": s, "lr": 0.1, "scale": 1.0 - 0.1 * i})
+            for i, (reason, s) in enumerate(sizes.items())
         ]
 
     def random_case(self, rng: np.random.Generator) -> Case:
         o, c, padding = (int(k) for k in rng.integers((1, 1, 0), (70, 70, 8)))
-        return Case("random", {"sizes": (o, int(rng.choice([1, 3, 5])), c, padding), "lr": 0.01, "scale": 0.5})
+        return Case("random", {"weight": (o, int(rng.choice([1, 3, 5])), c, padding), "lr": 0.01, "scale": 0.5})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        o, kernel, c, padding = case["sizes"]
+        o, kernel, c, padding = case["weight"]
         return SgdPackOp(o, kernel, c, padding, dtype)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
