@@ -604,12 +604,14 @@ class TestCompilation:
         code = """
             import sys, pathlib, time
             sys.path[:0] = {paths!r}
-            from test_host import FILL, filled, parse
+            from segnet_scratch.kernels.signature import parse_kernels
+            from segnet_scratch.kernels.source import read_source
+            from test_host import filled
             folder = pathlib.Path({folder!r})
             (folder / sys.argv[1]).touch()
             while len(list(folder.glob("ready-*"))) < 2:
                 time.sleep(0.005)
-            print(filled(*parse(folder, FILL.replace("VALUE", "8"), "shared.cu")))
+            print(filled(*parse_kernels(read_source(folder / "shared.cu"))))
         """
         (tmp_path / "shared.cu").write_text(FILL.replace("VALUE", "8"))
         code = textwrap.dedent(code).format(paths=[str(ROOT), str(TESTS)], folder=str(tmp_path))

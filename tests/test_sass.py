@@ -23,6 +23,7 @@ from segnet_scratch.kernels.resources import ARCHITECTURES
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))
 CHOSEN = ALL if os.environ.get("SEGNET_TEST_FULL") else ("sm_80", "sm_90", "sm_120")
+FUSED_CHOSEN = ALL if os.environ.get("SEGNET_TEST_FULL") else ("sm_90",)  # large: a quarter of a minute for each
 # The rows and columns of a warp's tile, and of its block's.
 TILES = {
     "conv2d_forward_mma_128x128": (64, 64, 128, 128),
@@ -90,10 +91,15 @@ def main_loops(sass):
 
 
 @functools.cache
-def disassembled(source, element, architecture):
+def sass_of(source, element, architecture):
     cubin = nvrtc.cached_cubin(source, ElementTypes.named(element), architecture)
     command = [disassembler(), "-c", str(cubin)]
-    return main_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def loops_of(source, element, architecture):
+    return main_loops(sass_of(source, element, architecture))
 
 
 LOOP = """
@@ -116,12 +122,15 @@ def test_a_loop_is_found():
     assert main_loops(LOOP.replace("HMMA", "FFMA")) == {}
 
 
+def chosen_for(kernel):
+    return FUSED_CHOSEN if "fused" in kernel else CHOSEN
+
+
 @needs_disassembler
-@pytest.mark.parametrize("architecture", CHOSEN)
 @pytest.mark.parametrize("element", SOURCE.elements)
-@pytest.mark.parametrize("kernel", TILES)
+@pytest.mark.parametrize(("kernel", "architecture"), [(k, a) for k in TILES for a in chosen_for(k)])
 def test_main_loop(kernel, element, architecture):
-    loop = Counter(disassembled(find_kernel(kernel).source, element, architecture)[kernel])
+    loop = Counter(loops_of(find_kernel(kernel).source, element, architecture)[kernel])
     rows, columns, block_rows, block_columns = TILES[kernel]
 
     def count(prefix):
@@ -174,16 +183,13 @@ OTHER_STORES = {
 
 
 @needs_disassembler
-@pytest.mark.parametrize("architecture", CHOSEN)
+@pytest.mark.parametrize("architecture", FUSED_CHOSEN)
 @pytest.mark.parametrize("kernel", OTHER_STORES)
 def test_maps_move_in_pieces_of_16_bytes(kernel, architecture):
     """Left to itself the compiler splits them into words where they come out of branches or arithmetic."""
     source = find_kernel(kernel).source
     for element in source.elements:
-        cubin = nvrtc.cached_cubin(source, ElementTypes.named(element), architecture)
-        command = [disassembler(), "-c", str(cubin)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        body = re.split(r"^\.text\.", sass, flags=re.MULTILINE)
+        body = re.split(r"^\.text\.", sass_of(source, element, architecture), flags=re.MULTILINE)
         (own,) = (text for text in body if text.startswith(f"{kernel}:"))
         stores = set(re.findall(r"\bSTG\.E\.?(\w*)", own))
         assert stores - {"128"} <= OTHER_STORES[kernel], element
