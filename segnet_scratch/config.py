@@ -276,8 +276,9 @@ class Config:
     workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
     cache: str = _setting(
         "none",
-        _choice("none", "memory", "disk"),
-        "where decoded samples are kept for the next epoch: nowhere, in memory, or on disk for later runs, too",
+        _choice("none", "memory", "disk", "device"),
+        "where decoded samples are kept for the next epoch: nowhere, in memory, on disk for later runs, too, or on the "
+        "device, which then makes the batches itself",
     )
     checkpoint_every: int = _setting(
         500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
@@ -386,6 +387,8 @@ def check_resume(old: Config, new: Config) -> None:
     """
     bound = any(c.schedule == "poly" or (c.schedule == "step" and c.lr_steps[0] < 1) for c in (old, new))
     safe = _SAFE_ON_RESUME if bound else _SAFE_ON_RESUME.union(_LENGTH)
+    if "device" in (old.cache, new.cache):  # whose batches are rounded otherwise
+        safe = safe - {"cache"}
     changed = {key: values for key, values in difference(old, new).items() if key not in safe}
     if changed:
         listing = ", ".join(f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items())

@@ -28,6 +28,7 @@ from segnet_scratch.data import (
     open_dataset,
 )
 from segnet_scratch.data.cache import CacheMode
+from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.device import get_device
 from segnet_scratch.engine.training import FusedEngine
 from segnet_scratch.engine.weights import WorkingWeights
@@ -119,26 +120,24 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder = config, RunFolder(Path(out))
-        self.train_set, self.val_set = (
-            open_dataset(data, split, cast(CacheMode, config.cache)) for split in ("train", "val")
-        )
+        on, mode = get_device(device), "none" if config.cache == "device" else config.cache
+        self.train_set, self.val_set = (open_dataset(data, split, cast(CacheMode, mode)) for split in ("train", "val"))
         classes = self.train_set.classes
         weighted = config.class_weights and config.class_weights != MEDIAN_FREQUENCY
         if weighted and len(config.class_weights) != classes:
             raise ConfigError(
                 f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
             )
-        self.loader = Loader(
-            self.train_set,
-            _transform(config),
-            config.batch,
-            seed=config.seed,
-            drop_last=len(self.train_set) >= config.batch,
-            workers=config.workers,
-        )
+        drop_last = len(self.train_set) >= config.batch
+        source = self.train_set, _transform(config), config.batch
+        self.loader: Loader
+        if config.cache == "device":
+            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last)
+        else:
+            self.loader = Loader(*source, seed=config.seed, drop_last=drop_last, workers=config.workers)
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = ARCHITECTURES[config.model](
-            *(classes, config.width, get_device(device)),
+            *(classes, config.width, on),
             dropout=config.dropout,
             decoder=config.decoder,
             seed=config.seed,
@@ -215,6 +214,10 @@ class Trainer:
     def _on_device(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches with their arrays on the device; a GPU gets each one while it works on the one before."""
         model = self.model
+        if isinstance(self.loader, DeviceLoader):  # its batches are there already
+            with closing(batches):
+                yield from batches
+            return
 
         def arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
             return batch.images.astype(model.dtype, copy=False), check_labels(batch.labels, model.classes)
