@@ -32,19 +32,25 @@ class Fused:
         self.optimiser = SGD(self.model, MOMENTUM, DECAY, working=weights)
         self.optimiser.set_rate(LR)
         self.engine = FusedTraining(self.model, case.batch, case.size, weights)
-        self._update: Callable[[], None] | None = None
+        self._replay: Callable[[], None] | None = None
 
     def call(self, images: Array, labels: Array | None) -> None:
         """A training step, or inference where there are no labels."""
         if labels is None:
             self.infer(images)
             return
-        self.engine(images, labels)
-        if self._update is None:
+        if self._replay is None:
+            self.engine(images, labels)
             self.optimiser.update()
-            self._update = self.device.capture(self.optimiser.update)
+            self._replay = self.device.capture(self._whole_step)
         else:
-            self._update()
+            self.engine.write(images, labels)
+            self._replay()
+
+    def _whole_step(self) -> None:
+        """Forward, loss, backward, update: one graph."""
+        self.engine.run()
+        self.optimiser.update()
 
     def training_pass(self, images: Array, labels: Array) -> Arrays:
         """Logits and gradients, as the correctness gate compares them."""

@@ -274,13 +274,7 @@ class FusedTraining:
 
         images (batch, *size, 3) float32, labels (batch, *size) uint8, both on the device. ShapeError for another shape.
         """
-        for name, array, target in (("images", images, self._images), ("labels", labels, self._labels)):
-            if tuple(array.shape) != tuple(target.shape) or array.dtype != target.dtype:
-                raise ShapeError(
-                    f"fused engine: {name} are {tuple(array.shape)} {array.dtype}, expected {tuple(target.shape)} "
-                    f"{target.dtype}: it was planned for one shape"
-                )
-            self.device.write(target, array)
+        self.write(images, labels)
         if self._replay is None:
             self.run()  # loads the kernels, which a graph cannot
             self._replay = self.device.capture(self.run)
@@ -289,6 +283,19 @@ class FusedTraining:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return self.loss
+
+    def write(self, images: Array, labels: Array) -> None:
+        """The batch of the next pass; whoever captures `run` together with an update of the weights begins with this.
+
+        ShapeError for another shape than the one that was planned.
+        """
+        for name, array, target in (("images", images, self._images), ("labels", labels, self._labels)):
+            if tuple(array.shape) != tuple(target.shape) or array.dtype != target.dtype:
+                raise ShapeError(
+                    f"fused engine: {name} are {tuple(array.shape)} {array.dtype}, expected {tuple(target.shape)} "
+                    f"{target.dtype}: it was planned for one shape"
+                )
+            self.device.write(target, array)
 
 
 class FusedEngine:
