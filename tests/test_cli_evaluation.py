@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -293,6 +294,7 @@ def test_what_report_cannot_find_is_explained(segnet, sample, bayesian, tmp_path
 def test_a_missing_extra_is_named_before_anything_is_made(
     segnet, monkeypatch, sample, bayesian, checkpoint, tmp_path, library, extra, command
 ):
+    monkeypatch.setitem(sys.modules, "jinja2", ModuleType("jinja2"))  # so that the report misses one thing at a time
     monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / "clip.mp4").touch()
     arguments = {

@@ -7,11 +7,12 @@ the same input gives the same bits on any number of them.
 
 import math
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -70,7 +71,7 @@ def parallel_for(count: int, body: Callable[[int], None]) -> None:
 
     def help_out() -> None:
         # Some BLAS libraries have a limit per thread.
-        with _blas.limit(limits=1):
+        with _blas.limited():
             work()
 
     with single_threaded_blas():
@@ -102,7 +103,7 @@ def single_threaded_blas() -> Iterator[None]:
             return
         pool.is_limited = True
         try:
-            with _blas.limit(limits=1):
+            with _blas.limited():
                 yield
         finally:
             pool.is_limited = False
@@ -150,8 +151,23 @@ class _Pool:
         return [self.executor.submit(work) for _ in range(helpers)]
 
 
-# To look through the loaded libraries takes milliseconds, to set a limit microseconds: look once.
-_blas = ThreadpoolController().select(user_api="blas")
+class _Blas:
+    """The BLAS libraries of this process. NumPy and SciPy bring one each, and an import may load another."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+        self.libraries: ThreadpoolController | None = None
+
+    def limited(self) -> AbstractContextManager[object]:
+        """While inside, each of them has one thread."""
+        # To look through the loaded libraries takes milliseconds, to set a limit microseconds: look after imports only.
+        if self.libraries is None or self.modules != len(sys.modules):
+            self.modules = len(sys.modules)
+            self.libraries = ThreadpoolController().select(user_api="blas")
+        return self.libraries.limit(limits=1)
+
+
+_blas = _Blas()
 _pool = _Pool()
 
 
