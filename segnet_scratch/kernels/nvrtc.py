@@ -114,7 +114,9 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
     Raises CompileError with the lines at fault.
     """
     if not source.compiles_for(architecture):
-        raise CompileError(f"{source.path.name} needs a newer GPU than {architecture}; convolutions: use rung 'tiled'")
+        needed = source.target(architecture)
+        needed = f"is for {needed} only, not for" if needed != architecture else "needs a newer GPU than"
+        raise CompileError(f"{source.path.name} {needed} {architecture}; convolutions: use rung 'tiled'")
     library = _library()
     program = ctypes.c_void_p()
     _check(
@@ -124,7 +126,7 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         "nvrtcCreateProgram",
     )
     try:
-        options = compiler_options(types, architecture)
+        options = compiler_options(types, source.target(architecture))
         options += [f"-I{directory}" for directory in source.include_directories]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), array)

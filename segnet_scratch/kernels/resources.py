@@ -4,7 +4,7 @@ stack, shared memory. What is accepted stands in budget.toml (see budget.py).
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segnet_scratch.cpu.workers import worker_count
 from segnet_scratch.errors import CompileError
@@ -62,7 +62,8 @@ def compile_all(
 
 def _compile(source: Source, element: str, architecture: str) -> Compilation:
     log = _cached_log(source, ElementTypes.named(element), architecture)
-    found = {usage.kernel: usage for usage in parse_log(log, element)}
+    # By the GPU: what is compiled for sm_90a alone is what an sm_90 gets.
+    found = {usage.kernel: replace(usage, architecture=architecture) for usage in parse_log(log, element)}
     names = [kernel.name for kernel in parse_kernels(source)]
     if sorted(found) != sorted(names):
         raise CompileError(

@@ -37,11 +37,12 @@ _FIXED_TYPES = {
     "float": np.float32,
     "double": np.float64,
 }
+TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh
 _BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
 _KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
 _SYNCHRONISES = re.compile(
     r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
-    r"|\b(?:warp|mma|ldmatrix|cp_async)_\w+\s*[(<]"
+    r"|\b(?:warp|mma|ldmatrix|cp_async|mbarrier|tma|named_barrier|setmaxnreg)_\w+\s*[(<]|\bwgmma\w*\s*[(<]"
 )
 
 
@@ -94,12 +95,17 @@ class Parameter:
     """One parameter of a kernel."""
 
     name: str
-    c_type: str  # without const, pointer and qualifiers
+    c_type: str  # without const, pointer and qualifiers; "TensorMap" for the map of an array (tensor_map.py)
     pointer: bool
     const: bool
     optional: bool  # a pointer that may be null
     extent: str | None  # the shape given as a comment, e.g. "(n, h, w, c)"
     extent_code: CodeType | None
+
+    @property
+    def tensor_map(self) -> bool:
+        """Does it take the description of an array, for the GPU's tensor memory accelerator?"""
+        return self.c_type == TENSOR_MAP
 
     def dtype(self, types: ElementTypes) -> np.dtype:
         """The element type of the array, or the type of the scalar."""
@@ -228,8 +234,13 @@ def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parame
             "for example 'const float* __restrict__ x' or 'int n'"
         )
     name, c_type = kept[-1], " ".join(kept[:-1])
+    if c_type == TENSOR_MAP:
+        if pointer or not {"const", "__grid_constant__"} <= set(words):
+            expected = f"const __grid_constant__ {TENSOR_MAP} {name}"
+            raise CompileError(f"{where}: a tensor map is passed as '{expected}', not '{declaration}'")
+        return Parameter(name, c_type, False, True, False, None, None)
     if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
-        known = ", ".join(["storage_t", "accumulate_t", *_FIXED_TYPES])
+        known = ", ".join(["storage_t", "accumulate_t", TENSOR_MAP, *_FIXED_TYPES])
         raise CompileError(
             f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}"
         )

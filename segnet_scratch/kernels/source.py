@@ -8,8 +8,8 @@ from pathlib import Path
 
 from segnet_scratch.errors import CompileError
 
-# // Element types: tf32, bf16; sm_80 and newer.
-_ELEMENTS = re.compile(r"^// Element types: ([\w, ]+?)(?:; (sm_\d+) and newer)?\.$", re.MULTILINE)
+# // Element types: tf32, bf16; sm_80 and newer.      // Element types: bf16; sm_90a only.
+_ELEMENTS = re.compile(r"^// Element types: ([\w, ]+?)(?:; (sm_\d+) and newer|; (sm_\d+a) only)?\.$", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -46,10 +46,17 @@ class Source:
         return tuple(re.split(r",\s*", match[1])) if match else ("float32", "float64")
 
     def compiles_for(self, architecture: str) -> bool:
-        """Has this GPU the instructions that the source needs? "sm_90" has those of "sm_80"."""
+        """Has this GPU the instructions that the source needs? "sm_90" has those of "sm_80", and of "sm_90a"."""
         match = _ELEMENTS.search(self.text)
+        if match and match[3]:
+            return architecture.removesuffix("a") == match[3].removesuffix("a")
         number = [int(re.sub(r"\D", "", name)) for name in (architecture, match[2] if match and match[2] else "sm_0")]
         return number[0] >= number[1]
+
+    def target(self, architecture: str) -> str:
+        """What a compiler is told to compile for where the GPU is of this architecture: for "sm_90" maybe "sm_90a"."""
+        match = _ELEMENTS.search(self.text)
+        return match[3] if match and match[3] else architecture
 
     def check_unchanged(self) -> None:
         """CompileError where the file or a header is not what it was when it was read.

@@ -1,0 +1,104 @@
+// The tensor memory accelerator (Hopper: TMA): one thread has a whole box of a tensor copied between global and shared
+// memory, by the coordinates of its corner.
+//
+// A TensorMap describes the tensor in global memory (address, sizes, strides), the box and how the box lies in shared
+// memory. It is made before the launch (runtime's tensor maps; `TensorMap` in Python) and is a parameter of the kernel:
+//
+//     kernel(const __grid_constant__ TensorMap x, ...)
+//
+//   tma_prefetch(map)                           fetches the description itself
+//   tma_load(to, map, {c, x, y, n}, full)       a box whose corner is there, innermost coordinate first, into shared memory;
+//                                               what lies outside the tensor is filled with zeros
+//   tma_load_im2col(to, map, {c, x, y, n}, {dx, dy}, full)   a run of pixels of an im2col map: see below
+//   tma_store(map, {c, x, y, n}, from)          a box from shared memory; what lies outside the tensor is left out
+//   tma_store_commit()                          the thread's stores since the last commit become a group
+//   tma_store_wait_read<N>()                    waits until at most N groups still read shared memory: it may be reused
+//   tma_store_wait<N>()                         waits until at most N groups are under way: the data is in global memory
+//   fence_proxy_async()                         after ordinary stores to shared memory, before TMA or wgmma reads them
+//
+// A load counts its bytes, zeros included, as arrived at `full`, of which somebody must have announced them
+// (mbarrier_arrive_expect_tx). `to` and `from` are multiples of 128 bytes; in a map with 128-byte swizzle the 16-byte
+// pieces of each 128 bytes are exchanged: piece p of the 128 bytes at address a lies at p ^ (a / 128 % 8). Places at
+// multiples of 1024 make that the row of the box.
+//
+// im2col: the map's corners bound the pixels at which a filter's first tap stands: of a 3 x 3 filter with padding 1 -1 to
+// width - 2, and so for y. From pixel (x, y, n) on, the load walks these positions in their order, x fastest, on into the
+// next row and the next image, for as many pixels as the map says, and brings the channels c... of pixel + (dx, dy) for
+// each: the tap's column of the im2col matrix, zeros outside the images.
+#pragma once
+#include "mbarrier.cuh"
+
+struct __align__(64) TensorMap {
+    uint64 opaque[16];
+};
+
+#ifndef SEGNET_HOST
+
+__device__ inline void tma_prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+template <int RANK>
+__device__ inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], Mbarrier& full) {
+    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
+    const unsigned place = shared_address(to), barrier = shared_address(&full);
+    if constexpr (RANK == 2)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(place),
+            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1])
+            : "memory");
+    else if constexpr (RANK == 3)
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+                place),
+            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1]), "r"(corner[2])
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+            "[%2];" ::"r"(place),
+            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3])
+            : "memory");
+}
+
+__device__ inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2],
+                                       Mbarrier& full) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2], "
+        "{%7, %8};" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(&full)), "r"(pixel[0]), "r"(pixel[1]), "r"(pixel[2]), "r"(pixel[3]),
+        "h"((unsigned short)tap[0]), "h"((unsigned short)tap[1])
+        : "memory");
+}
+
+template <int RANK>
+__device__ inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from) {
+    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
+    const unsigned place = shared_address(from);
+    if constexpr (RANK == 2)
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(place),
+                     "r"(corner[0]), "r"(corner[1])
+                     : "memory");
+    else if constexpr (RANK == 3)
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                     "r"(place), "r"(corner[0]), "r"(corner[1]), "r"(corner[2])
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                     "r"(place), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3])
+                     : "memory");
+}
+
+__device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void tma_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+template <int PENDING>
+__device__ inline void tma_store_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#endif
