@@ -11,12 +11,13 @@ from PIL import Image
 
 from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.data import indexed_picture, read_image
+from segnet_scratch.data.folders import left_by_system, visible_files
 from segnet_scratch.drawing import heat_map, overlay
 from segnet_scratch.errors import DataError
 from segnet_scratch.inference import Inference, Segmentation, segment
 from segnet_scratch.segnet import SegNet
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            images = [file for file in visible_files(path) if file.suffix.lower() in IMAGE_SUFFIXES]
             if not images:
                 raise DataError(
                     f"{path}: no images in this folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}; "
@@ -49,7 +50,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             found.append(path)
         else:
             names = glob.glob(argument, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-            matches = sorted(match for match in map(Path, names) if match.is_file())
+            matches = sorted(name for name in map(Path, names) if name.is_file() and not left_by_system(name.name))
             if not matches:
                 pattern = ", and as a pattern it matches none" if glob.has_magic(argument) else ""
                 raise DataError(f"{path}: no such file{pattern}; check the path")

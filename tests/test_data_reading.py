@@ -1,6 +1,7 @@
 """Data: reading VOC layout, and refusing what is damaged."""
 
 import io
+import struct
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from segnet_scratch.data import (
     read_split,
     sample_rng,
 )
+from segnet_scratch.data.voc import split_files
 from segnet_scratch.errors import DataError
 
 # --- palette -------------------------------------------------------------------------------------
@@ -129,6 +131,14 @@ def test_root_is_found_in_three_places(voc, tmp_path):
     assert find_root(voc) == voc
     assert find_root(tmp_path / "one") == tmp_path / "one/VOC2012"
     assert find_root(tmp_path / "two") == tmp_path / "two/VOCdevkit/VOC2012"
+
+
+def test_files_that_operating_systems_leave_are_no_lists(voc):
+    for name in ("._train.txt", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (voc / "ImageSets/Segmentation" / name).write_bytes(b"\0\5\x16\7" + bytes(40))
+    assert list(split_files(voc)) == ["train", "val"]
+    with pytest.raises(DataError, match=r"splits in .*: train, val\."):
+        read_split(voc, "test")
 
 
 def test_a_missing_root_lists_what_was_looked_for(voc):
@@ -360,14 +370,79 @@ def test_only_prediction_turns_by_exif_and_reads_more_formats(tmp_path):
     assert read_image(path).shape == (20, 30, 3)
     upright = read_image(path, for_prediction=True)
     np.testing.assert_array_equal(upright, np.rot90(read_image(path), -1))
-    for file_format in ("BMP", "WEBP"):
+    for file_format in ("BMP", "WEBP", "TIFF"):
         path.write_bytes(encoded(noise(), file_format))
         assert read_image(path, for_prediction=True).shape == (20, 30, 3)
-        with pytest.raises(DataError, match=r"i\.jpg"):
+        with pytest.raises(DataError, match=r"i\.jpg.*magick"):
             read_image(path)
-    path.write_bytes(encoded(noise(), "TIFF"))
-    with pytest.raises(DataError, match=r"i\.jpg.*JPEG or PNG or BMP or WEBP"):
+    path.write_bytes(encoded(noise(), "GIF"))
+    with pytest.raises(DataError, match=r"i\.jpg.*JPEG or PNG or BMP or WEBP or TIFF.*magick"):
         read_image(path, for_prediction=True)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255, 65535])
+def test_orientations_of_exif_turn_as_they_say_and_others_do_not(tmp_path, file_format, turn):
+    stored = np.repeat(np.repeat(noise(4, 6), 8, axis=0), 8, axis=1)  # blocks that compression leaves alone
+    exif = Image.Exif()
+    exif[274] = turn
+    path = tmp_path / "i.x"
+    lossless = {"lossless": True} if file_format == "WEBP" else {"quality": 100, "subsampling": 0}
+    path.write_bytes(encoded(stored, file_format, exif=exif, **(lossless if file_format in ("JPEG", "WEBP") else {})))
+    # row, column of the stored picture that is shown at the top left, and at the top right (EXIF 2.3, table 6)
+    corners = {2: (1, 0), 3: (3, 2), 4: (2, 3), 5: (0, 2), 6: (2, 0), 7: (3, 1), 8: (1, 3)}
+    ends = [stored[0, 0], stored[0, -1], stored[-1, 0], stored[-1, -1]]
+    left, right = corners.get(turn, (0, 1))
+    seen = read_image(path, for_prediction=True)
+    assert seen.shape[:2] == ((48, 32) if turn in (5, 6, 7, 8) else (32, 48))
+    assert np.abs(seen[0, 0].astype(int) - ends[left]).max() <= 12
+    assert np.abs(seen[0, -1].astype(int) - ends[right]).max() <= 12
+
+
+def _tiff_header(entries):
+    """EXIF data of little-endian entries (tag, type, count, value)."""
+    body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+UNREADABLE_EXIF = {
+    "no TIFF header": (chunk(b"eXIf", bytes(range(32))), True),
+    "cut off": (chunk(b"eXIf", b"II*\0"), True),
+    "empty": (chunk(b"eXIf", b""), False),
+    "text that is no hexadecimal": (chunk(b"tEXt", b"Raw profile type exif\0\nexif\n4\nzzzz\n"), True),
+    "an orientation that is text": (chunk(b"eXIf", _tiff_header([(274, 2, 2, ord("6"))])), False),
+    "an orientation that is a fraction": (chunk(b"eXIf", _tiff_header([(274, 5, 1, 8)])), False),
+    "another tag out of reach": (chunk(b"eXIf", _tiff_header([(271, 2, 99, 1 << 30), (274, 3, 1, 1)])), False),
+    "another tag of no type": (chunk(b"eXIf", _tiff_header([(282, 99, 1, 0), (274, 3, 1, 1)])), False),
+}
+
+
+@pytest.mark.parametrize("fault", UNREADABLE_EXIF)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the same
+def test_unreadable_exif_is_said_and_the_picture_is_read(tmp_path, caplog, fault):
+    extra, said = UNREADABLE_EXIF[fault]
+    pixels = noise(8, 9)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    path = tmp_path / "i.png"
+    path.write_bytes(png(9, 8, 8, 2, rows, extra=extra))
+    np.testing.assert_array_equal(read_image(path, for_prediction=True), pixels)
+    np.testing.assert_array_equal(read_image(path), pixels)
+    if said:
+        assert "i.png: its EXIF data cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_a_tiff_of_more_than_16_bits_says_how_to_convert(tmp_path, mode, dtype):
+    path = tmp_path / "i.tif"
+    Image.fromarray(np.zeros((8, 9), dtype), mode).save(path)
+    with pytest.raises(DataError, match=rf"i\.tif: pixels of mode {mode}; convert it.*magick .*i-8bit\.png"):
+        read_image(path, for_prediction=True)
+
+
+def test_a_16_bit_tiff_keeps_its_upper_bits(tmp_path):
+    grey = noise(8, 9)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "i.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "i.tif", for_prediction=True), np.dstack([grey] * 3))
 
 
 JPEG = encoded(noise(60, 80), "JPEG")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, voc_palette
+from segnet_scratch.data.convert_masks import convert_masks
 from segnet_scratch.data.findings import CODES, ERRORS, WARNINGS
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import DataError, SegnetError
@@ -53,6 +54,18 @@ def annotate(root: Path, **change: object) -> Path:
         fields = {"name": name, "thing": "dog", "left": 1, "width": 48, **(change if name == "b" else {})}
         (root / f"Annotations/{name}.xml").write_text(ANNOTATION.format(**fields))
     return root / "Annotations/b.xml"
+
+
+def test_files_that_operating_systems_leave_are_passed_over(root):
+    listed = [path for path in root.rglob("*") if path.is_file()]
+    for path in listed:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(60))
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (root / "JPEGImages" / name).write_bytes(b"x")
+    report = verify(root)
+    assert (report.passed, report.splits, list(report.unlisted.values())) == (True, {"train": 4, "val": 2}, [0, 0])
+    assert convert_masks(root, root.with_name("new")) == 6
+    assert not list(root.with_name("new").rglob("._*"))
 
 
 def test_a_sound_set_has_no_findings(root):
@@ -283,6 +296,7 @@ def without_folder(root):
 
 RGB_MASK = np.where(labels(1)[..., None] == VOID, 0, voc_palette()[labels(1)]).astype(np.uint8)
 
+PNG_IMAGE = encoded(noise(*SIZE, seed=1), "PNG")  # its header ends at byte 33
 KINDS = [
     # code, damage; it returns the path that the finding must name
     ("missing-folder", without_folder),
@@ -342,6 +356,7 @@ KINDS = [
     ("image-has-alpha", put_png_image(encoded(noise(*SIZE, seed=1), "PNG", "RGBA"))),
     ("image-palette", put_png_image(encoded(noise(*SIZE, seed=1), "PNG", "P"))),
     ("image-exif-rotated", rotated),
+    ("image-exif-unreadable", put_png_image(PNG_IMAGE[:33] + chunk(b"eXIf", bytes(range(32))) + PNG_IMAGE[33:])),
     ("image-tiny", tiny),
     ("image-trailing-data", put_png_image(encoded(noise(*SIZE, seed=1), "PNG") + b"PK\x03\x04")),
     ("mask-trailing-data", appended(MASK, b"<?php ?>")),

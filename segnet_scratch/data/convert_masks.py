@@ -13,7 +13,16 @@ from segnet_scratch.data.colours import Colour, ColourTable, Found, labels_from_
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import decode
-from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER, VOCDataset, class_names, find_root
+from segnet_scratch.data.voc import (
+    FOLDERS,
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    SPLIT_FOLDER,
+    VOCDataset,
+    class_names,
+    find_root,
+    split_files,
+)
 from segnet_scratch.data.whole_folder import whole_folder
 from segnet_scratch.errors import DataError
 
@@ -39,7 +48,7 @@ def convert_masks(
     """
     root, out = find_root(source), Path(out)
     table = table or voc_colours(class_names(root))
-    splits = [VOCDataset(root, file.stem) for file in sorted((root / SPLIT_FOLDER).glob("*.txt"))]
+    splits = [VOCDataset(root, split) for split in split_files(root)]
     if not splits:
         raise DataError(f"{root / SPLIT_FOLDER}: expected lists such as train.txt, got none; name the images in one.")
     pairs = {

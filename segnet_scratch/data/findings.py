@@ -84,6 +84,7 @@ WARNINGS = {
     "image-animated": "the image has several frames; the first is taken",
     "mask-animated": "the mask has several frames; the first is taken",
     "image-exif-rotated": "EXIF asks to turn the image; it is not turned, because its mask is not",
+    "image-exif-unreadable": "the image has EXIF data that cannot be read",
     "image-tiny": "the image is smaller than 32 pixels on a side",
     "image-trailing-data": "something follows the end of the image",
     "mask-trailing-data": "something follows the end of the mask",

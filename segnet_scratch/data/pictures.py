@@ -1,11 +1,12 @@
 """Reading images and masks, and refusing what is damaged, hostile or no mask at all."""
 
 import errno
+import logging
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from segnet_scratch.data.findings import Finding, FoundError
 from segnet_scratch.data.palette import VOID
@@ -14,11 +15,26 @@ from segnet_scratch.errors import DataError
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels."""
 
+log = logging.getLogger(__name__)
+
 Role = Literal["image", "mask"]
 
 # A format that Pillow is not told to expect is never parsed, so a flaw in a rare decoder cannot be reached.
 _FORMATS: dict[Role, tuple[str, ...]] = {"image": ("JPEG", "PNG"), "mask": ("PNG",)}
-_PREDICTION_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_PREDICTION_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_16_BIT = "I;16"  # and its variants; older versions of Pillow call 16-bit grey of a PNG I
+
+# What EXIF's orientations 2 to 8 ask for; 1 is upright, and what is none of them is no orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What people's data sets hold in place of pictures, by their first bytes.
 _STARTS = (
@@ -38,12 +54,32 @@ def read_image(path: str | Path, *, for_prediction: bool = False) -> np.ndarray:
     """A picture as uint8 (H, W, 3), RGB; greyscale, palette and CMYK are converted, alpha is dropped.
 
     A data set's pictures are JPEG or PNG and are never turned by their EXIF orientation, because their
-    masks are not. With `for_prediction` BMP and WebP are read too and the picture is turned upright.
+    masks are not. With `for_prediction` BMP, WebP and TIFF are read too and the picture is turned upright.
     Raises DataError for a file that is missing, damaged, of another format or larger than MAX_PIXELS.
     """
     path = Path(path)
     picture = decode(path, "image", _PREDICTION_FORMATS if for_prediction else None)
-    return rgb_pixels(_upright(path, picture) if for_prediction else picture)
+    if not (picture.mode in _MODES or _is_16_bit(picture)):
+        raise Finding("image-wrong-format", path, f"pixels of mode {picture.mode}; {_convert(path)}.").error
+    if for_prediction:
+        turn, problem = orientation(picture)
+        if problem:
+            log.warning("%s: its EXIF data cannot be read (%s); the picture is taken as it is stored", path, problem)
+        if turn != 1:
+            picture = picture.transpose(_TURNS[turn])
+    return rgb_pixels(picture)
+
+
+def orientation(picture: Image.Image) -> tuple[int, str]:
+    """EXIF's orientation, 1 (upright) to 8, and what is wrong with the EXIF data: nothing, if it can be read.
+
+    A value that is none of these, or no EXIF data that can be read, is upright.
+    """
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # damaged EXIF is met with almost any type
+        return 1, str(error) or type(error).__name__
+    return (value if isinstance(value, int) and value in _TURNS else 1), ""
 
 
 def read_mask(path: str | Path, classes: int) -> np.ndarray:
@@ -95,8 +131,8 @@ def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Im
     except UnidentifiedImageError as error:
         raise problem(
             _kind(start, role),
-            f"not readable as {expected} (the file starts with {start[:8]!r}); "
-            "convert it, or copy it from the source again.",
+            f"not readable as {expected} (the file starts with {start[:8]!r}); {_convert(path)}, or copy it from the "
+            "source again.",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise problem("bomb", _TOO_LARGE) from error
@@ -108,7 +144,7 @@ def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Im
 
 def rgb_pixels(picture: Image.Image) -> np.ndarray:
     """A decoded picture of any mode as uint8 (H, W, 3), RGB."""
-    if picture.mode.startswith("I"):
+    if _is_16_bit(picture):
         # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
         grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -162,11 +198,14 @@ def wrong_labels(path: Path, mask: np.ndarray, classes: int) -> Finding | None:
 _TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."
 
 
-def _upright(path: Path, picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception as error:  # damaged EXIF is met with almost any type
-        raise Finding("image-damaged", path, f"its EXIF data is damaged ({error}); save it without.").error from error
+def _is_16_bit(picture: Image.Image) -> bool:
+    return picture.mode.startswith(_16_BIT) or (picture.mode == "I" and picture.format == "PNG")
+
+
+def _convert(path: Path) -> str:
+    """How to make a picture of 8 bits a channel out of almost any format."""
+    converted = path.with_name(f"{path.stem}-8bit.png")
+    return f"convert it, for example by ImageMagick: magick '{path}[0]' -depth 8 '{converted}'"
 
 
 def _kind(start: bytes, role: Role) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segnet_scratch.data.folders import left_by_system
 from segnet_scratch.data.loader import sample_rng
 from segnet_scratch.data.palette import VOID, save_indexed_png
 from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
@@ -102,7 +103,7 @@ def draw_sample(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.nda
 
 def _claim(root: Path, settings: dict[str, object]) -> None:
     """Raises DataError unless `root` is free or holds this very sample."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if not root.exists() or (root.is_dir() and all(left_by_system(path.name) for path in root.iterdir())):
         return
     marker = root / _MARKER
     try:

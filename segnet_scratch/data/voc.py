@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
 from segnet_scratch.data.pictures import read_image, read_mask
 from segnet_scratch.errors import DataError
@@ -76,13 +77,19 @@ def read_split(root: Path, split: str) -> list[str]:
     folder = root / SPLIT_FOLDER
     path = folder / f"{split}.txt"
     if not is_plain_name(split) or not path.is_file():
-        splits = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+        splits = ", ".join(split_files(root)) or "none"
         raise DataError(f"{path}: there is no split '{split}'; splits in {folder}: {splits}.")
     ids, findings = parse_split(path)
     for finding in findings:
         if finding.is_error:
             raise finding.error
     return ids
+
+
+def split_files(root: Path) -> dict[str, Path]:
+    """The lists of ids in a data set by the names of their splits, sorted."""
+    folder = root / SPLIT_FOLDER
+    return {path.stem: path for path in visible_files(folder) if path.suffix == ".txt"} if folder.is_dir() else {}
 
 
 def find_image(root: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segnet_scratch.data.findings import Finding
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
-from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, find_root, possible_roots
+from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, find_root, possible_roots, split_files
 from segnet_scratch.errors import DataError
 
 _NAMED_AT_MOST = 5
@@ -32,7 +32,7 @@ def examine_layout(path: Path, wanted: Sequence[str] = ()) -> Layout:
     names, label_findings = parse_labels(root / "labels.txt")
     findings += label_findings
     folder = root / SPLIT_FOLDER
-    files = {file.stem: file for file in sorted(folder.glob("*.txt"))}
+    files = split_files(root)
     for split in wanted:
         if split not in files:
             raise DataError(f"{folder / split}.txt: there is no split '{split}'; there are: {', '.join(files) or '-'}.")

@@ -10,12 +10,12 @@ from PIL import Image
 
 from segnet_scratch.data.annotations import ANNOTATION_FOLDER, annotation_file, read_annotation
 from segnet_scratch.data.findings import Finding, FoundError
+from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.palette import VOID
-from segnet_scratch.data.pictures import Role, decode, label_counts, mask_labels, rgb_pixels, wrong_labels
+from segnet_scratch.data.pictures import Role, decode, label_counts, mask_labels, orientation, rgb_pixels, wrong_labels
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file, sizes_differ
 
 _SMALL = 32  # five 2x2 pools leave one position of a 32-pixel side
-_ORIENTATION = 274  # EXIF tag; 1 is upright
 _PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 _ODD_MODES = {
@@ -89,9 +89,11 @@ def _examine_image(facts: PairFacts, path: Path, listing: Mapping[str, str]) -> 
         found(code, f"mode {picture.mode}; expected RGB.")
     if (picture.format == "PNG") != (path.suffix == ".png"):
         found("image-suffix-lies", f"the file is a {picture.format}; rename it.")
-    orientation = picture.getexif().get(_ORIENTATION, 1)
-    if orientation != 1:
-        found("image-exif-rotated", f"EXIF orientation {orientation}; turn the pixels of image and mask, and drop it.")
+    turn, problem = orientation(picture)
+    if problem:
+        found("image-exif-unreadable", f"its EXIF data cannot be read ({problem}); save it without.")
+    if turn != 1:
+        found("image-exif-rotated", f"EXIF orientation {turn}; turn the pixels of image and mask, and drop it.")
     if min(facts.image_size) < _SMALL:
         found("image-tiny", f"{picture.height} x {picture.width} (height x width); is it a thumbnail?")
     _examine_file(facts, path, picture, "image")
@@ -182,4 +184,4 @@ def _or_other_case(finding: Finding, listing: Mapping[str, str], suffixes: tuple
 
 def _listing(folder: Path) -> dict[str, str]:
     """Names of the files in a folder by their lower-case form."""
-    return {path.name.lower(): path.name for path in folder.iterdir()} if folder.is_dir() else {}
+    return {path.name.lower(): path.name for path in visible_files(folder)} if folder.is_dir() else {}
