@@ -1,36 +1,41 @@
 """Checkpoints: safetensors files that survive a kill, a full disk and a damaged disk, and never run code.
 
-The safetensors library reads and writes the format. Ours is what it leaves out: a save that is atomic and
-durable, and a SHA-256 of the content, because the format itself accepts a flipped data bit.
+The safetensors library writes the format; `_File` reads it, without a map of the file that a truncation would turn
+into a crash. Ours is also what the format leaves out: a save that is atomic and durable (files.py), and a SHA-256 of
+the content, because the format itself accepts a flipped data bit.
 """
 
-import errno
 import hashlib
 import json
+import math
 import os
-import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from segnet_scratch.errors import CheckpointError
+from segnet_scratch.files import reason, write_durably
 
 FORMAT = "1"
 
 _Path = str | os.PathLike[str]
 # One entry holds everything of ours: safetensors writes several in no fixed order, and files would differ.
 _KEY = "segnet_scratch"
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.segnet-tmp")
 
 _MAX_HEADER = 4 << 20
+# What other files that are taken for weights begin with.
+_NO_SAFETENSORS = {
+    b"PK\x03\x04": "a PyTorch file or another zip archive",
+    b"\x80\x02": "a pickle, as old PyTorch files are",
+    b"version ": "a pointer of Git LFS, whose file git lfs pull brings",
+    b"<": "a web page or XML",
+}
 # NumPy's types by safetensors' names. NumPy has no bfloat16: it is read as the integer of its bits.
 _DTYPES = {"BOOL": "?", "BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _DTYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
@@ -60,8 +65,8 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         write_durably(Path(path), [safetensors.numpy.save(arrays, {_KEY: _record(plain, arrays)})])
     except OSError as error:
         raise CheckpointError(
-            f"{path}: could not be saved: {error.strerror}; the file there, if any, is complete. Make room or "
-            "correct the permissions, then continue with --resume."
+            f"{path}: could not be saved: {reason(error)}. The file there, if any, is complete; what was training goes "
+            "on with --resume."
         ) from error
     except (SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -91,66 +96,6 @@ def load_foreign(path: _Path) -> dict[str, np.ndarray]:
     fix = "get it anew, or convert it to safetensors where it is a PyTorch file, which can run code when it is read"
     with _opened(path, fix) as file:
         return file.tensors()
-
-
-def sweep_temporaries(directory: _Path) -> list[Path]:
-    """Remove the temporaries that killed saves left in a directory, and return their paths.
-
-    A save in progress has one too: call it where nobody else writes to the directory. Raises CheckpointError for
-    a directory that cannot be read or a temporary that cannot be removed.
-    """
-    try:
-        files = sorted(file for file in Path(directory).iterdir() if file.is_file() and not file.is_symlink())
-        orphans = [file for file in files if _TEMPORARY.fullmatch(file.name)]
-        for orphan in orphans:
-            orphan.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: leftovers of an interrupted save could not be removed: {error.strerror}; check "
-            "the path and its permissions."
-        ) from error
-    return orphans
-
-
-def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Replace a file by the given bytes; a reader, also after a crash, finds the old file or the new one.
-
-    The order is what makes it hold: write a temporary, sync it, rename it over the file, sync the directory. A
-    rename that reached the disk before the data would leave an empty file after a power failure. Raises OSError.
-    """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.segnet-tmp"
-    # Opened first: a directory that cannot be opened must be noticed while the old file is still in place.
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        _write_synced(temporary, blocks)
-        temporary.replace(path)
-        try:
-            os.fsync(directory)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # the answer of network file systems that cannot sync a directory
-                raise
-    except BaseException:
-        # The first error is the one to report; a leftover is swept at the next start.
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    finally:
-        os.close(directory)
-
-
-def _write_synced(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        for block in blocks:
-            rest = memoryview(block)
-            while rest.nbytes:  # one call may write less than it is given, always so beyond 2 GiB
-                written = os.write(descriptor, rest)
-                if written == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-                rest = rest[written:]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_disk_order(name: str, array: np.ndarray) -> np.ndarray:
@@ -191,37 +136,48 @@ def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
 
 
 class _File:
-    """An open safetensors file: what safetensors found in its header, and the data, read as a file.
+    """An open safetensors file: what its header says, checked as strictly as the library does, and the data.
 
     The library maps the files that it opens, and a file that somebody truncates while it is mapped (`cp` over a
-    checkpoint does) ends the process with SIGBUS. Parsing the whole content from memory would need that memory twice.
-    So the library gets a copy of the header alone, in front of a hole as long as the data.
+    checkpoint does) ends the process with SIGBUS. Parsing the whole content from memory would need that memory twice,
+    and a copy of the header for the library a folder for temporary files, which may be full. So we read it ourselves.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         start, size = file.read(8), os.fstat(file.fileno()).st_size
+        for mark, kind in _NO_SAFETENSORS.items():
+            if start.startswith(mark):
+                raise ValueError(kind)
         length = int.from_bytes(start, "little")
-        # The library takes up to 100 MB of header, and seconds and a gigabyte to read it; 2,000 tensors need 0.2 MB.
+        # Megabytes of header cost seconds and a gigabyte to read; 2,000 tensors need 0.2 MB.
         if length > _MAX_HEADER:
             raise ValueError(f"a header of {length} bytes, more than {_MAX_HEADER}")
         self._file = file
-        with NamedTemporaryFile() as copy:
-            copy.write(start + file.read(min(length, size)))  # Python makes room for as much as it is asked to read
-            copy.truncate(size)
-            copy.flush()
-            with safe_open(copy.name, "np") as header:
-                self.metadata: dict[str, str] = header.metadata() or {}
-                # In the order of their data: the library refuses overlaps and holes, so one begins where another ends.
-                slices = {name: header.get_slice(name) for name in header.offset_keys()}
-                self._layout = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
+        if len(start) < 8 or not isinstance(header, dict):
+            raise ValueError("a header that is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = {} if metadata is None else metadata
+        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
+            raise ValueError("metadata that is no JSON object of texts")
+        places = sorted((_place_of(name, entry), name) for name, entry in header.items())
+        end = 0
+        for (begin, after, _, _), name in places:
+            if begin != end:
+                raise ValueError(
+                    f"tensor {name[:80]} at byte {begin} of the data, expected {end}: a hole or an overlap"
+                )
+            end = after
+        if end != size - 8 - length:
+            raise ValueError(f"{size - 8 - length} bytes of data, expected {end}")
+        # In the order of their data, as they are read.
+        self._layout = {name: (dtype, shape) for (_, _, dtype, shape), name in places}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All tensors by name; to be called once."""
         return {name: self._read(name, *layout) for name, layout in self._layout.items()}
 
-    def _read(self, name: str, dtype: str, shape: list[int]) -> np.ndarray:
-        if dtype not in _DTYPES:
-            raise ValueError(f"tensor {name[:80]} of {dtype}, which NumPy has not")
+    def _read(self, name: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
         try:
             array = np.empty(shape, _DTYPES[dtype])
         except ValueError as error:  # too many sides, or an empty tensor whose other sides overflow its size
@@ -235,9 +191,24 @@ class _File:
         return bits.view("<f4")
 
 
+def _place_of(name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+    """(first byte, byte behind the last, dtype, shape) of a tensor by its entry in the header."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"tensor {name[:80]} without dtype, shape and data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"tensor {name[:80]} of {dtype!r:.40}, which NumPy has not")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name[:80]} with sides or offsets that are no sizes")
+    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise ValueError(f"tensor {name[:80]} of {end - begin} bytes, which its shape and type do not fill")
+    return begin, end, dtype, shape
+
+
 @contextmanager
 def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
-    """The file, its header verified by safetensors; errors inside become CheckpointErrors with name and fix."""
+    """The file, its header verified; what is wrong becomes a CheckpointError that tells damage from other causes."""
     path = Path(path)
     try:
         # Also keeps a named pipe from being opened, which would wait for ever.
@@ -245,10 +216,13 @@ def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
             raise ValueError("a directory or a device")
         with path.open("rb") as file:
             yield _File(file)
-    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
-        got = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}.") from None
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: memory is short: {error}; end other programs.") from None
+    except (ValueError, RecursionError) as error:
         # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
-        got, fix = ascii(got)[1:-1][:300], fix or _way_out(path)
+        got, fix = ascii(str(error))[1:-1][:300], fix or _way_out(path)
         raise CheckpointError(f"{path}: expected a sound safetensors file, got: {got}; {fix}.") from None
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from segnet_scratch import checkpoint, weights
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.files import reason, write_durably
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 
 # PyTorch counts batches for a running average that SegNet does not use.
@@ -68,7 +68,7 @@ def to_pytorch(source: Path, target: Path, names: Mapping[str, str]) -> int:
     try:
         write_durably(target, [safetensors.numpy.save(renamed)])
     except OSError as error:
-        raise CheckpointError(f"{target}: could not be written: {error.strerror}") from error
+        raise CheckpointError(f"{target}: could not be written: {reason(error)}") from error
     return len(renamed)
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.evaluate import Evaluation
+from segnet_scratch.files import write_durably
 from segnet_scratch.train import Listener, Throughput, Trainer
 
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal

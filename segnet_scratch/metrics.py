@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.errors import DataError, TrainingError
+from segnet_scratch.files import reason, write_durably
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ class MetricsLog:
                     line = line[file.write(line) :]
         except OSError as error:
             raise TrainingError(
-                f"{self.path}: could not be written: {error.strerror}; make room or correct the permissions, "
-                "then continue with --resume."
+                f"{self.path}: could not be written: {reason(error)}, then continue with --resume."
             ) from error
 
     def truncate_after(self, step: int) -> None:
@@ -183,8 +182,7 @@ class MetricsLog:
             write_durably(self.path, kept)
         except OSError as error:
             raise TrainingError(
-                f"{self.path}: could not be written: {error.strerror}; the old log is complete. Make room or "
-                "correct the permissions."
+                f"{self.path}: could not be written: {reason(error)}. The old log is complete."
             ) from error
 
     @staticmethod

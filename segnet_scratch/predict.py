@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.data import indexed_picture, read_image
 from segnet_scratch.data.folders import left_by_system, visible_files
 from segnet_scratch.drawing import heat_map, overlay
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import write_durably
 from segnet_scratch.inference import Inference, Segmentation, segment
 from segnet_scratch.segnet import SegNet
 

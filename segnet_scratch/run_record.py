@@ -11,9 +11,9 @@ from pathlib import Path
 from time import perf_counter
 
 from segnet_scratch import __version__
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation
+from segnet_scratch.files import write_durably
 from segnet_scratch.train import Listener, Trainer
 
 FILE = "sessions.json"

@@ -1,10 +1,7 @@
 """The results archive of the VOC2012 segmentation challenge: indexed PNGs in the folders that its server expects."""
 
-import secrets
-import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -15,6 +12,7 @@ from PIL import Image
 
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, read_image, voc_palette
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import scratch_folder
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.segnet import SegNet
 
@@ -55,7 +53,7 @@ def submit(
     final = out if mode else out / "results"
     if final.exists():
         raise DataError(f"{final}: is there already; remove it or choose another --out")
-    with _scratch(out if mode is None else out.parent) as scratch:
+    with scratch_folder(final) as scratch:
         target = scratch / folder
         target.mkdir(parents=True)
         sizes = {}
@@ -110,18 +108,6 @@ def _check_classes(model: SegNet, dataset: VOCDataset) -> None:
             )
     if model.classes != len(VOC_CLASSES):
         raise DataError(f"the checkpoint has {model.classes} classes, VOC {len(VOC_CLASSES)}; train one on VOC's")
-
-
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A folder beside the result, on the same disk, that is gone afterwards."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".submit.{secrets.token_hex(8)}.segnet-tmp"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pack(packed: Path, mode: _Mode, folder: PurePosixPath, files: Path, names: tuple[str, ...]) -> None:

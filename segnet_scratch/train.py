@@ -15,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.checkpoint import sweep_temporaries, write_durably
 from segnet_scratch.config import MEDIAN_FREQUENCY, Config, check_resume, load_config
 from segnet_scratch.data import (
     VOID,
@@ -34,6 +33,7 @@ from segnet_scratch.engine.training import FusedEngine
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
+from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops import cross_entropy

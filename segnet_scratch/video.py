@@ -1,7 +1,6 @@
 """Videos and cameras: every frame segmented and written as an overlay video, by PyAV (the extra `video`)."""
 
 import re
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from PIL import Image
 from segnet_scratch.drawing import above, blend, legend
 from segnet_scratch.errors import DataError
 from segnet_scratch.extras import require
+from segnet_scratch.files import temporary_beside
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.predict import check_targets
 from segnet_scratch.segnet import SegNet
@@ -98,7 +98,7 @@ def predict_video(
     inference = inference or Inference()
     inference.check(model, size)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.segnet-tmp"
+    temporary = temporary_beside(target)
     done, interrupted, rate = 0, False, 0.0
     try:
         with _opened(video) as source, _Writer(temporary, target, video.name, names) as writer:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from checkpoint_support import ROOT, assert_same_tensors, names_in, some_metadata, some_tensors
 
-from segnet_scratch import checkpoint, run_record
+from segnet_scratch import checkpoint, files, run_record
 from segnet_scratch.errors import CheckpointError
 
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
@@ -38,7 +38,7 @@ class Calls:
         self.fail_at, self.error, self.longest_write, self.kill = fail_at, error, longest_write, kill
         # Those of the module alone: other parts of a run start programs and close files, too.
         watched = SimpleNamespace(**vars(os) | {name: self._wrap(name, getattr(os, name)) for name in self.NAMES})
-        monkeypatch.setattr(checkpoint, "os", watched)
+        monkeypatch.setattr(files, "os", watched)
         monkeypatch.setattr(os, "replace", watched.replace)  # through pathlib
 
     def _wrap(self, name, call):
@@ -110,7 +110,7 @@ class TestDurability:
 
     def test_a_write_of_nothing_is_an_error_and_no_endless_loop(self, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "write", lambda descriptor, data: 0)
+            patch.setattr(files.os, "write", lambda descriptor, data: 0)
             with pytest.raises(CheckpointError, match="could not be saved"):
                 checkpoint.save(tmp_path / "a", some_tensors(), {})
         assert names_in(tmp_path) == []
@@ -124,7 +124,7 @@ class TestDurability:
             sync(descriptor)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "fsync", fsync)
+            patch.setattr(files.os, "fsync", fsync)
             checkpoint.save(tmp_path / "a", {}, {"step": 3})
         assert checkpoint.load(tmp_path / "a").metadata == {"step": 3}
 
@@ -133,7 +133,7 @@ class TestDurability:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "fsync", interrupted)
+            patch.setattr(files.os, "fsync", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 checkpoint.save(tmp_path / "a", some_tensors(), {})
         assert names_in(tmp_path) == []
@@ -214,7 +214,7 @@ class TestKill:
                 acknowledged = [reached + 1, *map(int, pipe.read().split())][-1]
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             reached = expect_step(path, acknowledged)
-            orphans += len(checkpoint.sweep_temporaries(tmp_path))
+            orphans += len(files.sweep_temporaries(tmp_path))
             assert names_in(tmp_path) == ["last.safetensors"]
         assert orphans > 0  # else every kill fell between two saves and showed nothing
 
@@ -234,7 +234,7 @@ class TestKill:
                 os._exit(0)  # not reached
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             reached = expect_step(path, reached)
-            orphans += len(checkpoint.sweep_temporaries(tmp_path))
+            orphans += len(files.sweep_temporaries(tmp_path))
             assert names_in(tmp_path) == ["last.safetensors"]
         renamed = calls.index(("replace", "file"))
         assert reached == len(calls) - renamed - (when == "before")
@@ -255,7 +255,7 @@ class TestSweep:
             (tmp_path / name).write_bytes(b"x")
         (tmp_path / ".folder.0123456789abcdef.segnet-tmp").mkdir()
         (tmp_path / ".link.0123456789abcdef.segnet-tmp").symlink_to(tmp_path / "last.safetensors")
-        assert checkpoint.sweep_temporaries(tmp_path) == ours
+        assert files.sweep_temporaries(tmp_path) == ours
         left = set(names_in(tmp_path))
         assert left == {
             *others,
@@ -271,16 +271,16 @@ class TestSweep:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "replace", replace)
+            patch.setattr(files.os, "replace", replace)
             with pytest.raises(CheckpointError):
                 checkpoint.save(tmp_path / "last.safetensors", {}, {})
         names[0].write_bytes(b"left by a kill")
         assert names[0].parent == tmp_path
-        assert checkpoint.sweep_temporaries(tmp_path) == names
+        assert files.sweep_temporaries(tmp_path) == names
 
     def test_missing_directory(self, tmp_path):
-        with pytest.raises(CheckpointError, match="nowhere"):
-            checkpoint.sweep_temporaries(tmp_path / "nowhere")
+        with pytest.raises(OSError, match="nowhere"):
+            files.sweep_temporaries(tmp_path / "nowhere")
 
 
 def test_whichever_call_of_a_training_run_fails(sample, tmp_path, segnet, monkeypatch):

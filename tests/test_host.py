@@ -675,7 +675,7 @@ class TestPublish:
         if failing == "replace":
             monkeypatch.setattr(Path, "replace", fail)
         else:
-            monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or fail())
+            monkeypatch.setattr(os, "write", fail)
         with pytest.raises(CompileError, match=r"cannot write .*file\.so.*No space left"):
             publish(path, b"data")
         assert list(tmp_path.iterdir()) == []

@@ -131,17 +131,17 @@ def test_repeating_it_changes_nothing(merge, root, backwards):
 
 
 def test_an_interrupted_merge_writes_no_list_and_is_completed_by_the_next(merge, root, monkeypatch):
-    write, calls = sbd_module._write_whole, []
+    write, calls = sbd_module.write_durably, []
 
-    def breaking(path, content):
+    def breaking(path, blocks, synced):
         calls.append(path)
         if len(calls) == 2:
-            (path.parent / f".{path.name}.0123456789abcdef.segnet-tmp").write_bytes(content[:10])
+            (path.parent / f".{path.name}.0123456789abcdef.segnet-tmp").write_bytes(blocks[0][:10])
             raise KeyboardInterrupt
-        write(path, content)
+        write(path, blocks, synced)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sbd_module, "_write_whole", breaking)
+        patch.setattr(sbd_module, "write_durably", breaking)
         with pytest.raises(KeyboardInterrupt):
             merge(sbd_files())
     assert not (root / "ImageSets/Segmentation/train_aug.txt").exists()

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from segnet_scratch.data.whole_folder import _sweep, whole_folder
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import _sweep_folders, whole_folder
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from segnet_scratch.data.whole_folder import whole_folder
+from segnet_scratch.files import whole_folder
 with whole_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
 def test_one_that_is_being_filled_is_not_swept(tmp_path):
     with whole_folder(tmp_path / "b") as first:
         (first / "file").write_text("content")
-        _sweep(tmp_path / "b")
+        _sweep_folders(tmp_path / "b")
         assert names(first) == ["file"]
     assert names(tmp_path / "b") == ["file"]
 

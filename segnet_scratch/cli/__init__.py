@@ -4,6 +4,7 @@
 from segnet_scratch.cli import network, evaluation, proof, kernels, profile, memory, tune, data, common  # noqa: I001
 from segnet_scratch.cli.common import app, fail
 from segnet_scratch.errors import ConfigError, SegnetError
+from segnet_scratch.files import reason
 
 __all__ = ["common", "data", "evaluation", "kernels", "main", "memory", "network", "profile", "proof", "tune"]
 
@@ -20,4 +21,4 @@ def main() -> None:
     except MemoryError as error:
         fail(f"memory is short: {error}; use a smaller size or batch", 1)
     except OSError as error:  # a folder that cannot be made, a full disk
-        fail(f"{error.filename2 or error.filename or 'output'}: {error.strerror}; correct the path or make room", 1)
+        fail(f"{error.filename2 or error.filename or 'output'}: {reason(error)}", 1)

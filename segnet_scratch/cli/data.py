@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.cli.common import JsonOption, app, console, fail, say
 from segnet_scratch.cli.data_tables import (
     counted,
@@ -25,6 +24,7 @@ from segnet_scratch.data.statistics import class_statistics
 from segnet_scratch.data.verify import verify as run_verify
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import write_durably
 
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")

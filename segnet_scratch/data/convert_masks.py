@@ -23,8 +23,8 @@ from segnet_scratch.data.voc import (
     find_root,
     split_files,
 )
-from segnet_scratch.data.whole_folder import whole_folder
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason, whole_folder
 
 _FILES_NAMED = 5
 _COLOURS_NAMED = 3  # of each file
@@ -74,7 +74,7 @@ def convert_masks(
                 path.write_text("\n".join(split.ids) + "\n", encoding="utf-8")
             (folder / "labels.txt").write_text("\n".join(table.names) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}); choose a folder that is yours, or make room.") from error
+        raise DataError(f"{error.filename2 or error.filename or out}: {reason(error)}.") from error
     return len(pairs)
 
 

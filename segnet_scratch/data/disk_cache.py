@@ -1,6 +1,5 @@
 """A data set that reads decoded samples from one file, mapped into memory."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +13,11 @@ import numpy as np
 import PIL
 from PIL import features
 
-from segnet_scratch.checkpoint import sweep_temporaries, write_durably
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.memory_cache import Sample, shrunk
 from segnet_scratch.data.voc import VOCDataset
-from segnet_scratch.errors import CheckpointError, DataError
+from segnet_scratch.errors import DataError
+from segnet_scratch.files import lock, reason, sweep_temporaries, write_durably
 from segnet_scratch.kernels.cache import cache_directory
 
 _MAGIC = b"SEGNETC1"
@@ -63,9 +62,9 @@ class DiskCachedDataset(VOCDataset):
             self._index = index
             self._checked = bytearray(len(self))
             self._bytes = np.memmap(self.file, np.uint8, "r")
-        except (OSError, CheckpointError) as error:
+        except OSError as error:
             raise DataError(
-                f"{self.file}: the cache of decoded images cannot be made ({error}); make room, set SEGNET_CACHE to "
+                f"{self.file}: the cache of decoded images cannot be made: {reason(error)}; or set SEGNET_CACHE to "
                 'a folder on another disk, or train with cache = "none".'
             ) from error
 
@@ -138,5 +137,5 @@ def _read_index(file: Path, fingerprint: str, samples: int) -> list[list[int]] |
 def _locked(path: Path) -> Iterator[None]:
     """Holds the lock of a cache folder, and waits for it."""
     with path.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock(stream.fileno(), path, wait=True)
         yield

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason
 
 VOID = 255
 """The label of pixels that belong to no class: object borders in VOC, padding in training crops."""
@@ -81,7 +82,7 @@ def save_indexed_png(path: str | Path, labels: np.ndarray) -> None:
     try:
         picture.save(path, format="PNG")
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose a folder that exists and is yours.") from error
+        raise DataError(f"{path}: cannot be written: {reason(error)}.") from error
 
 
 def _as_bytes(labels: np.ndarray, where: str) -> np.ndarray:

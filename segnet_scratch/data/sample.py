@@ -17,6 +17,7 @@ from segnet_scratch.data.loader import sample_rng
 from segnet_scratch.data.palette import VOID, save_indexed_png
 from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason
 
 SAMPLE_CLASSES = ("background", "circle", "square", "triangle", "star", "ring")
 """Names of the classes, by label."""
@@ -74,7 +75,7 @@ def write_sample(
         for path, members in split_files.items():
             path.write_text("\n".join(members) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{root}: the sample cannot be written ({error}); choose a folder that is yours.") from error
+        raise DataError(f"{root}: the sample cannot be written: {reason(error)}.") from error
     return root
 
 

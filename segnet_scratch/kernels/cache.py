@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
+from segnet_scratch.files import reason, write_durably
 
 
 def cache_directory() -> Path:
@@ -25,16 +25,9 @@ def publish(path: Path, data: bytes) -> None:
     """Writes a file so that other processes see it whole or not at all. CompileError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_durably(path, [data])
     except OSError as error:
         raise CompileError(
-            f"cannot write {path}, where compiled kernels are kept: {error.strerror or error}; "
-            "set SEGNET_CACHE to a folder that can be written"
+            f"cannot write {path}, where compiled kernels are kept: {reason(error)}; or set SEGNET_CACHE to a folder "
+            "that can be written"
         ) from error

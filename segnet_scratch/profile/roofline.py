@@ -9,9 +9,9 @@ from types import ModuleType
 
 import numpy as np
 
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.extras import require
+from segnet_scratch.files import write_durably
 from segnet_scratch.profile.summary import Profile, Summary
 
 LARGEST, SMALLEST = 260, 14  # areas of points, in square points of print

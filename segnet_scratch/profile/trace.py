@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from segnet_scratch.checkpoint import write_durably
+from segnet_scratch.files import write_durably
 from segnet_scratch.profile.record import Span
 
 ROWS = ("phases", "layers", "ops")  # one below the other, as threads of one process

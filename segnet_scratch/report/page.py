@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.checkpoint import write_durably
 from segnet_scratch.config import Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset, voc_palette
 from segnet_scratch.device import get_device
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.extras import require
+from segnet_scratch.files import write_durably
 from segnet_scratch.inference import segment
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve

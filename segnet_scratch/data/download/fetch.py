@@ -4,8 +4,6 @@ pooch, which would be at hand, begins anew after every break; with two gigabytes
 Resuming is one header and three answers (206, 200, 416), which urllib serves as well as a client library would.
 """
 
-import errno
-import fcntl
 import hashlib
 import http.client
 import os
@@ -21,6 +19,7 @@ from typing import BinaryIO
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import lock, reason
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many bytes of how many are."""
@@ -67,8 +66,7 @@ def fetch(
             os.fsync(stream.fileno())
             part.rename(target)
     except OSError as error:
-        hint = "make room and run it again, it goes on" if error.errno == errno.ENOSPC else "correct the path"
-        raise DataError(f"{part}: cannot be written ({error.strerror or error}); {hint}.") from error
+        raise DataError(f"{part}: {reason(error)}. What is there is kept; run it again, it goes on.") from error
     return None
 
 
@@ -224,8 +222,6 @@ def _md5(stream: BinaryIO, size: int, progress: Progress) -> str:
 def _locked(part: Path) -> Iterator[BinaryIO]:
     """The partial file, for this process alone."""
     with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{part}: another process is downloading it; wait for it.") from None
+        if not lock(stream.fileno(), part):
+            raise DataError(f"{part}: another process is downloading it; wait for it.")
         yield stream

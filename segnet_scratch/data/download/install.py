@@ -9,8 +9,8 @@ from segnet_scratch.data.download.fetch import Progress, fetch
 from segnet_scratch.data.download.sbd import Merge, merge_sbd
 from segnet_scratch.data.download.sources import SBD, VOC2012, Source
 from segnet_scratch.data.voc import FOLDERS, VOCDataset, find_root
-from segnet_scratch.data.whole_folder import whole_folder
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason, whole_folder
 
 _MARGIN = 200_000_000  # bytes left free, so that the machine stays usable
 
@@ -51,7 +51,7 @@ def install_voc2012(
             if fault := _fault(folder):
                 raise DataError(f"{archive}: holds no whole data set: {fault.replace(str(folder), str(root))}")
     except OSError as error:
-        raise DataError(f"{root}: cannot be written ({error}); make room, or choose a folder that is yours.") from error
+        raise DataError(f"{root}: {reason(error)}.") from error
     return root
 
 

@@ -5,7 +5,6 @@ leaves the 10,582 images of training that the literature calls train_aug (VOC's 
 """
 
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.checkpoint import sweep_temporaries, write_durably
 from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.sources import Source
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import indexed_picture
 from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER, find_image, mask_file, read_split
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason, sweep_temporaries, write_durably
 
 SPLIT = "train_aug"
 """The list that is written."""
@@ -85,7 +84,7 @@ def merge_sbd(
         os.sync()  # some ten thousand files at once; before the list, which says that they are there
         write_durably(root / SPLIT_FOLDER / f"{SPLIT}.txt", ["".join(f"{name}\n" for name in ids).encode()])
     except OSError as error:
-        raise DataError(f"{root}: cannot be written ({error}); make room, or correct the permissions.") from error
+        raise DataError(f"{error.filename or root}: {reason(error)}.") from error
     return Merge(root, len(ids), added)
 
 
@@ -107,11 +106,11 @@ def _add(archive: Path, root: Path, loadmat: Callable[..., dict[str, Any]], job:
     if target.is_file():
         return 0
     if suffix == ".jpg":
-        _write_whole(target, content)
+        write_durably(target, [content], synced=False)
         return 0
     picture = BytesIO()
     indexed_picture(_labels(f"{archive}: {name}.mat", loadmat, content)).save(picture, format="PNG")
-    _write_whole(target, picture.getvalue())
+    write_durably(target, [picture.getvalue()], synced=False)
     return 1
 
 
@@ -143,14 +142,3 @@ def _check_pairs(root: Path, ids: list[str]) -> None:
             raise DataError(
                 f"{mask}: mask of {sizes[1]} for an image of {sizes[0]} pixels ({image}); are both of VOC2012?"
             )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # Without the syncs of `write_durably`, which cost minutes for ten thousand files: one sync ends the merge.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.segnet-tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,200 @@
+"""Files and folders that appear whole or not at all, and the lock that keeps others out of a folder.
+
+Whatever this program leaves on a disk goes through here. The order is what makes it hold, also where the power fails:
+write a temporary beside the target, sync it, rename it over the target, sync the folder. A rename that reached the disk
+before the data would leave an empty file.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from segnet_scratch.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.segnet-tmp")
+_NAME_KEPT = 40  # characters: a temporary of a name as long as the file system takes must not be longer than that
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+
+_FIXES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "your quota there is used up; make room",
+    errno.EFBIG: "files there may not be that large: raise ulimit -f, or use another file system",
+    errno.EACCES: "correct the permissions, or choose another place",
+    errno.EPERM: "correct the permissions, or choose another place",
+    errno.EROFS: "that file system can only be read; choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EEXIST: "choose another name",
+    errno.ENOTEMPTY: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "close other files, or raise ulimit -n",
+    errno.ENFILE: "the system has too many open files; close other programs",
+    errno.EIO: "the disk reports a fault; check it",
+    errno.ESTALE: "the file server has lost it; mount it anew",
+}
+
+
+def reason(error: OSError) -> str:
+    """What the system said, and what mends just that: `No space left on device; make room on that disk`."""
+    said = error.strerror or str(error) or type(error).__name__
+    fix = _FIXES.get(error.errno or 0)
+    return f"{said}; {fix}" if fix else said
+
+
+def write_durably(path: Path, blocks: Iterable[bytes | memoryview], synced: bool = True) -> None:
+    """Replaces a file by the given bytes; a reader, also after a crash, finds the old file or the new one.
+
+    Not synced, a power failure may lose it: one `os.sync()` after ten thousand files costs less than a sync for each.
+    Raises OSError, which names the file.
+    """
+    temporary = temporary_beside(path)
+    try:
+        # Opened first: a directory that cannot be opened must be noticed while the old file is still in place.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            _write(temporary, blocks, synced)
+            temporary.replace(path)
+            if synced:
+                _sync(directory)
+        except BaseException:
+            # The first error is the one to report; a leftover is swept at the next start.
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):  # something that was read meanwhile
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sweep_temporaries(directory: Path) -> list[Path]:
+    """Removes the temporaries that killed programs left in a directory, and returns their paths.
+
+    A write in progress has one too: call it where nobody else writes to the directory. Raises OSError for a directory
+    that cannot be read or a temporary that cannot be removed.
+    """
+    files = sorted(file for file in Path(directory).iterdir() if file.is_file() and not file.is_symlink())
+    orphans = [file for file in files if _TEMPORARY.fullmatch(file.name)]
+    for orphan in orphans:
+        orphan.unlink()
+    return orphans
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to fill, which becomes `target` when the block ends without an exception.
+
+    Else it is removed; what a killed program left is removed by the next that makes the same target. Raises DataError
+    where `target` holds something already, and OSError where the system refuses.
+    """
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise DataError(f"{target}: is there already, and is left as it is; choose a new or an empty folder.")
+    with scratch_folder(target) as temporary:
+        yield temporary
+        # Some ten thousand files: one sync of everything costs less than one for each. Before the rename, or a power
+        # failure could leave a whole folder of empty files.
+        os.sync()
+        temporary.rename(target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            _sync(directory)
+        finally:
+            os.close(directory)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, on the same disk, that is gone afterwards unless the block has renamed it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_folders(target)
+    temporary = temporary_beside(target)
+    temporary.mkdir()
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            # The lock tells `_sweep_folders` of another program that this one is alive; it goes with the process.
+            lock(descriptor, temporary)
+            yield temporary
+        finally:
+            os.close(descriptor)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock(descriptor: int, what: Path, wait: bool = False) -> bool:
+    """Takes the lock of an open file or folder, which the system drops when it is closed or the process ends.
+
+    False where another process holds it and `wait` is not set. A file system without locks (Lustre without -o flock,
+    NFS without lockd) is no obstacle: a warning asks that nobody else write there.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning(
+            "%s: this file system has no locks (%s); see that no other program writes there meanwhile",
+            what.parent,
+            error.strerror,
+        )
+    return True
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name that `sweep_temporaries` knows, for what is to be renamed to `path`."""
+    return path.parent / f".{path.name[:_NAME_KEPT]}.{secrets.token_hex(8)}.segnet-tmp"
+
+
+def _write(path: Path, blocks: Iterable[bytes | memoryview], synced: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for block in blocks:
+            rest = memoryview(block)
+            while rest.nbytes:  # one call may write less than it is given, always so beyond 2 GiB
+                written = os.write(descriptor, rest)
+                if written == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                rest = rest[written:]
+        if synced:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the answer of network file systems that cannot sync a directory
+            raise
+
+
+def _sweep_folders(target: Path) -> None:
+    """Removes what killed programs left of a folder beside `target`."""
+    pattern = re.compile(rf"\.{re.escape(target.name[:_NAME_KEPT])}\.[0-9a-f]{{16}}\.segnet-tmp")
+    for folder in target.parent.iterdir():
+        if not pattern.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody is filling it, or the file system knows no locks
+            continue
+        else:
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)

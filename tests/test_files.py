@@ -1,0 +1,96 @@
+"""What every file of this program goes through: temporaries, their names, what the system says when it refuses."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from segnet_scratch.files import lock, reason, sweep_temporaries, whole_folder, write_durably
+
+
+@pytest.mark.parametrize("letter", ["n", "\u00e9", "\U0001f4c4"])
+def test_a_name_as_long_as_the_file_system_takes(tmp_path, letter):
+    name = letter * (255 // len(letter.encode()))
+    write_durably(tmp_path / name, [b"content"])
+    with whole_folder(tmp_path / f"{name[:-1]}o") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / name).read_bytes() == b"content"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "permissions"),
+        (errno.EROFS, "only be read"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENOENT, "check the path"),
+    ],
+)
+def test_each_refusal_has_its_own_fix(number, fix):
+    said = reason(OSError(number, os.strerror(number)))
+    assert said.startswith(f"{os.strerror(number)}; ")
+    assert fix in said
+    assert ("room" in said) == (number == errno.ENOSPC)
+
+
+def test_an_error_that_the_system_did_not_make_is_shown_as_it_is():
+    assert reason(OSError("encoder error -2")) == "encoder error -2"
+
+
+def test_the_error_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("segnet_scratch.files.os.write", full)
+        with pytest.raises(OSError, match="No space") as raised:
+            write_durably(tmp_path / "a", [b"x"])
+    assert raised.value.filename == str(tmp_path / "a")
+    assert sweep_temporaries(tmp_path) == []
+
+
+def test_an_error_of_what_is_read_meanwhile_names_that(tmp_path):
+    def blocks():
+        yield b"x"
+        yield (tmp_path / "source").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as raised:
+        write_durably(tmp_path / "a", blocks())
+    assert raised.value.filename == str(tmp_path / "source")
+
+
+def test_a_lock_keeps_another_process_out_and_goes_with_its_holder(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from segnet_scratch.files import lock\n"
+        "print(lock(os.open(sys.argv[1], os.O_RDONLY), Path(sys.argv[1])))"
+    )
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True).stdout
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    assert lock(descriptor, tmp_path)
+    assert other() == "False\n"
+    os.close(descriptor)
+    assert other() == "True\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog, number, wait):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("segnet_scratch.files.fcntl.flock", flock)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    assert lock(descriptor, tmp_path, wait)
+    os.close(descriptor)
+    assert "no locks" in caplog.text
+    with whole_folder(tmp_path / "b") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "b" / "file").exists()
