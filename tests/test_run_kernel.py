@@ -323,13 +323,17 @@ class TestFaults:
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run behind nohup
         )
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (child := children.read_text().strip()):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
-        assert not Path(f"/proc/{child}").exists()
+        try:
+            while not (child := children.read_text().strip()):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+            assert not Path(f"/proc/{child}").exists()
+        finally:
+            process.kill()
 
 
 @needs_sanitizers
