@@ -578,6 +578,14 @@ class TestCompilation:
         libraries.add(host.build(kernel.source, FLOAT32))
         assert len(libraries) == 7
 
+    @pytest.mark.usefixtures("cold_cache", "instant_compiler")
+    def test_clones_share_libraries_but_not_those_whose_reports_name_the_file(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        sources = [parse(tmp_path / clone, FILL.replace("VALUE", "8"))[0].source for clone in "ab"]
+        assert len({host.build(source, FLOAT32) for source in sources}) == 1
+        assert len({host.build(source, FLOAT32, sanitize=True) for source in sources}) == 2
+
     def test_a_failed_compilation_leaves_nothing_behind(self, tmp_path, cold_cache):
         (kernel,) = parse(tmp_path, FILL)
         with pytest.raises(CompileError, match="VALUE"):

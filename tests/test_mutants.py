@@ -27,6 +27,8 @@ from pathlib import Path
 
 import pytest
 
+from segnet_scratch.kernels import cache
+
 ROOT = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 TREE = ("segnet_scratch", "cuda", "tests", "scripts", "pyproject.toml")  # what tests need
@@ -69,10 +71,17 @@ def copy_of_the_tree(folder: Path) -> Path:
     return tree
 
 
-def run_tests(tree: Path, tests: list[str]) -> tuple[int, dict[str, str], str]:
-    """(exit code, messages of the failed tests by name, report) of some tests in a copy of the tree."""
+def run_tests(tree: Path, tests: list[str], own_cache: Path | None = None) -> tuple[int, dict[str, str], str]:
+    """(exit code, messages of the failed tests by name, report) of some tests in a copy of the tree.
+
+    Compiled kernels come from the cache that all share, unless `own_cache` names another folder.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SEGNET_", "PYTEST_"))}
-    environment |= {"PYTHONPATH": str(tree), "SEGNET_CACHE": str(tree.parent / "cache"), "COLUMNS": "400"}
+    environment |= {
+        "PYTHONPATH": str(tree),
+        "SEGNET_CACHE": str(own_cache or cache.cache_directory()),
+        "COLUMNS": "400",
+    }
     quick = [part for plugin in ("xdist", "hypothesispytest", "cacheprovider") for part in ("-p", f"no:{plugin}")]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *quick, *(f"tests/{test}" for test in tests)]
     ended = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
@@ -84,7 +93,8 @@ def kill(mutant: Mutant, folder: Path) -> dict[str, str]:
     """The message of each test that noticed the mutant; AssertionError with the report where one did not."""
     tree = copy_of_the_tree(folder)
     mutant.apply(tree)
-    code, failures, report = run_tests(tree, mutant.killed_by)
+    fills_the_cache = mutant.file.startswith(f"{Path(cache.__file__).parent.relative_to(ROOT)}/")
+    code, failures, report = run_tests(tree, mutant.killed_by, folder / "cache" if fills_the_cache else None)
     # A fault that corrupts memory may end the process, after its test has been judged or before.
     if code < 0 and not failures and len(mutant.killed_by) == 1:
         return {mutant.killed_by[0]: f"the process ended by signal {-code}"}

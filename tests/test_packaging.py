@@ -57,7 +57,6 @@ def installed(wheel, tmp_path_factory):
 def segnet(installed, tmp_path, monkeypatch):
     """`segnet(...)` runs the installed program in an empty folder."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "cache"))  # nobody will find these kernels again
 
     def run(*arguments, program=(installed.parent / "segnet",)):
         return subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)

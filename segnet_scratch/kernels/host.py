@@ -163,7 +163,7 @@ def sanitizer_flags() -> list[str]:
     """What a sanitized build adds to the other flags, over some of which it has the last word."""
     clang = "clang" in _compiler_identity(tuple(find_compiler()))
     shared = ["-shared-libasan"] if clang else []  # as g++ does without being asked
-    return ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", *shared]
+    return ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", *shared]
 
 
 def sanitizer_runtime() -> Path:
@@ -234,7 +234,9 @@ def build(source: Source, types: ElementTypes, sanitize: bool = False, variables
     command = find_compiler()
     flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines, *variable_flags(variables)]
     unit = _unit(source)
-    key = cache_key(source.digest, unit, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
+    # Clones share libraries, except those whose reports name the file by its path.
+    text = unit if sanitize else unit.replace(source.path.as_posix(), source.path.name)
+    key = cache_key(source.digest, text, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
     library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
     if library.is_file():
         return library

@@ -150,7 +150,7 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 def cubin_path(source: Source, types: ElementTypes, architecture: str) -> Path:
     """Where the cache has the cubin of a source, or would have it."""
-    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
+    key = cache_key(source.path, source.digest, compiler_options(types, architecture), nvrtc_version())
     return cache_directory() / "cuda" / f"{source.path.stem}-{types.name}-{architecture}-{key}.cubin"
 
 

@@ -32,7 +32,7 @@ class Source:
 
     path: Path
     text: str
-    digest: str  # of the text and of all included text: the part of a cache key that follows the source
+    digest: str  # of the text and of all included text, wherever they lie: the part of a cache key for the source
 
     @property
     def include_directories(self) -> tuple[Path, ...]:
@@ -71,7 +71,7 @@ def read_source(path: Path) -> Source:
     """Reads a `.cu` file; its digest covers the headers too, which compilers' own caches overlook."""
     path = Path(path).resolve()
     text = _read_text(path)
-    sha = hashlib.sha256(str(path).encode())
+    sha = hashlib.sha256()
     _hash_with_includes(path, text, _include_directories(path), sha, set())
     return Source(path, text, sha.hexdigest())
 
