@@ -268,7 +268,7 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
     store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x128(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 128, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x64(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 64, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x32(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 32, 4>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -324,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 64, 2>, DenseElements>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x64(
     const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
@@ -339,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 64, 2>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x32(
     const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     forward<BlockTile<128, 32, 4>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x128(
     const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
     const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
@@ -374,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     backward_data<BlockTile<128, 128, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x64(
     const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
     const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
@@ -394,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     backward_data<BlockTile<128, 64, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x32(
     const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
     const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
@@ -414,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     backward_data<BlockTile<128, 32, 4>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_weight_unpool_128x64(
     const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
@@ -426,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
         x, unpool_codes, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_128x64(
     const storage_t* __restrict__ x,         // (n, h, w, c)
     const storage_t* __restrict__ weight,    // (o, kh, kw, c)
@@ -438,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
         x, nullptr, weight, partials, g, rows, by_windows, parts_per_chunk);
 }
 
-// Launch: by ops/conv2d_fused.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_unpool_128x64(
     const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)

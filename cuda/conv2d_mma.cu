@@ -59,7 +59,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
         store_tile<false>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x128(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     forward<BlockTile<128, 128, 2>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x64(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     forward<BlockTile<128, 64, 2>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x32(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     forward<BlockTile<128, 32, 4>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     forward<BlockTile<128, 64, 2>, DenseElements>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x128(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
         x, nullptr, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x64(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
         x, nullptr, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
-// Launch: by ops/conv2d_mma.py only, which gives it the shared memory of its tile
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_elements(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)

@@ -82,7 +82,7 @@ extern "C" __global__ void norm_merge_gradients(
 //
 // Any one-dimensional grid covers the matrix. Where a row has more pieces than there are threads, a thread takes several
 // shares; the threads beyond the last whole row of pieces have none. Nobody has one where c is no multiple of a piece,
-// which ops/norm_relu.py refuses.
+// which ops/normalisation/norm_relu.py refuses.
 struct Share {
     int64 threads, channel, first, step;
     __device__ explicit Share(int c) : threads((int64)gridDim.x * blockDim.x) {

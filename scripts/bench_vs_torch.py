@@ -90,7 +90,7 @@ class Ours:
         self.model.load_state_dict(state)
 
     def _forward_backward(self) -> Any:
-        from segnet_scratch.ops import cross_entropy
+        from segnet_scratch.nn.functions import cross_entropy
 
         self.model.train().zero_grad()
         logits = self.model(self.images)
@@ -103,7 +103,7 @@ class Ours:
         self.model.device.synchronise()
 
     def infer(self) -> None:
-        from segnet_scratch.autograd import no_grad
+        from segnet_scratch.nn.autograd import no_grad
 
         with no_grad():
             self.model.eval()(self.images)
@@ -351,10 +351,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_host(arguments: argparse.Namespace) -> dict[str, Any]:
     """The host device's tiled convolution on one core beside a matrix product of one BLAS thread."""
-    from segnet_scratch.device import HostDevice
-    from segnet_scratch.kernels.host import HostOptions
-    from segnet_scratch.ops.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
+    from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
     from segnet_scratch.ops.op import spec
+    from segnet_scratch.runtime.devices import HostDevice
+    from segnet_scratch.runtime.host import HostOptions
 
     device = HostDevice(HostOptions(workers=1))
     rng = np.random.default_rng(0)

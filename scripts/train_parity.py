@@ -32,7 +32,7 @@ from segnet_scratch import no_grad
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import Batch, EvalTransform, Loader, TrainTransform, VOCDataset
 from segnet_scratch.files import write_durably
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD, learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.weights import initialise

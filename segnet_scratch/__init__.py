@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segnet_scratch.autograd import Tensor, no_grad, tensor
-    from segnet_scratch.device import get_device
+    from segnet_scratch.nn.autograd import Tensor, no_grad, tensor
+    from segnet_scratch.runtime.devices import get_device
     from segnet_scratch.segnet import SegNet, SegNetBasic
     from segnet_scratch.weights import load
 
@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 __all__ = ["SegNet", "SegNetBasic", "Tensor", "__version__", "get_device", "load", "no_grad", "tensor"]
 
 _MODULES = {
-    "autograd": ("Tensor", "no_grad", "tensor"),
-    "device": ("get_device",),
+    "nn.autograd": ("Tensor", "no_grad", "tensor"),
+    "runtime.devices": ("get_device",),
     "segnet": ("SegNet", "SegNetBasic"),
     "weights": ("load",),
 }

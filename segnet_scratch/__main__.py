@@ -8,7 +8,7 @@ def main() -> None:
     try:
         from segnet_scratch.cli import main as command_line
     except Exception:
-        from segnet_scratch.doctor import Diagnosis, software
+        from segnet_scratch.lab.doctor import Diagnosis, software
 
         broken = [finding for finding in software.libraries() if finding.status != "ok"]
         if not broken:

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.boundary import boundary_f1
 from segnet_scratch.data import EvalTransform, VOCDataset, ordered_map
-from segnet_scratch.device import Array
 from segnet_scratch.errors import DataError
 from segnet_scratch.inference import Inference, classify, resize, segment
 from segnet_scratch.metrics import Scores, mean_of_numbers, scores
-from segnet_scratch.ops.confusion import ConfusionAccumulate
-from segnet_scratch.ops.cross_entropy import CrossEntropyForward
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.ops.loss.confusion import ConfusionAccumulate
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward
 from segnet_scratch.ops.op import spec_of
+from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.config import MINIMUM_SIZE
 from segnet_scratch.data import normalise, resize_image
-from segnet_scratch.device import Array
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.ops.argmax import ArgmaxForward
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.op import spec_of
-from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from segnet_scratch.autograd import Tensor, no_grad
-from segnet_scratch.device import Array
+from segnet_scratch.nn.autograd import Tensor, no_grad
+from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 

@@ -5,12 +5,12 @@ from math import inf
 
 import numpy as np
 
-from segnet_scratch.device import Array
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, TrainingError
-from segnet_scratch.ops.gradient_norm import GradientNorm
-from segnet_scratch.ops.sgd import SgdStep
-from segnet_scratch.ops.sgd_pack import SgdPackStep
+from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
+from segnet_scratch.ops.optimiser.sgd import SgdStep
+from segnet_scratch.ops.optimiser.sgd_pack import SgdPackStep
+from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet, from_file_layout, to_file_layout
 
 

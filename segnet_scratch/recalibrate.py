@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.errors import DataError, TrainingError
-from segnet_scratch.nn import BatchNorm2d
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.modules import BatchNorm2d
 from segnet_scratch.segnet import SegNet
 
 

@@ -14,13 +14,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.autograd import Tensor, tensor
-from segnet_scratch.device import Device, get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError, TrainingError
-from segnet_scratch.nn import Conv2d, ConvUnit, Dropout, Module, Upsample2d
-from segnet_scratch.observe import scope
-from segnet_scratch.ops import PoolCodes, max_pool, max_unpool, resize_bilinear
-from segnet_scratch.ops.dropout import STATE
+from segnet_scratch.nn.autograd import Tensor, tensor
+from segnet_scratch.nn.functions import max_pool, max_unpool, resize_bilinear
+from segnet_scratch.nn.modules import Conv2d, ConvUnit, Dropout, Module, Upsample2d
+from segnet_scratch.ops.elementwise.dropout import STATE
+from segnet_scratch.ops.pooling.windows import PoolCodes
+from segnet_scratch.runtime.devices import Device, get_device
+from segnet_scratch.runtime.observe import scope
 
 DROPOUT = 0.5  # Bayesian SegNet, arXiv 1511.02680
 DECODERS = ("indices", "bilinear", "deconv")

@@ -28,7 +28,6 @@ from segnet_scratch.data import (
 )
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.on_device import DeviceLoader
-from segnet_scratch.device import get_device
 from segnet_scratch.engine.training import FusedEngine
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
@@ -36,9 +35,10 @@ from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
-from segnet_scratch.ops import cross_entropy
-from segnet_scratch.ops.cross_entropy import check_labels
+from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.ops.loss.cross_entropy import check_labels
 from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
 from segnet_scratch.weights import initialise
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import checkpoint
-from segnet_scratch.device import Device
 from segnet_scratch.errors import CheckpointError
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet, build
 
 MOMENTUM = "momentum."  # prefix of the optimiser's arrays in a checkpoint

@@ -21,11 +21,12 @@ import numpy as np
 from fake_streams import Block, Event, PinnedCopy, PinnedMemory, Race, Stream, Timeline, pinned_memory_of
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels import ElementTypes, nvrtc
-from segnet_scratch.kernels import host as host_kernels
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.kernels.signature import parse_kernels
-from segnet_scratch.kernels.source import Source
+from segnet_scratch.runtime import host as host_kernels
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.signature import parse_kernels
+from segnet_scratch.runtime.source import Source
 
 # A driver's limits, not taken from the launch gate: a mistake there is to show here.
 MAX_GRID, MAX_BLOCK, MAX_THREADS, MAX_SHARED = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 48 * 1024

@@ -6,11 +6,11 @@
 import numpy as np
 from kernel_support import written_kernel
 
-from segnet_scratch.kernels import launch
+from segnet_scratch.lab.proof import table
+from segnet_scratch.lab.proof.worker import main
+from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.ops.op import Op, spec
-from segnet_scratch.proof import table
-from segnet_scratch.proof.rows.base import Case, Row
-from segnet_scratch.proof.worker import main
+from segnet_scratch.runtime.launch import launch
 
 THREADS = 64
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from segnet_scratch.device import HostDevice
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels import Kernel, host, launch
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.kernels.signature import parse_kernels
-from segnet_scratch.kernels.source import read_source
-from segnet_scratch.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, Recorder, sentinel_array, valid_call
+from segnet_scratch.lab.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, Recorder, sentinel_array, valid_call
+from segnet_scratch.runtime import host
+from segnet_scratch.runtime.devices import HostDevice
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import Kernel, launch
+from segnet_scratch.runtime.signature import parse_kernels
+from segnet_scratch.runtime.source import read_source
 
 __all__ = ["FLOAT32", "FLOAT64", "SENTINEL", "Call", "Recorder", "sentinel_array", "valid_call"]  # from the package
 

@@ -4,10 +4,10 @@ import weakref
 import numpy as np
 import pytest
 
-from segnet_scratch.autograd import Function, Tensor, no_grad, tensor
-from segnet_scratch.device import HostDevice, get_device
 from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
-from segnet_scratch.ops import add, batch_norm, conv2d, cross_entropy, dropout, max_pool, max_unpool, relu
+from segnet_scratch.nn.autograd import Function, Tensor, no_grad, tensor
+from segnet_scratch.nn.functions import add, batch_norm, conv2d, cross_entropy, dropout, max_pool, max_unpool, relu
+from segnet_scratch.runtime.devices import HostDevice, get_device
 
 NUMPY = get_device("numpy")
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])

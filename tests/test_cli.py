@@ -15,9 +15,9 @@ from PIL import Image
 import segnet_scratch
 from segnet_scratch import cli
 from segnet_scratch.config import describe
-from segnet_scratch.device import cuda_missing
-from segnet_scratch.kernels.source import cuda_directory
-from segnet_scratch.proof.gradcheck import gradcheck
+from segnet_scratch.lab.proof.gradcheck import gradcheck
+from segnet_scratch.runtime.devices import cuda_missing
+from segnet_scratch.runtime.source import cuda_directory
 
 TINY = ["model=segnet-basic", "width=0.0625", "size=32", "batch=2", "steps=2", "workers=0"]
 

@@ -10,15 +10,26 @@ import pytest
 from fake_cupy import FakeCupy
 from kernel_support import needs_compiler, python
 
-from segnet_scratch.autograd import Tensor
-from segnet_scratch.device import CudaDevice, get_device
 from segnet_scratch.errors import CompileError, DTypeError, ShapeError
-from segnet_scratch.kernels import ElementTypes, find_kernel, host, nvrtc
-from segnet_scratch.ops.conv2d import Conv2dBackwardWeight, Conv2dForward, _tell_fallback, choose_rung, conv2d
-from segnet_scratch.ops.conv2d_geometry import Geometry
-from segnet_scratch.ops.conv2d_mma import ELEMENTS, MEDIUM, NARROW, WIDE, Chunks, forward_tile, misfit, weight_tile
+from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.nn.functions import conv2d
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight, Conv2dForward, _tell_fallback, choose_rung
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.conv2d_mma import (
+    ELEMENTS,
+    MEDIUM,
+    NARROW,
+    WIDE,
+    Chunks,
+    forward_tile,
+    misfit,
+    weight_tile,
+)
 from segnet_scratch.ops.op import spec
-from segnet_scratch.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.runtime import host, nvrtc
+from segnet_scratch.runtime.devices import CudaDevice, get_device
+from segnet_scratch.runtime.launch import ElementTypes, find_kernel
+from segnet_scratch.runtime.precision import BFLOAT16, round_to_tf32
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
@@ -171,9 +182,9 @@ class TestOnGpus:
 
 
 SANITIZED = """
-from segnet_scratch.device import HostDevice
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.runtime.devices import HostDevice
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.lab.proof.table import ROWS
 
 device = HostDevice(HostOptions(sanitize=True))
 for row in ROWS:

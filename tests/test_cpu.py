@@ -19,8 +19,14 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from segnet_scratch.cpu import activation, batch_norm, conv2d, loss, pooling, winograd, workers
 from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.convolution import fast as conv2d
+from segnet_scratch.ops.convolution import winograd
+from segnet_scratch.ops.elementwise import fast as activation
+from segnet_scratch.ops.loss import fast as loss
+from segnet_scratch.ops.normalisation import fast as batch_norm
+from segnet_scratch.ops.pooling import fast as pooling
+from segnet_scratch.runtime import workers
 
 FLOATS = [np.float32, np.float64]
 
@@ -616,7 +622,7 @@ def test_parallel_for_runs_each_index_once_with_one_blas_thread(monkeypatch):
 LATER = """
 import sys
 import threadpoolctl
-from segnet_scratch.cpu import workers
+from segnet_scratch.runtime import workers
 
 def threads(index):
     found.append([i["num_threads"] for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"])

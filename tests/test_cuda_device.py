@@ -12,12 +12,13 @@ from fake_cupy import Cubin, FakeCupy, RawKernel, ndarray
 from fake_streams import Event, Graph, Stream
 from kernel_support import FLOAT32, FLOAT64, INCLUDE, ROOT, needs_compiler, parse, written_kernel
 
-from segnet_scratch.autograd import tensor
-from segnet_scratch.device import CudaDevice, HostDevice
 from segnet_scratch.errors import CompileError, DeviceError, DeviceMemoryError, DTypeError
-from segnet_scratch.kernels import find_kernel, launch, nvrtc
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import tensor
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice
+from segnet_scratch.runtime.launch import find_kernel, launch
 from segnet_scratch.segnet import SegNet
 
 
@@ -29,7 +30,7 @@ def test_cupy_is_imported_in_one_place():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] in ("cupy", "cupy_backends") for name in names):
                 importing.append(path.relative_to(ROOT).as_posix())
-    assert importing == ["segnet_scratch/device/cupy_library.py"]
+    assert importing == ["segnet_scratch/runtime/devices/cupy_library.py"]
 
 
 def training_losses(device, steps=3):

@@ -10,16 +10,16 @@ from fake_cupy import FakeCupy
 from fake_streams import Event, Race, Stream
 from kernel_support import FLOAT32, needs_compiler
 
-from segnet_scratch.autograd import Tensor
 from segnet_scratch.config import Config
 from segnet_scratch.data import Loader
-from segnet_scratch.device import CudaDevice, HostDevice, NumpyDevice, get_device
-from segnet_scratch.device.graph import Recording
-from segnet_scratch.device.prefetch import Prefetcher
 from segnet_scratch.errors import DataError, DeviceError, DeviceMemoryError
-from segnet_scratch.kernels import launch
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice, NumpyDevice, get_device
+from segnet_scratch.runtime.devices.graph import Recording
+from segnet_scratch.runtime.devices.prefetch import Prefetcher
+from segnet_scratch.runtime.launch import launch
 from segnet_scratch.segnet import SegNetBasic
 from segnet_scratch.train import Trainer
 
@@ -337,7 +337,7 @@ class TestTraining:
     @pytest.fixture
     def cuda(self, monkeypatch):
         """get_device("cuda") without memory of other tests."""
-        monkeypatch.setattr("segnet_scratch.device._shared_device", lambda name: CudaDevice())
+        monkeypatch.setattr("segnet_scratch.runtime.devices._shared_device", lambda name: CudaDevice())
 
     @needs_compiler
     def test_batches_are_copied_beside_compute(self, cupy, cuda, sample, tmp_path):

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.config import Config, check_resume
 from segnet_scratch.convert import from_pytorch, to_pytorch
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
-from segnet_scratch.ops import conv_transpose2d, cross_entropy, max_pool, resize_bilinear
-from segnet_scratch.ops.conv_transpose2d import bilinear_weight
-from segnet_scratch.proof import problems
-from segnet_scratch.proof.gradcheck import gradcheck
+from segnet_scratch.lab.proof import problems
+from segnet_scratch.lab.proof.gradcheck import gradcheck
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.functions import conv_transpose2d, cross_entropy, max_pool, resize_bilinear
+from segnet_scratch.ops.convolution.conv_transpose2d import bilinear_weight
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import DECODERS, build
 from segnet_scratch.train import Listener, Trainer
 

@@ -8,11 +8,19 @@ import pytest
 from fake_cupy import CUDARuntimeError, FakeCupy
 from kernel_support import FLOAT32, needs_compiler, valid_call
 
-from segnet_scratch import device as device_module
-from segnet_scratch.device import CudaDevice, Device, HostDevice, NumpyDevice, cuda_missing, cupy_library, get_device
 from segnet_scratch.errors import DeviceError
-from segnet_scratch.kernels import find_kernel, launch
-from segnet_scratch.kernels.host import HostOptions
+from segnet_scratch.runtime import devices as device_module
+from segnet_scratch.runtime.devices import (
+    CudaDevice,
+    Device,
+    HostDevice,
+    NumpyDevice,
+    cuda_missing,
+    cupy_library,
+    get_device,
+)
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import find_kernel, launch
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from test_train import assert_same_run, losses, start, train
 from segnet_scratch.config import Config, check_resume
 from segnet_scratch.data import ColourJitter, Loader, TrainTransform, VOCDataset
 from segnet_scratch.data.on_device import DeviceLoader
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import ConfigError
+from segnet_scratch.runtime.devices import get_device
 
 TRANSFORM = TrainTransform((40, 56), (0.75, 1.5))
 

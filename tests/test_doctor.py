@@ -11,15 +11,15 @@ from dataclasses import asdict, replace
 import pytest
 from kernel_support import ROOT, needs_compiler
 
-from segnet_scratch import doctor
-from segnet_scratch.doctor import Diagnosis, Finding, gpu, own_process, software
-from segnet_scratch.doctor import findings as findings_module
-from segnet_scratch.doctor.findings import first_lines, guarded, install_extra, last_line, pip
-from segnet_scratch.doctor.gpu import Facts
-from segnet_scratch.doctor.kernels import KernelReport
-from segnet_scratch.kernels import nvrtc
-from segnet_scratch.kernels.ptxas import Usage
-from segnet_scratch.kernels.resources import Compilation
+from segnet_scratch.lab import doctor
+from segnet_scratch.lab.doctor import Diagnosis, Finding, gpu, own_process, software
+from segnet_scratch.lab.doctor import findings as findings_module
+from segnet_scratch.lab.doctor.findings import first_lines, guarded, install_extra, last_line, pip
+from segnet_scratch.lab.doctor.gpu import Facts
+from segnet_scratch.lab.doctor.kernels import KernelReport
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.ptxas import Usage
+from segnet_scratch.runtime.resources import Compilation
 
 H100 = {"name": "NVIDIA H100", "capability": (9, 0), "bytes": 80 * 2**30}
 CUPY = {"version": "14.2.0", "runtime": 13020, "driver": 13000, "problem": "", "gpus": [H100]}

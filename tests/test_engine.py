@@ -5,15 +5,15 @@ import pytest
 
 from segnet_scratch import no_grad
 from segnet_scratch.config import load_config
-from segnet_scratch.device import HostDevice, get_device
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.engine.training import FusedEngine, FusedTraining, Objective, training_program
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, ShapeError
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic
 
 CLASSES = 21

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from segnet_scratch.device import get_device
 from segnet_scratch.engine.arena import ALIGNMENT, Arena, Lifetime
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.op import Spec, spec
-from segnet_scratch.ops.relu import ReluBackward, ReluForward
+from segnet_scratch.runtime.devices import get_device
 
 BYTE = np.dtype(np.uint8)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.errors import CheckpointError, TrainingError
-from segnet_scratch.nn import BatchNorm2d, ConvUnit
-from segnet_scratch.ops import conv2d, max_pool, max_unpool
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.functions import conv2d, max_pool, max_unpool
+from segnet_scratch.nn.modules import BatchNorm2d, ConvUnit
 from segnet_scratch.optim import SGD
 
 NETWORKS = [(SegNet, "indices"), (SegNet, "bilinear"), (SegNet, "deconv"), (SegNetBasic, "indices")]

@@ -15,9 +15,9 @@ from gpu_check.part import Outcome, Work
 from gpu_check.steps import Steps
 from kernel_support import needs_compiler
 
-from segnet_scratch.device import CudaDevice, Device, get_device
-from segnet_scratch.kernels import shipped_kernels
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.runtime.devices import CudaDevice, Device, get_device
+from segnet_scratch.runtime.launch import shipped_kernels
 
 
 def run(monkeypatch, tmp_path, *arguments):
@@ -152,7 +152,7 @@ exit {code}
 
     def test_no_gpu_is_one_line(self, monkeypatch, tmp_path, capsys):
         FakeCupy(gpus=0).install(monkeypatch, tmp_path)
-        monkeypatch.setattr("segnet_scratch.device._shared_device", lambda name: CudaDevice())
+        monkeypatch.setattr("segnet_scratch.runtime.devices._shared_device", lambda name: CudaDevice())
         monkeypatch.setattr(sys, "argv", ["gpu_check"])
         assert gpu_check.main() == 1
         assert capsys.readouterr().err.startswith("error: the NVIDIA driver (CUDA 13.0) sees no GPU")

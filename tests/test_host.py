@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from kernel_support import FLOAT32, FLOAT64, INCLUDE, ROOT, TESTS, line_of, needs_compiler, parse, python, run
 
-from segnet_scratch import device as device_module
-from segnet_scratch.device import HostDevice, get_device
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
-from segnet_scratch.kernels import Kernel, host, launch, shipped_kernels
-from segnet_scratch.kernels.cache import cache_directory, publish
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.kernels.source import cuda_directory, shipped_sources
+from segnet_scratch.runtime import devices as device_module
+from segnet_scratch.runtime import host
+from segnet_scratch.runtime.cache import cache_directory, publish
+from segnet_scratch.runtime.devices import HostDevice, get_device
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import Kernel, launch, shipped_kernels
+from segnet_scratch.runtime.source import cuda_directory, shipped_sources
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
 
@@ -612,8 +613,8 @@ class TestCompilation:
         code = """
             import sys, pathlib, time
             sys.path[:0] = {paths!r}
-            from segnet_scratch.kernels.signature import parse_kernels
-            from segnet_scratch.kernels.source import read_source
+            from segnet_scratch.runtime.signature import parse_kernels
+            from segnet_scratch.runtime.source import read_source
             from test_host import filled
             folder = pathlib.Path({folder!r})
             (folder / sys.argv[1]).touch()
@@ -700,7 +701,8 @@ class TestSources:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "segnet_scratch", tmp_path / "segnet_scratch", ignore=ignore)
         code = """
-            from segnet_scratch.kernels import shipped_kernels, source
+            from segnet_scratch.runtime import source
+            from segnet_scratch.runtime.launch import shipped_kernels
             print(len(shipped_kernels()), source.cuda_directory())
         """
         result = python(code, PYTHONPATH=str(tmp_path))

@@ -16,13 +16,13 @@ from kernel_support import (
     valid_call,
 )
 
-from segnet_scratch.device import HostDevice
 from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
-from segnet_scratch.kernels import ElementTypes, find_kernel, launch, shipped_kernels
-from segnet_scratch.kernels.gate import MAX_GRID, MAX_SHARED
-from segnet_scratch.kernels.source import read_source
-from segnet_scratch.proof.misuse import MISUSES, NOT_APPLICABLE
-from segnet_scratch.proof.parts.gate import refusal_problems
+from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE
+from segnet_scratch.lab.proof.parts.gate import refusal_problems
+from segnet_scratch.runtime.devices import HostDevice
+from segnet_scratch.runtime.gate import MAX_GRID, MAX_SHARED
+from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch, shipped_kernels
+from segnet_scratch.runtime.source import read_source
 
 
 class TestSignature:

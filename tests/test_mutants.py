@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 
-from segnet_scratch.kernels import cache
+from segnet_scratch.runtime import cache
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))

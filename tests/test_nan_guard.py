@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from segnet_scratch import weights
-from segnet_scratch.autograd import Function
 from segnet_scratch.config import Config
 from segnet_scratch.errors import TrainingError
 from segnet_scratch.nan_guard import first_not_finite
+from segnet_scratch.nn.autograd import Function
 from segnet_scratch.segnet import segnet_blocks
 from segnet_scratch.train import Listener, Trainer
 

@@ -12,12 +12,12 @@ import pytest
 from kernel_support import needs_compiler
 from test_sass import disassembler, needs_disassembler
 
-from segnet_scratch.device import HostDevice, get_device
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.kernels import ElementTypes, find_kernel, launch, nvrtc
-from segnet_scratch.ops.batch_norm import BatchNormBackward, BatchNormTrainingForward
-from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.norm_relu import (
+from segnet_scratch.lab.proof.compare import same_bits
+from segnet_scratch.ops import by_hand
+from segnet_scratch.ops.elementwise.relu import ReluForward
+from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, BatchNormTrainingForward
+from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
     NormReluBackward,
@@ -26,12 +26,13 @@ from segnet_scratch.ops.norm_relu import (
     NormReluPoolForward,
 )
 from segnet_scratch.ops.op import spec, spec_of
-from segnet_scratch.ops.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
 from segnet_scratch.ops.pieces import TILE_ROWS, piece_of
-from segnet_scratch.ops.relu import ReluForward
-from segnet_scratch.precision import BFLOAT16
-from segnet_scratch.proof.compare import same_bits
-from segnet_scratch.proof.rows import by_hand
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
+from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.devices import HostDevice, get_device
+from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
+from segnet_scratch.runtime.precision import BFLOAT16
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 MAPS = [(2, 6, 8, 16), (1, 5, 7, 8), (3, 1, 9, 24), (2, 9, 1, 64), (1, 1, 2, 8), (1, 3, 5, 2056)]

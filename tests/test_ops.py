@@ -1,5 +1,5 @@
-"""Every op of the table on every device that needs no GPU: the parts of the proof (segnet_scratch.proof.parts), which
-`segnet verify` runs as well, here at smaller figures; and PyTorch against the references that they rest on.
+"""Every op of the table on every device that needs no GPU: the parts of the proof (segnet_scratch.lab.proof.parts),
+which `segnet verify` runs as well, here at smaller figures; and PyTorch against the references that they rest on.
 
 By default each op meets its fixed cases and a few random ones; with SEGNET_TEST_FULL=1 the figures of `verify --full`.
 """
@@ -13,32 +13,36 @@ import numpy as np
 import pytest
 
 import segnet_scratch.ops
-from segnet_scratch.autograd import tensor
-from segnet_scratch.cpu import winograd
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.kernels import shipped_kernels
-from segnet_scratch.ops import PoolCodes, max_pool, max_unpool
-from segnet_scratch.ops.batch_norm import BatchNormBackward, BatchNormEvaluationForward, BatchNormTrainingForward
-from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight
-from segnet_scratch.ops.cross_entropy import CrossEntropyBackward, CrossEntropyForward
-from segnet_scratch.ops.dropout import philox
-from segnet_scratch.ops.gradient_norm import GradientNorm
-from segnet_scratch.ops.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.max_unpool import MaxUnpoolForward
+from segnet_scratch.lab.proof.compare import check, deviations, same_bits
+from segnet_scratch.lab.proof.launches import kernels_of
+from segnet_scratch.lab.proof.parts import PARTS
+from segnet_scratch.lab.proof.parts.base import case_of
+from segnet_scratch.lab.proof.parts.losses import EDGES
+from segnet_scratch.lab.proof.table import ROWS, row_named
+from segnet_scratch.lab.proof.work import FULL, QUICK
+from segnet_scratch.nn.autograd import tensor
+from segnet_scratch.nn.functions import max_pool, max_unpool
+from segnet_scratch.ops.cases import Case, MapRow, empty_outputs
+from segnet_scratch.ops.convolution import winograd
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardData, Conv2dBackwardWeight
+from segnet_scratch.ops.elementwise.dropout import philox
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.normalisation.batch_norm import (
+    BatchNormBackward,
+    BatchNormEvaluationForward,
+    BatchNormTrainingForward,
+)
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
-from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
-from segnet_scratch.ops.sgd import SgdStep
-from segnet_scratch.proof.compare import check, deviations, same_bits
-from segnet_scratch.proof.launches import kernels_of
-from segnet_scratch.proof.parts import PARTS
-from segnet_scratch.proof.parts.base import case_of
-from segnet_scratch.proof.parts.losses import EDGES
-from segnet_scratch.proof.rows.base import Case, empty_outputs
-from segnet_scratch.proof.rows.maps import MapRow
-from segnet_scratch.proof.rows.sgd import SgdOp
-from segnet_scratch.proof.table import ROWS, row_named
-from segnet_scratch.proof.work import FULL, QUICK
+from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
+from segnet_scratch.ops.optimiser.sgd import SgdStep
+from segnet_scratch.ops.optimiser.sgd_cases import SgdOp
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolForward
+from segnet_scratch.ops.pooling.windows import PoolCodes
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.launch import shipped_kernels
 
 EFFORT = FULL if os.environ.get("SEGNET_TEST_FULL") else replace(QUICK, shapes=10, ordered=4, shuffles=3, repeats=4)
 DEVICES = ("numpy", "host")

@@ -5,7 +5,7 @@ import pytest
 
 from segnet_scratch import SegNet, SegNetBasic
 from segnet_scratch.errors import CheckpointError, TrainingError
-from segnet_scratch.ops.sgd import CHUNK
+from segnet_scratch.ops.optimiser.sgd import CHUNK
 from segnet_scratch.optim import SGD, learning_rate
 
 

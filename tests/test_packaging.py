@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kernel_support import ROOT, needs_compiler
 
-from segnet_scratch.kernels import shipped_kernels
+from segnet_scratch.runtime.launch import shipped_kernels
 
 pytest.importorskip("hatchling", reason="the wheel is built with hatchling, which the extra test brings")
 
@@ -78,12 +78,12 @@ class TestWheel:
         assert {f"segnet_scratch/cuda/{name}" for name in SHIPPED} == {n for n in names if "/cuda/" in n}
         for name in (
             *(path.relative_to(ROOT / "segnet_scratch").as_posix() for path in RECIPES),
-            "kernels/budget.toml",
-            "profile/ceilings.cu",
+            "runtime/budget.toml",
+            "lab/profile/ceilings.cu",
             "cli/common.py",
             "report/page.html",
-            "doctor/gpu.py",
-            "ops/conv2d.py",
+            "lab/doctor/gpu.py",
+            "ops/convolution/conv2d.py",
         ):
             assert f"segnet_scratch/{name}" in names
         # A file or folder at the top level of site-packages would belong to everybody: tests, scripts, cuda.

@@ -7,8 +7,8 @@ from kernel_support import needs_compiler
 from segnet_scratch.data import IMAGENET_MEAN, IMAGENET_STD, VOID, TrainTransform, sample_rng
 from segnet_scratch.data.packed import augment, pack
 from segnet_scratch.data.transforms import View
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import DataError, DTypeError, ShapeError
+from segnet_scratch.runtime.devices import get_device
 
 SIZES = ((61, 47), (30, 90), (7, 200), (120, 33))
 DEVICES = ["numpy", pytest.param("host", marks=needs_compiler)]

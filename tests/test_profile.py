@@ -13,24 +13,24 @@ from fake_cupy import FakeCupy
 from kernel_support import FLOAT32, ROOT, needs_compiler
 from PIL import Image
 
-from segnet_scratch import observe
-from segnet_scratch.autograd import tensor
-from segnet_scratch.device import CudaDevice, HostDevice, get_device
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels.host import HostOptions
-from segnet_scratch.kernels.resources import ARCHITECTURES
-from segnet_scratch.ops import conv2d, relu
-from segnet_scratch.ops.array_table import chunks_of
-from segnet_scratch.ops.conv2d import Conv2dBackwardBias
+from segnet_scratch.lab.profile import ceilings, kernels, ladder, measure, trace
+from segnet_scratch.lab.profile.ceilings import Ceilings
+from segnet_scratch.lab.profile.counting import CountingDevice
+from segnet_scratch.lab.profile.measure import How
+from segnet_scratch.lab.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
+from segnet_scratch.lab.profile.record import OpRun, Recorder
+from segnet_scratch.lab.profile.step import Step, Work, count
+from segnet_scratch.lab.profile.summary import Summary
+from segnet_scratch.nn.autograd import tensor
+from segnet_scratch.nn.functions import conv2d, relu
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.op import spec
-from segnet_scratch.profile import ceilings, kernels, ladder, measure, trace
-from segnet_scratch.profile.ceilings import Ceilings
-from segnet_scratch.profile.counting import CountingDevice
-from segnet_scratch.profile.measure import How
-from segnet_scratch.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
-from segnet_scratch.profile.record import OpRun, Recorder
-from segnet_scratch.profile.step import Step, Work, count
-from segnet_scratch.profile.summary import Summary
+from segnet_scratch.ops.optimiser.array_table import chunks_of
+from segnet_scratch.runtime import observe
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice, get_device
+from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.resources import ARCHITECTURES
 from segnet_scratch.segnet import DECODERS, SegNetBasic, segnet_blocks
 
 SMALL = Work("segnet", "indices", 1 / 16, 2, (32, 48))
@@ -568,7 +568,7 @@ def test_what_a_user_may_get_wrong(segnet, quick, monkeypatch, tmp_path, argumen
 
 
 def test_counting_needs_no_compiler_and_no_gpu(segnet, monkeypatch):
-    from segnet_scratch.kernels import host
+    from segnet_scratch.runtime import host
 
     monkeypatch.setattr(host, "find_compiler", lambda: pytest.fail("no compiler is needed"))
     monkeypatch.setattr(kernels, "kernel_figures", lambda *_: ([], ""))

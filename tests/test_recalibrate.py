@@ -8,7 +8,7 @@ from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError, TrainingError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.nn import BatchNorm2d
+from segnet_scratch.nn.modules import BatchNorm2d
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.train import Trainer
 

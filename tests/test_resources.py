@@ -11,13 +11,14 @@ import pytest
 from kernel_support import INCLUDE, ROOT, Recorder, needs_compiler, parse
 
 from segnet_scratch.errors import CompileError, ConfigError
-from segnet_scratch.kernels import nvrtc, resources, shipped_kernels
-from segnet_scratch.kernels.budget import SHIPPED, Budget, Exemption, read_budget
-from segnet_scratch.kernels.gate import MAX_SHARED, SHARED_OF
-from segnet_scratch.kernels.ptxas import Usage, parse_log, remarks
-from segnet_scratch.kernels.resources import ARCHITECTURES, Compilation, compile_all
-from segnet_scratch.proof.compare import run_guarded
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.lab.proof.compare import run_guarded
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.runtime import nvrtc, resources
+from segnet_scratch.runtime.budget import SHIPPED, Budget, Exemption, read_budget
+from segnet_scratch.runtime.gate import MAX_SHARED, SHARED_OF
+from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.ptxas import Usage, parse_log, remarks
+from segnet_scratch.runtime.resources import ARCHITECTURES, Compilation, compile_all
 
 # As NVRTC 13.5 wrote it: a spilling kernel with shared memory, a kernel that calls a function with an array of its own.
 LOG_SM_90 = """ptxas info    : 0 bytes gmem

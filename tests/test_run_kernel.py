@@ -14,18 +14,19 @@ from fake_cupy import FakeCupy
 from kernel_support import FLOAT32, ROOT, TESTS, Recorder, needs_compiler, parse
 
 from segnet_scratch import cli
-from segnet_scratch.device import CudaDevice
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError, DTypeError, LaunchError, ShapeError
-from segnet_scratch.kernels import host, run_kernel, shipped_kernels
-from segnet_scratch.kernels.geometry import DEFAULT_THREADS, declared_geometry, declared_threads
-from segnet_scratch.kernels.host import sanitizer_runtime
-from segnet_scratch.kernels.shared_memory import rewrite_shared
-from segnet_scratch.kernels.workbench import options
-from segnet_scratch.kernels.workbench.reference import deviation
-from segnet_scratch.kernels.workbench.setup import load_kernel, make_setup
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.lab.workbench import options, run_kernel
+from segnet_scratch.lab.workbench.reference import deviation
+from segnet_scratch.lab.workbench.setup import load_kernel, make_setup
+from segnet_scratch.ops.cases import empty_outputs
 from segnet_scratch.ops.op import Buffers
-from segnet_scratch.proof.rows.base import empty_outputs
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.runtime import host
+from segnet_scratch.runtime.devices import CudaDevice
+from segnet_scratch.runtime.geometry import DEFAULT_THREADS, declared_geometry, declared_threads
+from segnet_scratch.runtime.host import sanitizer_runtime
+from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.shared_memory import rewrite_shared
 
 USER = TESTS / "kernels" / "user"
 REFERENCES = TESTS / "run_kernel_references.py"

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels import ElementTypes, find_kernel, nvrtc
-from segnet_scratch.kernels.resources import ARCHITECTURES
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.launch import ElementTypes, find_kernel
+from segnet_scratch.runtime.resources import ARCHITECTURES
 
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))

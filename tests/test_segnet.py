@@ -8,7 +8,7 @@ import pytest
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
 from segnet_scratch.checkpoint import load_foreign
 from segnet_scratch.errors import CheckpointError, DeviceError, DTypeError, ShapeError
-from segnet_scratch.ops import cross_entropy, max_pool
+from segnet_scratch.nn.functions import cross_entropy, max_pool
 from segnet_scratch.segnet import build, segnet_basic_blocks, segnet_blocks
 
 VGG16 = Path(__file__).parents[1].parent / "shared" / "weights" / "vgg16_imagenet_features_fp16.safetensors"

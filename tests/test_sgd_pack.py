@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from kernel_support import Recorder
 
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.kernels import ElementTypes, launch
-from segnet_scratch.ops.sgd_pack import TILE, SgdPackStep
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.ops.optimiser.sgd_pack import TILE, SgdPackStep
+from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.launch import ElementTypes, launch
+from segnet_scratch.runtime.precision import BFLOAT16
 
 F32 = np.dtype(np.float32)
 RATE, DECAY, MOMENTUM, UNTOUCHED = 2.0, 0.1, 0.9, 7.0

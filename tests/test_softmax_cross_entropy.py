@@ -5,11 +5,11 @@ the steps in which a block takes its pixels. Faults put into it: test_mutants.py
 import numpy as np
 import pytest
 
-from segnet_scratch.device import get_device
-from segnet_scratch.ops.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.op import spec, spec_of
-from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.precision import BFLOAT16
 
 F32 = np.dtype(np.float32)
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from segnet_scratch.autograd import tensor
-from segnet_scratch.device import get_device
-from segnet_scratch.ops import batch_norm, conv2d, cross_entropy, max_pool, max_unpool
+from segnet_scratch.nn.autograd import tensor
+from segnet_scratch.nn.functions import batch_norm, conv2d, cross_entropy, max_pool, max_unpool
 from segnet_scratch.ops.op import spec_of
-from segnet_scratch.ops.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle here; pip install -e '.[oracle]'")

@@ -5,15 +5,15 @@ import logging
 import numpy as np
 import pytest
 
-from segnet_scratch.device import HostDevice, Timer, get_device
 from segnet_scratch.errors import DeviceError
-from segnet_scratch.kernels import host
-from segnet_scratch.ops import conv2d_mma as mma
-from segnet_scratch.ops.conv2d_fused import Below, FusedBackwardData, FusedForward
+from segnet_scratch.lab.profile.tune import convolutions, tune
+from segnet_scratch.ops.convolution import conv2d_mma as mma
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward
+from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import spec
-from segnet_scratch.ops.tile_table import TileTable, key_of, table_of
-from segnet_scratch.precision import BFLOAT16
-from segnet_scratch.profile.tune import convolutions, tune
+from segnet_scratch.runtime import host
+from segnet_scratch.runtime.devices import HostDevice, Timer, get_device
+from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import SegNetBasic
 
 GPU = "NVIDIA Test 1"

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 from kernel_support import TESTS, line_of, needs_compiler, written_kernel
 
-from segnet_scratch.device import HostDevice, get_device
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
-from segnet_scratch.kernels import shipped_kernels
-from segnet_scratch.kernels.host import HostOptions, sanitizer_runtime
-from segnet_scratch.kernels.source import shipped_sources
-from segnet_scratch.ops.conv2d_mma import ELEMENTS_OF_RUNG
-from segnet_scratch.proof import processes, verify
-from segnet_scratch.proof.launches import kernels_of
-from segnet_scratch.proof.misuse import MISUSES, valid_call
-from segnet_scratch.proof.parts import sanitizers
-from segnet_scratch.proof.parts.base import reason_against
-from segnet_scratch.proof.parts.gate import refusal_problems
-from segnet_scratch.proof.parts.hostile import HostileInputs
-from segnet_scratch.proof.parts.orders import Orders
-from segnet_scratch.proof.parts.reference import Integers, Reference
-from segnet_scratch.proof.parts.variables import Variables
-from segnet_scratch.proof.problems import NETWORKS
-from segnet_scratch.proof.processes import Process
-from segnet_scratch.proof.table import ROWS, row_named
-from segnet_scratch.proof.work import FULL, QUICK, Tally, Work
+from segnet_scratch.lab.proof import processes, verify
+from segnet_scratch.lab.proof.launches import kernels_of
+from segnet_scratch.lab.proof.misuse import MISUSES, valid_call
+from segnet_scratch.lab.proof.parts import sanitizers
+from segnet_scratch.lab.proof.parts.base import reason_against
+from segnet_scratch.lab.proof.parts.gate import refusal_problems
+from segnet_scratch.lab.proof.parts.hostile import HostileInputs
+from segnet_scratch.lab.proof.parts.orders import Orders
+from segnet_scratch.lab.proof.parts.reference import Integers, Reference
+from segnet_scratch.lab.proof.parts.variables import Variables
+from segnet_scratch.lab.proof.problems import NETWORKS
+from segnet_scratch.lab.proof.processes import Process
+from segnet_scratch.lab.proof.table import ROWS, row_named
+from segnet_scratch.lab.proof.work import FULL, QUICK, Tally, Work
+from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
+from segnet_scratch.runtime.devices import HostDevice, get_device
+from segnet_scratch.runtime.host import HostOptions, sanitizer_runtime
+from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.source import shipped_sources
 
 pytestmark = needs_compiler
 

@@ -8,9 +8,9 @@ import pytest
 from kernel_support import line_of, needs_compiler, run
 
 from segnet_scratch.errors import KernelFault
-from segnet_scratch.kernels import host
-from segnet_scratch.kernels.signature import parse_kernels
-from segnet_scratch.kernels.source import cuda_directory, read_source
+from segnet_scratch.runtime import host
+from segnet_scratch.runtime.signature import parse_kernels
+from segnet_scratch.runtime.source import cuda_directory, read_source
 
 pytestmark = needs_compiler
 

@@ -47,7 +47,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
-// In a .cu file kernels/shared_memory.py turns plain __shared__ arrays into SHARED_ARRAY. What it does not turn (in a
+// In a .cu file runtime/shared_memory.py turns plain __shared__ arrays into SHARED_ARRAY. What it does not turn (in a
 // header, or of an unnamed type) works like this, but has no red zones and no NaN fill.
 #define __shared__ static thread_local
 
@@ -172,7 +172,7 @@ namespace host {
 
 enum class Order : int { ascending = 0, descending = 1, shuffled = 2 };
 
-// One launch, as segnet_scratch/kernels/host.py fills it in (same fields, same order).
+// One launch, as segnet_scratch/runtime/host.py fills it in (same fields, same order).
 struct Launch {
     unsigned grid[3];
     unsigned block[3];
@@ -721,7 +721,7 @@ int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P.
 
 #include "host_warp.h"
 
-// The entry by which segnet_scratch/kernels/host.py reaches a kernel.
+// The entry by which segnet_scratch/runtime/host.py reaches a kernel.
 #define HOST_ENTRY(kernel, cooperative)                                              \
     extern "C" __attribute__((visibility("default"))) int host_launch_##kernel(::host::Launch* launch, void** arguments) {  \
         return ::host::launch(launch, #kernel, cooperative, kernel, arguments);      \

@@ -18,7 +18,7 @@
 //
 // In fprop, thread t copies piece t % 8 of every 16th patch and weight row from t / 8 on; in wgrad, where the contiguous
 // dimension is no depth, a fixed piece of every pixel that is its turn.
-// Sizes: offsets in the images of one block are 32 bits wide; the plan (ops/conv2d_mma.py) refuses what does not fit.
+// Sizes: offsets in the images of one block are 32 bits wide; the plan (ops/convolution/conv2d_mma.py) refuses what does not fit.
 #pragma once
 #include "async_copy.cuh"
 #include "packed_codes.cuh"

@@ -10,7 +10,7 @@ from bench_gpu.gate import data_of, initial_state
 from bench_gpu.ours import OURS
 from bench_gpu.peers import FORMATS, Peer, peers_of
 from bench_gpu.run import INPUTS, Maker
-from segnet_scratch.device import Device
+from segnet_scratch.runtime.devices import Device
 
 
 def makers_of(case: Case, device: Device, right: Sequence[str], thorough: bool) -> dict[str, Maker]:

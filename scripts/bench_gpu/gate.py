@@ -10,7 +10,7 @@ from torch_segnet import TorchSegNet
 from bench_gpu.cases import PRECISIONS, Case
 from bench_gpu.ours import OURS
 from bench_gpu.peers import Peer
-from segnet_scratch.device import Device
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet
 
 Errors = dict[str, dict[str, float]]

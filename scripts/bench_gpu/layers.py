@@ -8,10 +8,10 @@ import torch
 from bench_gpu.cases import Case
 from bench_gpu.peers import set_precision
 from bench_gpu.timing import Clock, in_turn
-from segnet_scratch.device import Device
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, storage
-from segnet_scratch.ops.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.op import Buffers, Op, Spec
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet
 
 GIGABYTE = 10**9

@@ -6,14 +6,14 @@ import numpy as np
 from bench_vs_torch import CLASSES, DECAY, LR, MOMENTUM, Arrays
 
 from bench_gpu.cases import Case
-from segnet_scratch.autograd import Tensor, no_grad
-from segnet_scratch.device import Array, Device
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import Tensor, no_grad
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.segnet import SegNet, to_file_layout
 
 

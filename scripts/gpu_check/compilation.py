@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gpu_check.part import Outcome, Work, judged
 from segnet_scratch.errors import CompileError
-from segnet_scratch.kernels import ElementTypes, host, nvrtc
-from segnet_scratch.kernels.source import Source, shipped_sources
+from segnet_scratch.runtime import host, nvrtc
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.source import Source, shipped_sources
 
 
 def compilation(work: Work) -> Outcome:

@@ -3,11 +3,11 @@
 import numpy as np
 
 from gpu_check.part import Outcome, Work, judged
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.training import FusedEngine
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
 from segnet_scratch.segnet import SegNetBasic
 

@@ -1,7 +1,7 @@
 """Hand-written against numeric gradients, in float64."""
 
 from gpu_check.part import Outcome, Work, judged
-from segnet_scratch.proof.gradcheck import gradchecks, names
+from segnet_scratch.lab.proof.gradcheck import gradchecks, names
 
 
 def gradients(work: Work) -> Outcome:

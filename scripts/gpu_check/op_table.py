@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterator
 
 from gpu_check.part import Outcome, Work, judged
 from segnet_scratch import get_device
-from segnet_scratch.device import Device
-from segnet_scratch.kernels import shipped_kernels
-from segnet_scratch.ops.conv2d_mma import has_tensor_cores
+from segnet_scratch.lab.proof.compare import check, run_guarded, same_bits
+from segnet_scratch.lab.proof.launches import kernels_of
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.ops.cases import Case, Inputs, Row
+from segnet_scratch.ops.convolution.conv2d_fused_cases import FusedRow
+from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
+from segnet_scratch.ops.convolution.conv2d_mma_cases import TensorCoreRow
+from segnet_scratch.ops.loss.cases import CrossEntropyRow
 from segnet_scratch.ops.op import Buffers, Op
-from segnet_scratch.proof.compare import check, run_guarded, same_bits
-from segnet_scratch.proof.launches import kernels_of
-from segnet_scratch.proof.rows.base import Case, Inputs, Row
-from segnet_scratch.proof.rows.conv2d_fused import FusedRow
-from segnet_scratch.proof.rows.conv2d_mma import TensorCoreRow
-from segnet_scratch.proof.rows.scores import CrossEntropyRow
-from segnet_scratch.proof.table import ROWS
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import shipped_kernels
 
 RANDOM_CASES = 500  # of each row at most
 EXACT_CASES = 100

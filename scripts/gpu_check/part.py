@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from segnet_scratch.device import Device
+from segnet_scratch.runtime.devices import Device
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpu_check.part import Outcome
-from segnet_scratch.device import Device, cupy_facts
+from segnet_scratch.runtime.devices import Device, cupy_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = {True: "passed", False: "FAILED", None: "-"}

@@ -13,7 +13,7 @@ import cupy  # this script may: it is no part of the package
 
 from gpu_check.op_table import problems_for_sanitizers, rows_for
 from segnet_scratch import get_device
-from segnet_scratch.kernels import Kernel, shipped_kernels
+from segnet_scratch.runtime.launch import Kernel, shipped_kernels
 
 
 def main(seconds: float) -> None:

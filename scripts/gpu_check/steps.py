@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import SegNet
-from segnet_scratch.autograd import Tensor
-from segnet_scratch.device import Array, Device
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import Array, Device
 
 
 class Steps:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpu_check.part import Outcome, Work
 from gpu_check.steps import Steps
-from segnet_scratch.ops.conv2d import Conv2dForward
+from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.op import Buffers, spec
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from gpu_check.part import Outcome, Work, judged
 from gpu_check.steps import Steps
 from segnet_scratch import SegNet, get_device
-from segnet_scratch.autograd import no_grad
 from segnet_scratch.data import EvalTransform, VOCDataset, write_sample
 from segnet_scratch.metrics import Scores, scores
-from segnet_scratch.ops import cross_entropy
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.optim import SGD, learning_rate
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "VOCdevkit" / "VOC2012"

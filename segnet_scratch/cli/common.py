@@ -11,8 +11,8 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from segnet_scratch import __version__
-from segnet_scratch.device import NAMES
 from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
 
 app = typer.Typer(

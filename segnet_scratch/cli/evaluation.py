@@ -20,7 +20,6 @@ from segnet_scratch.cli.common import (
     sides,
 )
 from segnet_scratch.data import VOCDataset
-from segnet_scratch.device import get_device
 from segnet_scratch.display import (
     evaluation_progress,
     scores_table,
@@ -33,6 +32,7 @@ from segnet_scratch.evaluate import evaluate
 from segnet_scratch.inference import Inference
 from segnet_scratch.predict import find_images, predict_files
 from segnet_scratch.report import write_report
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.submit import Competition, submit
 from segnet_scratch.video import find_video, plan_videos, predict_video

@@ -7,10 +7,10 @@ import typer
 
 from segnet_scratch.cli.common import JsonOption, app, console, say
 from segnet_scratch.display import write_json
-from segnet_scratch.doctor import diagnose
-from segnet_scratch.doctor.kernels import examine_kernels
-from segnet_scratch.kernels.workbench import options, run_kernel
-from segnet_scratch.kernels.workbench.display import show
+from segnet_scratch.lab.doctor import diagnose
+from segnet_scratch.lab.doctor.kernels import examine_kernels
+from segnet_scratch.lab.workbench import options, run_kernel
+from segnet_scratch.lab.workbench.display import show
 
 
 @app.command(name="run")
@@ -102,7 +102,7 @@ def doctor(
     """Say what works on this machine, what does not, and the command that fixes it.
 
     Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
-    memory beyond what the budget (kernels/budget.toml) accepts.
+    memory beyond what the budget (runtime/budget.toml) accepts.
     """
     with console.status("compiling kernels" if kernels else "examining this machine") as status:
         report = (

@@ -25,13 +25,13 @@ from segnet_scratch.cli.common import (
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
-from segnet_scratch.device import get_device
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
 from segnet_scratch.run_record import RunRecord
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.tensorboard import TensorBoard
 from segnet_scratch.train import RunFolder, Trainer
 

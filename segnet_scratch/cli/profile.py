@@ -6,17 +6,17 @@ from typing import Annotated
 import typer
 
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, parse_size
-from segnet_scratch.device import get_device
 from segnet_scratch.display import write_json
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.kernels.resources import ARCHITECTURES
-from segnet_scratch.profile import roofline, trace
-from segnet_scratch.profile.counting import CountingDevice
-from segnet_scratch.profile.ladder import SHAPES
-from segnet_scratch.profile.measure import How, count_step, profile_op, profile_step
-from segnet_scratch.profile.step import DEFAULTS, Work
-from segnet_scratch.profile.tables import show
+from segnet_scratch.lab.profile import roofline, trace
+from segnet_scratch.lab.profile.counting import CountingDevice
+from segnet_scratch.lab.profile.ladder import SHAPES
+from segnet_scratch.lab.profile.measure import How, count_step, profile_op, profile_step
+from segnet_scratch.lab.profile.step import DEFAULTS, Work
+from segnet_scratch.lab.profile.tables import show
+from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.resources import ARCHITECTURES
 from segnet_scratch.segnet import ARCHITECTURES as MODELS
 from segnet_scratch.segnet import DECODERS
 

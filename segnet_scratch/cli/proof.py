@@ -15,19 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, problems, say
-from segnet_scratch.device import Device, HostDevice, get_device
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.kernels.host import ORDERS, HostOptions
-from segnet_scratch.kernels.workbench import options
-from segnet_scratch.kernels.workbench.reports import read_reports, sanitized_environment
-from segnet_scratch.proof.gradcheck import Result
-from segnet_scratch.proof.gradcheck import gradchecks as run_gradchecks
-from segnet_scratch.proof.parts import PARTS
-from segnet_scratch.proof.problems import Chosen
-from segnet_scratch.proof.verify import Report
-from segnet_scratch.proof.verify import verify as run_verify
-from segnet_scratch.proof.work import FULL, QUICK
+from segnet_scratch.lab.proof.gradcheck import Result
+from segnet_scratch.lab.proof.gradcheck import gradchecks as run_gradchecks
+from segnet_scratch.lab.proof.parts import PARTS
+from segnet_scratch.lab.proof.problems import Chosen
+from segnet_scratch.lab.proof.verify import Report
+from segnet_scratch.lab.proof.verify import verify as run_verify
+from segnet_scratch.lab.proof.work import FULL, QUICK
+from segnet_scratch.lab.workbench import options
+from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.runtime.devices import Device, HostDevice, get_device
+from segnet_scratch.runtime.host import ORDERS, HostOptions
 
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
 _FAILURES_SHOWN = 20

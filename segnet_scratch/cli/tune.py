@@ -6,11 +6,11 @@ import typer
 from rich.table import Table
 
 from segnet_scratch.cli.common import DeviceOption, app, console, parse_size
-from segnet_scratch.device import get_device
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.profile.tune import Choice
-from segnet_scratch.profile.tune import tune as measure
+from segnet_scratch.lab.profile.tune import Choice
+from segnet_scratch.lab.profile.tune import tune as measure
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
 
 

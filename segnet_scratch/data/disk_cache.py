@@ -18,7 +18,7 @@ from segnet_scratch.data.memory_cache import Sample, shrunk
 from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import lock, reason, sweep_temporaries, write_durably
-from segnet_scratch.kernels.cache import cache_directory
+from segnet_scratch.runtime.cache import cache_directory
 
 _MAGIC = b"SEGNETC1"
 # At the end of the file, since what comes before is written as it is decoded: magic, bytes of the index, its SHA-256.

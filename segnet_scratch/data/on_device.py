@@ -9,13 +9,13 @@ from segnet_scratch.data.loader import Batch, Loader, sample_rng
 from segnet_scratch.data.packed import augment, pack
 from segnet_scratch.data.transforms import ColourJitter, TrainTransform, View
 from segnet_scratch.data.voc import VOCDataset
-from segnet_scratch.device import Device
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.ops.cross_entropy import check_labels
+from segnet_scratch.ops.loss.cross_entropy import check_labels
+from segnet_scratch.runtime.devices import Device
 
 
 class DeviceLoader(Loader):
-    """A Loader whose batches are arrays of a device, cut out of the whole split there (ops/augment.py).
+    """A Loader whose batches are arrays of a device, cut out of the whole split there (ops/resampling/augment.py).
 
     Order and views are those of a Loader; pixels differ by Pillow's rounding to bytes. The split is decoded and
     uploaded once: 4 bytes a pixel. ConfigError for colour jitter, which the kernel does otherwise; DataError for a

@@ -1,4 +1,4 @@
-"""Decoded samples of any size packed for the device, which makes the training batch of them (ops/augment.py).
+"""Decoded samples of any size packed for the device, which makes the batch of them (ops/resampling/augment.py).
 
 What `TrainTransform` does on the CPU, with the same random numbers. Images differ by Pillow's rounding to bytes, labels
 where a position falls exactly between two pixels: Pillow adds up rounded steps and may take the one before.
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.data.transforms import IMAGENET_MEAN, IMAGENET_STD, View, check_pair
-from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DataError, ShapeError
-from segnet_scratch.ops.augment import AugmentForward
+from segnet_scratch.ops.resampling.augment import AugmentForward
+from segnet_scratch.runtime.devices import Array, Device
 
 
 @dataclass(frozen=True)

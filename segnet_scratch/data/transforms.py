@@ -57,7 +57,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 class View:
     """How a sample is seen: resized to `scaled` (height, width), mirrored if `flip`, from (top, left) on.
 
-    A negative place is outside the picture. Contrast and brightness are those of ops/augment.py.
+    A negative place is outside the picture. Contrast and brightness are those of ops/resampling/augment.py.
     """
 
     scaled: tuple[int, int]

@@ -7,8 +7,8 @@ placed where follows from sizes and lifetimes alone, so that a captured graph fi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from segnet_scratch.device import Array, Device
 from segnet_scratch.ops.op import Spec
+from segnet_scratch.runtime.devices import Array, Device
 
 ALIGNMENT = 256  # bytes: what cudaMalloc guarantees, and more than any access of a kernel needs
 

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from segnet_scratch.device import Array
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.nn import ConvUnit
-from segnet_scratch.ops.cast import Cast
-from segnet_scratch.ops.conv2d import Conv2dForward
-from segnet_scratch.ops.conv2d_fused import FusedForward
+from segnet_scratch.nn.modules import ConvUnit
+from segnet_scratch.ops.convolution.conv2d import Conv2dForward
+from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
+from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
 
 

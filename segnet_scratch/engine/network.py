@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.ops.conv2d_mma import ELEMENTS_OF_RUNG, has_tensor_cores
+from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG, has_tensor_cores
 from segnet_scratch.ops.op import Spec
 from segnet_scratch.ops.pieces import piece_of
-from segnet_scratch.ops.windows import windows_of
+from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.segnet import Block, SegNet
 
 CLASSIFIER = "classifier"

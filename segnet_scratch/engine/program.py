@@ -6,11 +6,11 @@ What an array is (its Spec) comes from the plan of the op that makes it; how lon
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from segnet_scratch.device import Array, Device
 from segnet_scratch.engine.arena import Lifetime
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.observe import carry_out, scope
 from segnet_scratch.ops.op import Buffers, Op, Spec
+from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.observe import carry_out, scope
 
 
 @dataclass(frozen=True)

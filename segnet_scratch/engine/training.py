@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.autograd import Tensor
-from segnet_scratch.device import Array
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.network import CLASSIFIER, Layer, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.cast import Cast
-from segnet_scratch.ops.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.conv2d_fused import Below, FusedBackwardData, FusedBackwardWeight, FusedForward
-from segnet_scratch.ops.norm_relu import (
+from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedBackwardWeight, FusedForward
+from segnet_scratch.ops.elementwise.cast import Cast
+from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
+from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
     NormReluBackward,
@@ -30,14 +30,14 @@ from segnet_scratch.ops.norm_relu import (
     NormReluPoolForward,
 )
 from segnet_scratch.ops.op import Op, Spec, spec
-from segnet_scratch.ops.softmax_cross_entropy import SoftmaxCrossEntropy
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: softmax cross-entropy, as `ops.cross_entropy` has it."""
+    """What is minimised: softmax cross-entropy, as `nn.functions.cross_entropy` has it."""
 
     classes: int
     weighted: bool = False  # are there class weights?

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from segnet_scratch.device import Array
 from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, padded, storage
+from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.device import Array, Device
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.kernels import ElementTypes, launch
-from segnet_scratch.observe import carry_out
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.launch import ElementTypes, launch
+from segnet_scratch.runtime.observe import carry_out
+from segnet_scratch.runtime.precision import BFLOAT16
 
 Buffers = SimpleNamespace  # arrays by the names that the plan gives them
 
@@ -92,7 +92,7 @@ class Op:
         raise NotImplementedError
 
     def numpy(self, b: Buffers) -> None:
-        """Computes with the fast NumPy of `cpu/` where there is one."""
+        """Computes with the fast NumPy of the chapter (`fast.py`) where there is one."""
         self.reference(b)
 
     def run(self, device: Device, b: Buffers) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from segnet_scratch.ops.op import Buffers, Op, expect
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.precision import BFLOAT16
 
 TILE_ROWS = 128  # of a convolution's matrix product, in every tile: what a row of `partials` sums up
 PIECE_BYTES = 16

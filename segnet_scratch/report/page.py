@@ -13,7 +13,6 @@ import numpy as np
 from segnet_scratch import weights
 from segnet_scratch.config import Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset, voc_palette
-from segnet_scratch.device import get_device
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.extras import require
@@ -23,6 +22,7 @@ from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve
 from segnet_scratch.report.pictures import Example, example
 from segnet_scratch.run_record import Session, read_sessions, versions
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import RunFolder
 

@@ -1,1 +1,0 @@
-"""Fast NumPy: blocked, threaded implementations behind the `numpy` device, each checked against ops/."""

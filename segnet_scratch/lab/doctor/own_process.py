@@ -1,0 +1,115 @@
+"""Runs what loads foreign code (CuPy, NVRTC, a kernel just compiled) in a process of its own: it may crash or hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segnet_scratch.lab.doctor.findings import PACKAGE, last_line
+
+if TYPE_CHECKING:
+    from segnet_scratch.runtime.launch import Kernel
+
+TIMEOUT = 120  # seconds
+
+# Shared memory and a barrier: what the host device needs fibers for.
+_PROBE = """#include "common/types.cuh"
+extern "C" __global__ void doctor_reverse(
+    const storage_t* __restrict__ x,  // (count)
+    storage_t* __restrict__ y,        // (count)
+    int count) {
+    SHARED_ARRAY(storage_t, tile, [64]);
+    tile[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = tile[count - 1 - threadIdx.x];
+}
+"""
+
+
+def ask(task: str) -> dict[str, Any]:
+    """The answer of one of TASKS; {"error": message, "type": name of the exception} where it fails or crashes."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "segnet_scratch.lab.doctor.own_process", task],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        return json.loads(result.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"error": str(error)}
+    except (IndexError, ValueError):
+        code = result.returncode
+        end = f"exit code {code}" if code >= 0 else signal.Signals(-code).name  # SIGSEGV, SIGILL, ...
+        return {"error": f"the process that tried ended with {end}: {last_line(result.stderr)}"}
+
+
+def _run_kernel(name: str) -> dict[str, Any]:
+    """Compiles a kernel and launches it through the gate, on the host or the cuda device."""
+    import numpy as np
+
+    from segnet_scratch.errors import KernelFault
+    from segnet_scratch.runtime.devices import get_device
+    from segnet_scratch.runtime.launch import ElementTypes, launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SEGNET_CACHE"] = folder  # a compiler that broke since the last run must not hide behind the cache
+        device = get_device(name)
+        x = np.arange(64, dtype=np.float32)
+        y = device.zeros(x.shape, x.dtype)
+        types = ElementTypes.of(x.dtype)
+        launch(device, _probe_kernel(Path(folder)), 1, x.size, [device.upload(x), y, x.size], types)
+        if not np.array_equal(device.download(y), x[::-1]):
+            raise KernelFault(f"a kernel compiled for the {name} device gives wrong values")
+    return {}
+
+
+def _probe_kernel(folder: Path) -> "Kernel":
+    from segnet_scratch.runtime.signature import parse_kernels
+    from segnet_scratch.runtime.source import read_source
+
+    path = folder / "doctor.cu"
+    path.write_text(_PROBE, encoding="utf-8")
+    return parse_kernels(read_source(path))[0]
+
+
+def _use_nvrtc() -> dict[str, Any]:
+    """Which libnvrtc there is. It also has to compile something, since it loads a second library for that."""
+    import numpy as np
+
+    from segnet_scratch.runtime import nvrtc
+    from segnet_scratch.runtime.launch import ElementTypes
+
+    architectures = nvrtc.supported_architectures()
+    with tempfile.TemporaryDirectory() as folder:
+        types = ElementTypes.of(np.dtype(np.float32))
+        nvrtc.compile_cubin(_probe_kernel(Path(folder)).source, types, "sm_90")
+    return {"version": nvrtc.nvrtc_version(), "path": nvrtc.library_path(), "architectures": architectures}
+
+
+def _ask_cupy() -> dict[str, Any]:
+    from segnet_scratch.runtime.devices import cupy_facts
+
+    return cupy_facts()
+
+
+TASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "host": lambda: _run_kernel("host"),
+    "cuda": lambda: _run_kernel("cuda"),
+    "nvrtc": _use_nvrtc,
+    "cupy": _ask_cupy,
+}
+
+if __name__ == "__main__":
+    try:
+        answer = TASKS[sys.argv[1]]()
+    except Exception as error:
+        answer = {"error": str(error) or type(error).__name__, "type": type(error).__name__}
+    print(json.dumps(answer))

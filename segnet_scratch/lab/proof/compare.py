@@ -1,0 +1,219 @@
+"""One op on one device against its reference: results within the row's bound, nothing else touched.
+
+Every array of a run lies between guard zones (lab/workbench/guards.py), outputs and workspace are filled with NaN
+first and with 7e33 in a second run, in which guard zones are other bytes, and inputs are compared with what they were.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.lab.workbench.guards import Fill, Region, allow, between_guards, damage, forbid, inside
+from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
+from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.runtime.devices import Array, Device, HostDevice
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.precision import BFLOAT16, BFLOAT16_ROUNDING, is_floating
+
+
+def _fill(value: float, integer_byte: int, guard_byte: int) -> Fill:
+    bits32, bits64 = (int(np.array(value, f).view(u)) for f, u in ((np.float32, np.uint32), (np.float64, np.uint64)))
+    return Fill(bits32, bits64, integer_byte, guard_byte)
+
+
+# What outputs and guard zones hold before the op runs. A kernel that reads them gives unlike results.
+FILLS = _fill(np.nan, 0xFF, 0xFF), _fill(7e33, 7, 0x3C)
+ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells a sanitizer's reader where the arrays of a run lie
+
+
+class GuardedArrays:
+    """Arrays of a device, each between guard zones; under AddressSanitizer the zones are out of bounds."""
+
+    def __init__(self, device: Device, fill: Fill) -> None:
+        self.device, self.fill = device, fill
+        self.forbidden = isinstance(device, HostDevice) and device.options.sanitize
+        self._buffers: dict[str, Array] = {}
+
+    def add(self, name: str, contents: np.ndarray) -> Array:
+        """A device array with these contents."""
+        self._buffers[name] = self.device.upload(between_guards(contents, self.fill.guard_byte))
+        return inside(self._buffers[name], contents.shape)
+
+    def close(self) -> None:
+        """To be called before the op runs, and `damaged` after it."""
+        if self.forbidden:
+            regions = {name: astuple(Region.of(buffer)) for name, buffer in self._buffers.items()}
+            os.write(2, f"{ARRAYS_MARK}{json.dumps(regions)}\n".encode())
+            for buffer in self._buffers.values():
+                forbid(buffer)
+
+    def damaged(self) -> "list[Problem]":
+        """Which guard zones were written to."""
+        problems = []
+        for name, buffer in self._buffers.items():
+            if self.forbidden:
+                allow(buffer)
+            reports = damage(name, self.device.download(buffer), self.fill.guard_byte)
+            problems += [Problem(name, report, memory=True) for report in reports]
+        return problems
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with an array.
+
+    `element` is the worst where values are wrong; `memory` says that an access is wrong: outside of an array, or of
+    what nobody has written.
+    """
+
+    array: str
+    text: str
+    element: tuple[int, ...] | None = None
+    memory: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Run:
+    """What came of one run: outputs (and inputs that the op updates) by name, and what went wrong on the way."""
+
+    outputs: dict[str, np.ndarray]
+    problems: list[Problem]
+    guarded: int  # arrays between guard zones
+
+    def unlike(self, other: "Run") -> str | None:
+        """The name of an output that differs from the other run's in a bit."""
+        return next((n for n, output in self.outputs.items() if not same_bits(output, other.outputs[n])), None)
+
+
+def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FILLS[0]) -> Run:
+    """Runs an op on copies of the inputs, with outputs and workspace holding `fill`."""
+    arrays = GuardedArrays(device, fill)
+    buffers = {name: None if a is None else arrays.add(name, a) for name, a in inputs.items()}
+    for name, s in {**op.outputs, **op.workspace}.items():
+        buffers[name] = arrays.add(name, np.broadcast_to(fill.of(s.dtype), s.shape))
+    arrays.close()
+    try:
+        op.run(device, Buffers(**buffers))
+        device.synchronise()
+    finally:
+        problems = arrays.damaged()
+    for name, before in inputs.items():
+        if before is not None and name not in op.updates and not same_bits(before, device.download(buffers[name])):
+            problems.append(Problem(name, f"{name}: the input was changed", memory=True))
+    outputs = {name: device.download(buffers[name]) for name in (*op.outputs, *op.updates)}
+    return Run(outputs, problems, len(arrays))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Are the two arrays equal in shape, type and every bit? A NaN equals itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[str, np.ndarray]]:
+    """The reference evaluated in float64: its op, its inputs beside its outputs, and all results by name."""
+    op = row.reference_plan(case)
+    wide = {
+        name: None if a is None else row.as_seen(name, a).astype(op.inputs[name].dtype) for name, a in inputs.items()
+    }
+    outputs = empty_outputs(op)
+    updated = {name: np.copy(wide[name]) for name in op.updates}  # type: ignore[arg-type]
+    op.reference(Buffers(**{**wide, **updated}, **outputs))
+    return op, Buffers(**wide, **outputs), {**outputs, **updated}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """An op on a device, run twice with unlike fills."""
+
+    op: Op
+    inputs: Inputs
+    problems: list[Problem]
+    guarded: int  # arrays that lay between guard zones, over both runs
+
+
+def examine(
+    row: Row,
+    case: Case,
+    device: Device,
+    rng: np.random.Generator,
+    dtype: DTypeLike | None = None,
+    integers: bool = False,
+) -> Examination:
+    """Runs an op and compares it with its reference, for arrays of `dtype` (the row's first unless given).
+
+    With `integers` the results must equal the reference's, without it they must lie within the row's bound.
+    """
+    dtype = row.elements[0] if dtype is None else np.dtype(dtype)
+    op = row.plan(case, dtype)
+    inputs = row.inputs(op, case, rng, integers)
+    first, second = (run_guarded(op, inputs, device, fill) for fill in FILLS)
+    problems = first.problems + second.problems
+    wide, b, expected = reference(row, case, inputs)
+    sums = np.finfo(ElementTypes.of(dtype).accumulate)
+    # In float64 the reference has rounding errors of its own, as large as those of the op.
+    eps = float(sums.eps) * (2 if dtype == np.float64 else 1)
+    # Below the smallest normal number precision fades, and a GPU may flush to 0.
+    tiny = 4 * float(sums.tiny)
+    bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
+    for name, got in first.outputs.items():
+        if not same_bits(got, second.outputs[name]):
+            what = f"{name}: depends on what the output held before, or on what lies beside an array"
+            problems.append(Problem(name, what, memory=True))
+        wanted, bound = expected[name], bounds.get(name, 0.0)
+        if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
+            if integers:  # the exact sum has one nearest bfloat16
+                wanted = wanted.astype(BFLOAT16)
+            else:
+                bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
+        problems += deviations(name, got, wanted, bound)
+    return Examination(op, inputs, problems, first.guarded + second.guarded)
+
+
+def check(
+    row: Row,
+    case: Case,
+    device: Device,
+    rng: np.random.Generator,
+    dtype: DTypeLike | None = None,
+    integers: bool = False,
+) -> list[str]:
+    """What is wrong with an op on a device, in words; nothing when the list is empty. See `examine`."""
+    dtype = np.dtype(row.elements[0] if dtype is None else dtype)
+    problems = examine(row, case, device, rng, dtype, integers).problems
+    return [f"{row.name} on {device.name}, {dtype}, {case}: {problem}" for problem in problems]
+
+
+def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[Problem]:
+    """A report on the worst element that is further from the expected value than allowed; NaN is never allowed."""
+    if got.shape != expected.shape:
+        return [Problem(name, f"{name}: has shape {got.shape}, expected {expected.shape}")]
+    if not is_floating(got.dtype):
+        wrong = got != expected
+        excess = wrong.astype(np.float64)
+    else:
+        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+        wrong = ~(error <= bound)
+        excess = np.where(np.isnan(error), np.inf, error - bound)
+    if not wrong.any():
+        return []
+    where = np.unravel_index(int(np.argmax(np.where(wrong, excess, -np.inf))), got.shape)
+    element = tuple(int(i) for i in where)
+    allowed = np.broadcast_to(bound, got.shape)[where]
+    return [
+        Problem(
+            name,
+            f"{name}: {np.count_nonzero(wrong)} of {got.size} elements are wrong, worst {element}: "
+            f"got {got[where]}, expected {expected[where]} +- {allowed:.3g}",
+            element,
+        )
+    ]

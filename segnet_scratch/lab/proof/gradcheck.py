@@ -1,0 +1,352 @@
+"""Numeric against hand-written gradients: what `segnet gradcheck` runs.
+
+For a random cotangent v the objective is L = sum(v * f(inputs)). Its hand-written gradient is what backward() leaves in
+the inputs; the numeric one is the central difference (L(x + eps d) - L(x - eps d)) / 2 eps along a direction d: along
+every single element where the inputs are small, else along random directions of each input. Differences are taken in
+float64 always: in float32 they are wrong in the third digit. To check a backward pass in float32, its gradients are
+compared with differences of the same function, at the same point, in float64.
+
+At a kink (a ReLU at 0, a tie in a pooling window) there is no derivative to compare with. Inputs of single ops keep
+away from kinks, unless a user chooses them. For a whole network that cannot be arranged. So the signs behind every ReLU
+and the codes of every pool must be the same at both ends of a difference; else the step shrinks, then the direction is
+drawn again, then the place is reported as one without a derivative.
+"""
+
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.lab.proof.problems import DIFFERENTIABLE, Chosen, Maker, Problem, differentiable
+from segnet_scratch.nn.autograd import Function, Tensor
+from segnet_scratch.nn.functions import MaxPool, Relu
+from segnet_scratch.runtime.devices import Device, get_device
+
+STEPS = (1e-6, 1e-7, 1e-8)  # the first one, unless a kink lies between
+RTOL = {"float64": 1e-5, "float32": 1e-3}
+ATOL = {"float64": 1e-7, "float32": 1e-4}
+SINGLE_ELEMENTS = 500  # so many input elements are checked one by one
+DIRECTIONS = 5  # of each input, where there are more
+FEW_DIRECTIONS = 2  # of each input of a network, unless the number of cases or directions is given
+DRAWS = 3  # of a direction, before a kink is left alone
+MAX_SKIPPED = 0.5  # share of differences lost to kinks above which nothing has been shown
+KINKS_KEPT = 10  # are named in the result
+
+
+@dataclass(frozen=True)
+class Where:
+    """One derivative: of which case, input and element (or direction), and its two values."""
+
+    case: str
+    input: str
+    index: str
+    numeric: float
+    analytic: float
+    dtype: str = "float64"
+
+    @property
+    def error(self) -> float:
+        """|numeric - analytic| as a share of |numeric| + atol / rtol; infinite where a value is not a number."""
+        share = abs(self.numeric) + ATOL[self.dtype] / RTOL[self.dtype]
+        error = abs(self.numeric - self.analytic) / share
+        return error if isfinite(error) else inf
+
+    @property
+    def place(self) -> str:
+        """`weight[2, 0, 1, 3]`."""
+        return f"{self.input}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Kink:
+    """A place without a derivative."""
+
+    case: str
+    input: str
+    index: str
+    why: str  # "a ReLU at 0", "a tie in a pooling window"
+
+    def __str__(self) -> str:
+        return f"{self.input}[{self.index}]: not differentiable here: {self.why} ({self.case})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the check of one op came to. `worst` is the largest error; it passes up to `limit`."""
+
+    op: str
+    dtype: str
+    cases: int
+    tensors: int  # inputs and parameters of all cases
+    compared: int  # derivatives
+    skipped: float  # share of differences that met a kink
+    worst: float
+    where: Where | None
+    passed: bool
+    seconds: float
+    kinks: tuple[Kink, ...] = ()  # the first places that were given up
+    uncompared: tuple[str, ...] = ()  # tensors without a single derivative that could be compared
+
+    @property
+    def limit(self) -> float:
+        """The largest error that passes."""
+        return RTOL[self.dtype]
+
+    @property
+    def verdict(self) -> str:
+        """In a word; "kinks only" where a user's inputs have no derivative anywhere."""
+        return ("passed" if self.compared else "kinks only") if self.passed else "FAILED"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings; a number that is not finite becomes None, as JSON has none."""
+        return _finite({**asdict(self), "limit": self.limit})
+
+    def __str__(self) -> str:
+        line = f"{self.op:13} {self.verdict}  worst error {self.worst:.1e} (limit {self.limit:.0e})"
+        line += f"  {self.compared} derivatives, {self.cases} cases, {self.seconds:.1f} s"
+        if self.skipped:
+            line += f", {self.skipped:.1%} skipped at kinks"
+        if not self.passed and self.where is not None:
+            w = self.where
+            line += f"\n  {w.case}: d/d {w.place} numeric {w.numeric:.9g}, backward {w.analytic:.9g}"
+        if not self.passed and self.uncompared:
+            line += f"\n  nothing to compare with for {', '.join(self.uncompared)}"
+        return line
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def names() -> list[str]:
+    """What can be checked: the ops, and `segnet`, a whole network."""
+    return list(DIFFERENTIABLE)
+
+
+def gradcheck(
+    op_names: Sequence[str] | None = None,
+    device: str | Device = "host",
+    seed: int = 0,
+    cases: int | None = None,
+    **options: Any,
+) -> list[Result]:
+    """Checks the gradients of these ops (all of `names()` unless given) on a device; one Result for each.
+
+    `cases` is the number of shapes of each op. Unless given it suits the op, and networks, which take longest, are
+    checked along FEW_DIRECTIONS of each parameter. ConfigError for an unknown name. Options: see `gradchecks`.
+    """
+    return list(gradchecks(op_names, device, seed, cases, **options))
+
+
+def gradchecks(
+    op_names: Sequence[str] | None = None,
+    device: str | Device = "host",
+    seed: int = 0,
+    cases: int | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+    directions: int | None = None,
+    chosen: Chosen | None = None,
+) -> Iterator[Result]:
+    """As `gradcheck`, but gives each Result as soon as there is one.
+
+    `dtype` is that of the backward pass that is checked, `directions` their number for each input of more than
+    SINGLE_ELEMENTS elements, `chosen` what a user chose of a single op: then `cases` (1) are so many fillings of it.
+    """
+    chosen = chosen or Chosen()
+    known = names() if np.dtype(dtype) == np.float64 else [name for name in names() if name != "segnet"]
+    wanted = known if op_names is None else list(op_names)
+    for name in wanted:
+        differentiable(name).expect_known(chosen)
+        if name == "segnet" and name not in known:
+            raise ConfigError(
+                "gradcheck: a network cannot be checked in float32: rounding alone moves the maximum of pooling "
+                "windows (docs/numerics.md); use float64 for segnet"
+            )
+    if chosen.sizes and len(wanted) != 1:
+        raise ConfigError(f"gradcheck: shapes, options and contents are those of one op; got {len(wanted)} ops")
+
+    def check(name: str) -> Result:
+        count = cases if cases is not None else 1 if chosen.sizes else DIFFERENTIABLE[name].usual
+        few = FEW_DIRECTIONS if name == "segnet" and cases is None else DIRECTIONS
+        return check_cases(
+            name, get_device(device), seed, range(count), dtype=dtype, directions=directions or few, chosen=chosen
+        )
+
+    return (check(name) for name in wanted)
+
+
+def check_cases(
+    name: str,
+    device: Device,
+    seed: int,
+    indices: Sequence[int],
+    *,
+    dtype: DTypeLike = np.float64,
+    directions: int = DIRECTIONS,
+    chosen: Chosen | None = None,
+) -> Result:
+    """Checks the cases of an op that have these numbers."""
+    chosen, dtype = chosen or Chosen(), np.dtype(dtype)
+    start = time.perf_counter()
+    derivatives: list[Where] = []
+    kinks: list[Kink] = []
+    uncompared: list[str] = []
+    attempts = skipped = tensors = 0
+    for index in indices:
+
+        def made(storage: DTypeLike, index: int = index) -> tuple[Problem, np.random.Generator]:
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
+            make = Maker(device, rng, dtype, np.dtype(storage), chosen)
+            return differentiable(name).make(make, index), rng
+
+        with np.errstate(all="ignore"):  # NaN and infinity are found by the comparison
+            problem, rng = made(np.float64)
+            narrow = problem if dtype == np.float64 else made(dtype)[0]
+            check = Check(problem, device, rng, narrow, may_tie=chosen.may_tie)
+            found = list(check.derivatives(directions))
+        derivatives += found
+        kinks += check.kinks
+        compared = {where.input for where in found}
+        uncompared += [f"{leaf} ({problem.case})" for leaf in problem.leaves if leaf not in compared]
+        tensors += len(problem.leaves)
+        attempts, skipped = attempts + check.attempts, skipped + check.skipped
+    where = max(derivatives, key=lambda w: w.error, default=None)
+    worst = where.error if where else 0.0 if chosen.may_tie else inf
+    share = skipped / max(attempts, 1)
+    enough = chosen.may_tie or (share <= MAX_SKIPPED and not uncompared)
+    return Result(
+        name,
+        dtype.name,
+        *(len(indices), tensors, len(derivatives), share, worst, where),
+        passed=worst <= RTOL[dtype.name] and enough,
+        seconds=time.perf_counter() - start,
+        kinks=tuple(kinks[:KINKS_KEPT]),
+        uncompared=tuple(uncompared),
+    )
+
+
+Pattern = list[tuple[str, np.ndarray]]  # what makes a kink, and on which side of it each element is
+
+
+class Check:
+    """All derivatives of one problem. `narrow` is the same problem in the precision that is checked."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: Device,
+        rng: np.random.Generator,
+        narrow: Problem | None = None,
+        may_tie: bool = False,
+    ) -> None:
+        self.problem, self.device, self.rng, self.may_tie = problem, device, rng, may_tie
+        self.attempts = self.skipped = 0
+        self.kinks: list[Kink] = []
+        self._narrow = narrow or problem
+        y = self._narrow.forward()
+        self.cotangent = rng.standard_normal(y.shape).astype(y.dtype)
+        self.pattern = _pattern(y if self._narrow is problem else problem.forward(), device)
+        y.backward(device.upload(self.cotangent))
+
+    def derivatives(self, directions: int = DIRECTIONS) -> Iterator[Where]:
+        """Every derivative that has no kink beside it, by both ways."""
+        leaves = self.problem.leaves
+        total = sum(leaf.data.size for leaf in leaves.values())
+        for name, leaf in leaves.items():
+            narrow = self._narrow.leaves[name]
+            gradient = np.full(leaf.shape, np.nan)  # fails where backward gave nothing, or something else
+            if narrow.grad is not None and tuple(narrow.grad.shape) == leaf.shape and narrow.grad.dtype == narrow.dtype:
+                gradient = self.device.download(narrow.grad).astype(np.float64)
+            for label, direction in self._directions(leaf, directions, total):
+                found = self._numeric(name, label, leaf, direction)
+                if found is not None:
+                    numeric, along = found
+                    analytic = float((gradient * along)[along != 0].sum())
+                    yield Where(self.problem.case, name, label, numeric, analytic, narrow.dtype.name)
+
+    def _directions(self, leaf: Tensor, directions: int, total: int) -> Iterator[tuple[str, np.ndarray | None]]:
+        """(label, direction) of every derivative of a leaf; None is a random direction.
+
+        A random direction crosses every kink there is: where there may be ties, elements are drawn instead.
+        """
+        size = leaf.data.size
+        if total > SINGLE_ELEMENTS and not self.may_tie:
+            for k in range(directions):
+                yield f"direction {k}", None
+            return
+        share = max(1, SINGLE_ELEMENTS // len(self.problem.leaves))
+        drawn = range(size) if total <= SINGLE_ELEMENTS else sorted(self.rng.permutation(size)[:share])
+        for flat in drawn:
+            direction = np.zeros(leaf.shape)
+            direction.reshape(-1)[flat] = 1
+            element = np.unravel_index(flat, leaf.shape)
+            yield ", ".join(str(int(i)) for i in element), direction
+
+    def _numeric(
+        self, name: str, label: str, leaf: Tensor, direction: np.ndarray | None
+    ) -> tuple[float, np.ndarray] | None:
+        """The central difference along a direction, or a random one, and the direction; None at a kink."""
+        why = ""
+        for _ in range(DRAWS if direction is None else 1):
+            along = self.rng.standard_normal(leaf.shape) if direction is None else direction
+            self.attempts += 1
+            for step in STEPS:
+                difference, why = self._difference(leaf, along, step)
+                if difference is not None:
+                    return difference, along
+            self.skipped += 1
+        self.kinks.append(Kink(self.problem.case, name, label, why))
+        return None
+
+    def _difference(self, leaf: Tensor, direction: np.ndarray, step: float) -> tuple[float | None, str]:
+        """(difference, "") or (None, why there is none)."""
+        at = leaf.numpy().copy()
+        values = []
+        try:
+            for sign in (1, -1):
+                self.device.write(leaf.data, at + sign * step * direction)
+                y = self.problem.forward()
+                # Differences of elements first: they are small, and lose less than a difference of sums.
+                values.append(y.numpy())
+                why = _unlike(self.pattern, _pattern(y, self.device))
+                if why:
+                    return None, why
+        finally:
+            self.device.write(leaf.data, at)
+        return float((self.cotangent * (values[0] - values[1])).sum() / (2 * step)), ""
+
+
+def _pattern(y: Tensor, device: Device) -> Pattern:
+    """Which side of its kinks the computation of y is on: the sign behind each ReLU, the codes of each pool."""
+    pattern: Pattern = []
+    seen: set[int] = set()
+    stack: list[Function] = [y.maker] if y.maker else []
+    while stack:
+        function = stack.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if isinstance(function, Relu):
+            pattern.append(("a ReLU at 0", device.download(function.y) > 0))
+        elif isinstance(function, MaxPool):
+            pattern.append(("a tie in a pooling window", device.download(function.codes.codes).copy()))
+        stack.extend(edge.maker for edge in function.inputs if edge.maker)
+    return pattern
+
+
+def _unlike(a: Pattern, b: Pattern) -> str:
+    """What makes the first kink between two points, and where it is; "" where none lies between."""
+    for (what, one), (_, other) in zip(a, b, strict=True):
+        if not np.array_equal(one, other):
+            where = np.argwhere(one != other)[0] if one.shape == other.shape else []
+            return f"{what}, at {tuple(int(i) for i in where)}"
+    return ""

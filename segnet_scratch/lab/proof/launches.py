@@ -1,0 +1,128 @@
+"""The launches behind an op: noted while it runs, or taken down with all they read, to be run again by themselves.
+
+The second is for failures. A launch by itself can go through the workbench of single kernels, which finds out who
+writes an element, which threads disturb each other, and what line accesses memory that is not an array's.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch.errors import CompileError
+from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.lab.proof.misuse import Recorder
+from segnet_scratch.lab.workbench.execution import Executor
+from segnet_scratch.lab.workbench.races import find_race
+from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
+from segnet_scratch.lab.workbench.setup import Setup
+from segnet_scratch.lab.workbench.writers import describe_writers
+from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
+from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.runtime.devices import Device, HostDevice
+from segnet_scratch.runtime.geometry import runs_alone
+from segnet_scratch.runtime.launch import ElementTypes, Kernel
+
+
+def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
+    """The kernels that these cases of a row launch, or all its fixed ones; nothing runs."""
+    recorder = Recorder()
+    for index, case in enumerate(cases or row.cases()):
+        op = row.plan(case, row.elements[0])
+        inputs = row.inputs(op, case, row.generator(0, index))
+        workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
+        op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))
+    return {kernel.name for kernel, *_ in recorder.launches}
+
+
+@contextmanager
+def noting_launches(device: Device) -> Iterator[list[str]]:
+    """The list that is given grows by the name of each kernel that the device runs inside."""
+    names: list[str] = []
+    execute = device.execute
+
+    def noted(kernel: Kernel, *launch: Any) -> None:
+        names.append(kernel.name)
+        execute(kernel, *launch)
+
+    device.execute = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield names
+    finally:
+        del device.execute
+
+
+class _Recorder(HostDevice):
+    """A host device that takes down each launch, with the contents of its arrays before it."""
+
+    def __init__(self, device: HostDevice) -> None:
+        super().__init__(device.options)
+        self._execute = device.execute
+        self.setups: list[Setup] = []
+        self.addresses: list[dict[str, int]] = []  # of the arrays of each launch, by parameter
+
+    def execute(
+        self,
+        kernel: Kernel,
+        types: ElementTypes,
+        grid: Sequence[int],
+        block: Sequence[int],
+        values: Sequence[Any],
+        shared: int,
+    ) -> None:
+        pairs = list(zip(kernel.parameters, values, strict=True))
+        scalars = {p.name: value.item() for p, value in pairs if not p.pointer}
+        contents = {p.name: None if a is None else np.copy(a) for p, a in pairs if p.pointer}
+        shapes = {name: () if a is None else a.shape for name, a in contents.items()}
+        setup = Setup(kernel, types, scalars, contents, shapes, tuple(grid), tuple(block), shared)
+        self.setups.append(setup)
+        self.addresses.append({p.name: self.address(a) for p, a in pairs if p.pointer and a is not None})
+        self._execute(kernel, types, grid, block, values, shared)
+
+
+class Replay:
+    """The launches of one op on the host device, each ready to be run again."""
+
+    def __init__(self, op: Op, inputs: Inputs, device: HostDevice) -> None:
+        recorder = _Recorder(device)
+        self._arrays: dict[str, Any] = {name: None if a is None else a.copy() for name, a in inputs.items()}
+        self._arrays |= empty_outputs(op) | {name: np.zeros(s.shape, s.dtype) for name, s in op.workspace.items()}
+        op.run(recorder, Buffers(**self._arrays))
+        self._device = HostDevice()
+        self._launches = list(zip(recorder.setups, recorder.addresses, strict=True))
+        self._alone = [setup for setup in recorder.setups if runs_alone(setup.kernel)]
+
+    def writer(self, problem: Problem) -> list[str]:
+        """The kernel that wrote an array of the op last, and the block and thread behind the element."""
+        array = self._arrays[problem.array]
+        for setup, addresses in reversed(self._launches):
+            written = [n for n, at in addresses.items() if at == array.ctypes.data and setup.role(n) == "updated"]
+            if not written:
+                continue
+            lines = [f"{problem.array} is written by {_named(setup)}"]
+            if problem.element is not None and runs_alone(setup.kernel):
+                element = int(np.ravel_multi_index(problem.element, array.shape))
+                lines += describe_writers(Executor(setup, self._device), written[0], element)
+            return lines
+        return []
+
+    def race(self, shuffles: int) -> list[str]:
+        """A report on the first launch whose result depends on the order of threads or blocks."""
+        for setup in self._alone:
+            report = find_race(Executor(setup, self._device), shuffles)
+            if report is not None:
+                return f"{_named(setup)}: {report}".split("\n")
+        return []
+
+    def memory_errors(self) -> list[str]:
+        """What the sanitizers say to the first launch that they object to; nothing where there are none."""
+        try:
+            return next((errors for setup in self._alone if (errors := find_memory_errors(setup))), [])
+        except CompileError:
+            return []
+
+
+def _named(setup: Setup) -> str:
+    """`add_forward (add.cu:7)`."""
+    return f"{setup.kernel.name} ({setup.kernel.source.path.name}:{setup.kernel.line})"

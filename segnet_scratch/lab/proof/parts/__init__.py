@@ -1,0 +1,42 @@
+"""The parts of the proof, each one property that is proven for every row of the op table, on every device there is.
+
+    base.py          what a part is; the parts that go over the cases of the rows
+    compilation.py   every kernel compiles, for the host and for every GPU
+    reference.py     results against the reference, guard zones, memory of any contents; integers exactly
+    gradients.py     gradient checks of ops and networks
+    orders.py        orders of threads and blocks
+    variables.py     reads of variables that have no value yet
+    sanitizers.py    AddressSanitizer and UndefinedBehaviorSanitizer
+    repeats.py       the same bits again
+    hostile.py       hostile inputs of pooling and its like
+    losses.py        edges of the loss
+    refusals.py      inputs that must be refused
+    gate.py          launches that must be refused
+
+`segnet verify` runs them all (lab/proof/verify.py), the tests run the same ones at smaller figures.
+"""
+
+from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.compilation import GpuBuilds, HostBuilds
+from segnet_scratch.lab.proof.parts.gate import Gate
+from segnet_scratch.lab.proof.parts.gradients import Gradients, Networks
+from segnet_scratch.lab.proof.parts.hostile import HostileInputs
+from segnet_scratch.lab.proof.parts.losses import Losses
+from segnet_scratch.lab.proof.parts.orders import Orders
+from segnet_scratch.lab.proof.parts.reference import Integers, Reference
+from segnet_scratch.lab.proof.parts.refusals import Refusals
+from segnet_scratch.lab.proof.parts.repeats import Repeats, Training
+from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
+from segnet_scratch.lab.proof.parts.variables import Variables
+
+# In the order of the report.
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        *(HostBuilds(), GpuBuilds(), Gate(), Refusals()),
+        *(Reference(), Integers(), HostileInputs(), Losses()),
+        *(Gradients(), Networks()),
+        *(Orders(), Variables(), Sanitizers()),
+        *(Repeats(), Training()),
+    )
+}

@@ -1,0 +1,174 @@
+"""What a part of the proof is, and what those that go over the op table share."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from segnet_scratch.errors import CompileError, SegnetError
+from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.lab.proof.launches import Replay, noting_launches
+from segnet_scratch.lab.proof.table import ROWS, row_named
+from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.ops.cases import Case, Inputs, Row
+from segnet_scratch.ops.op import Op
+from segnet_scratch.runtime.devices import Device, HostDevice, get_device
+from segnet_scratch.runtime.host import HostOptions
+
+CASES_AT_ONCE = 40  # of a row, in one piece of work
+CASE_MARK = "segnet-case: "  # begins the line that tells a sanitizer's reader which case comes next
+ENOUGH = 5  # failures after which the rest of a piece of work is left out
+
+
+class Part:
+    """One property that is proven. Subclasses say what work there is, and do it."""
+
+    name: ClassVar[str]
+    proves: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ("numpy", "host", "cuda")
+    sanitized: ClassVar[bool] = False  # its work needs a process under AddressSanitizer
+    long: ClassVar[bool] = False  # its pieces of work take long, and are begun first
+
+    def unavailable(self) -> str:
+        """Why it cannot run on this machine, with the fix; "" where it can."""
+        return ""
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        """The pieces of work on a device, each apart from the others."""
+        raise NotImplementedError
+
+    def do(self, work: Work) -> Tally:
+        """Does one of them."""
+        raise NotImplementedError
+
+    def ran(self, tally: Tally) -> str:
+        """What has been run, in figures."""
+        return ", ".join(f"{count:,} {what}" for what, count in tally.counts.items())
+
+
+@dataclass(frozen=True)
+class CaseRun:
+    """One case of a row, being proven: where its results and failures go."""
+
+    row: Row
+    case: Case
+    index: int
+    work: Work
+    device: Device
+    tally: Tally
+
+    @property
+    def where(self) -> str:
+        """Names the case, so that it can be run again."""
+        return f"{self.case}, case {self.index} of seed {self.work.seed}"
+
+    def op_and_inputs(self) -> tuple[Op, Inputs]:
+        """The op planned for the row's first element type, and its inputs."""
+        op = self.row.plan(self.case, self.row.elements[0])
+        return op, self.row.inputs(op, self.case, self.row.generator(self.work.seed, self.index))
+
+    def fail(self, how: str, message: str) -> None:
+        """Notes a failure."""
+        self.tally.fail(self.work, self.row.name, f"{how}, {self.where}" if how else self.where, message)
+
+    def attempt(self, how: str = "") -> AbstractContextManager[None]:
+        """An error of the project's own inside is a failure."""
+        return self.tally.attempt(self.work, self.row.name, f"{how}, {self.where}" if how else self.where)
+
+
+class RowPart(Part):
+    """A part that goes over cases of the rows of the op table: the fixed ones, then random ones."""
+
+    def random(self, effort: Effort) -> int:
+        """How many random cases."""
+        raise NotImplementedError
+
+    def takes(self, row: Row) -> bool:
+        """Is this a row for this part?"""
+        return True
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        for row in filter(self.takes, rows):
+            count = len(row.cases()) + self.random(effort)
+            for first in range(0, count, CASES_AT_ONCE):
+                size = min(CASES_AT_ONCE, count - first)
+                yield Work(self.name, device, row.name, first, size, seed, effort)
+
+    def do(self, work: Work) -> Tally:
+        return self.prove(row_named(work.target), work, device_of(work))
+
+    def prove(self, row: Row, work: Work, device: Device) -> Tally:
+        """Proves the cases that the work names for a row, which need not be in the table."""
+        tally = Tally()
+        tally.counts["rows"] += work.first == 0
+        with np.errstate(all="ignore"):  # what a fault makes of numbers is found by comparison
+            for index in range(work.first, work.first + work.count):
+                run = CaseRun(row, case_of(row, index, work.seed), index, work, device, tally)
+                if work.sanitize:
+                    os.write(2, f"{CASE_MARK}{run.where}\n".encode())
+                with run.attempt(), noting_launches(device) as launched:
+                    tally.counts["shapes"] += 1
+                    self.prove_case(run)
+                tally.kernels.update(set(launched))
+                if len(tally.failures) >= ENOUGH:
+                    break
+        return tally
+
+    def prove_case(self, run: CaseRun) -> None:
+        """Proves one case; failures go to its tally."""
+        raise NotImplementedError
+
+    def ran(self, tally: Tally) -> str:
+        text = super().ran(tally)
+        if tally.kernels:
+            fewest = min(tally.kernels.values())
+            text += f", {len(tally.kernels)} kernels with at least {fewest} shapes each"
+        return text
+
+
+def case_of(row: Row, index: int, seed: int) -> Case:
+    """The case of this number: the fixed ones of the row first, then random ones."""
+    fixed = row.cases()
+    return fixed[index] if index < len(fixed) else row.random_case(row.generator(seed, index, 1))
+
+
+def reason_against(attempt: Callable[[], object]) -> str:
+    """The message of the CompileError that an attempt meets; "" where it meets none."""
+    try:
+        attempt()
+    except CompileError as error:
+        return str(error)
+    return ""
+
+
+def device_of(work: Work) -> Device:
+    """The device that a work is to be done on.
+
+    The host device has one worker: pieces of work share the cores already, and one order of blocks is one order.
+    """
+    if work.device != "host":
+        return get_device(work.device)
+    return HostDevice(HostOptions(work.order, work.seed, workers=1, sanitize=work.sanitize))
+
+
+def blame(op: Op, inputs: Inputs, device: Device, problem: Problem | None, shuffles: int = 2) -> str:
+    """What more can be found out about a failure on the host device: kernel, block, thread, line; "" where nothing.
+
+    Without a problem it is sought in the order of threads.
+    """
+    if not isinstance(device, HostDevice) or device.options.sanitize:
+        return ""
+    try:
+        replay = Replay(op, inputs, device)
+        if problem is None:
+            lines = replay.race(shuffles)
+        elif problem.memory:
+            lines = replay.memory_errors() or replay.writer(problem)
+        else:
+            lines = replay.writer(problem)
+    except SegnetError:
+        return ""  # the fault itself has been reported
+    return "".join(f"\n{line}" for line in lines)

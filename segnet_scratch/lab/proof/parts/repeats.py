@@ -1,0 +1,80 @@
+"""The same inputs give the same bits, again and again: ops by themselves, and whole training runs."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from segnet_scratch.lab.proof.compare import FILLS, run_guarded
+from segnet_scratch.lab.proof.parts.base import CaseRun, Part, RowPart, device_of
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.ops.cases import Row
+from segnet_scratch.optim import SGD
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.segnet import SegNet
+
+
+class Repeats(RowPart):
+    """One random case of each row, into memory of changing contents."""
+
+    name = "repeats"
+    proves = "an op gives the same bits again and again"
+
+    def random(self, effort: Effort) -> int:
+        return 1
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        for row in rows:
+            yield Work(self.name, device, row.name, len(row.cases()), 1, seed, effort)
+
+    def prove_case(self, run: CaseRun) -> None:
+        op, inputs = run.op_and_inputs()
+        hashes = [
+            _hash(run_guarded(op, inputs, run.device, FILLS[k % 2]).outputs) for k in range(run.work.effort.repeats)
+        ]
+        run.tally.counts["runs"] += len(hashes)
+        unlike = [k for k, found in enumerate(hashes) if found != hashes[0]]
+        if unlike:
+            run.fail("", f"run {unlike[0]} has another hash than run 0, and {len(unlike) - 1} others have")
+
+
+class Training(Part):
+    """Runs of a small SegNet from the same seed: forward, backward, update; a hash of all it has learned."""
+
+    name = "training"
+    long = True
+    proves = "training gives the same bits again"
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        yield Work(self.name, device, "SegNet", 0, effort.runs, seed, effort)
+
+    def do(self, work: Work) -> Tally:
+        tally, steps = Tally(), work.effort.steps
+        case = f"{steps} steps at 32x32, width 1/16, seed {work.seed}"
+        with np.errstate(all="ignore"), tally.attempt(work, work.target, case):
+            hashes = [self._train(device_of(work), steps, work.seed) for _ in range(work.count)]
+            tally.counts.update({"runs": len(hashes), "steps each": steps})
+            if len(set(hashes)) > 1:
+                tally.fail(work, work.target, case, f"{len(set(hashes))} hashes in {len(hashes)} runs: {hashes}")
+        return tally
+
+    def _train(self, device: Device, steps: int, seed: int) -> str:
+        rng = np.random.default_rng(seed)
+        model = SegNet(5, 1 / 16, device, dropout=True, seed=seed)
+        optimiser = SGD(model)
+        for step in range(steps):
+            model.set_random_state(seed, step)
+            model.zero_grad()
+            images = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
+            cross_entropy(model(images), rng.integers(0, 5, (2, 32, 32))).backward()
+            optimiser.step(0.01)
+        return _hash(model.state_dict() | optimiser.state_dict())
+
+
+def _hash(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""Spreads pieces of work over processes. A kernel that crashes or never ends takes its process along, and no more.
+
+Work under AddressSanitizer goes to processes that were started with its library. Their reports end them, and are read
+from what they wrote to stderr.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from segnet_scratch.errors import CompileError
+from segnet_scratch.lab.proof.compare import ARRAYS_MARK
+from segnet_scratch.lab.proof.parts.base import CASE_MARK
+from segnet_scratch.lab.proof.work import Tally, Work
+from segnet_scratch.lab.workbench.guards import Region
+from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.runtime.workers import worker_count
+
+LIMIT = 1200.0  # seconds for one piece of work: a kernel that never ends does not hold up the rest for ever
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SEGNET_THREADS")
+
+
+class Process:
+    """A worker process, started when it is needed, and again where a piece of work ended it."""
+
+    def __init__(self, sanitized: bool, module: str = "segnet_scratch.lab.proof.worker") -> None:
+        self.sanitized, self.module = sanitized, module
+        self._process: subprocess.Popen[str] | None = None
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+
+    def do(self, work: Work) -> Tally:
+        """What came of a piece of work. A process that ends or is too slow is a failure; nothing is raised for it."""
+        tally = Tally()
+        try:
+            process = self._process or self._start()
+        except CompileError as error:
+            tally.skipped = str(error)
+            return tally
+        assert process.stdin is not None
+        assert process.stdout is not None
+        begin = self._stderr.seek(0, os.SEEK_END)
+        try:
+            process.stdin.write(json.dumps(work.to_json()) + "\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], LIMIT)
+            answer = process.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            ready, answer = [process.stdout], ""
+        if answer:
+            tally = Tally.from_json(json.loads(answer))
+        else:
+            code = self._end()
+        self._stderr.seek(begin)
+        text = self._stderr.read()
+        found = _sanitizer_failures(work, text, tally) if self.sanitized else False
+        if not answer and not found:
+            ended = f"ended with {_meaning(code)}" if ready else f"did not end within {LIMIT:.0f} s"
+            tally.fail(work, work.target, _last_case(work, text), f"the process {ended}:\n{text.strip()[-2000:]}")
+        return tally
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._end()
+        self._stderr.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = sanitized_environment() if self.sanitized else dict(os.environ)
+        package = str(Path(__file__).resolve().parents[3])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # The processes share the cores; each has one for itself.
+        environment |= {"PYTHONPATH": os.pathsep.join(paths)} | dict.fromkeys(THREADS, "1")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", self.module],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        return self._process
+
+    def _end(self) -> int:
+        """Kills the process unless it has ended; its exit code."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            try:
+                stream.close()
+            except BrokenPipeError:  # it had ended, and something was still to be written to it
+                continue
+        try:
+            return process.wait(timeout=1)  # its input has ended
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def do_all(
+    works: Sequence[Work], sanitized: Callable[[Work], bool], done: Callable[[Work, Tally], None], lanes: int = 0
+) -> None:
+    """Does all the work, in order, on as many processes at a time as there are cores (or `lanes`).
+
+    `done` is told of each; calls take turns. Work on a GPU has one process for itself. After an exception, Ctrl-C among
+    them, all processes are ended and it is raised.
+    """
+    on_gpu = deque(work for work in works if work.device == "cuda")
+    others = deque(work for work in works if work.device != "cuda")
+    queues = [others] * min(lanes or worker_count(), len(others)) + [on_gpu] * bool(on_gpu)
+    lock, errors = threading.Lock(), list[BaseException]()
+    processes: list[Process] = []
+
+    def lane(queue: deque[Work]) -> None:
+        own: dict[bool, Process] = {}
+        try:
+            while not errors:
+                with lock:
+                    if not queue:
+                        return
+                    work = queue.popleft()
+                    kind = sanitized(work)
+                    if kind not in own:
+                        own[kind] = Process(kind)
+                        processes.append(own[kind])
+                tally = own[kind].do(work)
+                with lock:
+                    done(work, tally)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=lane, args=(queue,), daemon=True) for queue in queues]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # in short waits, so that Ctrl-C gets through
+    finally:
+        for process in processes:
+            process.close()
+    if errors:
+        raise errors[0]
+
+
+def _sanitizer_failures(work: Work, text: str, tally: Tally) -> bool:
+    """Adds what the sanitizers reported to a tally; was there anything?"""
+    last = text.rpartition(ARRAYS_MARK)[2].partition("\n")[0]
+    arrays = {name: Region(*region) for name, region in json.loads(last).items()} if ARRAYS_MARK in text else {}
+    reports = read_reports(text, work.target, arrays)
+    for report in reports:
+        tally.fail(work, work.target, _last_case(work, text.partition("ERROR: AddressSanitizer")[0]), report)
+    return bool(reports)
+
+
+def _last_case(work: Work, text: str) -> str:
+    """The case that was begun last."""
+    if CASE_MARK in text:
+        return text.rpartition(CASE_MARK)[2].partition("\n")[0]
+    return f"one of the cases {work.first} to {work.first + work.count - 1}, seed {work.seed}"
+
+
+def _meaning(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

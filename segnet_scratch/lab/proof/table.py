@@ -1,0 +1,71 @@
+"""The op table: one row for each op (and each rung of its ladder), read by tests, fuzzing, profiler and benchmarks.
+
+What a row is stands in ops/cases.py. A new kernel needs one row, here, and nothing else.
+"""
+
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.cases import Row
+from segnet_scratch.ops.convolution.conv2d_cases import Conv2dBackwardBiasRow, conv_rows
+from segnet_scratch.ops.convolution.conv2d_fused_cases import fused_conv_rows
+from segnet_scratch.ops.convolution.conv2d_mma_cases import tensor_core_rows
+from segnet_scratch.ops.convolution.conv_transpose2d_cases import conv_transpose_rows
+from segnet_scratch.ops.elementwise.add import AddForward
+from segnet_scratch.ops.elementwise.cases import AddRow, DropoutRow, ReluRow
+from segnet_scratch.ops.elementwise.dropout import DropoutForward
+from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
+from segnet_scratch.ops.loss.argmax import ArgmaxForward
+from segnet_scratch.ops.loss.cases import ArgmaxRow, ConfusionRow, CrossEntropyRow, SoftmaxCrossEntropyRow
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.normalisation.batch_norm_cases import (
+    BatchNormBackwardRow,
+    BatchNormEvaluationRow,
+    BatchNormTrainingRow,
+)
+from segnet_scratch.ops.normalisation.norm_relu_cases import norm_rows
+from segnet_scratch.ops.optimiser.sgd_cases import GradientNormRow, SgdPackRow, SgdRow
+from segnet_scratch.ops.pooling.cases import MaxPoolRow, WindowRow
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.resampling.augment_cases import AugmentRow
+from segnet_scratch.ops.resampling.resize_cases import ResizeBackwardRow, ResizeRow
+
+ROWS: tuple[Row, ...] = (
+    *conv_rows("direct"),
+    *conv_rows("tiled"),
+    *tensor_core_rows(),
+    *fused_conv_rows(),
+    *norm_rows(),
+    Conv2dBackwardBiasRow(),
+    *conv_transpose_rows("direct"),
+    *conv_transpose_rows("tiled"),
+    BatchNormTrainingRow(),
+    BatchNormEvaluationRow(),
+    BatchNormBackwardRow(training=True),
+    BatchNormBackwardRow(training=False),
+    ReluRow(ReluForward),
+    ReluRow(ReluBackward),
+    MaxPoolRow(MaxPoolForward),
+    WindowRow(MaxPoolBackward),
+    WindowRow(MaxUnpoolForward),
+    WindowRow(MaxUnpoolBackward),
+    DropoutRow(DropoutForward),
+    *(CrossEntropyRow(op, n) for op in (CrossEntropyForward, CrossEntropyBackward) for n in ("weights", "valid")),
+    *(SoftmaxCrossEntropyRow(n) for n in ("weights", "valid")),
+    ArgmaxRow(ArgmaxForward),
+    ConfusionRow(),
+    ResizeRow(),
+    ResizeBackwardRow(),
+    AddRow(AddForward),
+    SgdRow(),
+    SgdPackRow(),
+    AugmentRow(),
+    GradientNormRow(),
+)
+
+
+def row_named(name: str) -> Row:
+    """The row of this name. ConfigError lists the names there are."""
+    for row in ROWS:
+        if row.name == name:
+            return row
+    raise ConfigError(f"there is no row {name!r} in the op table; its rows are {', '.join(row.name for row in ROWS)}")

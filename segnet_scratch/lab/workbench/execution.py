@@ -1,0 +1,144 @@
+"""Carries out a launch: on the host device in a process of its own, on a GPU as it is.
+
+A kernel that writes far outside its arrays ends the process that it runs in, and one that never ends cannot be
+interrupted from Python. So the host device's runs happen in a forked child; arrays lie in memory that both see.
+"""
+
+import ctypes
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from segnet_scratch import errors
+from segnet_scratch.errors import ConfigError, SegnetError
+from segnet_scratch.lab.workbench.guards import Fill, inside
+from segnet_scratch.lab.workbench.memory import Placement
+from segnet_scratch.lab.workbench.setup import Setup
+from segnet_scratch.runtime.devices import Device, HostDevice
+from segnet_scratch.runtime.host import HostOptions, prepare
+from segnet_scratch.runtime.launch import launch
+
+_ALONE = HostOptions(workers=1)  # one thread of the operating system: the same order of blocks every time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    arrays: dict[str, np.ndarray | None]
+    damage: list[str]  # writes outside the arrays
+    seconds: float
+    fault: str | None  # why the run did not finish
+
+    def array(self, name: str) -> np.ndarray:
+        """The elements of an array that is no null pointer, in one dimension."""
+        array = self.arrays[name]
+        assert array is not None
+        return array.reshape(-1)
+
+
+class Executor:
+    """Runs one setup, again and again, each time on fresh arrays."""
+
+    def __init__(self, setup: Setup, device: Device) -> None:
+        if not device.runs_kernels:
+            raise ConfigError(f"the {device.name} device runs no kernels; use host or cuda")
+        self.setup, self.device = setup, device
+
+    def run(self, fill: Fill, options: HostOptions = _ALONE) -> Outcome:
+        """One run; `options` say how the host device goes about it. Errors of gate and compiler are raised."""
+        if self.device.name == "host":
+            prepare(self.setup.kernel, self.setup.types, options)
+            placement = Placement(self.setup, fill, shared_bytes)
+            seconds, fault = _in_child(lambda: launch_once(self.setup, placement, HostDevice(options)))
+        else:
+            placement = Placement(self.setup, fill, lambda size: np.empty(size, np.uint8))
+            fault = None
+            try:
+                seconds = launch_once(self.setup, placement, self.device)
+            except SegnetError:
+                raise
+            except Exception as error:  # CuPy raises the driver's errors as several kinds
+                seconds = 0.0
+                fault = (
+                    f"the GPU stopped: {type(error).__name__}: {error}; --device host --sanitize may name the line. "
+                    "This process cannot use the GPU any more"
+                )
+        return Outcome(placement.arrays, placement.damage(), seconds, fault)
+
+
+def launch_once(setup: Setup, placement: Placement, device: Device) -> float:
+    """Launches on a device and brings the arrays back into the placement; seconds from launch to completion."""
+    buffers = {name: device.upload(buffer) for name, buffer in placement.buffers.items()}
+    arrays = {name: inside(buffer, setup.shapes[name]) for name, buffer in buffers.items()}
+    arguments = [arrays.get(p.name) if p.pointer else setup.scalars[p.name] for p in setup.kernel.parameters]
+    device.synchronise()
+    start = perf_counter()
+    launch(device, setup.kernel, setup.grid, setup.block, arguments, setup.types, setup.shared)
+    device.synchronise()
+    seconds = perf_counter() - start
+    for name, buffer in buffers.items():
+        if buffer is not placement.buffers[name]:
+            placement.buffers[name][...] = device.download(buffer)
+    return seconds
+
+
+def shared_bytes(size: int) -> np.ndarray:
+    """Memory that a forked child shares with its parent."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+
+
+def _in_child(work: Callable[[], float]) -> tuple[float, str | None]:
+    """(seconds, fault) of a run in a forked process; errors that are no faults of the kernel are raised here."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        # The child calls only the kernel's library, which needs none of the locks that other threads may hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _report(work, write_end)
+    os.close(write_end)
+    try:
+        with os.fdopen(read_end, "rb") as pipe:
+            text = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    if status < 0:
+        return 0.0, f"the kernel ended its process with {signal.Signals(-status).name}; {_meaning(-status)}"
+    report = json.loads(text)
+    if report["error"] not in (None, "KernelFault"):
+        raise getattr(errors, report["error"], SegnetError)(report["message"])
+    return report["seconds"], report["message"]
+
+
+def _report(work: Callable[[], float], pipe: int) -> None:
+    """The child's part; it never returns, so that nothing of the parent (tests, buffers, threads) runs twice."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.disable()  # the parent tells what a crash means
+    report: dict[str, object] = {"seconds": 0.0, "error": None, "message": None}
+    try:
+        report["seconds"] = work()
+    except BaseException as error:
+        report.update(error=type(error).__name__, message=str(error))
+    os.write(pipe, json.dumps(report).encode())
+    ctypes.CDLL(None).fflush(None)  # what the kernel printed
+    os._exit(0)
+
+
+def _meaning(number: int) -> str:
+    if number in (signal.SIGSEGV, signal.SIGBUS):
+        return "it reads or writes far outside its arrays; --sanitize (sanitize=True) names the line"
+    if number == signal.SIGFPE:
+        return "it divides an integer by 0; --sanitize (sanitize=True) names the line"
+    return "--sanitize (sanitize=True) may tell more"

@@ -1,0 +1,122 @@
+"""A NumPy function as the definition of what a kernel should compute."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch.errors import ConfigError, ShapeError
+from segnet_scratch.lab.workbench.setup import Setup
+
+Reference = Callable[..., Any]
+
+
+def load_reference(text: str) -> Reference:
+    """The function of `file.py:function`."""
+    path, separator, name = text.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise ConfigError(f"reference {text!r}: expected file.py:function")
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ConfigError(f"reference {text!r}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"reference_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reference {text!r}: {file.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))  # as `python file.py` does, for what it imports from beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"reference {text!r}: {file.name} does not import: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.path.remove(str(file.parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        raise ConfigError(
+            f"reference {text!r}: {file.name} has no function {name}; it has {', '.join(functions) or 'none'}"
+        )
+    return function
+
+
+def expected_outputs(function: Reference, setup: Setup) -> dict[str, np.ndarray]:
+    """Calls the reference with copies of those inputs and scalars that it names; its results by name of the output."""
+    available: dict[str, Any] = {name: None if a is None else a.copy() for name, a in setup.contents.items()}
+    available.update(setup.scalars)
+    parameters = inspect.signature(function).parameters.values()
+    name = getattr(function, "__name__", "reference")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        wanted = available
+    else:
+        wanted = {p.name: available[p.name] for p in parameters if p.name in available}
+        missing = [p.name for p in parameters if p.name not in available and p.default is p.empty]
+        if missing:
+            raise ConfigError(
+                f"reference {name}: it asks for {', '.join(missing)}; {setup.kernel.name} has {', '.join(available)} "
+                "to offer (its inputs and scalars, under their names in the kernel's signature)"
+            )
+    try:
+        result = function(**wanted)
+    except Exception as error:
+        line = error.__traceback__.tb_next.tb_lineno if error.__traceback__ and error.__traceback__.tb_next else 0
+        raise ConfigError(f"reference {name}: line {line}: {type(error).__name__}: {error}") from error
+    return _by_name(name, result, setup)
+
+
+def _by_name(function: str, result: Any, setup: Setup) -> dict[str, np.ndarray]:
+    outputs = setup.of_role("output", "updated")
+    if not isinstance(result, dict):
+        results = result if isinstance(result, tuple) else (result,)
+        if len(results) != len(outputs):
+            raise ConfigError(
+                f"reference {function}: it returned {len(results)} array{'s' if len(results) > 1 else ''}, the kernel "
+                f"writes {len(outputs)}: {', '.join(outputs)}; return a tuple in this order, or a dict by name"
+            )
+        result = dict(zip(outputs, results, strict=True))
+    arrays = {}
+    for name, value in result.items():
+        if name not in outputs:
+            raise ConfigError(
+                f"reference {function}: it returned {name!r}, which the kernel does not write; it writes "
+                f"{', '.join(outputs)}"
+            )
+        arrays[name] = np.asarray(value)
+        if arrays[name].shape != setup.shapes[name]:
+            raise ShapeError(
+                f"reference {function}: {name} has shape {arrays[name].shape}, the kernel's has {setup.shapes[name]}"
+            )
+    return arrays
+
+
+def deviation(name: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> tuple[bool, str]:
+    """(within tolerance?, the largest error and where). A NaN is right only where a NaN is expected."""
+    if got.dtype.kind != "f" and expected.dtype.kind != "f":
+        wrong = got != expected
+        excess = error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+        allowed = "exactly"
+    else:
+        wide = expected.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.abs(got.astype(np.float64) - wide)
+            error = np.where(got == wide, 0.0, error)  # equal infinities
+            excess = error - (atol + rtol * np.abs(wide))
+        same_nan = np.isnan(got) & np.isnan(wide)
+        wrong = ~((excess <= 0) | same_nan)
+        excess = np.where(same_nan, -np.inf, np.where(np.isnan(excess), np.inf, excess))
+        allowed = f"within {rtol:g} |expected| + {atol:g}"
+    if not wrong.any():
+        finite = error[np.isfinite(error)]
+        largest = float(finite.max()) if finite.size else 0.0
+        return True, f"{name} equals the reference {allowed}; largest error {largest:.3g}"
+    worst = np.unravel_index(int(np.argmax(np.where(wrong, excess, -np.inf))), got.shape)
+    index = ", ".join(str(int(i)) for i in worst)
+    return False, (
+        f"{name}: {np.count_nonzero(wrong)} of {got.size} elements differ from the reference; worst {name}[{index}] = "
+        f"{got[worst]}, expected {expected[worst]} {allowed}"
+    )

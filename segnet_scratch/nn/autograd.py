@@ -1,0 +1,225 @@
+"""Reverse-mode differentiation: Tensor, Function, backward. To be read in one sitting.
+
+A Tensor holds an array of a device. A Function is one application of an operation: `forward` computes an array from
+arrays and keeps what `backward` needs; `backward` turns the gradient of the output into the gradient of each input.
+`Tensor.backward` walks the graph once, from the loss to the parameters, each Function after all that used its outputs.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
+from segnet_scratch.ops.elementwise.add import AddForward
+from segnet_scratch.ops.op import spec_of
+from segnet_scratch.runtime.devices import Array, Device, get_device
+from segnet_scratch.runtime.observe import current_scope, scope
+
+_recording = True
+_keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Within this context no graph is recorded: for evaluation and prediction."""
+    global _recording
+    previous, _recording = _recording, False
+    try:
+        yield
+    finally:
+        _recording = previous
+
+
+class Tensor:
+    """An array of a device, and its place in the graph of the computation that made it."""
+
+    def __init__(self, data: Array, device: Device, requires_grad: bool = False) -> None:
+        if not device.owns(data):
+            raise DeviceError(
+                f"Tensor: got a {type(data).__name__}, which is no array of the {device.name} device; use tensor(...)"
+            )
+        self.data = data
+        self.device = device
+        self.requires_grad = requires_grad
+        self.grad: Array | None = None
+        self.maker: Function | None = None  # the Function whose output this is
+        self.key = next(_keys)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Element type of the array."""
+        return np.dtype(self.data.dtype)
+
+    def numpy(self) -> np.ndarray:
+        """The contents as a NumPy array; waits for the device."""
+        return self.device.download(self.data)
+
+    def item(self) -> float:
+        """The only element as a Python number; waits for the device."""
+        self._expect_scalar("item()")
+        return float(self.numpy().reshape(()))
+
+    def _expect_scalar(self, what: str) -> None:
+        if self.data.size != 1:
+            raise ShapeError(f"{what} needs a tensor of one element, this one has shape {self.shape}")
+
+    def _expect_gradient(self, gradient: Array) -> None:
+        if not self.requires_grad:
+            raise SegnetError("backward() from a tensor that depends on nothing that requires a gradient")
+        if not self.device.owns(gradient):
+            raise DeviceError(f"backward(): the gradient is no array of the {self.device.name} device; upload it")
+        if tuple(gradient.shape) != self.shape:
+            raise ShapeError(f"backward(): the gradient has shape {tuple(gradient.shape)}, expected {self.shape}")
+        if gradient.dtype != self.dtype:
+            raise DTypeError(f"backward(): the gradient has element type {gradient.dtype}, expected {self.dtype}")
+
+    def backward(self, gradient: Array | None = None) -> None:
+        """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, then frees the graph.
+
+        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self.
+        """
+        if gradient is None:
+            self._expect_scalar("backward() without a gradient")
+            gradient = self.device.constant(np.ones(self.shape, self.dtype))
+        self._expect_gradient(gradient)
+        gradients: dict[int, Array] = {self.key: gradient}
+        if self.maker is None:
+            _give(self, gradients)
+            return
+        for function in _from_loss_to_leaves(self.maker):
+            dy = gradients.pop(function.output_key, None)
+            # None: whoever used the output has no gradient for it.
+            with scope(function.scope):
+                given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
+            for edge, d in zip(function.inputs, given, strict=True):
+                if d is not None and edge.requires_grad:
+                    held = gradients.get(edge.key)
+                    gradients[edge.key] = d if held is None else _sum(function.device, held, d)
+                if edge.leaf is not None:
+                    _give(edge.leaf, gradients)
+            function.release()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The array for another library, shared: `torch.from_dlpack(tensor)`."""
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Where the array lies, in DLPack's terms."""
+        return self.data.__dlpack_device__()
+
+    def __repr__(self) -> str:
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, device={self.device.name})"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What backward needs of a Function's input.
+
+    Not its array: a Function saves what it needs, and a result that nobody saves is freed while forward proceeds.
+    """
+
+    key: int
+    requires_grad: bool
+    maker: "Function | None"
+    leaf: Tensor | None  # where the gradient is collected
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Edge":
+        """The edge that leads to a tensor."""
+        is_leaf = tensor.maker is None and tensor.requires_grad
+        return cls(tensor.key, tensor.requires_grad, tensor.maker, tensor if is_leaf else None)
+
+
+class Function:
+    """One application of a differentiable operation with one output. Subclasses define `forward` and `backward`."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.inputs: tuple[Edge, ...] = ()
+        self.output_key = -1
+        self.scope = current_scope()  # the layer it belongs to, for whoever watches backward
+        self.released = False
+
+    def forward(self, *arrays: Array) -> Array:
+        """The output from the inputs; keeps on self what backward needs."""
+        raise NotImplementedError
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        """One gradient (or None) for each input, from that of the output."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Forgets inputs and saved arrays, so that memory shrinks while backward proceeds."""
+        self.__dict__ = {"device": self.device, "inputs": (), "output_key": -1, "released": True}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Applies the operation and records it where an input requires a gradient."""
+        for position, tensor in enumerate(inputs):
+            if tensor.device is not self.device:
+                raise DeviceError(
+                    f"{type(self).__name__}: input {position} is on {tensor.device.name}, expected {self.device.name}; "
+                    "create both on one device"
+                )
+        output = Tensor(self.forward(*(tensor.data for tensor in inputs)), self.device)
+        if _recording and any(tensor.requires_grad for tensor in inputs):
+            self.inputs, self.output_key = tuple(Edge.of(tensor) for tensor in inputs), output.key
+            output.requires_grad, output.maker = True, self
+        return output
+
+
+def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
+    """A Tensor on a device from anything that NumPy or DLPack understands.
+
+    float64 is kept, other numbers become float32. Arrays of other libraries are shared where that is possible; these
+    must be float32 or float64 already.
+    """
+    chosen = get_device(device)
+    if not isinstance(values, np.ndarray) and not chosen.owns(values) and hasattr(values, "__dlpack__"):
+        values = chosen.from_dlpack(values)
+        if values.dtype not in (np.float32, np.float64):
+            raise DTypeError(f"tensor: got an array of {values.dtype}; expected float32 or float64; convert it first")
+    if chosen.owns(values) and not isinstance(values, np.ndarray):
+        return Tensor(values, chosen, requires_grad)
+    array = np.asarray(values)
+    if array.dtype != np.float64:
+        array = array.astype(np.float32, copy=False)
+    return Tensor(chosen.upload(array), chosen, requires_grad)
+
+
+def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
+    """All functions behind `last`, each after every function that uses its outputs (depth-first, without recursion)."""
+    finished: list[Function] = []
+    seen: set[int] = set()
+    stack: list[tuple[Function, bool]] = [(last, False)]
+    while stack:
+        function, expanded = stack.pop()
+        if function.released:
+            raise SegnetError("backward() has already gone through this graph and freed it; run forward again")
+        if expanded:
+            finished.append(function)
+        elif id(function) not in seen:
+            seen.add(id(function))
+            stack.append((function, True))
+            stack.extend((edge.maker, False) for edge in function.inputs if edge.maker is not None)
+    while finished:
+        yield finished.pop()
+
+
+def _give(leaf: Tensor, gradients: dict[int, Array]) -> None:
+    """Adds a finished gradient to a leaf."""
+    gradient = gradients.pop(leaf.key, None)
+    if gradient is not None and leaf.requires_grad:
+        leaf.grad = gradient if leaf.grad is None else _sum(leaf.device, leaf.grad, gradient)
+
+
+def _sum(device: Device, a: Array, b: Array) -> Array:
+    return AddForward.plan(spec_of(a))(device, a=a, b=b).y

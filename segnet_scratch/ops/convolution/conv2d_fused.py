@@ -1,0 +1,376 @@
+"""Convolutions of the fused engine (cuda/conv2d_fused.cu): with unpool, bias, ReLU, pool and the sums of batch norm.
+
+Stride 1, odd kernels, padding that keeps the size; arrays of the rung ("tf32", "tf32x3": float32, "bf16": bfloat16).
+Statistics, bias and batch norm are float32, or float64 with maps of float64, for which there is no kernel: such a plan
+is for the reference.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from segnet_scratch.errors import DTypeError
+from segnet_scratch.ops.convolution import conv2d_mma as mma
+from segnet_scratch.ops.convolution import fast
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
+from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
+from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
+from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from
+from segnet_scratch.ops.pooling.windows import CODE, windows_of
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.precision import round_to_tf32
+
+Size = tuple[int, int]
+
+
+class _FusedConv(Op):
+    """What the three share: the convolution's geometry and the element types."""
+
+    def __init__(self, map_: Spec, full: tuple[int, ...], weight: Spec, rung: str) -> None:
+        expect_map(self.name, "the map", map_, bfloat16=True)
+        expect_map(self.name, "weight", weight, bfloat16=True)
+        self._expect_kernel(weight.shape)
+        dtype = map_.dtype
+        if weight.dtype != dtype:
+            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, the map {dtype}; convert one")
+        if rung not in mma.ELEMENTS_OF_RUNG:
+            raise DTypeError(
+                f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(mma.ELEMENTS_OF_RUNG)}"
+            )
+        if dtype not in (mma.ELEMENTS_OF_RUNG[rung], np.float64):
+            raise DTypeError(f"{self.name}: rung {rung!r} takes {mma.ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it")
+        self.geometry = Geometry.of(full, weight.shape, 1, weight.shape[1] // 2)
+        reason = mma.misfit(self.geometry)
+        expect(reason is None, f"{self.name}: {reason}")
+        self.dtype, self.rung = dtype, rung
+        self.vector = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+        self.workspace = {}
+        self.flops = self.geometry.flops
+
+    def _expect_kernel(self, weight: tuple[int, ...]) -> None:
+        expect(
+            len(weight) == 4 and weight[1] % 2 == 1 and weight[2] % 2 == 1,
+            f"{self.name}: weight has shape {weight}; expected (o, kh, kw, c) with odd kh and kw, which keep the size",
+        )
+        expect(weight[1] == weight[2], f"{self.name}: the kernel is {weight[1]}x{weight[2]}; expected a square one")
+
+    @property
+    def types(self) -> ElementTypes:
+        return ElementTypes.named(self.rung)
+
+    def _expect_pieces(self, **channels: int) -> None:
+        expect_pieces(self.name, mma.ELEMENTS_OF_RUNG[self.rung], **channels)
+
+    def _factor(self, array: np.ndarray) -> np.ndarray:
+        """What the rung multiplies."""
+        return round_to_tf32(array) if self.rung == "tf32" else array
+
+    def _fast_forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        y = np.empty((*x.shape[:3], weight.shape[0]), x.dtype)
+        fast.forward(self._factor(x), self._factor(weight), None, y, 1, weight.shape[1] // 2)
+        return y
+
+    def _vectors(self, channels: int, *names: str) -> dict[str, Spec]:
+        return {name: Spec((channels,), self.vector) for name in names}
+
+    def _partials(self, rows: int, channels: int) -> Spec:
+        return Spec((tiles_of(rows), 2, channels), self.vector)
+
+
+def _forward_tile(g: Geometry, widest: mma.Tile, itemsize: int) -> mma.Tile:
+    """The tile of fprop and dgrad, by shape alone: the narrowest that holds all outputs, or the widest there is."""
+    if g.c * itemsize % PIECE_BYTES:
+        return mma.ELEMENTS
+    return next(tile for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE) if g.o <= tile.columns or tile is widest)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the depth of a convolution is split where its tiles alone would leave most of a GPU idle."""
+
+    chunks: int
+    parts: int  # stages of the pipeline in each chunk; the last may have fewer
+
+    WANTED_BLOCKS: ClassVar[int] = 132  # multiprocessors of an H100
+    LEAST_PARTS: ClassVar[int] = 8  # so that writing the sums stays small beside making them
+
+    @staticmethod
+    def of(g: Geometry, rows: int, itemsize: int) -> "Split | None":
+        """For so many rows of the matrix product, from the shape alone; None where it is not worth it."""
+        tile = mma.MEDIUM
+        down, across = tile.grid(rows, g.o)
+        parts = -(-g.depth * itemsize // tile.DEPTH_BYTES)
+        wanted = min(parts // Split.LEAST_PARTS, Split.WANTED_BLOCKS // (down * across))
+        if wanted < 2 or g.c * itemsize % PIECE_BYTES:
+            return None
+        each = -(-parts // wanted)
+        return Split(-(-parts // each), each)
+
+
+class FusedForward(_FusedConv):
+    """y = [pool] [relu] ([unpool](x) * weight [+ bias]), and the statistics that batch norm needs of y.
+
+    x (n, h, w, c), or with `unpool` = (h, w) the pooled map (n, ceil(h/2), ceil(w/2), c) and its `unpool_codes`; weight
+    (o, k, k, c). `statistics`: also partials (tiles, 2, o), of each 128 pixels of y the mean and the sum of squared
+    distances from it. `bias`: (o) is added. `pool`: y is (n, ceil(h/2), ceil(w/2), o), with its packed `pool_codes`.
+    """
+
+    name = "conv2d_fused_forward"
+
+    def __init__(
+        self,
+        x: Spec,
+        weight: Spec,
+        rung: str,
+        unpool: Size | None = None,
+        statistics: bool = False,
+        bias: bool = False,
+        relu: bool = False,
+        pool: bool = False,
+    ) -> None:
+        full = x.shape if unpool is None else (x.shape[0], *unpool, *x.shape[3:])
+        super().__init__(x, full, weight, rung)
+        g = self.geometry
+        expect(
+            not (statistics and (bias or relu or pool)), f"{self.name}: statistics are those of the bare convolution"
+        )
+        self._expect_pieces(outputs=g.o)
+        self.unpool, self.statistics, self.relu, self.pool = unpool, statistics, relu, pool
+        self.inputs = {"x": x, "weight": weight}
+        if unpool is not None:
+            self._expect_pieces(channels=g.c)
+            expect_windows(self.name, "x", x.shape, windows_of(*full))
+            self.inputs["unpool_codes"] = packed_codes(x.shape)
+        if bias:
+            self.inputs |= self._vectors(g.o, "bias")
+        windows = windows_of(*g.y)
+        self.out = windows if pool else g.y
+        self.rows = 4 * windows[0] * windows[1] * windows[2] if pool else g.pixels
+        self.split = Split.of(g, self.rows, x.dtype.itemsize) if bias else None
+        if self.split is not None:
+            self.workspace = {"sums": Spec((self.split.chunks, self.rows, g.o), self.vector)}
+        self.outputs = {"y": x.with_shape(*self.out)}
+        if statistics:
+            self.outputs["partials"] = self._partials(g.pixels, g.o)
+        if pool:
+            self.outputs["pool_codes"] = packed_codes(windows)
+        self.kind = "fused_forward" if unpool is None else "fused_unpool"
+        # Unpooled pieces pass by registers, for which the widest tile has none left.
+        self.widest_tile = mma.WIDE if unpool is None else mma.MEDIUM
+        self.default_tile = _forward_tile(g, self.widest_tile, x.dtype.itemsize)
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        if self.split is not None:
+            self._launch_split(device, b, self.split)
+            return
+        g = self.geometry
+        tile = mma.chosen(device, self.kind, self.rung, g, self.default_tile, self.widest_tile)
+        unpooled = () if self.unpool is None else (b.unpool_codes,)
+        optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "pool_codes"))
+        self.kernel(
+            device,
+            f"conv2d_fused_forward_{'unpool_' if unpooled else ''}{tile.name}",
+            tile.grid(self.rows, g.o),
+            tile.THREADS,
+            *(b.x, *unpooled, b.weight, *optional),
+            *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(self.rows), int(self.relu)),
+            shared=tile.shared,
+        )
+
+    def _launch_split(self, device: Device, b: Buffers, split: Split) -> None:
+        g, tile = self.geometry, mma.MEDIUM
+        unpooled = () if self.unpool is None else (b.unpool_codes,)
+        self.kernel(
+            device,
+            f"conv2d_fused_split_{'unpool_' if unpooled else ''}{tile.name}",
+            (*tile.grid(self.rows, g.o), split.chunks),
+            tile.THREADS,
+            *(b.x, *unpooled, b.weight, b.sums),
+            *(*g.gemm_arguments(g.pads), self.rows, int(self.pool), split.chunks, split.parts),
+            shared=tile.shared,
+        )
+        arrays = b.sums, b.bias, b.y, getattr(b, "pool_codes", None)
+        sizes = g.n, g.oh, g.ow, *self.out[1:3], g.o, self.rows, split.chunks, int(self.relu)
+        pieces = b.y.size // piece_of(self.dtype)
+        self.kernel(device, "conv2d_fused_merge", element_grid(pieces), ELEMENT_THREADS, *arrays, *sizes)
+
+    def reference(self, b: Buffers) -> None:
+        self._compute(b, plain_forward)
+
+    def numpy(self, b: Buffers) -> None:
+        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+
+    def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        x = b.x if self.unpool is None else scatter_from(b.x, b.unpool_codes, self.unpool)
+        y = convolve(x, b.weight)
+        if hasattr(b, "bias"):
+            y = y + b.bias
+        y = rounded(y, self.dtype)
+        if self.relu:
+            y = np.where(y <= 0, 0, y).astype(y.dtype)
+        if self.pool:
+            pooled = MaxPoolForward.plan(spec_of(y))
+            codes = np.empty(b.y.shape, CODE)
+            pooled.reference(Buffers(x=y, y=b.y, codes=codes))
+            b.pool_codes[...] = pack_codes(codes)
+            return
+        b.y[...] = y
+        if self.statistics:
+            for tile, rows in enumerate(tiles(y)):
+                b.partials[tile, 0] = rows.mean(0)
+                b.partials[tile, 1] = ((rows - b.partials[tile, 0]) ** 2).sum(0)
+
+
+@dataclass(frozen=True)
+class Below:
+    """The block below a convolution: y (n, h, w, c) before its batch norm, and what it ends in."""
+
+    y: Spec
+    relu: bool = True
+    pool: bool = False
+
+    VECTORS: ClassVar[tuple[str, ...]] = ("mean", "inv_std", "bn_weight", "bn_bias")
+
+
+class FusedBackwardData(_FusedConv):
+    """dr, the gradient before the ReLU of the block below, and the sums that its batch norm needs.
+
+    dy (n, h, w, o) is the gradient of the convolution's output, `flipped` (c, k, k, o) its weight as dgrad takes it.
+    The input of the convolution was the output of the block below, `below`; or with `unpool` = (h, w) its unpooled
+    output, and dr has the size of before. Where the block ends in a pool, dr is that of the pooled map: it belongs to
+    the elements that `pool_codes` names. partials (tiles, 2, c): of each 128 rows the sums of dr and of dr xhat.
+    """
+
+    name = "conv2d_fused_backward_data"
+
+    def __init__(self, dy: Spec, weight: Spec, below: Below, rung: str, unpool: Size | None = None) -> None:
+        n, h, w, _ = expect_map(self.name, "dy", dy, bfloat16=True)
+        super().__init__(dy, (n, h, w, weight.shape[3]), weight, rung)
+        g = self.geometry
+        self._expect_pieces(channels=g.c, outputs=g.o)
+        self.below, self.unpool = below, unpool
+        self.out = windows_of(*g.x) if unpool is not None else g.x
+        output = windows_of(*below.y.shape) if below.pool else below.y.shape
+        expect(
+            tuple(output) == tuple(self.out) and dy.shape == g.y and unpool in (None, (h, w)),
+            f"{self.name}: the block below gives {output}, the convolution takes {self.out} and gives {dy.shape}",
+        )
+        self.inputs = {"dy": dy, "flipped": dy.with_shape(g.c, g.kh, g.kw, g.o), "below_y": below.y}
+        self.inputs |= self._vectors(g.c, *Below.VECTORS)
+        if below.pool:
+            self.inputs["pool_codes"] = packed_codes(output)
+        if unpool is not None:
+            self.inputs["unpool_codes"] = packed_codes(self.out)
+        self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
+        self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
+        self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
+        self.default_tile = _forward_tile(g.mirrored, mma.WIDE, dy.dtype.itemsize)
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        g = self.geometry
+        mirrored = g.mirrored
+        tile = mma.chosen(device, "fused_backward_data", self.rung, mirrored, self.default_tile)
+        codes = getattr(b, "pool_codes", None), getattr(b, "unpool_codes", None)
+        self.kernel(
+            device,
+            f"conv2d_fused_backward_data_{tile.name}",
+            tile.grid(self.rows, g.c),
+            tile.THREADS,
+            *(b.dy, b.flipped, b.below_y, b.mean, b.inv_std, b.bn_weight, b.bn_bias, *codes, b.dr, b.partials),
+            *(*mirrored.gemm_arguments(g.mirrored_pads), *self.out[1:3], tiles_of(self.rows)),
+            *(*self.below.y.shape[1:3], int(self.below.relu)),
+            shared=tile.shared,
+        )
+
+    def reference(self, b: Buffers) -> None:
+        self._compute(b, plain_forward)
+
+    def numpy(self, b: Buffers) -> None:
+        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+
+    def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        gradient, y = rounded(convolve(b.dy, b.flipped), self.dtype), b.below_y
+        if self.unpool is not None:
+            gradient = gather_at(gradient, b.unpool_codes)
+        if self.below.pool:
+            y = gather_at(y, b.pool_codes)
+        xhat = (y - b.mean) * b.inv_std
+        if self.below.relu:
+            passes = (y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0
+            gradient = np.where(passes, gradient, 0)
+        b.dr[...] = gradient
+        for number, term in enumerate((gradient, gradient * xhat)):
+            for tile, part in enumerate(tiles(term, self.pixels_of_tile)):
+                b.partials[tile, number] = part.sum(0)
+
+
+class FusedBackwardWeight(_FusedConv):
+    """dweight of a convolution whose input was unpooled: x (n, ceil(h/2), ceil(w/2), c), `unpool` = (h, w)."""
+
+    name = "conv2d_fused_backward_weight"
+
+    def __init__(self, x: Spec, weight: Spec, rung: str, unpool: Size) -> None:
+        super().__init__(x, (x.shape[0], *unpool, *x.shape[3:]), weight, rung)
+        g = self.geometry
+        self._expect_pieces(channels=g.c, outputs=g.o)
+        expect_windows(self.name, "x", x.shape, windows_of(*g.x))
+        self.unpool = unpool
+        self.inputs = {"x": x, "unpool_codes": packed_codes(x.shape), "dy": x.with_shape(*g.y)}
+        self.outputs = {"dweight": Spec(weight.shape, self.vector)}
+        self.chunks = mma.Chunks.of(g, mma.MEDIUM.rows, mma.MEDIUM.columns)
+        self.workspace = {"partials": Spec((self.chunks.count, *weight.shape), self.vector)}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        g, tile = self.geometry, mma.MEDIUM
+        self.kernel(
+            device,
+            "conv2d_fused_backward_weight_unpool_128x64",
+            (*tile.grid(g.depth, g.o), self.chunks.count),
+            tile.THREADS,
+            *(b.x, b.unpool_codes, b.dy, b.partials),
+            *(*g.gemm_arguments(g.pads), self.chunks.count, self.chunks.pixels),
+            shared=tile.shared,
+        )
+        merge = (b.partials, b.dweight, b.dweight.size, self.chunks.count)
+        grid = element_grid(b.dweight.size)
+        merging = ElementTypes.of(self.dtype)
+        self.kernel(device, "conv2d_backward_weight_merge", grid, ELEMENT_THREADS, *merge, types=merging)
+
+    def reference(self, b: Buffers) -> None:
+        x = scatter_from(b.x, b.unpool_codes, self.unpool)
+        for ky, kx, patch in _patches(x, self.geometry.kh):
+            b.dweight[:, ky, kx] = np.einsum("nyxo,nyxc->oc", b.dy, patch)
+
+    def numpy(self, b: Buffers) -> None:
+        x = scatter_from(b.x, b.unpool_codes, self.unpool)
+        wide, dy = (self._factor(a.astype(b.dweight.dtype, copy=False)) for a in (x, b.dy))
+        fast.backward_weight(wide, dy, b.dweight, 1, self.geometry.padding)
+
+
+def expect_windows(op: str, name: str, shape: tuple[int, ...], windows: tuple[int, ...]) -> None:
+    """ShapeError unless a pooled map has a value for each window of the map that it is unpooled to."""
+    expect(tuple(shape) == tuple(windows), f"{op}: {name} has shape {shape}; a pool of the unpooled map has {windows}")
+
+
+def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:
+    """(ky, kx, the pixels (n, h, w, c) that the tap meets)."""
+    h, w, p = *x.shape[1:3], kernel // 2
+    padded = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    return [(ky, kx, padded[:, ky : ky + h, kx : kx + w]) for ky in range(kernel) for kx in range(kernel)]
+
+
+def plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    y = np.zeros((*x.shape[:3], weight.shape[0]), x.dtype)
+    for ky, kx, patch in _patches(x, weight.shape[1]):
+        y += patch @ weight[:, ky, kx].T
+    return y
+
+
+def tiles(array: np.ndarray, rows: int = TILE_ROWS) -> list[np.ndarray]:
+    """(rows, c) pieces of a map, in the order of its pixels."""
+    flat = array.reshape(-1, array.shape[-1])
+    return [flat[start : start + rows] for start in range(0, len(flat), rows)]

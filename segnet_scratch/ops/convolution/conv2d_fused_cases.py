@@ -1,0 +1,297 @@
+"""Rows of the fused convolutions.
+
+Their bounds are those of the tensor-core rungs (rows/conv2d_mma.py), carried through what follows the convolution.
+Two things decide by a comparison, which an error in the last bit would turn: a max-pool, and the ReLU that stops a
+gradient. There the inputs make the compared numbers exact: small integers before a pool, so that nothing is rounded and
+ties are frequent; multiples of 1/4 in the batch norm of the block below.
+"""
+
+from copy import copy
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
+from segnet_scratch.ops.cases import Bounds, Case, Inputs, Refusal, Row, of_magnitudes
+from segnet_scratch.ops.convolution.conv2d_fused import (
+    Below,
+    FusedBackwardData,
+    FusedBackwardWeight,
+    FusedForward,
+    plain_forward,
+    tiles,
+)
+from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes
+from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
+from segnet_scratch.runtime.precision import BFLOAT16_ROUNDING, round_to_tf32
+
+
+def fused_case(reason: str, size: tuple[int, int, int], c: int, o: int, kernel: int = 3, **options: Any) -> Case:
+    """A convolution of `size` (n, h, w) from c to o channels."""
+    return Case(reason, {"x": (*size, c), "o": o, "kernel": (kernel, kernel), **options})
+
+
+# Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 32 float32 or 64 bfloat16 of depth.
+SHAPES = [
+    fused_case("one pixel", (1, 1, 1), 8, 8),
+    fused_case("one row", (1, 1, 9), 8, 16),
+    fused_case("one column", (2, 7, 1), 16, 8),
+    fused_case("odd sizes", (1, 5, 7), 16, 24),
+    fused_case("even sizes", (2, 6, 4), 8, 40),
+    *(fused_case(f"{p} pixels of a tile's 128", (1, 1, p), 8, 8, 1) for p in (127, 128, 129)),
+    *(fused_case(f"{o} outputs: columns of the tiles", (1, 3, 5), 16, o, 1) for o in (32, 64, 72, 128, 136)),
+    *(fused_case(f"{c} channels: stages and columns", (1, 3, 5), c, 16, 1) for c in (32, 64, 72, 136)),
+    fused_case("stages that cut through taps", (2, 5, 6), 40, 48),
+    fused_case("windows of many images in a tile", (30, 2, 3), 8, 16),
+    fused_case("kernel larger than the image", (2, 3, 3), 8, 8, 5),
+    fused_case("SegNet-Basic", (1, 9, 10), 8, 8, 7),
+    fused_case("a layer of SegNet", (1, 7, 9), 64, 128),
+]
+
+
+def packed(rng: np.random.Generator, pooled: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+    """Random codes as a pool of a map of this size could have made them."""
+    return pack_codes(valid_codes(rng.integers(0, 4, pooled).astype(CODE), size))
+
+
+class FusedRow(Row):
+    """What the rows share. `exact` is not asked for: bfloat16 rounds integers beyond 256 before they are summed."""
+
+    channels = 8
+    options: tuple[dict[str, Any], ...] = ({},)  # each goes with every shape, in turn
+
+    def __init__(self, name: str, rung: str) -> None:
+        self.name, self.rung = f"{name}_{rung}", rung
+        self.elements = (ELEMENTS_OF_RUNG[rung],)
+
+    def cases(self) -> list[Case]:
+        chosen = [(case, self.options[i % len(self.options)]) for i, case in enumerate(SHAPES)]
+        found = [Case(case.reason, {**case.sizes, **options}) for case, options in chosen]
+        return found + self.with_every_option("odd edges", (1, 5, 7), 16, 24)
+
+    def with_every_option(self, reason: str, size: tuple[int, int, int], c: int, o: int) -> list[Case]:
+        """One shape with each of the options."""
+        named = [(", ".join(key for key, value in options.items() if value), options) for options in self.options]
+        return [fused_case(f"{reason}; {names or 'plain'}", size, c, o, **options) for names, options in named]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        n, h, w, c, o = (int(k) for k in rng.integers(1, (4, 16, 16, 12, 18)))
+        piece = 16 // self.elements[0].itemsize
+        kernel, options = int(rng.choice([1, 3, 3, 3, 5])), self.options[rng.integers(len(self.options))]
+        return fused_case("random", (n, h, w), piece * c, piece * o, kernel, **options)
+
+    def specs(self, case: Case, dtype: DTypeLike) -> tuple[Spec, Spec]:
+        """x, of full size, and weight."""
+        x, o = case["x"], case["o"]
+        return spec(x, dtype), spec((o, *case["kernel"], x[3]), dtype)
+
+    def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        rounded = self.rung == "tf32" and name in ("x", "dy", "weight", "flipped")
+        return round_to_tf32(array) if rounded else array
+
+    def growth(self, terms: int, eps: float) -> float:
+        """The error of a sum of so many terms, relative to the sum of their absolute values."""
+        return (4 * sqrt(terms) + (6 if self.rung == "tf32x3" else 0)) * eps
+
+    def stored(self, y: np.ndarray) -> np.ndarray | float:
+        """The rounding to what is stored, where that is summed up."""
+        return BFLOAT16_ROUNDING * np.abs(y) if self.rung == "bf16" else 0.0
+
+    def refusals(self) -> list[Refusal]:
+        def refusal(
+            reason: str, message: str, case: Case, rung: str = self.rung, error: type[SegnetError] = ShapeError
+        ) -> Refusal:
+            other = copy(self)
+            other.rung = rung
+            return Refusal(reason, lambda: other.plan(case, self.elements[0]), error, message)
+
+        options = self.options[-1]
+        even = fused_case("even kernel", (1, 4, 5), 8, 8, 2, **options)
+        return [
+            refusal("even kernel", "odd kh and kw", even),
+            refusal("half a piece of outputs", "use a width", fused_case("", (1, 4, 5), 8, 6, **options)),
+            refusal("empty", "empty", fused_case("", (0, 4, 5), 8, 8, **options)),
+            refusal("unknown rung", "no rung 'tiled'", SHAPES[3], "tiled", DTypeError),
+        ]
+
+
+class FusedForwardRow(FusedRow):
+    """fprop of training: y and the statistics of its tiles, of maps and of unpooled maps."""
+
+    op = FusedForward
+    options = {"unpool": False}, {"unpool": True}
+
+    def __init__(self, rung: str) -> None:
+        super().__init__("conv2d_fused_forward", rung)
+
+    def cases(self) -> list[Case]:
+        first = fused_case("first layer of SegNet: three channels", (1, 9, 10), 3, 64, unpool=False)
+        return [*super().cases(), first]
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        x, weight = self.specs(case, dtype)
+        if not case.sizes.get("unpool", True):
+            return FusedForward.plan(x, weight, self.rung, statistics=True)
+        return FusedForward.plan(spec(windows_of(*x.shape), dtype), weight, self.rung, x.shape[1:3], statistics=True)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        if "unpool_codes" in arrays:
+            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        g = op.geometry  # type: ignore[attr-defined]
+        y = self.growth(g.depth, eps) * of_magnitudes(op, b).y
+        partials = np.empty_like(b.partials)
+        for tile, (errors, rows) in enumerate(zip(tiles(y + self.stored(b.y)), tiles(b.y), strict=True)):
+            # Each element errs by its bound; then the mean is summed up, and from it the distances.
+            off = np.abs(rows - b.partials[tile, 0])
+            d_mean = errors.mean(0) + 2 * eps * sqrt(len(rows)) * np.abs(rows).mean(0)
+            d_distance = errors + d_mean + eps * np.abs(rows)
+            partials[tile, 0] = d_mean
+            partials[tile, 1] = (2 * off * d_distance + d_distance**2).sum(0) + 4 * eps * sqrt(len(rows)) * (
+                off**2
+            ).sum(0)
+        return {"y": y, "partials": partials}
+
+
+class FusedInferenceRow(FusedRow):
+    """fprop of inference: bias, ReLU and pool."""
+
+    op = FusedForward
+    options = (
+        {"unpool": False, "relu": False, "pool": False},
+        {"unpool": False, "relu": True, "pool": False},
+        {"unpool": False, "relu": False, "pool": True},
+        {"unpool": False, "relu": True, "pool": True},
+        {"unpool": True, "relu": True, "pool": False},
+        {"unpool": True, "relu": True, "pool": True},
+    )
+
+    def __init__(self, rung: str) -> None:
+        super().__init__("conv2d_fused_inference", rung)
+
+    def cases(self) -> list[Case]:
+        deep = self.with_every_option("deep and small, the depth is split", (1, 3, 5), 136, 72)
+        uneven = fused_case("chunks of unequal depth", (2, 3, 2), 248, 8, **self.options[-1])
+        return [*super().cases(), *deep, uneven]
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        x, weight = self.specs(case, dtype)
+        unpool = None
+        options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
+        if case.sizes.get("unpool", True):
+            x, unpool = spec(windows_of(*x.shape), dtype), x.shape[1:3]
+        return FusedForward.plan(x, weight, self.rung, unpool, **options)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        if op.pool:  # type: ignore[attr-defined]
+            # Of factors -1, 0, 1 no sum here comes near 256, up to which bfloat16 is exact.
+            arrays |= {name: rng.integers(-1, 2, s.shape).astype(s.dtype) for name, s in op.inputs.items()}
+        if "unpool_codes" in arrays:
+            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        g = op.geometry  # type: ignore[attr-defined]
+        if op.pool:  # type: ignore[attr-defined]
+            return {}
+        return {"y": self.growth(g.depth + 1, eps) * of_magnitudes(op, b).y}
+
+
+class FusedBackwardDataRow(FusedRow):
+    """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
+
+    op = FusedBackwardData
+    options = tuple(
+        {"unpool": unpool, "pool": pool, "relu": relu}
+        for unpool, pool, relu in (
+            *((unpool, pool, True) for unpool in (False, True) for pool in (False, True)),
+            (False, False, False),
+            (True, False, False),
+        )
+    )
+
+    def __init__(self, rung: str) -> None:
+        super().__init__("conv2d_fused_backward_data", rung)
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        x, weight = self.specs(case, dtype)
+        unpool, pool = case.sizes.get("unpool", True), case.sizes.get("pool", True)
+        n, h, w, c = windows_of(*x.shape) if unpool else x.shape
+        # Of a pool: odd and even sizes of the map before it.
+        y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
+        dy = x.with_shape(*x.shape[:3], weight.shape[0])
+        below = Below(y, case.sizes.get("relu", True), pool)
+        return FusedBackwardData.plan(dy, weight, below, self.rung, x.shape[1:3] if unpool else None)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        shapes = {name: s.shape for name, s in op.inputs.items()}
+
+        def quarters(name: str) -> np.ndarray:
+            return (rng.integers(-8, 9, shapes[name]) / 4).astype(op.inputs[name].dtype)
+
+        arrays |= {name: quarters(name) for name in ("below_y", "mean", "bn_weight", "bn_bias")}
+        arrays["inv_std"] = rng.choice([0.25, 0.5, 1, 2], shapes["inv_std"]).astype(op.inputs["inv_std"].dtype)
+        sizes: dict[str, Any] = {"unpool_codes": case["x"][1:3], "pool_codes": shapes["below_y"][1:3]}
+        for name, size in sizes.items():
+            if name in arrays:
+                arrays[name] = packed(rng, op.outputs["dr"].shape, size)
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        g = op.geometry  # type: ignore[attr-defined]
+        error, y = self.growth(g.kh * g.kw * g.o, eps) * plain_forward(np.abs(b.dy), np.abs(b.flipped)), b.below_y
+        if "unpool_codes" in op.inputs:
+            error = gather_at(error, b.unpool_codes)
+        if "pool_codes" in op.inputs:
+            y = gather_at(y, b.pool_codes)
+        xhat = np.abs(y - b.mean) * b.inv_std
+        if op.below.relu:  # type: ignore[attr-defined]
+            error = np.where((y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0, error, 0)
+        partials, rows = np.empty_like(b.partials), op.pixels_of_tile  # type: ignore[attr-defined]
+        summed = error + self.stored(b.dr) + 4 * eps * sqrt(rows) * np.abs(b.dr)
+        for number, term in enumerate((summed, summed * xhat)):
+            for tile, part in enumerate(tiles(term, rows)):
+                partials[tile, number] = part.sum(0)
+        return {"dr": error, "partials": partials}
+
+
+class FusedBackwardWeightRow(FusedRow):
+    """wgrad of an unpooled map."""
+
+    op = FusedBackwardWeight
+    options = ({"unpool": True},)
+
+    def __init__(self, rung: str) -> None:
+        super().__init__("conv2d_fused_backward_weight", rung)
+
+    def cases(self) -> list[Case]:
+        depths = (31, 33, 64, 65, 97, 2049)  # stages and chunks of pixels
+        return [*super().cases(), *(fused_case(f"{p} pixels: depth", (1, 1, p), 8, 8, 1, unpool=True) for p in depths)]
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        x, weight = self.specs(case, dtype)
+        return FusedBackwardWeight.plan(spec(windows_of(*x.shape), dtype), weight, self.rung, x.shape[1:3])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        g = op.geometry  # type: ignore[attr-defined]
+        return {"dweight": self.growth(g.pixels, eps) * of_magnitudes(op, b).dweight}
+
+
+def fused_conv_rows() -> list[Row]:
+    """Every fused convolution in every rung."""
+    rows = FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow, FusedBackwardWeightRow
+    return [row(rung) for rung in ELEMENTS_OF_RUNG for row in rows]

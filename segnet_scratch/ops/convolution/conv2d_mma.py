@@ -1,0 +1,160 @@
+"""The plan of the tensor-core convolutions (cuda/conv2d_mma.cu): what they take, tiles, chunks, launches.
+
+Rungs and how they multiply (cuda/common/warp_tile.cuh): "tf32" and "tf32x3" float32 arrays, "bf16" bfloat16 arrays.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.tile_table import table_of
+from segnet_scratch.ops.op import Op
+from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.precision import BFLOAT16
+
+ELEMENTS_OF_RUNG = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
+OLDEST = 80  # compute capability: asynchronous copies, tf32, bfloat16
+MAX_KERNEL = 15  # rows or columns of taps: they travel as bits
+MAX_OFFSET = 2**31
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block computes, and which kernel does it: `name` ends the kernel's name."""
+
+    name: str
+    rows: int
+    columns: int
+
+    THREADS: ClassVar[int] = 128
+    STAGES: ClassVar[int] = 3
+    DEPTH_BYTES: ClassVar[int] = 128  # of a row or column in a stage
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: the stages of the pipeline."""
+        return self.STAGES * (self.rows + self.columns) * self.DEPTH_BYTES
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Blocks that cover so many rows and columns."""
+        return -(-rows // self.rows), -(-columns // self.columns)
+
+
+WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile("128x32", 128, 32)
+ELEMENTS = Tile("elements", 128, 64)  # copies number by number: for channels that are no multiple of a 16-byte piece
+
+
+def forward_tile(g: Geometry, itemsize: int) -> Tile:
+    """The tile of fprop, and of dgrad with `g.mirrored`, for arrays of this element size, by shape alone."""
+    if g.c * itemsize % 16:
+        return ELEMENTS
+    return next(tile for tile in (NARROW, MEDIUM, WIDE) if g.o <= tile.columns or tile is WIDE)
+
+
+def candidates(default: Tile, widest: Tile) -> tuple[Tile, ...]:
+    """The tiles that could stand in for a default, up to the widest that has a kernel."""
+    if default is ELEMENTS:
+        return (ELEMENTS,)
+    return tuple(tile for tile in (NARROW, MEDIUM, WIDE) if tile.columns <= widest.columns)
+
+
+def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile, widest: Tile = WIDE) -> Tile:
+    """The tile that was measured to be the fastest on this device, else the default."""
+    name = table_of(device).name_for(kind, rung, g)
+    return next((tile for tile in candidates(default, widest) if tile.name == name), default)
+
+
+def weight_tile(g: Geometry, itemsize: int) -> Tile:
+    """The tile of wgrad: rows are positions of kh kw c, columns outputs."""
+    if g.c * itemsize % 16 or g.o * itemsize % 16:
+        return ELEMENTS
+    return MEDIUM if g.o <= MEDIUM.columns else WIDE
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How wgrad splits the pixels, from the shape alone: the order of the sum must not depend on the GPU."""
+
+    count: int
+    pixels: int  # of each; the last may have fewer
+
+    MIN_PIXELS: ClassVar[int] = 2048  # so that adding the partial results stays small beside making them
+    MAX_CHUNKS: ClassVar[int] = 64
+    WANTED_BLOCKS: ClassVar[int] = 512  # enough to fill a large GPU
+
+    @staticmethod
+    def of(g: Geometry, rows: int, columns: int) -> "Chunks":
+        """For tiles of so many rows and columns."""
+        tiles = -(-g.depth // rows) * -(-g.o // columns)
+        wanted = min(Chunks.MAX_CHUNKS, -(-Chunks.WANTED_BLOCKS // tiles), -(-g.pixels // Chunks.MIN_PIXELS))
+        pixels = -(-g.pixels // wanted)
+        return Chunks(-(-g.pixels // pixels), pixels)
+
+
+def misfit(g: Geometry) -> str | None:
+    """Why the tensor-core kernels do not take a convolution; None where they do."""
+    if g.stride != 1:
+        return f"takes stride 1, not {g.stride}"
+    if max(g.kh, g.kw) > MAX_KERNEL:
+        return f"takes kernels up to {MAX_KERNEL}x{MAX_KERNEL}, not {g.kh}x{g.kw}"
+    for images, image in (
+        (_images(WIDE.rows, g.oh * g.ow), g.h * g.w * g.c),
+        (_images(WIDE.rows, g.h * g.w), g.oh * g.ow * g.o),
+        (_images(Chunks.of(g, WIDE.rows, WIDE.columns).pixels, g.oh * g.ow), g.h * g.w * g.c),
+    ):
+        if images * image >= MAX_OFFSET:
+            return f"takes less than 2^31 elements in the images of one block, not {images} x {image}"
+    return None
+
+
+def _images(pixels: int, image: int) -> int:
+    """How many images a run of pixels can touch."""
+    return -(-pixels // image) + 1
+
+
+def has_tensor_cores(device: Device) -> bool:
+    """Can the device run these kernels? The host device can."""
+    return device.architecture is None or int(device.architecture.removeprefix("sm_").rstrip("af")) >= OLDEST
+
+
+def launch_forward(
+    op: Op,
+    device: Device,
+    rung: str,
+    g: Geometry,
+    pads: tuple[int, int],
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    y: Array,
+) -> None:
+    """The implicit GEMM of fprop, and of dgrad with other arguments."""
+    tile = chosen(device, "forward", rung, g, forward_tile(g, x.dtype.itemsize))
+    op.kernel(
+        device,
+        f"conv2d_forward_mma_{tile.name}",
+        tile.grid(g.pixels, g.o),
+        tile.THREADS,
+        *(x, weight, bias, y, *g.gemm_arguments(pads)),
+        types=ElementTypes.named(rung),
+        shared=tile.shared,
+    )
+
+
+def launch_backward_weight(
+    op: Op, device: Device, rung: str, g: Geometry, chunks: Chunks, x: Array, dy: Array, partials: Array
+) -> None:
+    """The partial sums of wgrad, one for each chunk."""
+    tile = weight_tile(g, x.dtype.itemsize)
+    op.kernel(
+        device,
+        f"conv2d_backward_weight_mma_{tile.name}",
+        (*tile.grid(g.depth, g.o), chunks.count),
+        tile.THREADS,
+        *(x, dy, partials, *g.gemm_arguments(g.pads), chunks.count, chunks.pixels),
+        types=ElementTypes.named(rung),
+        shared=tile.shared,
+    )

@@ -1,0 +1,1 @@
+"""What treats each element by itself."""

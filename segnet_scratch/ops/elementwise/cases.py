@@ -1,0 +1,72 @@
+"""Rows of the ops that treat each element by itself."""
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops import by_hand
+from segnet_scratch.ops.cases import MAPS, Bounds, Case, Hostile, Inputs, MapRow, Refusal, random_map, values
+from segnet_scratch.ops.elementwise.dropout import DropoutForward
+from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
+from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
+
+
+class AddRow(MapRow):
+    """One rounding."""
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        return {"y": eps * np.abs(b.y)}
+
+
+class ReluRow(MapRow):
+    """Both directions; NaN and infinity pass, or are stopped, like any other number."""
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        first = rng.choice(by_hand.SPECIAL, rng.integers(1, (4, 40))).astype(np.float32)
+        op = self.op.plan(spec_of(first))
+        if self.op is ReluForward:
+            y = [[v if v != v or v > 0 else 0 for v in row] for row in first]
+            return Hostile(op, {"x": first}, {"y": np.array(y, np.float32)})
+        assert self.op is ReluBackward
+        dy = rng.choice(by_hand.SPECIAL, first.shape).astype(np.float32)
+        dx = [[d if v > 0 else 0 for v, d in zip(*rows, strict=True)] for rows in zip(first, dy, strict=True)]
+        return Hostile(op, {"y": first, "dy": dy}, {"dx": np.array(dx, np.float32)})
+
+
+class DropoutRow(MapRow):
+    """The mask must agree in every element; y has the roundings of 1 - p, of the division and of the product."""
+
+    exact = False
+
+    def cases(self) -> list[Case]:
+        probabilities = (0.5, 0.0, 0.25, 0.875)
+        sizes = {f"{k} elements: groups of four": (2, k) for k in (1, 3, 4, 5, 1023, 1025)}
+        return [
+            Case(reason, {"x": x, "p": probabilities[i % 4], "layer": i, "seed": 2**40 + i, "step": i * 1001})
+            for i, (reason, x) in enumerate({**sizes, **MAPS}.items())
+        ]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        p = float(np.float32(rng.uniform(0, 0.95)))
+        seed, step, layer = (int(k) for k in rng.integers((2**62, 2**31, 30)))
+        return Case("random", {"x": random_map(rng), "p": p, "layer": layer, "seed": seed, "step": step})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return DropoutForward.plan(spec(case["x"], dtype), case["p"], case["layer"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        state = np.array([case["seed"], case["step"]], np.uint64)
+        return {"x": values(rng, op.inputs["x"], integers), "state": state}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        return {"y": 2 * eps * np.abs(b.y)}
+
+    def refusals(self) -> list[Refusal]:
+        x, vector = spec((1, 4, 5, 3), np.float32), spec((4,), np.float32)
+        range_ = "expected 0 <= p < 1"
+        return [
+            Refusal("p = 1", lambda: DropoutForward(x, 1.0, 0), ShapeError, range_),
+            Refusal("p below 0", lambda: DropoutForward(x, -0.1, 0), ShapeError, range_),
+            Refusal("p is NaN", lambda: DropoutForward(x, np.nan, 0), ShapeError, "p is nan"),
+            Refusal("one dimension", lambda: DropoutForward(vector, 0.5, 0), ShapeError, "expected (n, ...)"),
+        ]

@@ -1,0 +1,63 @@
+"""Rectified linear unit."""
+
+import numpy as np
+
+from segnet_scratch.ops.elementwise import fast as activation
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+)
+from segnet_scratch.runtime.devices import Device
+
+
+class ReluForward(Op):
+    """y = max(x, 0); a NaN stays a NaN."""
+
+    name = "relu_forward"
+
+    def __init__(self, x: Spec) -> None:
+        expect_float(self.name, "x", x)
+        expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
+        self.inputs = {"x": x}
+        self.outputs = {"y": x}
+        self.workspace = {}
+        self.flops = x.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        count = b.x.size
+        self.kernel(device, "relu_forward", element_grid(count), ELEMENT_THREADS, b.x, b.y, count)
+
+    def reference(self, b: Buffers) -> None:
+        b.y[...] = np.where(b.x <= 0, 0, b.x)
+
+    def numpy(self, b: Buffers) -> None:
+        activation.relu_forward(b.x, b.y)
+
+
+class ReluBackward(Op):
+    """dx = dy where y > 0, else 0."""
+
+    name = "relu_backward"
+
+    def __init__(self, y: Spec) -> None:
+        expect_float(self.name, "y", y)
+        expect(y.size > 0, f"{self.name}: y is empty: shape {y.shape}")
+        self.inputs = {"y": y, "dy": y}
+        self.outputs = {"dx": y}
+        self.workspace = {}
+        self.flops = y.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        count = b.y.size
+        self.kernel(device, "relu_backward", element_grid(count), ELEMENT_THREADS, b.y, b.dy, b.dx, count)
+
+    def reference(self, b: Buffers) -> None:
+        b.dx[...] = np.where(b.y > 0, b.dy, 0)
+
+    def numpy(self, b: Buffers) -> None:
+        activation.relu_backward(b.y, b.dy, b.dx)

@@ -1,0 +1,33 @@
+"""The class of every pixel."""
+
+import numpy as np
+
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float
+from segnet_scratch.runtime.devices import Device
+
+
+class ArgmaxForward(Op):
+    """labels uint8 (...) from logits (..., classes): the first largest, the first NaN before any number."""
+
+    name = "argmax_forward"
+
+    def __init__(self, logits: Spec) -> None:
+        expect_float(self.name, "logits", logits)
+        expect(
+            len(logits.shape) >= 2 and logits.size > 0,
+            f"argmax: logits {logits.shape}; expected (..., classes)",
+        )
+        self.classes = logits.shape[-1]
+        expect(self.classes <= 256, f"argmax: {self.classes} classes; at most 256 fit a uint8 label")
+        self.inputs = {"logits": logits}
+        self.outputs = {"labels": Spec(logits.shape[:-1], np.dtype(np.uint8))}
+        self.workspace = {}
+        self.flops = logits.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        pixels = b.labels.size
+        grid = element_grid(pixels)
+        self.kernel(device, "argmax_forward", grid, ELEMENT_THREADS, b.logits, b.labels, pixels, self.classes)
+
+    def reference(self, b: Buffers) -> None:
+        b.labels[...] = np.argmax(b.logits, axis=-1)

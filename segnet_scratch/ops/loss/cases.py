@@ -1,0 +1,248 @@
+"""Rows of the loss, and of what counts right and wrong pixels."""
+
+import functools
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops import by_hand
+from segnet_scratch.ops.cases import (
+    MAPS,
+    Bounds,
+    Case,
+    Hostile,
+    Inputs,
+    MapRow,
+    Refusal,
+    Row,
+    empty_outputs,
+    maps,
+    values,
+)
+from segnet_scratch.ops.loss.argmax import ArgmaxForward
+from segnet_scratch.ops.loss.confusion import ConfusionAccumulate
+from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
+from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
+from segnet_scratch.runtime.precision import BFLOAT16
+
+
+class CrossEntropyRow(Row):
+    """Forward or backward, in one normalisation."""
+
+    def __init__(self, op: type[Op], normalisation: str) -> None:
+        self.op, self.normalisation = op, normalisation
+        self.name = f"{op.name}_{normalisation}"
+
+    def cases(self) -> list[Case]:
+        sizes = {
+            "size 1": (1, 1),
+            "one pixel": (1, 21),
+            "a pixel less than a block": (255, 2),
+            "a block of pixels": (256, 3),
+            "a pixel more than a block": (257, 21),
+            "primes": (1009, 11),
+            "most classes": (100, 255),
+            "more pixels than the grid has threads": (262145, 2),
+        }
+        cases = [self._case(reason, *size, weighted=i % 2 == 1) for i, (reason, size) in enumerate(sizes.items())]
+        return [
+            *cases,
+            self._case("void alone", 300, 4, void=1.0, weighted=True),
+            self._case("no void", 300, 4, void=0.0),
+            self._case("logits of +-1e4", 500, 21, scale=1e4),
+            self._case("equal logits", 500, 21, scale=0.0, weighted=True),
+            self._case("smoothed labels", 300, 21, smoothing=0.1),
+            self._case("smoothed labels, weighted", 257, 4, weighted=True, smoothing=0.3),
+            self._case("smoothed labels, logits of +-1e4", 500, 21, scale=1e4, smoothing=0.1),
+        ]
+
+    def _case(self, reason: str, pixels: int, classes: int, **options: float) -> Case:
+        defaults = {"void": 0.2, "scale": 3.0, "weighted": False, "smoothing": 0.0}
+        return Case(reason, {"pixels": pixels, "classes": classes, **defaults, **options})
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        pixels, classes = int(rng.integers(1, 2000)), int(rng.integers(1, 60))
+        scale = float(rng.choice([0.1, 3, 100]))
+        options = {"void": float(rng.uniform(0, 1)), "scale": scale, "weighted": bool(rng.integers(2))}
+        smoothing = float(rng.choice([0.0, rng.uniform(0, 1)]))
+        return self._case("random", pixels, classes, **options, smoothing=smoothing)
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec((case["pixels"], case["classes"]), dtype), self.normalisation, case["smoothing"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        logits, classes = op.inputs["logits"], case["classes"]
+        labels = rng.integers(0, classes, case["pixels"], np.uint8)
+        labels[rng.random(case["pixels"]) < case["void"]] = VOID
+        weights = rng.uniform(0.1, 3, classes).astype(logits.dtype) if case["weighted"] else None
+        x = np.clip(values(rng, logits, integers) * case["scale"], -1e4, 1e4).astype(logits.dtype)
+        arrays: Inputs = {"logits": x, "labels": labels, "class_weights": weights}
+        if self.op is CrossEntropyForward:
+            return arrays
+        forward = CrossEntropyForward.plan(logits, self.normalisation)
+        sums = Buffers(**arrays, **empty_outputs(forward))
+        forward.reference(sums)
+        return {**arrays, "sums": sums.sums, "dloss": values(rng, op.inputs["dloss"])}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # With d = z - max z, exact but for one rounding: log sum exp(d) errs by sqrt(classes) + |d exp(d)| < 1, and
+        # d[label] by itself; a softmax relatively by all of that. Smoothing adds as many d as there are classes.
+        classes, smoothing = b.logits.shape[1], op.smoothing  # type: ignore[attr-defined]
+        d = b.logits - b.logits.max(axis=1, keepdims=True)
+        exponentials = np.exp(d)
+        log_sum = np.log(exponentials.sum(axis=1))
+        valid = b.labels < classes
+        labels = np.where(valid, b.labels, 0)
+        class_weights = np.ones(classes) if b.class_weights is None else b.class_weights
+        weights = valid * class_weights[labels]
+        unit = 2 * eps * (sqrt(classes) + 1)
+        normaliser = max(b.sums[2 if self.normalisation == "valid" else 1], 1e-30)
+        if self.op is CrossEntropyForward:
+            of_classes = unit + 2 * eps * (log_sum[:, None] - d)
+            error = (1 - smoothing) * (weights @ np.take_along_axis(of_classes, labels[:, None].astype(int), 1)[:, 0])
+            if smoothing:
+                error += smoothing * sqrt(classes) * (valid @ (class_weights * of_classes).mean(axis=1))
+            doubles = np.finfo(np.float64).eps * len(labels)  # the order of sums in double differs from NumPy's
+            return {
+                "sums": np.array([error + doubles * abs(b.sums[0]), doubles * b.sums[1], 0]),
+                "loss": error / normaliser + 4 * eps * np.abs(b.loss),
+            }
+        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+        hot = np.arange(classes) == labels[:, None]
+        relative = unit + 2 * eps * (log_sum[:, None] - d)
+        factor = abs(b.dloss[0]) / normaliser
+        of_label = weights[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)
+        # The sum of the weights errs like any sum, and adding the share of every class rounds once more.
+        of_all = (
+            valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
+        )
+        added = (1 - smoothing) * weights[:, None] * (softmax + hot)
+        added += smoothing * valid[:, None] * (softmax * class_weights.sum() + class_weights) / classes
+        share = smoothing * of_all + (2 * eps * added if smoothing else 0)
+        return {"dlogits": factor * ((1 - smoothing) * of_label + share)}
+
+    def refusals(self) -> list[Refusal]:
+        x, many, few = (spec(shape, np.float32) for shape in ((1, 4, 5, 3), (3, 256), (3, 2)))
+        return [
+            Refusal("four dimensions", lambda: self.op(x), ShapeError, "expected (pixels, classes)"),  # type: ignore[call-arg]
+            Refusal("256 classes", lambda: self.op(many), ShapeError, "at most 255"),  # type: ignore[call-arg]
+            Refusal("normalisation", lambda: self.op(few, "sum"), ShapeError, "'sum'"),  # type: ignore[call-arg]
+            Refusal("smoothing", lambda: self.op(few, smoothing=1.0), ShapeError, "smoothing 1.0"),  # type: ignore[call-arg]
+        ]
+
+
+class SoftmaxCrossEntropyRow(CrossEntropyRow):
+    """Loss and gradient of padded logits, as the fused engine has them."""
+
+    elements = (np.dtype(np.float32), BFLOAT16)
+
+    def __init__(self, normalisation: str) -> None:
+        super().__init__(CrossEntropyForward, normalisation)
+        self.name, self.op = f"softmax_cross_entropy_{normalisation}", SoftmaxCrossEntropy
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        classes = case["classes"]
+        logits = spec((1, 1, case["pixels"], -(-classes // 8) * 8), dtype)
+        return SoftmaxCrossEntropy.plan(logits, classes, self.normalisation, case["smoothing"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        logits = op.inputs["logits"]
+        labels = rng.integers(0, case["classes"], op.inputs["labels"].shape, np.uint8)
+        labels[rng.random(labels.shape) < case["void"]] = VOID
+        weights = rng.uniform(0.1, 3, case["classes"]).astype(np.float32) if case["weighted"] else None
+        x = np.clip(values(rng, logits, integers).astype(np.float32) * case["scale"], -1e4, 1e4).astype(logits.dtype)
+        return {"logits": x, "labels": labels, "class_weights": weights}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        classes = op.classes  # type: ignore[attr-defined]
+        logits = np.ascontiguousarray(b.logits[..., :classes].reshape(-1, classes))
+        labels = b.labels.reshape(-1)
+        parts = CrossEntropyForward.plan(spec_of(logits), self.normalisation, op.smoothing)  # type: ignore[attr-defined]
+        plain = Buffers(logits=logits, labels=labels, class_weights=b.class_weights, **empty_outputs(parts))
+        parts.reference(plain)
+        plain.dloss = np.ones(1)
+        loss = CrossEntropyRow(CrossEntropyForward, self.normalisation).bound(parts, plain, eps)["loss"]
+        of_logits = CrossEntropyRow(CrossEntropyBackward, self.normalisation).bound(parts, plain, eps)["dlogits"]
+        dlogits = np.zeros(b.logits.shape)
+        dlogits[..., :classes] = np.asarray(of_logits).reshape(*b.logits.shape[:3], classes)
+        return {"loss": loss, "dlogits": dlogits}
+
+    def refusals(self) -> list[Refusal]:
+        def refusal(reason: str, message: str, shape: tuple[int, ...], classes: int, *options: Any) -> Refusal:
+            attempt = functools.partial(SoftmaxCrossEntropy, spec(shape, np.float32), classes, *options)
+            return Refusal(reason, attempt, ShapeError, message)
+
+        return [
+            refusal("two dimensions", "channels last", (3, 8), 5),
+            refusal("half a piece", "use a width", (1, 2, 3, 6), 5),
+            refusal("more classes than channels", "9 classes in 8 channels", (1, 2, 3, 8), 9),
+            refusal("256 classes", "expected 1 to 255", (1, 2, 3, 256), 256),
+            refusal("normalisation", "'sum'", (1, 2, 3, 8), 5, "sum"),
+            refusal("smoothing", "smoothing 1.0", (1, 2, 3, 8), 5, "valid", 1.0),
+        ]
+
+
+class ArgmaxRow(MapRow):
+    """Up to 256 classes a pixel; integer logits have many ties."""
+
+    def cases(self) -> list[Case]:
+        sizes = {"one class": (3, 1), "two dimensions": (257, 21), "most classes": (10, 256), **MAPS}
+        return [case for case in maps(sizes) if case["x"][-1] <= 256]
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        logits = rng.choice(by_hand.SPECIAL, rng.integers(1, (60, 8))).astype(np.float32)
+        return Hostile(ArgmaxForward.plan(spec_of(logits)), {"logits": logits}, {"labels": by_hand.argmax(logits)})
+
+    def refusals(self) -> list[Refusal]:
+        vector, many = spec((4,), np.float32), spec((4, 257), np.float32)
+        return [
+            Refusal("one dimension", lambda: ArgmaxForward(vector), ShapeError, "expected (..., classes)"),
+            Refusal("257 classes", lambda: ArgmaxForward(many), ShapeError, "at most 256"),
+        ]
+
+
+class ConfusionRow(Row):
+    """Counts of pairs; labels that are no class, void among them, are not counted."""
+
+    name = "confusion_accumulate"
+    op = ConfusionAccumulate
+    exact = True
+    typed = False
+
+    def cases(self) -> list[Case]:
+        sizes = {
+            "size 1": (1, 1),
+            "a pixel less than a block": (255, 21),
+            "a block": (256, 21),
+            "a pixel more": (257, 11),
+            "most classes": (4099, 255),
+            "few classes: many threads add to one count": (5000, 2),
+        }
+        return [Case(reason, {"pixels": p, "classes": k}) for reason, (p, k) in sizes.items()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        pixels, classes = rng.integers(1, (10000, 256))
+        return Case("random", {"pixels": int(pixels), "classes": int(classes)})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return ConfusionAccumulate.plan(case["pixels"], case["classes"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        pixels, classes = case["pixels"], case["classes"]
+        truth, prediction = rng.integers(0, min(256, classes + 2), (2, pixels)).astype(np.uint8)
+        truth[rng.random(pixels) < 0.1] = VOID
+        return {
+            "truth": truth,
+            "prediction": prediction,
+            "counts": rng.integers(0, 2**40, (classes, classes), np.uint64),
+        }
+
+    def refusals(self) -> list[Refusal]:
+        return [
+            Refusal("256 classes", lambda: ConfusionAccumulate(5, 256), ShapeError, "256 classes"),
+            Refusal("no pixels", lambda: ConfusionAccumulate(0, 5), ShapeError, "0 pixels"),
+        ]

@@ -1,0 +1,147 @@
+"""Softmax cross-entropy over the pixels of a batch, void pixels excluded."""
+
+import numpy as np
+
+from segnet_scratch.errors import DataError, DTypeError, ShapeError
+from segnet_scratch.ops.loss import fast
+from segnet_scratch.ops.op import (
+    ELEMENT_THREADS,
+    Buffers,
+    Op,
+    Spec,
+    element_grid,
+    expect,
+    expect_float,
+)
+from segnet_scratch.runtime.devices import Device
+
+VOID = 255
+NORMALISATIONS = ("weights", "valid")
+
+
+class CrossEntropyForward(Op):
+    """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
+
+    `normalisation` divides by the sum of weights ("weights", as PyTorch does) or by the number of valid pixels
+    ("valid", as the authors' Caffe does). Without a valid pixel the loss is 0. `smoothing` spreads that share of a
+    pixel's label over all classes; cuda/cross_entropy.cu has the formula.
+    """
+
+    name = "cross_entropy_forward"
+    optional = ("class_weights",)
+    MAX_BLOCKS = 1024  # partial results that one thread adds
+
+    def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        self.pixels, self.classes = _check(logits, normalisation, smoothing)
+        self.by_valid, self.smoothing = normalisation == "valid", smoothing
+        self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
+        self.inputs = _inputs(logits)
+        self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
+        self.workspace = {"partials": Spec((self.blocks, 3), np.dtype(np.float64))}
+        self.flops = 4 * logits.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        sizes = (self.pixels, self.classes, self.blocks, self.smoothing)
+        arguments = (b.logits, b.labels, b.class_weights, b.partials, *sizes)
+        self.kernel(device, "cross_entropy_partial", self.blocks, ELEMENT_THREADS, *arguments)
+        merge = (b.partials, b.sums, b.loss, self.blocks, int(self.by_valid))
+        self.kernel(device, "cross_entropy_merge", 1, 32, *merge)
+
+    def reference(self, b: Buffers) -> None:
+        valid = b.labels < self.classes
+        logits, labels = b.logits[valid], b.labels[valid]
+        highest = logits.max(axis=1, keepdims=True)
+        log_total = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1))
+        losses = log_total[:, None] - logits  # (valid pixels, classes): what each class would have cost
+        class_weights = np.ones(self.classes) if b.class_weights is None else b.class_weights.astype(np.float64)
+        weights = class_weights[labels]
+        of_label = weights * losses[np.arange(len(labels)), labels]
+        of_all = (class_weights * losses).mean(axis=1)
+        total = (1 - self.smoothing) * of_label + self.smoothing * of_all
+        b.sums[...] = total.sum(dtype=np.float64), weights.sum(), len(labels)
+        self._divide(b)
+
+    def numpy(self, b: Buffers) -> None:
+        fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, self.smoothing, b.sums)
+        self._divide(b)
+
+    def _divide(self, b: Buffers) -> None:
+        normaliser = b.sums[2 if self.by_valid else 1]
+        b.loss[0] = b.sums[0] / normaliser if normaliser > 0 else 0
+
+
+class CrossEntropyBackward(Op):
+    """dlogits from the gradient of the loss (1) and the sums of the forward pass."""
+
+    name = "cross_entropy_backward"
+    optional = ("class_weights",)
+
+    def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        self.pixels, self.classes = _check(logits, normalisation, smoothing)
+        self.by_valid, self.smoothing = normalisation == "valid", smoothing
+        self.inputs = {
+            **_inputs(logits),
+            "sums": Spec((3,), np.dtype(np.float64)),
+            "dloss": logits.with_shape(1),
+        }
+        self.outputs = {"dlogits": logits}
+        self.workspace = {}
+        self.flops = 6 * logits.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arguments = (b.logits, b.labels, b.class_weights, b.sums, b.dloss, b.dlogits)
+        sizes = (self.pixels, self.classes, int(self.by_valid), self.smoothing)
+        self.kernel(device, "cross_entropy_backward", element_grid(self.pixels), ELEMENT_THREADS, *arguments, *sizes)
+
+    def reference(self, b: Buffers) -> None:
+        valid = b.labels < self.classes
+        labels = np.where(valid, b.labels, 0)
+        exponentials = np.exp(b.logits - b.logits.max(axis=1, keepdims=True))
+        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+        hot = np.arange(self.classes) == labels[:, None]
+        class_weights = np.ones(self.classes) if b.class_weights is None else b.class_weights
+        of_label = class_weights[labels][:, None] * (softmax - hot)
+        of_all = (class_weights.sum() * softmax - class_weights) / self.classes
+        gradient = (1 - self.smoothing) * of_label + self.smoothing * of_all
+        b.dlogits[...] = np.where(valid[:, None], gradient * self._scale(b), 0)
+
+    def numpy(self, b: Buffers) -> None:
+        fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self.smoothing, self._scale(b), b.dlogits)
+
+    def _scale(self, b: Buffers) -> float:
+        normaliser = b.sums[2 if self.by_valid else 1]
+        return float(b.dloss[0] / normaliser) if normaliser > 0 else 0.0
+
+
+def _check(logits: Spec, normalisation: str, smoothing: float) -> tuple[int, int]:
+    expect(
+        len(logits.shape) == 2 and logits.size > 0,
+        f"cross_entropy: logits {logits.shape}; expected (pixels, classes)",
+    )
+    expect_float("cross_entropy", "logits", logits)
+    pixels, classes = logits.shape
+    expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
+    if normalisation not in NORMALISATIONS:
+        raise ShapeError(f"cross_entropy: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}")
+    expect(0 <= smoothing < 1, f"cross_entropy: smoothing {smoothing}; expected 0 <= smoothing < 1")
+    return pixels, classes
+
+
+def _inputs(logits: Spec) -> dict[str, Spec]:
+    pixels, classes = logits.shape
+    labels = Spec((pixels,), np.dtype(np.uint8))
+    return {"logits": logits, "labels": labels, "class_weights": logits.with_shape(classes)}
+
+
+def check_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """The labels as uint8, once every one of them is a class 0 .. classes - 1 or void (255); DataError otherwise."""
+    if labels.dtype.kind not in "iu":
+        raise DTypeError(f"cross_entropy: labels have element type {labels.dtype}; expected integers")
+    wrong = (labels != VOID) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise DataError(
+            f"cross_entropy: label {int(labels[where])} at {where} ({int(wrong.sum())} such pixels); expected 0 to "
+            f"{classes - 1}, or {VOID} for void; check the masks with the data set's class list"
+        )
+    return labels.astype(np.uint8, copy=False)

@@ -1,0 +1,77 @@
+"""Softmax cross-entropy of the fused engine: loss and gradient at once, of padded logits."""
+
+import numpy as np
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.pieces import expect_pieces, in_float32
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import ElementTypes
+
+DOUBLE = np.dtype(np.float64)
+
+
+class SoftmaxCrossEntropy(Op):
+    """loss (1) and dlogits of logits (n, h, w, padded), of which the first `classes` count; dlogits of the rest is 0.
+
+    labels uint8 (n, h, w), 255 is void; class_weights (classes) or None. `normalisation` and `smoothing` as in
+    CrossEntropyForward.
+    """
+
+    name = "softmax_cross_entropy"
+    optional = ("class_weights",)
+    MAX_BLOCKS = 1024
+
+    def __init__(self, logits: Spec, classes: int, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        n, h, w, padded = expect_map(self.name, "logits", logits, bfloat16=True)
+        expect_pieces(self.name, logits.dtype, logits=padded)
+        expect(
+            1 <= classes <= min(padded, VOID),
+            f"{self.name}: {classes} classes in {padded} channels; expected 1 to {min(padded, VOID)}",
+        )
+        if normalisation not in NORMALISATIONS:
+            raise ShapeError(
+                f"{self.name}: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}"
+            )
+        expect(0 <= smoothing < 1, f"{self.name}: smoothing {smoothing}; expected 0 <= smoothing < 1")
+        self.pixels, self.classes, self.padded = n * h * w, classes, padded
+        self.normalisation, self.smoothing = normalisation, smoothing
+        self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
+        self.vector = ElementTypes.of(logits.dtype).accumulate
+        labels, weights = Spec((n, h, w), np.dtype(np.uint8)), Spec((classes,), self.vector)
+        self.inputs = {"logits": logits, "labels": labels, "class_weights": weights}
+        self.outputs = {"loss": Spec((1,), self.vector), "dlogits": logits}
+        self.workspace = {
+            "counts": Spec((self.blocks, 2), DOUBLE),
+            "reciprocal": Spec((1,), DOUBLE),
+            "partials": Spec((self.blocks, 1), DOUBLE),
+        }
+        self.flops = 10 * self.pixels * classes
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        by_valid = int(self.normalisation == "valid")
+        count = (b.labels, b.class_weights, b.counts, self.pixels, self.classes, self.blocks)
+        self.kernel(device, "softmax_cross_entropy_count", self.blocks, ELEMENT_THREADS, *count)
+        normalise = (b.counts, b.reciprocal, self.blocks, by_valid)
+        self.kernel(device, "softmax_cross_entropy_normalise", 1, ELEMENT_THREADS, *normalise)
+        arrays = (b.logits, b.labels, b.class_weights, b.reciprocal, b.dlogits, b.partials)
+        sizes = (self.pixels, self.classes, self.padded, self.blocks, self.smoothing)
+        self.kernel(device, "softmax_cross_entropy", self.blocks, ELEMENT_THREADS, *arrays, *sizes)
+        merge = (b.partials, b.reciprocal, b.loss, self.blocks)
+        self.kernel(device, "softmax_cross_entropy_merge", 1, ELEMENT_THREADS, *merge)
+
+    def reference(self, b: Buffers) -> None:
+        logits, labels = b.logits[..., : self.classes].reshape(-1, self.classes), b.labels.reshape(-1)
+        spec = Spec(logits.shape, logits.dtype)
+        given = {"logits": logits, "labels": labels, "class_weights": b.class_weights}
+        sums, gradient = np.empty(3), np.empty_like(logits)
+        options = self.normalisation, self.smoothing
+        CrossEntropyForward.plan(spec, *options).reference(Buffers(**given, loss=b.loss, sums=sums))
+        one = np.ones(1, logits.dtype)
+        CrossEntropyBackward.plan(spec, *options).reference(Buffers(**given, sums=sums, dloss=one, dlogits=gradient))
+        b.dlogits[...] = 0
+        b.dlogits[..., : self.classes] = gradient.reshape(*b.labels.shape, -1)
+
+    def numpy(self, b: Buffers) -> None:
+        in_float32(self, b, self.reference)

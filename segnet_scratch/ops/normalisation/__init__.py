@@ -1,0 +1,1 @@
+"""Batch norm, alone and fused with ReLU and pooling."""

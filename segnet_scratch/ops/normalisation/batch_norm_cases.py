@@ -1,0 +1,129 @@
+"""Rows of batch norm."""
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.cases import COLUMN_MAPS, Bounds, Case, Inputs, Refusal, Row, maps, random_map
+from segnet_scratch.ops.normalisation.batch_norm import (
+    BatchNormBackward,
+    BatchNormEvaluationForward,
+    BatchNormTrainingForward,
+)
+from segnet_scratch.ops.op import Buffers, Op, spec
+
+
+class BatchNormRow(Row):
+    """What the three ops share. `offset` is the mean of x in units of its standard deviation."""
+
+    def cases(self) -> list[Case]:
+        return [
+            *maps(COLUMN_MAPS, offset=1.0, scale=1.0),
+            Case(
+                "mean 1000 times the deviation: E[x^2] - E[x]^2 would cancel",
+                {"x": (2, 9, 9, 7), "offset": 1e3, "scale": 1.0},
+            ),
+            Case("constant channels: variance 0", {"x": (2, 5, 5, 3), "offset": 3.0, "scale": 0.0}),
+            Case("variance far below eps", {"x": (2, 5, 5, 3), "offset": 0.0, "scale": 1e-4}),
+            Case("large values", {"x": (1, 6, 5, 4), "offset": 1.0, "scale": 1e4}),
+        ]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        n, h, w, c = random_map(rng, 80)
+        return Case("random", {"x": (n + 1, h, w, c), "offset": float(rng.choice([0, 1, 30])), "scale": 1.0})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec(case["x"], dtype))
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        x, dtype = arrays["x"], op.inputs["x"].dtype
+        assert x is not None
+        offsets = case["offset"] * (max(case["scale"], 0.1) * rng.choice([-1, 1], x.shape[3]) + 0.1)
+        arrays["x"] = x = (x * case["scale"] + offsets).astype(dtype)
+        if "running_var" in arrays:
+            arrays["running_var"] = rng.uniform(0.1, 4, x.shape[3]).astype(dtype)
+        if "inv_std" in arrays:
+            mean = x.mean((0, 1, 2), dtype=np.float64)
+            arrays["mean"] = mean.astype(dtype)
+            arrays["inv_std"] = (1 / np.sqrt(((x - mean) ** 2).mean((0, 1, 2)) + 1e-5)).astype(dtype)
+        return arrays
+
+    def refusals(self) -> list[Refusal]:
+        flat = Case("two dimensions", {"x": (4, 3)})
+        return [Refusal(flat.reason, lambda: self.plan(flat, np.float32), ShapeError, "channels last")]
+
+
+class BatchNormTrainingRow(BatchNormRow):
+    """Training: errors of the statistics are carried through to y."""
+
+    name = "batch_norm_training_forward"
+    op = BatchNormTrainingForward
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        rows, momentum = b.x.size / b.mean.size, op.momentum  # type: ignore[attr-defined]
+        # A mean errs by its sum of absolute terms, a variance merged as (count, mean, M2) relatively by the condition
+        # number kappa = rms / deviation (Chan, Golub, LeVeque 1983, table 2); squared where the mean itself errs. That
+        # is for NumPy, which sums the pixels of a chunk in their own type; the kernels sum in double.
+        unit = 2 * eps * sqrt(rows)
+        rms = np.sqrt((b.x**2).mean((0, 1, 2)))
+        variance = b.x.var((0, 1, 2))
+        d_mean = unit * rms
+        d_variance = unit * (variance + rms * np.sqrt(variance)) + d_mean**2
+        d_scale = d_variance * b.inv_std**2 / 2 + 4 * eps  # relative error of inv_std
+        centred = np.abs(b.x - b.mean)
+        gain = np.abs(b.weight) * b.inv_std
+        return {
+            "y": gain * (d_mean + centred * (d_scale + 4 * eps)) + 2 * eps * np.abs(b.bias),
+            "mean": d_mean,
+            "inv_std": d_scale * b.inv_std,
+            "running_mean": momentum * d_mean + 4 * eps * (np.abs(b.running_mean) + momentum * rms),
+            "running_var": momentum * rows / (rows - 1) * d_variance + 4 * eps * b.running_var,
+        }
+
+    def refusals(self) -> list[Refusal]:
+        one = spec((1, 1, 1, 3), np.float32)
+        single = Refusal("one value a channel", lambda: BatchNormTrainingForward(one), ShapeError, "n*h*w > 1")
+        return [*super().refusals(), single]
+
+
+class BatchNormEvaluationRow(BatchNormRow):
+    """Evaluation: element by element."""
+
+    name = "batch_norm_evaluation_forward"
+    op = BatchNormEvaluationForward
+
+    def cases(self) -> list[Case]:
+        return [
+            *maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0),
+            *super().cases(),
+        ]
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        normalised = np.abs(b.x - b.mean) * b.inv_std * np.abs(b.weight)
+        return {"y": 4 * eps * (normalised + np.abs(b.bias)), "inv_std": 4 * eps * b.inv_std}
+
+
+class BatchNormBackwardRow(BatchNormRow):
+    """Backward of both modes."""
+
+    op = BatchNormBackward
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
+        self.name = f"batch_norm_backward_{'training' if training else 'evaluation'}"
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return BatchNormBackward.plan(spec(case["x"], dtype), self.training)
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        rows, axes = b.x.size / b.mean.size, (0, 1, 2)
+        xhat, dy = np.abs(b.x - b.mean) * b.inv_std, np.abs(b.dy)
+        unit = 4 * eps * sqrt(rows)
+        sum_dy, sum_dy_xhat = dy.sum(axes), (dy * xhat).sum(axes)
+        dx = 4 * eps * dy
+        if self.training:
+            dx = dx + unit * (sum_dy + xhat * sum_dy_xhat) / rows
+        return {"dx": np.abs(b.weight) * b.inv_std * dx, "dweight": unit * sum_dy_xhat, "dbias": unit * sum_dy}

@@ -1,0 +1,216 @@
+"""Batch norm with ReLU and max-pool for the fused engine (cuda/norm_relu.cu), and the merging of its sums.
+
+Maps are float32 or bfloat16, numbers of channels float32. Maps and numbers of float64 are for the reference alone.
+"""
+
+import numpy as np
+
+from segnet_scratch.errors import DTypeError
+from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, expect, expect_map, spec_of
+from segnet_scratch.ops.pieces import TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
+from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
+from segnet_scratch.ops.pooling.packed_codes import pack_codes, packed_codes, scatter_from
+from segnet_scratch.ops.pooling.windows import CODE, windows_of
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import ElementTypes
+
+MERGE_CHANNELS, MERGE_LANES = 8, 64
+MAX_BLOCKS = 4096  # several rounds of any GPU, so that the last one leaves little idle; threads then take more rows
+
+
+class _Merge(Op):
+    """Sums over the tiles of a convolution's epilogue."""
+
+    def __init__(self, partials: Spec) -> None:
+        expect(
+            len(partials.shape) == 3 and partials.shape[1] == 2 and partials.size > 0,
+            f"{self.name}: partials have shape {partials.shape}; expected (tiles, 2, c)",
+        )
+        if partials.dtype not in (np.float32, np.float64):
+            raise DTypeError(
+                f"{self.name}: partials have element type {partials.dtype}; expected float32 or float64 (reference)"
+            )
+        self.tiles, _, self.channels = partials.shape
+        self.vector = Spec((self.channels,), partials.dtype)
+        self.inputs = {"partials": partials}
+        self.workspace = {}
+        self.flops = 4 * partials.size
+
+    @property
+    def grid(self) -> int:
+        """Blocks of (MERGE_CHANNELS, MERGE_LANES) threads."""
+        return -(-self.channels // MERGE_CHANNELS)
+
+
+class NormMergeStatistics(_Merge):
+    """mean, inv_std (c) of y from partials (tiles, 2, c): mean and M2 of each 128 rows; running statistics in place."""
+
+    name = "norm_merge_statistics"
+    updates = ("running_mean", "running_var")
+
+    def __init__(self, partials: Spec, rows: int, eps: float = EPS, momentum: float = MOMENTUM) -> None:
+        super().__init__(partials)
+        expect(
+            rows > 1,
+            f"{self.name}: one value a channel; training needs n*h*w > 1: use a larger image or batch",
+        )
+        expect(
+            tiles_of(rows) == self.tiles,
+            f"{self.name}: {rows} rows are {tiles_of(rows)} tiles of {TILE_ROWS}, partials have {self.tiles}",
+        )
+        self.rows, self.eps, self.momentum = rows, eps, momentum
+        self.inputs = {"partials": partials, "running_mean": self.vector, "running_var": self.vector}
+        self.outputs = {"mean": self.vector, "inv_std": self.vector}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arrays = (b.partials, b.mean, b.inv_std, b.running_mean, b.running_var)
+        options = (self.rows, self.channels, self.tiles, self.eps, self.momentum)
+        self.kernel(device, self.name, self.grid, (MERGE_CHANNELS, MERGE_LANES), *arrays, *options)
+
+    def reference(self, b: Buffers) -> None:
+        counts = np.full((self.tiles, 1), float(TILE_ROWS))
+        counts[-1] = self.rows - TILE_ROWS * (self.tiles - 1)
+        means, m2 = b.partials[:, 0].astype(np.float64), b.partials[:, 1].astype(np.float64)
+        mean = (counts * means).sum(0) / self.rows
+        total = (m2 + counts * (means - mean) ** 2).sum(0)
+        b.mean[...] = mean
+        b.inv_std[...] = 1 / np.sqrt(total / self.rows + self.eps)
+        b.running_mean[...] = (1 - self.momentum) * b.running_mean + self.momentum * mean
+        b.running_var[...] = (1 - self.momentum) * b.running_var + self.momentum * total / (self.rows - 1)
+
+
+class NormMergeGradients(_Merge):
+    """dweight, dbias (c) from partials (tiles, 2, c): the sums of dr and of dr xhat of each tile."""
+
+    name = "norm_merge_gradients"
+
+    def __init__(self, partials: Spec) -> None:
+        super().__init__(partials)
+        self.outputs = {"dweight": self.vector, "dbias": self.vector}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arguments = (b.partials, b.dweight, b.dbias, self.channels, self.tiles)
+        self.kernel(device, self.name, self.grid, (MERGE_CHANNELS, MERGE_LANES), *arguments)
+
+    def reference(self, b: Buffers) -> None:
+        b.dbias[...], b.dweight[...] = b.partials.sum(0, dtype=np.float64)
+
+
+class _OnMaps(Op):
+    """Passes over y (n, h, w, c), a piece of channels a thread."""
+
+    def __init__(self, y: Spec) -> None:
+        n, h, w, c = expect_map(self.name, "y", y, bfloat16=True)
+        expect_pieces(self.name, y.dtype, channels=c)
+        self.rows, self.channels = n * h * w, c
+        self.vector = Spec((c,), ElementTypes.of(y.dtype).accumulate)
+        self.inputs = {"y": y}
+        self.outputs = {}
+        self.workspace = {}
+        self.flops = 4 * y.size
+
+    def _grid(self, rows: int) -> int:
+        """Blocks of ELEMENT_THREADS for so many rows of pieces."""
+        pieces = rows * (self.channels // piece_of(self.inputs["y"].dtype))
+        return min(-(-pieces // ELEMENT_THREADS), MAX_BLOCKS)
+
+    def _vectors(self, *names: str) -> None:
+        self.inputs = {**self.inputs, **dict.fromkeys(names, self.vector)}
+
+    def numpy(self, b: Buffers) -> None:
+        in_float32(self, b, self.reference)
+
+
+class NormReluForward(_OnMaps):
+    """z = relu((y - mean) inv_std weight + bias). y, z (n, h, w, c), the others (c); `relu` False leaves it out."""
+
+    name = "norm_relu_forward"
+
+    def __init__(self, y: Spec, relu: bool = True) -> None:
+        super().__init__(y)
+        self.relu = relu
+        self._vectors("mean", "inv_std", "weight", "bias")
+        self.outputs = {"z": y}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arguments = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.z, self.rows, self.channels, int(self.relu))
+        self.kernel(device, self.name, self._grid(self.rows), ELEMENT_THREADS, *arguments)
+
+    def reference(self, b: Buffers) -> None:
+        b.z[...] = _normalised(b, self.relu)
+
+
+class NormReluPoolForward(_OnMaps):
+    """`pooled` (n, ceil(h/2), ceil(w/2), c), the 2x2 max-pool of z (see NormReluForward), and its packed `codes`."""
+
+    name = "norm_relu_pool_forward"
+
+    def __init__(self, y: Spec, relu: bool = True) -> None:
+        super().__init__(y)
+        self.relu = relu
+        self._vectors("mean", "inv_std", "weight", "bias")
+        pooled = windows_of(*y.shape)
+        self.windows = pooled[0] * pooled[1] * pooled[2]
+        self.outputs = {"pooled": y.with_shape(*pooled), "codes": packed_codes(pooled)}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arrays = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.pooled, b.codes)
+        grid = self._grid(self.windows)
+        self.kernel(device, self.name, grid, ELEMENT_THREADS, *arrays, *b.y.shape, int(self.relu))
+
+    def reference(self, b: Buffers) -> None:
+        z = rounded(_normalised(b, self.relu), self.inputs["y"].dtype)
+        codes = np.empty(b.pooled.shape, CODE)
+        MaxPoolForward.plan(spec_of(z)).reference(Buffers(x=z, y=b.pooled, codes=codes))
+        b.codes[...] = pack_codes(codes)
+
+
+class NormReluBackward(_OnMaps):
+    """`dr` (n, h, w, c), the gradient before the ReLU, becomes the gradient of y, in place."""
+
+    name = "norm_relu_backward"
+    updates = ("dr",)
+
+    def __init__(self, y: Spec) -> None:
+        super().__init__(y)
+        self.inputs = {**self.inputs, "dr": y}
+        self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arrays = (b.y, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dr)
+        self.kernel(device, self.name, self._grid(self.rows), ELEMENT_THREADS, *arrays, self.rows, self.channels)
+
+    def reference(self, b: Buffers) -> None:
+        b.dr[...] = _backward(b, b.dr, self.rows)
+
+
+class NormReluPoolBackward(_OnMaps):
+    """dy (n, h, w, c) from the gradient `dr` before the ReLU of a pooled block, at the elements that `codes` names."""
+
+    name = "norm_relu_pool_backward"
+
+    def __init__(self, y: Spec) -> None:
+        super().__init__(y)
+        pooled = windows_of(*y.shape)
+        self.windows = pooled[0] * pooled[1] * pooled[2]
+        self.inputs = {**self.inputs, "codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
+        self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
+        self.outputs = {"dy": y}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arrays = (b.y, b.codes, b.dr, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dy)
+        self.kernel(device, self.name, self._grid(self.windows), ELEMENT_THREADS, *arrays, *b.y.shape)
+
+    def reference(self, b: Buffers) -> None:
+        b.dy[...] = _backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows)
+
+
+def _normalised(b: Buffers, relu: bool) -> np.ndarray:
+    z = (b.y - b.mean) * (b.inv_std * b.weight) + b.bias
+    return np.where(z <= 0, 0, z).astype(z.dtype) if relu else z
+
+
+def _backward(b: Buffers, dr: np.ndarray, rows: int) -> np.ndarray:
+    xhat = (b.y - b.mean) * b.inv_std
+    return b.weight * b.inv_std * (dr - b.dbias / rows - xhat * (b.dweight / rows))

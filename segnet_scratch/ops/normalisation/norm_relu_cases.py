@@ -1,0 +1,273 @@
+"""Rows of batch norm, ReLU and pool of the fused engine.
+
+A pool decides by comparisons, which an error in the last bit would turn. There y and the numbers of the channels are
+multiples of 1/4 or powers of 2, so that nothing is rounded, not even to bfloat16, and ties are frequent: every bit must
+be right. With other numbers the kernels are compared, bit by bit, with those of the layers in tests/test_norm_relu.py.
+"""
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops import by_hand
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, Refusal, Row, maps, random_map, values
+from segnet_scratch.ops.normalisation.norm_relu import (
+    NormMergeGradients,
+    NormMergeStatistics,
+    NormReluBackward,
+    NormReluForward,
+    NormReluPoolBackward,
+    NormReluPoolForward,
+)
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.pieces import TILE_ROWS
+from segnet_scratch.ops.pooling.packed_codes import pack_codes, scatter_from
+from segnet_scratch.ops.pooling.windows import CODE, valid_codes
+from segnet_scratch.runtime.precision import BFLOAT16
+
+# Maps whose channels are pieces: 4 float32 or 8 bfloat16. A block has 256 threads, each with one piece of some rows.
+PIECES: dict[str, tuple[int, ...]] = {
+    "one pixel, one piece": (1, 1, 1, 8),
+    "one row": (1, 1, 9, 8),
+    "one column": (2, 7, 1, 16),
+    "even": (2, 4, 6, 8),
+    "odd height and width": (1, 5, 7, 24),
+    "pieces that do not divide a block": (1, 3, 5, 40),
+    "a row less than a block": (1, 1, 127, 16),
+    "more rows than a block": (1, 3, 43, 16),
+    "a map of SegNet": (2, 6, 8, 64),
+    "as many pieces as threads": (1, 2, 3, 2048),
+    "more pieces than threads": (1, 1, 3, 2056),
+}
+FLOAT32 = np.dtype(np.float32)
+
+
+class MergeRow(Row):
+    """Sums over tiles. `elements` are those of the partials; float64 is for the reference."""
+
+    elements = (np.dtype(np.float32),)
+
+    def cases(self) -> list[Case]:
+        rows = {
+            "two rows": 2,
+            "a row less than a tile": TILE_ROWS - 1,
+            "one tile": TILE_ROWS,
+            "a second tile of one row": TILE_ROWS + 1,
+            "as many tiles as lanes": 64 * TILE_ROWS,
+            "more tiles than lanes": 65 * TILE_ROWS - 5,
+            "a batch of SegNet's largest maps": 16 * 224 * 224,
+        }
+        channels = 8, 7, 9, 1, 16, 20, 2
+        return [Case(r, {"rows": n, "c": c}) for (r, n), c in zip(rows.items(), channels, strict=True)]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return Case("random", {"rows": int(rng.integers(2, 40 * TILE_ROWS)), "c": int(rng.integers(1, 40))})
+
+    def partials(self, case: Case, dtype: DTypeLike) -> tuple[int, ...]:
+        return -(-case["rows"] // TILE_ROWS), 2, case["c"]
+
+    def refusals(self) -> list[Refusal]:
+        flat = spec((2, 8), np.float32)
+        rows = () if self.op is NormMergeGradients else (2,)
+        return [Refusal("two dimensions", lambda: self.op.plan(flat, *rows), ShapeError, "expected (tiles, 2, c)")]
+
+
+class MergeStatisticsRow(MergeRow):
+    """Batch norm's statistics; all sums in double, so what remains is the rounding of the results."""
+
+    name, op = "norm_merge_statistics", NormMergeStatistics
+
+    def cases(self) -> list[Case]:
+        far = Case("means 1000 times the deviation", {"rows": 1000, "c": 8, "offset": 1e3})
+        return [*super().cases(), far]
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return NormMergeStatistics.plan(spec(self.partials(case, dtype), dtype), case["rows"])
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        partials, dtype = arrays["partials"], op.inputs["partials"].dtype
+        assert partials is not None
+        partials[:, 0] += dtype.type(case.sizes.get("offset", 1.0))
+        partials[:, 1] = np.abs(partials[:, 1]) * TILE_ROWS
+        arrays["running_var"] = rng.uniform(0.1, 4, case["c"]).astype(dtype)
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        batch_mean = np.abs(b.mean)
+        variance = 1 / b.inv_std**2
+        # No tile's mean is further from the pivot than sqrt(2 M2 / 128): of M2, double loses 2^-52 tiles at most.
+        lost = 2.0**-52 * sqrt(len(b.partials)) * np.abs(b.partials[:, 0]).max(0)
+        return {
+            "mean": eps * batch_mean + lost,
+            "inv_std": 2 * eps * b.inv_std,
+            "running_mean": 2 * eps * (np.abs(b.running_mean) + batch_mean),
+            "running_var": 2 * eps * (b.running_var + 2 * variance),
+        }
+
+    def refusals(self) -> list[Refusal]:
+        one = spec((1, 2, 8), np.float32)
+        return [
+            *super().refusals(),
+            Refusal("one row", lambda: NormMergeStatistics.plan(one, 1), ShapeError, "n*h*w > 1"),
+            Refusal("tiles", lambda: NormMergeStatistics.plan(one, 129), ShapeError, "129 rows are 2 tiles"),
+        ]
+
+
+class MergeGradientsRow(MergeRow):
+    """dweight and dbias of batch norm."""
+
+    name, op = "norm_merge_gradients", NormMergeGradients
+    exact = True
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return NormMergeGradients.plan(spec(self.partials(case, dtype), dtype))
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # Sums in double: the rounding of the result, and what double loses in sums of floats that cancel.
+        terms = np.abs(b.partials).sum(0)
+        lost = 2.0**-52 * sqrt(len(b.partials))
+        return {"dbias": eps * np.abs(b.dbias) + lost * terms[0], "dweight": eps * np.abs(b.dweight) + lost * terms[1]}
+
+
+class NormRow(Row):
+    """Passes over maps of one element type: for each there are kernels of their own to be proven."""
+
+    channels = 8
+
+    def __init__(self, op: type[Op], element: np.dtype, *options: bool) -> None:
+        self.op, self.elements, self.options = op, (element,), options
+        self.name = op.name + ("" if all(options) else "_linear") + ("" if element == FLOAT32 else f"_{element.name}")
+
+    def cases(self) -> list[Case]:
+        return maps(PIECES)
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        n, h, w, c = random_map(rng)
+        return Case("random", {"x": (n, h, w, 8 * c)})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec(case["x"], dtype), *self.options)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        arrays["inv_std"] = rng.uniform(0.1, 4, op.inputs["inv_std"].shape).astype(op.inputs["inv_std"].dtype)
+        if "codes" in arrays:
+            windows = op.inputs["dr"].shape
+            arrays["codes"] = pack_codes(valid_codes(rng.integers(0, 4, windows).astype(CODE), case["x"][1:3]))
+        return arrays
+
+    def hostile_plan(self, rng: np.random.Generator) -> tuple[Op, Inputs]:
+        """For a small map, with numbers of channels that change nothing: mean 0, gain 1, bias 0, no sums."""
+        n, h, w = (int(k) for k in rng.integers(1, (3, 6, 6)))
+        op = self.plan(Case("hostile", {"x": (n, h, w, 8 * int(rng.integers(1, 4)))}), self.elements[0])
+        arrays: Inputs = {name: np.zeros(s.shape, s.dtype) for name, s in op.inputs.items()}
+        ones = {name: np.ones_like(arrays[name]) for name in ("inv_std", "weight")}
+        return op, {**arrays, **ones}
+
+    def rectified(self, y: np.ndarray) -> np.ndarray:
+        """Its ReLU, where there is one; a NaN stays one."""
+        return np.where(y < 0, 0, y).astype(y.dtype) if all(self.options) else y
+
+    def refusals(self) -> list[Refusal]:
+        element = self.elements[0]
+
+        def refusal(reason: str, message: str, shape: tuple[int, ...]) -> Refusal:
+            return Refusal(reason, lambda: self.op.plan(spec(shape, element), *self.options), ShapeError, message)
+
+        return [
+            refusal("half a piece", "use a width", (1, 4, 5, 6)),
+            refusal("three dimensions", "channels last", (4, 5, 8)),
+            refusal("empty", "empty", (0, 4, 5, 8)),
+        ]
+
+
+class NormForwardRow(NormRow):
+    """z: a difference, two products, a sum."""
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        op, inputs = self.hostile_plan(rng)
+        inputs["y"] = y = special(rng, op.inputs["y"])
+        return Hostile(op, inputs, {"z": self.rectified(y)})
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        return {"z": 4 * eps * (np.abs(b.y - b.mean) * b.inv_std * np.abs(b.weight) + np.abs(b.bias))}
+
+
+class NormPoolRow(NormRow):
+    """Pooled values and codes, to the last bit."""
+
+    exact = True
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        op, inputs = self.hostile_plan(rng)
+        inputs["y"] = y = special(rng, op.inputs["y"])
+        pooled, codes = by_hand.pool(self.rectified(y))
+        return Hostile(op, inputs, {"pooled": pooled, "codes": by_hand.packed(codes)})
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        def drawn(name: str, numbers: np.ndarray) -> np.ndarray:
+            s = op.inputs[name]
+            return rng.choice(numbers, s.shape).astype(s.dtype)
+
+        quarters, powers = np.arange(-8, 9) / 4, np.array([0.5, 1, 2])
+        return {
+            "y": drawn("y", quarters),
+            "mean": drawn("mean", quarters),
+            "inv_std": drawn("inv_std", powers),
+            "weight": drawn("weight", np.concatenate([powers, -powers, [0]])),
+            "bias": drawn("bias", quarters),
+        }
+
+
+class NormBackwardRow(NormRow):
+    """dy: the two means, a product and two differences."""
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        # The term with the longest way, xhat dweight / rows, has 7 roundings of eps / 2.
+        xhat, rows = np.abs(b.y - b.mean) * b.inv_std, op.rows  # type: ignore[attr-defined]
+        dr = scatter_from(b.dr, b.codes, b.y.shape[1:3]) if "codes" in op.inputs else b.dr
+        terms = np.abs(dr) + np.abs(b.dbias) / rows + xhat * np.abs(b.dweight) / rows
+        error = 4 * eps * np.abs(b.weight) * b.inv_std * terms
+        return {"dy" if op.outputs else "dr": error}
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        """NaN and infinite gradients stay where they belong; at an odd edge codes may name no element at all."""
+        op, inputs = self.hostile_plan(rng)
+        inputs["y"] = values(rng, op.inputs["y"])
+        inputs["dr"] = dr = special(rng, op.inputs["dr"])
+        if "codes" not in op.inputs:
+            return Hostile(op, inputs, {"dr": dr})
+        codes = rng.integers(0, 4, dr.shape).astype(CODE)
+        inputs["codes"] = by_hand.packed(codes)
+        _, h, w, _ = op.inputs["y"].shape
+        inputs["dr"] = dr.copy()
+        dr[valid_codes(codes, (h, w)) != codes] = 0  # what belongs to no element is lost
+        return Hostile(op, inputs, {"dy": by_hand.scatter(dr, codes, (h, w))})
+
+
+def special(rng: np.random.Generator, s: Spec) -> np.ndarray:
+    """Hostile values, some of them or all of their kinds."""
+    return rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], s.shape).astype(s.dtype)
+
+
+def norm_rows() -> list[Row]:
+    """Every op of norm_relu.cu."""
+    return [
+        MergeStatisticsRow(),
+        MergeGradientsRow(),
+        *(
+            row(*arguments)
+            for element in (FLOAT32, BFLOAT16)
+            for row, *arguments in (
+                (NormForwardRow, NormReluForward, element, True),
+                (NormForwardRow, NormReluForward, element, False),
+                (NormPoolRow, NormReluPoolForward, element, True),
+                (NormPoolRow, NormReluPoolForward, element, False),
+                (NormBackwardRow, NormReluBackward, element),
+                (NormBackwardRow, NormReluPoolBackward, element),
+            )
+        ),
+    ]

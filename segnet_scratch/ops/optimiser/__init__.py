@@ -1,0 +1,1 @@
+"""The update of the parameters, and the norm of their gradients."""

@@ -1,0 +1,1 @@
+"""Argmax max-pool, index unpool, and the codes between them."""

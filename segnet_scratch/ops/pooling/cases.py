@@ -1,0 +1,73 @@
+"""Rows of max-pool and unpool, forward and backward."""
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops import by_hand
+from segnet_scratch.ops.cases import Case, Hostile, Inputs, MapRow, Refusal, values
+from segnet_scratch.ops.op import Op, Spec, spec, spec_of
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
+
+
+class MaxPoolRow(MapRow):
+    """The code is always a valid position, whatever is in the window."""
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        x = rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], rng.integers(1, (3, 6, 6, 4))).astype(np.float32)
+        y, codes = by_hand.pool(x)
+        return Hostile(MaxPoolForward.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
+
+    def refusals(self) -> list[Refusal]:
+        flat = spec((4, 5, 3), np.float32)
+        return [Refusal("three dimensions", lambda: MaxPoolForward(flat), ShapeError, "channels last")]
+
+
+class WindowRow(MapRow):
+    """Backward of the pool, and both directions of the unpool: values move to or from valid positions."""
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        n, h, w, c = case["x"]
+        windows = spec(windows_of(n, h, w, c), dtype)
+        if self.op is MaxPoolBackward:
+            return MaxPoolBackward.plan(windows, (h, w))
+        if self.op is MaxUnpoolForward:
+            return MaxUnpoolForward.plan(windows, Spec(windows.shape, CODE), (h, w))
+        return MaxUnpoolBackward.plan(spec(case["x"], dtype))
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = {name: values(rng, s, integers) for name, s in op.inputs.items() if name != "codes"}
+        codes = rng.integers(0, 4, op.inputs["codes"].shape, CODE)
+        return {**arrays, "codes": valid_codes(codes, case["x"][1:3])}
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        """Codes that point outside of the map, or are none; values with NaN, infinities and ties."""
+        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)))
+        windows = windows_of(n, h, w, c)
+        codes = rng.integers(0, rng.choice([4, 8, 256]), windows).astype(CODE)
+        gathers = self.op is MaxUnpoolBackward
+        values = rng.choice(by_hand.SPECIAL, (n, h, w, c) if gathers else windows).astype(np.float32)
+        result = by_hand.gather(values, codes) if gathers else by_hand.scatter(values, codes, (h, w))
+        op = self.plan(Case("hostile", {"x": (n, h, w, c)}), np.float32)
+        (name,) = (name for name in op.inputs if name != "codes")
+        (output,) = op.outputs
+        return Hostile(op, {name: values, "codes": codes}, {output: result})
+
+    def refusals(self) -> list[Refusal]:
+        x, windows, codes = spec((1, 4, 5, 3), np.float32), spec((1, 2, 3, 3), np.float32), Spec((1, 2, 3, 3), CODE)
+        flat = spec((2, 3), np.float32)
+        if self.op is MaxPoolBackward:
+            return [
+                Refusal("two dimensions", lambda: MaxPoolBackward(flat, (4, 5)), ShapeError, "channels last"),
+                Refusal("another size", lambda: MaxPoolBackward(windows, (5, 5)), ShapeError, "do not fit"),
+            ]
+        if self.op is MaxUnpoolBackward:
+            return [Refusal("two dimensions", lambda: MaxUnpoolBackward(flat), ShapeError, "channels last")]
+        other = "pass the codes of the pool"
+        return [
+            Refusal("another size", lambda: MaxUnpoolForward(windows, codes, (4, 7)), ShapeError, "do not fit"),
+            Refusal("size 0", lambda: MaxUnpoolForward(windows, codes, (0, 0)), ShapeError, "do not fit"),
+            Refusal("codes of another pool", lambda: MaxUnpoolForward(x, codes, (4, 5)), ShapeError, other),
+        ]

@@ -1,0 +1,1 @@
+"""Bilinear resizing and the augmentation of batches on a device."""

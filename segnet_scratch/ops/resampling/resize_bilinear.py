@@ -1,0 +1,93 @@
+"""Bilinear resize, as evaluation and prediction do with logits, and the "bilinear" decoder with its maps.
+
+Pixel centres are at half-integers and the border is repeated: PyTorch's interpolate(align_corners=False). With corners
+aligned, the pixels of a map twice as large would not lie where those of its pooling windows lay.
+"""
+
+import numpy as np
+
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.resampling import fast
+from segnet_scratch.runtime.devices import Device
+
+
+class ResizeBilinearForward(Op):
+    """y (n, oh, ow, c) from x (n, h, w, c): pixel centres at half-integers, the border repeated, no antialiasing."""
+
+    name = "resize_bilinear_forward"
+
+    def __init__(self, x: Spec, size: tuple[int, int]) -> None:
+        n, _, _, c = expect_map(self.name, "x", x)
+        expect(min(size) > 0, f"resize_bilinear: size {size}; expected positive (height, width)")
+        self.size = size
+        self.inputs = {"x": x}
+        self.outputs = {"y": x.with_shape(n, *size, c)}
+        self.workspace = {}
+        self.flops = 6 * self.outputs["y"].size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid = element_grid(b.y.size)
+        self.kernel(device, "resize_bilinear_forward", grid, ELEMENT_THREADS, b.x, b.y, *b.x.shape, *self.size)
+
+    def reference(self, b: Buffers) -> None:
+        (rows, below, v), (columns, right, u) = (
+            _taps(source, target, b.x.dtype) for source, target in zip(b.x.shape[1:3], self.size, strict=True)
+        )
+        u, v = u[:, None], v[:, None, None]
+        across = b.x[:, :, columns] + u * (b.x[:, :, right] - b.x[:, :, columns])
+        b.y[...] = across[:, rows] + v * (across[:, below] - across[:, rows])
+
+    def numpy(self, b: Buffers) -> None:
+        rows, columns = (_weights(*sizes, b.x.dtype) for sizes in zip(b.x.shape[1:3], self.size, strict=True))
+        fast.gather(b.x, rows, columns, b.y)
+
+
+class ResizeBilinearBackward(Op):
+    """dx (n, h, w, c) from dy (n, oh, ow, c). `size` is the (h, w) of x."""
+
+    name = "resize_bilinear_backward"
+
+    def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
+        n, _, _, c = expect_map(self.name, "dy", dy)
+        expect(min(size) > 0, f"resize_bilinear: size {size}; expected positive (height, width)")
+        self.size = size
+        self.inputs = {"dy": dy}
+        self.outputs = {"dx": dy.with_shape(n, *size, c)}
+        self.workspace = {}
+        self.flops = 8 * dy.size  # an element goes to four others: a multiplication and an addition each
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        grid, size = element_grid(b.dx.size), b.dy.shape[1:3]
+        self.kernel(device, "resize_bilinear_backward", grid, ELEMENT_THREADS, b.dy, b.dx, *b.dx.shape, *size)
+
+    def reference(self, b: Buffers) -> None:
+        (rows, below, v), (columns, right, u) = (
+            _taps(source, target, b.dy.dtype) for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
+        )
+        b.dx[...] = 0
+        for oy, ox in np.ndindex(b.dy.shape[1:3]):
+            for row, down in ((rows[oy], 1 - v[oy]), (below[oy], v[oy])):
+                for column, across in ((columns[ox], 1 - u[ox]), (right[ox], u[ox])):
+                    b.dx[:, row, column] += down * across * b.dy[:, oy, ox]
+
+    def numpy(self, b: Buffers) -> None:
+        rows, columns = (
+            fast.transposed(_weights(source, target, b.dy.dtype), source)
+            for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
+        )
+        fast.gather(b.dy, rows, columns, b.dx)
+
+
+def _taps(source: int, target: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first, second, weight of the second) source index for each target index."""
+    scale = dtype.type(source) / dtype.type(target)
+    half = dtype.type(0.5)
+    position = np.maximum((np.arange(target, dtype=dtype) + half) * scale - half, 0)
+    low = np.minimum(position.astype(np.int64), source - 1)
+    return low, np.minimum(low + 1, source - 1), position - low.astype(dtype)
+
+
+def _weights(source: int, target: int, dtype: np.dtype) -> fast.Taps:
+    """The same as indices and weights of two terms."""
+    low, high, fraction = _taps(source, target, dtype)
+    return np.stack([low, high]), np.stack([1 - fraction, fraction])

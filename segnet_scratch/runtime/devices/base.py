@@ -1,0 +1,107 @@
+"""What every device offers: memory, execution of kernels, and the two ways to keep a GPU busy."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import DeviceError
+from segnet_scratch.runtime.devices.timer import Timer
+from segnet_scratch.runtime.launch import ElementTypes, Kernel
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Device:
+    """Memory and execution of one device."""
+
+    name: str
+    runs_kernels: bool  # True: ops launch kernels; False: ops compute with NumPy
+    architecture: str | None = None  # of a GPU, as NVRTC names it: "sm_90"
+    gpu: str | None = None  # its name: "NVIDIA H100 80GB HBM3"
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        """An array with undefined contents."""
+        raise NotImplementedError
+
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        """An array of zeros."""
+        raise NotImplementedError
+
+    def upload(self, array: np.ndarray) -> Array:
+        """A C-contiguous array of this device with the same contents; NumPy arrays may be shared, not copied."""
+        raise NotImplementedError
+
+    def constant(self, array: np.ndarray) -> Array:
+        """As `upload`, for an array that nobody writes to later; allowed while `capture` records, too."""
+        return self.upload(array)
+
+    def download(self, array: Array) -> np.ndarray:
+        """The contents as a NumPy array."""
+        raise NotImplementedError
+
+    def from_dlpack(self, array: Any) -> Array:
+        """An array of another library (PyTorch, JAX, CuPy) on this device, shared where the library allows it."""
+        raise NotImplementedError
+
+    def copy(self, array: Array) -> Array:
+        """Another array with the same contents."""
+        return array.copy()
+
+    def write(self, target: Array, values: Any) -> None:
+        """Overwrites an array of this device in place."""
+        target[...] = values
+
+    def owns(self, array: Any) -> bool:
+        """Is this an array of the device?"""
+        raise NotImplementedError
+
+    def address(self, array: Array) -> int:
+        """The address of the array's first element."""
+        raise NotImplementedError
+
+    def synchronise(self) -> None:
+        """Waits until all work given to the device is done."""
+
+    def prefetch(
+        self, items: Iterator[Item], arrays_of: Callable[[Item], Sequence[np.ndarray]]
+    ) -> Generator[tuple[Item, tuple[Array, ...]], None, None]:
+        """Every item with its arrays on this device; a GPU copies those of the next item while one is worked on.
+
+        The arrays belong to the caller until it asks for the next item: on a GPU their memory is then used again. An
+        exception of `items` or `arrays_of` is raised where its item would have come.
+        """
+        for item in items:
+            yield item, tuple(self.upload(array) for array in arrays_of(item))
+
+    def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        """What does the same as calling `function` again and again, at less cost on a GPU.
+
+        There the kernels that it launches are recorded, not run, and each call replays the recording: no Python in
+        between, every array at the address it had. So `function` must have run before (its kernels are loaded then),
+        may not upload, download or wait, and what it reads must be overwritten in place between two calls. Its result
+        is the same arrays each time.
+        """
+        return function
+
+    def execute(
+        self,
+        kernel: Kernel,
+        types: ElementTypes,
+        grid: Sequence[int],
+        block: Sequence[int],
+        values: Sequence[Any],
+        shared: int,
+    ) -> None:
+        """Runs a kernel whose arguments the launch gate has checked; only `kernels.launch` calls this."""
+        raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
+
+    def timer(self) -> Timer:
+        """Takes time on this device's own clock."""
+        return Timer()
+
+    def __repr__(self) -> str:
+        return f"<device {self.name}>"

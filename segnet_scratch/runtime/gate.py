@@ -1,0 +1,188 @@
+"""The launch gate: every launch is checked against the kernel's signature before anything runs.
+
+CUDA and CuPy check nothing: a float64 array for a float pointer, a transposed view, a swapped argument all run and
+corrupt memory. Here each of them is an error that names kernel and argument.
+"""
+
+from collections.abc import Sequence
+from math import inf, prod
+from typing import Any, Protocol
+
+import numpy as np
+
+from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
+
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_BLOCK = (1024, 1024, 64)
+MAX_THREADS = 1024
+# Bytes of shared memory that a GPU grants one block which asks for it, by architecture; 48 KiB need no asking.
+SHARED_OF = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_120": 99, "sm_121": 99}
+SHARED_OF = {architecture: kib * 1024 for architecture, kib in SHARED_OF.items()}
+MAX_SHARED = 227 * 1024  # of all others, from sm_90 on, and of the host device
+
+
+class ArrayHome(Protocol):
+    """What the gate must know of a device: which arrays are its own, and where they lie."""
+
+    name: str
+    architecture: str | None  # "sm_90"; None where there is no GPU
+
+    def owns(self, array: Any) -> bool:
+        """Is this an array of the device?"""
+
+    def address(self, array: Any) -> int:
+        """The address of its first element."""
+
+
+def check_launch(
+    home: ArrayHome,
+    kernel: Kernel,
+    types: ElementTypes,
+    grid: Sequence[int],
+    block: Sequence[int],
+    arguments: Sequence[Any],
+    shared: int = 0,
+) -> list[Any]:
+    """The arguments ready to be passed: arrays (or None) for pointers, NumPy scalars of the declared type for the rest.
+
+    Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
+    the got and the fix. Nothing has been launched then.
+    """
+    _check_geometry(kernel, grid, block)
+    _check_shared(kernel, shared, home.architecture)
+    if types.name not in kernel.source.elements:
+        raise DTypeError(
+            f"{kernel.name}: cannot be launched for {types.name}; {kernel.source.path.name} is for "
+            f"{', '.join(kernel.source.elements)}"
+        )
+    if len(arguments) != len(kernel.parameters):
+        raise LaunchError(
+            f"{kernel.name}: takes {len(kernel.parameters)} arguments, got {len(arguments)}; pass {kernel.signature}"
+        )
+    values: list[Any] = []
+    scalars: dict[str, int] = {}
+    ranges: list[tuple[int, int, Parameter]] = []
+    for parameter, argument in zip(kernel.parameters, arguments, strict=True):
+        if parameter.pointer:
+            _check_array(home, kernel, parameter, types, argument)
+            values.append(argument)
+            if argument is not None:
+                start = home.address(argument)
+                if start % argument.itemsize != 0:
+                    raise LaunchError(
+                        f"{kernel.name}: argument {parameter.name} lies at address {start:#x}, expected a multiple of "
+                        f"its element size, {argument.itemsize} bytes; copy it"
+                    )
+                ranges.append((start, start + argument.nbytes, parameter))
+        else:
+            value = _scalar(kernel, parameter, types, argument)
+            values.append(value)
+            if value.dtype.kind in "iu":
+                scalars[parameter.name] = int(value)
+    for parameter, argument in zip(kernel.parameters, arguments, strict=True):
+        if argument is not None and parameter.extent_code is not None:
+            _check_extent(kernel, parameter, argument, scalars)
+    _check_overlap(kernel, ranges)
+    return values
+
+
+def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int]) -> None:
+    for what, size, limits in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
+        if len(size) != 3 or any(type(n) is not int or n < 1 for n in size):
+            raise LaunchError(f"{kernel.name}: {what} {tuple(size)}; expected up to three positive Python integers")
+        for axis, n, limit in zip("xyz", size, limits, strict=True):
+            if n > limit:
+                raise LaunchError(
+                    f"{kernel.name}: {what}.{axis} is {n}, the limit is {limit}; give each thread more work"
+                )
+    if prod(block) > MAX_THREADS:
+        raise LaunchError(f"{kernel.name}: a block of {prod(block)} threads; the limit is {MAX_THREADS}")
+
+
+def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None:
+    limit = SHARED_OF.get(architecture or "", MAX_SHARED)
+    if type(shared) is not int or not 0 <= shared <= limit:
+        raise LaunchError(
+            f"{kernel.name}: {shared!r} bytes of dynamic shared memory; expected an integer, 0 to {limit}"
+        )
+
+
+def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: ElementTypes, array: Any) -> None:
+    what = f"{kernel.name}: argument {parameter.name}"
+    if array is None:
+        if parameter.optional:
+            return
+        raise LaunchError(f"{what} is None; only parameters marked OPTIONAL may be null")
+    if not home.owns(array):
+        raise DeviceError(
+            f"{what} is a {type(array).__module__}.{type(array).__name__}; "
+            f"expected an array of the {home.name} device; move it there with device.upload(...)"
+        )
+    expected = parameter.dtype(types)
+    if array.dtype != expected:
+        raise DTypeError(f"{what} has element type {array.dtype}, expected {expected}; convert it with astype")
+    if not array.flags.c_contiguous:
+        raise LaunchError(
+            f"{what} is a view with strides {array.strides} of shape {array.shape}; "
+            "expected a C-contiguous array; copy it"
+        )
+    if array.size == 0:
+        raise ShapeError(f"{what} is empty: shape {array.shape}; a kernel needs at least one element")
+    if not parameter.const and isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
+
+
+def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: Any) -> np.generic:
+    what = f"{kernel.name}: argument {parameter.name}"
+    dtype = parameter.dtype(types)
+    if dtype.kind in "iu":
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise DTypeError(f"{what} is {value!r} ({type(value).__name__}); expected an integer ({parameter.c_type})")
+        limits = np.iinfo(dtype)
+        if not limits.min <= int(value) <= limits.max:
+            raise LaunchError(
+                f"{what} is {int(value)}, outside the range of {parameter.c_type} ({limits.min} to {limits.max}); "
+                "split the work into smaller arrays, for example a smaller batch"
+            )
+    elif isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise DTypeError(f"{what} is {value!r} ({type(value).__name__}); expected a number ({parameter.c_type})")
+    elif float(np.finfo(dtype).max) < abs(value if isinstance(value, int) else float(value)) < inf:
+        raise LaunchError(f"{what} is out of the range of {parameter.c_type}, {np.finfo(dtype).max:.3g}; scale it")
+    return dtype.type(value)
+
+
+def _check_extent(kernel: Kernel, parameter: Parameter, array: Any, scalars: dict[str, int]) -> None:
+    try:
+        expected = parameter.extent_shape(scalars)
+    except NameError as error:
+        raise SegnetError(
+            f"{kernel.source.path}: {kernel.name}: the shape comment {parameter.extent} of {parameter.name} uses "
+            f"a name that is no integer parameter ({error}); it can use {', '.join(scalars) or 'none'}"
+        ) from error
+    except ZeroDivisionError as error:
+        values = ", ".join(f"{name}={value}" for name, value in scalars.items())
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent}, "
+            f"which divides by zero with {values}"
+        ) from error
+    if any(n < 1 for n in expected):
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent} = {expected}; "
+            "expected positive sizes"
+        )
+    if array.size != prod(expected):
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} has {array.size} elements, shape {array.shape}; "
+            f"expected {prod(expected)}, {parameter.extent} = {expected}"
+        )
+
+
+def _check_overlap(kernel: Kernel, ranges: list[tuple[int, int, Parameter]]) -> None:
+    for i, (start, end, parameter) in enumerate(ranges):
+        for other_start, other_end, other in ranges[i + 1 :]:
+            if (not parameter.const or not other.const) and start < other_end and other_start < end:
+                raise LaunchError(
+                    f"{kernel.name}: arguments {parameter.name} and {other.name} overlap in memory and one of them is "
+                    "written; pass separate arrays"
+                )

@@ -1,0 +1,80 @@
+"""Kernels: found, parsed, compiled, checked and launched. `launch` is the only way to a kernel in this project."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from segnet_scratch.errors import LaunchError
+from segnet_scratch.runtime import observe
+from segnet_scratch.runtime.gate import ArrayHome, check_launch
+from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
+from segnet_scratch.runtime.source import shipped_sources
+
+__all__ = ["ElementTypes", "Kernel", "KernelDevice", "find_kernel", "launch", "shipped_kernels"]
+
+
+class KernelDevice(ArrayHome, Protocol):
+    """A device that executes kernels: host or cuda."""
+
+    def execute(
+        self,
+        kernel: Kernel,
+        types: ElementTypes,
+        grid: Sequence[int],
+        block: Sequence[int],
+        values: Sequence[Any],
+        shared: int,
+    ) -> None:
+        """Runs a kernel with arguments that the gate has checked."""
+
+
+@functools.cache
+def shipped_kernels() -> dict[str, Kernel]:
+    """Every kernel in `cuda/`, by name."""
+    kernels: dict[str, Kernel] = {}
+    for source in shipped_sources():
+        for kernel in parse_kernels(source):
+            if kernel.name in kernels:
+                raise LaunchError(
+                    f"kernel {kernel.name} is defined in {source.path} and in {kernels[kernel.name].source.path}"
+                )
+            kernels[kernel.name] = kernel
+    return kernels
+
+
+def find_kernel(name: str) -> Kernel:
+    """The shipped kernel of this name. LaunchError lists the names there are."""
+    try:
+        return shipped_kernels()[name]
+    except KeyError:
+        raise LaunchError(
+            f"there is no kernel {name!r}; the kernels are {', '.join(sorted(shipped_kernels()))}"
+        ) from None
+
+
+def launch(
+    device: KernelDevice,
+    kernel: str | Kernel,
+    grid: Sequence[int] | int,
+    block: Sequence[int] | int,
+    arguments: Sequence[Any],
+    types: ElementTypes,
+    shared: int = 0,
+) -> None:
+    """Checks a launch against the kernel's signature, then runs it on the device.
+
+    `grid` and `block` are blocks and threads in x, y, z (missing ones are 1); `arguments` are arrays of the device,
+    None for a null pointer, and Python or NumPy numbers; `types` says what storage_t and accumulate_t are; `shared`
+    is dynamic shared memory in bytes.
+    """
+    if isinstance(kernel, str):
+        kernel = find_kernel(kernel)
+    grid, block = _three(grid), _three(block)
+    values = check_launch(device, kernel, types, grid, block, arguments, shared)
+    observe.launched(observe.Launch(kernel, types, grid, block, shared))
+    device.execute(kernel, types, grid, block, values, shared)
+
+
+def _three(size: Sequence[int] | int) -> tuple[int, ...]:
+    size = tuple(size) if isinstance(size, Sequence) else (size,)
+    return size + (1,) * (3 - len(size))

@@ -1,0 +1,264 @@
+"""Reads the `extern "C" __global__` signatures of a `.cu` file: what the launch gate holds a launch against.
+
+A pointer parameter may carry its shape as a comment on its line, in terms of the kernel's integer parameters:
+
+    const storage_t* __restrict__ x,  // (n, h, w, c)
+
+The comment is not decoration: the gate evaluates it at every launch and refuses an array of another size.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from types import CodeType
+
+import numpy as np
+
+from segnet_scratch.errors import CompileError, DTypeError
+from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.source import Source
+
+# C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes.
+_FIXED_TYPES = {
+    "char": np.int8,
+    "signed char": np.int8,
+    "uint8": np.uint8,
+    "unsigned char": np.uint8,
+    "short": np.int16,
+    "unsigned short": np.uint16,
+    "int": np.int32,
+    "unsigned": np.uint32,
+    "unsigned int": np.uint32,
+    "int64": np.int64,
+    "long long": np.int64,
+    "uint64": np.uint64,
+    "unsigned long long": np.uint64,
+    "size_t": np.uint64,
+    "float": np.float32,
+    "double": np.float64,
+}
+TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh
+_BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
+_KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
+_SYNCHRONISES = re.compile(
+    r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
+    r"|\b(?:warp|mma|ldmatrix|cp_async|mbarrier|tma|named_barrier|setmaxnreg)_\w+\s*[(<]|\bwgmma\w*\s*[(<]"
+)
+
+
+# How tensor-core kernels multiply (cuda/common/warp_tile.cuh), and what they read.
+_MULTIPLY = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
+
+
+@dataclass(frozen=True)
+class ElementTypes:
+    """What `storage_t` and `accumulate_t` stand for in one compilation, and how tensor cores multiply, if they do."""
+
+    storage: np.dtype
+    accumulate: np.dtype
+    multiply: str = ""  # "tf32", "tf32x3", "bf16", or nothing
+
+    @staticmethod
+    def of(dtype: np.dtype) -> "ElementTypes":
+        """The pair that arrays of `dtype` are computed with: bfloat16 in float32, others accumulated in the same."""
+        dtype = np.dtype(dtype)
+        return ElementTypes(dtype, np.dtype(np.float32) if dtype == BFLOAT16 else dtype)
+
+    @staticmethod
+    def named(name: str) -> "ElementTypes":
+        """Of "float32", "float64", "bfloat16", or of a way to multiply; the inverse of `name`."""
+        if name in _MULTIPLY:
+            return ElementTypes(_MULTIPLY[name], np.dtype(np.float32), name)
+        return ElementTypes.of(BFLOAT16 if name == BFLOAT16.name else np.dtype(name))
+
+    @property
+    def name(self) -> str:
+        """What messages, tables and file names call them."""
+        return self.multiply or self.storage.name
+
+    def c_name(self, dtype: np.dtype) -> str:
+        """The C++ type of the compilation flag -DSTORAGE or -DACCUMULATE; DTypeError where kernels know none."""
+        names = {"float32": "float", "float64": "double", "bfloat16": "bfloat16"}
+        if dtype.name not in names:
+            raise DTypeError(f"kernels cannot be compiled for {dtype.name}; expected float32, float64 or bfloat16")
+        return names[dtype.name]
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """The compiler flags that choose these types."""
+        pair = f"-DSTORAGE={self.c_name(self.storage)}", f"-DACCUMULATE={self.c_name(self.accumulate)}"
+        return (*pair, f"-DMULTIPLY={self.multiply.upper()}") if self.multiply else pair
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel."""
+
+    name: str
+    c_type: str  # without const, pointer and qualifiers; "TensorMap" for the map of an array (tensor_map.py)
+    pointer: bool
+    const: bool
+    optional: bool  # a pointer that may be null
+    extent: str | None  # the shape given as a comment, e.g. "(n, h, w, c)"
+    extent_code: CodeType | None
+
+    @property
+    def tensor_map(self) -> bool:
+        """Does it take the description of an array, for the GPU's tensor memory accelerator?"""
+        return self.c_type == TENSOR_MAP
+
+    def dtype(self, types: ElementTypes) -> np.dtype:
+        """The element type of the array, or the type of the scalar."""
+        if self.c_type == "storage_t":
+            return types.storage
+        if self.c_type == "accumulate_t":
+            return types.accumulate
+        return np.dtype(_FIXED_TYPES[self.c_type])
+
+    def extent_shape(self, scalars: dict[str, int]) -> tuple[int, ...]:
+        """The shape that the comment promises, for these values of the integer parameters."""
+        assert self.extent_code is not None
+        shape = eval(self.extent_code, {"__builtins__": {}}, scalars)
+        return shape if isinstance(shape, tuple) else (shape,)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's name, where it is defined, and its parameters."""
+
+    name: str
+    source: Source
+    line: int
+    parameters: tuple[Parameter, ...]
+    cooperative: bool  # its threads meet, as blocks or as warps, or share memory
+
+    @property
+    def signature(self) -> str:
+        """One line for messages: `relu_forward(storage_t* x, storage_t* y, int64 count)`."""
+        return f"{self.name}({', '.join(p.c_type + ('* ' if p.pointer else ' ') + p.name for p in self.parameters)})"
+
+
+def parse_kernels(source: Source) -> tuple[Kernel, ...]:
+    """All kernels of a source, in order. CompileError names file and line of what cannot be understood."""
+    text = blank_comments(source.text)
+    matches = list(_KERNEL.finditer(text))
+    spans = [(m, *_body_span(source, text, m)) for m in matches]
+    # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
+    outside = _outside(text, [(m.start(), end) for m, _, _, end in spans])
+    helper_synchronises = bool(_SYNCHRONISES.search(outside))
+    kernels: dict[str, Kernel] = {}
+    for match, parameters_end, body_start, body_end in spans:
+        name, line = match.group(1), _line(text, match.start())
+        if name in kernels:
+            first = kernels[name].line
+            raise CompileError(f"{source.path}:{line}: the kernel {name} is defined twice, first at line {first}")
+        span = slice(match.end(), parameters_end)
+        parameters = _parse_parameters(source, _line(text, match.end()), source.text[span], text[span])
+        cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[body_start:body_end]))
+        kernels[name] = Kernel(name, source, line, parameters, cooperative)
+    return tuple(kernels.values())
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def blank_comments(text: str) -> str:
+    """The text with comments replaced by spaces: positions and lines stay what they were."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.DOTALL)
+
+
+def _body_span(source: Source, text: str, match: re.Match[str]) -> tuple[int, int, int]:
+    """(end of the parameter list, start of the body, end of the body)."""
+    parameters_end = _closing(text, match.end() - 1, "()")
+    body = re.compile(r"\s*\{").match(text, parameters_end + 1) if parameters_end >= 0 else None
+    body_end = _closing(text, body.end() - 1, "{}") if body else -1
+    if body is None or body_end < 0:
+        line = _line(text, match.start())
+        raise CompileError(f"{source.path}:{line}: the kernel {match.group(1)} has no complete parameter list and body")
+    return parameters_end, body.end() - 1, body_end
+
+
+def _closing(text: str, start: int, pair: str) -> int:
+    """Position of the bracket that closes the one at `start`; -1 where there is none."""
+    depth = 0
+    for position in range(start, len(text)):
+        if text[position] == pair[0]:
+            depth += 1
+        elif text[position] == pair[1]:
+            depth -= 1
+            if depth == 0:
+                return position
+    return -1
+
+
+def _outside(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text without the kernels: device functions and macros."""
+    parts, position = [], 0
+    for start, end in spans:
+        parts.append(text[position:start])
+        position = end
+    parts.append(text[position:])
+    return "".join(parts)
+
+
+def _parse_parameters(source: Source, line: int, text: str, blanked: str) -> tuple[Parameter, ...]:
+    """Parameters from a list that begins on `line`; `blanked` is its text without comments."""
+    parameters: list[Parameter] = []
+    for offset, (row, code) in enumerate(zip(text.split("\n"), blanked.split("\n"), strict=True)):
+        declarations = [part.strip() for part in code.split(",") if part.strip()]
+        comment = re.sub(r"/\*.*?\*/", "", row[len(code.rstrip()) :]).partition("//")[2]
+        for position, declaration in enumerate(declarations):
+            # A shape belongs to the last declaration before it.
+            extent = _leading_parenthesis(comment.strip()) if position == len(declarations) - 1 else None
+            parameters.append(_parse_parameter(f"{source.path}:{line + offset}", declaration, extent))
+    return tuple(parameters)
+
+
+def _leading_parenthesis(comment: str) -> str | None:
+    if not comment.startswith("("):
+        return None
+    end = _closing(comment, 0, "()")
+    return comment[: end + 1] if end > 0 else None
+
+
+def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parameter:
+    words = re.findall(r"\w+|\*|\S", declaration)
+    pointer = "*" in words
+    qualifiers = {"const", "volatile", "__restrict__", "__restrict", "OPTIONAL", "*", "__grid_constant__"}
+    kept = [word for word in words if word not in qualifiers]
+    strange = any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words)
+    if strange or words.count("*") > 1 or len(kept) < 2:
+        raise CompileError(
+            f"{where}: cannot understand the kernel parameter '{declaration}'; expected a scalar or a pointer, "
+            "for example 'const float* __restrict__ x' or 'int n'"
+        )
+    name, c_type = kept[-1], " ".join(kept[:-1])
+    if c_type == TENSOR_MAP:
+        if pointer or not {"const", "__grid_constant__"} <= set(words):
+            expected = f"const __grid_constant__ {TENSOR_MAP} {name}"
+            raise CompileError(f"{where}: a tensor map is passed as '{expected}', not '{declaration}'")
+        return Parameter(name, c_type, False, True, False, None, None)
+    if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
+        known = ", ".join(["storage_t", "accumulate_t", TENSOR_MAP, *_FIXED_TYPES])
+        raise CompileError(
+            f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}"
+        )
+    const = pointer and "const" in words[: words.index("*")]
+    code = compile_expression(where, extent) if pointer and extent else None
+    return Parameter(name, c_type, pointer, const, "OPTIONAL" in words, extent if code else None, code)
+
+
+def compile_expression(where: str, text: str, what: str = "shape comment") -> CodeType:
+    """Python code for a comment; only names, integers, + - * / and parentheses are let through."""
+    try:
+        tree = ast.parse(text.replace("/", "//"), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        raise CompileError(f"{where}: the {what} {text} is not an expression in the kernel's integers") from error
+    allowed = (ast.BinOp, ast.Name, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
+    dimensions = tree.body.elts if isinstance(tree.body, ast.Tuple) else [tree.body]
+    for node in (node for dimension in dimensions for node in ast.walk(dimension)):
+        integer = isinstance(node, ast.Constant) and type(node.value) is int
+        if not (integer or isinstance(node, allowed)):
+            raise CompileError(f"{where}: the {what} {text} may use names, integers, + - * / only")
+    return compile(tree, where, "eval")
