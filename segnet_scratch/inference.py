@@ -1,7 +1,6 @@
 """How a network is applied to an image: once at its input size, or many times with the results averaged."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,9 @@ from segnet_scratch.data import normalise, resize_image
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.nn.autograd import no_grad
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
+from segnet_scratch.nn import dropout_sampling
+from segnet_scratch.ops.argmax import ArgmaxForward
+from segnet_scratch.ops.dropout import STATE
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.runtime.devices import Array
@@ -148,14 +150,12 @@ def _average(
     """Mean probabilities (h, w, classes), and the uncertainty (h, w) where there are samples."""
     mean = np.zeros((*image.shape[:2], model.classes), np.float32)
     squares = np.zeros_like(mean)  # summed squared deviations from the mean, by Welford's recurrence
-    with _dropout(model, inference.samples > 0):
-        for sample in range(max(1, inference.samples)):
-            if inference.samples:
-                model.set_random_state(0, sample)
+    for sample in range(max(1, inference.samples)):
+        with _sampling(model, sample) if inference.samples else nullcontext():
             probabilities = _mean_of_views(model, image, size, inference)
-            deviation = probabilities - mean
-            mean += deviation / (sample + 1)
-            squares += deviation * (probabilities - mean)
+        deviation = probabilities - mean
+        mean += deviation / (sample + 1)
+        squares += deviation * (probabilities - mean)
     return mean, squares.mean(axis=2) / inference.samples if inference.samples else None
 
 
@@ -205,16 +205,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-@contextmanager
-def _dropout(model: SegNet, active: bool) -> Iterator[None]:
-    """Within it, dropout drops although the model is in evaluation mode; batch norm keeps its running statistics."""
-    try:
-        for dropout in model.dropouts.values():
-            dropout.training = active
-        yield
-    finally:
-        for dropout in model.dropouts.values():
-            dropout.training = False
+def _sampling(model: SegNet, sample: int) -> AbstractContextManager[None]:
+    """Within it dropout drops although the model is in evaluation mode; batch norm keeps its running statistics."""
+    return dropout_sampling(model.device.upload(np.array([0, sample], STATE.dtype)))
 
 
 def _sides(size: tuple[int, int]) -> str:

@@ -8,6 +8,7 @@ arrays and keeps what `backward` needs; `backward` turns the gradient of the out
 import contextlib
 import itertools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +20,20 @@ from segnet_scratch.ops.op import spec_of
 from segnet_scratch.runtime.devices import Array, Device, get_device
 from segnet_scratch.runtime.observe import current_scope, scope
 
-_recording = True
+# Of each thread and asyncio task its own: one may predict while another trains.
+_recording = ContextVar("recording", default=True)
 _keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
 
 
 @contextlib.contextmanager
 def no_grad() -> Iterator[None]:
-    """Within this context no graph is recorded: for evaluation and prediction."""
-    global _recording
-    previous, _recording = _recording, False
+    """Within this context no graph is recorded, in this thread: for evaluation and prediction."""
+    previous = _recording.get()
+    _recording.set(False)
     try:
         yield
     finally:
-        _recording = previous
+        _recording.set(previous)  # no token: a generator with this in it may be closed in another context
 
 
 class Tensor:
@@ -170,7 +172,7 @@ class Function:
                     "create both on one device"
                 )
         output = Tensor(self.forward(*(tensor.data for tensor in inputs)), self.device)
-        if _recording and any(tensor.requires_grad for tensor in inputs):
+        if _recording.get() and any(tensor.requires_grad for tensor in inputs):
             self.inputs, self.output_key = tuple(Edge.of(tensor) for tensor in inputs), output.key
             output.requires_grad, output.maker = True, self
         return output

@@ -1,6 +1,8 @@
 """Modules: objects that hold parameters and buffers and apply ops to tensors."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import sqrt
 from typing import Any, Self, TypeVar
 
@@ -144,6 +146,21 @@ class BatchNorm2d(Module):
         return batch_norm(x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum)
 
 
+# Of each thread its own: several may sample from one network, each with random numbers of its own.
+_sampling: ContextVar[Array | None] = ContextVar("sampling", default=None)
+
+
+@contextmanager
+def dropout_sampling(state: Array) -> Iterator[None]:
+    """Within it dropout drops in evaluation mode, too, in this thread; `state` (seed, step) says what."""
+    previous = _sampling.get()
+    _sampling.set(state)
+    try:
+        yield
+    finally:
+        _sampling.set(previous)
+
+
 class Dropout(Module):
     """Drops elements with probability p in training. `state` (seed, step) is shared by all layers of a model."""
 
@@ -152,7 +169,10 @@ class Dropout(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape (n, ...) to the same."""
-        return dropout(x, self.p, self.layer, self.state) if self.training else x
+        sampling = _sampling.get()
+        if sampling is None and not self.training:
+            return x
+        return dropout(x, self.p, self.layer, self.state if sampling is None else sampling)
 
 
 class ConvUnit(Module):

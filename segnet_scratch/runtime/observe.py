@@ -6,6 +6,7 @@ are named by `scope`, in which SegNet runs each of its blocks; autograd runs a b
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,52 +55,54 @@ class Listener:
         """The host device has run that kernel; its blocks together met so many barriers."""
 
 
-_scope = ""
-_listener: Listener | None = None
+# Of each thread and asyncio task its own: what one computes is not told to who watches another.
+_scope = ContextVar("scope", default="")
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextlib.contextmanager
 def observe(listener: Listener) -> Iterator[None]:
-    """Within this context a listener is told of everything that is computed; one at a time."""
-    global _listener
-    previous, _listener = _listener, listener
+    """Within this context a listener is told of everything that this thread computes; one at a time."""
+    previous = _listener.get()
+    _listener.set(listener)
     try:
         yield
     finally:
-        _listener = previous
+        _listener.set(previous)
 
 
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
     """Within this context what is computed belongs to the layer of this name."""
-    global _scope
-    previous, _scope = _scope, name
+    previous = _scope.get()
+    _scope.set(name)
     try:
         yield
     finally:
-        _scope = previous
+        _scope.set(previous)
 
 
 def current_scope() -> str:
     """The name of the layer that is computed; empty outside of any."""
-    return _scope
+    return _scope.get()
 
 
 def carry_out(op: Planned, run: Callable[[], None]) -> None:
     """Calls `run`, which does the work of an op, under the eyes of the listener."""
-    if _listener is None:
+    listener = _listener.get()
+    if listener is None:
         run()
     else:
-        _listener.op(op, run)
+        listener.op(op, run)
 
 
 def launched(launch: Launch) -> None:
     """Tells the listener of a launch."""
-    if _listener is not None:
-        _listener.launch(launch)
+    if (listener := _listener.get()) is not None:
+        listener.launch(launch)
 
 
 def passed_barriers(count: int) -> None:
     """Tells the listener how many barriers the blocks of the last launch met."""
-    if _listener is not None:
-        _listener.barriers(count)
+    if (listener := _listener.get()) is not None:
+        listener.barriers(count)

@@ -5,6 +5,7 @@
 """
 
 import functools
+import threading
 
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime.devices.base import Array, Device
@@ -28,6 +29,9 @@ __all__ = [
 NAMES = ("auto", "cuda", "host", "numpy")
 
 
+_creating = threading.Lock()
+
+
 @functools.cache
 def _shared_device(name: str) -> Device:
     if name == "numpy":
@@ -46,4 +50,5 @@ def get_device(device: "str | Device" = "auto") -> Device:
         raise DeviceError(f"there is no device {device!r}; expected one of {', '.join(NAMES)}")
     if device == "auto":
         device = "numpy" if cuda_missing() else "cuda"
-    return _shared_device(device)
+    with _creating:  # `cache` alone could give two threads two devices, whose tensors do not meet
+        return _shared_device(device)

@@ -1,6 +1,7 @@
 """The device of an NVIDIA GPU, through CuPy: its memory pool, its current stream, its modules."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from segnet_scratch.runtime.devices.prefetch import Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
 
+# While `capture` records; of each thread its own, as CuPy's current stream and allocator are.
+_recording: "ContextVar[Recording[Any] | None]" = ContextVar("recording", default=None)
 DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost: memory of the CPU, pinned in the second case
 
 
@@ -40,7 +43,6 @@ class CudaDevice(Device):
         self.gpu: str = name.decode() if isinstance(name, bytes) else str(name)
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
-        self._recording: Recording[Any] | None = None  # while `capture` records
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         return self._guarded(_nbytes(shape, dtype), lambda: self._cupy.empty(tuple(shape), dtype))
@@ -53,9 +55,9 @@ class CudaDevice(Device):
         return self._guarded(array.nbytes, lambda: self._cupy.asarray(np.asarray(array, order="C")))
 
     def constant(self, array: np.ndarray) -> Array:
-        if self._recording is None:
+        recording = _recording.get()
+        if recording is None:
             return self.upload(array)
-        recording = self._recording
         return self._guarded(array.nbytes, lambda: recording.constant(np.array(array, order="C")))
 
     def download(self, array: Array) -> np.ndarray:
@@ -96,14 +98,15 @@ class CudaDevice(Device):
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         self._expect_no_recording("capture once more")
         self._cupy.get_default_memory_pool().free_all_blocks()  # the recording has a pool of its own to fill
-        self._recording = Recording(self._cupy, function)
+        recording = Recording(self._cupy, function)
+        _recording.set(recording)
         try:
-            return self._recording.record()
+            return recording.record()
         finally:
-            self._recording = None
+            _recording.set(None)
 
     def _expect_no_recording(self, what: str) -> None:
-        if self._recording is not None:
+        if _recording.get() is not None:
             raise DeviceError(
                 f"capture: the function tries to {what}, which a graph cannot repeat; do it before or after, and "
                 "write inputs into arrays that exist already"
