@@ -9,10 +9,9 @@ from segnet_scratch.config import MINIMUM_SIZE
 from segnet_scratch.data import normalise, resize_image
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.nn.modules import dropout_sampling
+from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
-from segnet_scratch.nn import dropout_sampling
-from segnet_scratch.ops.argmax import ArgmaxForward
-from segnet_scratch.ops.dropout import STATE
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.runtime.devices import Array

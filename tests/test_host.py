@@ -597,16 +597,8 @@ class TestCompilation:
     def test_a_library_that_does_not_load(self, tmp_path):
         (kernel,) = parse(tmp_path, FILL.replace("VALUE", "6"))
         library = host.build(kernel.source, FLOAT32)
-        assert library.read_bytes() == b""  # as a full disk or a power failure may leave it
+        assert library.read_bytes() == b""  # what that compiler makes
         with pytest.raises(CompileError, match=rf"{library.name}.* do not load.*delete"):
-            filled(kernel)
-
-    @pytest.mark.usefixtures("cold_cache", "instant_compiler")
-    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "file" / "cache"))
-        (kernel,) = parse(tmp_path, FILL.replace("VALUE", "7"))
-        with pytest.raises(CompileError, match=r"cannot write .*file.cache.*SEGNET_CACHE"):
             filled(kernel)
 
     def test_two_processes_compile_at_once(self, tmp_path):
@@ -638,8 +630,8 @@ class TestCompilation:
         for process in processes:
             out, err = process.communicate(timeout=120)
             assert (process.returncode, out) == (0, "8.0\n"), err
-        (library,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
-        assert library.suffix == ".so"
+        names = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+        assert names == {".so", ".sha256"}
 
     def test_the_cache_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "mine"))

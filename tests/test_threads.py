@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 import segnet_scratch
-from segnet_scratch import autograd, observe
-from segnet_scratch import device as devices
-from segnet_scratch.autograd import no_grad, tensor
 from segnet_scratch.inference import Inference, segment
-from segnet_scratch.ops import cross_entropy, relu
+from segnet_scratch.nn import autograd
+from segnet_scratch.nn.autograd import no_grad, tensor
+from segnet_scratch.nn.functions import cross_entropy, relu
+from segnet_scratch.runtime import devices, observe
 from segnet_scratch.segnet import SegNet
 
 SIZE = 32, 32

@@ -49,14 +49,17 @@ class DiskCachedDataset(VOCDataset):
         self.file = folder / f"{self.root.name}-{split}-{place}.segnet-cache"
         fingerprint = self._fingerprint()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / "lock"):
-                # Under the lock nobody else writes here, so whatever is half-written was left by a killed process.
-                sweep_temporaries(folder)
-                index = _read_index(self.file, fingerprint, len(self))
-                if index is None:
-                    write_durably(self.file, self._blocks(fingerprint, progress))
+            # Whoever finds it made needs no right to write there: several users may share a folder.
+            index = _read_index(self.file, fingerprint, len(self))
+            if index is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with _locked(folder / "lock"):
+                    # Under the lock nobody else writes here, so whatever is half-written was left by a killed process.
+                    sweep_temporaries(folder)
                     index = _read_index(self.file, fingerprint, len(self))
+                    if index is None:
+                        write_durably(self.file, self._blocks(fingerprint, progress))
+                        index = _read_index(self.file, fingerprint, len(self))
             if index is None:
                 raise DataError(f"{self.file}: does not hold what was written to it; check the disk.")
             self._index = index

@@ -4,6 +4,7 @@ How a launch is carried out is in cuda/common/host_runtime.h; this file builds t
 """
 
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
+from segnet_scratch.files import reason
 from segnet_scratch.runtime import observe
-from segnet_scratch.runtime.cache import cache_directory, cache_key, publish
+from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.shared_memory import rewrite_shared
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
@@ -238,29 +240,38 @@ def build(source: Source, types: ElementTypes, sanitize: bool = False, variables
     text = unit if sanitize else unit.replace(source.path.as_posix(), source.path.name)
     key = cache_key(source.digest, text, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
     library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
-    if library.is_file():
-        return library
+    return kept(library, lambda: _compile(source, types, command, flags, unit))
+
+
+def _compile(source: Source, types: ElementTypes, command: list[str], flags: list[str], unit: str) -> bytes:
+    """The shared library of a source."""
     log.info("compiling %s for the host device (%s)", source.path.name, types.name)
     includes = [f"-I{directory}" for directory in source.include_directories]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernel.so"
-        unit_path = Path(folder) / "unit.cpp"
-        unit_path.write_text(unit, encoding="utf-8")
-        result = subprocess.run(
-            [*command, *flags, *includes, str(unit_path), "-o", str(output)], capture_output=True, text=True
-        )
-        if result.returncode != 0:
-            raise CompileError(
-                f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
-                f"{_hint(result.stderr)}"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "kernel.so"
+            unit_path = Path(folder) / "unit.cpp"
+            unit_path.write_text(unit, encoding="utf-8", errors="surrogateescape")  # the names of folders
+            result = subprocess.run(
+                [*command, *flags, *includes, str(unit_path), "-o", str(output)],
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
-        if not output.is_file():
-            raise CompileError(
-                f"the C++ compiler '{' '.join(command)}' wrote no library; unset CXX or set it to another"
-            )
-        source.check_unchanged()
-        publish(library, output.read_bytes())
-    return library
+            if result.returncode != 0:
+                raise CompileError(
+                    f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
+                    f"{_hint(result.stderr)}"
+                )
+            if not output.is_file():
+                raise CompileError(
+                    f"the C++ compiler '{' '.join(command)}' wrote no library; unset CXX or set it to another"
+                )
+            source.check_unchanged()
+            return output.read_bytes()
+    except OSError as error:
+        place = error.filename or "the folder for temporary files"
+        raise CompileError(f"{place}: {reason(error)}; compilers need room there: set TMPDIR to another") from error
 
 
 def _first_errors(stderr: str, limit: int = 40) -> str:
@@ -271,7 +282,9 @@ def _first_errors(stderr: str, limit: int = 40) -> str:
 
 
 def _hint(stderr: str) -> str:
-    """What to do about names that the C++ compiler does not know."""
+    """What to do about names that the C++ compiler does not know, and about a full disk."""
+    if os.strerror(errno.ENOSPC) in stderr:
+        return f"\n{tempfile.gettempdir()} is full: make room there, or set TMPDIR to another folder"
     unknown = "was not declared|has not been declared|does not name a type"
     found = re.findall(rf"['‘](\w+)['’] (?:{unknown})|(?:undeclared identifier|unknown type name) '(\w+)'", stderr)
     names = list(dict.fromkeys(a or b for a, b in found))

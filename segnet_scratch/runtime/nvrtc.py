@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.cache import cache_directory, cache_key, publish
+from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.signature import ElementTypes
 from segnet_scratch.runtime.source import Source
 
@@ -121,14 +121,14 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
     program = ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), source.text.encode(), str(source.path).encode(), 0, None, None
+            ctypes.byref(program), source.text.encode(), os.fsencode(source.path), 0, None, None
         ),
         "nvrtcCreateProgram",
     )
     try:
         options = compiler_options(types, source.target(architecture))
         options += [f"-I{directory}" for directory in source.include_directories]
-        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        array = (ctypes.c_char_p * len(options))(*(os.fsencode(option) for option in options))
         status = library.nvrtcCompileProgram(program, len(options), array)
         output = _read(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status != 0:
@@ -156,9 +156,10 @@ def cubin_path(source: Source, types: ElementTypes, architecture: str) -> Path:
 
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
     """The path of the cubin of a source, compiled unless the cache has it."""
-    path = cubin_path(source, types, architecture)
-    if not path.is_file():
+
+    def compiled() -> bytes:
         cubin = compile_cubin(source, types, architecture)
         source.check_unchanged()
-        publish(path, cubin)
-    return path
+        return cubin
+
+    return kept(cubin_path(source, types, architecture), compiled)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.cache import cache_directory, cache_key, publish
+from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.nvrtc import compile_cubin, compiler_options, cubin_path, nvrtc_version
 from segnet_scratch.runtime.ptxas import Usage, parse_log, remarks
 from segnet_scratch.runtime.signature import ElementTypes, parse_kernels
@@ -78,10 +78,12 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     """What the compilers said about a source, now or when it was compiled before."""
     key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
     path = cache_directory() / "resources" / f"{source.path.stem}-{types.name}-{architecture}-{key}.log"
-    if not path.is_file():
+
+    def compiled() -> bytes:
         log: list[str] = []
         cubin = compile_cubin(source, types, architecture, log)
         source.check_unchanged()
-        publish(cubin_path(source, types, architecture), cubin)  # it has cost most of the time: nobody need do it again
-        publish(path, log[0].encode())
-    return path.read_text(encoding="utf-8")
+        kept(cubin_path(source, types, architecture), lambda: cubin)  # it has cost most of the time: not again
+        return log[0].encode()
+
+    return kept(path, compiled).read_text(encoding="utf-8")

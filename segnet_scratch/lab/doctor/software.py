@@ -128,17 +128,20 @@ def _another_compiler() -> str:
 
 def cache() -> Finding:
     """Where compiled kernels are kept."""
-    from segnet_scratch.runtime.cache import cache_directory, publish
+    from segnet_scratch.runtime.cache import cache_directory, outlives_process, publish
 
+    other = Path(tempfile.gettempdir()) / "segnet_scratch"
+    fix = f"export SEGNET_CACHE={shlex.quote(str(other))}"
     try:
         folder = cache_directory()
+        if not outlives_process(folder):
+            return Finding("cache", "missing", "no home folder is known: each process compiles its kernels anew", fix)
         probe = folder / f"doctor-{os.getpid()}"
         publish(probe, b"")
         probe.unlink()
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    except (CompileError, OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
-        other = Path(tempfile.gettempdir()) / "segnet_scratch"
-        return Finding("cache", "broken", str(error), f"export SEGNET_CACHE={shlex.quote(str(other))}")
+    except (CompileError, OSError) as error:
+        return Finding("cache", "broken", str(error), fix)
     return Finding("cache", "ok", f"{folder}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from segnet_scratch.files import reason
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.runtime.cache import cache_directory, cache_key, publish
 from segnet_scratch.runtime.devices import Device
@@ -53,7 +54,10 @@ class TileTable:
                 raise ValueError("it is of something else")
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            log.warning("%s: %s; tiles go by shape", path, reason(error))
+            return cls()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s: expected the choices of segnet tune, got: %s; tiles go by shape; tune again", path, error)
             return cls()
         return cls(choices)
