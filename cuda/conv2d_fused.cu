@@ -2,7 +2,7 @@
 // their loads and stores. Stride 1, kernels up to 15x15, channels a multiple of a piece (4 float32, 8 bfloat16).
 // Element types: tf32, tf32x3, bf16; sm_80 and newer.
 //
-//   forward          y = [unpool(x)] * weight [+ bias], [ReLU], [max-pool]
+//   forward          y = x * weight [+ bias], [ReLU], [max-pool]
 //                    training: writes y, and of each tile of 128 pixels the mean and M2 of every channel, from which
 //                    norm_merge_statistics makes batch norm's statistics: y is not read again for them
 //                    inference (batch norm folded into weight and bias): nothing but z, or its pooled map and codes
@@ -11,16 +11,17 @@
 //   backward_data    dr = the gradient before the ReLU of the block below, from dy of this one: the fprop of dy with the
 //                    flipped weight, [gathered at the codes of the unpool], zero where the ReLU below was; and of each
 //                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
-//   backward_weight  the partial results of dweight where x was unpooled
 //
-// In brackets: by option. Unpooled maps are never written: source UnpooledPieces (common/implicit_gemm.cuh) expands
-// the codes on the way in; on the way out the rows of a tile come window by window. z = relu(bn(y)) of the block below is
-// not kept either; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
+// In brackets: by option. Unpooled maps are written once and read by the convolution like any other (unpool_packed.cu,
+// norm_relu.cu): to expand codes on the way in costs more than the product (docs/kernels.md). Their gradients are never
+// written: the rows of a tile come window by window, and the tile is gathered on the way out. z = relu(bn(y)) of the
+// block below is not kept; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
 //
 // The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
 #include "common/implicit_gemm.cuh"
+#include "common/packed_codes.cuh"
 
 // The tile of a block in shared memory, as it is stored, where the stages of the main loop were. A thread looks after the
 // piece of columns from `column()` on, of every LANES-th row from `lane()` on.
@@ -138,8 +139,8 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
         for (int code = 1; code < 4; ++code)
             if (first.x + code % 2 < order.w && first.y + code / 2 < order.h) pool.offer(candidate(code), code);
         const int64 element = row / 4 * o + tile.channel();
-        store_piece(pooled + element, pool.best);
-        store_codes(codes, element, pool.codes);
+        store_piece(pooled + element, pool.piece());
+        store_codes(codes, element, pool.codes());
     }
 }
 
@@ -150,14 +151,14 @@ __device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
     return (int)(left < Block::ROWS ? left : Block::ROWS);
 }
 
-template <class Block, template <int> class Source>
-__device__ void forward(const storage_t* __restrict__ x, const uint8* __restrict__ unpool_codes,
-                        const storage_t* __restrict__ weight, const accumulate_t* __restrict__ bias,
-                        storage_t* __restrict__ y, accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes,
-                        const Convolution& g, bool with_relu) {
+template <class Block, class Source>
+__device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
+                        const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
+                        accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes, const Convolution& g,
+                        bool with_relu) {
     const RowOrder order(g, pool_codes != nullptr);
     typename Block::Tile tile;
-    block_multiply_forward<Block, Source>(tile, x, unpool_codes, weight, g, order);
+    block_multiply_forward<Block, Source>(tile, x, weight, g, order);
     const StoredTile<Block> stored(tile, bias, g.o);
     const int count = rows_of_block<Block>(g, order);
     if (pool_codes) {
@@ -173,14 +174,14 @@ struct __align__(2 * sizeof(accumulate_t)) Sums {
 };
 
 // Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
-template <class Block, template <int> class Source>
-__device__ void split(const storage_t* __restrict__ x, const uint8* __restrict__ unpool_codes,
-                      const storage_t* __restrict__ weight, accumulate_t* __restrict__ partials, const Convolution& g,
-                      int64 rows, bool by_windows, int parts_per_chunk) {
+template <class Block, class Source>
+__device__ void split(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
+                      accumulate_t* __restrict__ partials, const Convolution& g, int64 rows, bool by_windows,
+                      int parts_per_chunk) {
     typedef typename Block::Tile Tile;
     Tile tile;
     const RowOrder order(g, by_windows);
-    block_multiply_forward<Block, Source>(tile, x, unpool_codes, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
+    block_multiply_forward<Block, Source>(tile, x, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
 #pragma unroll
     for (int i = 0; i < 2 * Tile::M; ++i) {
         const int64 row = (int64)blockIdx.x * Block::ROWS + Block::row0() + Tile::row(i / 2, i % 2 * 2);
@@ -263,7 +264,7 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
                               accumulate_t* __restrict__ partials, const Convolution& g) {
     const RowOrder order(g, unpool_codes != nullptr);
     typename Block::Tile tile;
-    block_multiply_forward<Block, DensePieces>(tile, dy, nullptr, flipped, g, order);
+    block_multiply_forward<Block, DensePieces>(tile, dy, flipped, g, order);
     const StoredTile<Block> stored(tile, nullptr, g.o);
     store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
 }
@@ -279,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 128, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 128, 2>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -293,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 64, 2>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -307,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 32, 4>, DensePieces>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 32, 4>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -321,37 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>, DenseElements>(x, nullptr, weight, bias, y, partials, pool_codes, g, relu);
-}
-
-// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x64(
-    const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
-}
-
-// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_unpool_128x32(
-    const storage_t* __restrict__ x,                 // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ unpool_codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 32, 4>, UnpooledPieces>(x, unpool_codes, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 64, 2>, DenseElements>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -415,18 +386,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_weight_unpool_128x64(
-    const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const storage_t* __restrict__ dy,        // (n, oh, ow, o)
-    accumulate_t* __restrict__ partials,     // (chunks, o, kh, kw, c)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
-    int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 64, 2>, UnpooledPieces>(
-        x, unpool_codes, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
-}
-
-// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_128x64(
     const storage_t* __restrict__ x,         // (n, h, w, c)
     const storage_t* __restrict__ weight,    // (o, kh, kw, c)
@@ -434,19 +393,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
     int chunks, int parts_per_chunk) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    split<BlockTile<128, 64, 2>, DensePieces>(
-        x, nullptr, weight, partials, g, rows, by_windows, parts_per_chunk);
-}
-
-// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_unpool_128x64(
-    const storage_t* __restrict__ x,         // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ unpool_codes,  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const storage_t* __restrict__ weight,    // (o, kh, kw, c)
-    accumulate_t* __restrict__ partials,     // (chunks, rows, o)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
-    int chunks, int parts_per_chunk) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    split<BlockTile<128, 64, 2>, UnpooledPieces>(
-        x, unpool_codes, weight, partials, g, rows, by_windows, parts_per_chunk);
+    split<BlockTile<128, 64, 2>, DensePieces>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
 }

@@ -51,7 +51,7 @@ extern "C" __global__ void conv2d_fused_merge(
         PooledPiece pool(merge.piece(4 * pixel, output));
         for (int code = 1; code < 4; ++code)
             if (column + code % 2 < ow && row + code / 2 < oh) pool.offer(merge.piece(4 * pixel + code, output), code);
-        store_piece(y + element, pool.best);
-        store_codes(pool_codes, element, pool.codes);
+        store_piece(y + element, pool.piece());
+        store_codes(pool_codes, element, pool.codes());
     }
 }

@@ -46,11 +46,11 @@ __device__ void store_tile(const WarpTile<ROWS, COLUMNS>& tile, storage_t* __res
     }
 }
 
-template <class Block, template <int> class Source>
+template <class Block, class Source>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
     typename Block::Tile tile;
-    block_multiply_forward<Block, Source>(tile, x, nullptr, weight, g, RowOrder(g, false));
+    block_multiply_forward<Block, Source>(tile, x, weight, g, RowOrder(g, false));
     const int64 pixel0 = (int64)blockIdx.x * Block::ROWS + Block::row0();
     const int output0 = blockIdx.y * Block::COLUMNS + Block::column0();
     if (g.o % 2 == 0)
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
     block_backward_weight<BlockTile<128, 128, 2>, DensePieces>(
-        x, nullptr, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
     block_backward_weight<BlockTile<128, 64, 2>, DensePieces>(
-        x, nullptr, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -129,5 +129,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
     block_backward_weight<BlockTile<128, 64, 2>, DenseElements>(
-        x, nullptr, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }

@@ -1,28 +1,28 @@
-// Batch norm with ReLU, and with max-pool, between two convolutions of the fused engine; and the sums of its backward.
+// Batch norm with ReLU, and with max-pool or max-unpool, between two convolutions of the fused engine; and the sums of its
+// backward.
 // Element types: float32, bfloat16.
 //
 //   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which conv2d_fused.cu left
-//   forward           z = relu((y - mean) inv_std weight + bias);  pooled blocks write max-pool and codes of z, not z
+//   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z, not z;
+//                     blocks below an unpool write the unpooled map of z, not z
 //   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
 //   backward          dy = weight inv_std (dr - dbias / rows - xhat dweight / rows), xhat = (y - mean) inv_std
 //                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; of a pooled block that of its
 //                     pooled map, which belongs to the coded element of each window (the others have dr 0)
 //
-// batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1) or
-// pooled map (1/4) and codes (1/32 or 1/64) forward, dr (1 or 1/4) and dy (1) backward. These kernels are bound by that
-// traffic. dy takes the place of dr where they are of one size.
+// batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1),
+// pooled map (1/4) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy (1) backward.
+// These kernels are bound by that traffic. dy takes the place of dr where they are of one size.
 //
-// Threads of maps: each looks after one piece of channels (16 bytes), whose numbers it loads once, of every so many
-// rows (pixels, or windows); neighbouring threads have neighbouring pieces. All loads of a window are begun before the
-// first is used. No sums: any order.
+// Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
+// (pixels or windows), or of the four pixels of one window. No sums: any order.
 //
 // Merges: there are thousands of tiles and perhaps 64 channels, so one thread a channel would wait for memory thousands
 // of times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles; loads of a lane
 // do not depend on each other. All sums in double; statistics as distances from the first tile's mean (never
 // E[x^2] - E[x]^2). Lanes are added as a binary tree: the order depends on the shape alone.
-#include "common/packed_codes.cuh"
 #include "common/reduce.cuh"
-#include "common/windows.cuh"
+#include "common/unpool.cuh"
 
 #define TILE_ROWS 128  // of a convolution's tile (conv2d_fused.cu); the last one has what is left
 #define MERGE_CHANNELS 8
@@ -76,25 +76,6 @@ extern "C" __global__ void norm_merge_gradients(
     dweight[channel] = (float)sums[1];
 }
 
-// The share of a thread in a (rows, c) matrix: one piece of the channels, of the rows first, first + step, ...
-//
-//   for (Share share(c); share.exists(c); share.next())
-//
-// Any one-dimensional grid covers the matrix. Where a row has more pieces than there are threads, a thread takes several
-// shares; the threads beyond the last whole row of pieces have none. Nobody has one where c is no multiple of a piece,
-// which ops/normalisation/norm_relu.py refuses.
-struct Share {
-    int64 threads, channel, first, step;
-    __device__ explicit Share(int c) : threads((int64)gridDim.x * blockDim.x) {
-        const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x, pieces = c < PIECE ? 1 : c / PIECE;
-        channel = index % pieces * PIECE;
-        first = index / pieces;
-        step = threads < pieces ? 1 : threads / pieces;
-    }
-    __device__ bool exists(int c) const { return c % PIECE == 0 && channel < c && first < step; }
-    __device__ void next() { channel += threads * PIECE; }
-};
-
 // What forward does to a piece of y, as it is stored.
 struct Norm {
     Values mean, scale, bias;
@@ -125,11 +106,11 @@ struct WindowPieces {
     Piece at[4];
     __device__ WindowPieces(const storage_t* map, const Window& window, int w, int c) {
 #pragma unroll
-        for (int code = 0; code < 4; ++code) at[code] = load_piece(map + window.at(window.holds(code) ? code : 0, w, c));
+        for (int code = 0; code < 4; ++code) at[code] = load_piece_here(map + window.at(window.holds(code) ? code : 0, w, c));
     }
 };
 
-extern "C" __global__ void norm_relu_forward(
+extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_forward(
     const storage_t* __restrict__ y,    // (rows, c)
     const float* __restrict__ mean,     // (c)
     const float* __restrict__ inv_std,  // (c)
@@ -139,14 +120,18 @@ extern "C" __global__ void norm_relu_forward(
     int64 rows, int c, int relu) {
     for (Share share(c); share.exists(c); share.next()) {
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-        for (int64 row = share.first; row < rows; row += share.step) {
-            const int64 element = row * c + share.channel;
-            store_piece(z + element, norm.of(load_piece(y + element)));
+        for (int64 row = share.first; row < rows; row += LOADS * share.step) {
+            const Batch batch(share, row, rows, c);
+            Piece pieces[LOADS];
+            batch.load(pieces, y);
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+                if (batch.holds(i)) store_piece(z + batch.element(i), norm.of(pieces[i]));
         }
     }
 }
 
-extern "C" __global__ void norm_relu_pool_forward(
+extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_forward(
     const storage_t* __restrict__ y,    // (n, h, w, c)
     const float* __restrict__ mean,     // (c)
     const float* __restrict__ inv_std,  // (c)
@@ -155,18 +140,32 @@ extern "C" __global__ void norm_relu_pool_forward(
     storage_t* __restrict__ pooled,     // (n, (h + 1) / 2, (w + 1) / 2, c)
     uint8* __restrict__ codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     int n, int h, int w, int c, int relu) {
-    const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
     for (Share share(c); share.exists(c); share.next()) {
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-        for (int64 row = share.first; row < windows; row += share.step) {
-            const WindowPieces pieces(y, Window(row, (int)share.channel, h, w, c), w, c);
+        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
+            const WindowPieces pieces(y, walk.window(share.channel, h, w, c), w, c);
             PooledPiece pool(norm.of(pieces.at[0]));
 #pragma unroll
             for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
-            const int64 element = row * c + share.channel;
-            store_piece(pooled + element, pool.best);
-            store_codes(codes, element, pool.codes);
+            const int64 element = walk.index * c + share.channel;
+            store_piece(pooled + element, pool.piece());
+            store_codes(codes, element, pool.codes());
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_forward(
+    const storage_t* __restrict__ y,    // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const float* __restrict__ mean,     // (c)
+    const float* __restrict__ inv_std,  // (c)
+    const float* __restrict__ weight,   // (c)
+    const float* __restrict__ bias,     // (c)
+    storage_t* __restrict__ unpooled,   // (n, h, w, c)
+    int n, int h, int w, int c, int relu) {
+    for (Share share(c); share.exists(c); share.next()) {
+        const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
+        unpool_share(y, codes, unpooled, share, n, h, w, c, [&](const Piece& piece) { return norm.of(piece); });
     }
 }
 
@@ -196,7 +195,7 @@ struct NormBackward {
     }
 };
 
-extern "C" __global__ void norm_relu_backward(
+extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_backward(
     const storage_t* __restrict__ y,    // (rows, c)
     const float* __restrict__ mean,     // (c)
     const float* __restrict__ inv_std,  // (c)
@@ -207,14 +206,19 @@ extern "C" __global__ void norm_relu_backward(
     int64 rows, int c) {
     for (Share share(c); share.exists(c); share.next()) {
         const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, rows);
-        for (int64 row = share.first; row < rows; row += share.step) {
-            const int64 element = row * c + share.channel;
-            store_piece(dr + element, norm.of(load_piece(y + element), load_piece(dr + element)));
+        for (int64 row = share.first; row < rows; row += LOADS * share.step) {
+            const Batch batch(share, row, rows, c);
+            Piece ys[LOADS], gradients[LOADS];
+            batch.load(ys, y);
+            batch.load(gradients, dr);
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+                if (batch.holds(i)) store_piece(dr + batch.element(i), norm.of(ys[i], gradients[i]));
         }
     }
 }
 
-extern "C" __global__ void norm_relu_pool_backward(
+extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_backward(
     const storage_t* __restrict__ y,    // (n, h, w, c)
     const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     const storage_t* __restrict__ dr,   // (n, (h + 1) / 2, (w + 1) / 2, c)
@@ -225,14 +229,13 @@ extern "C" __global__ void norm_relu_pool_backward(
     const float* __restrict__ dbias,    // (c)
     storage_t* __restrict__ dy,         // (n, h, w, c)
     int n, int h, int w, int c) {
-    const int64 windows = (int64)n * ((h + 1) / 2) * ((w + 1) / 2);
     for (Share share(c); share.exists(c); share.next()) {
         const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
-        for (int64 row = share.first; row < windows; row += share.step) {
-            const Window window(row, (int)share.channel, h, w, c);
+        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
+            const Window window = walk.window(share.channel, h, w, c);
             const WindowPieces pieces(y, window, w, c);
-            const Piece gradient = load_piece(dr + row * c + share.channel);
-            const unsigned chosen = piece_codes(codes, row * c + share.channel);
+            const Piece gradient = load_piece_here(dr + walk.index * c + share.channel);
+            const unsigned chosen = piece_codes(codes, walk.index * c + share.channel);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))

@@ -232,7 +232,7 @@ class FakeCupy(types.ModuleType):
                 memGetInfo=lambda: (self.free, total),
                 driverGetVersion=lambda: driver,
                 runtimeGetVersion=lambda: 13020,
-                getDeviceProperties=lambda index: {"name": b"a stand-in"},
+                getDeviceProperties=lambda index: {"name": b"a stand-in", "multiProcessorCount": 4},
                 getDeviceCount=self._count_gpus,
             ),
         )

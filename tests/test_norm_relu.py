@@ -3,14 +3,12 @@ layers' kernels, the gradients of PyTorch, any grid, packed codes, how wide the 
 """
 
 import functools
-import re
-import subprocess
 from collections import Counter
 
 import numpy as np
 import pytest
 from kernel_support import needs_compiler
-from test_sass import disassembler, needs_disassembler
+from test_sass import instructions_of, needs_disassembler
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.lab.proof.compare import same_bits
@@ -24,17 +22,20 @@ from segnet_scratch.ops.normalisation.norm_relu import (
     NormReluForward,
     NormReluPoolBackward,
     NormReluPoolForward,
+    NormReluUnpoolForward,
 )
 from segnet_scratch.ops.op import spec, spec_of
-from segnet_scratch.ops.pieces import TILE_ROWS, piece_of
+from segnet_scratch.ops.pieces import TILE_ROWS, Share, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
-from segnet_scratch.runtime import nvrtc
+from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
 from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.resources import compile_all
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+OPS = [NormReluForward, NormReluPoolForward, NormReluBackward, NormReluPoolBackward]
 MAPS = [(2, 6, 8, 16), (1, 5, 7, 8), (3, 1, 9, 24), (2, 9, 1, 64), (1, 1, 2, 8), (1, 3, 5, 2056)]
 
 each_map = pytest.mark.parametrize("shape", MAPS, ids=str)
@@ -135,11 +136,21 @@ class TestAnyGrid:
     @pytest.mark.parametrize(("grid", "block"), [(1, 1), (1, 3), (2, 96), (5, 17), (300, 256)])
     @pytest.mark.parametrize("dtype", [F32, BFLOAT16], ids=str)
     @pytest.mark.parametrize(
-        "op", [NormReluForward, NormReluPoolForward, NormReluBackward, NormReluPoolBackward], ids=lambda op: op.name
+        "op",
+        [
+            NormReluForward,
+            NormReluPoolForward,
+            NormReluBackward,
+            NormReluPoolBackward,
+            NormReluUnpoolForward,
+            UnpoolPacked,
+        ],
+        ids=lambda op: op.name,
     )
     def test_gives_the_same(self, op, dtype, grid, block, monkeypatch):
         rng, device = np.random.default_rng(3), HostDevice()
-        plan = op(spec((2, 5, 3, 40), dtype))
+        size = ((9, 6),) if "unpool" in op.name else ()
+        plan = op(spec((2, 5, 3, 40), dtype), *size)
         inputs = {
             name: rng.integers(0, 256, s.shape).astype(s.dtype)
             if name == "codes"
@@ -302,24 +313,54 @@ class TestPlans:
             plan(get_device("host"), **arrays)
 
 
+# Of each kernel: the numbers of a channel, the resident blocks that its launch counts on, and the 16-byte loads that a
+# thread begins before it uses the first.
+LOADED = {
+    "norm_relu_forward": (4, 3, 4),
+    "norm_relu_pool_forward": (4, 3, 4),
+    "norm_relu_backward": (5, 2, 8),
+    "norm_relu_pool_backward": (5, 2, 5),
+    "norm_relu_unpool_forward": (4, 3, 1),
+    "unpool_packed": (0, 4, 1),
+}
+
+
+def loads_before_a_use(code):
+    """The most LDG.E.128 that begin before an instruction reads what the first of them brings."""
+    most, waiting = 0, []
+    for name, registers in code:
+        if name.startswith("LDG.E.128"):
+            waiting.append(registers[0])
+            continue
+        if any(first <= register < first + 4 for first in waiting for register in registers):
+            most, waiting = max(most, len(waiting)), []
+    return max(most, len(waiting))
+
+
+def test_loads_are_counted_up_to_the_first_use():
+    load = [("LDG.E.128", [8, 2]), ("IADD3", [2, 2]), ("LDG.E.128.CONSTANT", [12, 2])]
+    assert loads_before_a_use([*load, ("FADD", [20, 11, 30])]) == 2
+    assert loads_before_a_use([load[0], ("FADD", [20, 11, 30]), load[2], ("FADD", [20, 12, 30])]) == 1
+
+
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
-def test_maps_move_16_bytes_at_once(element, architecture):
-    """The compiler is free to take four words one by one where a struct of them is copied, and does."""
-    types = ElementTypes.named(element)
-    cubin = nvrtc.cached_cubin(find_kernel("norm_relu_forward").source, types, architecture)
-    code = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    loads, stores = {}, {}
-    for kernel, body in re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", code, re.MULTILINE | re.DOTALL):
-        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body)
-        loads[kernel], stores[kernel] = (Counter(n for n in names if n.startswith(what)) for what in ("LDG", "STG"))
-    codes = {"float32": "U8", "bfloat16": "U16"}[element]
-    piece = piece_of(types.storage)
-    for kernel, numbers in {"forward": 4, "pool_forward": 4, "backward": 5, "pool_backward": 5}.items():
-        loaded, stored = loads[f"norm_relu_{kernel}"], stores[f"norm_relu_{kernel}"]
-        assert set(stored) == {"STG.E.128"} | ({f"STG.E.{codes}"} if kernel == "pool_forward" else set())
-        # Word by word come the numbers of the channels alone: a piece of each, once.
-        narrow = {n: k for n, k in loaded.items() if ".128" not in n and f".{codes}" not in n}
-        assert narrow == {"LDG.E.CONSTANT": numbers * piece}
-        assert any(n.startswith("LDG.E.128") for n in loaded)
+@pytest.mark.parametrize("kernel", LOADED)
+def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architecture):
+    """Maps move 16 bytes at once, several before the first is used, and the registers leave room for enough threads."""
+    channel_numbers, resident, loads = LOADED[kernel]
+    piece = piece_of(ElementTypes.named(element).storage)
+    code = instructions_of(kernel, element, architecture)
+    names = Counter(name for name, _ in code)
+    stored = {name for name in names if name.startswith("STG")}
+    codes = f"E.{'U8' if element == 'float32' else 'U16'}"
+    assert stored == {"STG.E.128"} | ({f"STG.{codes}"} if kernel == "norm_relu_pool_forward" else set())
+    # Word by word come the numbers of the channels alone: a piece of each, once.
+    narrow = {n: k for n, k in names.items() if n.startswith("LDG") and ".128" not in n and codes not in n}
+    assert narrow == ({"LDG.E.CONSTANT": channel_numbers * piece} if channel_numbers else {})
+    assert loads_before_a_use(code) >= loads
+    (compiled,) = compile_all([find_kernel(kernel).source], [architecture], [element])
+    (registers,) = (usage.registers for usage in compiled.usages if usage.kernel == kernel)
+    assert registers <= 65536 // (resident * Share.THREADS)
+    assert not any(name.startswith(("LDL", "STL")) for name in names), "local memory"

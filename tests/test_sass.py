@@ -38,14 +38,10 @@ TILES = {
     "conv2d_fused_forward_128x64": (64, 32, 128, 64),
     "conv2d_fused_forward_128x32": (32, 32, 128, 32),
     "conv2d_fused_forward_elements": (64, 32, 128, 64),
-    "conv2d_fused_forward_unpool_128x64": (64, 32, 128, 64),
-    "conv2d_fused_forward_unpool_128x32": (32, 32, 128, 32),
     "conv2d_fused_split_128x64": (64, 32, 128, 64),
-    "conv2d_fused_split_unpool_128x64": (64, 32, 128, 64),
     "conv2d_fused_backward_data_128x128": (64, 64, 128, 128),
     "conv2d_fused_backward_data_128x64": (64, 32, 128, 64),
     "conv2d_fused_backward_data_128x32": (32, 32, 128, 32),
-    "conv2d_fused_backward_weight_unpool_128x64": (64, 32, 128, 64),
 }
 STEPS, THREADS = 4, 128  # instructions deep is a stage; threads of a block
 
@@ -103,6 +99,14 @@ def loops_of(source, element, architecture):
     return main_loops(sass_of(source, element, architecture))
 
 
+def instructions_of(kernel, element, architecture):
+    """The machine code of a kernel: [("LDG.E.128", [numbers of the registers that it names]), ...]."""
+    sass = sass_of(find_kernel(kernel).source, element, architecture)
+    (own,) = (body for body in re.split(r"^\.text\.", sass, flags=re.MULTILINE) if body.startswith(f"{kernel}:"))
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", own)
+    return [(name, [int(n) for n in re.findall(r"\bR(\d+)", operands)]) for name, operands in lines]
+
+
 LOOP = """
 .text.f:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -155,13 +159,6 @@ def test_main_loop(kernel, element, architecture):
     # Copies: 16 bytes each, past the registers. Nothing else comes from global memory.
     if kernel.endswith("elements"):
         assert count("LDG.E.U16" if element == "bf16" else "LDGSTS.E") > 0
-    elif "unpool" in kernel:
-        # The pooled map passes by the registers, 16 bytes and their codes at a time; the other factor does not.
-        pieces = block_rows * 8 // THREADS
-        assert count("LDG.E.128") == count("STS.128") == pieces
-        assert count("LDG.E.U16" if element == "bf16" else "LDG.E.U8") == pieces
-        assert count("LDG.") == 2 * pieces
-        assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == block_columns * 8 // THREADS
     else:
         assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
         assert count("LDG.") == count("STS.U") == 0
@@ -176,6 +173,8 @@ OTHER_STORES = {
     "norm_relu_pool_forward": {"U8", "U16"},
     "norm_relu_backward": set(),
     "norm_relu_pool_backward": set(),
+    "norm_relu_unpool_forward": set(),
+    "unpool_packed": set(),
     "conv2d_fused_forward_128x128": {"", "U8", "U16"},
     "conv2d_fused_backward_data_128x128": {""},
     "conv2d_fused_merge": {"U8", "U16"},

@@ -9,10 +9,8 @@
 //
 // The patches come from a source:
 //
-//   DensePieces     a map, 16 bytes at a time by asynchronous copies; the channels are a multiple of PIECE
-//   DenseElements   a map of any channels (3 of an image), number by number
-//   UnpooledPieces  the map that an unpool would make of pooled values and packed codes, without writing it: a piece
-//                   passes by the registers, where the values that belong elsewhere become zeros
+//   DensePieces    16 bytes at a time by asynchronous copies; the channels are a multiple of PIECE
+//   DenseElements  any channels (3 of an image), number by number
 //
 // and in fprop the pixels come in one of two orders (RowOrder): one after the other, or window by window.
 //
@@ -21,7 +19,7 @@
 // Sizes: offsets in the images of one block are 32 bits wide; the plan (ops/convolution/conv2d_mma.py) refuses what does not fit.
 #pragma once
 #include "async_copy.cuh"
-#include "packed_codes.cuh"
+#include "piece.cuh"
 #include "warp_tile.cuh"
 
 #define THREADS 128
@@ -109,15 +107,14 @@ __device__ inline void copy_element(char* to, const storage_t* from, const stora
         *(storage_t*)to = inside ? *from : storage_t(0);
 }
 
-// A source has, for COUNT patches that a thread copies from in a stage: the patch of a pixel, the tap of the stage, the
-// start of a copy (before the arithmetic of another stage) and its end (after it).
-template <bool ELEMENTS>
+// The source of patches: that of a pixel, the tap of a stage, and the copy from a patch.
+template <bool PIECES_>
 struct Dense {
-    static constexpr bool PIECES = !ELEMENTS;
+    static constexpr bool PIECES = PIECES_;
     const storage_t *x, *images, *shifted = nullptr;
     unsigned bits = 0;
 
-    __device__ Dense(const Convolution& g, const storage_t* map, const uint8*, int first_image)
+    __device__ Dense(const Convolution& g, const storage_t* map, int first_image)
         : x(map), images(map + (int64)first_image * g.h * g.w * g.c) {}
     __device__ static Patch patch(const Convolution& g, const Pixel& pixel) {
         const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
@@ -128,84 +125,32 @@ struct Dense {
         shifted = images + ((tap.ky * g.w + tap.kx) * g.c + tap.channel);
         bits = tap.bits();
     }
-    __device__ void begin(int, char* to, const Patch& patch) {
-        if constexpr (ELEMENTS)
-            copy_element(to, shifted + patch.offset, x, patch.inside(bits));
-        else
+    __device__ void copy(char* to, const Patch& patch) const {
+        if constexpr (PIECES)
             copy_piece(to, shifted + patch.offset, x, patch.inside(bits));
-    }
-    __device__ void end(int, char*) {}
-};
-template <int COUNT>
-using DensePieces = Dense<false>;
-template <int COUNT>
-using DenseElements = Dense<true>;
-
-// The window in which tap (ky, kx) of a patch lies depends on whether the patch begins in an even or odd row and column.
-// Patch::offset is that of the window where it begins, a multiple of 4; its two low bits are the position there.
-template <int COUNT>
-struct UnpooledPieces {
-    static constexpr bool PIECES = true;
-    const storage_t* images;
-    const uint8* codes;
-    int ky = 0, kx = 0, channel = 0, row_stride, column_stride;
-    unsigned bits = 0;
-    Piece pieces[COUNT];
-    unsigned piece_codes_[COUNT];  // with the position that a value must have in the bits above
-
-    __device__ UnpooledPieces(const Convolution& g, const storage_t* pooled, const uint8* packed, int first_image)
-        : row_stride((g.w + 1) / 2 * g.c), column_stride(g.c) {
-        const int64 offset = (int64)first_image * ((g.h + 1) / 2) * row_stride;
-        images = pooled + offset;
-        codes = packed + offset / 4;
-    }
-    __device__ static Patch patch(const Convolution& g, const Pixel& pixel) {
-        const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
-        const unsigned rows = Patch::taps_inside(y, g.h, g.kh), columns = Patch::taps_inside(x, g.w, g.kw);
-        const int window = (pixel.image * ((g.h + 1) / 2) + (y >> 1)) * ((g.w + 1) / 2) + (x >> 1);
-        return {window * g.c + 2 * (y & 1) + (x & 1), pixel.exists ? rows | columns << 16 : 0};
-    }
-    __device__ void take_tap(const Convolution&, const Tap& tap) {
-        ky = tap.ky;
-        kx = tap.kx;
-        channel = tap.channel;
-        bits = tap.bits();
-    }
-    __device__ void begin(int i, char*, const Patch& patch) {
-        pieces[i] = {{0, 0, 0, 0}};
-        piece_codes_[i] = 0;
-        if (!patch.inside(bits)) return;
-        const int y = (patch.offset >> 1 & 1) + ky, x = (patch.offset & 1) + kx;
-        const int offset = (patch.offset & ~3) + (y >> 1) * row_stride + (x >> 1) * column_stride + channel;
-        pieces[i] = load_piece(images + offset);
-        piece_codes_[i] = piece_codes(codes, offset) | (2 * (y & 1) + (x & 1)) << 16;
-    }
-    __device__ void end(int i, char* to) {
-        *(Piece*)to = at_position(pieces[i], piece_codes_[i] & 0xFFFF, (int)(piece_codes_[i] >> 16));
+        else
+            copy_element(to, shifted + patch.offset, x, patch.inside(bits));
     }
 };
+using DensePieces = Dense<true>;
+using DenseElements = Dense<false>;
 
 // The pipeline: STAGES - 1 stages are under way while one is multiplied. `begin(i, stage)` starts the copies of the i-th
-// part of the depth, `end(stage)` does what they need after the arithmetic, `multiply(stage)` adds a stage's product.
-template <class Begin, class End, class Multiply>
-__device__ void run_pipeline(int parts, Begin begin, End end, Multiply multiply) {
+// part of the depth, `multiply(stage)` adds a stage's product.
+template <class Begin, class Multiply>
+__device__ void run_pipeline(int parts, Begin begin, Multiply multiply) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < parts) {
-            begin(i, i);
-            end(i);
-        }
+        if (i < parts) begin(i, i);
         cp_async_commit();
     }
     int stage = 0, next = STAGES - 1;
     for (int i = 0; i < parts; ++i) {
         cp_async_wait_group<STAGES - 2>();
         __syncthreads();  // the stage is complete, and everyone has finished with the one before, which `next` overwrites
-        const bool more = i + STAGES - 1 < parts;
-        if (more) begin(i + STAGES - 1, next);
+        if (i + STAGES - 1 < parts) begin(i + STAGES - 1, next);
         cp_async_commit();  // also of nothing: the wait counts groups
         multiply(stage);
-        if (more) end(next);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         next = next + 1 == STAGES ? 0 : next + 1;
     }
@@ -230,15 +175,14 @@ struct ForwardOperands {
 
 // The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on. Of the
 // depth, the stages from `first_part` on, at most `most_parts`.
-template <class Block, template <int> class Source>
+template <class Block, class Source>
 __device__ void block_multiply_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
-                                       const uint8* __restrict__ codes, const storage_t* __restrict__ weight,
-                                       const Convolution& g, const RowOrder& order, int first_part = 0,
-                                       int most_parts = 1 << 30) {
+                                       const storage_t* __restrict__ weight, const Convolution& g,
+                                       const RowOrder& order, int first_part = 0, int most_parts = 1 << 30) {
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [Block::ROWS]);
     // A piece, or one number, of every LANES-th row.
-    constexpr bool PIECES = Source<1>::PIECES;
+    constexpr bool PIECES = Source::PIECES;
     constexpr int ACROSS = PIECES ? DEPTH / PIECE : DEPTH, LANES = THREADS / ACROSS, COUNT = Block::ROWS / LANES;
     constexpr int UNROLL = PIECES ? COUNT : 4;
 
@@ -247,11 +191,11 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
     const int first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int row = threadIdx.x; row < Block::ROWS; row += THREADS) {
         const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
-        patches[row] = Source<COUNT>::patch(g, order.at(within, first_row + row < rows));
+        patches[row] = Source::patch(g, order.at(within, first_row + row < rows));
     }
     __syncthreads();
 
-    Source<COUNT> source(g, x, codes, first_image);
+    Source source(g, x, first_image);
     const int part = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
     const int start = PIECES ? part * PIECE : part;
     const int piece = start / PIECE, within = start % PIECE * (int)sizeof(storage_t);
@@ -263,7 +207,7 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
     auto begin = [&](int, int stage) {
         source.take_tap(g, tap);
 #pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.begin(i, left(i, stage), patches[lane + i * LANES]);
+        for (int i = 0; i < COUNT; ++i) source.copy(left(i, stage), patches[lane + i * LANES]);
         char* const right = stages + stage * Block::STAGE_BYTES + Block::ROWS * DEPTH_BYTES;
 #pragma unroll UNROLL
         for (int i = 0; i < Block::COLUMNS / LANES; ++i) {
@@ -278,11 +222,7 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
         k += DEPTH;
         tap.advance(g, DEPTH);
     };
-    auto end = [&](int stage) {
-#pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.end(i, left(i, stage));
-    };
-    run_pipeline(min((depth + DEPTH - 1) / DEPTH - first_part, most_parts), begin, end, [&](int stage) {
+    run_pipeline(min((depth + DEPTH - 1) / DEPTH - first_part, most_parts), begin, [&](int stage) {
         const char* const operands = stages + stage * Block::STAGE_BYTES;
         add_stage<ForwardOperands>(tile, operands, operands + Block::ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
     });
@@ -295,15 +235,14 @@ struct WeightOperands {
 };
 
 // wgrad of the pixels of chunk blockIdx.z: rows are positions of kh kw c, columns outputs, the depth is pixels.
-template <class Block, template <int> class Source>
-__device__ void block_backward_weight(const storage_t* __restrict__ x, const uint8* __restrict__ codes,
-                                const storage_t* __restrict__ dy, accumulate_t* __restrict__ partials,
-                                const Convolution& g, int64 pixels_per_chunk) {
+template <class Block, class Source>
+__device__ void block_backward_weight(const storage_t* __restrict__ x, const storage_t* __restrict__ dy,
+                                      accumulate_t* __restrict__ partials, const Convolution& g, int64 pixels_per_chunk) {
     constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS;
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);  // of the pixels of a part of the depth, a part ahead of the copies
     // Of every LANES-th pixel this thread copies one piece or number of the patches, another of dy.
-    constexpr bool PIECES = Source<1>::PIECES;
+    constexpr bool PIECES = Source::PIECES;
     constexpr int UNIT = PIECES ? PIECE : 1, UNROLL = PIECES ? DEPTH : 4;
     constexpr int LEFT_LANES = THREADS * UNIT / ROWS, RIGHT_LANES = THREADS * UNIT / COLUMNS;
     constexpr int COUNT = DEPTH / LEFT_LANES;
@@ -317,7 +256,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const uin
     auto find_patches = [&](int part, int slot) {
         for (int i = threadIdx.x; i < DEPTH; i += THREADS) {
             const int pixel = part * DEPTH + i;
-            patches[slot][i] = Source<COUNT>::patch(g, order.at(first + min(pixel, count - 1), pixel < count));
+            patches[slot][i] = Source::patch(g, order.at(first + min(pixel, count - 1), pixel < count));
         }
     };
 #pragma unroll
@@ -328,7 +267,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const uin
     const int left_lane = threadIdx.x * UNIT / ROWS, right_lane = threadIdx.x * UNIT / COLUMNS;
     const int output = first_channel + right_number;
     const storage_t* const gradients = dy + first_pixel * g.o + output;
-    Source<COUNT> source(g, x, codes, first_image);
+    Source source(g, x, first_image);
     source.take_tap(g, Tap(g, first_row + left_number));
     auto left = [&](int i, int stage) {
         return stages + stage * Block::STAGE_BYTES + DepthDown<ROWS>::offset(left_lane + i * LEFT_LANES, left_number / PIECE) +
@@ -336,7 +275,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const uin
     };
     auto begin = [&](int part, int stage) {
 #pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.begin(i, left(i, stage), patches[stage][left_lane + i * LEFT_LANES]);
+        for (int i = 0; i < COUNT; ++i) source.copy(left(i, stage), patches[stage][left_lane + i * LEFT_LANES]);
         char* const right = stages + stage * Block::STAGE_BYTES + ROWS * DEPTH_BYTES;
 #pragma unroll UNROLL
         for (int i = 0; i < DEPTH / RIGHT_LANES; ++i) {
@@ -351,12 +290,8 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const uin
         // Into the slot that was read STAGES - 1 parts and at least a barrier ago; it is read next after another barrier.
         if (part + 1 >= STAGES) find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);
     };
-    auto end = [&](int stage) {
-#pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.end(i, left(i, stage));
-    };
     typename Block::Tile tile;
-    run_pipeline(parts, begin, end, [&](int stage) {
+    run_pipeline(parts, begin, [&](int stage) {
         const char* const operands = stages + stage * Block::STAGE_BYTES;
         add_stage<WeightOperands<COLUMNS>>(tile, operands, operands + ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
     });

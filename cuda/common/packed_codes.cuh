@@ -40,22 +40,27 @@ __device__ inline void store_codes(uint8* codes, int64 offset, unsigned piece) {
 // The maximum of a window and its position, of pieces that are offered in the order of their positions; the first is
 // given at once. Which maximum wins is that of max_pool.cu: the first one, but a NaN over numbers.
 struct PooledPiece {
-    Piece best;
-    unsigned codes = 0;
+    Values best;
+    unsigned chosen[PIECE];
 
-    __device__ explicit PooledPiece(const Piece& first) : best(first) {}
-    __device__ void offer(const Piece& candidate, int code) {
-        const Values a = values_of(best), b = values_of(candidate);
+    __device__ explicit PooledPiece(const Piece& first) : best(values_of(first)) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) chosen[i] = 0;
+    }
+    __device__ void offer(const Piece& candidate, unsigned code) {
+        const Values values = values_of(candidate);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
-            if (!(b.of[i] > a.of[i] || (b.of[i] != b.of[i] && a.of[i] == a.of[i]))) continue;
-            codes = (codes & ~(3u << 2 * i)) | (unsigned)code << 2 * i;
-            if constexpr (sizeof(storage_t) == 2) {
-                const unsigned mask = i % 2 ? 0xFFFF0000u : 0x0000FFFFu;
-                best.words[i / 2] = (best.words[i / 2] & ~mask) | (candidate.words[i / 2] & mask);
-            } else {
-                best.words[i] = candidate.words[i];
-            }
+            const bool wins = !(values.of[i] <= best.of[i]) && best.of[i] == best.of[i];
+            best.of[i] = wins ? values.of[i] : best.of[i];
+            chosen[i] = wins ? code : chosen[i];
         }
+    }
+    __device__ Piece piece() const { return piece_of_exact(best); }
+    __device__ unsigned codes() const {
+        unsigned packed = 0;
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) packed |= chosen[i] << 2 * i;
+        return packed;
     }
 };

@@ -19,6 +19,19 @@ __device__ inline Piece load_piece(const storage_t* from) {
     return {{words.x, words.y, words.z, words.w}};
 #endif
 }
+// The same where it stands: left alone, the compiler moves a load next to its use, or into a branch, and several loads are
+// no longer under way at once.
+__device__ inline Piece load_piece_here(const storage_t* from) {
+#ifdef SEGNET_HOST
+    return load_piece(from);
+#else
+    Piece piece;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.words[0]), "=r"(piece.words[1]), "=r"(piece.words[2]), "=r"(piece.words[3])
+                 : "l"(from));
+    return piece;
+#endif
+}
 __device__ inline void store_piece(storage_t* to, const Piece& piece) {
 #ifdef SEGNET_HOST
     *(Piece*)to = piece;
@@ -57,13 +70,26 @@ __device__ inline Piece either(const Piece& a, const Piece& b) {
     return {{a.words[0] | b.words[0], a.words[1] | b.words[1], a.words[2] | b.words[2], a.words[3] | b.words[3]}};
 }
 
-// The numbers as they are stored.
+// The numbers as they are stored: rounded.
 __device__ inline Piece piece_of(const Values& values) {
     Piece piece;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(storage_t) == 2)
-            piece.words[i] = bfloat16(values.of[2 * i]).bits | (unsigned)bfloat16(values.of[2 * i + 1]).bits << 16;
+            piece.words[i] = bfloat16_pair(values.of[2 * i], values.of[2 * i + 1]);
+        else
+            piece.words[i] = __float_as_uint(values.of[i]);
+    }
+    return piece;
+}
+
+// Numbers that came from pieces, put together again bit by bit.
+__device__ inline Piece piece_of_exact(const Values& values) {
+    Piece piece;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(storage_t) == 2)
+            piece.words[i] = __float_as_uint(values.of[2 * i]) >> 16 | (__float_as_uint(values.of[2 * i + 1]) & 0xFFFF0000u);
         else
             piece.words[i] = __float_as_uint(values.of[i]);
     }

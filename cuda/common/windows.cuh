@@ -18,14 +18,14 @@ struct Window {
     int c, column, row;
     int64 element;      // of the map: (n, 2 row, 2 column, c)
     bool right, below;  // is there a second column, a second row?
-    __device__ Window(int64 index, int h, int w, int channels)
-        : Window(index / channels, (int)(index % channels), h, w, channels) {}
-    __device__ Window(int64 window, int channel, int h, int w, int channels) : c(channel) {
+    __device__ Window(int64 index, int h, int w, int channels) : c((int)(index % channels)) {
         const int columns = (w + 1) / 2, rows = (h + 1) / 2;
-        const int64 line = window / columns, n = line / rows;
-        column = (int)(window % columns);
-        row = (int)(line % rows);
-        element = ((n * h + 2 * row) * w + 2 * column) * channels + c;
+        const int64 window = index / channels, line = window / columns;
+        *this = Window(line / rows, (int)(line % rows), (int)(window % columns), c, h, w, channels);
+    }
+    __device__ Window(int64 image, int row_, int column_, int channel, int h, int w, int channels)
+        : c(channel), column(column_), row(row_) {
+        element = ((image * h + 2 * row) * w + 2 * column) * channels + c;
         right = 2 * column + 1 < w;
         below = 2 * row + 1 < h;
     }

@@ -1,6 +1,6 @@
 """Inference by the fused engine: batch norm folded, one kernel a block, one arena, one graph.
 
-A block is one kernel: unpool on the way in; bias, ReLU and pool on the way out. Nothing else is written.
+A block is one kernel: bias, ReLU and pool on the way out; where it begins with an unpool, the unpooled map is written.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
+from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
@@ -32,13 +33,18 @@ def inference_program(
         x = "images.cast"
     for layer in layers_of(blocks, batch, *size):
         name, block = layer.name, layer.block
-        arrays = {} if layer.codes is None else {"unpool_codes": layer.codes}
-        arrays["weight"] = program.give(f"{name}.weight", Spec(layer.weight, dtype))
-        arrays["bias"] = program.give(f"{name}.bias", vector(block.out_channels))
+        if layer.unpool is not None and layer.codes is not None:
+            unpool = UnpoolPacked.plan(program.spec_of(x), layer.unpool)
+            program.add(name, unpool, x=x, codes=layer.codes, y=f"{name}.unpooled")
+            x = f"{name}.unpooled"
+        arrays = {
+            "weight": program.give(f"{name}.weight", Spec(layer.weight, dtype)),
+            "bias": program.give(f"{name}.bias", vector(block.out_channels)),
+        }
         if block.pool:
             arrays["pool_codes"] = f"{name}.codes"
         op = FusedForward.plan(
-            *(program.spec_of(x), Spec(layer.weight, dtype), rung, layer.unpool),
+            *(program.spec_of(x), Spec(layer.weight, dtype), rung),
             bias=True,
             relu=block.relu,
             pool=block.pool,

@@ -35,9 +35,13 @@ def _kind(array: str, program: Program, arena: Arena) -> str:
     *_, what = array.split(".")
     if what == "y" and not array.startswith("d"):
         return "convolution outputs"
-    return {"pooled": "pooled maps", "codes": "indices", "z": "transient maps", "again": "transient maps"}.get(
-        what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums"
-    )
+    return {
+        "pooled": "pooled maps",
+        "codes": "indices",
+        "z": "transient maps",
+        "unpooled": "transient maps",
+        "again": "transient maps",
+    }.get(what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums")
 
 
 def fused_account(program: Program, arena: Arena) -> Account:

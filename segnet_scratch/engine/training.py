@@ -1,12 +1,14 @@
 """The training step of the fused engine: forward, loss and backward as one program on one arena.
 
 Read `training_program` top-down: it is SegNet, forwards and then backwards. Of the forward pass only y (a convolution's
-bare result), the pooled maps and their two-bit codes last until backward; z = relu(bn(y)) goes as soon as the next
-convolution has read it, and is made again where wgrad needs it.
+bare result), the pooled maps and their two-bit codes last until backward; z = relu(bn(y)) or its unpooled map goes as
+soon as the next convolution has read it, and is made again where wgrad needs it: to keep it would take the memory of y
+another time, to make it takes one pass.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedBackwardWeight, FusedForward
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation.norm_relu import (
@@ -28,8 +30,10 @@ from segnet_scratch.ops.normalisation.norm_relu import (
     NormReluForward,
     NormReluPoolBackward,
     NormReluPoolForward,
+    NormReluUnpoolForward,
 )
 from segnet_scratch.ops.op import Op, Spec, spec
+from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
@@ -51,6 +55,8 @@ class _Builder:
     def __init__(self, layers: Sequence[Layer], rung: str, objective: Objective, classifier_kernel: int) -> None:
         self.program, self.layers, self.rung, self.objective = Program(), layers, rung, objective
         self.type = storage(rung)
+        # By layer: the size, and the codes, of the unpool that follows it.
+        self.unpool_above = {b.name: (a.unpool, a.codes) for b, a in pairwise(layers) if a.unpool and a.codes}
         n, h, w, c = layers[-1].full
         self.logits = Spec((n, h, w, padded(objective.classes, rung)), self.type)
         self.classifier_weight = (self.logits.shape[3], classifier_kernel, classifier_kernel, c)
@@ -94,17 +100,17 @@ class _Builder:
             x = "images.cast"
         self.first_input = x
         for layer in self.layers:
-            x = self._block_forward(layer, x)
+            self._block_forward(layer, x)
+            x = self._output(layer)
         weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
         op = Conv2dForward.plan(self.spec_of(x), self.spec_of(weight), 1, self.classifier_weight[1] // 2, self.rung)
         self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
 
-    def _block_forward(self, layer: Layer, x: str) -> str:
-        """y, its statistics, and the map for the next layer, whose name is returned."""
+    def _block_forward(self, layer: Layer, x: str) -> None:
+        """y, its statistics, and where there is a pool the pooled map."""
         name = layer.name
-        codes = {} if layer.codes is None else {"unpool_codes": layer.codes}
-        op = FusedForward.plan(self.spec_of(x), Spec(layer.weight, self.type), self.rung, layer.unpool, statistics=True)
-        self.add(name, op, x=x, weight=f"{name}.conv.weight", **codes, y=f"{name}.y", partials=f"{name}.statistics")
+        op = FusedForward.plan(self.spec_of(x), Spec(layer.weight, self.type), self.rung, statistics=True)
+        self.add(name, op, x=x, weight=f"{name}.conv.weight", y=f"{name}.y", partials=f"{name}.statistics")
         self.add(
             *(name, NormMergeStatistics.plan(self.spec_of(f"{name}.statistics"), op.geometry.pixels)),
             partials=f"{name}.statistics",
@@ -113,17 +119,32 @@ class _Builder:
             mean=f"{name}.mean",
             inv_std=f"{name}.inv_std",
         )
-        if not layer.block.pool:
-            return self._make_z(layer, f"{name}.z")
-        pool = NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
-        out = {"pooled": f"{name}.pooled", "codes": f"{name}.codes"}
-        self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
-        return f"{name}.pooled"
+        if layer.block.pool:
+            pool = NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
+            out = {"pooled": f"{name}.pooled", "codes": f"{name}.codes"}
+            self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
 
-    def _make_z(self, layer: Layer, z: str) -> str:
-        op = NormReluForward.plan(self.spec_of(f"{layer.name}.y"), layer.block.relu)
-        self.add(layer.name, op, y=f"{layer.name}.y", **self._norm(layer), z=z)
-        return z
+    def _output(self, layer: Layer, again: str = "") -> str:
+        """The array that the convolution above reads: z or the pooled map, unpooled if that block begins so.
+
+        `again` ends the name of what is made another time, for wgrad.
+        """
+        name, relu, y = layer.name, layer.block.relu, self.spec_of(f"{layer.name}.y")
+        unpool, codes = self.unpool_above.get(name, (None, ""))
+        if unpool is None:
+            if layer.block.pool:
+                return f"{name}.pooled"
+            made = f"{name}.z{again}"
+            self.add(name, NormReluForward.plan(y, relu), y=f"{name}.y", **self._norm(layer), z=made)
+            return made
+        made = f"{name}.unpooled{again}"
+        if layer.block.pool:
+            pooled = f"{name}.pooled"
+            self.add(name, UnpoolPacked.plan(self.spec_of(pooled), unpool), x=pooled, codes=codes, y=made)
+        else:
+            op = NormReluUnpoolForward.plan(y, unpool, relu)
+            self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
+        return made
 
     def _norm(self, layer: Layer) -> dict[str, str]:
         return {
@@ -167,21 +188,13 @@ class _Builder:
         if below is None:
             self._weight_gradient(name, weight, self.first_input, dy)
             return
-        # A map that was unpooled, pooled or none of both: what the convolution read of the layer below.
-        x = f"{below.name}.pooled" if below.block.pool else self._make_z(below, f"{below.name}.z.again")
-        self._weight_gradient(name, weight, x, dy, layer.unpool, layer.codes)
+        self._weight_gradient(name, weight, self._output(below, ".again"), dy)
         self._below_gradient(name, weight, dy, below, layer.unpool, layer.codes)
 
-    def _weight_gradient(
-        self, name: str, weight: str, x: str, dy: str, unpool: tuple[int, int] | None = None, codes: str | None = None
-    ) -> None:
-        of_x, of_weight = self.spec_of(x), self.spec_of(weight)
-        if unpool is not None and codes is not None:
-            op: Op = FusedBackwardWeight.plan(of_x, of_weight, self.rung, unpool)
-            self.add(name, op, x=x, unpool_codes=codes, dy=dy, dweight=f"d{weight}")
-        else:
-            op = Conv2dBackwardWeight.plan(of_x, of_weight, 1, of_weight.shape[1] // 2, self.rung)
-            self.add(name, op, x=x, dy=dy, dweight=f"d{weight}")
+    def _weight_gradient(self, name: str, weight: str, x: str, dy: str) -> None:
+        of_weight = self.spec_of(weight)
+        op = Conv2dBackwardWeight.plan(self.spec_of(x), of_weight, 1, of_weight.shape[1] // 2, self.rung)
+        self.add(name, op, x=x, dy=dy, dweight=f"d{weight}")
 
     def _below_gradient(
         self, name: str, weight: str, dy: str, below: Layer, unpool: tuple[int, int] | None, codes: str | None

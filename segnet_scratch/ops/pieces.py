@@ -1,10 +1,13 @@
 """What the kernels of the fused engine have in common: pieces of 16 bytes, tiles of 128 rows, bfloat16 in NumPy."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from segnet_scratch.ops.op import Buffers, Op, expect
+from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import BFLOAT16
 
 TILE_ROWS = 128  # of a convolution's matrix product, in every tile: what a row of `partials` sums up
@@ -25,6 +28,36 @@ def expect_pieces(op: str, dtype: np.dtype, **channels: int) -> None:
             f"{op}: {count} {what}; the fused kernels move pieces of {piece} numbers: use a width that makes it a "
             f"multiple of {piece}, or the layers engine",
         )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The launch of a kernel that goes through a map once (cuda/common/share.cuh), so many pieces in all.
+
+    No more blocks than a GPU holds at once, `resident` on a multiprocessor, and none with less than `each` pieces for a
+    thread. What is computed does not depend on the grid.
+    """
+
+    pieces: int
+    each: int
+    resident: int
+
+    THREADS: ClassVar[int] = 256  # SHARE_THREADS
+    LOADS: ClassVar[int] = 4
+
+    @staticmethod
+    def of_rows(map_: Array, resident: int = 3) -> "Share":
+        """For a kernel that loads the pieces of LOADS rows at a time."""
+        return Share(map_.size // piece_of(map_.dtype), Share.LOADS, resident)
+
+    @staticmethod
+    def of_windows(pooled: Array, resident: int = 3) -> "Share":
+        """For a kernel that goes from window to window."""
+        return Share(pooled.size // piece_of(pooled.dtype), 1, resident)
+
+    def grid(self, device: Device) -> int:
+        """Blocks of THREADS."""
+        return min(-(-self.pieces // (self.each * self.THREADS)), self.resident * device.multiprocessors)
 
 
 def tiles_of(rows: int) -> int:

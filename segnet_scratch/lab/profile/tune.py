@@ -47,22 +47,22 @@ def convolutions(
     inference = inference_program(blocks, CLASSES, batch, size, rung, classifier_kernel)
     found: dict[str, tuple[Op, tuple[mma.Tile, ...], mma.Tile]] = {}
     for step in (*training.steps, *inference.steps):
-        for key, default, widest in _tiles_of(step.op, rung):
-            tiles = mma.candidates(default, widest)
+        for key, default in _tiles_of(step.op, rung):
+            tiles = mma.candidates(default)
             if len(tiles) > 1:
                 found.setdefault(key, (step.op, tiles, default))
     return found
 
 
-def _tiles_of(op: Op, rung: str) -> Iterator[tuple[str, mma.Tile, mma.Tile]]:
-    """(key, default, widest) of the convolution of an op, if it has one whose tile can be chosen."""
+def _tiles_of(op: Op, rung: str) -> Iterator[tuple[str, mma.Tile]]:
+    """(key, default) of the convolution of an op, if it has one whose tile can be chosen."""
     if isinstance(op, FusedForward) and op.split is None:
-        yield key_of(op.kind, rung, op.geometry), op.default_tile, op.widest_tile
+        yield key_of("fused_forward", rung, op.geometry), op.default_tile
     elif isinstance(op, FusedBackwardData):
-        yield key_of("fused_backward_data", rung, op.geometry.mirrored), op.default_tile, mma.WIDE
+        yield key_of("fused_backward_data", rung, op.geometry.mirrored), op.default_tile
     elif isinstance(op, Conv2dForward):
         default = mma.forward_tile(op.geometry, op.inputs["x"].dtype.itemsize)
-        yield key_of("forward", rung, op.geometry), default, mma.WIDE
+        yield key_of("forward", rung, op.geometry), default
 
 
 def tune(

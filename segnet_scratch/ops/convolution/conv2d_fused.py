@@ -1,4 +1,4 @@
-"""Convolutions of the fused engine (cuda/conv2d_fused.cu): with unpool, bias, ReLU, pool and the sums of batch norm.
+"""Convolutions of the fused engine (cuda/conv2d_fused.cu): with bias, ReLU, pool and the sums of batch norm.
 
 Stride 1, odd kernels, padding that keeps the size; arrays of the rung ("tf32", "tf32x3": float32, "bf16": bfloat16).
 Statistics, bias and batch norm are float32, or float64 with maps of float64, for which there is no kernel: such a plan
@@ -18,7 +18,7 @@ from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from
+from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes
 from segnet_scratch.ops.pooling.windows import CODE, windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
@@ -81,13 +81,6 @@ class _FusedConv(Op):
         return Spec((tiles_of(rows), 2, channels), self.vector)
 
 
-def _forward_tile(g: Geometry, widest: mma.Tile, itemsize: int) -> mma.Tile:
-    """The tile of fprop and dgrad, by shape alone: the narrowest that holds all outputs, or the widest there is."""
-    if g.c * itemsize % PIECE_BYTES:
-        return mma.ELEMENTS
-    return next(tile for tile in (mma.NARROW, mma.MEDIUM, mma.WIDE) if g.o <= tile.columns or tile is widest)
-
-
 @dataclass(frozen=True)
 class Split:
     """How the depth of a convolution is split where its tiles alone would leave most of a GPU idle."""
@@ -112,11 +105,11 @@ class Split:
 
 
 class FusedForward(_FusedConv):
-    """y = [pool] [relu] ([unpool](x) * weight [+ bias]), and the statistics that batch norm needs of y.
+    """y = [pool] [relu] (x * weight [+ bias]), and the statistics that batch norm needs of y.
 
-    x (n, h, w, c), or with `unpool` = (h, w) the pooled map (n, ceil(h/2), ceil(w/2), c) and its `unpool_codes`; weight
-    (o, k, k, c). `statistics`: also partials (tiles, 2, o), of each 128 pixels of y the mean and the sum of squared
-    distances from it. `bias`: (o) is added. `pool`: y is (n, ceil(h/2), ceil(w/2), o), with its packed `pool_codes`.
+    x (n, h, w, c), weight (o, k, k, c). `statistics`: also partials (tiles, 2, o), of each 128 pixels of y the mean and
+    the sum of squared distances from it. `bias`: (o) is added. `pool`: y is (n, ceil(h/2), ceil(w/2), o), with packed
+    `pool_codes`.
     """
 
     name = "conv2d_fused_forward"
@@ -126,25 +119,19 @@ class FusedForward(_FusedConv):
         x: Spec,
         weight: Spec,
         rung: str,
-        unpool: Size | None = None,
         statistics: bool = False,
         bias: bool = False,
         relu: bool = False,
         pool: bool = False,
     ) -> None:
-        full = x.shape if unpool is None else (x.shape[0], *unpool, *x.shape[3:])
-        super().__init__(x, full, weight, rung)
+        super().__init__(x, x.shape, weight, rung)
         g = self.geometry
         expect(
             not (statistics and (bias or relu or pool)), f"{self.name}: statistics are those of the bare convolution"
         )
         self._expect_pieces(outputs=g.o)
-        self.unpool, self.statistics, self.relu, self.pool = unpool, statistics, relu, pool
+        self.statistics, self.relu, self.pool = statistics, relu, pool
         self.inputs = {"x": x, "weight": weight}
-        if unpool is not None:
-            self._expect_pieces(channels=g.c)
-            expect_windows(self.name, "x", x.shape, windows_of(*full))
-            self.inputs["unpool_codes"] = packed_codes(x.shape)
         if bias:
             self.inputs |= self._vectors(g.o, "bias")
         windows = windows_of(*g.y)
@@ -158,38 +145,33 @@ class FusedForward(_FusedConv):
             self.outputs["partials"] = self._partials(g.pixels, g.o)
         if pool:
             self.outputs["pool_codes"] = packed_codes(windows)
-        self.kind = "fused_forward" if unpool is None else "fused_unpool"
-        # Unpooled pieces pass by registers, for which the widest tile has none left.
-        self.widest_tile = mma.WIDE if unpool is None else mma.MEDIUM
-        self.default_tile = _forward_tile(g, self.widest_tile, x.dtype.itemsize)
+        self.default_tile = mma.forward_tile(g, x.dtype.itemsize)
 
     def launch(self, device: Device, b: Buffers) -> None:
         if self.split is not None:
             self._launch_split(device, b, self.split)
             return
         g = self.geometry
-        tile = mma.chosen(device, self.kind, self.rung, g, self.default_tile, self.widest_tile)
-        unpooled = () if self.unpool is None else (b.unpool_codes,)
+        tile = mma.chosen(device, "fused_forward", self.rung, g, self.default_tile)
         optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "pool_codes"))
         self.kernel(
             device,
-            f"conv2d_fused_forward_{'unpool_' if unpooled else ''}{tile.name}",
+            f"conv2d_fused_forward_{tile.name}",
             tile.grid(self.rows, g.o),
             tile.THREADS,
-            *(b.x, *unpooled, b.weight, *optional),
+            *(b.x, b.weight, *optional),
             *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(self.rows), int(self.relu)),
             shared=tile.shared,
         )
 
     def _launch_split(self, device: Device, b: Buffers, split: Split) -> None:
         g, tile = self.geometry, mma.MEDIUM
-        unpooled = () if self.unpool is None else (b.unpool_codes,)
         self.kernel(
             device,
-            f"conv2d_fused_split_{'unpool_' if unpooled else ''}{tile.name}",
+            f"conv2d_fused_split_{tile.name}",
             (*tile.grid(self.rows, g.o), split.chunks),
             tile.THREADS,
-            *(b.x, *unpooled, b.weight, b.sums),
+            *(b.x, b.weight, b.sums),
             *(*g.gemm_arguments(g.pads), self.rows, int(self.pool), split.chunks, split.parts),
             shared=tile.shared,
         )
@@ -205,8 +187,7 @@ class FusedForward(_FusedConv):
         in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        x = b.x if self.unpool is None else scatter_from(b.x, b.unpool_codes, self.unpool)
-        y = convolve(x, b.weight)
+        y = convolve(b.x, b.weight)
         if hasattr(b, "bias"):
             y = y + b.bias
         y = rounded(y, self.dtype)
@@ -268,7 +249,7 @@ class FusedBackwardData(_FusedConv):
         self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
         self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
         self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
-        self.default_tile = _forward_tile(g.mirrored, mma.WIDE, dy.dtype.itemsize)
+        self.default_tile = mma.forward_tile(g.mirrored, dy.dtype.itemsize)
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
@@ -306,54 +287,6 @@ class FusedBackwardData(_FusedConv):
         for number, term in enumerate((gradient, gradient * xhat)):
             for tile, part in enumerate(tiles(term, self.pixels_of_tile)):
                 b.partials[tile, number] = part.sum(0)
-
-
-class FusedBackwardWeight(_FusedConv):
-    """dweight of a convolution whose input was unpooled: x (n, ceil(h/2), ceil(w/2), c), `unpool` = (h, w)."""
-
-    name = "conv2d_fused_backward_weight"
-
-    def __init__(self, x: Spec, weight: Spec, rung: str, unpool: Size) -> None:
-        super().__init__(x, (x.shape[0], *unpool, *x.shape[3:]), weight, rung)
-        g = self.geometry
-        self._expect_pieces(channels=g.c, outputs=g.o)
-        expect_windows(self.name, "x", x.shape, windows_of(*g.x))
-        self.unpool = unpool
-        self.inputs = {"x": x, "unpool_codes": packed_codes(x.shape), "dy": x.with_shape(*g.y)}
-        self.outputs = {"dweight": Spec(weight.shape, self.vector)}
-        self.chunks = mma.Chunks.of(g, mma.MEDIUM.rows, mma.MEDIUM.columns)
-        self.workspace = {"partials": Spec((self.chunks.count, *weight.shape), self.vector)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        g, tile = self.geometry, mma.MEDIUM
-        self.kernel(
-            device,
-            "conv2d_fused_backward_weight_unpool_128x64",
-            (*tile.grid(g.depth, g.o), self.chunks.count),
-            tile.THREADS,
-            *(b.x, b.unpool_codes, b.dy, b.partials),
-            *(*g.gemm_arguments(g.pads), self.chunks.count, self.chunks.pixels),
-            shared=tile.shared,
-        )
-        merge = (b.partials, b.dweight, b.dweight.size, self.chunks.count)
-        grid = element_grid(b.dweight.size)
-        merging = ElementTypes.of(self.dtype)
-        self.kernel(device, "conv2d_backward_weight_merge", grid, ELEMENT_THREADS, *merge, types=merging)
-
-    def reference(self, b: Buffers) -> None:
-        x = scatter_from(b.x, b.unpool_codes, self.unpool)
-        for ky, kx, patch in _patches(x, self.geometry.kh):
-            b.dweight[:, ky, kx] = np.einsum("nyxo,nyxc->oc", b.dy, patch)
-
-    def numpy(self, b: Buffers) -> None:
-        x = scatter_from(b.x, b.unpool_codes, self.unpool)
-        wide, dy = (self._factor(a.astype(b.dweight.dtype, copy=False)) for a in (x, b.dy))
-        fast.backward_weight(wide, dy, b.dweight, 1, self.geometry.padding)
-
-
-def expect_windows(op: str, name: str, shape: tuple[int, ...], windows: tuple[int, ...]) -> None:
-    """ShapeError unless a pooled map has a value for each window of the map that it is unpooled to."""
-    expect(tuple(shape) == tuple(windows), f"{op}: {name} has shape {shape}; a pool of the unpooled map has {windows}")
 
 
 def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:

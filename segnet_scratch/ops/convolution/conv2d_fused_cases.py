@@ -18,15 +18,15 @@ from segnet_scratch.ops.cases import Bounds, Case, Inputs, Refusal, Row, of_magn
 from segnet_scratch.ops.convolution.conv2d_fused import (
     Below,
     FusedBackwardData,
-    FusedBackwardWeight,
     FusedForward,
     plain_forward,
     tiles,
 )
 from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
+from segnet_scratch.ops.normalisation.norm_relu_cases import packed
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
-from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes
-from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
+from segnet_scratch.ops.pooling.packed_codes import gather_at
+from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.precision import BFLOAT16_ROUNDING, round_to_tf32
 
 
@@ -51,11 +51,6 @@ SHAPES = [
     fused_case("SegNet-Basic", (1, 9, 10), 8, 8, 7),
     fused_case("a layer of SegNet", (1, 7, 9), 64, 128),
 ]
-
-
-def packed(rng: np.random.Generator, pooled: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
-    """Random codes as a pool of a map of this size could have made them."""
-    return pack_codes(valid_codes(rng.integers(0, 4, pooled).astype(CODE), size))
 
 
 class FusedRow(Row):
@@ -120,29 +115,18 @@ class FusedRow(Row):
 
 
 class FusedForwardRow(FusedRow):
-    """fprop of training: y and the statistics of its tiles, of maps and of unpooled maps."""
+    """fprop of training: y and the statistics of its tiles."""
 
     op = FusedForward
-    options = {"unpool": False}, {"unpool": True}
 
     def __init__(self, rung: str) -> None:
         super().__init__("conv2d_fused_forward", rung)
 
     def cases(self) -> list[Case]:
-        first = fused_case("first layer of SegNet: three channels", (1, 9, 10), 3, 64, unpool=False)
-        return [*super().cases(), first]
+        return [*super().cases(), fused_case("first layer of SegNet: three channels", (1, 9, 10), 3, 64)]
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        x, weight = self.specs(case, dtype)
-        if not case.sizes.get("unpool", True):
-            return FusedForward.plan(x, weight, self.rung, statistics=True)
-        return FusedForward.plan(spec(windows_of(*x.shape), dtype), weight, self.rung, x.shape[1:3], statistics=True)
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        arrays = super().inputs(op, case, rng, integers)
-        if "unpool_codes" in arrays:
-            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
-        return arrays
+        return FusedForward.plan(*self.specs(case, dtype), self.rung, statistics=True)
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         g = op.geometry  # type: ignore[attr-defined]
@@ -164,14 +148,7 @@ class FusedInferenceRow(FusedRow):
     """fprop of inference: bias, ReLU and pool."""
 
     op = FusedForward
-    options = (
-        {"unpool": False, "relu": False, "pool": False},
-        {"unpool": False, "relu": True, "pool": False},
-        {"unpool": False, "relu": False, "pool": True},
-        {"unpool": False, "relu": True, "pool": True},
-        {"unpool": True, "relu": True, "pool": False},
-        {"unpool": True, "relu": True, "pool": True},
-    )
+    options = tuple({"relu": relu, "pool": pool} for pool in (False, True) for relu in (False, True))
 
     def __init__(self, rung: str) -> None:
         super().__init__("conv2d_fused_inference", rung)
@@ -182,20 +159,14 @@ class FusedInferenceRow(FusedRow):
         return [*super().cases(), *deep, uneven]
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        x, weight = self.specs(case, dtype)
-        unpool = None
         options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
-        if case.sizes.get("unpool", True):
-            x, unpool = spec(windows_of(*x.shape), dtype), x.shape[1:3]
-        return FusedForward.plan(x, weight, self.rung, unpool, **options)
+        return FusedForward.plan(*self.specs(case, dtype), self.rung, **options)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
         if op.pool:  # type: ignore[attr-defined]
             # Of factors -1, 0, 1 no sum here comes near 256, up to which bfloat16 is exact.
             arrays |= {name: rng.integers(-1, 2, s.shape).astype(s.dtype) for name, s in op.inputs.items()}
-        if "unpool_codes" in arrays:
-            arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
@@ -264,34 +235,7 @@ class FusedBackwardDataRow(FusedRow):
         return {"dr": error, "partials": partials}
 
 
-class FusedBackwardWeightRow(FusedRow):
-    """wgrad of an unpooled map."""
-
-    op = FusedBackwardWeight
-    options = ({"unpool": True},)
-
-    def __init__(self, rung: str) -> None:
-        super().__init__("conv2d_fused_backward_weight", rung)
-
-    def cases(self) -> list[Case]:
-        depths = (31, 33, 64, 65, 97, 2049)  # stages and chunks of pixels
-        return [*super().cases(), *(fused_case(f"{p} pixels: depth", (1, 1, p), 8, 8, 1, unpool=True) for p in depths)]
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        x, weight = self.specs(case, dtype)
-        return FusedBackwardWeight.plan(spec(windows_of(*x.shape), dtype), weight, self.rung, x.shape[1:3])
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        arrays = super().inputs(op, case, rng, integers)
-        arrays["unpool_codes"] = packed(rng, op.inputs["x"].shape, case["x"][1:3])
-        return arrays
-
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        g = op.geometry  # type: ignore[attr-defined]
-        return {"dweight": self.growth(g.pixels, eps) * of_magnitudes(op, b).dweight}
-
-
 def fused_conv_rows() -> list[Row]:
     """Every fused convolution in every rung."""
-    rows = FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow, FusedBackwardWeightRow
+    rows = FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow
     return [row(rung) for rung in ELEMENTS_OF_RUNG for row in rows]

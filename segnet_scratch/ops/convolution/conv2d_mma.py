@@ -54,17 +54,15 @@ def forward_tile(g: Geometry, itemsize: int) -> Tile:
     return next(tile for tile in (NARROW, MEDIUM, WIDE) if g.o <= tile.columns or tile is WIDE)
 
 
-def candidates(default: Tile, widest: Tile) -> tuple[Tile, ...]:
-    """The tiles that could stand in for a default, up to the widest that has a kernel."""
-    if default is ELEMENTS:
-        return (ELEMENTS,)
-    return tuple(tile for tile in (NARROW, MEDIUM, WIDE) if tile.columns <= widest.columns)
+def candidates(default: Tile) -> tuple[Tile, ...]:
+    """The tiles that could stand in for a default."""
+    return (ELEMENTS,) if default is ELEMENTS else (NARROW, MEDIUM, WIDE)
 
 
-def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile, widest: Tile = WIDE) -> Tile:
+def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile) -> Tile:
     """The tile that was measured to be the fastest on this device, else the default."""
     name = table_of(device).name_for(kind, rung, g)
-    return next((tile for tile in candidates(default, widest) if tile.name == name), default)
+    return next((tile for tile in candidates(default) if tile.name == name), default)
 
 
 def weight_tile(g: Geometry, itemsize: int) -> Tile:

@@ -1,22 +1,23 @@
-"""Batch norm with ReLU and max-pool for the fused engine (cuda/norm_relu.cu), and the merging of its sums.
+"""Batch norm with ReLU, max-pool and max-unpool for the fused engine (cuda/norm_relu.cu), and the merging of its sums.
 
 Maps are float32 or bfloat16, numbers of channels float32. Maps and numbers of float64 are for the reference alone.
 """
+
+from typing import Any
 
 import numpy as np
 
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, expect, expect_map, spec_of
-from segnet_scratch.ops.pieces import TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map, spec_of
+from segnet_scratch.ops.pieces import TILE_ROWS, Share, expect_pieces, in_float32, rounded, tiles_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import pack_codes, packed_codes, scatter_from
+from segnet_scratch.ops.pooling.packed_codes import pack_codes, packed_codes, scatter_from, unpooled
 from segnet_scratch.ops.pooling.windows import CODE, windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 
 MERGE_CHANNELS, MERGE_LANES = 8, 64
-MAX_BLOCKS = 4096  # several rounds of any GPU, so that the last one leaves little idle; threads then take more rows
 
 
 class _Merge(Op):
@@ -110,10 +111,8 @@ class _OnMaps(Op):
         self.workspace = {}
         self.flops = 4 * y.size
 
-    def _grid(self, rows: int) -> int:
-        """Blocks of ELEMENT_THREADS for so many rows of pieces."""
-        pieces = rows * (self.channels // piece_of(self.inputs["y"].dtype))
-        return min(-(-pieces // ELEMENT_THREADS), MAX_BLOCKS)
+    def _launch(self, device: Device, share: Share, *arguments: Any) -> None:
+        self.kernel(device, self.name, share.grid(device), Share.THREADS, *arguments)
 
     def _vectors(self, *names: str) -> None:
         self.inputs = {**self.inputs, **dict.fromkeys(names, self.vector)}
@@ -135,7 +134,7 @@ class NormReluForward(_OnMaps):
 
     def launch(self, device: Device, b: Buffers) -> None:
         arguments = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.z, self.rows, self.channels, int(self.relu))
-        self.kernel(device, self.name, self._grid(self.rows), ELEMENT_THREADS, *arguments)
+        self._launch(device, Share.of_rows(b.y), *arguments)
 
     def reference(self, b: Buffers) -> None:
         b.z[...] = _normalised(b, self.relu)
@@ -151,19 +150,40 @@ class NormReluPoolForward(_OnMaps):
         self.relu = relu
         self._vectors("mean", "inv_std", "weight", "bias")
         pooled = windows_of(*y.shape)
-        self.windows = pooled[0] * pooled[1] * pooled[2]
         self.outputs = {"pooled": y.with_shape(*pooled), "codes": packed_codes(pooled)}
 
     def launch(self, device: Device, b: Buffers) -> None:
         arrays = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.pooled, b.codes)
-        grid = self._grid(self.windows)
-        self.kernel(device, self.name, grid, ELEMENT_THREADS, *arrays, *b.y.shape, int(self.relu))
+        self._launch(device, Share.of_windows(b.pooled), *arrays, *b.y.shape, int(self.relu))
 
     def reference(self, b: Buffers) -> None:
         z = rounded(_normalised(b, self.relu), self.inputs["y"].dtype)
         codes = np.empty(b.pooled.shape, CODE)
         MaxPoolForward.plan(spec_of(z)).reference(Buffers(x=z, y=b.pooled, codes=codes))
         b.codes[...] = pack_codes(codes)
+
+
+class NormReluUnpoolForward(_OnMaps):
+    """`unpooled` (n, h, w, c), the max-unpool by packed `codes` of z (see NormReluForward); `size` is (h, w).
+
+    y (n, ceil(h/2), ceil(w/2), c).
+    """
+
+    name = "norm_relu_unpool_forward"
+
+    def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True) -> None:
+        super().__init__(y)
+        self.size, self.relu = size, relu
+        self.inputs = {**self.inputs, "codes": packed_codes(y.shape)}
+        self._vectors("mean", "inv_std", "weight", "bias")
+        self.outputs = {"unpooled": unpooled(self.name, y, size)}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        arrays = (b.y, b.codes, b.mean, b.inv_std, b.weight, b.bias, b.unpooled)
+        self._launch(device, Share.of_windows(b.y), *arrays, *b.unpooled.shape, int(self.relu))
+
+    def reference(self, b: Buffers) -> None:
+        b.unpooled[...] = scatter_from(_normalised(b, self.relu), b.codes, self.size)
 
 
 class NormReluBackward(_OnMaps):
@@ -179,7 +199,7 @@ class NormReluBackward(_OnMaps):
 
     def launch(self, device: Device, b: Buffers) -> None:
         arrays = (b.y, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dr)
-        self.kernel(device, self.name, self._grid(self.rows), ELEMENT_THREADS, *arrays, self.rows, self.channels)
+        self._launch(device, Share.of_rows(b.y, resident=2), *arrays, self.rows, self.channels)
 
     def reference(self, b: Buffers) -> None:
         b.dr[...] = _backward(b, b.dr, self.rows)
@@ -193,14 +213,13 @@ class NormReluPoolBackward(_OnMaps):
     def __init__(self, y: Spec) -> None:
         super().__init__(y)
         pooled = windows_of(*y.shape)
-        self.windows = pooled[0] * pooled[1] * pooled[2]
         self.inputs = {**self.inputs, "codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
         self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
         self.outputs = {"dy": y}
 
     def launch(self, device: Device, b: Buffers) -> None:
         arrays = (b.y, b.codes, b.dr, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dy)
-        self.kernel(device, self.name, self._grid(self.windows), ELEMENT_THREADS, *arrays, *b.y.shape)
+        self._launch(device, Share.of_windows(b.dr, resident=2), *arrays, *b.y.shape)
 
     def reference(self, b: Buffers) -> None:
         b.dy[...] = _backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows)

@@ -20,11 +20,13 @@ from segnet_scratch.ops.normalisation.norm_relu import (
     NormReluForward,
     NormReluPoolBackward,
     NormReluPoolForward,
+    NormReluUnpoolForward,
 )
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.ops.pieces import TILE_ROWS
 from segnet_scratch.ops.pooling.packed_codes import pack_codes, scatter_from
-from segnet_scratch.ops.pooling.windows import CODE, valid_codes
+from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
+from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
 from segnet_scratch.runtime.precision import BFLOAT16
 
 # Maps whose channels are pieces: 4 float32 or 8 bfloat16. A block has 256 threads, each with one piece of some rows.
@@ -153,19 +155,17 @@ class NormRow(Row):
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
-        arrays["inv_std"] = rng.uniform(0.1, 4, op.inputs["inv_std"].shape).astype(op.inputs["inv_std"].dtype)
+        if "inv_std" in arrays:
+            arrays["inv_std"] = rng.uniform(0.1, 4, op.inputs["inv_std"].shape).astype(op.inputs["inv_std"].dtype)
         if "codes" in arrays:
-            windows = op.inputs["dr"].shape
-            arrays["codes"] = pack_codes(valid_codes(rng.integers(0, 4, windows).astype(CODE), case["x"][1:3]))
+            arrays["codes"] = packed(rng, windows_of(*case["x"]), case["x"][1:3])
         return arrays
 
     def hostile_plan(self, rng: np.random.Generator) -> tuple[Op, Inputs]:
         """For a small map, with numbers of channels that change nothing: mean 0, gain 1, bias 0, no sums."""
         n, h, w = (int(k) for k in rng.integers(1, (3, 6, 6)))
         op = self.plan(Case("hostile", {"x": (n, h, w, 8 * int(rng.integers(1, 4)))}), self.elements[0])
-        arrays: Inputs = {name: np.zeros(s.shape, s.dtype) for name, s in op.inputs.items()}
-        ones = {name: np.ones_like(arrays[name]) for name in ("inv_std", "weight")}
-        return op, {**arrays, **ones}
+        return op, neutral(op)
 
     def rectified(self, y: np.ndarray) -> np.ndarray:
         """Its ReLU, where there is one; a NaN stays one."""
@@ -193,7 +193,7 @@ class NormForwardRow(NormRow):
         return Hostile(op, inputs, {"z": self.rectified(y)})
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        return {"z": 4 * eps * (np.abs(b.y - b.mean) * b.inv_std * np.abs(b.weight) + np.abs(b.bias))}
+        return {"z": z_error(b, eps)}
 
 
 class NormPoolRow(NormRow):
@@ -222,6 +222,36 @@ class NormPoolRow(NormRow):
         }
 
 
+class UnpoolRow(NormRow):
+    """Values, or their z, at the coded positions. The map of a case is the unpooled one."""
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(spec(windows_of(*case["x"]), dtype), case["x"][1:3], *self.options)
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        if op.name == UnpoolPacked.name:
+            return {}
+        return {"unpooled": scatter_from(z_error(b, eps), b.codes, op.size)}  # type: ignore[attr-defined]
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        """NaN and infinite values stay where they belong; what a code puts outside the map is lost."""
+        size = int(rng.integers(1, 6)), int(rng.integers(1, 6))
+        op = self.plan(Case("hostile", {"x": (1, *size, 8)}), self.elements[0])
+        inputs = neutral(op)
+        values, (output,) = next(iter(op.inputs)), op.outputs
+        inputs[values] = x = special(rng, op.inputs[values])
+        codes = rng.integers(0, 4, x.shape).astype(CODE)
+        inputs["codes"] = by_hand.packed(codes)
+        x = x.copy() if op.name == UnpoolPacked.name else self.rectified(x)
+        x[valid_codes(codes, size) != codes] = 0
+        return Hostile(op, inputs, {output: by_hand.scatter(x, codes, size)})
+
+    def refusals(self) -> list[Refusal]:
+        pooled = spec((1, 2, 3, 8), self.elements[0])
+        plan = lambda: self.op.plan(pooled, (5, 6), *self.options)  # noqa: E731
+        return [Refusal("another size", plan, ShapeError, "a pool of a map of size (5, 6)")]
+
+
 class NormBackwardRow(NormRow):
     """dy: the two means, a product and two differences."""
 
@@ -248,13 +278,27 @@ class NormBackwardRow(NormRow):
         return Hostile(op, inputs, {"dy": by_hand.scatter(dr, codes, (h, w))})
 
 
+def z_error(b: Buffers, eps: float) -> np.ndarray:
+    return 4 * eps * (np.abs(b.y - b.mean) * b.inv_std * np.abs(b.weight) + np.abs(b.bias))
+
+
+def neutral(op: Op) -> Inputs:
+    """Inputs of 0, but gain 1: batch norm that changes nothing."""
+    return {name: np.full(s.shape, int(name in ("inv_std", "weight")), s.dtype) for name, s in op.inputs.items()}
+
+
+def packed(rng: np.random.Generator, pooled: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+    """Random codes as a pool of a map of this size could have made them."""
+    return pack_codes(valid_codes(rng.integers(0, 4, pooled).astype(CODE), size))
+
+
 def special(rng: np.random.Generator, s: Spec) -> np.ndarray:
     """Hostile values, some of them or all of their kinds."""
     return rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], s.shape).astype(s.dtype)
 
 
 def norm_rows() -> list[Row]:
-    """Every op of norm_relu.cu."""
+    """Every op of norm_relu.cu, and unpool_packed.cu."""
     return [
         MergeStatisticsRow(),
         MergeGradientsRow(),
@@ -268,6 +312,9 @@ def norm_rows() -> list[Row]:
                 (NormPoolRow, NormReluPoolForward, element, False),
                 (NormBackwardRow, NormReluBackward, element),
                 (NormBackwardRow, NormReluPoolBackward, element),
+                (UnpoolRow, NormReluUnpoolForward, element, True),
+                (UnpoolRow, NormReluUnpoolForward, element, False),
+                (UnpoolRow, UnpoolPacked, element),
             )
         ),
     ]

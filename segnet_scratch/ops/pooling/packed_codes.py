@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from segnet_scratch.ops.op import Spec, expect
-from segnet_scratch.ops.pooling.windows import CODE, window_elements
+from segnet_scratch.ops.pooling.windows import CODE, window_elements, windows_of
 
 CODES_OF_BYTE = 4
 _SHIFTS = np.arange(0, 2 * CODES_OF_BYTE, 2, dtype=CODE)
@@ -21,6 +21,16 @@ def packed_codes(pooled: Sequence[int]) -> Spec:
     *windows, c = pooled
     expect(c % CODES_OF_BYTE == 0, f"packed codes of {c} channels: expected a multiple of {CODES_OF_BYTE}")
     return Spec((*windows, c // CODES_OF_BYTE), CODE)
+
+
+def unpooled(op: str, values: Spec, size: tuple[int, int]) -> Spec:
+    """The map (n, *size, c) that values (n, ceil(h/2), ceil(w/2), c) are unpooled to; ShapeError for another size."""
+    n, *_, c = values.shape
+    expect(
+        values.shape == windows_of(n, *size, c),
+        f"{op}: the values have shape {values.shape}; a pool of a map of size {size} has {windows_of(n, *size, c)}",
+    )
+    return values.with_shape(n, *size, c)
 
 
 def pack_codes(codes: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ class Device:
     runs_kernels: bool  # True: ops launch kernels; False: ops compute with NumPy
     architecture: str | None = None  # of a GPU, as NVRTC names it: "sm_90"
     gpu: str | None = None  # its name: "NVIDIA H100 80GB HBM3"
+    multiprocessors: int = 1  # of a GPU; grids that fill the device once follow from it
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """An array with undefined contents."""

@@ -39,7 +39,9 @@ class CudaDevice(Device):
                 "use --device numpy or --device host"
             )
         self.architecture: str = f"sm_{major}{minor}"
-        name = self._cupy.cuda.runtime.getDeviceProperties(gpu.id)["name"]
+        properties = self._cupy.cuda.runtime.getDeviceProperties(gpu.id)
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        name = properties["name"]
         self.gpu: str = name.decode() if isinstance(name, bytes) else str(name)
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel

@@ -1,0 +1,91 @@
+// How the threads of a grid share out a map that is read and written once: kernels that memory bandwidth bounds.
+//
+// To keep a memory busy, as many bytes must be under way as it delivers in the time that one access takes (Little's law).
+// H200: 4.8 TB/s x 800 ns = 3.8 MB, 29 KB on each of 132 multiprocessors. A kernel that loads one piece of 16 bytes a
+// thread, uses it and comes back has half of that under way where 1024 threads fit, and less while it computes. So
+//
+//   - a thread begins LOADS loads before it uses the first one. With 768 resident threads, 80 registers each, that is
+//     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
+//   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once;
+//   - the grid fills the GPU once (ops/pieces.py): a thread goes on to its next rows instead of making room for another;
+//   - the windows of a map are counted by additions. A division by sizes that are known at run time costs as much as
+//     everything else that is done to a piece.
+//
+// tests/test_sass.py counts the loads before the first use in the machine code.
+#pragma once
+#include "piece.cuh"
+#include "windows.cuh"
+
+#define LOADS 4
+#define SHARE_THREADS 256
+
+// The share of a thread in a (rows, c) matrix: one piece of the channels, of the rows first, first + step, ...
+//
+//   for (Share share(c); share.exists(c); share.next())
+//
+// Neighbouring threads have neighbouring pieces. Any one-dimensional grid covers the matrix. Where a row has more pieces
+// than there are threads, a thread takes several shares; the threads beyond the last whole row of pieces have none.
+// Nobody has one where c is no multiple of a piece, which ops/pieces.py refuses.
+struct Share {
+    int64 threads, channel, first, step;
+    __device__ explicit Share(int c) : threads((int64)gridDim.x * blockDim.x) {
+        const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x, pieces = c < PIECE ? 1 : c / PIECE;
+        channel = index % pieces * PIECE;
+        first = index / pieces;
+        step = threads < pieces ? 1 : threads / pieces;
+    }
+    __device__ bool exists(int c) const { return c % PIECE == 0 && channel < c && first < step; }
+    __device__ void next() { channel += threads * PIECE; }
+};
+
+// The elements of the next LOADS rows of a share, from row `row` on: element(i) is one to read, also where the matrix has
+// ended (then it is that of `row`: nobody else's, so that a kernel may work in place), holds(i) says whether it counts.
+struct Batch {
+    int64 first, stride, end;
+    __device__ Batch(const Share& share, int64 row, int64 rows, int c)
+        : first(row * c + share.channel), stride(share.step * c), end(rows * c) {}
+    __device__ bool holds(int i) const { return first + i * stride < end; }
+    __device__ int64 element(int i) const { return holds(i) ? first + i * stride : first; }
+    __device__ void load(Piece (&pieces)[LOADS], const storage_t* map) const {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) pieces[i] = load_piece_here(map + element(i));
+    }
+};
+
+// The windows first, first + step, ... of a map (n, h, w), one after the other: `index` and where it lies.
+struct WindowWalk {
+    int64 index, count, step;
+    int rows, columns, image, row, column, step_images, step_rows, step_columns;
+    __device__ WindowWalk(const Share& share, int n, int h, int w)
+        : index(share.first), step(share.step), rows((h + 1) / 2), columns((w + 1) / 2) {
+        count = (int64)n * rows * columns;
+        split(index, image, row, column);
+        split(step, step_images, step_rows, step_columns);
+    }
+    __device__ bool exists() const { return index < count; }
+    __device__ void next() {
+        index += step;
+        column += step_columns;
+        row += step_rows;
+        image += step_images;
+        if (column >= columns) {
+            column -= columns;
+            ++row;
+        }
+        if (row >= rows) {
+            row -= rows;
+            ++image;
+        }
+    }
+    __device__ Window window(int64 channel, int h, int w, int c) const {
+        return Window(image, row, column, (int)channel, h, w, c);
+    }
+
+  private:
+    __device__ void split(int64 windows, int& images, int& lines, int& rest) const {
+        const int64 all_lines = windows / columns;
+        rest = (int)(windows - all_lines * columns);
+        images = (int)(all_lines / rows);
+        lines = (int)(all_lines - (int64)images * rows);
+    }
+};
