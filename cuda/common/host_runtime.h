@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -45,6 +46,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
 // In a .cu file runtime/shared_memory.py turns plain __shared__ arrays into SHARED_ARRAY. What it does not turn (in a
@@ -194,6 +196,7 @@ constexpr size_t kStackBytes = 160 * 1024;
 constexpr size_t kStackReserve = 32 * 1024;  // the low end: an overflow passes the canary above it and harms nobody
 constexpr size_t kSharedLimit = 256 * 1024;  // more than any GPU has for one block
 constexpr size_t kRedZone = 64;
+constexpr size_t kArenaAlignment = 1024;  // so that the low bits of a pointer are those of a shared address
 constexpr unsigned char kRedByte = 0xA5;
 constexpr unsigned char kPoisonByte = 0xFF;  // 0xFF... is a NaN in every floating-point format
 // A cache line, wider than the holes in a frame that nobody writes.
@@ -224,12 +227,23 @@ struct Meeting {
     void* posts[32];         // what each lane brings and takes away
 };
 
+// What works beside the threads of a block: Hopper's asynchronous units (host_hopper.h), where a source includes them.
+struct Engine {
+    virtual ~Engine() = default;
+    virtual void begin_block() = 0;
+    virtual bool advance() = 0;       // no thread can run: does something that was under way; true if it has
+    virtual void report_waits() = 0;  // nothing is under way, and threads wait for it
+    virtual void end_block() = 0;     // all threads have returned
+};
+static Engine* (*make_engine)() = nullptr;
+
 struct Fiber {
     uint3 index;             // threadIdx
     void* stack_pointer;     // saved while the fiber does not run
     char* stack;             // lowest address
     int barrier_line;        // where it waits; 0: it has returned
     Meeting* meeting;        // where it waits for others of its warp, or null
+    bool waits_for_engine;
     std::vector<AsyncCopy> copies;
     std::vector<size_t> copy_groups;  // where each group that was committed ends in `copies`
 };
@@ -280,6 +294,7 @@ struct Worker {
     unsigned position = 0;
     std::vector<unsigned> ready;
     std::vector<Meeting> meetings;  // one for each thread: those that it comes to first
+    std::unique_ptr<Engine> engine;
     int last_barrier_line = 0;  // 0: the block has met no barrier yet
     void* scheduler_stack_pointer = nullptr;
     void (*body)(void*) = nullptr;
@@ -288,7 +303,7 @@ struct Worker {
     uint64_t random = 0;
     // Shared memory: arrays between red zones, one after the other.
     std::vector<unsigned char> arena;
-    unsigned char* arena_base = nullptr;  // the first 64-byte boundary in `arena`
+    unsigned char* arena_base = nullptr;  // the first multiple of kArenaAlignment in `arena`: shared address 0
     std::vector<SharedArray> shared;
     size_t trace_position = 0;
 
@@ -418,6 +433,11 @@ inline void report_parted_warp(Worker* w, const Fiber& waiting) {
 inline bool finish_phase(Worker* w) {
     const int line = w->fibers[0].barrier_line;
     for (const Fiber& fiber : w->fibers) {
+        if (!fiber.waits_for_engine) continue;
+        w->engine->report_waits();
+        return false;
+    }
+    for (const Fiber& fiber : w->fibers) {
         if (!fiber.meeting) continue;
         report_parted_warp(w, fiber);
         return false;
@@ -456,14 +476,15 @@ inline bool finish_phase(Worker* w) {
 // The running fiber cannot go on: hands the core to the next one. Returns when it is its turn again.
 inline void pass_on(Worker* w) {
     Fiber* self = w->current;
-    w->current = next_fiber(w);
-    if (!w->current) {
-        w->current = self;
+    Fiber* next = next_fiber(w);
+    while (!next && w->engine && w->engine->advance()) next = next_fiber(w);
+    if (!next) {
         if (!finish_phase(w)) leave_block(w);
         w->position = 0;
         if (w->launch->order == int(Order::shuffled)) w->shuffle(w->order);
-        w->current = next_fiber(w);
+        next = next_fiber(w);
     }
+    w->current = next;
     if (w->current != self) segnet_switch_fiber(&self->stack_pointer, w->current->stack_pointer);
 }
 
@@ -558,6 +579,7 @@ inline void run_block_fibers(Worker* w) {
         fiber.copies.clear();
         fiber.copy_groups.clear();
     }
+    if (w->engine) w->engine->begin_block();
     w->position = 0;
     w->last_barrier_line = 0;
     w->current = next_fiber(w);
@@ -567,6 +589,8 @@ inline void run_block_fibers(Worker* w) {
     for (Fiber& fiber : w->fibers)
         if (std::memcmp(fiber.stack + kStackReserve, kStackCanary, sizeof kStackCanary - 1) != 0)
             return w->fail("a thread needs more stack than the host device gives it");
+    if (w->engine) w->engine->end_block();
+    if (w->failed) return;
     check_shared(w);
 }
 
@@ -586,8 +610,9 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
     };
     order_threads();
     if (w.cooperative) {
-        w.arena.resize(kSharedLimit + 4 * kRedZone);
-        w.arena_base = w.arena.data() + (64 - reinterpret_cast<uintptr_t>(w.arena.data()) % 64);
+        w.arena.resize(kSharedLimit + 4 * kRedZone + kArenaAlignment);
+        w.arena_base = w.arena.data() + (kArenaAlignment - reinterpret_cast<uintptr_t>(w.arena.data()) % kArenaAlignment);
+        if (make_engine) w.engine.reset(make_engine());
         w.fibers.resize(threads);
         w.ready.reserve(threads);
         w.meetings.resize(threads);

@@ -36,7 +36,17 @@ struct RingPosition {
     }
 };
 
-#ifndef SEGNET_HOST
+#ifdef SEGNET_HOST
+
+inline void mbarrier_init(Mbarrier& barrier, int arrivals, HERE) { host::barrier_initialise(&barrier, arrivals, here); }
+inline void mbarrier_init_fence() { host::barrier_initialise_fence(); }
+inline void mbarrier_arrive(Mbarrier& barrier, HERE) { host::barrier_arrive("mbarrier_arrive", &barrier, 0, here); }
+inline void mbarrier_arrive_expect_tx(Mbarrier& barrier, int bytes, HERE) {
+    host::barrier_arrive("mbarrier_arrive_expect_tx", &barrier, bytes, here);
+}
+inline void mbarrier_wait(Mbarrier& barrier, unsigned parity, HERE) { host::barrier_wait(&barrier, parity, here); }
+
+#else
 
 __device__ inline void mbarrier_init(Mbarrier& barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");

@@ -32,7 +32,34 @@ struct __align__(64) TensorMap {
     uint64 opaque[16];
 };
 
-#ifndef SEGNET_HOST
+#ifdef SEGNET_HOST
+
+inline void tma_prefetch(const TensorMap& map, HERE) { host::fields_of("tma_prefetch", &map, here); }
+template <int RANK>
+inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], Mbarrier& full, HERE) {
+    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
+    host::begin_load_tile(&map, corner, RANK, to, &full, here);
+}
+inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2], Mbarrier& full, HERE) {
+    host::begin_load_im2col(&map, pixel, tap, to, &full, here);
+}
+template <int RANK>
+inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from, HERE) {
+    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
+    host::begin_store_tile(&map, corner, RANK, from, here);
+}
+inline void tma_store_commit() { host::commit_stores(); }
+template <int PENDING>
+inline void tma_store_wait_read() {
+    host::wait_for_stores(PENDING, true);
+}
+template <int PENDING>
+inline void tma_store_wait() {
+    host::wait_for_stores(PENDING, false);
+}
+inline void fence_proxy_async(HERE) { host::Hopper::get().update_view(here); }
+
+#else
 
 __device__ inline void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -3,13 +3,13 @@
 //
 //   wgmma_fence();                          the registers of the sums, and what was written to shared memory and fenced
 //                                           (fence_proxy_async), are ready: before the first product of a group
-//   wgmma(sums, a, b, accumulate);          sums += a b; without accumulate sums = a b, whatever they held. N = 2 x the
-//                                           length of sums, 8 to 256
+//   wgmma(sums, a, b, accumulate);          sums += a b; without accumulate sums = a b, whatever they held.
+//                                           Accumulators<N> sums: N / 2 numbers a thread; N is 8, 16, 24, 32, 64, ..., 256
 //   wgmma_commit();                         the products begun since the last commit become a group
 //   wgmma_wait<P>();                        waits until at most the P youngest groups are under way
 //
 // All 128 threads execute each of them. Until the wait that covers a group, its sums may not be touched (but by wgmma of
-// the same shape), and its operands in shared memory may not be overwritten.
+// the same shape), and its operands in shared memory may not be overwritten: on the host both are faults.
 //
 // A thread holds, with w = its warp in the warpgroup, g = lane / 4 and t = lane % 4:
 //
@@ -36,6 +36,18 @@ struct MNMajor {
     uint64 descriptor;
 };
 
+#ifdef SEGNET_HOST
+#include "host_wgmma.h"
+
+inline KMajor k_major(const void* start, int stride, HERE) {
+    return {host::matrix_descriptor("k_major", start, 16, stride, here)};
+}
+inline MNMajor mn_major(const void* start, int leading, int stride, HERE) {
+    return {host::matrix_descriptor("mn_major", start, leading, stride, here)};
+}
+
+#else
+
 __device__ inline uint64 matrix_descriptor(const void* start, int leading, int stride) {
     return (uint64)((shared_address(start) & 0x3FFFF) >> 4) | (uint64)(leading >> 4) << 16 | (uint64)(stride >> 4) << 32 |
            (uint64)1 << 62;
@@ -47,6 +59,8 @@ __device__ inline MNMajor mn_major(const void* start, int leading, int stride) {
     return {matrix_descriptor(start, leading, stride)};
 }
 
+#endif
+
 // Row and column of sums[i] in the product.
 __device__ inline int wgmma_row(int i) { return 16 * (warpgroup_thread() / WARP) + warp_lane() / 4 + i / 2 % 2 * 8; }
 __device__ inline int wgmma_column(int i) { return i / 4 * 8 + 2 * (warp_lane() % 4) + i % 2; }
@@ -56,7 +70,61 @@ constexpr bool is_mn_major = false;
 template <>
 constexpr bool is_mn_major<MNMajor> = true;
 
-#ifndef SEGNET_HOST
+#ifdef SEGNET_HOST
+
+// Accumulators that know whether products are under way.
+template <int N>
+class Accumulators {
+    float values[N / 2];
+    host::Fragment fragment;
+
+    float& access(host::Index i) {
+        if (fragment.pending) {
+            char where[96];
+            host::fault("access to accumulators", i.place, "before a wgmma_wait covers the product begun at %s",
+                        host::text_of(fragment.begun, where));
+        }
+        fragment.touched = host::Hopper::get().self().epoch;
+        return values[i.value];
+    }
+
+  public:
+    Accumulators() {
+        std::memset(values, host::kPoisonByte, sizeof values);
+        fragment = {values, N / 2, nullptr, {}, host::Hopper::get().self().epoch};
+    }
+    Accumulators(const Accumulators&) = delete;
+    ~Accumulators() {
+        if (fragment.pending) host::fault("the end of accumulators", fragment.begun, "comes before a wgmma_wait covers this product");
+    }
+    float& operator[](host::Index i) { return access(i); }
+    float operator[](host::Index i) const { return const_cast<Accumulators*>(this)->access(i); }
+
+    template <class A, class B>
+    void add_product(A a, B b, bool accumulate, host::Place here) {
+        host::begin_product(fragment, {a.descriptor, is_mn_major<A>, 64}, {b.descriptor, is_mn_major<B>, N}, accumulate, here);
+    }
+};
+
+inline void wgmma_fence() { ++host::Hopper::get().self().epoch; }
+inline void wgmma_commit(HERE) { host::commit_products(here); }
+template <int PENDING>
+inline void wgmma_wait(HERE) {
+    host::wait_for_products(PENDING, here);
+}
+template <int N, class A, class B>
+inline void wgmma(Accumulators<N>& sums, A a, B b, bool accumulate, HERE) {
+    sums.add_product(a, b, accumulate, here);
+}
+
+#else
+
+template <int N>
+struct Accumulators {
+    float values[N / 2];
+    __device__ float& operator[](int i) { return values[i]; }
+    __device__ float operator[](int i) const { return values[i]; }
+};
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -105,26 +173,27 @@ __device__ inline void wgmma_wait() {
         : "l"(a.descriptor), "l"(b.descriptor), "r"((int)accumulate), "n"((int)is_mn_major<A_Operand>),        \
           "n"((int)is_mn_major<B_Operand>))
 
-template <int COUNT, class A_Operand, class B_Operand>
-__device__ __forceinline__ void wgmma(float (&sums)[COUNT], A_Operand a, B_Operand b, bool accumulate) {
-    if constexpr (COUNT == 4)
+template <int N, class A_Operand, class B_Operand>
+__device__ __forceinline__ void wgmma(Accumulators<N>& accumulators, A_Operand a, B_Operand b, bool accumulate) {
+    float(&sums)[N / 2] = accumulators.values;
+    if constexpr (N == 8)
         WGMMA(8, 4, "%4", "%5", "%6", "%7", "%8");
-    else if constexpr (COUNT == 8)
+    else if constexpr (N == 16)
         WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12");
-    else if constexpr (COUNT == 12)
+    else if constexpr (N == 24)
         WGMMA(24, 12, "%12", "%13", "%14", "%15", "%16");
-    else if constexpr (COUNT == 16)
+    else if constexpr (N == 32)
         WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20");
-    else if constexpr (COUNT == 32)
+    else if constexpr (N == 64)
         WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36");
-    else if constexpr (COUNT == 48)
+    else if constexpr (N == 96)
         WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52");
-    else if constexpr (COUNT == 64)
+    else if constexpr (N == 128)
         WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68");
-    else if constexpr (COUNT == 96)
+    else if constexpr (N == 192)
         WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100");
     else {
-        static_assert(COUNT == 128, "N is 8, 16, 24, 32, 64, 96, 128, 192 or 256");
+        static_assert(N == 256, "N is 8, 16, 24, 32, 64, 96, 128, 192 or 256");
         WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132");
     }
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
+from segnet_scratch.runtime.tensor_map import TensorMap
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
@@ -44,7 +45,7 @@ def check_launch(
     arguments: Sequence[Any],
     shared: int = 0,
 ) -> list[Any]:
-    """The arguments ready to be passed: arrays (or None) for pointers, NumPy scalars of the declared type for the rest.
+    """The arguments ready to be passed: arrays (or None) for pointers, TensorMaps, NumPy scalars of the declared type.
 
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
     the got and the fix. Nothing has been launched then.
@@ -75,6 +76,10 @@ def check_launch(
                         f"its element size, {argument.itemsize} bytes; copy it"
                     )
                 ranges.append((start, start + argument.nbytes, parameter))
+        elif parameter.tensor_map:
+            start = _check_tensor_map(home, kernel, parameter, types, argument)
+            values.append(argument)
+            ranges.append((start, start + argument.array.nbytes, parameter))
         else:
             value = _scalar(kernel, parameter, types, argument)
             values.append(value)
@@ -82,7 +87,7 @@ def check_launch(
                 scalars[parameter.name] = int(value)
     for parameter, argument in zip(kernel.parameters, arguments, strict=True):
         if argument is not None and parameter.extent_code is not None:
-            _check_extent(kernel, parameter, argument, scalars)
+            _check_extent(kernel, parameter, argument.array if parameter.tensor_map else argument, scalars)
     _check_overlap(kernel, ranges)
     return values
 
@@ -133,6 +138,22 @@ def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: E
         raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
 
 
+def _check_tensor_map(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: ElementTypes, argument: Any) -> int:
+    """The address of its array."""
+    what = f"{kernel.name}: argument {parameter.name}"
+    if not isinstance(argument, TensorMap):
+        raise DTypeError(f"{what} is a {type(argument).__name__}; expected a TensorMap of an array")
+    if not home.owns(argument.array):
+        raise DeviceError(
+            f"{what} describes an array that is not of the {home.name} device; move it there and describe that"
+        )
+    if argument.array.dtype != types.storage:
+        raise DTypeError(f"{what} is {argument.describe()}; expected element type {types.storage}")
+    address = home.address(argument.array)
+    argument.check_address(address)
+    return address
+
+
 def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: Any) -> np.generic:
     what = f"{kernel.name}: argument {parameter.name}"
     dtype = parameter.dtype(types)
@@ -170,6 +191,11 @@ def _check_extent(kernel: Kernel, parameter: Parameter, array: Any, scalars: dic
         raise ShapeError(
             f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent} = {expected}; "
             "expected positive sizes"
+        )
+    if parameter.tensor_map and tuple(array.shape) != expected:
+        raise ShapeError(
+            f"{kernel.name}: argument {parameter.name} describes an array of shape {tuple(array.shape)}; expected "
+            f"{expected}, {parameter.extent}; reshape it"
         )
     if array.size != prod(expected):
         raise ShapeError(

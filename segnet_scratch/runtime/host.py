@@ -26,7 +26,7 @@ from segnet_scratch.files import reason
 from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.shared_memory import rewrite_shared
-from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
+from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
 
 log = logging.getLogger(__name__)
@@ -321,6 +321,12 @@ def prepare(kernel: Kernel, types: ElementTypes, options: HostOptions) -> None:
     _entry(kernel.source, types, kernel.name, options.sanitize, options.variables)
 
 
+def _cell(parameter: Parameter, value: Any) -> np.ndarray:
+    if parameter.tensor_map:
+        return value.host_bytes()
+    return np.array(0 if value is None else value.ctypes.data, np.uint64) if parameter.pointer else np.array(value)
+
+
 def run(
     kernel: Kernel,
     types: ElementTypes,
@@ -347,10 +353,7 @@ def run(
         workers=options.workers or _cores(),
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.
-    cells = [
-        np.array(0 if value is None else value.ctypes.data, dtype=np.uint64) if parameter.pointer else np.array(value)
-        for parameter, value in zip(kernel.parameters, values, strict=True)
-    ]
+    cells = [_cell(parameter, value) for parameter, value in zip(kernel.parameters, values, strict=True)]
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
     if entry(ctypes.byref(launch), addresses) != 0:
         raise KernelFault(f"{kernel.source.path.name}: {launch.message.decode(errors='replace')}")

@@ -64,8 +64,8 @@ def launch(
     """Checks a launch against the kernel's signature, then runs it on the device.
 
     `grid` and `block` are blocks and threads in x, y, z (missing ones are 1); `arguments` are arrays of the device,
-    None for a null pointer, and Python or NumPy numbers; `types` says what storage_t and accumulate_t are; `shared`
-    is dynamic shared memory in bytes.
+    None for a null pointer, TensorMaps, and Python or NumPy numbers; `types` says what storage_t and accumulate_t are;
+    `shared` is dynamic shared memory in bytes.
     """
     if isinstance(kernel, str):
         kernel = find_kernel(kernel)

@@ -4,7 +4,8 @@ A pointer parameter may carry its shape as a comment on its line, in terms of th
 
     const storage_t* __restrict__ x,  // (n, h, w, c)
 
-The comment is not decoration: the gate evaluates it at every launch and refuses an array of another size.
+The comment is not decoration: the gate evaluates it at every launch and refuses an array of another size. Of a tensor
+map it is the shape of the array: `const __grid_constant__ TensorMap x,  // of (n, h, w, c)`.
 """
 
 import ast
@@ -113,7 +114,7 @@ class Parameter:
             return types.storage
         if self.c_type == "accumulate_t":
             return types.accumulate
-        return np.dtype(_FIXED_TYPES[self.c_type])
+        return np.dtype("V128" if self.tensor_map else _FIXED_TYPES[self.c_type])
 
     def extent_shape(self, scalars: dict[str, int]) -> tuple[int, ...]:
         """The shape that the comment promises, for these values of the integer parameters."""
@@ -210,7 +211,9 @@ def _parse_parameters(source: Source, line: int, text: str, blanked: str) -> tup
         comment = re.sub(r"/\*.*?\*/", "", row[len(code.rstrip()) :]).partition("//")[2]
         for position, declaration in enumerate(declarations):
             # A shape belongs to the last declaration before it.
-            extent = _leading_parenthesis(comment.strip()) if position == len(declarations) - 1 else None
+            extent = (
+                _leading_parenthesis(comment.strip().removeprefix("of ")) if position == len(declarations) - 1 else None
+            )
             parameters.append(_parse_parameter(f"{source.path}:{line + offset}", declaration, extent))
     return tuple(parameters)
 
@@ -238,7 +241,8 @@ def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parame
         if pointer or not {"const", "__grid_constant__"} <= set(words):
             expected = f"const __grid_constant__ {TENSOR_MAP} {name}"
             raise CompileError(f"{where}: a tensor map is passed as '{expected}', not '{declaration}'")
-        return Parameter(name, c_type, False, True, False, None, None)
+        code = compile_expression(where, extent) if extent else None
+        return Parameter(name, c_type, False, True, False, extent if code else None, code)
     if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
         known = ", ".join(["storage_t", "accumulate_t", TENSOR_MAP, *_FIXED_TYPES])
         raise CompileError(

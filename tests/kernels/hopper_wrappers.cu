@@ -5,7 +5,7 @@
 
 template <int N, class A, class B>
 __device__ void product(float* out, A a, B b) {
-    float sums[N / 2];
+    Accumulators<N> sums;
     wgmma_fence();
     wgmma(sums, a, b, false);
     wgmma(sums, a, b, true);

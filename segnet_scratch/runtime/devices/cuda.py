@@ -14,6 +14,7 @@ from segnet_scratch.runtime.devices.graph import Recording
 from segnet_scratch.runtime.devices.prefetch import Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.tensor_map import TensorMap
 
 # While `capture` records; of each thread its own, as CuPy's current stream and allocator are.
 _recording: "ContextVar[Recording[Any] | None]" = ContextVar("recording", default=None)
@@ -140,9 +141,16 @@ class CudaDevice(Device):
         # More than 48 KiB of shared memory are granted to those only who ask.
         if shared and shared > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared
-        # A null pointer travels as a 64-bit zero; every other value has its exact type from the gate already.
-        arguments = tuple(np.uint64(0) if value is None else value for value in values)
+        # A null pointer travels as a 64-bit zero; every other number has its exact type from the gate already.
+        arguments = tuple(self._argument(value) for value in values)
         function(tuple(grid), tuple(block), arguments, shared_mem=shared)
+
+    def _argument(self, value: Any) -> Any:
+        if value is None:
+            return np.uint64(0)
+        if isinstance(value, TensorMap):  # any array of one element travels by value: here one of 128 bytes
+            return value.cuda_bytes(self.address(value.array)).view("V128")
+        return value
 
     def timer(self) -> Timer:
         return EventTimer(self._cupy)

@@ -1,0 +1,197 @@
+"""Hopper's instructions on the host device: each against a plain reference, and what goes wrong silently on a GPU.
+
+Swizzles, descriptors, boxes and im2col are written down here a second time, from NVIDIA's PTX ISA and from what was
+measured on an H200 (a matrix may begin at any row of an atom: pieces are exchanged by the bits of the final address).
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from kernel_support import needs_compiler, run
+
+from segnet_scratch.kernels import ElementTypes, Im2col, TensorMap
+from segnet_scratch.precision import BFLOAT16
+
+pytestmark = needs_compiler
+
+BF16 = ElementTypes.named("bf16")
+IMAGE = 48 * 1024  # bytes of shared memory that products read
+ORDERS = [{"order": "ascending"}, {"order": "descending"}, {"order": "shuffled", "seed": 3}]
+each_order = pytest.mark.parametrize("options", ORDERS, ids=str)
+
+
+def random_bf16(rng, shape):
+    return rng.standard_normal(shape).astype(BFLOAT16)
+
+
+def exchanged(address, span):
+    """The final address of a byte: of 128 bytes, bits 4 to 6 are combined with bits 7 to 9."""
+    return address ^ (address // 128 % (max(span, 16) // 16)) * 16
+
+
+def operand(image, start, leading, stride, mn_major, count):
+    """(count, 16): what a descriptor says that shared memory holds, number by number."""
+    row, k = np.meshgrid(np.arange(count), np.arange(16), indexing="ij")
+    if mn_major:
+        address = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
+    else:
+        address = start + row // 8 * stride + row % 8 * 128 + k * 2
+    address = exchanged(address, 128)
+    return image[address // 2].astype(np.float32)
+
+
+def reach(leading, stride, mn_major, count):
+    """Bytes from the start of an operand to its end, as if nothing were exchanged."""
+    if mn_major:
+        return (count - 1) // 64 * leading + stride + 1024
+    return (count // 8 - 1) * stride + 1024
+
+
+def random_descriptor(rng, mn_major, count):
+    """(start, leading, stride) that stay within the image."""
+    while True:
+        stride = int(rng.choice([1024, 1280, 2048, 128 * rng.integers(1, 20), 16 * rng.integers(1, 64)]))
+        leading = int(rng.choice([128, 1024, 8192, 16 * rng.integers(1, 200)])) if mn_major else 16
+        start = int(rng.integers(0, 1024)) * 16
+        if not mn_major:
+            start = start // 128 * 128 + int(rng.integers(0, 4)) * 32  # 16 of depth lie within a row
+        if mn_major:
+            start = start // 128 * 128
+            stride, leading = stride // 128 * 128 or 128, leading // 128 * 128 or 128
+        if start + reach(leading, stride, mn_major, count) <= IMAGE - 1024:
+            return start, leading, stride
+
+
+@each_order
+@pytest.mark.parametrize(("a_mn", "b_mn"), [(False, False), (False, True), (True, False), (True, True)])
+def test_products_of_random_descriptors(a_mn, b_mn, options):
+    rng = np.random.default_rng([a_mn, b_mn, len(options)])
+    image = random_bf16(rng, IMAGE // 2)
+    for n in (8, 16, 24, 32, 64, 96, 128, 192):
+        cases = 9
+        numbers = np.array(
+            [random_descriptor(rng, a_mn, 64) + random_descriptor(rng, b_mn, n) for _ in range(cases)], np.int32
+        )
+        accumulate = rng.integers(0, 2, cases).astype(np.int32)
+        sums = rng.standard_normal((cases, 64, n)).astype(np.float32)
+        sums[accumulate == 0] = np.nan  # nobody may look at them
+        expected = np.where(accumulate[:, None, None], sums, np.float32(0))
+        for case in range(cases):
+            a = operand(image, *numbers[case, :3], a_mn, 64)
+            b = operand(image, *numbers[case, 3:], b_mn, n)
+            for k in range(16):  # one by one, k ascending
+                expected[case] += a[:, k, None] * b[None, :, k]
+        name = f"products_{'km'[a_mn]}{'km'[b_mn]}"
+        run(
+            *(name, image.view(np.uint8), numbers, accumulate, sums, cases, IMAGE, n),
+            block=128, shared=IMAGE + 1024, types=BF16, **options,
+        )  # fmt: skip
+        np.testing.assert_array_equal(sums, expected)
+
+
+def box_numbers(array, corner, box, steps):
+    """The numbers of a box in the array's order of dimensions; 0 outside."""
+    indices = [c + s * np.arange(-(-n // s)) for c, n, s in zip(corner, box, steps, strict=True)]
+    places = np.meshgrid(*indices, indexing="ij")
+    inside = np.all([(i >= 0) & (i < n) for i, n in zip(places, array.shape, strict=True)], axis=0)
+    found = array[tuple(np.clip(i, 0, n - 1) for i, n in zip(places, array.shape, strict=True))]
+    return np.where(inside, found, found.dtype.type(0))
+
+
+def in_shared_memory(numbers, place, swizzle):
+    """The bytes of a box from `place` on, a multiple of 128."""
+    flat = np.ascontiguousarray(numbers).view(np.uint8).reshape(-1)
+    image = np.empty_like(flat)
+    at = np.arange(flat.size)
+    image[exchanged(place + at, swizzle) - place] = flat
+    return image
+
+
+def random_map(rng, rank):
+    """(array, box, steps, swizzle), legal."""
+    while True:
+        swizzle = int(rng.choice([0, 32, 64, 128]))
+        inner = int(rng.integers(1, (swizzle or 256) // 16 + 1)) * 8
+        shape = (*rng.integers(1, 12, rank - 1), int(rng.integers(1, 12)) * 8)
+        box = (*(int(n) for n in rng.integers(1, 9, rank - 1)), inner)
+        steps = (*(int(n) for n in rng.choice([1, 1, 1, 2, 3], rank - 1)), 1)
+        numbers = np.prod([-(-n // s) for n, s in zip(box, steps, strict=True)])
+        if numbers * 2 % 128 == 0 and numbers <= 8192:
+            return random_bf16(rng, shape), box, steps, swizzle
+
+
+def random_corners(rng, shape, box, cases):
+    """Innermost first, some far outside."""
+    corners = [[rng.integers(-n - 2, m + 3) for m, n in zip(shape, box, strict=True)] for _ in range(cases)]
+    return np.array(corners, np.int32)
+
+
+@each_order
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_boxes(rank, options):
+    rng = np.random.default_rng([rank, len(options)])
+    cases = 7
+    for _ in range(10):
+        array, box, steps, swizzle = random_map(rng, rank)
+        corners = random_corners(rng, array.shape, box, cases)
+        described = TensorMap(array, box, swizzle, steps)
+        place = int(rng.integers(0, 8)) * 128
+        out = np.full((cases, described.nbytes), 0xA5, np.uint8)
+        arguments = (np.ascontiguousarray(corners[:, ::-1]), out, cases, described.nbytes, place)
+        shared = described.nbytes + 2048
+        run(f"loads_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
+        for got, corner in zip(out, corners, strict=True):
+            expected = in_shared_memory(box_numbers(array, corner, box, steps), place, swizzle)
+            np.testing.assert_array_equal(got, expected)
+
+        image = rng.integers(0, 256, described.nbytes).astype(np.uint8)
+        target, expected = array.copy(), array.copy()
+        numbers = image[exchanged(place + np.arange(image.size), swizzle) - place].view(BFLOAT16)
+        counts = [-(-n // s) for n, s in zip(box, steps, strict=True)]
+        for corner in corners:  # one after the other, each over the last
+            for index, number in zip(np.ndindex(*counts), numbers, strict=True):
+                at = tuple(c + s * i for c, s, i in zip(corner, steps, index, strict=True))
+                if all(0 <= i < n for i, n in zip(at, array.shape, strict=True)):
+                    expected[at] = number
+        described = TensorMap(target, box, swizzle, steps)
+        arguments = (np.ascontiguousarray(corners[:, ::-1]), image, cases, described.nbytes, place)
+        run(f"stores_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
+        np.testing.assert_array_equal(target.view(np.uint16), expected.view(np.uint16))
+
+
+@each_order
+def test_im2col(options):
+    rng = np.random.default_rng(len(options))
+    cases = 6
+    for kernel, step in itertools.product((1, 3, 5, 7), (1, 2)):
+        n, h, w = (int(v) for v in rng.integers(1, 12, 3))
+        h, w = h + kernel, w + kernel
+        x = random_bf16(rng, (n, h, w, 16))
+        pad = int(rng.integers(0, kernel))
+        lower, upper = (-pad, -pad), (pad - kernel + 1,) * 2
+        pixels = int(rng.integers(1, 33)) * 4
+        described = TensorMap(x, (pixels, 16), 32, (1, step, step, 1), Im2col(lower, upper))
+        # Where the filter's first tap stands, image by image.
+        walk = [
+            (image, row, column)
+            for image in range(n + 300)
+            for row in range(lower[0], h + upper[0], step)
+            for column in range(lower[1], w + upper[1], step)
+        ]
+        corners, expected = [], []
+        for _ in range(cases):
+            start = int(rng.integers(0, n * len(walk) // (n + 300)))
+            tap = tuple(int(t) for t in rng.integers(0, kernel, 2))  # (y, x)
+            image, row, column = walk[start]
+            channel = int(rng.integers(-1, 2)) * 8
+            corners.append((channel, column, row, image, tap[1], tap[0]))
+            rows = [
+                box_numbers(x, (i, r + tap[0], c + tap[1], channel), (1, 1, 1, 16), (1, 1, 1, 1))
+                for i, r, c in walk[start : start + pixels]
+            ]
+            expected.append(in_shared_memory(np.stack(rows), 0, 32))
+        out = np.full((cases, described.nbytes), 0xA5, np.uint8)
+        arguments = (np.array(corners, np.int32), out, cases, described.nbytes, 0)
+        run("loads_im2col", described, *arguments, block=32, shared=described.nbytes + 1024, types=BF16, **options)
+        np.testing.assert_array_equal(out, np.stack(expected))
