@@ -5,11 +5,13 @@ measured on an H200 (a matrix may begin at any row of an atom: pieces are exchan
 """
 
 import itertools
+import re
 
 import numpy as np
 import pytest
-from kernel_support import needs_compiler, run
+from kernel_support import TESTS, needs_compiler, run
 
+from segnet_scratch.errors import KernelFault
 from segnet_scratch.kernels import ElementTypes, Im2col, TensorMap
 from segnet_scratch.precision import BFLOAT16
 
@@ -195,3 +197,89 @@ def test_im2col(options):
         arguments = (np.array(corners, np.int32), out, cases, described.nbytes, 0)
         run("loads_im2col", described, *arguments, block=32, shared=described.nbytes + 1024, types=BF16, **options)
         np.testing.assert_array_equal(out, np.stack(expected))
+
+
+FAULTS_FILE = "hopper_faults.cu"
+# What the message says, by the name of the fault in tests/kernels/hopper_faults.cu.
+FAULTS = {
+    "an endless wait: nobody arrives": "endless wait: .* in mbarrier_wait .*barrier\\[0\\]: phase 0 has 0 of 1 arrivals",
+    "an endless wait: the parity is that of the next phase": "endless wait: .*parity 1 of barrier\\[0\\]: phase 1 ",
+    "an endless wait: more bytes are announced than copied": "endless wait: .* 1 of 1 arrivals and lacks 16 bytes",
+    "more bytes are copied than announced": "tma_load brings 16 bytes more than were announced",
+    "more arrivals than announced": "comes after the 1 arrivals of the phase, of which 8192 bytes",
+    "a phase is missed: the ring went on without this thread": "misses a phase: 2 were completed",
+    "an mbarrier that is not initialised": "an mbarrier that is not initialised",
+    "an mbarrier without the fence after its initialisation": "without mbarrier_init_fence",
+    "an mbarrier over which something was stored": "over which something else was written",
+    "TMA overwrites a place that a product still reads": "overwrites a place which a product still reads",
+    "threads overwrite a place that a product still reads": "wgmma reads shared array 'raw' at byte .* stored without",
+    "threads overwrite and fence a place that a product still reads": "overwritten at byte .*a product still reads",
+    "accumulators read before the wait": "access to accumulators before a wgmma_wait",
+    "accumulators read while the youngest group is under way": "access to accumulators before a wgmma_wait",
+    "accumulators changed without wgmma_fence": "accessed without a wgmma_fence",
+    "a product reads what threads stored without fence_proxy_async": "wgmma reads .* without fence_proxy_async",
+    "TMA stores what threads stored without fence_proxy_async": "tma_store reads .* without fence_proxy_async",
+    "only the first thread fences, before the others have stored": "tma_store reads .* without fence_proxy_async",
+    "the source of a store is used again before it was read": "overwritten before tma_store_wait_read",
+    "a load overwrites the source of a store": "overwrites a place which a store still reads",
+    "a product reads a place before its mbarrier says that it is full": "a copy is still under way",
+    "threads store to a place to which a copy is under way": "a place that threads wrote in the meantime",
+    "a box at a misaligned place": "no multiple of 128",
+    "a box that does not fit into its array": "a box of 8192 bytes, which passes the end of shared array 'raw'",
+    "coordinates of another rank than the map's": "has 3 coordinates; its map has 2 dimensions",
+    "im2col begins outside of its pixels": "begins at x = 8, outside the pixels of its map, -1 to 6",
+    "a map of im2col for a box": "has a map of im2col",
+    "a matrix that begins at no multiple of 16 bytes": "no multiple of 16",
+    "a stride that is no multiple of 16 bytes": "a distance of 1032 bytes",
+    "a matrix that passes the end of its array": "an operand b that passes the end of shared array 'raw'",
+    "a swizzle that these kernels do not use": "an operand a with swizzle mode 2",
+    "an incomplete warpgroup": "96 of its 128 threads are in wgmma_wait",
+    "threads of a warpgroup name unlike operands": "wgmma differs from what another thread",
+    "a product that nobody waits for": "the end of accumulators comes before a wgmma_wait",
+    "a load that nobody waits for": "under way when the block ends",
+    "a store that nobody waits for": "still reads shared memory when the block ends",
+    "a store that is in no group when it is waited for": "still reads shared memory when the block ends",
+    "more registers than the block has": "endless wait: .*setmaxnreg_increase",
+    "an increase to fewer registers": "setmaxnreg_increase to 40, but the warpgroup has 256",
+    "a named barrier for unlike numbers of threads": "is for 128 threads, but others came to barrier 1 for 256",
+    "a named barrier that one thread does not reach": "endless wait: .*named_barrier_sync",
+    "the barrier of __syncthreads by name": "names barrier 0",
+}
+
+
+def fault_cases():
+    """(number, name, line marked "here") of each case of the file."""
+    cases = []
+    for number, text in enumerate((TESTS / "kernels" / FAULTS_FILE).read_text().splitlines(), 1):
+        if found := re.search(r"case (\d+):  // (.+)", text):
+            cases.append([int(found[1]), found[2], 0])
+        elif text.endswith("// here"):
+            cases[-1][2] = number
+    return cases
+
+
+def scene():
+    tile = TensorMap(np.zeros((64, 64), BFLOAT16), (64, 64))
+    row = TensorMap(np.zeros((1, 8, 8, 64), BFLOAT16), (64, 64), im2col=Im2col((-1, -1), (-1, -1)))
+    return tile, row
+
+
+class TestFaults:
+    def test_every_fault_has_a_message(self):
+        assert [name for _, name, _ in fault_cases()] == list(FAULTS)
+
+    @pytest.mark.parametrize(("number", "name", "line"), fault_cases(), ids=[name for _, name, _ in fault_cases()])
+    def test_is_named_with_its_line(self, number, name, line):
+        out = np.zeros(256, np.float32)
+        with pytest.raises(KernelFault, match=f"hopper_faults: .*{FAULTS[name]}") as caught:
+            threads = 384 if "registers than" in name else 256
+            run("hopper_faults", *scene(), out, number, block=threads, shared=4 * 8192 + 1024, types=BF16)
+        assert f"line {line}" in str(caught.value)
+
+    def test_none_of_it_is_none(self):
+        run("hopper_faults", *scene(), np.zeros(256, np.float32), 99, block=256, shared=4 * 8192 + 1024, types=BF16)
+
+    def test_an_ordinary_load_finds_nan_where_a_copy_is_under_way(self):
+        out = np.zeros(1, np.float32)
+        run("hopper_early_load", scene()[0], out, block=32, shared=8192 + 1024, types=BF16)
+        assert np.isnan(out[0])

@@ -195,6 +195,7 @@ class Hopper : public Engine {
     std::vector<Usage> usage;
     std::vector<unsigned char> view;  // shared memory as TMA and wgmma see it
     int free_registers;
+    unsigned waiting;  // threads
 
     static Hopper& get() {
         if (!worker->cooperative) throw NeedsFibers();
@@ -209,12 +210,14 @@ class Hopper : public Engine {
     // The thread that runs waits until somebody calls wake(it).
     void wait(const char* operation, Place place, const Barrier* barrier = nullptr, unsigned parity = 0) {
         self().wait = {operation, place, barrier, parity};
+        ++waiting;
         worker->current->waits_for_engine = true;
         pass_on(worker);
     }
     void wake(unsigned thread) {
         Worker* const w = worker;
         threads[thread].wait.operation = nullptr;
+        --waiting;
         w->fibers[thread].waits_for_engine = false;
         w->ready.push_back(thread);
         if (w->launch->order == int(Order::shuffled))
@@ -433,13 +436,14 @@ inline void Hopper::begin_block() {
     warpgroups.resize(count / kWarpgroup);
     for (WarpgroupState& group : warpgroups) group.registers = launch_registers(count);
     free_registers = 0;
+    waiting = 0;
     usage.assign(kUnits, Usage());
     view.assign(kSharedLimit, kPoisonByte);
 }
 
 // A copy arrives: the oldest one, the youngest one, or any of them.
 inline bool Hopper::advance() {
-    if (loads.empty()) return false;
+    if (loads.empty() || !waiting) return false;  // all threads at __syncthreads() are no reason
     const int order = worker->launch->order;
     const size_t last = loads.size() - 1;
     arrive(unsigned(order == int(Order::ascending)    ? 0

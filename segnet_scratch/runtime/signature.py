@@ -156,6 +156,7 @@ def parse_kernels(source: Source) -> tuple[Kernel, ...]:
         span = slice(match.end(), parameters_end)
         parameters = _parse_parameters(source, _line(text, match.end()), source.text[span], text[span])
         cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[body_start:body_end]))
+        cooperative |= any(parameter.tensor_map for parameter in parameters)  # boxes go to shared memory
         kernels[name] = Kernel(name, source, line, parameters, cooperative)
     return tuple(kernels.values())
 
