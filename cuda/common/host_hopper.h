@@ -18,6 +18,9 @@ namespace host {
 // Code that looks at memory which AddressSanitizer may know as forbidden.
 #define HOST_UNCHECKED __attribute__((no_sanitize("address")))
 
+// What kernels call again and again, in every unrolled step: inlined it would cost seconds of compilation.
+#define HOST_CALL inline __attribute__((noinline))
+
 constexpr int kWarpgroup = 128;
 constexpr int kUnit = 16;  // bytes of shared memory: what swizzles move and what is kept account of
 constexpr size_t kUnits = kSharedLimit / kUnit;
@@ -53,7 +56,7 @@ template <class... Details>
     leave_block(w);
 }
 
-inline unsigned shared_offset(const char* operation, Place place, const void* pointer, unsigned alignment) {
+HOST_CALL unsigned shared_offset(const char* operation, Place place, const void* pointer, unsigned alignment) {
     if (!worker->cooperative) throw NeedsFibers();
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer), base = reinterpret_cast<uintptr_t>(worker->arena_base);
     if (address < base || address >= base + kSharedLimit) fault(operation, place, "has an address that is not in shared memory");
@@ -138,7 +141,10 @@ struct Fragment {
     int count;
     std::shared_ptr<Sums> pending;  // while products are under way
     Place begun;                    // where
-    unsigned long long touched;     // the epoch in which the thread last accessed them
+    const unsigned long long* epoch;  // of the thread: how often it has fenced
+    unsigned long long touched;       // the epoch in which it last accessed them
+
+    [[noreturn]] void report_access(Place place) const;
 };
 
 struct NamedBarrier {
@@ -322,7 +328,7 @@ inline void Hopper::complete_if_done(Barrier& barrier) {
     });
 }
 
-inline void barrier_initialise(void* pointer, int arrivals, Place place) {
+HOST_CALL void barrier_initialise(void* pointer, int arrivals, Place place) {
     const char* const operation = "mbarrier_init";
     Hopper& hopper = Hopper::get();
     const unsigned offset = shared_offset(operation, place, pointer, 8);
@@ -338,7 +344,7 @@ inline void barrier_initialise_fence() {
         if (barrier.initialiser == thread_number()) barrier.fenced = true;
 }
 
-inline void barrier_arrive(const char* operation, void* pointer, long long bytes, Place place) {
+HOST_CALL void barrier_arrive(const char* operation, void* pointer, long long bytes, Place place) {
     Hopper& hopper = Hopper::get();
     Barrier& barrier = hopper.barrier_at(operation, place, pointer);
     if (bytes < 0 || bytes >= 1 << 20) fault(operation, place, "announces %lld bytes; 0 to 2^20 - 1 are possible", bytes);
@@ -353,7 +359,7 @@ inline void barrier_arrive(const char* operation, void* pointer, long long bytes
     hopper.maybe_early();
 }
 
-inline void barrier_wait(void* pointer, unsigned parity, Place place) {
+HOST_CALL void barrier_wait(void* pointer, unsigned parity, Place place) {
     const char* const operation = "mbarrier_wait";
     Hopper& hopper = Hopper::get();
     const Barrier* barrier = &hopper.barrier_at(operation, place, pointer);
@@ -369,7 +375,7 @@ inline void barrier_wait(void* pointer, unsigned parity, Place place) {
 
 // ------------------------------------------------------------------------------------------------ warpgroups
 
-inline void named_barrier(const char* operation, int id, int count, bool waits, Place place) {
+HOST_CALL void named_barrier(const char* operation, int id, int count, bool waits, Place place) {
     Hopper& hopper = Hopper::get();
     if (id < 1 || id > 15) fault(operation, place, "names barrier %d; 1 to 15 are free (0 is __syncthreads)", id);
     if (count < 32 || count % 32 || size_t(count) > hopper.threads.size())
@@ -398,7 +404,7 @@ inline int launch_registers(size_t threads) {
     return most > 256 ? 256 : most;
 }
 
-inline void set_registers(const char* operation, int registers, bool increase, Place place) {
+HOST_CALL void set_registers(const char* operation, int registers, bool increase, Place place) {
     Hopper& hopper = Hopper::get();
     if (registers < 24 || registers > 256 || registers % 8)
         fault(operation, place, "asks for %d registers; expected a multiple of 8, 24 to 256", registers);

@@ -78,7 +78,7 @@ inline std::unique_ptr<Transfer> transfer(const char* operation, const void* map
     return t;
 }
 
-inline void begin_load(const char* operation, std::unique_ptr<Transfer> t, void* full) {
+HOST_CALL void begin_load(const char* operation, std::unique_ptr<Transfer> t, void* full) {
     Hopper& hopper = Hopper::get();
     const Place place = t->place;
     t->barrier = &hopper.barrier_at(operation, place, full);
@@ -128,7 +128,7 @@ inline void Hopper::arrive(unsigned i) {
     complete_if_done(barrier);
 }
 
-inline void begin_store(const char* operation, std::unique_ptr<Transfer> t) {
+HOST_CALL void begin_store(const char* operation, std::unique_ptr<Transfer> t) {
     Hopper& hopper = Hopper::get();
     t->group = kUncommitted;
     t->contents.resize(t->bytes);
@@ -156,7 +156,7 @@ inline void Hopper::write_store(const Transfer& store) {
     });
 }
 
-inline void commit_stores() {
+HOST_CALL void commit_stores() {
     Hopper& hopper = Hopper::get();
     const unsigned long long group = hopper.self().store_groups++;
     for (auto& store : hopper.stores)
@@ -164,7 +164,7 @@ inline void commit_stores() {
 }
 
 // Waits for all but `pending` of the thread's groups: until they have read shared memory, or until they have arrived.
-inline void wait_for_stores(unsigned long long pending, bool only_read) {
+HOST_CALL void wait_for_stores(unsigned long long pending, bool only_read) {
     Hopper& hopper = Hopper::get();
     const unsigned long long groups = hopper.self().store_groups;
     auto& stores = hopper.stores;
@@ -184,7 +184,7 @@ inline void wait_for_stores(unsigned long long pending, bool only_read) {
     }
 }
 
-inline void begin_load_im2col(const void* map, const int* pixel, const int* tap, const void* to, void* full, Place place) {
+HOST_CALL void begin_load_im2col(const void* map, const int* pixel, const int* tap, const void* to, void* full, Place place) {
     const char* const operation = "tma_load_im2col";
     std::unique_ptr<Transfer> t = transfer(operation, map, pixel, 4, to, place);
     const MapFields& m = t->map;
@@ -199,14 +199,14 @@ inline void begin_load_im2col(const void* map, const int* pixel, const int* tap,
     begin_load(operation, std::move(t), full);
 }
 
-inline void begin_load_tile(const void* map, const int* corner, int rank, const void* to, void* full, Place place) {
+HOST_CALL void begin_load_tile(const void* map, const int* corner, int rank, const void* to, void* full, Place place) {
     const char* const operation = "tma_load";
     std::unique_ptr<Transfer> t = transfer(operation, map, corner, rank, to, place);
     if (t->map.im2col) fault(operation, place, "has a map of im2col, not of boxes");
     begin_load(operation, std::move(t), full);
 }
 
-inline void begin_store_tile(const void* map, const int* corner, int rank, const void* from, Place place) {
+HOST_CALL void begin_store_tile(const void* map, const int* corner, int rank, const void* from, Place place) {
     const char* const operation = "tma_store";
     std::unique_ptr<Transfer> t = transfer(operation, map, corner, rank, from, place);
     if (t->map.im2col) fault(operation, place, "has a map of im2col, not of boxes");

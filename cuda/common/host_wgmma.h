@@ -9,7 +9,7 @@
 namespace host {
 
 // The descriptor of an operand, with what it cannot show: whether the addresses were multiples of 16.
-inline unsigned long long matrix_descriptor(const char* operation, const void* start, int leading, int stride, Place place) {
+HOST_CALL unsigned long long matrix_descriptor(const char* operation, const void* start, int leading, int stride, Place place) {
     const unsigned offset = shared_offset(operation, place, start, 16);
     for (const int distance : {leading, stride})
         if (distance < 0 || distance % 16 || distance >= 1 << 18)
@@ -35,7 +35,7 @@ void visit_pieces(const Operand& operand, Visit visit) {
     }
 }
 
-inline void check_operand(const Operand& operand, const char* name, Place place) {
+HOST_CALL void check_operand(const Operand& operand, const char* name, Place place) {
     Hopper& hopper = Hopper::get();
     const unsigned swizzle = unsigned(operand.descriptor >> 62), base = unsigned(operand.descriptor >> 49 & 7);
     if (swizzle != 1) fault("wgmma", place, "has an operand %s with swizzle mode %u; only that of 128 bytes, 1, is known here", name, swizzle);
@@ -117,7 +117,7 @@ inline void compute(const Product& product) {
     }
 }
 
-inline void begin_product(Fragment& fragment, Operand a, Operand b, bool accumulate, Place place) {
+HOST_CALL void begin_product(Fragment& fragment, Operand a, Operand b, bool accumulate, Place place) {
     Hopper& hopper = Hopper::get();
     hopper.whole_warpgroup("wgmma", place);
     ThreadState& self = hopper.self();
@@ -158,7 +158,7 @@ inline void begin_product(Fragment& fragment, Operand a, Operand b, bool accumul
     }
 }
 
-inline void commit_products(Place place) {
+HOST_CALL void commit_products(Place place) {
     Hopper& hopper = Hopper::get();
     hopper.whole_warpgroup("wgmma_commit", place);
     ThreadState& self = hopper.self();
@@ -168,7 +168,7 @@ inline void commit_products(Place place) {
         fault("wgmma_commit", place, "ends a group of other products than it does for another thread of the warpgroup");
 }
 
-inline void wait_for_products(size_t pending, Place place) {
+HOST_CALL void wait_for_products(size_t pending, Place place) {
     Hopper& hopper = Hopper::get();
     const unsigned first = thread_number() / kWarpgroup * kWarpgroup;
     hopper.gather("wgmma_wait", place, [&] {
@@ -196,6 +196,11 @@ inline void wait_for_products(size_t pending, Place place) {
         }
         return true;
     });
+}
+
+HOST_CALL void Fragment::report_access(Place place) const {
+    char where[96];
+    fault("access to accumulators", place, "before a wgmma_wait covers the product begun at %s", text_of(begun, where));
 }
 
 // An index with the place where it was written.

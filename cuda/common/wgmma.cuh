@@ -79,19 +79,16 @@ class Accumulators {
     host::Fragment fragment;
 
     float& access(host::Index i) {
-        if (fragment.pending) {
-            char where[96];
-            host::fault("access to accumulators", i.place, "before a wgmma_wait covers the product begun at %s",
-                        host::text_of(fragment.begun, where));
-        }
-        fragment.touched = host::Hopper::get().self().epoch;
+        if (fragment.pending) fragment.report_access(i.place);
+        fragment.touched = *fragment.epoch;
         return values[i.value];
     }
 
   public:
     Accumulators() {
         std::memset(values, host::kPoisonByte, sizeof values);
-        fragment = {values, N / 2, nullptr, {}, host::Hopper::get().self().epoch};
+        const unsigned long long& epoch = host::Hopper::get().self().epoch;
+        fragment = {values, N / 2, nullptr, {}, &epoch, epoch};
     }
     Accumulators(const Accumulators&) = delete;
     ~Accumulators() {
