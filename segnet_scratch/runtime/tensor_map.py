@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, ShapeError
-from segnet_scratch.precision import BFLOAT16
+from segnet_scratch.runtime.precision import BFLOAT16
 
 BYTES = 128
 SWIZZLES = (0, 32, 64, 128)  # bytes of shared memory within which pieces of 16 bytes are exchanged
