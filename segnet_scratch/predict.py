@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.data import indexed_picture, read_image
+from segnet_scratch.data.drawing import Style, heat_map
 from segnet_scratch.data.folders import left_by_system, visible_files
-from segnet_scratch.drawing import heat_map, overlay
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import write_durably
 from segnet_scratch.inference import Inference, Segmentation, segment
@@ -63,11 +63,11 @@ def predict_files(
     images: Sequence[Path],
     out: Path,
     size: tuple[int, int],
-    names: Sequence[str],
+    style: Style,
     with_logits: bool = False,
     inference: Inference | None = None,
 ) -> Iterator[Prediction]:
-    """Writes `NAME.png` (indexed, VOC palette) and `NAME_overlay.png` into `out` for each image.
+    """Writes `NAME.png` (indexed, palette of the style) and `NAME_overlay.png` into `out` for each image.
 
     With samples also `NAME_uncertainty.png`; with logits `NAME.npy`, float32 (height, width, classes), at the image's
     own size (`Segmentation`), and `NAME_uncertainty.npy`, float32 (height, width). Each file appears whole or not at
@@ -82,11 +82,11 @@ def predict_files(
     for path, files in zip(images, targets, strict=True):
         image = read_image(path, for_prediction=True)
         result = segment(model, image, size, inference, with_logits)
-        contents = _contents(image, result, names)
+        contents = _contents(image, result, style)
         for kind, file in files.items():
             write_durably(file, [contents[kind]])
-        counts = np.bincount(result.labels.reshape(-1), minlength=len(names))
-        shares = {names[k]: float(counts[k] / result.labels.size) for k in np.argsort(-counts) if counts[k]}
+        counts = np.bincount(result.labels.reshape(-1), minlength=len(style.names))
+        shares = {style.names[k]: float(counts[k] / result.labels.size) for k in np.argsort(-counts) if counts[k]}
         yield Prediction(path, files, shares)
 
 
@@ -123,9 +123,10 @@ def _targets(stem: Path, with_logits: bool, with_uncertainty: bool) -> dict[str,
     return {kind: stem.with_name(stem.name + ending) for kind, ending in endings.items()}
 
 
-def _contents(image: np.ndarray, result: Segmentation, names: Sequence[str]) -> dict[str, bytes]:
+def _contents(image: np.ndarray, result: Segmentation, style: Style) -> dict[str, bytes]:
     """The bytes of every file that can be written."""
-    contents = {"labels": _png(indexed_picture(result.labels)), "overlay": _png(overlay(image, result.labels, names))}
+    labels = result.labels
+    contents = {"labels": _png(indexed_picture(labels, style.palette)), "overlay": _png(style.overlay(image, labels))}
     if result.logits is not None:
         contents["logits"] = _npy(result.logits)
     if result.uncertainty is not None:

@@ -347,6 +347,7 @@ class Trainer:
             "step": self.step,
             "miou": self.best_miou,
             "classes": list(self.train_set.names),
+            "colours": self.train_set.palette[: self.train_set.classes].tolist(),
             "size": list(self.config.image_size),
             "train_split": _fingerprint(self.train_set),
             "class_weights": self.class_weights,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.drawing import above, blend, legend
+from segnet_scratch.data.drawing import Style, above
 from segnet_scratch.errors import DataError
 from segnet_scratch.extras import require
 from segnet_scratch.files import temporary_beside
@@ -84,7 +84,7 @@ def predict_video(
     video: Video,
     target: Path,
     size: tuple[int, int],
-    names: Sequence[str],
+    style: Style,
     inference: Inference | None = None,
     limit: int | None = None,
     watch: Callable[[int, int, float], None] = lambda done, frames, rate: None,
@@ -101,7 +101,7 @@ def predict_video(
     temporary = temporary_beside(target)
     done, interrupted, rate = 0, False, 0.0
     try:
-        with _opened(video) as source, _Writer(temporary, target, video.name, names) as writer:
+        with _opened(video) as source, _Writer(temporary, target, video.name, style) as writer:
             began = perf_counter()
             try:
                 for frame in source.decode(video=0):
@@ -127,9 +127,9 @@ def predict_video(
 class _Writer:
     """Encodes frames into a file; the first one fixes the size of the picture."""
 
-    def __init__(self, path: Path, target: Path, source: str, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, target: Path, source: str, style: Style) -> None:
         self._av = require("av", "video", "videos and cameras")
-        self._path, self._target, self._source, self._names = path, target, source, names
+        self._path, self._target, self._source, self._style = path, target, source, style
         self._container: Any = None
         self._start: int | None = None  # when the first frame is shown, in the time base of the source
         self._canvas = np.empty((0, 0, 3), np.uint8)  # the legend, and room for the image
@@ -148,7 +148,7 @@ class _Writer:
                 "cut the video there"
             )
         canvas = self._canvas.copy()
-        canvas[:height, :width] = blend(image, labels)
+        canvas[:height, :width] = self._style.blend(image, labels)
         picture = self._av.VideoFrame.from_ndarray(canvas, format="rgb24")
         if frame.pts is not None and frame.time_base is not None:
             # A camera's clock may have started at any time; a video begins at 0.
@@ -167,8 +167,8 @@ class _Writer:
 
     def _open(self, image: np.ndarray, source: Any) -> None:
         self._size = image.shape[:2]
-        entries = [(name, label) for label, name in enumerate(self._names)]
-        picture = above(Image.fromarray(image), legend(entries, image.shape[1]))
+        key = self._style.legend(range(len(self._style.names)), image.shape[1])
+        picture = above(Image.fromarray(image), key)
         # The encoder halves the resolution of colours, so it takes even sizes only.
         canvas = Image.new("RGB", (picture.width + picture.width % 2, picture.height + picture.height % 2), "white")
         canvas.paste(picture, (0, 0))

@@ -133,7 +133,8 @@ def test_a_data_set_is_converted_and_trains(root, tmp_path, segnet):
         assert (root / f"JPEGImages/{name}.jpg").read_bytes() == dataset.image_path(index).read_bytes()
         with Image.open(dataset.mask_path(index)) as picture:
             assert picture.mode == "P"
-            np.testing.assert_array_equal(np.array(picture.convert("RGB")), voc_palette()[mask])
+            np.testing.assert_array_equal(np.array(picture.convert("RGB")), train.palette[mask])
+        assert train.palette[: len(NAMES)].tolist() == [[128, 128, 128], [0, 64, 64], [128, 64, 128]]
         assert image.shape == (*SIZE, 3)
     assert verify(out).findings == ()
     settings = [f"--set={setting}" for setting in ("width=0.0625", "size=32", "steps=1", "batch=2", "workers=0")]

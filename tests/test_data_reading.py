@@ -21,6 +21,7 @@ from segnet_scratch.data import (
     read_split,
     sample_rng,
 )
+from segnet_scratch.data.palette import class_palette
 from segnet_scratch.data.voc import split_files
 from segnet_scratch.errors import DataError
 
@@ -46,6 +47,58 @@ def test_palette_has_the_colours_of_voc():
     assert tuple(palette[VOID]) == (224, 224, 192)
     assert len(np.unique(palette, axis=0)) == 256
     assert len(set(VOC_CLASSES)) == 21
+
+
+def test_colours_of_own_classes_are_told_apart():
+    for background in (False, True):
+        names = ["background" if background else "sky", *(f"kind {k}" for k in range(1, 12))]
+        palette = class_palette(names)
+        colours = palette[: len(names)].astype(float)
+        apart = np.linalg.norm(colours[:, None] - colours, axis=2)[~np.eye(len(names), dtype=bool)]
+        assert apart.min() > 75  # of 441; VOC's first twelve have 64
+        assert (palette[0] == 0).all() == background
+        np.testing.assert_array_equal(palette[len(names) :], data.voc_palette()[len(names) :])
+    np.testing.assert_array_equal(class_palette(VOC_CLASSES), data.voc_palette())
+    assert len(np.unique(class_palette([f"c{k}" for k in range(255)]), axis=0)) == 256
+
+
+def test_the_palette_of_a_set_is_that_of_its_labels_file_else_of_its_masks(voc):
+    def palette():
+        return VOCDataset(voc, "train").palette
+
+    np.testing.assert_array_equal(palette(), data.voc_palette())  # VOC's classes
+    names = [f"kind {k}" for k in range(21)]
+    (voc / "labels.txt").write_text("\n".join(names))
+    np.testing.assert_array_equal(palette(), class_palette(names))  # the masks have VOC's, which means nothing
+    own = np.roll(data.voc_palette(), 1, axis=1)
+    data.save_indexed_png(voc / "SegmentationClass/a.png", read_mask(voc / "SegmentationClass/a.png", 21), own)
+    np.testing.assert_array_equal(palette()[:21], own[:21])
+    (voc / "labels.txt").write_text("\n".join(f"{name} {k} 255 {k}" for k, name in enumerate(names)))
+    assert VOCDataset(voc, "train").names == tuple(names)
+    np.testing.assert_array_equal(palette()[:21], [(k, 255, k) for k in range(21)])
+    (voc / "SegmentationClass/a.png").write_bytes(b"no mask")
+    (voc / "labels.txt").write_text("\n".join(names))
+    np.testing.assert_array_equal(palette(), class_palette(names))
+
+
+@pytest.mark.parametrize("content", ["a 1 2 3\nb", "a 1 2 3\nb 1 2 3"])
+def test_colours_of_some_classes_only_or_twice_are_refused(voc, content):
+    (voc / "labels.txt").write_text(content)
+    with pytest.raises(DataError, match=r"labels\.txt: 1 colours for 2 classes"):
+        data.class_names(voc)
+
+
+@pytest.mark.parametrize("name", ["Labels.txt", "LABELS.TXT", "labels.txt.txt"])
+def test_a_labels_file_of_another_name_is_not_taken_for_none(voc, name):
+    (voc / name).write_text("a\nb\n")
+    with pytest.raises(DataError, match=rf"{name}: would be passed over; rename it to labels\.txt"):
+        data.class_names(voc)
+
+
+def test_a_labels_file_that_is_a_link_to_nowhere_is_not_taken_for_none(voc):
+    (voc / "labels.txt").symlink_to(voc / "elsewhere.txt")
+    with pytest.raises(DataError, match=r"labels\.txt: is a link to nowhere"):
+        data.class_names(voc)
 
 
 def test_indexed_png_holds_indices_and_the_palette(tmp_path):

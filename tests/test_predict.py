@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from evaluation_support import network
 from PIL import Image
 
 from segnet_scratch import SegNetBasic
-from segnet_scratch.data import normalise, resize_image, voc_palette
-from segnet_scratch.drawing import heat_colours, heat_map, overlay
+from segnet_scratch.data import drawing, normalise, resize_image
+from segnet_scratch.data.drawing import Style, heat_colours, heat_map
+from segnet_scratch.data.palette import class_palette
 from segnet_scratch.errors import DataError
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.predict import find_images, predict_files
@@ -38,7 +40,7 @@ def save(path, array, **options):
 
 
 def run(model, paths, out, with_logits=True, names=NAMES):
-    return list(predict_files(model, paths, out, SIZE, names, with_logits))
+    return list(predict_files(model, paths, out, SIZE, Style(names), with_logits))
 
 
 def test_the_three_files_of_an_image(model, tmp_path):
@@ -56,8 +58,8 @@ def test_the_three_files_of_an_image(model, tmp_path):
 
     labels = Image.open(done.files["labels"])
     assert (labels.format, labels.mode, labels.size) == ("PNG", "P", (70, 50))
-    np.testing.assert_array_equal(np.array(labels.getpalette()).reshape(-1, 3), voc_palette())
-    assert labels.getpalette()[3:6] == [128, 0, 0]  # VOC's aeroplane
+    np.testing.assert_array_equal(np.array(labels.getpalette()).reshape(-1, 3), class_palette(NAMES))
+    assert labels.getpalette()[:3] == [0, 0, 0]
     assert labels.getpalette()[-3:] == [224, 224, 192]  # VOC's void
 
     logits = np.load(done.files["logits"])
@@ -155,22 +157,39 @@ def test_an_overlay_shows_image_colours_and_legend():
     image, labels = np.full((60, 200, 3), 100, np.uint8), np.zeros((60, 200), np.uint8)
     labels[:, 100:] = 1
     image[:, :, 0] = 160
-    picture = np.array(overlay(image, labels, NAMES))
+    picture = np.array(Style(NAMES).overlay(image, labels))
     assert picture.shape[1] == 200
     assert picture.shape[0] > 60
     np.testing.assert_array_equal(picture[:60, :100], image[:, :100])  # the background as it is
-    grey, colour = 120, np.array([128, 0, 0])
+    grey, colour = 120, class_palette(NAMES)[1].astype(float)
     np.testing.assert_allclose(picture[30, 150], 0.45 * grey + 0.55 * colour, atol=1)
     legend = picture[60:].reshape(-1, 3).tolist()
     assert [255, 255, 255] in legend
-    assert [128, 0, 0] in legend  # the square of class 1
+    assert class_palette(NAMES)[1].tolist() in legend  # the square of class 1
     assert [0, 0, 0] in legend  # text, and the square of the background
+
+
+def test_only_a_background_is_left_uncoloured_and_the_opacity_is_the_one_asked_for():
+    image, labels = noise(30, 40), np.zeros((30, 40), np.uint8)
+    np.testing.assert_array_equal(Style(NAMES).blend(image, labels), image)
+    np.testing.assert_array_equal(Style(["Background", "x"]).blend(image, labels), image)
+    grey, sky = image.mean(axis=2, keepdims=True), np.array([10, 200, 90])
+    for opacity in (0, 0.25, 1):
+        mixed = Style(["sky", "road"], [sky, (1, 2, 3)], opacity).blend(image, labels)
+        np.testing.assert_allclose(mixed, (1 - opacity) * (grey if opacity else image) + opacity * sky, atol=1)
+
+
+def test_a_large_overlay_is_mixed_in_blocks_of_rows(monkeypatch):
+    image, labels = noise(50, 40), np.random.default_rng(0).integers(0, 6, (50, 40)).astype(np.uint8)
+    whole = Style(NAMES).blend(image, labels)
+    monkeypatch.setattr(drawing, "row_blocks", partial(drawing.row_blocks, pixels=130))
+    np.testing.assert_array_equal(Style(NAMES).blend(image, labels), whole)
 
 
 def test_the_legend_names_the_classes_that_occur():
     # Every class costs ink: with one more class there is more of it, and an absent class changes nothing.
     def ink(labels, names=NAMES):
-        return (np.array(overlay(np.zeros((40, 300, 3), np.uint8), labels, names))[40:] < 128).sum()
+        return (np.array(Style(names).overlay(np.zeros((40, 300, 3), np.uint8), labels))[40:] < 128).sum()
 
     none, some = np.zeros((40, 300), np.uint8), np.zeros((40, 300), np.uint8)
     some[:, :9] = 4
@@ -182,8 +201,8 @@ def test_the_legend_names_the_classes_that_occur():
 def test_a_legend_is_readable_below_a_narrow_image():
     image, labels = np.zeros((50, 4, 3), np.uint8), np.zeros((50, 4), np.uint8)
     labels[:25] = np.arange(1, 6).repeat(5)[:, None]
-    picture = overlay(image, labels, NAMES)
-    wide = overlay(np.zeros((50, 600, 3), np.uint8), labels.repeat(150, axis=1), NAMES)
+    picture = Style(NAMES).overlay(image, labels)
+    wide = Style(NAMES).overlay(np.zeros((50, 600, 3), np.uint8), labels.repeat(150, axis=1))
     assert 60 < picture.width < 200  # as wide as its longest name
     assert picture.height > wide.height  # one class a row, where a wide image has them beside each other
     ink = [(np.array(p)[50:].min(axis=2) < 128).sum() for p in (picture, wide)]
@@ -237,7 +256,7 @@ def test_samples_write_an_uncertainty_map(tmp_path):
     image = noise(50, 70)
     path = save(tmp_path / "a.png", image)
     inference = Inference(samples=3)
-    (done,) = predict_files(bayesian, [path], tmp_path / "out", SIZE, NAMES, True, inference)
+    (done,) = predict_files(bayesian, [path], tmp_path / "out", SIZE, Style(NAMES), True, inference)
     expected = segment(bayesian, image, SIZE, inference, True)
     np.testing.assert_array_equal(np.load(done.files["uncertainty_array"]), expected.uncertainty)
     np.testing.assert_array_equal(np.load(done.files["logits"]), expected.logits)
@@ -248,7 +267,7 @@ def test_samples_write_an_uncertainty_map(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("a.npy", "a.png", "a_overlay.png", "a_uncertainty.npy", "a_uncertainty.png")
     ]
-    (done,) = predict_files(bayesian, [path], tmp_path / "other", SIZE, NAMES, False, inference)
+    (done,) = predict_files(bayesian, [path], tmp_path / "other", SIZE, Style(NAMES), False, inference)
     assert sorted(done.files) == ["labels", "overlay", "uncertainty"]
 
 

@@ -285,6 +285,11 @@ def no_lists(root):
     return root / "ImageSets/Segmentation"
 
 
+def labels_that_lead_nowhere(root):
+    (root / "labels.txt").symlink_to("nowhere")
+    return root / "labels.txt"
+
+
 def odd_name(root):
     return (root / TRAIN).rename(root / "ImageSets/Segmentation/train set.txt")
 
@@ -321,6 +326,9 @@ KINDS = [
     ("labels-empty", put("labels.txt", b"\n")),
     ("labels-too-many", put("labels.txt", "\n".join(f"c{n}" for n in range(256)).encode())),
     ("labels-duplicate", put("labels.txt", "\n".join([*VOC_CLASSES[:20], "cat"]).encode())),
+    ("labels-unreadable", labels_that_lead_nowhere),
+    ("labels-case", put("Labels.txt", "\n".join(VOC_CLASSES).encode())),
+    ("labels-colours", put("labels.txt", "\n".join([*VOC_CLASSES[:20], "tv 1 2 3"]).encode())),
     ("labels-name", put("labels.txt", "\n".join([*VOC_CLASSES[:20], "\x1b[31mred"]).encode())),
     *((f"image-{code}", put(IMAGE, content)) for code, content in OTHERS.items()),
     *((f"mask-{code}", put(MASK, content)) for code, content in OTHERS.items()),

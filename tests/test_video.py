@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evaluation_support import network
 
-from segnet_scratch.drawing import blend
+from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.video import Video, _upright, find_video, plan_videos, predict_video
@@ -60,7 +60,7 @@ def blocks(picture, side=8):
 def run(model, path, out, **options):
     video = find_video(str(path))
     (target,) = plan_videos([video], out)
-    return predict_video(model, video, target, SIZE, NAMES, **options)
+    return predict_video(model, video, target, SIZE, Style(NAMES), **options)
 
 
 def test_every_frame_is_segmented_and_shown_with_a_legend(model, tmp_path):
@@ -76,7 +76,7 @@ def test_every_frame_is_segmented_and_shown_with_a_legend(model, tmp_path):
     for (_, original), (_, result) in zip(originals, results, strict=True):
         assert result.shape[0] > 50 + 16
         assert result.shape[1] % 2 == result.shape[0] % 2 == 0
-        expected = blocks(blend(original, segment(model, original, SIZE).labels))
+        expected = blocks(Style(NAMES).blend(original, segment(model, original, SIZE).labels))
         found = blocks(result[:50, :90])
         assert np.abs(found - expected).max() < 12
         assert np.abs(found - blocks(original)).max() > 30
@@ -122,7 +122,7 @@ def test_averages_apply_to_videos(tmp_path):
     done = run(bayesian, clip, tmp_path / "out", inference=inference)
     ((_, original),), ((_, result),) = read_clip(clip), read_clip(done.overlay)
     for averaged, close in ((inference, True), (None, False)):
-        expected = blocks(blend(original, segment(bayesian, original, SIZE, averaged).labels))
+        expected = blocks(Style(NAMES).blend(original, segment(bayesian, original, SIZE, averaged).labels))
         assert (np.abs(blocks(result[:32, :48]) - expected).max() < 12) == close
     with pytest.raises(ConfigError, match="no dropout"):
         run(network(), clip, tmp_path / "other", inference=inference)
@@ -181,7 +181,7 @@ def test_a_camera_runs_until_it_is_stopped(model, tmp_path):
         if done == 3:
             raise KeyboardInterrupt
 
-    done = predict_video(model, camera, tmp_path / "camera0_overlay.mp4", SIZE, NAMES, watch=stop)
+    done = predict_video(model, camera, tmp_path / "camera0_overlay.mp4", SIZE, Style(NAMES), watch=stop)
     assert (done.frames, done.interrupted) == (3, True)
     assert len(read_clip(done.overlay)) == 3
 
@@ -189,7 +189,7 @@ def test_a_camera_runs_until_it_is_stopped(model, tmp_path):
 def test_a_camera_that_is_not_there_is_explained(model, tmp_path):
     camera = Video("camera 9", "camera9", "/dev/video99", "v4l2")
     with pytest.raises(DataError, match=r"camera 9: .*expected a camera at /dev/video99"):
-        predict_video(model, camera, tmp_path / "out.mp4", SIZE, NAMES)
+        predict_video(model, camera, tmp_path / "out.mp4", SIZE, Style(NAMES))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -264,5 +264,5 @@ def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(av, "open", full)
         with pytest.raises(DataError, match=r"clip_overlay\.mp4: could not be written: No space left.*make room"):
-            predict_video(model, video, folder / "clip_overlay.mp4", SIZE, NAMES)
+            predict_video(model, video, folder / "clip_overlay.mp4", SIZE, Style(NAMES))
     assert list(folder.iterdir()) == []

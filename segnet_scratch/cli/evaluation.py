@@ -20,6 +20,7 @@ from segnet_scratch.cli.common import (
     sides,
 )
 from segnet_scratch.data import VOCDataset
+from segnet_scratch.data.drawing import Style
 from segnet_scratch.display import (
     evaluation_progress,
     scores_table,
@@ -93,8 +94,10 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise ConfigError(f"{option} {text}: expected numbers with commas between, for example 0.75,1,1.25") from None
 
 
-def _names(model: SegNet) -> list[str]:
-    return model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
+def _style(model: SegNet, opacity: float) -> Style:
+    """How the network's classes are drawn, as far as its checkpoint tells."""
+    names = model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
+    return Style(names, model.metadata.get("colours"), opacity)
 
 
 @app.command(name="eval")
@@ -159,6 +162,9 @@ def predict(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Of each video at most so many; a camera goes on until Ctrl-C.")
     ] = None,
+    opacity: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the class colours over the image in overlays, 0 to 1.")
+    ] = 0.55,
     device: DeviceOption = "auto",
     size: SizeOption = None,
     flip: FlipOption = False,
@@ -168,7 +174,7 @@ def predict(
     samples: SamplesOption = 0,
     json: JsonOption = None,
 ) -> None:
-    """Segment images: NAME.png (class indices, VOC palette) and NAME_overlay.png (with a legend), in the image's size.
+    """Segment images: NAME.png (class indices and a palette) and NAME_overlay.png (with a legend), in the image's size.
 
     Example: segnet predict runs/voc/best.safetensors photos 'more/*.jpg' --out predictions
 
@@ -181,17 +187,17 @@ def predict(
     images = find_images([argument for argument in inputs if not find_video(argument)])
     targets = plan_videos(videos, out)
     model = weights.load(checkpoint, get_device(device), fold=True)
-    names, input_sides = _names(model), input_size(checkpoint, model, size)
+    style, input_sides = _style(model, opacity), input_size(checkpoint, model, size)
     results: list[dict[str, Any]] = []
     stopped = False
-    for prediction in predict_files(model, images, out, input_sides, names, logits, inference):
+    for prediction in predict_files(model, images, out, input_sides, style, logits, inference):
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
         say(f"{prediction.files['overlay']}: {shares}")
         files = {kind: str(path) for kind, path in prediction.files.items()}
         results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
     for video, target in zip(videos, targets, strict=True):
         with video_progress(console, video.name) as watch:
-            written = predict_video(model, video, target, input_sides, names, inference, frames, watch)
+            written = predict_video(model, video, target, input_sides, style, inference, frames, watch)
         cut = ", stopped by Ctrl-C" if written.interrupted else ""
         say(f"{target}: {written.frames} frames, {written.frames_per_second:.1f} frames/s{cut}")
         results.append(

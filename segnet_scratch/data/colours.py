@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segnet_scratch.data.palette import VOID, voc_palette
+from segnet_scratch.data.palette import VOID, class_palette, voc_palette
 from segnet_scratch.errors import DataError
 
 Colour = tuple[int, int, int]
@@ -15,7 +15,18 @@ Colour = tuple[int, int, int]
 Found = tuple[int, int, int]
 """How many pixels have a colour, and the row and column of the first."""
 
-_VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore")
+VOID_NAMES = (
+    "void",
+    "unlabelled",
+    "unlabeled",
+    "ignore",
+    "ignored",
+    "unknown",
+    "unannotated",
+    "don't care",
+    "dontcare",
+)
+"""What people call what belongs to no class, in lower case."""
 
 # The 32 colours of CamVid's masks under the 11 classes that SegNet's authors and everybody since train on.
 _CAMVID: Mapping[str, tuple[Colour, ...]] = {
@@ -52,6 +63,12 @@ class ColourTable:
     names: tuple[str, ...]
     labels: Mapping[Colour, int]
 
+    @property
+    def palette(self) -> np.ndarray:
+        """The colour of every label, uint8 (256, 3): of a class with several colours the first."""
+        first = {label: colour for colour, label in reversed(list(self.labels.items()))}
+        return class_palette(self.names, [first[label] for label in range(len(self.names))])
+
 
 def voc_colours(names: tuple[str, ...]) -> ColourTable:
     """The colour that VOC's palette gives each label; 255's is void."""
@@ -68,7 +85,7 @@ def camvid_colours() -> ColourTable:
 def read_colours(path: str | Path) -> ColourTable:
     """A table from a text file with `name r g b` or `r g b name` in each line, in the order of the labels.
 
-    A name may stand in several lines: their colours become one class. void, unlabelled and ignore mean void. Blank
+    A name may stand in several lines: their colours become one class. `VOID_NAMES` mean void. Blank
     lines and those that begin with # are skipped. Raises DataError for anything else.
     """
     path = Path(path)
@@ -81,10 +98,13 @@ def read_colours(path: str | Path) -> ColourTable:
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        name, colour = _parse_line(path, number, line)
+        entry = name_and_colour(line)
+        if entry is None:
+            raise DataError(f"{path}, line {number}: expected 'name r g b' with numbers of 0..255, got {line[:60]!r}.")
+        name, colour = entry
         if colour in labels:
             raise DataError(f"{path}, line {number}: colour {colour} stands there twice; give each colour one class.")
-        if name.lower() in _VOID_NAMES:
+        if name.lower() in VOID_NAMES:
             labels[colour] = VOID
         else:
             if name not in names:
@@ -115,13 +135,14 @@ def labels_from_colours(
     return values[place].reshape(colours.shape[:2]), missing
 
 
-def _parse_line(path: Path, number: int, line: str) -> tuple[str, Colour]:
+def name_and_colour(line: str) -> tuple[str, Colour] | None:
+    """What `name r g b` or `r g b name` means, with numbers of 0..255; None for any other line."""
     words = line.split()
     for numbers, name in ((words[-3:], words[:-3]), (words[:3], words[3:])):
         if name and all(word.isascii() and word.isdigit() and int(word) <= 255 for word in numbers):
             red, green, blue = map(int, numbers)
             return " ".join(name), (red, green, blue)
-    raise DataError(f"{path}, line {number}: expected 'name r g b' with numbers of 0..255, got {line[:60]!r}.")
+    return None
 
 
 def _pack(colours: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segnet_scratch.data.annotations import Annotation, ObjectBox, annotation_file, read_annotation
-from segnet_scratch.data.palette import VOID, voc_palette
+from segnet_scratch.data.drawing import Style
 from segnet_scratch.data.transforms import resize_image, resize_mask
 from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.errors import DataError
@@ -18,7 +18,6 @@ _PANEL = 240  # longest side of a picture on the sheet
 _GAP, _LINE = 8, 18
 _OPACITY = 0.6  # of the class colours over the grey image
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
-_SQUARE = 12
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -29,24 +28,24 @@ def spread(count: int, wanted: int) -> list[int]:
 def contact_sheet(dataset: VOCDataset, indices: Sequence[int]) -> Image.Image:
     """The samples `indices` of a data set on one RGB picture.
 
-    Boxes and names are drawn where there is a file in Annotations. Colours are VOC's by label number, whatever the
-    palette in the files; label 0 stays uncoloured where it is called background. Raises DataError for a file that
-    cannot be read, and for no or more than MAX_COUNT samples.
+    Boxes and names are drawn where there is a file in Annotations. Colours are those of `dataset.palette`; label 0
+    stays uncoloured where it is called background, void is opaque. Raises DataError for a file that cannot be read,
+    and for no or more than MAX_COUNT samples.
     """
     if not 0 < len(indices) <= MAX_COUNT:
         raise DataError(f"contact sheet of {len(indices)} images: expected 1 to {MAX_COUNT}; choose some of them.")
+    style = Style(dataset.names, dataset.palette[: dataset.classes].tolist(), _OPACITY)
     cells, present = [], np.zeros(256, bool)
     for index in indices:
         image, mask, name = dataset.sample(index)
         path = annotation_file(dataset.root, name)
         annotation = read_annotation(path) if path.is_file() else None
-        cells.append(_cell(image, mask, name, annotation, dataset.names))
+        cells.append(_cell(image, mask, name, annotation, style))
         present[np.unique(mask)] = True
     columns = max(1, min(len(cells), round((len(cells) / 2) ** 0.5)))  # a cell is about twice as wide as high
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     width = columns * (cells[0].width + _GAP) + _GAP
-    names = [*dataset.names, *[""] * (VOID - dataset.classes), "void"]
-    key = _legend([(names[label], label) for label in np.flatnonzero(present).tolist()], width)
+    key = style.legend(np.flatnonzero(present).tolist(), width)
     heights = [max(cell.height for cell in row) for row in rows]
     sheet = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) + 1) + key.height), _PAPER)
     top = _GAP
@@ -58,9 +57,7 @@ def contact_sheet(dataset: VOCDataset, indices: Sequence[int]) -> Image.Image:
     return sheet
 
 
-def _cell(
-    image: np.ndarray, mask: np.ndarray, name: str, annotation: Annotation | None, names: Sequence[str]
-) -> Image.Image:
+def _cell(image: np.ndarray, mask: np.ndarray, name: str, annotation: Annotation | None, style: Style) -> Image.Image:
     """The id above image and mask, side by side."""
     scale = _PANEL / max(mask.shape)
     height, width = (max(1, round(side * scale)) for side in mask.shape)
@@ -72,32 +69,21 @@ def _cell(
         title = title[:-1]
     draw.text((0, 1), title, fill=_INK, font=font)
     photo = Image.fromarray(small)
-    _draw_boxes(photo, annotation.objects if annotation else (), scale, names)
+    _draw_boxes(photo, annotation.objects if annotation else (), scale, style)
     cell.paste(photo, (0, _LINE))
-    cell.paste(Image.fromarray(_coloured(small, labels, names)), (_PANEL + 2, _LINE))
+    cell.paste(Image.fromarray(style.blend(small, labels)), (_PANEL + 2, _LINE))
     return cell
 
 
-def _coloured(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The image, uint8 (H, W, 3), in grey under the colours of its labels; void is opaque, so that it stands out."""
-    grey = image.mean(axis=2, keepdims=True)
-    opacity = np.full(256, _OPACITY)
-    opacity[VOID] = 1
-    if names[0] == "background":
-        opacity[0] = 0
-    share = opacity[labels][..., None]
-    mixed = (1 - share) * np.where(share == 0, image, grey) + share * voc_palette()[labels]
-    return np.rint(mixed).astype(np.uint8)
-
-
-def _draw_boxes(picture: Image.Image, objects: Sequence[ObjectBox], scale: float, names: Sequence[str]) -> None:
+def _draw_boxes(picture: Image.Image, objects: Sequence[ObjectBox], scale: float, style: Style) -> None:
     """Boxes in the colours of their classes; then the names, so that no box crosses one."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
     tags = []
     for thing in objects:
         # VOC counts from 1 with both ends inside, so a box covers left - 1 to right in lengths.
         left, top, right, bottom = ((side - shift) * scale for side, shift in zip(thing.box, (1, 1, 0, 0), strict=True))
-        colour = _palette_colour(names.index(thing.name)) if thing.name in names else _PAPER
+        known = thing.name in style.names
+        colour = tuple(style.palette[style.names.index(thing.name)].tolist()) if known else _PAPER
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
         tags.append((left, top, thing.name + (" (difficult)" if thing.difficult else ""), colour))
     for left, top, text, colour in tags:
@@ -106,28 +92,6 @@ def _draw_boxes(picture: Image.Image, objects: Sequence[ObjectBox], scale: float
         x, y = max(0, min(left, picture.width - width)), max(0, min(top, picture.height - height))
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         draw.text((x + 2, y), text, fill=_readable_on(colour), font=font)
-
-
-def _legend(entries: Sequence[tuple[str, int]], width: int) -> Image.Image:
-    """Squares in the colours of labels with their names, in as many rows as the width needs."""
-    font = ImageFont.load_default(size=12)
-    places, x, y = [], _GAP, 0
-    for name, _ in entries:
-        needed = _SQUARE + 2 * _GAP + int(font.getlength(name))
-        if x > _GAP and x + needed > width:
-            x, y = _GAP, y + _LINE
-        places.append((x, y))
-        x += needed
-    picture = Image.new("RGB", (width, y + _LINE + _GAP), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    for (name, label), (left, top) in zip(entries, places, strict=True):
-        draw.rectangle((left, top, left + _SQUARE, top + _SQUARE), fill=_palette_colour(label), outline=_INK)
-        draw.text((left + _SQUARE + 4, top - 1), name, fill=_INK, font=font)
-    return picture
-
-
-def _palette_colour(label: int) -> tuple[int, ...]:
-    return tuple(int(channel) for channel in voc_palette()[label])
 
 
 def _readable_on(colour: tuple[int, ...]) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def _convert(folder: Path, table: ColourTable, paths: tuple[Path, Path]) -> str:
     labels, missing = labels_from_colours(_colours(mask), table)
     if missing:
         return _unknown(mask, missing)
-    save_indexed_png(folder / MASK_FOLDER / mask.name, labels)
+    save_indexed_png(folder / MASK_FOLDER / mask.name, labels, table.palette)
     return ""
 
 

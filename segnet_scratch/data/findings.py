@@ -26,6 +26,8 @@ ERRORS = {
     "labels-empty": "labels.txt names no class",
     "labels-too-many": "labels.txt names more classes than fit beside void",
     "labels-duplicate": "labels.txt names a class twice",
+    "labels-case": "labels.txt is there under a name of another case, and would be passed over",
+    "labels-colours": "some lines of labels.txt have a colour, and others none or the same one",
     "labels-name": "labels.txt names a class with control characters",
     # pictures: what may be wrong with an image and with a mask alike
     **{

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+from segnet_scratch.data.colours import Colour, name_and_colour
 from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.palette import VOC_CLASSES, VOID
 
 _BYTE_ORDER_MARK = "\ufeff"
@@ -55,18 +57,26 @@ def parse_split(path: Path) -> tuple[list[str], list[Finding]]:
     return list(ids), findings
 
 
-def parse_labels(path: Path) -> tuple[tuple[str, ...], list[Finding]]:
-    """The class names in labels.txt, or VOC's 21 where there is no such file; and what is wrong with it.
+def parse_labels(root: Path) -> tuple[tuple[str, ...], tuple[Colour, ...] | None, list[Finding]]:
+    """The class names in a data set's labels.txt, or VOC's 21 where there is no such file; and what is wrong with it.
 
-    Blank lines are skipped. Where an error is found the names are what could be read of them.
+    A line is a name, or `name r g b` (or `r g b name`): between the two, the colours of the classes where the lines
+    give them, else None. Blank lines are skipped. Where an error is found the names are what could be read of them.
     """
+    path = root / "labels.txt"
     if not path.exists():
-        return VOC_CLASSES, []
+        return VOC_CLASSES, None, _absent(path)
     text, findings = _read(path, "labels-unreadable")
     if text is None:
-        return (), findings
+        return (), None, findings
     lines = (line.strip() for line in text.removeprefix(_BYTE_ORDER_MARK).splitlines())
-    names = [line for line in lines if line]
+    entries = [name_and_colour(line) or (line, None) for line in lines if line]
+    names = [name for name, _ in entries]
+    colours = tuple(colour for _, colour in entries if colour is not None)
+    if colours and len(set(colours)) != len(entries):
+        detail = f"{len(set(colours))} colours for {len(entries)} classes; give each class its own, or none a colour."
+        findings.append(Finding("labels-colours", path, detail))
+        colours = ()
     if not names:
         detail = "expected class names, one a line, got an empty file; fill it in or delete it."
         findings.append(Finding("labels-empty", path, detail))
@@ -82,7 +92,7 @@ def parse_labels(path: Path) -> tuple[tuple[str, ...], list[Finding]]:
             detail = f"class name '{name}' stands there twice; every class needs its own name."
             findings.append(Finding("labels-duplicate", path, detail))
         seen.add(name)
-    return tuple(names), findings
+    return tuple(names), colours or None, findings
 
 
 def is_plain_name(name: str) -> bool:
@@ -103,6 +113,15 @@ def _fault(name: str) -> str | None:
     if not is_plain_name(name):
         return "bad-id"
     return "id-with-suffix" if name.lower().endswith((".jpg", ".jpeg", ".png")) else None
+
+
+def _absent(path: Path) -> list[Finding]:
+    """What is said of a labels.txt that is not there, and yet is meant to be."""
+    if path.is_symlink():
+        return [Finding("labels-unreadable", path, "is a link to nowhere; put the file there, or correct the link.")]
+    others = visible_files(path.parent) if path.parent.is_dir() else []
+    alike = (other for other in others if other.name.lower() in (path.name, f"{path.name}.txt"))
+    return [Finding("labels-case", other, f"would be passed over; rename it to {path.name}.") for other in alike]
 
 
 def _read(path: Path, code: str) -> tuple[str | None, list[Finding]]:

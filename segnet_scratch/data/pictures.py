@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from segnet_scratch.data.findings import Finding, FoundError
-from segnet_scratch.data.palette import VOID
+from segnet_scratch.data.palette import VOID, is_voc
 from segnet_scratch.errors import DataError
 
 MAX_PIXELS = 64_000_000
@@ -170,6 +170,23 @@ def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
         # Greyscale of 2 or 4 bits a pixel comes out of Pillow stretched to 0..255; labels must not be.
         mask //= 255 // (2 ** min(_png_bit_depth(path), 8) - 1)
     return mask
+
+
+def mask_colours(path: Path, classes: int) -> list[tuple[int, int, int]] | None:
+    """The colours that a mask's palette gives the classes; None where it has none that mean something.
+
+    Without meaning are greys, and VOC's palette, which programs write where they know of no other.
+    """
+    try:
+        picture = decode(path, "mask")
+    except DataError:  # whoever reads the mask is told
+        return None
+    if picture.mode != "P":
+        return None
+    palette = np.array(picture.getpalette("RGB") or (), np.uint8).reshape(-1, 3)[:classes]
+    distinct = len(np.unique(palette, axis=0)) == classes
+    grey = (palette == palette[:, :1]).all()
+    return [(int(r), int(g), int(b)) for r, g, b in palette] if distinct and not grey and not is_voc(palette) else None
 
 
 def label_counts(mask: np.ndarray) -> np.ndarray:

@@ -3,17 +3,20 @@
 ROOT/ImageSets/Segmentation/<split>.txt   ids, one a line
 ROOT/JPEGImages/<id>.jpg                  images (.jpeg and .png are taken too)
 ROOT/SegmentationClass/<id>.png           masks: class numbers as palette indices, 255 = void
-ROOT/labels.txt                           class names, one a line (optional; default: VOC's 21)
+ROOT/labels.txt                           class names, one a line, or name r g b (optional; default: VOC's 21)
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from segnet_scratch.data.colours import Colour
 from segnet_scratch.data.findings import Finding
 from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
-from segnet_scratch.data.pictures import read_image, read_mask
+from segnet_scratch.data.palette import class_palette
+from segnet_scratch.data.pictures import mask_colours, read_image, read_mask
 from segnet_scratch.errors import DataError
 
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
@@ -56,15 +59,19 @@ def possible_roots(path: Path) -> tuple[Path, ...]:
 
 
 def class_names(root: Path) -> tuple[str, ...]:
-    """Names of the classes by label: the lines of `root/labels.txt`, or VOC's 21 where there is no such file.
+    """Names of the classes by label: those in `root/labels.txt`, or VOC's 21 where there is no such file.
 
-    Blank lines are skipped. Raises DataError for a file without names, with a name twice, or with more
-    than 255 names (label 255 is void).
+    A line is a name, or `name r g b` with the colour of the class. Blank lines are skipped. Raises DataError for a file
+    without names, with a name twice, or with more than 255 names (label 255 is void).
     """
-    names, findings = parse_labels(root / "labels.txt")
+    return _names_and_colours(root)[0]
+
+
+def _names_and_colours(root: Path) -> tuple[tuple[str, ...], tuple[Colour, ...] | None]:
+    names, colours, findings = parse_labels(root)
     if findings:
         raise findings[0].error
-    return names
+    return names, colours
 
 
 def read_split(root: Path, split: str) -> list[str]:
@@ -108,7 +115,8 @@ class VOCDataset:
 
     path: the VOC root, its parent or its grandparent (see `find_root`). with_masks: False for a split that has images
     only, as VOC's test split; `sample` then has no masks to read.
-    Attributes: root, split, ids (in file order), names (of the classes, by label), classes (their number).
+    Attributes: root, split, ids (in file order), names (of the classes, by label), classes (their number), palette
+    (the colour of every label, uint8 (256, 3): see `class_palette`).
     Raises DataError when the root, the split or any image or (with_masks) mask of it is missing.
     """
 
@@ -116,13 +124,20 @@ class VOCDataset:
         self.root = find_root(path, with_masks)
         self._with_masks = with_masks
         self.split = split
-        self.names = class_names(self.root)
+        self.names, self._colours = _names_and_colours(self.root)
         self.classes = len(self.names)
         self.ids = tuple(read_split(self.root, split))
         self.check()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def palette(self) -> np.ndarray:
+        """The colour of every label, uint8 (256, 3): of labels.txt, of the masks, or as `class_palette` chooses."""
+        masks = self._with_masks and self.mask_path(0)
+        colours = self._colours or (mask_colours(masks, self.classes) if masks else None)
+        return class_palette(self.names, colours)
 
     def image_path(self, index: int) -> Path:
         """The file of image `index`; where none exists, the name that VOC would give it."""

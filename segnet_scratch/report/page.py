@@ -12,7 +12,7 @@ import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config, describe, difference, load_config
-from segnet_scratch.data import VOCDataset, voc_palette
+from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.extras import require
@@ -38,6 +38,7 @@ class Validation:
     best: list[Example]
     worst: list[Example]
     seconds: float
+    palette: np.ndarray  # the colour of every label, uint8 (256, 3)
 
 
 def write_report(
@@ -114,7 +115,7 @@ def _content(
         "miou_svg": miou_curve(known, axis) if known else None,
         "rate_svg": rate_curve(steps, [row["lr"] for row in trained], axis) if steps else None,
         "validation": validation,
-        "classes": [] if validation is None else _class_rows(validation.evaluation),
+        "classes": [] if validation is None else _class_rows(validation.evaluation, validation.palette),
         "confusion": [] if validation is None else _confusion_rows(validation.evaluation),
         "settings": _settings(config),
         "sessions": sessions,
@@ -140,11 +141,11 @@ def _validate(
         for index in indices:
             image, mask, _ = dataset.sample(index)
             found = segment(model, image, config.image_size).labels
-            examples.append(example(evaluation.per_image[index], image, mask, found))
+            examples.append(example(evaluation.per_image[index], image, mask, found, dataset.palette))
         return examples
 
     worst = ranked[:count] if len(ranked) > 1 else []
-    return Validation(model, evaluation, shown(ranked[::-1][:count]), shown(worst), seconds)
+    return Validation(model, evaluation, shown(ranked[::-1][:count]), shown(worst), seconds, dataset.palette)
 
 
 def _recorded_data(sessions: Sequence[Session]) -> Path | None:
@@ -159,14 +160,14 @@ def _steps_per_epoch(config: Config, data: Path | None) -> int | None:
     return max(1, len(VOCDataset(data, "train")) // config.batch)
 
 
-def _class_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _class_rows(evaluation: Evaluation, palette: np.ndarray) -> list[dict[str, Any]]:
     """One row a class, in the order of labels: fractions, None where there is no number."""
     scores = evaluation.scores
     columns = zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, scores.class_pixels, strict=True)
     return [
         {
             "name": name,
-            "colour": "#{:02x}{:02x}{:02x}".format(*voc_palette()[label].tolist()),
+            "colour": "#{:02x}{:02x}{:02x}".format(*palette[label].tolist()),
             "iou": iou,
             "accuracy": accuracy,
             "precision": precision,

@@ -28,8 +28,11 @@ class Example:
     errors: str
 
 
-def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Example:
-    """Pictures of image uint8 (h, w, 3), truth and prediction uint8 (h, w), made as small as the page needs them."""
+def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.ndarray, palette: np.ndarray) -> Example:
+    """Pictures of image uint8 (h, w, 3), truth and prediction uint8 (h, w), made as small as the page needs them.
+
+    palette: uint8 (256, 3), the colour of each label.
+    """
     size = scaled(truth.shape, min(1.0, _WIDTH / truth.shape[1]))
     image = resize_image(image, size)
     truth, found = resize_mask(truth, size), resize_mask(found, size)
@@ -41,8 +44,8 @@ def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.n
         score.miou,
         score.global_accuracy,
         _jpeg(image),
-        _png(indexed_picture(truth)),
-        _png(indexed_picture(found)),
+        _png(indexed_picture(truth, palette)),
+        _png(indexed_picture(found, palette)),
         _jpeg(np.rint(np.clip(errors, 0, 255)).astype(np.uint8)),
     )
 

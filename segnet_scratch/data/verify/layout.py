@@ -29,7 +29,7 @@ def examine_layout(path: Path, wanted: Sequence[str] = ()) -> Layout:
     Raises DataError where nothing there resembles a data set, and for a wanted split that does not exist.
     """
     root, findings = _root(path)
-    names, label_findings = parse_labels(root / "labels.txt")
+    names, _, label_findings = parse_labels(root)
     findings += label_findings
     folder = root / SPLIT_FOLDER
     files = split_files(root)
