@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from segnet_scratch.data import VOC_CLASSES
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
 from segnet_scratch.train import Listener, Throughput, Trainer
@@ -125,9 +126,10 @@ class TrainingDisplay(Listener):
     def started(self, trainer: Trainer) -> None:
         sets = f"{len(trainer.train_set)} training and {len(trainer.val_set)} validation images"
         size = "x".join(map(str, trainer.config.image_size))
+        whose = "VOC's " if trainer.train_set.names == VOC_CLASSES else ""
         self._say(
             f"{trainer.config.model} (width {trainer.config.width:g}) on {trainer.model.device.name}, {sets}, "
-            f"{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}"
+            f"{whose}{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}"
         )
         self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, status="")
         self._throughput = Throughput(trainer.loader)

@@ -1,6 +1,7 @@
 """Training, read top-down: batch -> model -> loss -> backward -> update, with validation, checkpoints and resume."""
 
 import hashlib
+import logging
 import math
 import signal
 import threading
@@ -28,6 +29,7 @@ from segnet_scratch.data import (
 )
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.on_device import DeviceLoader
+from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.engine.training import FusedEngine
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
@@ -41,6 +43,8 @@ from segnet_scratch.optim import SGD, learning_rate
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
 from segnet_scratch.weights import initialise
+
+log = logging.getLogger(__name__)
 
 
 class Listener:
@@ -159,6 +163,8 @@ class Trainer:
         if resumed:
             self._load()
         else:
+            for finding in look_over(self.train_set, config.workers):
+                log.warning("%s: %s", finding.path, finding.detail)
             self.class_weights = _class_weights(config, self.train_set)
             if init is not None:
                 self.initialised = initialise(self.model, init)

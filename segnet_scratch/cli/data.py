@@ -15,11 +15,12 @@ from segnet_scratch.cli.data_tables import (
     statistics_table,
     transferred,
 )
-from segnet_scratch.data import VOCDataset, find_root, write_sample
-from segnet_scratch.data.colours import camvid_colours, read_colours
+from segnet_scratch.data import VOCDataset, class_names, find_root, write_sample
+from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
 from segnet_scratch.data.convert_masks import convert_masks
 from segnet_scratch.data.download import install_sbd, install_voc2012
+from segnet_scratch.data.relabel import Relabelling, parse_relabelling
 from segnet_scratch.data.statistics import class_statistics
 from segnet_scratch.data.verify import verify as run_verify
 from segnet_scratch.display import write_json
@@ -158,12 +159,23 @@ def convert_masks_command(
             "CamVid's 32 as its usual 11 classes.",
         ),
     ] = "voc",
+    relabel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OLD=NEW,...",
+            help="Masks hold numbers, and these get others: 255=1, unlabelled=void, or 0=void,1=0,2=1.",
+        ),
+    ] = None,
 ) -> None:
-    """Write a copy of a data set whose masks hold colours, with class numbers in their place.
+    """Write a copy of a data set whose masks hold colours, with class numbers in their place; or other numbers.
 
     A colour that is not known is an error that names the masks, and how many pixels have it and where.
     """
-    table = {"voc": lambda: None, "camvid": camvid_colours}.get(colours, lambda: read_colours(colours))()
+    table: ColourTable | Relabelling | None
+    if relabel is not None:
+        table = parse_relabelling(relabel, class_names(find_root(directory)))
+    else:
+        table = {"voc": lambda: None, "camvid": camvid_colours}.get(colours, lambda: read_colours(colours))()
     with counted(console, "convert") as progress:
         masks = convert_masks(directory, out, table, progress=progress)
     say(f"{masks} masks in {find_root(out)}")

@@ -11,8 +11,9 @@ import numpy as np
 
 from segnet_scratch.data.colours import Colour, ColourTable, Found, labels_from_colours, voc_colours
 from segnet_scratch.data.loader import ordered_map
-from segnet_scratch.data.palette import save_indexed_png
-from segnet_scratch.data.pictures import decode
+from segnet_scratch.data.palette import class_palette, save_indexed_png
+from segnet_scratch.data.pictures import decode, label_counts, mask_labels
+from segnet_scratch.data.relabel import Relabelling
 from segnet_scratch.data.voc import (
     FOLDERS,
     IMAGE_FOLDER,
@@ -33,15 +34,16 @@ _COLOURS_NAMED = 3  # of each file
 def convert_masks(
     source: str | Path,
     out: str | Path,
-    table: ColourTable | None = None,
+    table: ColourTable | Relabelling | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes the data set `source`, in VOC layout but with colours in its masks, to `out` with indexed masks.
+    """Writes the data set `source`, in VOC layout but with colours or other numbers in its masks, to `out`.
 
-    table: VOC's colours for the classes of the set unless given. All ids that a split names are taken, images are
-    copied, labels.txt is written. `out` appears whole or not at all. workers: threads, as many as cores unless given.
-    progress is told of the masks done and their number. Returns the number of masks.
+    table: the numbers of colours, or new ones of labels; VOC's colours for the classes of the set unless given. All
+    ids that a split names are taken, images are copied, labels.txt is written. `out` appears whole or not at all.
+    workers: threads, as many as cores unless given. progress is told of the masks done and their number. Returns the
+    number of masks.
 
     Raises DataError where `out` holds something, where files are missing or damaged, and for colours that the table
     lacks: the message tells the masks, and of each colour the pixels and the first place.
@@ -62,13 +64,14 @@ def convert_masks(
         with whole_folder(out) as folder:
             for name in FOLDERS:
                 (folder / name).mkdir(parents=True)
-            convert = partial(_convert, folder, table)
+            palette = _palette(splits[0], table)
+            convert = partial(_convert, folder, table, palette)
             with closing(ordered_map(convert, pairs.values(), workers, ahead=4 * workers)) as results:
                 for done, problem in enumerate(results, start=1):
                     problems += [problem] if problem else []
                     progress(done, len(pairs))
             if problems:
-                raise _lacking(root / MASK_FOLDER, problems, len(pairs))
+                raise _lacking(root / MASK_FOLDER, problems, len(pairs), isinstance(table, ColourTable))
             for split in splits:
                 path = folder / SPLIT_FOLDER / f"{split.split}.txt"
                 path.write_text("\n".join(split.ids) + "\n", encoding="utf-8")
@@ -78,14 +81,27 @@ def convert_masks(
     return len(pairs)
 
 
-def _convert(folder: Path, table: ColourTable, paths: tuple[Path, Path]) -> str:
-    """Copies the image and writes the mask into `folder`; returns what is said of colours that the table lacks."""
+def _palette(dataset: VOCDataset, table: ColourTable | Relabelling) -> np.ndarray:
+    """The colours of the new labels, uint8 (256, 3)."""
+    if isinstance(table, ColourTable):
+        return table.palette
+    return class_palette(table.names, dataset.palette[list(table.kept)].tolist())
+
+
+def _convert(folder: Path, table: ColourTable | Relabelling, palette: np.ndarray, paths: tuple[Path, Path]) -> str:
+    """Copies the image and writes the mask into `folder`; returns what is said of what the table lacks."""
     image, mask = paths
     shutil.copyfile(image, folder / IMAGE_FOLDER / image.name)
-    labels, missing = labels_from_colours(_colours(mask), table)
-    if missing:
-        return _unknown(mask, missing)
-    save_indexed_png(folder / MASK_FOLDER / mask.name, labels, table.palette)
+    if isinstance(table, ColourTable):
+        labels, missing = labels_from_colours(_colours(mask), table)
+        if missing:
+            return _unknown(mask, missing)
+    else:
+        labels = mask_labels(mask, decode(mask, "mask"))
+        if wrong := np.flatnonzero(label_counts(labels) * ~table.known).tolist():
+            return f"  {mask.name}: {', '.join(map(str, wrong))}"
+        labels = table.lookup[labels]
+    save_indexed_png(folder / MASK_FOLDER / mask.name, labels, palette)
     return ""
 
 
@@ -115,13 +131,19 @@ def _unknown(path: Path, missing: Mapping[Colour, Found]) -> str:
     return f"  {path.name}: {'; '.join(named)}{more}"
 
 
-def _lacking(folder: Path, problems: list[str], masks: int) -> DataError:
+def _lacking(folder: Path, problems: list[str], masks: int, colours: bool) -> DataError:
     more = [f"  and {len(problems) - _FILES_NAMED} more masks"] if len(problems) > _FILES_NAMED else []
+    fix = (
+        "Add the colours to the table (as void, if they mean nothing), or correct the masks: many colours at few "
+        "pixels are left along borders by interpolation and by JPEG."
+        if colours
+        else "Say what each means, for example --relabel 7=void, or name its class in labels.txt."
+    )
+    what = "colours that the table lacks" if colours else "numbers that are no class"
     lines = [
-        f"{folder}: {len(problems)} of {masks} masks hold colours that the table lacks; nothing was written:",
+        f"{folder}: {len(problems)} of {masks} masks hold {what}; nothing was written:",
         *problems[:_FILES_NAMED],
         *more,
-        "Add the colours to the table (as void, if they mean nothing), or correct the masks: many colours at few "
-        "pixels are left along borders by interpolation and by JPEG.",
+        fix,
     ]
     return DataError("\n".join(lines))

@@ -92,9 +92,10 @@ def _lab(colours: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
 
 
-def is_voc(palette: np.ndarray) -> bool:
-    """Whether colours uint8 (n, 3) by label are VOC's."""
-    return bool((palette == voc_palette()[: len(palette)]).all())
+def is_voc(palette: np.ndarray, labels: Sequence[int] | None = None) -> bool:
+    """Whether colours uint8 (n, 3) by label are VOC's, those of `labels` or all."""
+    same = palette == voc_palette()[: len(palette)]
+    return bool((same if labels is None else same[labels]).all())
 
 
 def voc_palette() -> np.ndarray:

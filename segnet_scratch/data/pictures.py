@@ -181,9 +181,7 @@ def mask_colours(path: Path, classes: int) -> list[tuple[int, int, int]] | None:
         picture = decode(path, "mask")
     except DataError:  # whoever reads the mask is told
         return None
-    if picture.mode != "P":
-        return None
-    palette = np.array(picture.getpalette("RGB") or (), np.uint8).reshape(-1, 3)[:classes]
+    palette = np.frombuffer(palette_of(picture) or b"", np.uint8).reshape(-1, 3)[:classes]
     distinct = len(np.unique(palette, axis=0)) == classes
     grey = (palette == palette[:, :1]).all()
     return [(int(r), int(g), int(b)) for r, g, b in palette] if distinct and not grey and not is_voc(palette) else None
@@ -208,8 +206,30 @@ def wrong_labels(path: Path, mask: np.ndarray, classes: int) -> Finding | None:
         path,
         f"label {label} in {np.count_nonzero(mask == label)} pixels, first at row {row}, column {column}"
         f"{f', and {others} other wrong labels' if others else ''}; expected 0..{classes - 1} or {VOID} (void). "
-        "Correct the mask, or name every class in labels.txt.",
+        "Correct the mask, or name every class in labels.txt." + _ways_out(path, label, classes),
     )
+
+
+def _ways_out(path: Path, label: int, classes: int) -> str:
+    """What a label that is no class may mean, with the command that mends it."""
+    root = path.parent.parent
+    if label == VOID - 1 or label > classes:
+        return f" If {label} is void: {convert_command(root, f'{label}=void')}"
+    shift = ",".join(["0=void", *(f"{k}={k - 1}" for k in range(1, classes + 1))])
+    return (
+        f" If {label} is void, as where CamVid is in grey: {convert_command(root, f'{label}=void')} If numbers begin "
+        f"at 1, and 0 is void: {convert_command(root, shift)}"
+    )
+
+
+def convert_command(root: Path, relabelling: str) -> str:
+    """The command that gives the masks of a data set other numbers."""
+    return f"segnet data convert-masks {root} NEW --relabel '{relabelling}'."
+
+
+def palette_of(picture: Image.Image) -> bytes | None:
+    """The palette of a mask, three bytes a label; None for one without."""
+    return bytes(picture.getpalette("RGB") or ()) if picture.mode == "P" else None
 
 
 _TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."

@@ -12,7 +12,16 @@ from segnet_scratch.data.annotations import ANNOTATION_FOLDER, annotation_file, 
 from segnet_scratch.data.findings import Finding, FoundError
 from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.palette import VOID
-from segnet_scratch.data.pictures import Role, decode, label_counts, mask_labels, orientation, rgb_pixels, wrong_labels
+from segnet_scratch.data.pictures import (
+    Role,
+    decode,
+    label_counts,
+    mask_labels,
+    orientation,
+    palette_of,
+    rgb_pixels,
+    wrong_labels,
+)
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file, sizes_differ
 
 _SMALL = 32  # five 2x2 pools leave one position of a 32-pixel side
@@ -115,8 +124,7 @@ def _examine_mask(facts: PairFacts, path: Path, listing: Mapping[str, str], clas
         facts.findings.append(error.finding)
         return size
     facts.labels = label_counts(mask)
-    if picture.mode == "P":
-        facts.palette = bytes(picture.getpalette("RGB") or ())
+    facts.palette = palette_of(picture)
     if facts.labels[VOID] == mask.size:
         facts.findings.append(Finding("mask-all-void", path, "nothing can be learnt from it; mark some pixels."))
     # The histogram tells whether there are any; where they are is worth a second look at the pixels only then.

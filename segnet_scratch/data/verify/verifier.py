@@ -12,10 +12,11 @@ import numpy as np
 from segnet_scratch.data.findings import Finding
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import VOID
+from segnet_scratch.data.suspicions import odd_palette, suspicions
 from segnet_scratch.data.verify.layout import Layout, examine_layout, purpose
 from segnet_scratch.data.verify.pair import Folders, PairFacts, examine_pair
 from segnet_scratch.data.verify.report import Report
-from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, SPLIT_FOLDER, find_image, mask_file
+from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file
 
 
 def verify(
@@ -41,7 +42,7 @@ def verify(
             facts[pair.name] = pair
             progress(len(facts), len(ids))
     findings = [*layout.findings, *(finding for pair in facts.values() for finding in pair.findings)]
-    findings += _same_images(layout, facts) + _odd_palettes(layout, facts) + _absent_classes(layout, facts)
+    findings += _same_images(layout, facts) + _odd_palettes(layout, facts) + _doubts(layout, facts)
     histograms = [pair.labels for pair in facts.values() if pair.labels is not None]
     return Report(
         root=layout.root,
@@ -110,18 +111,17 @@ def _colours_in_use(pair: PairFacts) -> dict[int, bytes]:
     return {label: pair.palette[3 * label : 3 * label + 3] for label in labels}
 
 
-def _absent_classes(layout: Layout, facts: dict[str, PairFacts]) -> list[Finding]:
-    findings = []
+def _doubts(layout: Layout, facts: dict[str, PairFacts]) -> list[Finding]:
+    """What the labels of each training list give reason to doubt, and the colours of all masks."""
+    findings: dict[Finding, None] = {}  # two lists may give the same
     for split, members in layout.splits.items():
         histograms = [counts for name in members if (counts := facts[name].labels) is not None]
-        if purpose(split) != "train" or not histograms:
-            continue
-        counts = np.sum(histograms, axis=0)
-        absent = [name for label, name in enumerate(layout.names) if not counts[label]]
-        if absent:
-            detail = f"no pixel of {', '.join(absent)}; a network cannot learn what it never sees."
-            findings.append(Finding("class-absent", layout.root / SPLIT_FOLDER / f"{split}.txt", detail))
-    return findings
+        if purpose(split) == "train" and histograms:
+            pixels = np.sum(histograms, axis=0)
+            masks = f"the {len(histograms):,} masks"
+            findings |= dict.fromkeys(suspicions(layout.root, split, layout.names, pixels, masks))
+    colours = {label: colour for pair in facts.values() for label, colour in _colours_in_use(pair).items()}
+    return [*findings, *odd_palette(layout.root, colours)]
 
 
 def _unlisted(files: Iterable[str], ids: set[str], suffixes: tuple[str, ...]) -> int:
