@@ -17,7 +17,7 @@
 //
 // The normaliser stays as it is.
 //
-// A batch without a valid pixel has loss 0 and gradient 0. A label that is neither a class nor void counts as void
+// A batch without a valid pixel has loss 0 and gradient 0; weights that are no numbers give a loss that is none. A label that is neither a class nor void counts as void
 // here, so that it cannot read outside; it is refused, by name, before it reaches a kernel.
 //
 // Sums are carried in double: a float stops counting pixels at 2^24. Every block makes a partial result in a fixed
@@ -33,6 +33,12 @@ __device__ inline LogSoftmax log_softmax_of(const storage_t* logits, int classes
     for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
     for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
     return {highest, log(sum)};
+}
+
+// 1 / normaliser, or 0 where nothing counts. `divisor` is its place among the sums; 0: nothing is divided.
+__device__ inline double reciprocal_of(const double* sums, int divisor) {
+    const double normaliser = divisor == 0 ? 1.0 : sums[divisor];
+    return normaliser != 0 ? 1 / normaliser : 0.0;
 }
 
 // Launch: grid blocks, block THREADS
@@ -72,7 +78,7 @@ extern "C" __global__ void cross_entropy_merge(
     const double* __restrict__ partials,  // (blocks, 3)
     double* __restrict__ sums,            // (3): weighted loss, weights, valid pixels
     storage_t* __restrict__ loss,         // (1)
-    int blocks, int by_valid) {
+    int blocks, int divisor) {
     SHARED_ARRAY(double, totals, [3]);
     if (threadIdx.x < 3) {
         double total = 0;
@@ -81,10 +87,7 @@ extern "C" __global__ void cross_entropy_merge(
         sums[threadIdx.x] = total;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        const double normaliser = by_valid ? totals[2] : totals[1];
-        loss[0] = (storage_t)(normaliser > 0 ? totals[0] / normaliser : 0.0);
-    }
+    if (threadIdx.x == 0) loss[0] = (storage_t)(totals[0] * reciprocal_of(totals, divisor));
 }
 
 extern "C" __global__ void cross_entropy_backward(
@@ -94,10 +97,8 @@ extern "C" __global__ void cross_entropy_backward(
     const double* __restrict__ sums,                       // (3)
     const storage_t* __restrict__ dloss,                   // (1)
     storage_t* __restrict__ dlogits,                       // (pixels, classes)
-    int64 pixels, int classes, int by_valid, double smoothing) {
-    const double normaliser = by_valid ? sums[2] : sums[1];
-    const double scale = normaliser > 0 ? dloss[0] / normaliser : 0.0;
-    const LogitGradient<storage_t> gradient(class_weights, classes, scale, smoothing);
+    int64 pixels, int classes, int divisor, double smoothing) {
+    const LogitGradient<storage_t> gradient(class_weights, classes, dloss[0] * reciprocal_of(sums, divisor), smoothing);
     FOR_EACH_INDEX(pixel, pixels) {
         const int label = labels[pixel];
         const storage_t* const z = logits + pixel * classes;

@@ -53,7 +53,7 @@ extern "C" __global__ void softmax_cross_entropy_normalise(
     double own = 0;
     for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block * 2 + by_valid];
     const double normaliser = block_sum<THREADS>(own);
-    if (threadIdx.x == 0) reciprocal[0] = normaliser > 0 ? 1 / normaliser : 0.0;
+    if (threadIdx.x == 0) reciprocal[0] = normaliser != 0 ? 1 / normaliser : 0.0;
 }
 
 // The weighted loss of a pixel, whose logits its gradient replaces.

@@ -22,6 +22,7 @@ from segnet_scratch.lab.proof.parts.gate import refusal_problems
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_GRID, MAX_SHARED
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch, shipped_kernels
+from segnet_scratch.runtime.signature import without_linkage
 from segnet_scratch.runtime.source import read_source
 
 
@@ -98,14 +99,15 @@ class TestSignature:
 
     def test_types_are_those_of_cuda(self, tmp_path):
         names = {
-            "i1": ["char", "signed char"],
-            "u1": ["uint8", "unsigned char"],
-            "i2": ["short"],
-            "u2": ["unsigned short"],
-            "i4": ["int"],
-            "u4": ["unsigned", "unsigned int"],
-            "i8": ["int64", "long long"],
-            "u8": ["uint64", "unsigned long long", "size_t"],
+            "b1": ["bool"],
+            "i1": ["char", "signed char", "int8_t"],
+            "u1": ["uint8", "unsigned char", "uint8_t"],
+            "i2": ["short", "int16_t"],
+            "u2": ["unsigned short", "uint16_t"],
+            "i4": ["int", "int32_t"],
+            "u4": ["unsigned", "unsigned int", "uint32_t"],
+            "i8": ["int64", "long long", "int64_t"],
+            "u8": ["uint64", "unsigned long long", "size_t", "uint64_t"],
             "f4": ["float", "storage_t"],
             "f8": ["double", "accumulate_t"],
         }
@@ -157,13 +159,43 @@ class TestSignature:
         (kernel,) = parse(tmp_path, f'extern "C" __global__ {head}(float* x) {{}}')
         assert (kernel.name, kernel.line, len(kernel.parameters)) == ("f", 1, 1)
 
+    LINKED = (
+        ("block", 'extern "C" {\n__global__ void f(float* x, int n) {}\n}'),
+        ("block with others", 'extern "C"{ struct S { int a; };\n__device__ int h() { return 1; } void f2(); KERNEL }'),
+        ("block of C headers", '#ifdef __cplusplus\nextern "C" {\n#endif\nKERNEL\n#ifdef __cplusplus\n}\n#endif'),
+        ("declared first", 'extern "C" __global__ void f(float*, int);\nKERNEL'),
+        ("declared in a block", 'extern "C" { __global__ void f(float*, int); }\nKERNEL'),
+        ("void first", 'extern "C" void __global__ __launch_bounds__(64) f(float* x, int n) {}'),
+        (
+            "attributes",
+            'extern "C" __global__ __cluster_dims__(2, 1, 1) __launch_bounds__(64) void f(float* x, int n) {;}',
+        ),
+        ("braces in strings", """extern "C" { const char* s = "}\\"}"; char c = '}', d = '\\''; KERNEL }"""),
+        ("a comment in a string", 'extern "C" { const char* s = "//"; KERNEL }'),
+        ("braces in comments", 'extern "C" { // }\n/* } */ KERNEL }'),
+    )
+
+    @pytest.mark.parametrize("text", [text for _, text in LINKED], ids=[name for name, _ in LINKED])
+    def test_c_linkage(self, tmp_path, text):
+        (kernel,) = parse(
+            tmp_path, text.replace("KERNEL", "__global__ void f(float* x, int n) { if (n) { x[0] = 1; } }")
+        )
+        assert (kernel.name, [p.name for p in kernel.parameters]) == ("f", ["x", "n"])
+
+    @pytest.mark.parametrize(
+        "text", ["KERNEL", 'extern "C" { int a; }\nKERNEL', 'namespace n { KERNEL }\nextern "C" {}']
+    )
+    def test_kernels_without_c_linkage_are_not_found_by_name(self, tmp_path, text):
+        assert parse(tmp_path, text.replace("KERNEL", "__global__ void f(float* x) {}")) == ()
+        assert [name for name, _ in without_linkage(read_source(tmp_path / "written.cu"))] == ["f"]
+
     def test_no_parameters(self, tmp_path):
         (kernel,) = parse(tmp_path, 'extern "C" __global__ void f() {}')
         assert kernel.parameters == ()
 
     ERRORS = (
         ("unknown type", ["half* x, // (n)", "int n"], 3, r"'half\* x' has type 'half'"),
-        ("unknown type later", ["float* x, // (n)", "int32_t n"], 4, "has type 'int32_t'"),
+        ("unknown type later", ["float* x, // (n)", "long n"], 4, "has type 'long'"),
         ("pointer to pointer", ["int n,", "float** x"], 4, r"cannot understand the kernel parameter 'float\*\* x'"),
         ("reference", ["float& x"], 3, "cannot understand the kernel parameter"),
         ("array", ["float x[4]"], 3, "cannot understand the kernel parameter"),
@@ -188,13 +220,18 @@ class TestSignature:
     @pytest.mark.parametrize(("rows", "line", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
     def test_errors_name_file_and_line(self, tmp_path, rows, line, message):
         text = "\n".join(["// A kernel.", 'extern "C" __global__ void f(', *rows, ") {", "}"])
+        right = '\nextern "C" __global__ void g(int n) {}'
+        (kernel, other) = parse(tmp_path, text + right)
+        assert not kernel.launchable
         with pytest.raises(CompileError, match=message) as caught:
-            parse(tmp_path, text)
+            _ = kernel.parameters
         assert f"written.cu:{line}: " in str(caught.value)
+        assert other.launchable  # one kernel that cannot be launched is no obstacle to the next
+        assert [p.name for p in other.parameters] == ["n"]
 
     def test_lines_count_from_where_the_parameters_begin(self, tmp_path):
         with pytest.raises(CompileError, match=r"written\.cu:4: .*'half'"):
-            parse(tmp_path, 'extern "C"\n__global__ void\nf(int n,\nhalf* x) {}')
+            _ = parse(tmp_path, 'extern "C"\n__global__ void\nf(int n,\nhalf* x) {}')[0].parameters
 
     @pytest.mark.parametrize(
         ("text", "line"),
@@ -203,7 +240,7 @@ class TestSignature:
             ('extern "C" __global__ void f(int n)', 1),
             ('\n\nextern "C" __global__ void f(int n) { if (n) {', 3),
             # The body of the next kernel is not this one's.
-            ('extern "C" __global__ void f(int n);\nextern "C" __global__ void g(int n) {}', 1),
+            ('extern "C" __global__ void f(int n)\nextern "C" __global__ void g(int n) {}', 1),
         ],
     )
     def test_missing_body(self, tmp_path, text, line):

@@ -143,6 +143,34 @@ class TestVectorAddition:
 
 
 @needs_compiler
+class TestForms:
+    """Files as they are written elsewhere: what one kernel has must not stand in the way of another."""
+
+    BLOCK = """
+        extern "C" {
+        struct Options { int a; };
+        __global__ void of_cuda_types(const __half2* x, Options o, cudaTextureObject_t t) { x[0] = "}"; }
+        // Launch: grid (n + 31) / 32, block 32
+        __global__ void scale(const float* x, bool* positive, int32_t n, bool strict) {
+            int i = blockIdx.x * blockDim.x + threadIdx.x;
+            if (i < n) positive[i] = strict ? x[i] > 0 : x[i] >= 0;  // the line of a report
+        }
+        }
+    """
+
+    def test_a_block_with_a_kernel_of_types_that_only_cuda_knows(self, tmp_path):
+        (tmp_path / "block.cu").write_text(self.BLOCK)
+        settings = {"shapes": {"x": 100, "positive": 100}, "arguments": {"n": 100, "strict": 1}}
+        run = run_kernel(f"{tmp_path}/block.cu:scale", **settings, reference=lambda x: x > 0, orders=1)
+        assert run.passed, failed(run)
+        assert (run.setup.grid[0], run.setup.block[0]) == (4, 32)
+        with pytest.raises(CompileError, match=r"block\.cu:4: .*'const __half2\* x' has type '__half2'"):
+            run_kernel(f"{tmp_path}/block.cu:of_cuda_types", **settings)
+        with pytest.raises(DTypeError, match=r"argument strict is 2 .*expected True or False"):
+            run_kernel(f"{tmp_path}/block.cu:scale", **{**settings, "arguments": {"n": 100, "strict": 2}})
+
+
+@needs_compiler
 class TestRaces:
     def test_a_reduction_without_a_race(self):
         run = user("reduction:block_sums", **SUMS, reference=references.block_sums)
@@ -582,7 +610,7 @@ class TestWrongUsage:
 
     def test_a_file_without_kernels(self, tmp_path):
         (tmp_path / "plain.cu").write_text("__global__ void add(float* a) {}")
-        with pytest.raises(CompileError, match=r'defines no kernel.* Write extern "C" in front of __global__'):
+        with pytest.raises(CompileError, match=r'defines no kernel.* extern "C" in front of .* of \w+ \(line 1\)'):
             load_kernel(tmp_path / "plain.cu")
         with pytest.raises(CompileError, match="cannot read the kernel source"):
             load_kernel(tmp_path / "nowhere.cu")

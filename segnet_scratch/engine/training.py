@@ -22,6 +22,7 @@ from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward
 from segnet_scratch.ops.elementwise.cast import Cast
+from segnet_scratch.ops.loss.cross_entropy import check_class_weights
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
@@ -267,7 +268,9 @@ class FusedTraining:
         arrays = self.weights.arrays()
         arrays |= {name: buffer.data for name, buffer in self.model.named_buffers().items()}
         if class_weights is not None:
-            arrays["class_weights"] = device.upload(np.asarray(class_weights, np.float32))
+            arrays["class_weights"] = device.upload(
+                check_class_weights(class_weights, self.model.classes, np.dtype(np.float32))
+            )
         for name in given:
             if name not in arrays and name in ("images", "labels"):
                 arrays[name] = device.zeros(given[name].shape, given[name].dtype)

@@ -19,6 +19,7 @@ from segnet_scratch.ops.elementwise.add import AddForward
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.runtime.devices import Array, Device, get_device
 from segnet_scratch.runtime.observe import current_scope, scope
+from segnet_scratch.runtime.precision import is_floating
 
 # Of each thread and asyncio task its own: one may predict while another trains.
 _recording = ContextVar("recording", default=True)
@@ -181,8 +182,8 @@ class Function:
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
     """A Tensor on a device from anything that NumPy or DLPack understands.
 
-    float64 is kept, other numbers become float32. Arrays of other libraries are shared where that is possible; these
-    must be float32 or float64 already.
+    float64 is kept, other real numbers become float32. Arrays of other libraries are shared where that is possible;
+    these must be float32 or float64 already. DTypeError for what is no real number.
     """
     chosen = get_device(device)
     if not isinstance(values, np.ndarray) and not chosen.owns(values) and hasattr(values, "__dlpack__"):
@@ -191,7 +192,12 @@ def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = F
             raise DTypeError(f"tensor: got an array of {values.dtype}; expected float32 or float64; convert it first")
     if chosen.owns(values) and not isinstance(values, np.ndarray):
         return Tensor(values, chosen, requires_grad)
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"tensor: {error}; expected numbers in rows of one length") from error
+    if array.dtype.kind not in "biu" and not is_floating(array.dtype):
+        raise DTypeError(f"tensor: got {array.dtype} values; expected real numbers (of complex ones, .real or abs)")
     if array.dtype != np.float64:
         array = array.astype(np.float32, copy=False)
     return Tensor(chosen.upload(array), chosen, requires_grad)

@@ -4,6 +4,9 @@ A pair each: the `Function`, whose methods plan and run ops on arrays, and the f
 The ops themselves, with their kernels and references, are in `ops/`.
 """
 
+from collections.abc import Sequence
+from math import inf
+
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
@@ -23,7 +26,16 @@ from segnet_scratch.ops.convolution.conv_transpose2d import (
 from segnet_scratch.ops.elementwise.add import AddForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
-from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward, check_labels
+from segnet_scratch.ops.loss.cross_entropy import (
+    NORMALISATIONS,
+    REDUCTIONS,
+    VOID,
+    CrossEntropyBackward,
+    CrossEntropyForward,
+    check_class_weights,
+    check_labels,
+    expect_one_of,
+)
 from segnet_scratch.ops.normalisation.batch_norm import (
     EPS,
     MOMENTUM,
@@ -31,7 +43,7 @@ from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormEvaluationForward,
     BatchNormTrainingForward,
 )
-from segnet_scratch.ops.op import Op, spec_of
+from segnet_scratch.ops.op import Op, expect, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
 from segnet_scratch.ops.pooling.windows import PoolCodes
@@ -81,18 +93,18 @@ class BatchNorm(Function):
     """Saves x and two numbers a channel; x-hat is computed again in backward."""
 
     def __init__(
-        self, device: Device, running_mean: Array, running_var: Array, training: bool, momentum: float
+        self, device: Device, running_mean: Array, running_var: Array, training: bool, momentum: float, eps: float
     ) -> None:
         super().__init__(device)
         self.running_mean, self.running_var, self.training = running_mean, running_var, training
-        self.momentum = momentum
+        self.momentum, self.eps = momentum, eps
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         op: Op
         if self.training:
-            op = BatchNormTrainingForward.plan(spec_of(x), EPS, self.momentum)
+            op = BatchNormTrainingForward.plan(spec_of(x), self.eps, self.momentum)
         else:
-            op = BatchNormEvaluationForward.plan(spec_of(x))
+            op = BatchNormEvaluationForward.plan(spec_of(x), self.eps)
         running = {"running_mean": self.running_mean, "running_var": self.running_var}
         out = op(self.device, x=x, weight=weight, bias=bias, **running)
         self.x, self.weight, self.mean, self.inv_std = x, weight, out.mean, out.inv_std
@@ -112,12 +124,15 @@ def batch_norm(
     running_var: Array,
     training: bool,
     momentum: float = MOMENTUM,
+    eps: float = EPS,
 ) -> Tensor:
-    """weight (x - mean) / sqrt(var + 1e-5) + bias for every channel of x (n, h, w, c); the rest is (c).
+    """weight (x - mean) / sqrt(var + eps) + bias for every channel of x (n, h, w, c); the rest is (c).
 
     In training the statistics are those of x, and the running ones move towards them by `momentum`, in place.
     """
-    return BatchNorm(x.device, running_mean, running_var, training, momentum)(x, weight, bias)
+    expect(0 <= eps < inf, f"batch_norm: eps is {eps}; expected a number of at least 0")
+    expect(0 <= momentum <= 1, f"batch_norm: momentum is {momentum}; expected 0 to 1")
+    return BatchNorm(x.device, running_mean, running_var, training, momentum, eps)(x, weight, bias)
 
 
 class Relu(Function):
@@ -204,24 +219,41 @@ class CrossEntropy(Function):
 def cross_entropy(
     logits: Tensor,
     labels: np.ndarray | Array,
-    class_weights: np.ndarray | Array | None = None,
+    class_weights: np.ndarray | Sequence[float] | Array | None = None,
     normalisation: str = "weights",
     smoothing: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int = VOID,
 ) -> Tensor:
-    """The mean loss (a tensor of one element) of logits (n, h, w, classes) against labels (n, h, w).
+    """The loss (a tensor of one element) of logits (n, h, w, classes) against labels (n, h, w), integers.
 
-    Labels are integers; NumPy labels are checked here, labels that are on the device already must have been.
-    `class_weights` (classes) multiply the loss of each pixel by the weight of its class. `smoothing` is the share of a
-    label that is spread over all classes (label smoothing).
+    `reduction` "mean" divides the sum over all pixels as `normalisation` says: "weights", by the sum of their weights,
+    or "valid", by their number; "sum" leaves it as it is. Pixels labelled `ignore_index` do not count. `class_weights`
+    (classes) multiply the loss of each pixel by the weight of its class. `smoothing` is the share of a label that is
+    spread over all classes (label smoothing).
+
+    NumPy labels and weights are checked here: DataError for a label that is no class, ConfigError for a weight that is
+    negative or not finite. Arrays that are on a GPU already must have been; there void is 255.
     """
+    expect(
+        len(logits.shape) > 1 and min(logits.shape) > 0,
+        f"cross_entropy: logits have shape {logits.shape}; expected (..., classes), no side of them empty",
+    )
     device, classes = logits.device, logits.shape[-1]
+    expect_one_of("reduction", reduction, REDUCTIONS)
+    expect_one_of("normalisation", normalisation, NORMALISATIONS)
     if tuple(labels.shape) != logits.shape[:-1]:
         raise ShapeError(f"cross_entropy: labels {tuple(labels.shape)} do not fit logits {logits.shape}")
     if isinstance(labels, np.ndarray):
-        labels = device.upload(check_labels(labels, classes))
-    if isinstance(class_weights, np.ndarray):
-        class_weights = device.upload(class_weights.astype(logits.dtype))
-    return CrossEntropy(device, labels, class_weights, normalisation, smoothing)(logits)
+        labels = device.upload(check_labels(labels, classes, ignore_index))
+    else:
+        expect(
+            ignore_index == VOID, f"cross_entropy: ignore_index {ignore_index} with labels on the device; pass {VOID}"
+        )
+    if class_weights is not None and (not device.owns(class_weights) or isinstance(class_weights, np.ndarray)):
+        class_weights = device.upload(check_class_weights(class_weights, classes, logits.dtype))
+    divide = "none" if reduction == "sum" else normalisation
+    return CrossEntropy(device, labels, class_weights, divide, smoothing)(logits)
 
 
 class Dropout(Function):
@@ -279,8 +311,9 @@ class ResizeBilinear(Function):
         self.size = size
 
     def forward(self, x: Array) -> Array:
+        op = ResizeBilinearForward.plan(spec_of(x), self.size)
         self.x_size = x.shape[1], x.shape[2]
-        return ResizeBilinearForward.plan(spec_of(x), self.size)(self.device, x=x).y
+        return op(self.device, x=x).y
 
     def backward(self, dy: Array) -> tuple[Array]:
         return (ResizeBilinearBackward.plan(spec_of(dy), self.x_size)(self.device, dy=dy).dx,)

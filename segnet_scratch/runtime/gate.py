@@ -157,7 +157,10 @@ def _check_tensor_map(home: ArrayHome, kernel: Kernel, parameter: Parameter, typ
 def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: Any) -> np.generic:
     what = f"{kernel.name}: argument {parameter.name}"
     dtype = parameter.dtype(types)
-    if dtype.kind in "iu":
+    if dtype.kind == "b":
+        if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, int) and value in (0, 1)):
+            raise DTypeError(f"{what} is {value!r} ({type(value).__name__}); expected True or False (bool)")
+    elif dtype.kind in "iu":
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
             raise DTypeError(f"{what} is {value!r} ({type(value).__name__}); expected an integer ({parameter.c_type})")
         limits = np.iinfo(dtype)

@@ -56,9 +56,9 @@ def declared_threads(kernel: Kernel) -> int:
 def _comment(kernel: Kernel) -> str | None:
     """What follows `Launch:` in the comment lines directly above the kernel."""
     for line in reversed(kernel.source.text.split("\n")[: kernel.line - 1]):
-        if not line.startswith("//"):
+        if not line.lstrip().startswith("//"):
             return None
-        match = _COMMENT.match(line)
+        match = _COMMENT.match(line.lstrip())
         if match:
             return match.group(1)
     return None

@@ -26,7 +26,7 @@ from segnet_scratch.files import reason
 from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.shared_memory import rewrite_shared
-from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, parse_kernels
+from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, blank_kernels, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
 
 log = logging.getLogger(__name__)
@@ -217,10 +217,14 @@ def _takes_flag(command: tuple[str, ...], flag: str) -> bool:
 def _unit(source: Source) -> str:
     """The C++ text that is compiled: the runtime, the source, an entry for each kernel."""
     path = source.path.as_posix()
-    kernels = source.text if "__shared__" in source.text else ""
+    kernels = parse_kernels(source)
+    # What cannot be launched is left out: its types may be known to CUDA alone.
+    unknown = {kernel.name for kernel in kernels if not kernel.launchable}
+    text = blank_kernels(source, unknown) if unknown else source.text
     # Lines keep the names and numbers of the .cu file: errors, debuggers and sanitizers point there.
-    body = f'#line 1 "{path}"\n{rewrite_shared(kernels)}\n' if kernels else f'#include "{path}"\n'
-    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in parse_kernels(source))
+    rewritten = bool(unknown) or "__shared__" in text
+    body = f'#line 1 "{path}"\n{rewrite_shared(text)}\n' if rewritten else f'#include "{path}"\n'
+    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in kernels if k.name not in unknown)
     return f'#include "common/host_runtime.h"\n{body}{entries}'
 
 

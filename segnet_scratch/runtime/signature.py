@@ -1,4 +1,4 @@
-"""Reads the `extern "C" __global__` signatures of a `.cu` file: what the launch gate holds a launch against.
+"""Reads the signatures of a `.cu` file's kernels, those with C linkage: what the launch gate holds a launch against.
 
 A pointer parameter may carry its shape as a comment on its line, in terms of the kernel's integer parameters:
 
@@ -9,6 +9,7 @@ map it is the shape of the array: `const __grid_constant__ TensorMap x,  // of (
 """
 
 import ast
+import functools
 import re
 from dataclasses import dataclass
 from types import CodeType
@@ -19,28 +20,39 @@ from segnet_scratch.errors import CompileError, DTypeError
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.source import Source
 
-# C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes.
+# C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes. (`long` has
+# 4 bytes on some systems and 8 on others.)
 _FIXED_TYPES = {
+    "bool": np.bool_,
     "char": np.int8,
     "signed char": np.int8,
+    "int8_t": np.int8,
     "uint8": np.uint8,
+    "uint8_t": np.uint8,
     "unsigned char": np.uint8,
     "short": np.int16,
+    "int16_t": np.int16,
     "unsigned short": np.uint16,
+    "uint16_t": np.uint16,
     "int": np.int32,
+    "int32_t": np.int32,
     "unsigned": np.uint32,
     "unsigned int": np.uint32,
+    "uint32_t": np.uint32,
     "int64": np.int64,
+    "int64_t": np.int64,
     "long long": np.int64,
     "uint64": np.uint64,
+    "uint64_t": np.uint64,
     "unsigned long long": np.uint64,
     "size_t": np.uint64,
     "float": np.float32,
     "double": np.float64,
 }
 TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh
-_BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
-_KERNEL = re.compile(rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(')
+_ATTRIBUTES = r"(?:__\w+__\s*(?:\((?:[^()]|\([^()]*\))*\)\s*)?)*"  # __global__ __launch_bounds__(256)
+_FUNCTION = re.compile(rf'(extern\s+"C"\s+)?({_ATTRIBUTES})\bvoid\s+({_ATTRIBUTES})(\w+)\s*\(')
+_C_BLOCK = re.compile(r'extern\s+"C"\s*\{')
 _SYNCHRONISES = re.compile(
     r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
     r"|\b(?:warp|mma|ldmatrix|cp_async|mbarrier|tma|named_barrier|setmaxnreg)_\w+\s*[(<]|\bwgmma\w*\s*[(<]"
@@ -130,8 +142,25 @@ class Kernel:
     name: str
     source: Source
     line: int
-    parameters: tuple[Parameter, ...]
+    declaration: tuple[int, str, str]  # of the parameters: the line they begin on, their text, that without comments
     cooperative: bool  # its threads meet, as blocks or as warps, or share memory
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What it is launched with. CompileError where that is nothing the launch gate knows.
+
+        Found out when asked for: one kernel of a file that cannot be launched from here is no obstacle to the others.
+        """
+        return _parse_parameters(self.source, *self.declaration)
+
+    @property
+    def launchable(self) -> bool:
+        """Are all of its parameters understood?"""
+        try:
+            _ = self.parameters
+        except CompileError:
+            return False
+        return True
 
     @property
     def signature(self) -> str:
@@ -139,26 +168,73 @@ class Kernel:
         return f"{self.name}({', '.join(p.c_type + ('* ' if p.pointer else ' ') + p.name for p in self.parameters)})"
 
 
+@dataclass(frozen=True)
+class _Definition:
+    """Where a function with `__global__` stands in a text."""
+
+    name: str
+    c_linkage: bool
+    start: int
+    parameters: slice
+    body: slice | None  # with its braces; None of a declaration
+
+
 def parse_kernels(source: Source) -> tuple[Kernel, ...]:
-    """All kernels of a source, in order. CompileError names file and line of what cannot be understood."""
+    """All kernels of a source that have C linkage, in order. CompileError names file and line of half a kernel."""
     text = blank_comments(source.text)
-    matches = list(_KERNEL.finditer(text))
-    spans = [(m, *_body_span(source, text, m)) for m in matches]
+    definitions = [d for d in _definitions(source, text) if d.body is not None]
     # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
-    outside = _outside(text, [(m.start(), end) for m, _, _, end in spans])
+    outside = _outside(text, [(d.start, d.body.stop) for d in definitions if d.body])
     helper_synchronises = bool(_SYNCHRONISES.search(outside))
     kernels: dict[str, Kernel] = {}
-    for match, parameters_end, body_start, body_end in spans:
-        name, line = match.group(1), _line(text, match.start())
-        if name in kernels:
-            first = kernels[name].line
-            raise CompileError(f"{source.path}:{line}: the kernel {name} is defined twice, first at line {first}")
-        span = slice(match.end(), parameters_end)
-        parameters = _parse_parameters(source, _line(text, match.end()), source.text[span], text[span])
-        cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[body_start:body_end]))
-        cooperative |= any(parameter.tensor_map for parameter in parameters)  # boxes go to shared memory
-        kernels[name] = Kernel(name, source, line, parameters, cooperative)
+    for d in definitions:
+        if not d.c_linkage or d.body is None:
+            continue
+        line = _line(text, d.start)
+        if d.name in kernels:
+            first = kernels[d.name].line
+            raise CompileError(f"{source.path}:{line}: the kernel {d.name} is defined twice, first at line {first}")
+        declaration = _line(text, d.parameters.start), source.text[d.parameters], text[d.parameters]
+        cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[d.body]))
+        cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
+        kernels[d.name] = Kernel(d.name, source, line, declaration, cooperative)
     return tuple(kernels.values())
+
+
+def without_linkage(source: Source) -> list[tuple[str, int]]:
+    """(name, line) of the kernels without C linkage: nobody finds them under their name."""
+    text = blank_comments(source.text)
+    return [(d.name, _line(text, d.start)) for d in _definitions(source, text) if d.body and not d.c_linkage]
+
+
+def blank_kernels(source: Source, names: set[str]) -> str:
+    """The text with the definitions of these kernels replaced by spaces; lines stay what they were."""
+    characters = list(source.text)
+    for d in _definitions(source, blank_comments(source.text)):
+        if d.body is not None and d.name in names:
+            for position in range(d.start, d.body.stop):
+                if characters[position] != "\n":
+                    characters[position] = " "
+    return "".join(characters)
+
+
+def _definitions(source: Source, text: str) -> list[_Definition]:
+    """Every kernel of a text without comments, and declarations of kernels.
+
+    C linkage comes from `extern "C"` in front, from a block of it around the kernel, or from a declaration before.
+    """
+    blocks = [(m.end(), _closing(text, m.end() - 1, "{}")) for m in _C_BLOCK.finditer(text)]
+    found: list[_Definition] = []
+    linked: set[str] = set()
+    for match in _FUNCTION.finditer(text):
+        extern, before, after, name = match.groups()
+        if "__global__" not in before + after:
+            continue
+        if extern or any(start <= match.start() < end for start, end in blocks):
+            linked.add(name)
+        parameters_end, body = _spans(source, text, match)
+        found.append(_Definition(name, name in linked, match.start(), slice(match.end(), parameters_end), body))
+    return found
 
 
 def _line(text: str, position: int) -> int:
@@ -166,19 +242,27 @@ def _line(text: str, position: int) -> int:
 
 
 def blank_comments(text: str) -> str:
-    """The text with comments replaced by spaces: positions and lines stay what they were."""
-    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.DOTALL)
+    """The text with comments, and what strings and characters hold, replaced by spaces: lines and positions stay."""
+    return _BLANKED.sub(lambda m: m[0] if m[0] == '"C"' else re.sub(r"[^\n]", " ", m[0]), text)
 
 
-def _body_span(source: Source, text: str, match: re.Match[str]) -> tuple[int, int, int]:
-    """(end of the parameter list, start of the body, end of the body)."""
+_BLANKED = re.compile(
+    r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\[^'\n]+|[^'\\\n])'""",
+    re.DOTALL,
+)
+
+
+def _spans(source: Source, text: str, match: re.Match[str]) -> tuple[int, slice | None]:
+    """(end of the parameter list, body), no body where the function is only declared."""
     parameters_end = _closing(text, match.end() - 1, "()")
-    body = re.compile(r"\s*\{").match(text, parameters_end + 1) if parameters_end >= 0 else None
+    body = re.compile(r"\s*[{;]").match(text, parameters_end + 1) if parameters_end >= 0 else None
+    if body is not None and text[body.end() - 1] == ";":
+        return parameters_end, None
     body_end = _closing(text, body.end() - 1, "{}") if body else -1
     if body is None or body_end < 0:
         line = _line(text, match.start())
-        raise CompileError(f"{source.path}:{line}: the kernel {match.group(1)} has no complete parameter list and body")
-    return parameters_end, body.end() - 1, body_end
+        raise CompileError(f"{source.path}:{line}: the kernel {match.group(4)} has no complete parameter list and body")
+    return parameters_end, slice(body.end() - 1, body_end + 1)
 
 
 def _closing(text: str, start: int, pair: str) -> int:

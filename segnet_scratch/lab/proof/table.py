@@ -49,7 +49,11 @@ ROWS: tuple[Row, ...] = (
     WindowRow(MaxUnpoolForward),
     WindowRow(MaxUnpoolBackward),
     DropoutRow(DropoutForward),
-    *(CrossEntropyRow(op, n) for op in (CrossEntropyForward, CrossEntropyBackward) for n in ("weights", "valid")),
+    *(
+        CrossEntropyRow(op, normalisation)
+        for op in (CrossEntropyForward, CrossEntropyBackward)
+        for normalisation in ("weights", "valid", "none")
+    ),
     *(SoftmaxCrossEntropyRow(n) for n in ("weights", "valid")),
     ArgmaxRow(ArgmaxForward),
     ConfusionRow(),

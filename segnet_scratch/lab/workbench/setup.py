@@ -17,8 +17,8 @@ import numpy as np
 from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.runtime.geometry import declared_geometry, declared_threads
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel
-from segnet_scratch.runtime.signature import Parameter, parse_kernels
-from segnet_scratch.runtime.source import read_source
+from segnet_scratch.runtime.signature import Parameter, parse_kernels, without_linkage
+from segnet_scratch.runtime.source import Source, read_source
 
 Shape = tuple[int, ...]
 Contents = np.ndarray | float | str | None  # an array, a number for all elements, "random", or None for a null pointer
@@ -71,10 +71,7 @@ def load_kernel(kernel: str | Path | Kernel) -> Kernel:
     source = read_source(Path(path))
     kernels = {k.name: k for k in parse_kernels(source)}
     if not kernels:
-        raise CompileError(
-            f'{path} defines no kernel; a kernel begins with: extern "C" __global__ void name(...). '
-            'Write extern "C" in front of __global__ if it is missing'
-        )
+        raise CompileError(f"{path} defines no kernel that can be found by its name; {_what_it_has(source)}")
     if not name and len(kernels) > 1:
         raise ConfigError(
             f"{path} defines {len(kernels)} kernels; choose one: {', '.join(f'{path}:{k}' for k in kernels)}"
@@ -82,6 +79,14 @@ def load_kernel(kernel: str | Path | Kernel) -> Kernel:
     if name and name not in kernels:
         raise ConfigError(f"{path} defines no kernel {name!r}; it defines {', '.join(kernels)}")
     return kernels[name or next(iter(kernels))]
+
+
+def _what_it_has(source: Source) -> str:
+    unlinked = without_linkage(source)
+    if unlinked:
+        lines = ", ".join(f"{name} (line {line})" for name, line in unlinked)
+        return f'write extern "C" in front of the __global__ of {lines}, without template parameters'
+    return 'a kernel begins with: extern "C" __global__ void name(...)'
 
 
 def make_setup(

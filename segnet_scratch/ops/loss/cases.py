@@ -100,7 +100,7 @@ class CrossEntropyRow(Row):
         class_weights = np.ones(classes) if b.class_weights is None else b.class_weights
         weights = valid * class_weights[labels]
         unit = 2 * eps * (sqrt(classes) + 1)
-        normaliser = max(b.sums[2 if self.normalisation == "valid" else 1], 1e-30)
+        normaliser = max({"none": 1.0, "weights": b.sums[1], "valid": b.sums[2]}[self.normalisation], 1e-30)
         if self.op is CrossEntropyForward:
             of_classes = unit + 2 * eps * (log_sum[:, None] - d)
             error = (1 - smoothing) * (weights @ np.take_along_axis(of_classes, labels[:, None].astype(int), 1)[:, 0])

@@ -1,8 +1,10 @@
 """Softmax cross-entropy over the pixels of a batch, void pixels excluded."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from segnet_scratch.errors import DataError, DTypeError, ShapeError
+from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError
 from segnet_scratch.ops.loss import fast
 from segnet_scratch.ops.op import (
     ELEMENT_THREADS,
@@ -17,14 +19,17 @@ from segnet_scratch.runtime.devices import Device
 
 VOID = 255
 NORMALISATIONS = ("weights", "valid")
+REDUCTIONS = ("mean", "sum")
+# By what a kernel divides: nothing, or one of its sums.
+_DIVISORS = {"none": 0, "weights": 1, "valid": 2}
 
 
 class CrossEntropyForward(Op):
     """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
 
-    `normalisation` divides by the sum of weights ("weights", as PyTorch does) or by the number of valid pixels
-    ("valid", as the authors' Caffe does). Without a valid pixel the loss is 0. `smoothing` spreads that share of a
-    pixel's label over all classes; cuda/cross_entropy.cu has the formula.
+    `normalisation` divides by the sum of weights ("weights", as PyTorch does), by the number of valid pixels ("valid",
+    as the authors' Caffe does) or by nothing ("none"). Without a valid pixel the loss is 0. `smoothing` spreads that
+    share of a pixel's label over all classes; cuda/cross_entropy.cu has the formula.
     """
 
     name = "cross_entropy_forward"
@@ -33,7 +38,7 @@ class CrossEntropyForward(Op):
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
         self.pixels, self.classes = _check(logits, normalisation, smoothing)
-        self.by_valid, self.smoothing = normalisation == "valid", smoothing
+        self.divisor, self.smoothing = _DIVISORS[normalisation], smoothing
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
         self.inputs = _inputs(logits)
         self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
@@ -44,7 +49,7 @@ class CrossEntropyForward(Op):
         sizes = (self.pixels, self.classes, self.blocks, self.smoothing)
         arguments = (b.logits, b.labels, b.class_weights, b.partials, *sizes)
         self.kernel(device, "cross_entropy_partial", self.blocks, ELEMENT_THREADS, *arguments)
-        merge = (b.partials, b.sums, b.loss, self.blocks, int(self.by_valid))
+        merge = (b.partials, b.sums, b.loss, self.blocks, self.divisor)
         self.kernel(device, "cross_entropy_merge", 1, 32, *merge)
 
     def reference(self, b: Buffers) -> None:
@@ -66,8 +71,7 @@ class CrossEntropyForward(Op):
         self._divide(b)
 
     def _divide(self, b: Buffers) -> None:
-        normaliser = b.sums[2 if self.by_valid else 1]
-        b.loss[0] = b.sums[0] / normaliser if normaliser > 0 else 0
+        b.loss[0] = b.sums[0] * _reciprocal(b.sums, self.divisor)
 
 
 class CrossEntropyBackward(Op):
@@ -78,7 +82,7 @@ class CrossEntropyBackward(Op):
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
         self.pixels, self.classes = _check(logits, normalisation, smoothing)
-        self.by_valid, self.smoothing = normalisation == "valid", smoothing
+        self.divisor, self.smoothing = _DIVISORS[normalisation], smoothing
         self.inputs = {
             **_inputs(logits),
             "sums": Spec((3,), np.dtype(np.float64)),
@@ -90,7 +94,7 @@ class CrossEntropyBackward(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         arguments = (b.logits, b.labels, b.class_weights, b.sums, b.dloss, b.dlogits)
-        sizes = (self.pixels, self.classes, int(self.by_valid), self.smoothing)
+        sizes = (self.pixels, self.classes, self.divisor, self.smoothing)
         self.kernel(device, "cross_entropy_backward", element_grid(self.pixels), ELEMENT_THREADS, *arguments, *sizes)
 
     def reference(self, b: Buffers) -> None:
@@ -109,8 +113,13 @@ class CrossEntropyBackward(Op):
         fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self.smoothing, self._scale(b), b.dlogits)
 
     def _scale(self, b: Buffers) -> float:
-        normaliser = b.sums[2 if self.by_valid else 1]
-        return float(b.dloss[0] / normaliser) if normaliser > 0 else 0.0
+        return float(b.dloss[0] * _reciprocal(b.sums, self.divisor))
+
+
+def _reciprocal(sums: np.ndarray, divisor: int) -> float:
+    """1 / normaliser; 0 where nothing counts, and NaN where the weights are no numbers."""
+    normaliser = sums[divisor] if divisor else 1.0
+    return float(1 / normaliser) if normaliser != 0 else 0.0
 
 
 def _check(logits: Spec, normalisation: str, smoothing: float) -> tuple[int, int]:
@@ -121,8 +130,7 @@ def _check(logits: Spec, normalisation: str, smoothing: float) -> tuple[int, int
     expect_float("cross_entropy", "logits", logits)
     pixels, classes = logits.shape
     expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
-    if normalisation not in NORMALISATIONS:
-        raise ShapeError(f"cross_entropy: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}")
+    expect_one_of("normalisation", normalisation, tuple(_DIVISORS))
     expect(0 <= smoothing < 1, f"cross_entropy: smoothing {smoothing}; expected 0 <= smoothing < 1")
     return pixels, classes
 
@@ -133,15 +141,40 @@ def _inputs(logits: Spec) -> dict[str, Spec]:
     return {"logits": logits, "labels": labels, "class_weights": logits.with_shape(classes)}
 
 
-def check_labels(labels: np.ndarray, classes: int) -> np.ndarray:
-    """The labels as uint8, once every one of them is a class 0 .. classes - 1 or void (255); DataError otherwise."""
+def expect_one_of(what: str, value: str, names: tuple[str, ...]) -> None:
+    """ShapeError unless an option of the loss is one that there is."""
+    expect(value in names, f"cross_entropy: {what} {value!r}; expected one of {', '.join(names)}")
+
+
+def check_labels(labels: np.ndarray, classes: int, ignore_index: int = VOID) -> np.ndarray:
+    """The labels as uint8, `ignore_index` among them as void (255), once all others are classes 0 .. classes - 1.
+
+    DataError otherwise; DTypeError unless they are integers.
+    """
     if labels.dtype.kind not in "iu":
         raise DTypeError(f"cross_entropy: labels have element type {labels.dtype}; expected integers")
-    wrong = (labels != VOID) & ((labels < 0) | (labels >= classes))
+    ignored = labels == ignore_index
+    wrong = ~ignored & ((labels < 0) | (labels >= classes))
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise DataError(
             f"cross_entropy: label {int(labels[where])} at {where} ({int(wrong.sum())} such pixels); expected 0 to "
-            f"{classes - 1}, or {VOID} for void; check the masks with the data set's class list"
+            f"{classes - 1}, or {ignore_index} for void; check the masks with the data set's class list"
         )
-    return labels.astype(np.uint8, copy=False)
+    return (
+        labels.astype(np.uint8, copy=False)
+        if ignore_index == VOID
+        else np.where(ignored, VOID, labels).astype(np.uint8)
+    )
+
+
+def check_class_weights(weights: np.ndarray | Sequence[float], classes: int, dtype: np.dtype) -> np.ndarray:
+    """The weights (classes) in this element type; ConfigError unless they are numbers >= 0, and not all of them 0."""
+    values = np.asarray(weights)
+    if values.shape != (classes,):
+        raise ShapeError(f"cross_entropy: class_weights has shape {values.shape}, expected ({classes},): one a class")
+    wrong = [k for k, value in enumerate(values) if not (np.isreal(value) and 0 <= value < np.inf)]
+    if wrong or not values.any():
+        found = f"{values[wrong[0]]} for class {wrong[0]}" if wrong else "nothing but 0"
+        raise ConfigError(f"cross_entropy: class_weights: {found}; expected numbers of at least 0, one of them above 0")
+    return values.astype(dtype)
