@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from segnet_scratch import SegNet, ops
-from segnet_scratch.autograd import Tensor, tensor
-from segnet_scratch.device import get_device
+from segnet_scratch import SegNet
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, SegnetError, ShapeError
-from segnet_scratch.ops.cross_entropy import VOID, CrossEntropyForward
+from segnet_scratch.nn import functions
+from segnet_scratch.nn.autograd import Tensor, tensor
+from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyForward
 from segnet_scratch.ops.op import spec
+from segnet_scratch.runtime.devices import get_device
 
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
 
@@ -45,7 +46,7 @@ class TestLoss:
             logits, labels, weight=weights, ignore_index=ignored, reduction=reduction, label_smoothing=0.1
         )
         z = tensor(logits, device, requires_grad=True)
-        loss = ops.cross_entropy(z, labels, weights, smoothing=0.1, reduction=reduction, ignore_index=ignored)
+        loss = functions.cross_entropy(z, labels, weights, smoothing=0.1, reduction=reduction, ignore_index=ignored)
         loss.backward()
         np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
         np.testing.assert_allclose(z.device.download(z.grad), gradient, rtol=1e-10, atol=1e-14)
@@ -53,14 +54,14 @@ class TestLoss:
     def test_a_sum_over_nothing_is_0(self):
         logits, labels = logits_and_labels()
         z = tensor(logits, "numpy")
-        assert ops.cross_entropy(z, np.full_like(labels, VOID), reduction="sum").item() == 0
+        assert functions.cross_entropy(z, np.full_like(labels, VOID), reduction="sum").item() == 0
 
     def test_labels_that_are_no_class(self):
         logits, labels = logits_and_labels()
         with pytest.raises(DataError, match=r"label 255 at .* expected 0 to 4, or -1 for void"):
-            ops.cross_entropy(tensor(logits, "numpy"), labels, ignore_index=-1)
+            functions.cross_entropy(tensor(logits, "numpy"), labels, ignore_index=-1)
         with pytest.raises(ShapeError, match="reduction 'none'; expected one of mean, sum"):
-            ops.cross_entropy(tensor(logits, "numpy"), labels, reduction="none")
+            functions.cross_entropy(tensor(logits, "numpy"), labels, reduction="none")
 
     WEIGHTS = (
         ("negative", [1, 1, -1, 1, 1], ConfigError, "-1 for class 2; expected numbers of at least 0"),
@@ -77,7 +78,7 @@ class TestLoss:
     def test_class_weights_that_cannot_be(self, device, weights, error, message):
         logits, labels = logits_and_labels()
         with pytest.raises(error, match=message):
-            ops.cross_entropy(tensor(logits, device), labels, weights)
+            functions.cross_entropy(tensor(logits, device), labels, weights)
 
     def test_and_those_of_the_fused_engine(self):
         model = SegNet(5, 0.125, "numpy")
@@ -107,7 +108,7 @@ class TestBatchNorm:
         expected = torch.nn.functional.batch_norm(*theirs, training=training, momentum=0.3, eps=eps)
         ours = [tensor(a, device) for a in (x, weight, bias)]
         running = [ours[0].device.upload(a) for a in (mean, var)]
-        y = ops.batch_norm(*ours, *running, training=training, momentum=0.3, eps=eps)
+        y = functions.batch_norm(*ours, *running, training=training, momentum=0.3, eps=eps)
         np.testing.assert_allclose(y.numpy(), np.moveaxis(expected.numpy(), 1, -1), rtol=1e-11, atol=1e-12)
         np.testing.assert_allclose(running[1], theirs[2].numpy(), rtol=1e-12)
 
@@ -115,7 +116,7 @@ class TestBatchNorm:
     def test_refused(self, options):
         x, vector = tensor(np.ones((1, 2, 2, 3)), "numpy"), tensor(np.ones(3), "numpy")
         with pytest.raises(ShapeError, match=f"batch_norm: {next(iter(options))} is"):
-            ops.batch_norm(x, vector, vector, vector.data, vector.data, training=True, **options)
+            functions.batch_norm(x, vector, vector, vector.data, vector.data, training=True, **options)
 
 
 class TestTensor:
@@ -140,13 +141,13 @@ EMPTY = [(0, 4, 4, 2), (1, 0, 4, 2), (1, 4, 0, 2), (1, 4, 4, 0), (0,), ()]
 @pytest.mark.parametrize(
     "op",
     [
-        lambda x, v: ops.cross_entropy(x, np.zeros(x.shape[:-1], np.uint8)),
-        lambda x, v: ops.batch_norm(x, v, v, v.data, v.data, training=False),
-        lambda x, v: ops.conv2d(x, tensor(np.ones((3, 3, 3, 2)), "numpy")),
-        lambda x, v: ops.conv2d(tensor(np.ones((1, 4, 4, 2)), "numpy"), x),
-        lambda x, v: ops.conv_transpose2d(x, tensor(np.ones((2, 4, 4, 2)), "numpy"), (8, 8)),
-        lambda x, v: ops.max_pool(x),
-        lambda x, v: ops.resize_bilinear(x, (3, 3)),
+        lambda x, v: functions.cross_entropy(x, np.zeros(x.shape[:-1], np.uint8)),
+        lambda x, v: functions.batch_norm(x, v, v, v.data, v.data, training=False),
+        lambda x, v: functions.conv2d(x, tensor(np.ones((3, 3, 3, 2)), "numpy")),
+        lambda x, v: functions.conv2d(tensor(np.ones((1, 4, 4, 2)), "numpy"), x),
+        lambda x, v: functions.conv_transpose2d(x, tensor(np.ones((2, 4, 4, 2)), "numpy"), (8, 8)),
+        lambda x, v: functions.max_pool(x),
+        lambda x, v: functions.resize_bilinear(x, (3, 3)),
         lambda x, v: SegNet(3, 0.125, "numpy")(x.numpy()),
     ],
     ids=["cross_entropy", "batch_norm", "conv2d", "weight of conv2d", "conv_transpose2d", "max_pool", "resize", "net"],

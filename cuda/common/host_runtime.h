@@ -188,6 +188,7 @@ struct Launch {
     int order;                          // Order of the threads of a block
     int block_order;                    // Order of the blocks
     int workers;                        // operating-system threads
+    int shared_byte;                    // what every byte of shared memory holds before a block
     unsigned long long barriers;        // out: how many the blocks met, all together
     char message[512];                  // what went wrong, when the launch returns non-zero
 };
@@ -526,7 +527,7 @@ inline void* shared_memory(const void* key, const char* name, size_t bytes) {
     const size_t after = kRedZone + 63 - (bytes + 63) % 64;
     allow(base - kRedZone, kRedZone);
     std::memset(base - kRedZone, kRedByte, kRedZone);
-    std::memset(base, kPoisonByte, bytes);
+    std::memset(base, w->launch->shared_byte, bytes);
     std::memset(base + bytes, kRedByte, after);
     forbid(base - kRedZone, kRedZone);
     forbid(base + bytes, after);
@@ -555,7 +556,7 @@ inline void check_shared(Worker* w) {
                           array.name, array.bytes);
             return w->fail(what);
         }
-        std::memset(w->arena_base + array.offset, kPoisonByte, array.bytes);
+        std::memset(w->arena_base + array.offset, w->launch->shared_byte, array.bytes);
     }
 }
 

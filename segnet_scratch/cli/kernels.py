@@ -45,11 +45,16 @@ def run_command(
     orders: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Ascending, descending and N shuffled orders of threads and blocks: the same bits?"
+            min=0,
+            metavar="N",
+            help="N shuffled orders of threads and blocks: the same bits? If not, who disturbs whom.",
         ),
     ] = None,
     sanitize: Annotated[
-        bool, typer.Option("--sanitize", help="Also with AddressSanitizer and UndefinedBehaviorSanitizer.")
+        bool,
+        typer.Option(
+            "--sanitize", help="Also with AddressSanitizer and UBSan, and local variables of unlike contents."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(metavar="host|cuda", help="host: on the CPU. cuda: on a GPU.")] = "host",
     grid: Annotated[str | None, typer.Option(help="Blocks, X or X,Y or X,Y,Z; else they cover the output.")] = None,
@@ -64,7 +69,8 @@ def run_command(
 
     Example: segnet run add.cu --shape a=99 --shape b=99 --shape c=99 --arg n=99 --reference add.py:add --orders 6
 
-    Checked always: accesses outside the arrays, elements never written, changed inputs, barriers not all threads reach.
+    Checked always: accesses outside the arrays, elements never written, changed inputs, memory read before it is
+    written, NaN out of finite inputs, barriers that not all threads reach, descending order of threads and blocks.
     """
     result = run_kernel(
         kernel,

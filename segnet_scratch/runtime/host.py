@@ -44,7 +44,8 @@ class HostOptions:
     number of operating-system threads that share the blocks; 0 takes one for each core. `sanitize` builds with
     AddressSanitizer and UndefinedBehaviorSanitizer; it works in a process that was started with `sanitizer_runtime`
     preloaded. `variables` builds so that automatic variables hold "zero" or a "pattern" before they get a value: a
-    kernel whose result depends on it reads one too early. ConfigError for a value that is none of these.
+    kernel whose result depends on it reads one too early, and so does one whose result depends on `shared_byte`, which
+    fills shared memory before every block. ConfigError for a value that is none of these.
 
     Two ways to look closer: `part` (mask, value) runs only those threads of the grid (with barriers: blocks) whose
     number, masked, has this value; `trace` is filled with hashes of the shared arrays at every barrier, or compared
@@ -57,6 +58,7 @@ class HostOptions:
     block_order: str | None = None
     sanitize: bool = False
     variables: str | None = None
+    shared_byte: int = 0xFF  # 0xFF... is a NaN in every floating-point format
     part: tuple[int, int] = (0, 0)
     trace: np.ndarray | None = field(default=None, compare=False)  # uint64
     compare_trace: bool = False
@@ -68,7 +70,7 @@ class HostOptions:
         if self.variables not in (None, *VARIABLES):
             expected = f"None or one of {', '.join(VARIABLES)}"
             raise ConfigError(f"host device: variables is {self.variables!r}; expected {expected}")
-        for name, limit in (("seed", 2**64 - 1), ("workers", 1024)):
+        for name, limit in (("seed", 2**64 - 1), ("workers", 1024), ("shared_byte", 255)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= limit:
                 raise ConfigError(f"host device: {name} is {value!r}; expected an integer, 0 to {limit}")
@@ -90,6 +92,7 @@ class _Launch(ctypes.Structure):
         ("order", ctypes.c_int),
         ("block_order", ctypes.c_int),
         ("workers", ctypes.c_int),
+        ("shared_byte", ctypes.c_int),
         ("barriers", ctypes.c_ulonglong),
         ("message", ctypes.c_char * 512),
     )
@@ -355,6 +358,7 @@ def run(
         order=ORDERS.index(options.order),
         block_order=ORDERS.index(options.block_order or options.order),
         workers=options.workers or _cores(),
+        shared_byte=options.shared_byte,
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.
     cells = [_cell(parameter, value) for parameter, value in zip(kernel.parameters, values, strict=True)]

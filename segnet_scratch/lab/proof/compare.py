@@ -1,7 +1,8 @@
 """One op on one device against its reference: results within the row's bound, nothing else touched.
 
-Every array of a run lies between guard zones (lab/workbench/guards.py), outputs and workspace are filled with NaN
-first and with 7e33 in a second run, in which guard zones are other bytes, and inputs are compared with what they were.
+Every array of a run lies between guard zones (kernels/workbench/guards.py), outputs and workspace are filled with NaN
+first and with a number in a second run, in which guard zones hold other values, and inputs are compared with what they
+were.
 """
 
 import json
@@ -12,57 +13,17 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.lab.workbench.guards import Fill, Region, allow, between_guards, damage, forbid, inside
+from segnet_scratch.lab.workbench.guards import FIRST, SECOND, Fill, GuardedArrays
 from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
-from segnet_scratch.runtime.devices import Array, Device, HostDevice
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import BFLOAT16, BFLOAT16_ROUNDING, is_floating
+from segnet_scratch.runtime.precision import BFLOAT16, is_floating
+
+BFLOAT16_ROUNDING = 2.0**-8  # half a unit of its 8 significant bits, relative
 
 
-def _fill(value: float, integer_byte: int, guard_byte: int) -> Fill:
-    bits32, bits64 = (int(np.array(value, f).view(u)) for f, u in ((np.float32, np.uint32), (np.float64, np.uint64)))
-    return Fill(bits32, bits64, integer_byte, guard_byte)
-
-
-# What outputs and guard zones hold before the op runs. A kernel that reads them gives unlike results.
-FILLS = _fill(np.nan, 0xFF, 0xFF), _fill(7e33, 7, 0x3C)
 ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells a sanitizer's reader where the arrays of a run lie
-
-
-class GuardedArrays:
-    """Arrays of a device, each between guard zones; under AddressSanitizer the zones are out of bounds."""
-
-    def __init__(self, device: Device, fill: Fill) -> None:
-        self.device, self.fill = device, fill
-        self.forbidden = isinstance(device, HostDevice) and device.options.sanitize
-        self._buffers: dict[str, Array] = {}
-
-    def add(self, name: str, contents: np.ndarray) -> Array:
-        """A device array with these contents."""
-        self._buffers[name] = self.device.upload(between_guards(contents, self.fill.guard_byte))
-        return inside(self._buffers[name], contents.shape)
-
-    def close(self) -> None:
-        """To be called before the op runs, and `damaged` after it."""
-        if self.forbidden:
-            regions = {name: astuple(Region.of(buffer)) for name, buffer in self._buffers.items()}
-            os.write(2, f"{ARRAYS_MARK}{json.dumps(regions)}\n".encode())
-            for buffer in self._buffers.values():
-                forbid(buffer)
-
-    def damaged(self) -> "list[Problem]":
-        """Which guard zones were written to."""
-        problems = []
-        for name, buffer in self._buffers.items():
-            if self.forbidden:
-                allow(buffer)
-            reports = damage(name, self.device.download(buffer), self.fill.guard_byte)
-            problems += [Problem(name, report, memory=True) for report in reports]
-        return problems
-
-    def __len__(self) -> int:
-        return len(self._buffers)
 
 
 @dataclass(frozen=True)
@@ -95,18 +56,21 @@ class Run:
         return next((n for n, output in self.outputs.items() if not same_bits(output, other.outputs[n])), None)
 
 
-def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FILLS[0]) -> Run:
-    """Runs an op on copies of the inputs, with outputs and workspace holding `fill`."""
+def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FIRST) -> Run:
+    """Runs an op on copies of the inputs; memory without a value holds `fill`."""
     arrays = GuardedArrays(device, fill)
-    buffers = {name: None if a is None else arrays.add(name, a) for name, a in inputs.items()}
+    buffers = {name: None if a is None else arrays.add(name, a, a.shape, a.dtype) for name, a in inputs.items()}
     for name, s in {**op.outputs, **op.workspace}.items():
-        buffers[name] = arrays.add(name, np.broadcast_to(fill.of(s.dtype), s.shape))
-    arrays.close()
+        buffers[name] = arrays.add(name, None, s.shape, s.dtype)
+    regions = arrays.forbid()
+    if regions:
+        os.write(2, f"{ARRAYS_MARK}{json.dumps({n: astuple(r) for n, r in regions.items()})}\n".encode())
     try:
         op.run(device, Buffers(**buffers))
         device.synchronise()
     finally:
-        problems = arrays.damaged()
+        reports = arrays.damage()
+    problems = [Problem(name, report, memory=True) for name in reports for report in reports[name]]
     for name, before in inputs.items():
         if before is not None and name not in op.updates and not same_bits(before, device.download(buffers[name])):
             problems.append(Problem(name, f"{name}: the input was changed", memory=True))
@@ -156,7 +120,7 @@ def examine(
     dtype = row.elements[0] if dtype is None else np.dtype(dtype)
     op = row.plan(case, dtype)
     inputs = row.inputs(op, case, rng, integers)
-    first, second = (run_guarded(op, inputs, device, fill) for fill in FILLS)
+    first, second = (run_guarded(op, inputs, device, fill) for fill in (FIRST, SECOND))
     problems = first.problems + second.problems
     wide, b, expected = reference(row, case, inputs)
     sums = np.finfo(ElementTypes.of(dtype).accumulate)

@@ -1,15 +1,25 @@
 """What two runs with unlike fills (see guards.py) say about a kernel's use of memory."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.workbench.execution import Executor, Outcome
-from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, SECOND, Fill
+from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, OTHER_SHARED, SECOND, Fill
 from segnet_scratch.lab.workbench.result import Check
 from segnet_scratch.lab.workbench.setup import Setup
+from segnet_scratch.runtime.host import VARIABLES, HostOptions
+from segnet_scratch.runtime.precision import is_floating
 
 
-def check_memory(executor: Executor, first: Outcome, second: Outcome) -> list[Check]:
-    """Did the kernel finish; did it write all that it should and nothing else; did it read what it should not?"""
+def check_memory(
+    executor: Executor, first: Outcome, second: Outcome, expected: Mapping[str, np.ndarray] | None = None
+) -> list[Check]:
+    """Did the kernel finish; did it write all that it should and nothing else; did it read what it should not?
+
+    `expected` outputs say where a NaN is right; without them it is so only where an input is not finite.
+    """
     setup = executor.setup
     fault = first.fault or second.fault
     if fault is not None and "(0 bytes)" in fault and setup.shared == 0:
@@ -23,12 +33,35 @@ def check_memory(executor: Executor, first: Outcome, second: Outcome) -> list[Ch
     ]
     if fault is None:
         unwritten = _unwritten(setup, first, second)
-        dependent = _dependent(executor, first, second)
+        dependent = _dependent(executor, first, second) or _without_a_value(setup, first, second, expected or {})
         checks.append(Check("outputs", not unwritten, "\n".join(unwritten) or "every element was written"))
         checks.append(
             Check("reads", not dependent, "\n".join(dependent) or "nothing depends on memory without a value")
         )
     return checks
+
+
+def check_variables(executor: Executor) -> list[Check]:
+    """Does an output depend on what automatic variables hold before they get a value?
+
+    Nothing where the compiler cannot choose what they hold.
+    """
+    try:
+        zero, pattern = (executor.run(FIRST, HostOptions(workers=1, variables=v)) for v in VARIABLES)
+    except CompileError:
+        return []
+    unlike = [n for n in executor.setup.of_role("output", "updated") if _unlike(zero, pattern, n).any()]
+    reports = [
+        f"{name}: {_unlike(zero, pattern, name).sum()} of {zero.array(name).size} elements depend on a local variable "
+        "that is read before it has a value"
+        for name in unlike
+        if zero.fault is None and pattern.fault is None
+    ]
+    return [Check("variables", not reports, "\n".join(reports) or "every local variable has a value before it is read")]
+
+
+def _unlike(one: Outcome, other: Outcome, name: str) -> np.ndarray:
+    return _bits(one.array(name)) != _bits(other.array(name))
 
 
 def _changed(setup: Setup, name: str, outcome: Outcome) -> bool:
@@ -69,24 +102,52 @@ def _unwritten(setup: Setup, first: Outcome, second: Outcome) -> list[str]:
 
 
 def _dependent(executor: Executor, first: Outcome, second: Outcome) -> list[str]:
-    """Elements that depend on what guard zones or outputs held before."""
+    """Elements that depend on what guard zones, outputs or shared memory held before."""
     setup = executor.setup
     reports = []
-    third: Outcome | None = None
+    others: list[Outcome] = []
     for name in setup.of_role("output", "updated"):
-        unlike = _bits(first.array(name)) != _bits(second.array(name))
+        unlike = _unlike(first, second, name)
         unlike &= ~_untouched(setup, name, first, second)
         if not unlike.any():
             continue
-        third = third or executor.run(OTHER_GUARDS)
-        of_guards = _bits(first.array(name)) != _bits(third.array(name))
+        others = others or [executor.run(OTHER_GUARDS), executor.run(OTHER_SHARED)]
+        of_guards, of_shared = (_unlike(first, other, name).any() for other in others)
         why = (
             "an array is read outside its bounds"
-            if of_guards.any()
+            if of_guards
+            else f"shared memory is read before it is written{_BARRIER}"
+            if of_shared
             else f"an output is read before it is written (if that is meant, give it contents: --input {name}=random)"
         )
         count, where = int(unlike.sum()), int(unlike.argmax())
         reports.append(
             f"{name}: {count} of {unlike.size} elements are not determined, the first is {name}[{where}]: {why}"
         )
+    return reports
+
+
+_BARRIER = ", as where a __syncthreads() is missing: --orders 6 (orders=6) names it"
+
+
+def _without_a_value(setup: Setup, first: Outcome, second: Outcome, expected: Mapping[str, np.ndarray]) -> list[str]:
+    """Elements that are NaN although everything that the kernel was given is finite."""
+    given = [*setup.scalars.values(), *(a for a in setup.contents.values() if a is not None and is_floating(a.dtype))]
+    if not all(np.isfinite(np.asarray(value, np.float64)).all() for value in given):
+        return []
+    reports = []
+    for name in setup.of_role("output", "updated"):
+        got = first.array(name)
+        if not is_floating(got.dtype):
+            continue
+        nan = np.isnan(got) & ~_untouched(setup, name, first, second)
+        if name in expected:
+            nan &= ~np.isnan(expected[name].reshape(-1))
+        if nan.any():
+            count, where = int(nan.sum()), int(nan.argmax())
+            reports.append(
+                f"{name}: {count} of {nan.size} elements are NaN, the first is {name}[{where}], and all inputs are "
+                "finite: a variable or memory is read before it has a value, or the arithmetic gives none (if that is "
+                "right, a --reference says so)"
+            )
     return reports

@@ -11,18 +11,18 @@ import mmap
 import os
 import signal
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 
 from segnet_scratch import errors
 from segnet_scratch.errors import ConfigError, SegnetError
-from segnet_scratch.lab.workbench.guards import Fill, inside
-from segnet_scratch.lab.workbench.memory import Placement
+from segnet_scratch.lab.workbench.guards import FIRST, Fill
+from segnet_scratch.lab.workbench.memory import place
 from segnet_scratch.lab.workbench.setup import Setup
-from segnet_scratch.runtime.devices import Device, HostDevice
+from segnet_scratch.runtime.devices import Array, Device, HostDevice, NumpyDevice
 from segnet_scratch.runtime.host import HostOptions, prepare
 from segnet_scratch.runtime.launch import launch
 
@@ -55,15 +55,17 @@ class Executor:
 
     def run(self, fill: Fill, options: HostOptions = _ALONE) -> Outcome:
         """One run; `options` say how the host device goes about it. Errors of gate and compiler are raised."""
+        fault = None
         if self.device.name == "host":
+            options = replace(options, shared_byte=fill.shared_byte)
             prepare(self.setup.kernel, self.setup.types, options)
-            placement = Placement(self.setup, fill, shared_bytes)
-            seconds, fault = _in_child(lambda: launch_once(self.setup, placement, HostDevice(options)))
+            device = HostDevice(options)
+            guarded, arrays = place(self.setup, device, fill, shared_bytes)
+            seconds, fault = _in_child(lambda: launch_once(self.setup, arrays, device))
         else:
-            placement = Placement(self.setup, fill, lambda size: np.empty(size, np.uint8))
-            fault = None
+            guarded, arrays = place(self.setup, self.device, fill)
             try:
-                seconds = launch_once(self.setup, placement, self.device)
+                seconds = launch_once(self.setup, arrays, self.device)
             except SegnetError:
                 raise
             except Exception as error:  # CuPy raises the driver's errors as several kinds
@@ -72,23 +74,24 @@ class Executor:
                     f"the GPU stopped: {type(error).__name__}: {error}; --device host --sanitize may name the line. "
                     "This process cannot use the GPU any more"
                 )
-        return Outcome(placement.arrays, placement.damage(), seconds, fault)
+                return Outcome(self._without_gpu(), [], seconds, fault)
+        damage = [report for reports in guarded.damage().values() for report in reports]
+        found = {name: None if array is None else self.device.download(array) for name, array in arrays.items()}
+        return Outcome(found, damage, seconds, fault)
+
+    def _without_gpu(self) -> dict[str, np.ndarray | None]:
+        """The arrays as they were before a launch, where nobody can look at them any more."""
+        return place(self.setup, NumpyDevice(), FIRST)[1]
 
 
-def launch_once(setup: Setup, placement: Placement, device: Device) -> float:
-    """Launches on a device and brings the arrays back into the placement; seconds from launch to completion."""
-    buffers = {name: device.upload(buffer) for name, buffer in placement.buffers.items()}
-    arrays = {name: inside(buffer, setup.shapes[name]) for name, buffer in buffers.items()}
+def launch_once(setup: Setup, arrays: Mapping[str, Array | None], device: Device) -> float:
+    """Launches on arrays of a device; seconds from launch to completion."""
     arguments = [arrays.get(p.name) if p.pointer else setup.scalars[p.name] for p in setup.kernel.parameters]
     device.synchronise()
     start = perf_counter()
     launch(device, setup.kernel, setup.grid, setup.block, arguments, setup.types, setup.shared)
     device.synchronise()
-    seconds = perf_counter() - start
-    for name, buffer in buffers.items():
-        if buffer is not placement.buffers[name]:
-            placement.buffers[name][...] = device.download(buffer)
-    return seconds
+    return perf_counter() - start
 
 
 def shared_bytes(size: int) -> np.ndarray:

@@ -1,53 +1,136 @@
 """Guard zones: memory of known contents before and after an array, so that an access outside of it shows.
 
-A write is seen afterwards in the bytes. A read is seen because two runs have unlike guard zones; under AddressSanitizer
-the zones are out of bounds as well, and it stops at the line that touches them.
+A write is seen afterwards in the bytes. No two elements of the zones are alike, and the zones of no two arrays: what a
+kernel without a bounds check copies from beside one array to beside another is not what lay there. A read is seen
+because two runs have unlike zones; under AddressSanitizer the zones are out of bounds as well, and it stops at the line
+that touches them.
 """
 
 import ctypes
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.devices import Array, Device, HostDevice
+from segnet_scratch.runtime.precision import is_floating
 
 GUARD = 1024  # elements before and after every array
+# A NaN that no computation makes, by the size of the number, and an ordinary number that none is likely to make.
+_NAN_BITS = {2: 0x7FD5, 4: 0x7FE5EED5, 8: 0x7FFC5EED5EED5EED}
+_NUMBER = 0.73582345  # of the size of others, so that sums with it show
+_INTEGER_BYTES = 0xA5, 0x5A
+_SHARED_BYTES = 0xFF, 0x3C  # NaN in every format, and an ordinary number
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What outputs and guard zones hold before a run."""
+    """What memory without a value holds in a run: in the first kind of run NaN, in the second ordinary numbers.
 
-    float32: int  # bits
-    float64: int
-    integer_byte: int
-    guard_byte: int
+    `values` is the kind of what outputs hold, `guards` that of guard zones, `shared` that of shared memory on the host.
+    """
+
+    values: int
+    guards: int
+    shared: int
 
     def of(self, dtype: np.dtype) -> np.ndarray:
         """One element of an output."""
-        if dtype.kind == "f":
-            return np.array(getattr(self, dtype.name), f"u{dtype.itemsize}").view(dtype)
-        return np.full(dtype.itemsize, self.integer_byte, np.uint8).view(dtype)[0]
+        if not is_floating(dtype):
+            return np.full(dtype.itemsize, _INTEGER_BYTES[self.values], np.uint8).view(dtype).reshape(())
+        if self.values:
+            return np.array(_NUMBER).astype(dtype)
+        return np.array(_NAN_BITS[dtype.itemsize], f"u{dtype.itemsize}").view(dtype)
+
+    def zones(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """The zones (2, GUARD) before and after the array of this name: NaN of many kinds, or numbers near 1.
+
+        Integers are small: a kernel that takes one for an index goes astray no further than it must.
+        """
+        rng = np.random.default_rng([self.guards, zlib.crc32(name.encode())])
+        if not is_floating(dtype):
+            integers = rng.integers(2, 127 if dtype.kind == "i" else 255, (2, GUARD))
+            return integers.astype(f"u{dtype.itemsize}").view(dtype)
+        if self.guards:
+            return rng.uniform(0.5, 2, (2, GUARD)).astype(dtype)
+        fraction = rng.integers(1, {2: 2**6, 4: 2**22, 8: 2**51}[dtype.itemsize], (2, GUARD))
+        quiet = {2: 0x7FC0, 4: 0x7FC00000, 8: 0x7FF8000000000000}[dtype.itemsize]
+        return (fraction + quiet).astype(f"u{dtype.itemsize}").view(dtype)
+
+    @property
+    def shared_byte(self) -> int:
+        """What every byte of shared memory holds on the host device."""
+        return _SHARED_BYTES[self.shared]
 
 
-# A NaN that no computation makes, between guard zones of NaN: a kernel that reads what it should not gets NaN.
-FIRST = Fill(0x7FE5EED5, 0x7FFC5EED5EED5EED, 0xA5, 0xFF)
-# Ordinary numbers.
-SECOND = Fill(0x3F3C5EED, 0x3FE78BDDA0000000, 0x5A, 0x3C)
-# Tells apart what SECOND changes: outputs as in the first run, guard zones as in the second.
-OTHER_GUARDS = Fill(FIRST.float32, FIRST.float64, FIRST.integer_byte, SECOND.guard_byte)
+FIRST, SECOND = Fill(0, 0, 0), Fill(1, 1, 1)
+# Each tells apart one thing that SECOND changes.
+OTHER_GUARDS, OTHER_SHARED = Fill(0, 1, 0), Fill(0, 0, 1)
 
 
-def between_guards(
-    contents: np.ndarray, byte: int, allocate: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)
-) -> np.ndarray:
-    """One dimension with guard zone, contents, guard zone. `allocate` makes so many bytes."""
-    buffer = allocate((contents.size + 2 * GUARD) * contents.itemsize)
-    buffer[...] = byte
-    elements = buffer.view(contents.dtype)
-    inside(elements, contents.shape)[...] = contents  # not reshape(-1): a fill is broadcast, and would be copied
-    return elements
+class GuardedArrays:
+    """Arrays of a device, each between guard zones; with `forbid` these are out of bounds until `damage` looks.
+
+    `allocate` makes so many bytes: memory that two processes share, for instance.
+    """
+
+    def __init__(
+        self, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)
+    ) -> None:
+        self.device, self.fill, self.allocate = device, fill, allocate
+        self._buffers: dict[str, Array] = {}  # guard zone, array, guard zone
+        self._forbidden = False
+
+    def add(self, name: str, contents: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A device array with these contents, or with the fill."""
+        size = int(np.prod(shape))
+        elements = self.allocate((size + 2 * GUARD) * dtype.itemsize).view(dtype)
+        bits = _bits(elements)  # an assignment of NaN or of booleans may change their bits
+        bits[:GUARD], bits[GUARD + size :] = _bits(self.fill.zones(name, dtype))
+        if contents is None:
+            bits[GUARD : GUARD + size] = _bits(self.fill.of(dtype).reshape(1))
+        else:
+            inside(elements, shape)[...] = contents
+        self._buffers[name] = self.device.upload(elements)
+        return inside(self._buffers[name], shape)
+
+    def forbid(self) -> "dict[str, Region]":
+        """Makes the guard zones out of bounds where AddressSanitizer watches, and says where the arrays lie."""
+        if not isinstance(self.device, HostDevice) or not self.device.options.sanitize:
+            return {}
+        self._forbidden = True
+        for buffer in self._buffers.values():
+            _mark("poison", buffer)
+        return {name: Region.of(buffer) for name, buffer in self._buffers.items()}
+
+    def damage(self) -> dict[str, list[str]]:
+        """Writes outside the arrays, by array, each with the element next to it."""
+        if self._forbidden:
+            for buffer in self._buffers.values():
+                _mark("unpoison", buffer)
+        return {name: self._damage(name, self.device.download(buffer)) for name, buffer in self._buffers.items()}
+
+    def _damage(self, name: str, buffer: np.ndarray) -> list[str]:
+        reports = []
+        size = buffer.size - 2 * GUARD
+        before, after = _bits(self.fill.zones(name, buffer.dtype))
+        for where, zone, was in (
+            ("before its start", buffer[:GUARD], before),
+            ("past its end", buffer[-GUARD:], after),
+        ):
+            hit = (_bits(zone) != was).nonzero()[0]
+            if hit.size == 0:
+                continue
+            nearest = int(hit[-1]) - GUARD if where == "before its start" else int(hit[0]) + size
+            reports.append(
+                f"{name}: {hit.size} element{'s' if hit.size > 1 else ''} written {where}, the nearest is "
+                f"{name}[{nearest}]; the array has {size} elements"
+            )
+        return reports
+
+    def __len__(self) -> int:
+        return len(self._buffers)
 
 
 def inside(buffer: Array, shape: tuple[int, ...]) -> Array:
@@ -55,20 +138,8 @@ def inside(buffer: Array, shape: tuple[int, ...]) -> Array:
     return buffer[GUARD:-GUARD].reshape(shape)
 
 
-def damage(name: str, buffer: np.ndarray, byte: int) -> list[str]:
-    """Writes outside the array, each with the element next to the array."""
-    reports = []
-    size = buffer.size - 2 * GUARD
-    for where, zone in (("before its start", buffer[:GUARD]), ("past its end", buffer[-GUARD:])):
-        hit = (zone.view(np.uint8).reshape(GUARD, -1) != byte).any(axis=1).nonzero()[0]
-        if hit.size == 0:
-            continue
-        nearest = int(hit[-1]) - GUARD if where == "before its start" else int(hit[0]) + size
-        reports.append(
-            f"{name}: {hit.size} element{'s' if hit.size > 1 else ''} written {where}, the nearest is "
-            f"{name}[{nearest}]; the array has {size} elements"
-        )
-    return reports
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -86,17 +157,8 @@ class Region:
         return Region(buffer.ctypes.data + guard, buffer.nbytes - 2 * guard, buffer.itemsize)
 
 
-def forbid(buffer: np.ndarray) -> None:
-    """Makes the guard zones out of bounds, in a process that runs under AddressSanitizer."""
-    _mark("poison", buffer)
-
-
-def allow(buffer: np.ndarray) -> None:
-    """Takes `forbid` back, before anybody else reads the zones or uses the memory."""
-    _mark("unpoison", buffer)
-
-
 def _mark(how: str, buffer: np.ndarray) -> None:
+    """Poisons the zones of a buffer, or takes that back before anybody else reads them or uses the memory."""
     mark = getattr(ctypes.CDLL(None), f"__asan_{how}_memory_region")
     mark.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     guard = GUARD * buffer.itemsize

@@ -10,35 +10,25 @@ from math import prod
 import numpy as np
 
 from segnet_scratch.errors import LaunchError
-from segnet_scratch.lab.workbench.guards import GUARD, Fill, between_guards, damage, inside
+from segnet_scratch.lab.workbench.guards import GUARD, Fill, GuardedArrays
 from segnet_scratch.lab.workbench.setup import Setup
+from segnet_scratch.runtime.devices import Array, Device
 
 
-class Placement:
-    """Memory for the arrays of one run. `allocate` makes the bytes, so that they can be shared between processes."""
-
-    def __init__(self, setup: Setup, fill: Fill, allocate: Callable[[int], np.ndarray]) -> None:
-        self.fill = fill
-        self.buffers: dict[str, np.ndarray] = {}  # guard zone, array, guard zone
-        self.arrays: dict[str, np.ndarray | None] = {}
-        for name, shape in setup.shapes.items():
-            dtype = setup.dtype(name)
-            content = setup.contents.get(name, fill.of(dtype))
-            if content is None:
-                self.arrays[name] = None
-                continue
-            try:
-                buffer = between_guards(np.broadcast_to(content, shape), fill.guard_byte, allocate)
-            except (MemoryError, OSError, OverflowError, ValueError) as error:
-                size = (prod(shape) + 2 * GUARD) * dtype.itemsize
-                raise LaunchError(
-                    f"{setup.kernel.name}: no memory for {name} {shape}, {size} bytes: {error}"
-                ) from error
-            self.buffers[name] = buffer
-            self.arrays[name] = inside(buffer, shape)
-
-    def damage(self) -> list[str]:
-        """Writes outside the arrays, each with the element next to the array."""
-        return [
-            report for name, buffer in self.buffers.items() for report in damage(name, buffer, self.fill.guard_byte)
-        ]
+def place(
+    setup: Setup, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] | None = None
+) -> tuple[GuardedArrays, dict[str, Array | None]]:
+    """The guarded arrays of a setup, and the arrays themselves by name; None for a null pointer."""
+    guarded = GuardedArrays(device, fill, *([allocate] if allocate else []))
+    arrays: dict[str, Array | None] = {}
+    for name, shape in setup.shapes.items():
+        dtype = setup.dtype(name)
+        if name in setup.contents and setup.contents[name] is None:
+            arrays[name] = None
+            continue
+        try:
+            arrays[name] = guarded.add(name, setup.contents.get(name), shape, dtype)
+        except (MemoryError, OSError, OverflowError, ValueError) as error:
+            size = (prod(shape) + 2 * GUARD) * dtype.itemsize
+            raise LaunchError(f"{setup.kernel.name}: no memory for {name} {shape}, {size} bytes: {error}") from error
+    return guarded, arrays

@@ -32,11 +32,28 @@ class Difference:
     values: tuple[str, str]
 
 
+_DESCENDING = HostOptions("descending", workers=1)
+
+
+def order_dependence(executor: Executor, first: Outcome) -> str | None:
+    """What another order than that of a first run changes, in one line; None where descending order gives the same."""
+    other = executor.run(FIRST, _DESCENDING)
+    if other.fault is not None:
+        return f"in descending order of threads and blocks: {other.fault}"
+    d = _difference(executor.setup, first, other)
+    if d is None:
+        return None
+    return (
+        f"race: {element_name(executor.setup, d.array, d.element)} is {d.values[0]} in ascending order of threads and "
+        f"blocks, {d.values[1]} in descending order; --orders 6 (orders=6) names who disturbs whom"
+    )
+
+
 def find_race(executor: Executor, shuffles: int) -> str | None:
     """A report on a race; None where ascending, descending and so many shuffled orders give the same bits."""
     first = executor.run(FIRST, _ASCENDING)
     shuffled = [HostOptions("shuffled", seed, workers=1) for seed in range(1, shuffles + 1)]
-    for order in [HostOptions("descending", workers=1), *shuffled]:
+    for order in [_DESCENDING, *shuffled]:
         other = executor.run(FIRST, order)
         if other.fault is not None:
             return f"in {_name(order)} order of threads and blocks: {other.fault}"

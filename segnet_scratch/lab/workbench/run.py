@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.workbench.checks import check_memory
+from segnet_scratch.lab.workbench.checks import check_memory, check_variables
 from segnet_scratch.lab.workbench.execution import Executor, Outcome
 from segnet_scratch.lab.workbench.guards import FIRST, SECOND
-from segnet_scratch.lab.workbench.races import find_race
+from segnet_scratch.lab.workbench.races import find_race, order_dependence
 from segnet_scratch.lab.workbench.reference import Reference, deviation, expected_outputs, load_reference
 from segnet_scratch.lab.workbench.result import Check, KernelRun
 from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
-from segnet_scratch.lab.workbench.setup import Contents, Setup, load_kernel, make_setup
+from segnet_scratch.lab.workbench.setup import Contents, load_kernel, make_setup
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
 
@@ -45,12 +45,13 @@ def run_kernel(
     once. Const pointers are inputs with seeded random contents (normal; integers 0 to 3), the others outputs that hold
     a pattern first. `inputs` gives an array other contents: an array, a number, "random", or None for a null pointer;
     an output named there is one that the kernel also reads. `grid` and `block` follow from the source unless given
-    (see runtime/geometry.py); `shared` is dynamic shared memory in bytes; `dtype` is that of storage_t.
+    (see kernels/geometry.py); `shared` is dynamic shared memory in bytes; `dtype` is that of storage_t.
 
     `reference` (a function, or "file.py:function") takes inputs and scalars by name and returns the outputs: an array,
     a tuple in the order of the signature, or a dict. An error of more than `atol` + `rtol` |expected| fails.
-    `orders` runs the kernel in ascending, descending and so many shuffled orders of threads and blocks, `sanitize` with
-    AddressSanitizer and UndefinedBehaviorSanitizer; both on the host device.
+    On the host device the order of threads and blocks is reversed once; `orders` also runs so many shuffled orders and
+    names threads that disturb each other. `sanitize` runs the kernel with AddressSanitizer and
+    UndefinedBehaviorSanitizer, and with automatic variables that hold zeros or a pattern before they get a value.
 
     A check that fails is in the result. Errors are raised for what cannot be run: ConfigError for wrong or missing
     settings, CompileError, and what the launch gate raises.
@@ -70,25 +71,37 @@ def run_kernel(
     if sanitize:
         errors = find_memory_errors(setup)
         checks.append(Check("sanitizers", not errors, "\n".join(errors) or "nothing to report"))
+        checks += check_variables(executor)
     first, second = executor.run(FIRST), executor.run(SECOND)
-    checks += check_memory(executor, first, second)
-    if first.fault is None and second.fault is None:
-        if function is not None:
-            checks += _check_reference(setup, first, function, rtol, atol)
-        if orders is not None:
-            race = find_race(executor, orders)
-            same = f"the same bits in ascending, descending and {orders} shuffled orders of threads and blocks"
-            checks.append(Check("orders", race is None, race or same))
+    finished = first.fault is None and second.fault is None
+    expected = expected_outputs(function, setup) if function is not None and finished else {}
+    checks += check_memory(executor, first, second, expected)
+    if finished:
+        checks += _check_reference(first, expected, rtol, atol)
+        if chosen.name == "host":
+            checks.append(_check_orders(executor, first, orders))
     return KernelRun(setup, chosen.name, first.arrays, min(first.seconds, second.seconds), tuple(checks))
 
 
+def _check_orders(executor: Executor, first: Outcome, orders: int | None) -> Check:
+    if orders is None:
+        difference = order_dependence(executor, first)
+        same = (
+            "the same bits in ascending and descending order of threads and blocks; --orders 6 (orders=6) looks closer"
+        )
+        return Check("orders", difference is None, difference or same)
+    race = find_race(executor, orders)
+    same = f"the same bits in ascending, descending and {orders} shuffled orders of threads and blocks"
+    return Check("orders", race is None, race or same)
+
+
 def _check_reference(
-    setup: Setup, outcome: Outcome, function: Reference, rtol: float | None, atol: float | None
+    outcome: Outcome, expected: Mapping[str, np.ndarray], rtol: float | None, atol: float | None
 ) -> list[Check]:
     checks = []
-    for name, expected in expected_outputs(function, setup).items():
-        got = outcome.array(name).reshape(expected.shape)
+    for name, wanted in expected.items():
+        got = outcome.array(name).reshape(wanted.shape)
         default = TOLERANCE.get(got.dtype.name, 0.0)
         limits = default if rtol is None else rtol, default if atol is None else atol
-        checks.append(Check("reference", *deviation(name, got, expected, *limits)))
+        checks.append(Check("reference", *deviation(name, got, wanted, *limits)))
     return checks

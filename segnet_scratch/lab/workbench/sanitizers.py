@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, KernelFault
 from segnet_scratch.lab.workbench.execution import launch_once
-from segnet_scratch.lab.workbench.guards import FIRST, Region, forbid
-from segnet_scratch.lab.workbench.memory import Placement
+from segnet_scratch.lab.workbench.guards import FIRST, Region
+from segnet_scratch.lab.workbench.memory import place
 from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
 from segnet_scratch.lab.workbench.setup import Setup, load_kernel
 from segnet_scratch.runtime.devices import HostDevice
@@ -86,13 +86,11 @@ def run_sanitized() -> None:
     os.environ.pop("LD_PRELOAD")  # not for the compiler's --version
     folder = Path(sys.argv[1])
     setup = _read(folder)
-    placement = Placement(setup, FIRST, lambda size: np.empty(size, np.uint8))
-    for buffer in placement.buffers.values():
-        forbid(buffer)
-    regions = {name: list(asdict(Region.of(buffer)).values()) for name, buffer in placement.buffers.items()}
-    (folder / "regions.json").write_text(json.dumps(regions))
+    device = HostDevice(HostOptions(workers=1, sanitize=True))
+    guarded, arrays = place(setup, device, FIRST)
+    (folder / "regions.json").write_text(json.dumps({n: astuple(r) for n, r in guarded.forbid().items()}))
     try:
-        launch_once(setup, placement, HostDevice(HostOptions(workers=1, sanitize=True)))
+        launch_once(setup, arrays, device)
     except KernelFault as error:
         (folder / "fault").write_text(str(error))
     os._exit(0)  # nothing is left to be done, and Python's end under a sanitizer is slow

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from segnet_scratch.lab.proof.compare import FILLS, run_guarded
+from segnet_scratch.lab.proof.compare import run_guarded
 from segnet_scratch.lab.proof.parts.base import CaseRun, Part, RowPart, device_of
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.lab.workbench.guards import FIRST, SECOND
 from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.optim import SGD
@@ -32,7 +33,8 @@ class Repeats(RowPart):
     def prove_case(self, run: CaseRun) -> None:
         op, inputs = run.op_and_inputs()
         hashes = [
-            _hash(run_guarded(op, inputs, run.device, FILLS[k % 2]).outputs) for k in range(run.work.effort.repeats)
+            _hash(run_guarded(op, inputs, run.device, (FIRST, SECOND)[k % 2]).outputs)
+            for k in range(run.work.effort.repeats)
         ]
         run.tally.counts["runs"] += len(hashes)
         unlike = [k for k, found in enumerate(hashes) if found != hashes[0]]
