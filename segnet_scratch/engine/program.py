@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from segnet_scratch.engine.arena import Lifetime
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.op import Buffers, Op, Spec
+from segnet_scratch.runtime.compilation import Progress, compile_for, launched_by, no_progress
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.observe import carry_out, scope
 
@@ -102,9 +103,21 @@ class BoundProgram:
 
     def __init__(self, steps: list[tuple[Step, Buffers]]) -> None:
         self._steps = steps
+        self._compiled = False
+
+    def compile(self, device: Device, progress: Progress = no_progress) -> None:
+        """Compiles every kernel of the program, on all cores; `run` would do so, without saying how far it is."""
+        if device.runs_kernels and not self._compiled:
+            compile_for(device, launched_by(self._launch, device), progress)
+        self._compiled = True
+
+    def _launch(self, device: Device) -> None:
+        for step, buffers in self._steps:
+            step.op.run(device, buffers)
 
     def run(self, device: Device, enter: Callable[[str], None] = lambda phase: None) -> None:
         """Carries out every step; `enter` is told when another phase begins."""
+        self.compile(device)
         phase = ""
         for step, buffers in self._steps:
             if step.phase != phase:

@@ -64,6 +64,10 @@ def _library() -> ctypes.CDLL:
     system = ctypes.util.find_library("nvrtc")
     for name in [*names, *([system] if system else [])]:
         try:
+            # It opens its builtins by name, which the loader finds only where they are loaded already: a wheel's folder
+            # is on nobody's path.
+            for builtins in sorted(Path(name).parent.glob("libnvrtc-builtins.so*")):
+                ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(name)
         except OSError:
             continue
@@ -149,8 +153,12 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 
 def cubin_path(source: Source, types: ElementTypes, architecture: str) -> Path:
-    """Where the cache has the cubin of a source, or would have it."""
-    key = cache_key(source.path, source.digest, compiler_options(types, architecture), nvrtc_version())
+    """Where the cache has the cubin of a source, or would have it.
+
+    The key is what the compiler sees, not where it lies: clones share their cubins. Line information then names the
+    file of the clone that compiled first, which reads the same.
+    """
+    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
     return cache_directory() / "cuda" / f"{source.path.stem}-{types.name}-{architecture}-{key}.cubin"
 
 

@@ -21,6 +21,10 @@ _USED = re.compile(r"Used (\d+) registers")
 _REMARK = re.compile(r"\bwarning\s*[:#]|Performance Loss")
 
 
+class LogError(CompileError):
+    """What the compilers said is not what this file can read, or not about every kernel."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one kernel, compiled for one pair of element type and architecture, takes of a multiprocessor."""
@@ -43,7 +47,7 @@ class Usage:
 
 
 def parse_log(log: str, element: str) -> list[Usage]:
-    """The kernels of a log, in its order. CompileError where the log is not what this file expects."""
+    """The kernels of a log, in its order. LogError where the log is not what this file expects."""
     usages: list[Usage] = []
     complete = True
     for line in log.splitlines():
@@ -89,4 +93,4 @@ def _number(line: str, unit: str) -> int:
 def _expect(condition: bool, usages: list[Usage], line: str) -> None:
     if not condition:
         after = f" after kernel {usages[-1].kernel}" if usages else ""
-        raise CompileError(f"cannot read the log of ptxas{after} at: {line.strip()}; please report it with the log")
+        raise LogError(f"cannot read the log of ptxas{after} at: {line.strip()}; please report it with the log")

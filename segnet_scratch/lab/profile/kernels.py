@@ -10,7 +10,7 @@ from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
 from segnet_scratch.runtime.nvrtc import supported_architectures
 from segnet_scratch.runtime.observe import Launch
-from segnet_scratch.runtime.ptxas import Usage
+from segnet_scratch.runtime.ptxas import LogError, Usage
 from segnet_scratch.runtime.resources import compile_all
 
 
@@ -64,7 +64,10 @@ def kernel_figures(
     left_out = [a for a in architectures if a not in wanted]
     message = f"no registers and no occupancy for {', '.join(left_out)}: not known here" if left_out else ""
     sources = list({kernel.source.path: kernel.source for kernel, *_ in counts}.values())
-    compilations = compile_all(sources, wanted, progress=progress)
+    try:
+        compilations = compile_all(sources, wanted, progress=progress)
+    except LogError as error:  # what was measured is worth more than figures beside it
+        return [], f"no registers and no occupancy: {error}"
     usages = {(u.kernel, u.element, u.architecture): u for c in compilations for u in c.usages}
     figures = []
     for (kernel, types, threads, shared), number in sorted(counts.items(), key=lambda item: item[0][0].name):

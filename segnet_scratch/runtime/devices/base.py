@@ -100,6 +100,9 @@ class Device:
         """Runs a kernel whose arguments the launch gate has checked; only `kernels.launch` calls this."""
         raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
 
+    def compile(self, kernel: Kernel, types: ElementTypes) -> None:
+        """Makes a kernel ready for its first launch; from any thread. Nothing where no kernels run."""
+
     def timer(self) -> Timer:
         """Takes time on this device's own clock."""
         return Timer()

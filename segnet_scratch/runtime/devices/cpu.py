@@ -55,6 +55,9 @@ class HostDevice(NumpyDevice):
         """Another host device whose options differ in these."""
         return HostDevice(replace(self.options, **changes))
 
+    def compile(self, kernel: Kernel, types: ElementTypes) -> None:
+        host_kernels.prepare(kernel, types, self.options)
+
     def execute(
         self,
         kernel: Kernel,

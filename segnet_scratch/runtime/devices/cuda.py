@@ -152,6 +152,11 @@ class CudaDevice(Device):
             return value.cuda_bytes(self.address(value.array)).view("V128")
         return value
 
+    def compile(self, kernel: Kernel, types: ElementTypes) -> None:
+        from segnet_scratch.runtime.nvrtc import cached_cubin
+
+        cached_cubin(kernel.source, types, self.architecture)
+
     def timer(self) -> Timer:
         return EventTimer(self._cupy)
 

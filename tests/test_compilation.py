@@ -1,0 +1,121 @@
+"""Kernels compiled ahead of their launches, on all cores; libnvrtc from a wheel; logs that say nothing."""
+
+import numpy as np
+import pytest
+from kernel_support import needs_compiler
+
+from segnet_scratch.engine.inference import inference_program
+from segnet_scratch.errors import CompileError
+from segnet_scratch.runtime import nvrtc, resources
+from segnet_scratch.runtime.compilation import compile_for, launched_by, on_all_cores
+from segnet_scratch.runtime.devices import Device, HostDevice, get_device
+from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
+from segnet_scratch.runtime.ptxas import LogError
+from segnet_scratch.segnet import SegNet
+
+F32 = ElementTypes.of(np.dtype(np.float32))
+
+
+class Compiling(HostDevice):
+    """Writes down what is compiled and what is launched."""
+
+    def __init__(self):
+        super().__init__()
+        self.compiled, self.executed = [], []
+
+    def compile(self, kernel, types):
+        self.compiled.append((kernel.source.path.name, types.name))
+
+    def execute(self, kernel, types, *launched):
+        assert (kernel.source.path.name, types.name) in self.compiled, "launched before it was compiled"
+        self.executed.append(kernel.name)
+
+
+@needs_compiler
+def test_a_program_compiles_each_source_once_before_it_launches():
+    program, device = inference_program(SegNet.blocks_of(0.125), 2, 1, (32, 32), "tf32"), Compiling()
+    arrays = {name: np.zeros(s.shape, s.dtype) for name, s in {**program.given, **program.made}.items()}
+    bound, told = program.bind(arrays), []
+    bound.compile(device, lambda done, total: told.append((done, total)))
+    assert not device.executed
+    assert len(device.compiled) == len(set(device.compiled)) > 2
+    assert told == [(i + 1, len(device.compiled)) for i in range(len(device.compiled))]
+    compiled = list(device.compiled)
+    bound.run(device)
+    assert device.compiled == compiled
+    assert "unpool_packed" in device.executed
+
+
+@needs_compiler
+def test_what_a_run_launches_is_listed_and_nothing_runs():
+    x, y = np.zeros(4, np.float32), np.full(4, 7, np.float32)
+    device = get_device("host")
+
+    def run(given: Device) -> None:
+        launch(given, "relu_forward", 1, 32, (x, y, 4), F32)
+
+    assert launched_by(run, device) == [(find_kernel("relu_forward"), F32)]
+    assert (y == 7).all()
+    compile_for(device, launched_by(run, device))
+
+
+def test_an_error_ends_it_and_names_the_kernel():
+    def fail(item):
+        raise CompileError(f"{item} does not compile")
+
+    with pytest.raises(CompileError, match="a does not compile"):
+        on_all_cores(fail, ["a", "b"])
+
+
+class TestLogs:
+    """NVRTC 13.0 was seen to leave a log empty while many threads compiled."""
+
+    @pytest.fixture(autouse=True)
+    def compiler(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("SEGNET_CACHE", str(tmp_path))
+        monkeypatch.setattr(resources, "nvrtc_version", lambda: (13, 0))
+        monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
+        self.logs = []
+
+        def compile_cubin(source, types, architecture, log):
+            log.append(self.logs.pop(0))
+            return b"cubin"
+
+        monkeypatch.setattr(resources, "compile_cubin", compile_cubin)
+
+    SOURCE = find_kernel("add_forward").source
+    LOG = (
+        "ptxas info    : Compiling entry function 'add_forward' for 'sm_90'\n"
+        "ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 16 registers\n"
+    )
+
+    def compile(self):
+        return resources.compile_all([self.SOURCE], ["sm_90"], ["float32"])
+
+    def test_an_empty_log_is_asked_for_again_and_not_kept(self):
+        self.logs = ["", self.LOG]
+        assert self.compile()[0].usages[0].registers == 16
+        assert self.compile()[0].usages[0].registers == 16, "from the cache"
+
+    def test_one_that_stays_empty_is_an_error_of_its_own(self):
+        self.logs = ["", ""]
+        with pytest.raises(LogError, match=r"add\.cu, sm_90: the log of ptxas names the kernels none"):
+            self.compile()
+
+
+def test_the_builtins_are_loaded_before_the_library_that_opens_them_by_name(tmp_path, monkeypatch):
+    loaded = []
+
+    class Library:
+        nvrtcGetCUBIN = None
+
+        def __init__(self, name):
+            loaded.append(name.rpartition("/")[2])
+
+    for name in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: [tmp_path / "libnvrtc.so.13"])
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", Library)
+    nvrtc._library.__wrapped__()
+    assert loaded == ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"]
