@@ -7,6 +7,7 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution.conv2d_cases import Conv2dBackwardBiasRow, conv_rows
 from segnet_scratch.ops.convolution.conv2d_fused_cases import fused_conv_rows
+from segnet_scratch.ops.convolution.conv2d_lessons_cases import lesson_rows
 from segnet_scratch.ops.convolution.conv2d_mma_cases import tensor_core_rows
 from segnet_scratch.ops.convolution.conv_transpose2d_cases import conv_transpose_rows
 from segnet_scratch.ops.elementwise.add import AddForward
@@ -31,6 +32,7 @@ from segnet_scratch.ops.resampling.resize_cases import ResizeBackwardRow, Resize
 
 ROWS: tuple[Row, ...] = (
     *conv_rows("direct"),
+    *lesson_rows(),
     *conv_rows("tiled"),
     *tensor_core_rows(),
     *fused_conv_rows(),
