@@ -22,7 +22,7 @@ from fake_streams import Block, Event, PinnedCopy, PinnedMemory, Race, Stream, T
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import host as host_kernels
-from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime import nvrtc, tensor_map
 from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.signature import parse_kernels
@@ -48,6 +48,51 @@ class Cubin(NamedTuple):
     source: Source
     types: ElementTypes
     architecture: str
+
+
+class FakeMap:
+    """What FakeDriver made, as the host runtime takes a tensor map."""
+
+    def __init__(self, contents: bytes) -> None:
+        self.contents = contents
+
+    def host_bytes(self) -> np.ndarray:
+        blob = tensor_map.aligned_bytes()
+        blob[:] = np.frombuffer(self.contents, np.uint8)
+        return blob
+
+
+class FakeDriver:
+    """The functions of libcuda that make tensor maps: they check what the driver checks and make the host device's."""
+
+    def cuTensorMapEncodeTiled(self, to, dtype, rank, address, sizes, strides, box, steps, *rest):
+        return self._encode(to, dtype, rank, address, sizes, strides, list(box), steps, rest, None)
+
+    def cuTensorMapEncodeIm2col(
+        self, to, dtype, rank, address, sizes, strides, lower, upper, channels, pixels, steps, *rest
+    ):
+        corners = (list(lower), list(upper))
+        return self._encode(to, dtype, rank, address, sizes, strides, [channels, pixels], steps, rest, corners)
+
+    def _encode(self, to, dtype, rank, address, sizes, strides, box, steps, rest, corners):
+        interleave, swizzle, promotion, fill = rest
+        assert to.value % 64 == 0
+        assert address.value % 16 == 0
+        assert all(stride % 16 == 0 for stride in strides)
+        assert [len(sizes), len(strides), len(steps)] == [rank, rank - 1, rank]
+        assert (interleave, fill) == (0, 0)
+        assert promotion in range(4)
+        fields = tensor_map._HostMap.from_address(to.value)
+        fields.magic, fields.rank, fields.im2col = int.from_bytes(b"TMAP", "little"), rank, corners is not None
+        fields.span = (16, 32, 64, 128)[swizzle]
+        fields.element = {0: 1, 7: 4, 8: 8, 9: 2}[dtype]
+        assert box[0] * fields.element <= (256, 32, 64, 128)[swizzle] or swizzle == 0, "CUDA_ERROR_INVALID_VALUE"
+        fields.address = address.value
+        fields.strides[: rank - 1], fields.sizes[:rank], fields.steps[:rank] = list(strides), list(sizes), list(steps)
+        fields.box[: len(box)] = box
+        if corners:
+            fields.lower[:], fields.upper[:] = corners
+        return 0
 
 
 class Launch(NamedTuple):
@@ -259,6 +304,7 @@ class FakeCupy(types.ModuleType):
             return path
 
         monkeypatch.setattr(nvrtc, "cached_cubin", cached_cubin)
+        monkeypatch.setattr(tensor_map, "_driver", FakeDriver)
         monkeypatch.setitem(sys.modules, "cupy", self)
         return self
 
@@ -447,6 +493,10 @@ class RawKernel:
         """CuPy passes its arrays by address and NumPy scalars by their bytes; Python's numbers would travel as 64 bits,
         and None, depending on its version, as nothing at all."""
         expected = parameter.dtype(self.cubin.types)
+        if parameter.tensor_map:
+            assert (argument.shape, argument.dtype) == ((1,), np.dtype("V128")), f"{parameter.name} is {argument!r}"
+            assert argument.tobytes()[:4] == b"TMAP", f"{parameter.name} was not made by the driver"
+            return FakeMap(argument.tobytes())
         if not parameter.pointer:
             assert isinstance(argument, np.generic), f"{parameter.name} would travel as 64 bits"
             assert argument.dtype == expected, f"{parameter.name} is {argument.dtype}, expected {expected}"

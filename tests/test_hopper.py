@@ -9,11 +9,16 @@ import re
 
 import numpy as np
 import pytest
-from kernel_support import TESTS, needs_compiler, run
+from fake_cupy import has_nvrtc
+from kernel_support import TESTS, Recorder, needs_compiler, parse, run, valid_call, written_kernel
 
-from segnet_scratch.errors import KernelFault
-from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.errors import CompileError, DTypeError, KernelFault, LaunchError, ShapeError
+from segnet_scratch.lab.proof.misuse import MISUSES
+from segnet_scratch.runtime import nvrtc
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice
+from segnet_scratch.runtime.launch import ElementTypes, launch
 from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.resources import ARCHITECTURES, compile_all
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 
 pytestmark = needs_compiler
@@ -71,8 +76,8 @@ def random_descriptor(rng, mn_major, count):
 def test_products_of_random_descriptors(a_mn, b_mn, options):
     rng = np.random.default_rng([a_mn, b_mn, len(options)])
     image = random_bf16(rng, IMAGE // 2)
-    for n in (8, 16, 24, 32, 64, 96, 128, 192):
-        cases = 9
+    for n in (8, 16, 24, 32, 64, 96, 128, 192, 256):
+        cases = 8
         numbers = np.array(
             [random_descriptor(rng, a_mn, 64) + random_descriptor(rng, b_mn, n) for _ in range(cases)], np.int32
         )
@@ -200,6 +205,44 @@ def test_im2col(options):
         np.testing.assert_array_equal(out, np.stack(expected))
 
 
+@pytest.mark.parametrize("options", [*ORDERS, *({"order": "shuffled", "seed": s} for s in range(4, 12))], ids=str)
+def test_a_ring(options):
+    """Producer, consumers and a way out, as convolutions have them."""
+    rng = np.random.default_rng(0)
+    depth = 64 * 8
+    a, b = random_bf16(rng, (128, depth)), random_bf16(rng, (64, depth))
+    c = np.zeros((128, 64), BFLOAT16)
+    maps = TensorMap(a, (128, 64)), TensorMap(b, (64, 64)), TensorMap(c, (64, 64))
+    run("ring", *maps, depth, block=384, shared=3 * 24576 + 2 * 8192 + 1024, types=BF16, **options)
+    expected = np.zeros((128, 64), np.float32)
+    for k in range(depth):
+        expected += a[:, k, None].astype(np.float32) * b[None, :, k].astype(np.float32)
+    np.testing.assert_array_equal(c.view(np.uint16), expected.astype(BFLOAT16).view(np.uint16))
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="there is no NVRTC")
+class TestOnTheGpu:
+    """As far as the compiler goes. The source is for sm_90a alone, which is what an sm_90 gets."""
+
+    source = written_kernel("ring").source
+
+    def test_it_compiles_for_sm_90a_alone(self):
+        assert [a for a in ARCHITECTURES if self.source.compiles_for(a)] == ["sm_90"]
+        with pytest.raises(CompileError, match=r"hopper.cu is for sm_90a only, not for sm_100; .*'tiled'"):
+            nvrtc.compile_cubin(self.source, BF16, "sm_100")
+
+    def test_nothing_is_serialised_or_spilt(self):
+        (compilation,) = compile_all([self.source])
+        assert compilation.architecture == "sm_90"
+        assert compilation.remarks == ()
+        assert {(u.spill_stores, u.stack, u.architecture) for u in compilation.usages} == {(0, 0, "sm_90")}
+
+    def test_headers_refuse_other_architectures(self, tmp_path):
+        (kernel,) = parse(tmp_path, '#include "common/wgmma.cuh"\nextern "C" __global__ void f(int n) {}')
+        with pytest.raises(CompileError, match="these instructions exist on sm_90a alone"):
+            nvrtc.compile_cubin(kernel.source, BF16, "sm_90")
+
+
 FAULTS_FILE = "hopper_faults.cu"
 # What the message says, by the name of the fault in tests/kernels/hopper_faults.cu.
 FAULTS = {
@@ -284,3 +327,76 @@ class TestFaults:
         out = np.zeros(1, np.float32)
         run("hopper_early_load", scene()[0], out, block=32, shared=8192 + 1024, types=BF16)
         assert np.isnan(out[0])
+
+
+class TestMaps:
+    """TensorMap, the gate's checks of one, and what reaches the driver of a GPU."""
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "arguments", "error", "message"),
+        [
+            ((64,), BFLOAT16, {"box": (64,)}, ShapeError, "expected 2 to 4 dimensions"),
+            ((1, 2, 3, 4, 8), BFLOAT16, {"box": (1, 1, 1, 1, 8)}, ShapeError, "expected 2 to 4 dimensions"),
+            ((8, 64), np.int64, {"box": (8, 8)}, DTypeError, "element type int64"),
+            ((8, 63), BFLOAT16, {"box": (8, 8)}, ShapeError, "rows of 126 bytes; expected a multiple of 16; pad"),
+            ((8, 64), BFLOAT16, {"box": (8,)}, ShapeError, "a size for each dimension"),
+            ((8, 64), BFLOAT16, {"box": (0, 64)}, ShapeError, "at least 1"),
+            ((8, 64), BFLOAT16, {"box": (257, 64)}, ShapeError, "at most"),
+            ((8, 128), BFLOAT16, {"box": (8, 72)}, ShapeError, "rows of 144 bytes; .* at most the swizzle's 128"),
+            ((8, 128), BFLOAT16, {"box": (8, 12)}, ShapeError, "rows of 24 bytes; expected a multiple of 16"),
+            ((8, 64), BFLOAT16, {"box": (8, 64), "swizzle": 16}, ShapeError, "swizzle 16"),
+            ((8, 64), BFLOAT16, {"box": (8, 64), "steps": (1, 2)}, ShapeError, "the last one 1"),
+            ((8, 64), BFLOAT16, {"box": (8, 64), "steps": (9, 1)}, ShapeError, "1 to 8"),
+            ((8, 8, 64), BFLOAT16, {"box": (8, 64), "im2col": Im2col((0, 0), (0, 0))}, ShapeError, "4 .n, h, w, c."),
+            ((1, 8, 8, 64), BFLOAT16, {"box": (8, 8, 64), "im2col": Im2col((0, 0), (0, 0))}, ShapeError, "pixels"),
+            ((1, 8, 8, 64), BFLOAT16, {"box": (8, 64), "im2col": Im2col((0, 0), (-8, 0))}, ShapeError, "no pixel"),
+            ((1, 8, 8, 64), BFLOAT16, {"box": (8, 64), "im2col": Im2col((0, -129), (0, 0))}, ShapeError, "-128"),
+        ],
+    )
+    def test_what_the_hardware_does_not_take(self, shape, dtype, arguments, error, message):
+        with pytest.raises(error, match=message):
+            TensorMap(np.zeros(shape, dtype), **arguments)
+
+    def test_a_view_is_refused(self):
+        with pytest.raises(LaunchError, match="C-contiguous"):
+            TensorMap(np.zeros((8, 128), BFLOAT16)[:, ::2], (8, 64))
+
+    @pytest.mark.parametrize("kind", MISUSES)
+    def test_misuse_meets_a_named_error(self, kind):
+        for name in ("loads_2d", "stores_4d"):
+            for call, error, named in MISUSES[kind](valid_call(written_kernel(name), BF16)):
+                with pytest.raises(error, match=re.escape(named)):
+                    call.launch(Recorder())
+
+    def test_a_kernel_says_what_its_maps_are_of(self, tmp_path):
+        text = '#include "common/tma.cuh"\n// Element types: bf16; sm_90a only.\nextern "C" __global__ void f(%s) {}'
+        right = "const __grid_constant__ TensorMap x,  // of (n, 8)\nint n"
+        (kernel,) = parse(tmp_path, text % right)
+        assert kernel.cooperative
+        assert kernel.signature == "f(TensorMap x, int n)"
+        with pytest.raises(ShapeError, match=r"x describes an array of shape \(4, 8\); expected \(3, 8\), \(n, 8\)"):
+            launch(Recorder(), kernel, 1, 1, (TensorMap(np.zeros((4, 8), BFLOAT16), (4, 8)), 3), BF16)
+        for wrong in ("TensorMap x", "const TensorMap x", "const __grid_constant__ TensorMap* x"):
+            with pytest.raises(CompileError, match="is passed as 'const __grid_constant__ TensorMap x'"):
+                parse(tmp_path, text % wrong)
+
+    def test_the_driver_is_told_the_same(self, cupy):
+        """The stand-in for the driver makes the host device's maps of what it is told."""
+        rng = np.random.default_rng(0)
+        x = random_bf16(rng, (2, 9, 7, 16))
+        tile = {"box": (1, 4, 4, 16), "swizzle": 32, "steps": (1, 2, 1, 1)}
+        column = {"box": (12, 16), "swizzle": 32, "im2col": Im2col((-1, -2), (-1, 0))}
+        for name, map_of, corners in (
+            ("loads_4d", tile, [[-8, 3, -1, 1], [0, 0, 0, 0]]),
+            ("loads_im2col", column, [[0, -2, 7, 0, 1, 2], [8, 3, 4, 1, 0, 0]]),
+        ):
+            outs = []
+            for device in (HostDevice(), CudaDevice()):
+                described = TensorMap(device.upload(x), **map_of)
+                out = device.zeros((2, described.nbytes), np.uint8)
+                arguments = (described, device.upload(np.array(corners, np.int32)), out, 2, described.nbytes, 0)
+                shared = described.nbytes + 1024
+                launch(device, written_kernel(name), 1, 32, arguments, BF16, shared)
+                outs.append(device.download(out))
+            np.testing.assert_array_equal(*outs)
+            assert outs[0].any()

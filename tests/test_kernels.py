@@ -40,11 +40,11 @@ class TestSignature:
         assert name in lines[kernel.line - 1]
         for parameter in kernel.parameters:
             assert re.fullmatch(r"[A-Za-z_]\w*", parameter.name)
-            assert parameter.dtype(FLOAT32).kind in "iuf"
-            if parameter.pointer:
+            assert parameter.dtype(FLOAT32).kind in ("V" if parameter.tensor_map else "iuf")
+            if not parameter.scalar:
                 assert parameter.extent_code is not None, f"{name}: {parameter.name} has no shape comment"
                 # The shape refers to integer parameters that exist.
-                shape = parameter.extent_shape({p.name: 4 for p in kernel.parameters if not p.pointer})
+                shape = parameter.extent_shape({p.name: 4 for p in kernel.parameters if p.scalar})
                 assert all(isinstance(n, int) and n > 0 for n in shape)
         if name not in ("sgd_step", "sgd_pack_step"):  # they write through a table of addresses
             assert any(p.pointer and not p.const for p in kernel.parameters), f"{name} has no output"
@@ -370,7 +370,7 @@ class TestGate:
         ((kernel, launched_types, grid, block, values, shared),) = device.launches
         assert (kernel, launched_types, grid, block, shared) == (call.kernel, types, (1, 1, 1), (1, 1, 1), 0)
         for parameter, given, value in zip(kernel.parameters, call.arguments, values, strict=True):
-            if parameter.pointer:
+            if not parameter.scalar:
                 assert value is given
             else:
                 assert isinstance(value, np.generic)

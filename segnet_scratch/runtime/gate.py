@@ -150,7 +150,8 @@ def _check_tensor_map(home: ArrayHome, kernel: Kernel, parameter: Parameter, typ
     if argument.array.dtype != types.storage:
         raise DTypeError(f"{what} is {argument.describe()}; expected element type {types.storage}")
     address = home.address(argument.array)
-    argument.check_address(address)
+    if address % 16:
+        raise LaunchError(f"{what} describes an array at address {address:#x}; expected a multiple of 16; copy it")
     return address
 
 

@@ -120,6 +120,11 @@ class Parameter:
         """Does it take the description of an array, for the GPU's tensor memory accelerator?"""
         return self.c_type == TENSOR_MAP
 
+    @property
+    def scalar(self) -> bool:
+        """Is it a number?"""
+        return not self.pointer and not self.tensor_map
+
     def dtype(self, types: ElementTypes) -> np.dtype:
         """The element type of the array, or the type of the scalar."""
         if self.c_type == "storage_t":

@@ -99,14 +99,6 @@ class TensorMap:
             return prod(self.box) * int(self.array.itemsize)
         return prod(-(-n // step) for n, step in zip(self.box, self._steps, strict=True)) * int(self.array.itemsize)
 
-    def check_address(self, address: int) -> None:
-        """LaunchError where the hardware cannot begin at the array's address."""
-        if address % 16:
-            raise LaunchError(
-                f"tensor map of an array {tuple(self.array.shape)}: begins at address {address:#x}; expected a "
-                "multiple of 16; copy it"
-            )
-
     @property
     def _inner_first(self) -> tuple[list[int], list[int], list[int]]:
         """Sizes, strides in bytes from the second dimension on, and steps, innermost dimension first."""

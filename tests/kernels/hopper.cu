@@ -3,7 +3,11 @@
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
 
-__device__ inline char* align_1024(char* memory) { return memory + (0u - shared_address(memory)) % 1024; }
+// Dynamic shared memory from its first multiple of 1024 on.
+__device__ inline char* aligned_memory() {
+    SHARED_DYNAMIC(char, raw);
+    return raw + (0u - shared_address(raw)) % 1024;
+}
 
 // Shared memory as the test wants it, stored by all threads and made visible to TMA and wgmma.
 __device__ inline void fill_shared(char* memory, const uint8* image, int bytes) {
@@ -38,8 +42,7 @@ __device__ void open_product(const char* memory, const int* numbers, bool accumu
 
 template <bool A_MN, bool B_MN>
 __device__ void open_products(const uint8* image, const int* numbers, const int* accumulate, float* out, int cases, int bytes, int n) {
-    SHARED_DYNAMIC(char, raw);
-    char* const memory = align_1024(raw);
+    char* const memory = aligned_memory();
     fill_shared(memory, image, bytes);
     for (int i = 0; i < cases; ++i, numbers += 6, out += 64 * n) {
         if (n == 8) open_product<8, A_MN, B_MN>(memory, numbers, accumulate[i], out);
@@ -50,6 +53,7 @@ __device__ void open_products(const uint8* image, const int* numbers, const int*
         if (n == 96) open_product<96, A_MN, B_MN>(memory, numbers, accumulate[i], out);
         if (n == 128) open_product<128, A_MN, B_MN>(memory, numbers, accumulate[i], out);
         if (n == 192) open_product<192, A_MN, B_MN>(memory, numbers, accumulate[i], out);
+        if (n == 256) open_product<256, A_MN, B_MN>(memory, numbers, accumulate[i], out);
     }
 }
 
@@ -87,9 +91,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_mm(const uin
 // `place` on.
 template <class Load>
 __device__ void open_loads(uint8* out, int cases, int bytes, int place, Load load) {
-    SHARED_DYNAMIC(char, raw);
     SHARED_ARRAY(Mbarrier, full, [1]);
-    char* const to = align_1024(raw) + place;
+    char* const to = aligned_memory() + place;
     if (threadIdx.x == 0) {
         mbarrier_init(full[0], 1);
         mbarrier_init_fence();
@@ -143,8 +146,7 @@ extern "C" __global__ void loads_im2col(const __grid_constant__ TensorMap map,
 // Stores the same image of shared memory at every corner.
 template <class Store>
 __device__ void open_stores(const uint8* image, int cases, int bytes, int place, Store store) {
-    SHARED_DYNAMIC(char, raw);
-    char* const from = align_1024(raw) + place;
+    char* const from = aligned_memory() + place;
     fill_shared(from, image, bytes);
     if (threadIdx.x != 0) return;
     for (int i = 0; i < cases; ++i) {
@@ -177,4 +179,71 @@ extern "C" __global__ void stores_4d(const __grid_constant__ TensorMap map,
     open_stores(image, cases, bytes, place, [&](const char* from, int i) {
         tma_store(map, {corners[4 * i], corners[4 * i + 1], corners[4 * i + 2], corners[4 * i + 3]}, from);
     });
+}
+
+// c (128, 64) = a (128, depth) b (64, depth) transposed: a ring of stages, one producer, two consumers.
+#define STAGES 3
+#define A_BYTES 16384
+#define B_BYTES 8192
+
+extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid_constant__ TensorMap a,
+                                                                    const __grid_constant__ TensorMap b,
+                                                                    const __grid_constant__ TensorMap c,
+                                                                    int depth) {
+    SHARED_ARRAY(Mbarrier, full, [STAGES]);
+    SHARED_ARRAY(Mbarrier, empty, [STAGES]);
+    char* const memory = aligned_memory();
+    char* const way_out = memory + STAGES * (A_BYTES + B_BYTES) + warpgroup_index() * 8192;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(full[i], 1);
+            mbarrier_init(empty[i], 2);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const bool leader = warpgroup_thread() == 0;
+    RingPosition<STAGES> ring;
+    if (warpgroup_index() == 2) {
+        setmaxnreg_decrease<40>();
+        if (!leader) return;
+        tma_prefetch(a);
+        for (int k = 0; k < depth; k += 64, ring.advance()) {
+            char* const stage = memory + ring.stage * (A_BYTES + B_BYTES);
+            mbarrier_wait(empty[ring.stage], ring.parity ^ 1);
+            mbarrier_arrive_expect_tx(full[ring.stage], A_BYTES + B_BYTES);
+            tma_load(stage, a, {k, 0}, full[ring.stage]);
+            tma_load(stage + A_BYTES, b, {k, 0}, full[ring.stage]);
+        }
+        return;
+    }
+    setmaxnreg_increase<232>();
+    Accumulators<64> sums;
+    int before = 0;
+    for (int k = 0; k < depth; k += 64, before = ring.stage, ring.advance()) {
+        const char* const stage = memory + ring.stage * (A_BYTES + B_BYTES);
+        mbarrier_wait(full[ring.stage], ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+            wgmma(sums, k_major(stage + warpgroup_index() * 8192 + step * 32, 1024), k_major(stage + A_BYTES + step * 32, 1024),
+                  k + step > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (leader && k > 0) mbarrier_arrive(empty[before]);
+    }
+    wgmma_wait<0>();
+    if (leader) mbarrier_arrive(empty[before]);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const int at = wgmma_row(i) * 128 + wgmma_column(i) * 2;
+        *(storage_t*)(way_out + (at ^ (at / 128 % 8) * 16)) = (storage_t)sums[i];
+    }
+    fence_proxy_async();
+    named_barrier_sync(1 + warpgroup_index(), WARPGROUP);
+    if (leader) {
+        tma_store(c, {0, 64 * warpgroup_index()}, way_out);
+        tma_store_commit();
+        tma_store_wait<0>();
+    }
 }

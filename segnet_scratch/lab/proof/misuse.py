@@ -19,6 +19,7 @@ from segnet_scratch.runtime.devices import Device, NumpyDevice
 from segnet_scratch.runtime.gate import MAX_BLOCK, MAX_GRID, MAX_SHARED
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, launch
 from segnet_scratch.runtime.signature import Parameter
+from segnet_scratch.runtime.tensor_map import TensorMap
 
 FLOAT32 = ElementTypes.of(np.dtype(np.float32))
 FLOAT64 = ElementTypes.of(np.dtype(np.float64))
@@ -61,7 +62,12 @@ class Call:
 
     def scalars(self, kinds: str) -> list[Parameter]:
         """The scalar parameters whose type is of these kinds ("i", "u", "f")."""
-        return [p for p in self.kernel.parameters if not p.pointer and p.dtype(self.types).kind in kinds]
+        return [p for p in self.kernel.parameters if p.scalar and p.dtype(self.types).kind in kinds]
+
+    @property
+    def maps(self) -> list[tuple[Parameter, TensorMap]]:
+        """The tensor maps and their parameters."""
+        return [(p, a) for p, a in zip(self.kernel.parameters, self.arguments, strict=True) if p.tensor_map]
 
     def launch(self, device: Device) -> None:
         """Through the gate."""
@@ -78,17 +84,26 @@ def sentinel_array(shape: Any, dtype: Any) -> np.ndarray:
 def valid_call(kernel: Kernel, types: ElementTypes | None = None) -> Call:
     """A launch that the gate lets through, derived from the signature alone.
 
-    Integers are 4 or 6, so that arrays have sizes that are no primes and can be transposed.
+    Integers are 4 or 6, so that arrays have sizes that are no primes and can be transposed; 8 where there are tensor
+    maps, whose rows are multiples of 16 bytes.
     """
     types = types or ElementTypes.named(kernel.source.elements[0])
-    numbers = {p.name: 6 if p.c_type == "int64" else 4 for p in kernel.parameters if not p.pointer}
+    number = 8 if any(p.tensor_map for p in kernel.parameters) else 4
+    numbers = {p.name: number + 2 if p.c_type == "int64" else number for p in kernel.parameters if p.scalar}
     arguments: list[Any] = []
     for p in kernel.parameters:
+        shape = p.extent_shape(numbers) if p.extent_code else (number,)
         if p.pointer:
-            arguments.append(sentinel_array(p.extent_shape(numbers) if p.extent_code else 4, p.dtype(types)))
+            arguments.append(sentinel_array(shape, p.dtype(types)))
+        elif p.tensor_map:
+            arguments.append(_map_of(sentinel_array(shape if p.extent_code else (8, 8), types.storage)))
         else:
             arguments.append(numbers[p.name] if p.dtype(types).kind in "iu" else 0.5)
     return Call(kernel, tuple(arguments), types=types)
+
+
+def _map_of(array: Any) -> TensorMap:
+    return TensorMap(array, (1,) * (len(array.shape) - 1) + (8,))
 
 
 Attempt = tuple[Call, type[SegnetError], str]  # a wrong call, the error it must meet, what the message must name
@@ -319,6 +334,52 @@ def _(call: Call) -> Iterator[Attempt]:
             yield both.put(q.name, memory[start : start + b.nbytes].view(b.dtype)), LaunchError, q.name
 
 
+@misuse("something else for a tensor map")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.maps:
+        for other in (a.array, None, 4, a.host_bytes(), a.array.tobytes()):
+            yield call.put(p.name, other), DTypeError, p.name
+
+
+@misuse("a tensor map of another element type")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.maps:
+        yield call.put(p.name, _map_of(sentinel_array(a.array.shape, np.float32))), DTypeError, p.name
+
+
+@misuse("a tensor map of an array of another shape")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.maps:
+        if p.extent is not None:
+            for shape in (a.array.shape[::-1], (2, *a.array.shape[1:]), (1, *a.array.shape)[-4:]):
+                if shape != a.array.shape:
+                    yield call.put(p.name, _map_of(sentinel_array((*shape[:-1], 8), a.array.dtype))), ShapeError, p.name
+
+
+@misuse("a tensor map of an array of another library")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.maps:
+        names = ("dtype", "shape", "size", "itemsize", "nbytes", "strides", "flags", "ctypes")
+        alike = SimpleNamespace(**{name: getattr(a.array, name) for name in names})
+        yield call.put(p.name, _map_of(alike)), DeviceError, p.name
+
+
+@misuse("a tensor map of an array at an address that is no multiple of 16")
+def _(call: Call) -> Iterator[Attempt]:
+    for p, a in call.maps:
+        memory = sentinel_array(a.array.nbytes + 32, np.uint8)
+        start = -memory.ctypes.data % 16 + a.array.itemsize
+        shifted = memory[start : start + a.array.nbytes].view(a.array.dtype).reshape(a.array.shape)
+        yield call.put(p.name, _map_of(shifted)), LaunchError, p.name
+
+
+@misuse("an output that overlaps the array of a tensor map")
+def _(call: Call) -> Iterator[Attempt]:
+    for (p, a), (q, b) in itertools.product(call.maps, call.arrays):
+        if not q.const and b.nbytes <= a.array.nbytes:
+            yield call.put(q.name, a.array.view(np.uint8).reshape(-1)[: b.nbytes].view(b.dtype)), LaunchError, p.name
+
+
 @misuse("a grid of zero, negative or too many blocks")
 def _(call: Call) -> Iterator[Attempt]:
     for axis, limit in enumerate(MAX_GRID):
@@ -359,4 +420,7 @@ NOT_APPLICABLE = {
     "a read-only output": "has no output among its arrays: it writes through a table of addresses",
     "an output that overlaps another array": "has no output among its arrays: it writes through a table of addresses",
     "a float that becomes infinite": "has no float parameter",
+    **dict.fromkeys(
+        (kind for kind in MISUSES if "tensor map" in kind), "has no tensor map, or no shape comment of one"
+    ),
 }

@@ -102,7 +102,12 @@ def make_setup(
 ) -> Setup:
     """Fills in what follows from what is given. ConfigError names what is missing, unknown or contradictory."""
     arrays = {p.name: p for p in kernel.parameters if p.pointer}
-    numbers = {p.name: p for p in kernel.parameters if not p.pointer}
+    numbers = {p.name: p for p in kernel.parameters if p.scalar}
+    if len(arrays) + len(numbers) < len(kernel.parameters):
+        raise ConfigError(
+            f"{kernel.name}: takes tensor maps, which say more than shapes: {kernel.signature}; launch it in Python, "
+            "through runtime.launch with runtime.tensor_map.TensorMap"
+        )
     _expect_known(kernel, "array", arrays, [*shapes, *inputs])
     _expect_known(kernel, "scalar parameter", numbers, arguments)
     given = {name: _as_shape(shape) for name, shape in shapes.items()}
