@@ -1,14 +1,25 @@
 """Boundary F1: how well the contours of a segmentation follow those of the ground truth (SegNet paper, section 4.1).
 
 The measure is that of Csurka, Larlus and Perronnin, "What is a good evaluation measure for semantic segmentation?"
-(BMVC 2013), with SegNet's tolerance. docs/metrics.md defines it and works a small case by hand.
+(BMVC 2013), with SegNet's tolerance; and what the script of SegNet's authors makes of it, for a comparison with their
+figures. docs/metrics.md defines both and works a small case by hand.
 """
 
+from enum import StrEnum
 from math import ceil, hypot
 
 import numpy as np
 
 from segnet_scratch.data.palette import VOID
+from segnet_scratch.extras import require
+
+
+class Boundary(StrEnum):
+    """csurka: the measure as its paper has it. authors: as SegNet's authors computed their figures."""
+
+    csurka = "csurka"
+    authors = "authors"
+
 
 TOLERANCE = 0.0075
 """The distance up to which contours match, as a share of the image diagonal."""
@@ -38,6 +49,53 @@ def boundary_f1(truth: np.ndarray, prediction: np.ndarray, tolerance: float = TO
         precision, recall = matched.sum() / counted.sum(), recalled.sum() / true_contour.sum()
         f1[label] = float(2 * precision * recall / (precision + recall))
     return f1
+
+
+def authors_boundary_f1(truth: np.ndarray, prediction: np.ndarray, tolerance: float = TOLERANCE) -> dict[int, float]:
+    """F1 by label, of every class with a contour in either map, as in the authors' computeBFmeasure.m.
+
+    Contour pixels are matched one to one, as many as can be within the tolerance, its end included (Berkeley's
+    correspondPixels): with m pairs F1 = 2 m / (pixels of both contours). A class that is only predicted, or never,
+    scores 0. Void is one more region, and its border a contour like any other. Needs SciPy.
+    """
+    radius = tolerance * hypot(*truth.shape)
+    f1 = {}
+    for label in sorted({*np.unique(truth).tolist(), *np.unique(prediction).tolist()} - {VOID}):
+        true, found = (corners(labels == label) for labels in (truth, prediction))
+        if pixels := int(true.sum() + found.sum()):
+            f1[label] = 2 * _pairs(true, found, radius) / pixels
+    return f1
+
+
+def corners(region: np.ndarray) -> np.ndarray:
+    """Where a region, bool (h, w), and its outside meet below or to the right: bool (h, w).
+
+    A pixel counts if the pixels below, to the right and below to the right of it are not all on its side: a contour of
+    one pixel's width, the same for a region and its outside (Berkeley's seg2bdry).
+    """
+    edge = np.pad(region, ((0, 1), (0, 1)), mode="edge")
+    here, below, right, across = edge[:-1, :-1], edge[1:, :-1], edge[:-1, 1:], edge[1:, 1:]
+    return (here != below) | (here != right) | (here != across)
+
+
+def _pairs(first: np.ndarray, second: np.ndarray, radius: float) -> int:
+    """How many pixels of two maps, bool (h, w), can be matched one to one at distances of at most `radius`."""
+    sparse = require("scipy.sparse", "boundary", "boundary F1 of the authors")
+    matching = require("scipy.sparse.csgraph", "boundary", "boundary F1 of the authors").maximum_bipartite_matching
+    reach = int(radius)
+    numbers = np.full((second.shape[0] + 2 * reach, second.shape[1] + 2 * reach), -1, np.int64)
+    inside = numbers[reach : reach + second.shape[0], reach : reach + second.shape[1]]
+    inside[second] = np.arange(np.count_nonzero(second))
+    rows, columns = np.nonzero(first)
+    near = [(d, e) for d in range(-reach, reach + 1) for e in range(-reach, reach + 1) if hypot(d, e) <= radius]
+    partners = np.stack([numbers[rows + reach + d, columns + reach + e] for d, e in near])  # (offsets, pixels)
+    found = partners >= 0
+    pixels = np.broadcast_to(np.arange(len(rows)), partners.shape)[found]
+    shape = len(rows), int(np.count_nonzero(second))
+    if not pixels.size:
+        return 0
+    graph = sparse.csr_matrix((np.ones(pixels.size, bool), (pixels, partners[found])), shape)
+    return int(np.count_nonzero(matching(graph, perm_type="column") >= 0))
 
 
 def contour(region: np.ndarray) -> np.ndarray:

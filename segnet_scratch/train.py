@@ -167,7 +167,7 @@ class Trainer:
                 log.warning("%s: %s", finding.path, finding.detail)
             self.class_weights = _class_weights(config, self.train_set)
             if init is not None:
-                self.initialised = initialise(self.model, init)
+                self.initialised = initialise(self.model, init, self.train_set.names)
         self._loss_weights = np.array(self.class_weights, np.float32) if self.class_weights else None
         self.engine: FusedEngine | None = None
         if working is not None:

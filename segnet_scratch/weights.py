@@ -1,6 +1,6 @@
 """Models to and from files: checkpoints of this project, and VGG16's convolutions as a start."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,11 @@ def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False) 
     return model.fold_batch_norm() if fold else model.eval()
 
 
-def initialise(model: SegNet, path: str | Path) -> str:
+def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = None) -> str:
     """Gives a fresh model the weights of a file: VGG16 under torchvision's names, or a checkpoint of the same network.
 
-    A checkpoint for another number of classes gives all but its classifier, which stays as it was initialised.
+    A checkpoint for another number of classes, or for others than `names`, gives all but its classifier, which stays as
+    it was initialised.
     Returns one line that says what was taken. CheckpointError where the file fits neither.
     """
     weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
@@ -70,11 +71,23 @@ def initialise(model: SegNet, path: str | Path) -> str:
             model.load_vgg16(weights)
             return f"encoder from VGG16 ({path})"
         classes = len(weights.get("classifier.bias", ()))
-        if classes == model.classes:
+        trained = _class_names(path)
+        others = bool(names and trained) and list(names or ()) != trained
+        if classes == model.classes and not others:
             model.load_state_dict(weights)
             return f"all weights from {path}"
         own = {name: array for name, array in model.state_dict().items() if name.startswith("classifier.")}
         model.load_state_dict({**weights, **own})
-        return f"all weights but the classifier from {path} ({classes} classes there, {model.classes} here)"
+        why = f"{classes} classes there, {model.classes} here" if classes != model.classes else "its classes are others"
+        return f"all weights but the classifier from {path} ({why})"
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _class_names(path: str | Path) -> list[str] | None:
+    """The names that a checkpoint gives its classes; None where it tells of none, as files from elsewhere do."""
+    try:
+        names = checkpoint.read_metadata(path).get("classes")
+    except CheckpointError:
+        return None
+    return names if isinstance(names, list) else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_support import ROOT
 
-from segnet_scratch.boundary import TOLERANCE, boundary_f1, contour, near
+from segnet_scratch.boundary import TOLERANCE, authors_boundary_f1, boundary_f1, contour, near
 from segnet_scratch.data import VOID
 
 TRUTH = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 6, np.uint8)
@@ -71,6 +71,82 @@ def test_the_case_of_the_documentation():
         *(" ".join(map(str, row)) for row in (*TRUTH.tolist(), *PREDICTION.tolist())),
     ):
         assert figure in text
+
+
+def largest_matching(first, second, radius):
+    """Pairs, by augmenting paths, one pixel after the other."""
+    partner = {}
+
+    def augment(place, seen):
+        for other in second:
+            if hypot(place[0] - other[0], place[1] - other[1]) <= radius and other not in seen:
+                seen.add(other)
+                if other not in partner or augment(partner[other], seen):
+                    partner[other] = place
+                    return True
+        return False
+
+    return sum(augment(place, set()) for place in first)
+
+
+def brute_authors(truth, prediction, tolerance):
+    """By the description in docs/metrics.md: squares of four pixels one by one, pairs by augmenting paths."""
+    height, width = truth.shape
+    radius = tolerance * hypot(height, width)
+
+    def line(labels, label):
+        found = []
+        for i in range(height):
+            for j in range(width):
+                square = [labels[a, b] == label for a in (i, i + 1) for b in (j, j + 1) if a < height and b < width]
+                if len(set(square)) > 1:
+                    found.append((i, j))
+        return found
+
+    result = {}
+    for label in sorted((set(truth.reshape(-1).tolist()) | set(prediction.reshape(-1).tolist())) - {VOID}):
+        true, found = line(truth, label), line(prediction, label)
+        if true or found:
+            result[label] = 2 * largest_matching(found, true, radius) / (len(true) + len(found))
+    return result
+
+
+def test_the_case_of_the_documentation_as_the_authors_compute_it():
+    pytest.importorskip("scipy")
+    f1 = authors_boundary_f1(TRUTH, PREDICTION, RADIUS_OF_1_5)
+    assert f1 == pytest.approx({0: 2 / 3, 1: 2 / 3}, rel=1e-12)
+    assert "F1 = 2 · 5 / (6 + 9) = 2/3" in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_small_cases_of_the_authors_measure():
+    pytest.importorskip("scipy")
+    left = np.array([[0, 0, 1, 1]] * 3, np.uint8)
+    right = np.array([[0, 1, 1, 1]] * 3, np.uint8)
+    assert authors_boundary_f1(left, left) == {0: 1, 1: 1}
+    assert authors_boundary_f1(left, right) == {0: 0, 1: 0}  # one pixel off, the radius is far below one
+    assert authors_boundary_f1(left, right, 0.2) == {0: 1, 1: 1}  # the diagonal is 5, and its end counts
+    assert authors_boundary_f1(left, right, 0.199) == {0: 0, 1: 0}
+    # Two lines of the prediction about one of the truth: it serves one of them only.
+    stripe = np.array([[0, 1, 1, 0]] * 3, np.uint8)
+    assert authors_boundary_f1(left, stripe, 0.2) == {0: 2 * 3 / 9, 1: 2 * 3 / 9}
+    # A class that is only predicted counts as 0, and void is a region like any other.
+    third = np.where(right == 1, 2, right).astype(np.uint8)
+    assert authors_boundary_f1(left, third, 0.2) == {0: 1, 1: 0, 2: 0}
+    void = np.array([[0, 0, VOID, VOID]] * 3, np.uint8)
+    assert authors_boundary_f1(void, np.zeros_like(void)) == {0: 0}
+    assert boundary_f1(void, np.zeros_like(void)) == {0: 0}
+    assert authors_boundary_f1(np.zeros((3, 4), np.uint8), np.zeros((3, 4), np.uint8)) == {}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_authors_measure_against_brute_force(seed):
+    pytest.importorskip("scipy")
+    rng = np.random.default_rng(seed)
+    truth, prediction = blobs(rng, 11, 13, 3), blobs(rng, 11, 13, 4)
+    prediction[prediction == VOID] = 0
+    for tolerance in (0.03, 0.09, 0.2):
+        expected = brute_authors(truth, prediction, tolerance)
+        assert authors_boundary_f1(truth, prediction, tolerance) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_tolerance_is_that_of_the_paper():

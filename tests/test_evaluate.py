@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from evaluation_support import bilinear, network, softmax
 from PIL import Image
 
 from segnet_scratch import SegNet, get_device, tensor
-from segnet_scratch.boundary import boundary_f1
+from segnet_scratch.boundary import Boundary, boundary_f1
 from segnet_scratch.data import VOID, VOCDataset, normalise, resize_image, resize_mask
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import evaluate
@@ -101,6 +102,7 @@ class Oracle:
     training: bool = False
     device = get_device("numpy")
     dtype = np.dtype(np.float32)
+    metadata = MappingProxyType({})
 
     def eval(self):
         return self
@@ -170,7 +172,9 @@ def test_logits_of_nan_score_but_are_no_json_number(mixed):
 @pytest.mark.parametrize("device", ["numpy", "host"])
 def test_averages_score_as_worked_out_slowly(mixed, device):
     """Flip and two scales: softmax of logits at the image's size, the mean of four, its largest class."""
-    found = evaluate(network(device=device), mixed, SIZE, inference=Inference((0.8, 1.0), flip=True), boundary=True)
+    found = evaluate(
+        network(device=device), mixed, SIZE, inference=Inference((0.8, 1.0), flip=True), boundary=Boundary.csurka
+    )
     model = network()
     confusion, contours = np.zeros((6, 6), np.int64), []
     for index in range(len(mixed)):
@@ -210,10 +214,10 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(mixed):
 
 
 def test_every_image_has_its_scores(mixed):
-    found = evaluate(network(), mixed, SIZE, batch=3, boundary=True)
+    found = evaluate(network(), mixed, SIZE, batch=3, boundary=Boundary.csurka)
     assert [image.id for image in found.per_image] == list(mixed.ids)
     for index, image in enumerate(found.per_image):
-        alone = evaluate(network(), OneImage(mixed, index), SIZE, boundary=True)
+        alone = evaluate(network(), OneImage(mixed, index), SIZE, boundary=Boundary.csurka)
         assert image.miou == pytest.approx(alone.scores.miou, abs=2e-3)
         assert image.global_accuracy == pytest.approx(alone.scores.global_accuracy, abs=2e-3)
         assert image.pixels == alone.scores.pixels
@@ -241,7 +245,7 @@ def test_an_image_without_a_contour_does_not_count_for_boundary_f1(flat):
     mask = np.array(Image.open(path))
     mask[:] = 1
     Image.fromarray(mask).save(path)
-    found = evaluate(Oracle(4), flat, (32, 40), boundary=True)
+    found = evaluate(Oracle(4), flat, (32, 40), boundary=Boundary.csurka)
     assert np.isnan(found.per_image[1].boundary_f1)
     assert found.boundary_f1 == found.per_image[0].boundary_f1 > 0.5
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from segnet_scratch import weights
+from segnet_scratch.boundary import Boundary
 from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError, MissingLibraryError
@@ -109,7 +110,7 @@ def test_ids_are_unique_and_references_lead_somewhere(page):
 
 def test_it_says_the_scores_of_the_best_network(page, run, sample):
     evaluation = evaluate(
-        weights.load(run / "best.safetensors", "numpy"), VOCDataset(sample, "val"), (32, 32), boundary=True
+        weights.load(run / "best.safetensors", "numpy"), VOCDataset(sample, "val"), (32, 32), boundary=Boundary.csurka
     )
     words = Contents(page).words
     scores = evaluation.scores

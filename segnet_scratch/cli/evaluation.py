@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from segnet_scratch import weights
+from segnet_scratch.boundary import Boundary
 from segnet_scratch.cli.common import (
     CheckpointArgument,
     DataOption,
@@ -34,6 +35,7 @@ from segnet_scratch.inference import Inference
 from segnet_scratch.predict import find_images, predict_files
 from segnet_scratch.report import write_report
 from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.score import score
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.submit import Competition, submit
 from segnet_scratch.video import find_video, plan_videos, predict_video
@@ -75,6 +77,18 @@ SamplesOption = Annotated[
     ),
 ]
 
+BoundaryOption = Annotated[
+    Boundary | None,
+    typer.Option(
+        "--boundary",
+        help="Also boundary F1, contours within 0.75 % of the image diagonal: csurka, as its paper defines it; "
+        "authors, as the SegNet paper's figures were computed (needs SciPy).",
+    ),
+]
+PerImageOption = Annotated[
+    Path | None, typer.Option(help="Also the scores of each image, as CSV.", metavar="FILE.csv", dir_okay=False)
+]
+
 
 def _inference(flip: bool, scales: str | None, window: str | None, stride: str | None, samples: int) -> Inference:
     """The options of averaging as one object; ConfigError for text that is no number."""
@@ -108,25 +122,20 @@ def evaluate_command(
     device: DeviceOption = "auto",
     size: SizeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time, where nothing is averaged.")] = 4,
-    boundary: Annotated[
-        bool,
-        typer.Option("--boundary", help="Also boundary F1: contours within 0.75 % of the image diagonal."),
-    ] = False,
+    boundary: BoundaryOption = None,
     flip: FlipOption = False,
     scales: ScalesOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
     samples: SamplesOption = 0,
-    per_image: Annotated[
-        Path | None, typer.Option(help="Also the scores of each image, as CSV.", metavar="FILE.csv", dir_okay=False)
-    ] = None,
+    per_image: PerImageOption = None,
     json: JsonOption = None,
 ) -> None:
     """Score a checkpoint by the VOC protocol: one confusion matrix over the whole split, void ignored.
 
     The image is resized to the network's input size and the logits bilinearly back to the size of the ground truth.
 
-    Example: segnet eval runs/voc/best.safetensors --data VOC2012 --boundary --flip --scales 0.75,1,1.25
+    Example: segnet eval runs/voc/best.safetensors --data VOC2012 --boundary csurka --flip --scales 0.75,1,1.25
 
     IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
     """
@@ -141,6 +150,31 @@ def evaluate_command(
     console.print(scores_table(evaluation))
     write_per_image(per_image, evaluation)
     write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
+
+
+@app.command(name="score")
+def score_command(
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PREDICTIONS", help="A folder with ID.png for every image.", file_okay=False)
+    ],
+    data: DataOption,
+    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
+    boundary: BoundaryOption = None,
+    per_image: PerImageOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Score label maps that were made elsewhere, by the same code as segnet eval.
+
+    ID.png: class numbers, indexed or grey, of the size of the ground truth, as segnet predict and submit write them.
+
+    Example: segnet score results/VOC2012/Segmentation/comp6_val_cls --data VOC2012
+    """
+    dataset = VOCDataset(data, split)
+    with evaluation_progress(console, len(dataset), "score") as advance:
+        evaluation = score(predictions, dataset, boundary, advance=advance)
+    console.print(scores_table(evaluation))
+    write_per_image(per_image, evaluation)
+    write_json(json, {**evaluation.to_json(), "split": split, "predictions": str(predictions)})
 
 
 @app.command()

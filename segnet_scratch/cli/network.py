@@ -26,6 +26,7 @@ from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
+from segnet_scratch.evaluate import check_classes
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
@@ -127,6 +128,7 @@ def bn_recalibrate(
     """
     model = weights.load(checkpoint, get_device(device))
     dataset = VOCDataset(data, split)
+    check_classes(model, dataset)
     transform = EvalTransform(input_size(checkpoint, model, size))
     # The last batch is often small, and its statistics the worst.
     loader = Loader(dataset, transform, batch, seed, drop_last=len(dataset) >= batch)

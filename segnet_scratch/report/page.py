@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import weights
+from segnet_scratch.boundary import Boundary
 from segnet_scratch.config import Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError
@@ -130,7 +131,7 @@ def _validate(
     model = weights.load(folder.best if folder.best.is_file() else folder.last, get_device(device))
     dataset = VOCDataset(data, "val")
     began = perf_counter()
-    evaluation = evaluate(model, dataset, config.image_size, advance=progress(len(dataset)), boundary=True)
+    evaluation = evaluate(model, dataset, config.image_size, advance=progress(len(dataset)), boundary=Boundary.csurka)
     seconds = perf_counter() - began
     scored = [index for index, image in enumerate(evaluation.per_image) if math.isfinite(image.miou)]
     ranked = sorted(scored, key=lambda index: evaluation.per_image[index].miou)

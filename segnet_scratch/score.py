@@ -1,0 +1,64 @@
+"""Predictions made elsewhere, scored as `evaluate` scores those of a network of ours."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from segnet_scratch.boundary import Boundary
+from segnet_scratch.data import VOCDataset, ordered_map, read_mask
+from segnet_scratch.data.pictures import decode, mask_labels
+from segnet_scratch.errors import DataError
+from segnet_scratch.evaluate import Evaluation, Tally
+from segnet_scratch.runtime.devices import get_device
+
+_NAMED_AT_MOST = 5
+
+
+def score(
+    predictions: Path,
+    dataset: VOCDataset,
+    boundary: Boundary | None = None,
+    workers: int = 2,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """The scores of `predictions/ID.png` for every image of a split: class numbers, indexed or grey, as large as masks.
+
+    `advance` is told of each image. The loss is NaN: label maps have none. DataError for predictions that are missing,
+    of another size than the ground truth, or that hold anything but numbers of classes.
+    """
+    files = [predictions / f"{name}.png" for name in dataset.ids]
+    if missing := [path for path in files if not path.is_file()]:
+        named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
+        more = f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
+        raise DataError(
+            f"{predictions}: {len(missing)} of {len(files)} predictions are missing:{named}{more}\n"
+            f"Name the folder that holds ID.png for every id of the list {dataset.split}."
+        )
+    tally = Tally(dataset.names, get_device("numpy"), boundary)
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = read_mask(dataset.mask_path(index), dataset.classes)
+        return truth, _read_prediction(files[index], truth.shape, dataset.classes)
+
+    with closing(ordered_map(read, range(len(files)), workers, ahead=8)) as pairs:
+        for name, (truth, prediction) in zip(dataset.ids, pairs, strict=True):
+            tally.add(name, truth, prediction)
+            advance(1)
+    return tally.evaluation()
+
+
+def _read_prediction(path: Path, size: tuple[int, ...], classes: int) -> np.ndarray:
+    labels = mask_labels(path, decode(path, "mask"))
+    if labels.shape != size:
+        raise DataError(
+            f"{path}: {labels.shape[0]} x {labels.shape[1]} (height x width), its ground truth {size[0]} x {size[1]}; "
+            "resize the logits to the size of the ground truth before taking the class"
+        )
+    if labels.max() >= classes:
+        raise DataError(
+            f"{path}: label {labels.max()}; expected 0..{classes - 1} in every pixel, void or not, as the VOC "
+            "development kit does; write numbers of classes, in the order of the data set"
+        )
+    return labels
