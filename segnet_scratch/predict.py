@@ -1,7 +1,10 @@
 """Prediction: an indexed PNG and an overlay with a legend for each image at its own size; on request the arrays."""
 
+import errno
 import glob
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +15,9 @@ from PIL import Image
 from segnet_scratch.data import indexed_picture, read_image
 from segnet_scratch.data.drawing import Style, heat_map
 from segnet_scratch.data.folders import left_by_system, visible_files
+from segnet_scratch.data.pictures import label_counts
 from segnet_scratch.errors import DataError
-from segnet_scratch.files import write_durably
+from segnet_scratch.files import reason, write_durably
 from segnet_scratch.inference import Inference, Segmentation, segment
 from segnet_scratch.segnet import SegNet
 
@@ -22,11 +26,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Prediction:
-    """The files written for one image, by what they hold, and the share of its pixels that each class has."""
+    """The files written for one image, by what they hold, and the share of its pixels that each class has.
+
+    Where the image could not be read there are none, and `problem` says why.
+    """
 
     image: Path
     files: dict[str, Path]
     shares: dict[str, float]
+    problem: str = ""
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
@@ -71,48 +79,79 @@ def predict_files(
 
     With samples also `NAME_uncertainty.png`; with logits `NAME.npy`, float32 (height, width, classes), at the image's
     own size (`Segmentation`), and `NAME_uncertainty.npy`, float32 (height, width). Each file appears whole or not at
-    all. DataError, before anything is written, for an image that does not exist, and where a result would overwrite
-    another result or one of the images; and for a file that is no image, when its turn has come.
+    all. NAME is that of the image without its suffix, or with it where results would have the same name. A file that is
+    no image is a Prediction with a problem, and the others go on. DataError, before anything is written, for an image
+    that does not exist, and where a result would overwrite another result or one of the images; later where a file
+    cannot be written.
     """
     inference = inference or Inference()
     inference.check(model, size)
-    targets = [_targets(out / path.stem, with_logits, inference.samples > 0) for path in images]
-    check_targets(images, [list(files.values()) for files in targets])
+    _refuse_missing(images)
+    targets = plan_targets(images, out, _endings(with_logits, inference.samples > 0))
     out.mkdir(parents=True, exist_ok=True)
     for path, files in zip(images, targets, strict=True):
-        image = read_image(path, for_prediction=True)
+        try:
+            image = read_image(path, for_prediction=True)
+        except DataError as error:
+            yield Prediction(path, {}, {}, str(error))
+            continue
         result = segment(model, image, size, inference, with_logits)
-        contents = _contents(image, result, style)
-        for kind, file in files.items():
-            write_durably(file, [contents[kind]])
-        counts = np.bincount(result.labels.reshape(-1), minlength=len(style.names))
-        shares = {style.names[k]: float(counts[k] / result.labels.size) for k in np.argsort(-counts) if counts[k]}
+        try:
+            for kind, file in files.items():
+                write_durably(file, [_content(kind, image, result, style)])
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise DataError(f"{error.filename}: could not be written: {reason(error)}") from error
+            yield Prediction(path, {}, {}, f"{error.filename}: could not be written: {reason(error)}")
+            continue
+        counts = label_counts(result.labels)
+        order = np.argsort(-counts[: len(style.names)], kind="stable")
+        shares = {style.names[k]: float(counts[k] / result.labels.size) for k in order if counts[k]}
         yield Prediction(path, files, shares)
 
 
-def check_targets(sources: Sequence[Path], targets: Sequence[Sequence[Path]]) -> None:
-    """DataError where a source is missing, or one of its targets would overwrite another target or a source."""
-    missing = [path for path in sources if not path.is_file()]
-    if missing:
-        problem = "is a folder; name the images in it" if missing[0].is_dir() else "no such file; check the path"
-        others = f" (and {len(missing) - 1} more of {len(sources)} images)" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0]}: {problem}{others}")
+def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str]) -> list[dict[str, Path]]:
+    """The files to be made of each source, by what they hold: in `out`, its name without suffix plus each ending.
+
+    Sources whose files would be called the same, on any file system, keep their suffix. DataError where a file would
+    still overwrite another one, or a source.
+    """
+    stems = [path.stem for path in sources]
+    names = [[_same_anywhere(stem + ending) for ending in endings.values()] for stem in stems]
+    often = Counter(name for of_one in names for name in of_one)
+    targets = []
+    for path, stem, of_one in zip(sources, stems, names, strict=True):
+        kept = path.name if any(often[name] > 1 for name in of_one) else stem
+        targets.append({kind: out / (kept + ending) for kind, ending in endings.items()})
     inputs = {path.resolve() for path in sources}
-    made_from: dict[Path, Path] = {}
+    made_from: dict[str, Path] = {}
     for path, files in zip(sources, targets, strict=True):
-        for target in files:
+        for target in files.values():
             if target.resolve() in inputs:
                 raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")
-            if target in made_from:
+            if other := made_from.get(_same_anywhere(target.name)):
                 raise DataError(
-                    f"{target}: {made_from[target]} and {path} would both be written there; predict them into separate "
-                    "folders"
+                    f"{target}: {other} and {path} would both be written there; predict them into separate folders"
                 )
-            made_from[target] = path
+            made_from[_same_anywhere(target.name)] = path
+    return targets
 
 
-def _targets(stem: Path, with_logits: bool, with_uncertainty: bool) -> dict[str, Path]:
-    """The files of one image by what they hold."""
+def _refuse_missing(images: Sequence[Path]) -> None:
+    missing = [path for path in images if not path.is_file()]
+    if missing:
+        problem = "is a folder; name the images in it" if missing[0].is_dir() else "no such file; check the path"
+        others = f" (and {len(missing) - 1} more of {len(images)} images)" if len(missing) > 1 else ""
+        raise DataError(f"{missing[0]}: {problem}{others}")
+
+
+def _same_anywhere(name: str) -> str:
+    """A form that two names share where some file system takes them for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _endings(with_logits: bool, with_uncertainty: bool) -> dict[str, str]:
+    """What the names of an image's files end in, by what they hold."""
     endings = {"labels": ".png", "overlay": "_overlay.png"}
     if with_logits:
         endings["logits"] = ".npy"
@@ -120,19 +159,19 @@ def _targets(stem: Path, with_logits: bool, with_uncertainty: bool) -> dict[str,
         endings["uncertainty"] = "_uncertainty.png"
     if with_logits and with_uncertainty:
         endings["uncertainty_array"] = "_uncertainty.npy"
-    return {kind: stem.with_name(stem.name + ending) for kind, ending in endings.items()}
+    return endings
 
 
-def _contents(image: np.ndarray, result: Segmentation, style: Style) -> dict[str, bytes]:
-    """The bytes of every file that can be written."""
-    labels = result.labels
-    contents = {"labels": _png(indexed_picture(labels, style.palette)), "overlay": _png(style.overlay(image, labels))}
-    if result.logits is not None:
-        contents["logits"] = _npy(result.logits)
-    if result.uncertainty is not None:
-        contents["uncertainty"] = _png(heat_map(result.uncertainty, "variance"))
-        contents["uncertainty_array"] = _npy(result.uncertainty)
-    return contents
+def _content(kind: str, image: np.ndarray, result: Segmentation, style: Style) -> bytes:
+    """The bytes of one file: one at a time, since those of a large image are large."""
+    if kind == "labels":
+        return _png(indexed_picture(result.labels, style.palette))
+    if kind == "overlay":
+        return _png(style.overlay(image, result.labels))
+    if kind == "logits" and result.logits is not None:
+        return _npy(result.logits)
+    assert result.uncertainty is not None  # asked for only where there are samples
+    return _png(heat_map(result.uncertainty, "variance")) if kind == "uncertainty" else _npy(result.uncertainty)
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -75,7 +75,7 @@ def test_help_teaches(segnet, monkeypatch, command):
 def test_eval_with_everything(segnet, sample, checkpoint, tmp_path):
     averaging = ["--flip", "--scales", "1,1.25", "--samples", "2", "--window", "40x48", "--stride", "16"]
     files = ["--json", tmp_path / "a.json", "--per-image", tmp_path / "new" / "a.csv"]
-    finished = segnet("eval", checkpoint, "--data", sample, "--boundary", *averaging, *files)
+    finished = segnet("eval", checkpoint, "--data", sample, "--boundary=csurka", *averaging, *files)
     assert finished.code == 0, finished.err
     scores = json.loads((tmp_path / "a.json").read_text())
     for name in ("iou", "accuracy", "precision", "class_pixels"):
@@ -104,7 +104,7 @@ def test_an_image_of_void_has_empty_fields(segnet, sample, checkpoint, tmp_path)
     name = (data / "ImageSets/Segmentation/val.txt").read_text().split()[1]
     path = data / "SegmentationClass" / f"{name}.png"
     Image.open(path).point([255] * 256).save(path)
-    arguments = ["--data", data, "--boundary", "--per-image", tmp_path / "a.csv", "--json", tmp_path / "a.json"]
+    arguments = ["--data", data, "--boundary=csurka", "--per-image", tmp_path / "a.csv", "--json", tmp_path / "a.json"]
     assert segnet("eval", checkpoint, *arguments).code == 0
     row = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[1]
     assert row == {"id": name, "miou": "", "global_accuracy": "", "pixels": "0", "boundary_f1": ""}
@@ -174,6 +174,22 @@ def test_predict_takes_folders_patterns_and_videos(segnet, sample, checkpoint, t
     assert results[-1]["frames"] == 3
     assert re.search(rf"{re.escape(str(out / 'clip_overlay.mp4'))}: 3 frames, \d+\.\d frames/s\n", finished.out)
     assert {path.suffix for path in out.iterdir()} == {".png", ".mp4"}
+
+
+def test_a_bad_file_does_not_end_predict(segnet, sample, checkpoint, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(sample / "JPEGImages", folder)
+    good = len(list(folder.iterdir()))
+    (folder / "0.jpg").write_bytes(b"")
+    (folder / "z.png").write_bytes(b"<!DOCTYPE html>")
+    (folder / "._z.jpg").write_bytes(b"x")
+    result = tmp_path / "r.json"
+    finished = segnet("predict", checkpoint, folder, "--out", tmp_path / "out", "--json", result)
+    assert finished.code == 1
+    for part in ("0.jpg: ", "z.png: ", f"2 of {good + 2} inputs had problems"):
+        assert part in finished.err
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == good
+    assert sum("problem" in row for row in json.loads(result.read_text())) == 2
 
 
 def test_what_predict_cannot_find_is_explained(segnet, sample, checkpoint, tmp_path, monkeypatch):

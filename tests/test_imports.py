@@ -17,8 +17,8 @@ LAYERS = [
     {"data"},
     {"engine"},  # the same networks in few large kernels
     {"optim"},
-    {"metrics", "boundary", "drawing"},
-    {"inference", "evaluate", "submit", "predict", "video"},
+    {"metrics", "boundary"},
+    {"inference", "evaluate", "score", "submit", "predict", "film", "video"},
     {"train"},
     {"display", "listeners", "run_record", "tensorboard", "report"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest

@@ -320,20 +320,41 @@ def test_a_folder_is_no_image(model, tmp_path):
         run(model, [tmp_path], tmp_path / "out")
 
 
-def test_two_images_of_one_name_are_refused(model, tmp_path):
+NAMESAKES = {
+    "another format": (("gray.jpg", "gray.png", "x.png"), ("gray.jpg", "gray.png", "x")),
+    "another case": (("Gray.jpg", "gray.png"), ("Gray.jpg", "gray.png")),
+    "another form of one letter": (("\u00e9.jpg", "e\u0301.png"), ("\u00e9.jpg", "e\u0301.png")),
+    "what overlays are called": (("a.png", "a_overlay.png", "b.png"), ("a.png", "a_overlay.png", "b")),
+    "another folder": (("a.png", "other/a.jpg"), ("a.png", "a.jpg")),
+}
+
+
+@pytest.mark.parametrize("kind", NAMESAKES)
+def test_results_of_namesakes_keep_their_suffixes(model, tmp_path, kind):
+    names, stems = NAMESAKES[kind]
     (tmp_path / "other").mkdir()
-    paths = [save(tmp_path / "a.png", noise(40, 40)), save(tmp_path / "other" / "a.jpg", noise(40, 40))]
+    paths = [save(tmp_path / name, noise(40, 40, seed)) for seed, name in enumerate(names)]
+    done = run(model, paths, tmp_path / "out", with_logits=False)
+    assert [result.files["labels"].name for result in done] == [f"{stem}.png" for stem in stems]
+    assert len(left(tmp_path / "out")) == 2 * len(names)
+
+
+def test_two_images_of_one_full_name_are_refused(model, tmp_path):
+    (tmp_path / "other").mkdir()
+    paths = [save(tmp_path / "a.png", noise(40, 40)), save(tmp_path / "other" / "a.png", noise(40, 40))]
     with pytest.raises(DataError) as raised:
         run(model, paths, tmp_path / "out")
-    for path in (*paths, tmp_path / "out" / "a.png"):
+    for path in (*paths, tmp_path / "out" / "a.png.png"):
         assert str(path) in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_that_would_overwrite_an_overlay_is_refused(model, tmp_path):
-    paths = [save(tmp_path / name, noise(40, 40)) for name in ("a.png", "a_overlay.png")]
-    with pytest.raises(DataError, match=r"a_overlay\.png: .*would both be written there"):
-        run(model, paths, tmp_path / "out")
+def test_a_name_too_long_for_its_results_is_a_problem_of_its_own(model, tmp_path):
+    paths = [save(tmp_path / f"{'n' * length}.jpg", noise(40, 40)) for length in (251, 243, 240)]
+    failed, *done = run(model, paths, tmp_path / "out", with_logits=False)
+    assert "choose a shorter name" in failed.problem
+    assert all(len(result.files) == 2 and not result.problem for result in done)
+    assert len([name for name in left(tmp_path / "out") if name.endswith("_overlay.png")]) == 2
 
 
 def test_an_image_is_never_overwritten_by_its_result(model, tmp_path):
@@ -358,9 +379,10 @@ def broken_png():
 def test_an_unreadable_image_is_named_and_leaves_no_file(model, tmp_path, content):
     good = save(tmp_path / "good.png", noise(40, 40))
     (tmp_path / "bad.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=r"bad\.jpg"):
-        run(model, [good, tmp_path / "bad.jpg"], tmp_path / "out")
-    assert left(tmp_path / "out") == ["good.npy", "good.png", "good_overlay.png"]  # what came before it is whole
+    failed, done = run(model, [tmp_path / "bad.jpg", good], tmp_path / "out")
+    assert "bad.jpg: " in failed.problem
+    assert (failed.image.name, failed.files, done.problem) == ("bad.jpg", {}, "")
+    assert left(tmp_path / "out") == ["good.npy", "good.png", "good_overlay.png"]
 
 
 def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch):
@@ -378,7 +400,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch):
 
     save(path, noise(40, 40, seed=5))
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"a\.npy: could not be written: No space left.*make room"):
         run(model, [path], tmp_path / "out")
     monkeypatch.undo()
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}

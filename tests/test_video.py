@@ -1,17 +1,20 @@
 """Videos and cameras, on a short synthetic clip."""
 
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from data_support import REAL_DATA
 from evaluation_support import network
 
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
+from segnet_scratch.film import Film, _Clock, opened_film, upright
 from segnet_scratch.inference import Inference, segment
-from segnet_scratch.video import Video, _upright, find_video, plan_videos, predict_video
+from segnet_scratch.video import Video, find_video, plan_videos, predict_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'segnet_scratch[video]'")
 
@@ -154,7 +157,7 @@ def test_an_error_leaves_no_file(model, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x18ftypmp42" + bytes(100)])
 def test_a_file_that_is_no_video_is_named(model, tmp_path, content):
     (tmp_path / "bad.mp4").write_bytes(content)
-    with pytest.raises(DataError, match=r"bad\.mp4: .*(expected a video|holds no pictures|not one frame)"):
+    with pytest.raises(DataError, match=r"bad\.mp4: .*(expected a video|holds no moving pictures|not one frame)"):
         run(model, tmp_path / "bad.mp4", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -167,7 +170,7 @@ def test_sound_is_no_video(model, tmp_path):
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(DataError, match=r"sound\.mkv: holds no pictures"):
+    with pytest.raises(DataError, match=r"sound\.mkv: holds no moving pictures"):
         run(model, path, tmp_path / "out")
 
 
@@ -221,8 +224,11 @@ def test_results_never_overwrite_one_another_or_a_source(tmp_path):
     for name in ("a.mp4", "a.mkv", "b.mp4", "b_overlay.mp4"):
         (tmp_path / name).touch()
     videos = {path.name: find_video(str(path)) for path in tmp_path.iterdir() if path.is_file()}
+    out = tmp_path / "out"
+    both = plan_videos([videos["a.mp4"], videos["a.mkv"]], out)
+    assert both == [out / "a.mp4_overlay.mp4", out / "a.mkv_overlay.mp4"]
     with pytest.raises(DataError, match="would both be written there"):
-        plan_videos([videos["a.mp4"], videos["a.mkv"]], tmp_path / "out")
+        plan_videos([videos["a.mp4"], videos["a.mp4"]], out)
     with pytest.raises(DataError, match="would overwrite this file"):
         plan_videos([videos["b.mp4"], videos["b_overlay.mp4"]], tmp_path)
     assert plan_videos([videos["a.mp4"], videos["b.mp4"]], tmp_path / "other") == [
@@ -239,15 +245,158 @@ def test_without_pyav_the_extra_is_named(monkeypatch, tmp_path):
     assert plan_videos([], tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("turn", [0, 90, -90, 180, -180])
-def test_a_frame_filmed_lying_down_is_turned_upright(turn):
-    """`rotation` is how far the player turns the picture, counterclockwise."""
-    upright = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    stored = np.rot90(upright, -turn // 90)  # turned the other way
-    frame = SimpleNamespace(rotation=turn, to_ndarray=lambda format: stored)
-    found = _upright(frame)
-    np.testing.assert_array_equal(found, upright)
+# (a, b, c, d) of a display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y), y downwards.
+TURNS = {
+    "upright": ((1, 0, 0, 1), lambda p: p),
+    "a quarter clockwise": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+    "half": ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
+    "a quarter anticlockwise": ((0, -1, 1, 0), lambda p: np.rot90(p)),
+    "mirrored left to right": ((-1, 0, 0, 1), np.fliplr),
+    "mirrored top to bottom": ((1, 0, 0, -1), np.flipud),
+    "transposed": ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+    "transposed the other way": ((0, -1, -1, 0), lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+    "a little askew": ((0.99, 0.1, -0.1, 0.99), lambda p: p),
+    "nothing": ((0, 0, 0, 0), lambda p: p),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_frame_is_shown_as_its_display_matrix_says(turn):
+    (a, b, c, d), expected = TURNS[turn]
+    matrix = np.round(np.array([a, b, 0, c, d, 0, 7, 9, 1 << 14]) * (1 << 16)).astype(np.int32)
+    stored = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    frame = SimpleNamespace(side_data={"DISPLAYMATRIX": matrix.tobytes()}, to_ndarray=lambda format: stored)
+    found = upright(frame, None)
+    np.testing.assert_array_equal(found, expected(stored))
     assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("aspect", "width"), [(None, 30), (Fraction(0), 30), (Fraction(1), 30), (Fraction(4, 3), 40), (Fraction(1, 2), 15)]
+)
+def test_pixels_become_square(aspect, width):
+    frame = SimpleNamespace(side_data={}, to_ndarray=lambda format: np.zeros((20, 30, 3), np.uint8))
+    assert upright(frame, aspect).shape == (20, width, 3)
+
+
+TIMES = {
+    "as they should be": ([(0, 0), (1, 1), (2, 2), (5, 5)], [0, 1, 2, 5]),
+    "from anywhere on": ([(900, 0), (901, 1), (903, 2)], [0, 1, 3]),
+    "below 0": ([(-2, -2), (-1, -1), (0, 0)], [0, 1, 2]),
+    "none": ([(None, None)] * 3, [0, 1, 2]),
+    "some": ([(0, 0), (None, None), (2, 2), (None, None)], [0, 1, 2, 3]),
+    "a second recording": ([(50, 0), (51, 1), (52, 2), (0, 3), (1, 4), (2, 5)], [0, 1, 2, 3, 4, 5]),
+    "those of decoding": ([(1, 2), (4, 3), (3, 4), (5, 5), (2, 6)], [0, 3, 3, 4, 5]),
+    "standing still": ([(0, None), (0, None), (1, None), (1, None)], [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_times_rise_whatever_frames_claim(kind):
+    stamps, expected = TIMES[kind]
+    clock = _Clock(Fraction(1, 10))
+    frames = [SimpleNamespace(pts=pts, dts=dts, time_base=Fraction(1, 10)) for pts, dts in stamps]
+    found = [clock(frame) for frame in frames]
+    assert all(later > earlier for earlier, later in pairwise(found))
+    assert [float(10 * time) for time in found] == pytest.approx(expected, abs=0.01)
+
+
+CASES = REAL_DATA.parent / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"no films at {CASES}")
+@pytest.mark.parametrize(
+    ("file", "frames", "seconds"), [("h264_b_frames.avi", 10, 1), ("joined.mpg", 20, 2), ("fast.mkv", 40, 0.02)]
+)
+def test_films_whose_times_do_not_rise_are_written_whole(model, tmp_path, file, frames, seconds):
+    done = run(model, CASES / "video-timestamps" / file, tmp_path / "out")
+    times = [time for time, _ in read_clip(done.overlay)]
+    assert done.frames == len(times) == frames
+    assert all(later > earlier for earlier, later in pairwise(times))
+    assert times[-1] == pytest.approx(seconds, rel=0.2)
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"no films at {CASES}")
+@pytest.mark.parametrize(
+    ("file", "turn"), [("mirrored.mp4", np.fliplr), ("transposed.mp4", lambda p: p.swapaxes(0, 1))]
+)
+def test_films_are_shown_as_players_do(file, turn):
+    path = CASES / "video-mirrored" / file
+    with opened_film(file, path) as film:
+        found, _ = next(film.frames())
+    np.testing.assert_array_equal(found, turn(read_clip(path)[0][1]))
+
+
+def test_frames_of_a_rate_that_changes_keep_their_times(model, tmp_path):
+    shown = [0, 1, 2, 40, 41, 300]
+    clip = write_clip(tmp_path / "a.mkv", pictures(6, 32, 48), rate=100, shown=shown)
+    times = [time for time, _ in read_clip(run(model, clip, tmp_path / "out").overlay)]
+    assert times == pytest.approx([number / 100 for number in shown], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "http:x.mp4", "concat:y|z.mp4", "file:z.mp4", "-i.mp4", "%03d.mp4", "ä ß.mp4", "\udcff.mp4"]
+)
+def test_names_that_mean_something_to_ffmpeg_are_names(model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "plain.mp4", pictures(2, 32, 48)).rename(name)
+    video = find_video(name)
+    (target,) = plan_videos([video], Path("out:put"))
+    assert predict_video(model, video, target, SIZE, Style(NAMES)).frames == len(read_clip(target.absolute())) == 2
+
+
+def test_a_cover_is_no_film(model, tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        cover, stream = container.add_stream("mjpeg", rate=1), container.add_stream("libx264", rate=10)
+        cover.width = cover.height = 16
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        square = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(square.reformat(format="yuvj420p")))
+        container.mux(cover.encode())
+        for k, picture in enumerate(pictures(3, 32, 48)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with opened_film("a", path) as film:
+        assert [picture.shape for picture, _ in film.frames()] == [(32, 48, 3)] * 3
+
+
+def test_a_film_that_breaks_off_is_kept_as_far_as_it_goes(model, tmp_path):
+    clip = write_clip(tmp_path / "a.mkv", pictures(60, 64, 96))
+    content = clip.read_bytes()
+    clip.write_bytes(content[: len(content) * 2 // 3])
+    done = run(model, clip, tmp_path / "out")
+    assert 0 < done.frames < 60
+    assert done.frames == len(read_clip(done.overlay))
+
+
+def test_damaged_packets_are_passed_over_and_counted(model, tmp_path):
+    clip = write_clip(tmp_path / "a.mkv", pictures(10, 32, 48))
+    packet = SimpleNamespace(decode=lambda: (_ for _ in ()).throw(av.error.InvalidDataError(1, "Invalid data")))
+    with opened_film("a", clip) as film:
+        packets = list(film._container.demux(film._stream))
+        film._container = SimpleNamespace(demux=lambda stream: iter([packets[0], packet, *packets[1:]]))
+        assert len(list(film.frames())) == 10
+        assert film.damaged == 1
+
+
+def test_what_breaks_a_film_keeps_the_frames_before_it(model, tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "clip.mp4", pictures(7, 32, 48))
+    whole = Film.frames
+
+    def broken(self):
+        for number, frame in enumerate(whole(self)):
+            if number == 4:
+                raise DataError("clip: breaks off: Input/output error")
+            yield frame
+
+    monkeypatch.setattr(Film, "frames", broken)
+    done = run(model, clip, tmp_path / "out")
+    assert (done.frames, done.problem) == (4, "clip: breaks off: Input/output error")
+    assert len(read_clip(done.overlay)) == 4
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
@@ -259,7 +408,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
     opened = av.open
 
     def full(path, mode="r", **options):
-        return opened("/dev/full" if mode == "w" else path, mode, **options)
+        return opened(open("/dev/full", "wb", buffering=0) if mode == "w" else path, mode, **options)  # noqa: PTH123
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(av, "open", full)

@@ -16,6 +16,7 @@ from segnet_scratch.cli.common import (
     SizeOption,
     app,
     console,
+    fail,
     input_size,
     say,
     sides,
@@ -29,7 +30,7 @@ from segnet_scratch.display import (
     write_json,
     write_per_image,
 )
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.errors import ConfigError, DataError
 from segnet_scratch.evaluate import evaluate
 from segnet_scratch.inference import Inference
 from segnet_scratch.predict import find_images, predict_files
@@ -223,31 +224,50 @@ def predict(
     model = weights.load(checkpoint, get_device(device), fold=True)
     style, input_sides = _style(model, opacity), input_size(checkpoint, model, size)
     results: list[dict[str, Any]] = []
+    failed: list[str] = []
     stopped = False
-    for prediction in predict_files(model, images, out, input_sides, style, logits, inference):
-        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-        say(f"{prediction.files['overlay']}: {shares}")
-        files = {kind: str(path) for kind, path in prediction.files.items()}
-        results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
-    for video, target in zip(videos, targets, strict=True):
-        with video_progress(console, video.name) as watch:
-            written = predict_video(model, video, target, input_sides, style, inference, frames, watch)
-        cut = ", stopped by Ctrl-C" if written.interrupted else ""
-        say(f"{target}: {written.frames} frames, {written.frames_per_second:.1f} frames/s{cut}")
-        results.append(
-            {
-                "video": written.source,
-                "overlay": str(target),
-                "frames": written.frames,
-                "frames_per_second": written.frames_per_second,
-            }
-        )
-        stopped = written.interrupted and not video.is_camera  # a camera has no other end
-        if stopped:
-            break
+    try:
+        for prediction in predict_files(model, images, out, input_sides, style, logits, inference):
+            if prediction.problem:
+                failed.append(prediction.problem)
+                results.append({"image": str(prediction.image), "problem": prediction.problem})
+                continue
+            shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
+            say(f"{prediction.files['overlay']}: {shares}")
+            files = {kind: str(path) for kind, path in prediction.files.items()}
+            results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
+        for video, target in zip(videos, targets, strict=True):
+            try:
+                with video_progress(console, video.name) as watch:
+                    written = predict_video(model, video, target, input_sides, style, inference, frames, watch)
+            except DataError as error:
+                failed.append(str(error))
+                results.append({"video": video.name, "problem": str(error)})
+                continue
+            failed += [written.problem] if written.problem else []
+            cut = ", stopped by Ctrl-C" if written.interrupted else ", not all of it" if written.problem else ""
+            say(f"{target}: {written.frames} frames, {written.frames_per_second:.1f} frames/s{cut}")
+            results.append(
+                {
+                    "video": written.source,
+                    "overlay": str(target),
+                    "frames": written.frames,
+                    "frames_per_second": written.frames_per_second,
+                }
+            )
+            stopped = written.interrupted and not video.is_camera  # a camera has no other end
+            if stopped:
+                break
+    except KeyboardInterrupt:
+        stopped = True
     write_json(json, results)
     if stopped:
         raise typer.Exit(130)
+    inputs_given = len(images) + len(videos)
+    if failed and inputs_given > 1:
+        failed.append(f"{len(failed)} of {inputs_given} inputs had problems; the others are done")
+    if failed:
+        fail("\nerror: ".join(failed), 1)
 
 
 @app.command(name="submit")
