@@ -2,12 +2,13 @@
 //
 //   norm  = sqrt(sum of g^2 over every element of every gradient)
 //   scale = largest / norm where norm > largest, else 1     (clipping by global norm, arXiv 1211.5063; sgd.cu applies it)
+//   scale = NaN             from the first norm on that is not finite: the steps after it change nothing (sgd.cu)
 //
 // A table of addresses takes the place of array arguments: addresses[p] is the gradient of parameter p. Gradients are cut
 // into chunks; block b of the first launch adds up elements chunk_start[b] ... of gradient chunk_parameter[b]. In the
 // second launch one thread a parameter adds its chunks in their order, and thread 0 the parameters in theirs: the order
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
-// infinity anywhere makes the norm one: `scale` is then of no meaning, and the trainer stops before it is applied.
+// infinity anywhere makes the norm one.
 #include "common/reduce.cuh"
 
 #define THREADS 256
@@ -36,7 +37,7 @@ extern "C" __global__ void gradient_norm_merge(
     const int* __restrict__ first_chunk,  // (parameters + 1)
     double* __restrict__ squares,         // (parameters)
     double* __restrict__ norm,            // (1)
-    double* __restrict__ scale,           // (1)
+    double* __restrict__ scale,           // (1), in and out
     int parameters, int chunks, double largest) {
     for (int parameter = threadIdx.x; parameter < parameters; parameter += blockDim.x) {
         double sum = 0;
@@ -49,5 +50,6 @@ extern "C" __global__ void gradient_norm_merge(
     for (int parameter = 0; parameter < parameters; ++parameter) total += squares[parameter];
     const double length = sqrt(total);
     norm[0] = length;
-    scale[0] = length > largest ? largest / length : 1.0;
+    if (scale[0] != scale[0]) return;  // an earlier step has failed
+    scale[0] = !isfinite(length) ? length - length : length > largest ? largest / length : 1.0;
 }

@@ -6,6 +6,9 @@
 // into chunks; block b works on elements chunk_start[b] ... of parameter chunk_parameter[b]. The learning rate and
 // the scale of the gradients (gradient_norm.cu) lie in device memory: they change between launches of a captured graph.
 // Threads: elements of a chunk, stride blockDim.x. Element-wise: no order to depend on.
+//
+// A scale of NaN says that the gradients are not finite. Then nothing moves, and `keep_finite` takes back what the
+// forward pass has done to the running statistics: without a look from the host a failed step leaves no trace.
 #include "common/types.cuh"
 
 // Launch: by its op only, because `addresses` holds pointers
@@ -19,6 +22,7 @@ extern "C" __global__ void sgd_step(
     const double* __restrict__ lr,            // (1)
     const double* __restrict__ scale,         // (1)
     int parameters, int chunks, int64 chunk_size, double momentum) {
+    if (scale[0] != scale[0]) return;
     const int parameter = chunk_parameter[blockIdx.x];
     storage_t* const w = (storage_t*)addresses[parameter * 3 + 0];
     const storage_t* const g = (const storage_t*)addresses[parameter * 3 + 1];
@@ -31,5 +35,26 @@ extern "C" __global__ void sgd_step(
         const accumulate_t value = w[i], velocity = keep * m[i] + (factor * g[i] + decay * value);
         m[i] = velocity;
         w[i] = value - rate * velocity;
+    }
+}
+
+// kept = array where the step went well, else array = kept. addresses[p] = {array, kept}.
+// Launch: by its op only, because `addresses` holds pointers
+extern "C" __global__ void keep_finite(
+    const uint64* __restrict__ addresses,     // (arrays, 2)
+    const int64* __restrict__ sizes,          // (arrays)
+    const int* __restrict__ chunk_parameter,  // (chunks)
+    const int64* __restrict__ chunk_start,    // (chunks)
+    const double* __restrict__ scale,         // (1)
+    int arrays, int chunks, int64 chunk_size) {
+    const int index = chunk_parameter[blockIdx.x];
+    storage_t* const array = (storage_t*)addresses[index * 2 + 0];
+    storage_t* const kept = (storage_t*)addresses[index * 2 + 1];
+    const int64 begin = chunk_start[blockIdx.x], size = sizes[index];
+    const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
+    const bool failed = scale[0] != scale[0];
+    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        if (failed) array[i] = kept[i];
+        else kept[i] = array[i];
     }
 }

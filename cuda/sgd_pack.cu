@@ -14,6 +14,7 @@
 // A block looks after 32 outputs x 32 channels of one tap. It reads and writes w, g, m and the copy along the channels
 // and, by way of shared memory, writes `flipped` along the outputs: all accesses are runs of 32.
 // Threads: (32, 8), every 8th row of the tile. Element-wise: no order to depend on. With `update` 0 it only copies.
+// Where the scale is NaN (gradient_norm.cu) nothing moves.
 #include "common/types.cuh"
 
 #define TILE 32
@@ -29,6 +30,7 @@ extern "C" __global__ void sgd_pack_step(
     const double* __restrict__ lr,         // (1)
     const double* __restrict__ scale,      // (1)
     int parameters, int tile_count, double momentum, int update) {
+    if (update && scale[0] != scale[0]) return;
     SHARED_ARRAY(storage_t, turned, [TILE][TILE + 1]);  // a column more, so that its columns lie in different banks
     const int* const tile = tiles + (int64)blockIdx.x * 4;
     const int parameter = tile[0], first_output = tile[1], tap = tile[2], first_channel = tile[3];

@@ -79,27 +79,19 @@ class Ours:
     """This project on one of its devices."""
 
     def __init__(self, work: Work, device: str) -> None:
-        from segnet_scratch.optim import SGD
         from segnet_scratch.segnet import SegNet
+        from segnet_scratch.step import TrainingStep
 
         self.images, self.labels = work.data()
         self.model = SegNet(CLASSES, work.width, device)
-        self.optimiser = SGD(self.model, MOMENTUM, DECAY)
+        self._step = TrainingStep(self.model, momentum=MOMENTUM, decay=DECAY)
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         self.model.load_state_dict(state)
-
-    def _forward_backward(self) -> Any:
-        from segnet_scratch.nn.functions import cross_entropy
-
-        self.model.train().zero_grad()
-        logits = self.model(self.images)
-        cross_entropy(logits, self.labels).backward()
-        return logits
+        self._step.optimiser.refresh()
 
     def train_step(self) -> None:
-        self._forward_backward()
-        self.optimiser.step(LR)
+        self._step(self.images, self.labels, LR)
         self.model.device.synchronise()
 
     def infer(self) -> None:
@@ -112,10 +104,10 @@ class Ours:
     def training_pass(self) -> Arrays:
         from segnet_scratch.segnet import to_file_layout
 
-        logits = self._forward_backward().numpy()
+        logits = self._step.gradients(self.images, self.labels)
         download = self.model.device.download
         gradients = {name: to_file_layout(download(p.grad)) for name, p in self.model.named_parameters().items()}
-        return {"logits": logits, **gradients}
+        return {"logits": download(logits), **gradients}
 
 
 class PyTorch:

@@ -32,9 +32,9 @@ from segnet_scratch import no_grad
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import Batch, EvalTransform, Loader, TrainTransform, VOCDataset
 from segnet_scratch.files import write_durably
-from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
+from segnet_scratch.step import TrainingStep
 from segnet_scratch.weights import initialise
 
 VOID = 255
@@ -58,15 +58,11 @@ class Ours:
 
     def __init__(self, config: Config, model: SegNet) -> None:
         self.model = model
-        self.optimiser = SGD(model, config.momentum, config.decay, config.bias_lr)
+        self._step = TrainingStep(model, momentum=config.momentum, decay=config.decay, bias_lr=config.bias_lr)
 
     def step(self, batch: Batch, lr: float) -> float:
-        self.model.train()
-        self.model.zero_grad()
-        loss = cross_entropy(self.model(batch.images), batch.labels)
-        loss.backward()
-        self.optimiser.step(lr)
-        return loss.item()
+        self._step(batch.images, batch.labels, lr)
+        return self._step.read().get()[0]
 
     def logits(self, image: np.ndarray) -> np.ndarray:
         self.model.eval()

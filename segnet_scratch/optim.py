@@ -1,6 +1,7 @@
 """SGD with momentum over a model's parameters, and learning-rate schedules."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -8,10 +9,30 @@ import numpy as np
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, TrainingError
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
-from segnet_scratch.ops.optimiser.sgd import SgdStep
+from segnet_scratch.ops.optimiser.sgd import KeepFinite, SgdStep
 from segnet_scratch.ops.optimiser.sgd_pack import SgdPackStep
 from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.observe import carry_out, scope
 from segnet_scratch.segnet import SegNet, from_file_layout, to_file_layout
+
+
+@dataclass(frozen=True)
+class Update:
+    """The optimiser's work for whoever watches it: a norm of the gradients, a step, and bytes of copies."""
+
+    parameters: int
+    itemsize: int
+    copies: int
+    name: str = "sgd_step"
+
+    @property
+    def flops(self) -> int:
+        return 8 * self.parameters
+
+    @property
+    def bytes(self) -> int:
+        # The gradients are read twice; weights and momenta are read and written.
+        return 6 * self.parameters * self.itemsize + self.copies
 
 
 class SGD:
@@ -20,6 +41,9 @@ class SGD:
     Biases and batch-norm parameters do not decay. Their learning rate is `bias_lr` times that of the weights (the
     authors' Caffe models use 2). Where all gradients together are longer than `clip_norm`, `scale` makes them that
     long; else, and without `clip_norm` (0), it is 1. `working` are the fused engine's weights, kept up to date.
+
+    A step whose gradients are not finite leaves no trace, and neither does any step after it, until a state is loaded:
+    parameters, momenta and the model's running statistics stay what they were. `norm` says so, whenever it is read.
     """
 
     def __init__(
@@ -47,9 +71,8 @@ class SGD:
             self._step = SgdStep(*step)
         else:
             copies, flipped = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
-            self._step = packing = SgdPackStep(*step, copies, flipped, working.storage)
-            working.refresh = packing.refresh
-            working.refresh()
+            self._step = SgdPackStep(*step, copies, flipped, working.storage)
+        self._statistics = KeepFinite(device, [buffer.data for buffer in model.named_buffers().values()])
         self._scale = device.upload(np.ones(1))
         self.norm = device.zeros((1,), np.float64)  # of all gradients together, before clipping
         self._norm = GradientNorm(
@@ -61,13 +84,21 @@ class SGD:
             scale=self._scale,
             partials=device.zeros((len(self._step.table.chunks),), np.float64),
         )
-        self._measured = False
+        held = [] if working is None else [*working.copies.values(), *working.flipped.values()]
+        parameters = sum(array.size for array in arrays)
+        self._work = Update(parameters, model.dtype.itemsize, sum(array.nbytes for array in held))
+        self.refresh()
 
-    def measure(self) -> Array:
-        """The norm of the gradients, float64 (1) on the device, and from it the scale of the next step."""
-        self._norm(self._gradients())
-        self._measured = True
-        return self.norm
+    def refresh(self) -> None:
+        """To be called after somebody else has changed weights or running statistics: what is kept of them follows."""
+        self.model.device.write(self._scale, np.ones(1))
+        self._statistics(self._scale)
+        if isinstance(self._step, SgdPackStep):
+            self._step.refresh()
+
+    def take_back(self) -> None:
+        """The running statistics are again what the last step left: a forward pass was made for its result alone."""
+        self._statistics(self.model.device.upload(np.full(1, np.nan)))
 
     def step(self, lr: float) -> None:
         """Moves every parameter along its gradient; all must have one."""
@@ -79,11 +110,15 @@ class SGD:
         self.model.device.write(self._lr, np.array([lr]))
 
     def update(self) -> None:
-        """The second half of `step`: what `device.capture` can record. Measures first where clipping has to."""
-        if self.clip_norm and not self._measured:
-            self.measure()
-        self._step(self._gradients(), self._lr, self._scale)
-        self._measured = False
+        """The second half of `step`: what `device.capture` can record."""
+        with scope("update"):
+            carry_out(self._work, self._update)
+
+    def _update(self) -> None:
+        gradients = self._gradients()
+        self._norm(gradients)
+        self._statistics(self._scale)
+        self._step(gradients, self._lr, self._scale)
 
     def _gradients(self) -> list[Array]:
         for name, parameter in self.parameters.items():
@@ -105,6 +140,7 @@ class SGD:
                 raise CheckpointError(f"the momentum of {name} does not fit: got {got}; the file is of another model")
         for name, momentum in self.momenta.items():
             self.model.device.write(momentum, from_file_layout(state[name]).astype(momentum.dtype))
+        self.refresh()
 
 
 def learning_rate(

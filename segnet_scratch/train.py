@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ import numpy as np
 from segnet_scratch import weights
 from segnet_scratch.config import MEDIAN_FREQUENCY, Config, check_resume, load_config
 from segnet_scratch.data import (
-    VOID,
     Batch,
     ColourJitter,
     Loader,
@@ -30,21 +30,21 @@ from segnet_scratch.data import (
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.data.suspicions import look_over
-from segnet_scratch.engine.training import FusedEngine
-from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
-from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.ops.loss.cross_entropy import check_labels
-from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.optim import learning_rate
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
+from segnet_scratch.step import Outcome, TrainingStep
 from segnet_scratch.weights import initialise
 
 log = logging.getLogger(__name__)
+
+AHEAD = 8  # steps that a GPU may have been given before the loss of the first of them is looked at
 
 
 class Listener:
@@ -148,9 +148,6 @@ class Trainer:
             dtype=config.dtype,
             rung="tf32" if config.precision == "tf32" else None,
         )
-        # Before the optimiser: the engine lays the classifier's parameters where its kernels want them.
-        working = WorkingWeights.of(self.model, config.precision) if config.engine == "fused" else None
-        self.optimiser = SGD(self.model, config.momentum, config.decay, config.bias_lr, config.clip_norm, working)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self.best_miou: float | None = None
@@ -159,20 +156,19 @@ class Trainer:
         self._validation_due = False  # a stop request came before the validation of this step was done
         self._stop = threading.Event()
         self.initialised = "He initialisation"
-        resumed = resume and self.folder.last.exists()
-        if resumed:
-            self._load()
+        self._open: deque[_Step] = deque()  # steps whose losses have not been looked at
+        saved = weights.read(self.folder.last) if resume and self.folder.last.exists() else None
+        if saved is not None:
+            self._take_up(saved[2])
         else:
             for finding in look_over(self.train_set, config.workers):
                 log.warning("%s: %s", finding.path, finding.detail)
             self.class_weights = _class_weights(config, self.train_set)
             if init is not None:
                 self.initialised = initialise(self.model, init, self.train_set.names)
-        self._loss_weights = np.array(self.class_weights, np.float32) if self.class_weights else None
-        self.engine: FusedEngine | None = None
-        if working is not None:
-            objective = self._loss_weights, config.loss_normalisation, config.label_smoothing
-            self.engine = FusedEngine(self.model, working, *objective)
+        self.training = self._training_step()
+        if saved is not None:
+            self._load(*saved[:2])
         self.folder.path.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(self.folder.path)
         self.log.truncate_after(self.step)
@@ -203,19 +199,27 @@ class Trainer:
 
     def _train_epoch(self, listener: Listener) -> None:
         """The rest of the epoch that the next step belongs to."""
-        epoch, position = divmod(self.step, self.loader.batches_per_epoch)
-        batches = self._on_device(self.loader.epoch(epoch, start_batch=position))
+        batches = self._batches(self._begun)
         try:
             for batch in batches:
-                self._train_step(batch, listener)
-                self._after_step(listener)
+                self._begin_step(batch)
+                self._settle(listener, AHEAD if self._begun < self._next_stop else 0)
+                if not self._open:
+                    self._after_step(listener)
                 if self.step == self.total_steps or self.gave_up:
                     break
+                if self._stop.is_set():
+                    self._settle(listener, 0)
                 self._heed_stop()
         except DeviceMemoryError as error:
             raise DeviceMemoryError(f"{error}; {self._smaller()}", error.asked, error.free) from error
         finally:
             batches.close()
+
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of an epoch, on the device, from that of a step on."""
+        epoch, position = divmod(step, self.loader.batches_per_epoch)
+        return self._on_device(self.loader.epoch(epoch, start_batch=position))
 
     def _on_device(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches with their arrays on the device; a GPU gets each one while it works on the one before."""
@@ -244,80 +248,86 @@ class Trainer:
         if self._stop.is_set():
             raise _Stopped
 
-    def _train_step(self, batch: Batch, listener: Listener) -> None:
-        config, model = self.config, self.model
-        model.train()
-        model.zero_grad()
-        value = self._gradients(batch)
-        # One element of a gradient that is not finite makes the norm so.
-        norm = float(model.device.download(self.optimiser.measure())[0])
-        if not math.isfinite(value):
-            raise TrainingError(self._not_finite(value, batch))
-        if not math.isfinite(norm):
-            raise TrainingError(f"the norm of the gradients is {norm}: {self._not_finite(value, batch)}")
+    def _training_step(self) -> TrainingStep:
+        config = self.config
+        return TrainingStep(
+            *(self.model, config.engine, config.precision),
+            momentum=config.momentum,
+            decay=config.decay,
+            bias_lr=config.bias_lr,
+            clip_norm=config.clip_norm,
+            class_weights=np.array(self.class_weights, np.float32) if self.class_weights else None,
+            normalisation=config.loss_normalisation,
+            smoothing=config.label_smoothing,
+            parts=config.accumulate,
+            seed=config.seed,
+        )
+
+    @property
+    def _begun(self) -> int:
+        """Steps that the device has been given."""
+        return self.step + len(self._open)
+
+    def _begin_step(self, batch: Batch) -> None:
+        """Gives the device a step to make, and waits for nothing."""
+        config, number = self.config, self._begun
         lr = learning_rate(
-            *(self.step, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup),
+            *(number, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup),
             *(config.lr_steps, config.lr_gamma),
         )
-        self.optimiser.step(lr)
-        self.step += 1
-        self.log.append({"step": self.step, "loss": value, "lr": lr})
-        listener.stepped(self, value, lr)
+        self.training(batch.images, batch.labels, lr, number)
+        self._open.append(_Step(self.training.read(), lr))
 
-    def _gradients(self, batch: Batch) -> float:
-        """Gives every parameter the gradient of the batch's loss, which is returned; in `accumulate` parts, one by one.
+    def _settle(self, listener: Listener, ahead: int) -> None:
+        """Looks at losses and norms that have come, in order; waits until at most `ahead` steps are left open.
 
-        The loss of a batch is the mean of its parts' losses, each weighed by its share of the normaliser.
+        A step that was not finite, and all after it, have changed nothing on the device: TrainingError.
         """
-        config, model = self.config, self.model
-        if self.engine is not None:
-            return float(model.device.download(self.engine(batch.images, batch.labels))[0])
-        losses = []
-        for part, (images, share) in enumerate(self._parts(batch)):
-            model.set_random_state(config.seed, self.step * config.accumulate + part)  # dropout masks of its own
-            loss = cross_entropy(
-                *(model(batch.images[images]), batch.labels[images], self._loss_weights),
-                *(config.loss_normalisation, config.label_smoothing),
-            )
-            loss.backward(model.device.constant(np.array([share], loss.dtype)))
-            losses.append((share, loss))
-        return math.fsum(share * loss.item() for share, loss in losses)
+        while self._open and (len(self._open) > ahead or self._open[0].outcome.ready):
+            loss, norm = self._open[0].outcome.get()
+            if not math.isfinite(loss):
+                raise TrainingError(self._not_finite(loss))
+            # One element of a gradient that is not finite makes the norm so.
+            if not math.isfinite(norm):
+                raise TrainingError(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
+            lr = self._open.popleft().lr
+            self.step += 1
+            self.log.append({"step": self.step, "loss": loss, "lr": lr})
+            listener.stepped(self, loss, lr)
 
-    def _parts(self, batch: Batch) -> list[tuple[slice, float]]:
-        """(images, share of the loss's normaliser) of each part of the batch."""
-        if self.config.accumulate == 1:
-            return [(slice(None), 1.0)]
-        count = len(batch.ids)
-        parts = min(self.config.accumulate, count)
-        cuts = [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
-        of_classes = np.ones(self.model.classes)
-        if self._loss_weights is not None and self.config.loss_normalisation == "weights":
-            of_classes = self._loss_weights.astype(np.float64)
-        labels = self.model.device.download(batch.labels)
-        weighs = [float(of_classes[part[part != VOID]].sum()) for part in (labels[cut] for cut in cuts)]
-        whole = sum(weighs) or 1.0  # where all is void, loss and gradients are 0 whatever they are multiplied by
-        return [(cut, weight / whole) for cut, weight in zip(cuts, weighs, strict=True)]
-
-    def _not_finite(self, loss: float, batch: Batch) -> str:
+    def _not_finite(self, loss: float) -> str:
+        """What is wrong with the step after those that have been looked at: it is made once more, by itself."""
         kept = (
             f"{self.folder.last} holds the last saved state" if self.folder.last.exists() else "there is no checkpoint"
         )
+        with closing(self._batches(self.step)) as batches:
+            batch = next(batches)
+            self.training.gradients(batch.images, batch.labels, self.step)
+            origin = first_not_finite(self.model, batch.images) or "loss"
         more = ", ..." if len(batch.ids) > 4 else ""
-        origin = first_not_finite(self.model, batch.images) or "loss"
         return (
             f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); NaN or infinity "
             f"first in: {origin}; {kept}; "
             f"train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
+    @property
+    def _validation_interval(self) -> int:
+        """Steps from one validation to the next."""
+        return self.config.validate_every or self.config.validate_epochs * self.loader.batches_per_epoch
+
+    @property
+    def _next_stop(self) -> int:
+        """The step before which nothing needs the losses: the next validation or checkpoint, or the end."""
+        intervals = self._validation_interval, self.config.checkpoint_every or self.total_steps
+        return min(self.total_steps, *((self.step // every + 1) * every for every in intervals))
+
     def _after_step(self, listener: Listener) -> None:
-        config = self.config
-        every = config.validate_every or config.validate_epochs * self.loader.batches_per_epoch
-        finished = self.step == self.total_steps
-        if finished or self.step % every == 0:
+        checkpoint_every = self.config.checkpoint_every
+        if self.step == self.total_steps or self.step % self._validation_interval == 0:
             self._validation_due = True
             self._validate_and_save(listener)
-        elif config.checkpoint_every and self.step % config.checkpoint_every == 0:
+        elif checkpoint_every and self.step % checkpoint_every == 0:
             self.save()
 
     def _validate_and_save(self, listener: Listener) -> None:
@@ -346,7 +356,7 @@ class Trainer:
     def save(self) -> None:
         """Writes `last.safetensors`: everything that the next step depends on."""
         metadata = self._metadata() | {"validation_due": self._validation_due}
-        weights.save(self.folder.last, self.model, metadata, self.optimiser.state_dict())
+        weights.save(self.folder.last, self.model, metadata, self.training.optimiser.state_dict())
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -360,25 +370,27 @@ class Trainer:
             "validations_since_best": self._validations_since_best,
         }
 
-    def _load(self) -> None:
-        state, momenta, metadata = weights.read(self.folder.last)
+    def _take_up(self, metadata: dict[str, Any]) -> None:
+        """The place in the run at which a checkpoint was written."""
         for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
             if metadata.get(what) != now:
                 raise CheckpointError(
                     f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
                     f"{now}; resume with the same --data"
                 )
-        try:
-            self.model.load_state_dict(state)
-            self.optimiser.load_state_dict(momenta)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.folder.last}: {error}") from error
         self.step, self.best_miou = metadata["step"], metadata["miou"]
         # A run that an earlier version began has neither.
         self.class_weights = metadata.get("class_weights", self.class_weights)
         self._validations_since_best = metadata.get("validations_since_best", 0)
-        self._validation_due = metadata["validation_due"]
+        self._validation_due = metadata.get("validation_due", False)  # `best` has none
         self.initialised = f"resumed from {self.folder.last}"
+
+    def _load(self, state: dict[str, np.ndarray], momenta: dict[str, np.ndarray]) -> None:
+        try:
+            self.model.load_state_dict(state)
+            self.training.optimiser.load_state_dict(momenta)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder.last}: {error}") from error
 
 
 class Throughput:
@@ -424,6 +436,14 @@ def _class_weights(config: Config, train_set: VOCDataset) -> list[float]:
     if config.class_weights == MEDIAN_FREQUENCY:
         return [float(weight) for weight in class_statistics(train_set, config.workers).weights]
     return [float(weight) for weight in config.class_weights]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that the device has been given."""
+
+    outcome: Outcome
+    lr: float
 
 
 class _Stopped(Exception):

@@ -42,8 +42,9 @@ class Timeline:
         self.streams = {DEFAULT: self.default}
         self.current = threading.local()
         self.recording: Stream | None = None
+        self.recorder = 0  # the thread that records
         self.synchronisations = 0
-        self.pending: list[PinnedCopy] = []
+        self.pending: list[PinnedCopy | Arrival] = []
         self.problems: list[str] = []
 
     def new_stream(self, non_blocking: bool = False) -> "Stream":
@@ -59,13 +60,15 @@ class Timeline:
     def host_learns(self, clock: Clock) -> None:
         """The host has waited; what pinned memory holds now may be looked at."""
         with self.lock:
-            assert self.recording is None, "cudaErrorStreamCaptureUnsupported: waiting while a stream is recorded"
+            # Relaxed capture, as CuPy's is, leaves other threads alone.
+            recording = self.recording is not None and self.recorder == threading.get_ident()
+            assert not recording, "cudaErrorStreamCaptureUnsupported: waiting while a stream is recorded"
             self.synchronisations += 1
             self.host.learn(clock)
             done = [copy for copy in self.pending if self.host.knows(*copy.stamp)]
             self.pending = [copy for copy in self.pending if copy not in done]
-        for copy in done:
-            copy.check()
+            for copy in done:
+                copy.check()
 
     def milliseconds(self, first: "Event", last: "Event") -> float:
         """CuPy's get_elapsed_time: both with timing, recorded, and known to the host to be reached."""
@@ -132,6 +135,7 @@ class Stream:
         assert self.number != DEFAULT, "cannot capture on the default (legacy) stream"
         assert self._timeline.recording is None
         self.nodes, self._timeline.recording = [], self
+        self._timeline.recorder = threading.get_ident()
 
     def end_capture(self) -> "Graph":
         assert self.nodes is not None
@@ -152,6 +156,12 @@ class Event:
         with self._timeline.lock:
             self.clock = Clock(stream.clock)
             self.time = perf_counter()
+
+    @property
+    def done(self) -> bool:
+        """A GPU may take as long as it likes: it is done where the host has waited for something later."""
+        with self._timeline.lock:
+            return all(self._timeline.host.knows(*stamp) for stamp in self.clock.items())
 
     def synchronize(self) -> None:
         self._timeline.host_learns(self.clock)
@@ -235,6 +245,16 @@ class PinnedCopy:
             raise Race("pinned memory was freed while a copy may still read it")
         if memory[self.start : self.start + len(self.contents)] != self.contents:
             raise Race("pinned memory was overwritten while a copy may still read it")
+
+
+class Arrival:
+    """A copy to the host on its way: what it brings is there once the host has waited for it."""
+
+    def __init__(self, target: np.ndarray, contents: np.ndarray, stamp: tuple[int, int]) -> None:
+        self.target, self.contents, self.stamp = target, contents, stamp
+
+    def check(self) -> None:
+        np.copyto(self.target, self.contents)
 
 
 def pinned_memory_of(array: np.ndarray) -> PinnedMemory | None:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from bench_gpu import gate, run
 from bench_gpu.cases import CASES, Case
-from bench_gpu.ours import Fused
+from bench_gpu.ours import OURS
 from bench_gpu.peers import Peer, peers_of
 from bench_gpu.timing import BLOCKS, WARM_UP, Times, in_turn, latencies
 
@@ -140,7 +140,7 @@ class TestGate:
     def test_contenders_take_steps(self):
         state = gate.initial_state(0, 1 / 8)
         images, labels = gate.data_of(TRAINING, 0)
-        ours = Fused(TRAINING, get_device("numpy"), state, 1 / 8)
+        ours = OURS["ours, fused"](TRAINING, get_device("numpy"), state, 1 / 8)
         before = ours.model.classifier.weight.numpy().copy()
         for _ in range(3):
             ours.call(images, labels)

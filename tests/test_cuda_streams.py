@@ -360,7 +360,7 @@ class TestTraining:
         model.zero_grad()
         loss = cross_entropy(model(images), labels)
         loss.backward()
-        trainer.optimiser.step(0.1)
+        trainer.training.optimiser.step(0.1)
         loss.item()
 
     def test_any_allocation_may_fail(self, dry_cupy, cuda, sample, tmp_path):
@@ -408,7 +408,7 @@ class TestTraining:
             model.zero_grad()
             loss = cross_entropy(model(images), labels)
             loss.backward()
-            trainer.optimiser.step(0.1)
+            trainer.training.optimiser.step(0.1)
             loss.item()
             del loss
             if step > 1:

@@ -460,12 +460,13 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(sample, tmp_path):
             )
             batch = next(iter(trainer.loader.epoch(0)))
             batch.labels[0, :20] = 255  # so that the shares are not those of the images
-            model = trainer.model.eval()
-            shares = [share for _, share in trainer._parts(batch)]
+            step, model = trainer.training, trainer.model
+            step.write(batch.images.astype(np.float64), batch.labels, 0.0)
+            model.eval()
+            step._pass.run()
+            shares = step._pass.shares
             assert len(set(shares)) == len(shares) == parts
-            images, labels = batch.images.astype(np.float64), batch.labels
-            loss = trainer._gradients(replace(batch, images=images, labels=labels))
-            found[normalisation, parts] = [loss, *(p.grad for p in model.parameters())]
+            found[normalisation, parts] = [step.read().get()[0], *(p.grad for p in model.parameters())]
     for (normalisation, _), values in found.items():
         for got, whole in zip(values, found[normalisation, 1], strict=True):
             np.testing.assert_allclose(got, whole, rtol=1e-9, atol=1e-12)
@@ -530,18 +531,18 @@ def test_a_cache_changes_nothing(sample, tmp_path, cache):
 
 def test_gradients_that_are_not_finite_stop_before_the_step(sample, tmp_path, monkeypatch):
     trainer = start(sample, tmp_path, steps=2)
-    before = trainer.model.state_dict()["classifier.weight"].copy()
-    gradients = trainer._gradients
+    before, optimiser = trainer.model.state_dict(), trainer.training.optimiser
+    update = optimiser.update
 
-    def poisoned(batch):
-        loss = gradients(batch)
+    def poisoned():
         trainer.model.named_parameters()["classifier.bias"].grad[0] = np.inf
-        return loss
+        update()
 
-    monkeypatch.setattr(trainer, "_gradients", poisoned)
+    monkeypatch.setattr(optimiser, "update", poisoned)
     with pytest.raises(TrainingError, match=r"norm of the gradients is inf: .*step 1"):
         trainer.run()
-    np.testing.assert_array_equal(trainer.model.state_dict()["classifier.weight"], before)
+    for name, array in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
 # Giving up

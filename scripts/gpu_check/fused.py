@@ -4,32 +4,29 @@ import numpy as np
 
 from gpu_check.part import Outcome, Work, judged
 from segnet_scratch.engine.inference import FusedInference
-from segnet_scratch.engine.training import FusedEngine
-from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.nn.autograd import no_grad
-from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.optim import SGD
 from segnet_scratch.segnet import SegNetBasic
+from segnet_scratch.step import TrainingStep
 
 CLASSES, BATCH, STEPS = 21, 2, 20
 # SegNet-Basic, since SegNet in float32 parts from itself (docs/numerics.md).
-LIMITS = {"tf32x3": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
+LIMITS = {"float32": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
 LOGITS_LIMIT = 1e-4
 
 
 def fused_engine(work: Work) -> Outcome:
-    """Twenty steps, all but the first replayed from a graph on a GPU, beside the layers; each rung twice."""
+    """Twenty steps, all but the first replayed from a graph on a GPU, beside the layers; each precision twice."""
     size, width = ((96, 130), 1.0) if work.on_gpu else ((32, 48), 1 / 8)
     steps = STEPS if work.on_gpu else 3
-    layers, problems, found = _layers(work, size, width, steps), [], []
-    for rung, limit in LIMITS.items():
-        first, second = (_fused(work, size, width, steps, rung) for _ in range(2))
+    layers, problems, found = _losses(work, size, width, steps, "layers", "float32"), [], []
+    for precision, limit in LIMITS.items():
+        first, second = (_losses(work, size, width, steps, "fused", precision) for _ in range(2))
         difference = float(np.abs(first - layers).max() / np.abs(layers).max())
-        found.append(f"{rung} {difference:.1e}")
+        found.append(f"{precision} {difference:.1e}")
         if not difference <= limit:
-            problems.append(f"{rung}: losses lie {difference:.1e} from those of the layers, more than {limit}")
+            problems.append(f"{precision}: losses lie {difference:.1e} from those of the layers, more than {limit}")
         if not np.array_equal(first, second):
-            problems.append(f"{rung}: a second run has other losses")
+            problems.append(f"{precision}: a second run has other losses")
     logits = _logits(work, size, width)
     if not logits <= LOGITS_LIMIT:
         problems.append(f"inference: logits lie {logits:.1e} from those of the layers, more than {LOGITS_LIMIT}")
@@ -43,29 +40,11 @@ def _batch(number: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, CLASSES, (BATCH, *size), np.uint8)
 
 
-def _layers(work: Work, size: tuple[int, int], width: float, steps: int) -> np.ndarray:
-    model = SegNetBasic(CLASSES, width, work.device, seed=1)
-    optimiser, losses = SGD(model), []
+def _losses(work: Work, size: tuple[int, int], width: float, steps: int, engine: str, precision: str) -> np.ndarray:
+    step, losses = TrainingStep(SegNetBasic(CLASSES, width, work.device, seed=1), engine, precision), []
     for number in range(steps):
-        images, labels = _batch(number, size)
-        model.train().zero_grad()
-        loss = cross_entropy(model(images), labels)
-        loss.backward()
-        optimiser.step(1e-2)
-        losses.append(loss.item())
-    return np.array(losses)
-
-
-def _fused(work: Work, size: tuple[int, int], width: float, steps: int, rung: str) -> np.ndarray:
-    device = work.device
-    model = SegNetBasic(CLASSES, width, device, seed=1)
-    weights = WorkingWeights(model, rung)
-    optimiser, losses = SGD(model, working=weights), []
-    engine = FusedEngine(model, weights, None)
-    for number in range(steps):
-        images, labels = (device.upload(array) for array in _batch(number, size))
-        losses.append(float(device.download(engine(images, labels))[0]))
-        optimiser.step(1e-2)
+        step(*_batch(number, size), 1e-2)
+        losses.append(step.read().get()[0])
     return np.array(losses)
 
 

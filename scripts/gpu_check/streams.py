@@ -36,8 +36,8 @@ def uploads(work: Work) -> Outcome:
             device.synchronise()
             began = perf_counter()
             for _, (images, labels) in source():
-                steps[name].optimiser.set_rate(1e-3)
-                losses[name].append(steps[name].step_on(images, labels).item())
+                steps[name].step(images, labels, 1e-3)
+                losses[name].append(steps[name].loss)
             device.synchronise()
             if rounds:  # the first round compiles and fills the pool
                 seconds[name].append((perf_counter() - began) / count)
@@ -88,23 +88,21 @@ def _overlap(work: Work) -> str:
 
 def graphs(work: Work) -> Outcome:
     """A captured training step replayed against the same steps made one by one, bit for bit."""
-    size, width, eager_steps, replays = (64, 1 / 4, 3, 20) if work.on_gpu else (32, 1 / 16, 1, 2)
+    size, width, replays = (64, 1 / 4, 20) if work.on_gpu else (32, 1 / 16, 2)
     eager, captured = (Steps(work.device, 1, size, width, dropout=True) for _ in range(2))
+    made = {"eager": (eager, eager.step.walk), "replayed": (captured, captured.step.run)}
     losses: dict[str, list[float]] = {"eager": [], "replayed": []}
     seconds: dict[str, list[float]] = {"eager": [], "replayed": []}
-    replay = captured.step
-    for number in range(eager_steps + replays):
-        if number == eager_steps:
-            replay = work.device.capture(captured.step)
-        for name, steps, step in (("eager", eager, eager.step), ("replayed", captured, replay)):
-            steps.set_inputs(number)
+    for number in range(1 + replays):
+        for name, (steps, step) in made.items():
+            steps.write(number)
             work.device.synchronise()
             began = perf_counter()
-            loss = step()
+            step()
             work.device.synchronise()
-            if number > eager_steps:
+            if number:  # the first is recorded
                 seconds[name].append(perf_counter() - began)
-            losses[name].append(loss.item())
+            losses[name].append(steps.loss)
     problems = []
     if losses["eager"] != losses["replayed"] or not all(np.isfinite(losses["eager"])):
         problems.append(f"losses: {losses}")

@@ -11,8 +11,8 @@ from segnet_scratch import SegNet, get_device
 from segnet_scratch.data import EvalTransform, VOCDataset, write_sample
 from segnet_scratch.metrics import Scores, scores
 from segnet_scratch.nn.autograd import no_grad
-from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.optim import SGD, learning_rate
+from segnet_scratch.optim import learning_rate
+from segnet_scratch.step import TrainingStep
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "VOCdevkit" / "VOC2012"
 TINY_STEPS, TINY_LIMIT = 20, 1e-9
@@ -57,13 +57,10 @@ def learning(work: Work) -> Outcome:
         pairs = [transform(*data.sample(index)[:2], rng) for index in range(4)]
     images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     model = SegNet(data.classes, 1 / 4, device, seed=1)
-    optimiser, step, reached = SGD(model, decay=0.0), 0, None
+    training, step, reached = TrainingStep(model, decay=0.0, normalisation="valid"), 0, None
     x, y = device.upload(images), device.upload(labels)
     while step < MOST_STEPS and not (step and work.over):
-        model.train().zero_grad()
-        loss = cross_entropy(model(x), y, normalisation="valid")
-        loss.backward()
-        optimiser.step(learning_rate(step, MOST_STEPS, 0.1, "poly"))
+        training(x, y, learning_rate(step, MOST_STEPS, 0.1, "poly"))
         step += 1
         if step % 25 == 0 or work.over:
             reached = _scores(model, x, labels)

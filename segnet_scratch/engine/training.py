@@ -9,7 +9,6 @@ another time, to make it takes one pass.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,9 @@ from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.network import CLASSIFIER, Layer, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward
 from segnet_scratch.ops.elementwise.cast import Cast
-from segnet_scratch.ops.loss.cross_entropy import check_class_weights
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
@@ -233,104 +229,41 @@ def training_program(
 
 
 class FusedTraining:
-    """Losses and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
+    """Loss and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
 
     Parameters and running statistics are the model's own arrays; `weights`, which say in what precision convolutions
-    multiply, must be up to date.
+    multiply, must be up to date. Every parameter's `grad` holds its gradient.
     """
 
     def __init__(
         self,
         model: SegNet,
-        batch: int,
-        size: tuple[int, int],
         weights: WorkingWeights,
-        class_weights: np.ndarray | None = None,
-        normalisation: str = "weights",
-        smoothing: float = 0.0,
+        class_weights: Array | None,
+        normalisation: str,
+        smoothing: float,
+        shape: tuple[int, int, int],
     ) -> None:
-        self.model, self.device, self.weights = model, model.device, weights
+        """`shape`: (batch, height, width)."""
+        self.device, self.shares = model.device, [1.0]
         objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
-        kernel = model.classifier_kernel
-        self.program = training_program(model.blocks, batch, size, weights.rung, objective, kernel)
-        self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
-        self._gradients: list[tuple[Tensor, Array]] = []  # of each parameter, and where it will be
-        arrays = self._given(class_weights) | self.arena.allocate(self.device)
-        self._images, self._labels, self.loss, self.logits = (
-            arrays[name] for name in ("images", "labels", "loss", "logits")
+        batch, *size = shape
+        self.program = training_program(
+            model.blocks, batch, (size[0], size[1]), weights.rung, objective, model.classifier_kernel
         )
+        self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
+        self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)
+        arrays = weights.arrays() | {"images": self.images, "labels": self.labels, "class_weights": class_weights}
+        arrays |= {name: buffer.data for name, buffer in model.named_buffers().items()}
+        arrays |= self.arena.allocate(self.device)
+        self.losses, self._logits = [arrays["loss"]], arrays["logits"]
         self._bound = self.program.bind(arrays)
-        self._replay: Callable[[], None] | None = None
 
-    def _given(self, class_weights: np.ndarray | None) -> dict[str, Array]:
-        """The arrays that the program does not make."""
-        device, given = self.device, self.program.given
-        arrays = self.weights.arrays()
-        arrays |= {name: buffer.data for name, buffer in self.model.named_buffers().items()}
-        if class_weights is not None:
-            arrays["class_weights"] = device.upload(
-                check_class_weights(class_weights, self.model.classes, np.dtype(np.float32))
-            )
-        for name in given:
-            if name not in arrays and name in ("images", "labels"):
-                arrays[name] = device.zeros(given[name].shape, given[name].dtype)
-        for name, parameter in self.model.named_parameters().items():
-            gradient = device.zeros(given[f"d{name}"].shape, np.float32)
-            arrays[f"d{name}"] = gradient
-            # Of the classifier the padding is left out; what remains lies together, as outputs come first.
-            self._gradients.append((parameter, gradient[: parameter.shape[0]]))
-        return arrays
+    def prepare(self, number: int) -> None:
+        """Nothing but images and labels differs from step to step."""
 
-    def run(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+    def run(self, enter: Callable[[str], None] = lambda phase: None, hold: list[Array] | None = None) -> None:
         """One pass over what images and labels hold, op by op; `enter` is told of forward and backward."""
         self._bound.run(self.device, enter)
-
-    def __call__(self, images: Array, labels: Array) -> Array:
-        """The loss, float32 (1), of a batch; every parameter's `grad` holds its gradient. Waits for nothing.
-
-        images (batch, *size, 3) float32, labels (batch, *size) uint8, both on the device. ShapeError for another shape.
-        """
-        self.write(images, labels)
-        if self._replay is None:
-            self.run()  # loads the kernels, which a graph cannot
-            self._replay = self.device.capture(self.run)
-        else:
-            self._replay()
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        return self.loss
-
-    def write(self, images: Array, labels: Array) -> None:
-        """The batch of the next pass; whoever captures `run` together with an update of the weights begins with this.
-
-        ShapeError for another shape than the one that was planned.
-        """
-        for name, array, target in (("images", images, self._images), ("labels", labels, self._labels)):
-            if tuple(array.shape) != tuple(target.shape) or array.dtype != target.dtype:
-                raise ShapeError(
-                    f"fused engine: {name} are {tuple(array.shape)} {array.dtype}, expected {tuple(target.shape)} "
-                    f"{target.dtype}: it was planned for one shape"
-                )
-            self.device.write(target, array)
-
-
-class FusedEngine:
-    """The fused engine for batches of any shape: an arena and a graph for each shape that comes.
-
-    Whoever loads other weights into the model calls `weights.refresh` afterwards.
-    """
-
-    def __init__(self, model: SegNet, weights: WorkingWeights, *objective: Any) -> None:
-        """`objective`: class weights or None, normalisation, smoothing."""
-        self.model, self.weights, self._objective = model, weights, objective
-        self.weights.refresh()
-        self._steps: dict[tuple[int, ...], FusedTraining] = {}
-
-    def __call__(self, images: Array, labels: Array) -> Array:
-        """The loss, float32 (1), of a batch; every parameter's `grad` holds its gradient."""
-        shape = tuple(images.shape)
-        if shape not in self._steps:
-            batch, height, width, _ = shape
-            size = height, width
-            self._steps[shape] = FusedTraining(self.model, batch, size, self.weights, *self._objective)
-        return self._steps[shape](images, labels)
+        if hold is not None:
+            hold.append(self._logits)

@@ -1,7 +1,5 @@
 """The weights as the fused kernels read them, beside the float32 parameters that SGD moves."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, padded, storage
@@ -14,8 +12,8 @@ class WorkingWeights:
 
     The classifier's outputs are padded to whole pieces: its parameters move into larger arrays, in which what lies
     beyond the classes is 0 and stays so. Where that is all a rung needs (float32), the parameter is the working weight.
-    The optimiser that is given this object writes the copies in the launch that moves the parameters; `refresh` does so
-    after any other change.
+    The optimiser that is given this object writes the copies in the launch that moves the parameters; its `refresh`
+    does so after any other change. `gradients` are where the engine leaves those of the parameters, padded as they are.
     """
 
     def __init__(self, model: SegNet, rung: str) -> None:
@@ -25,9 +23,9 @@ class WorkingWeights:
         outputs = padded(model.classes, rung)
         self._whole: dict[str, Array] = {}  # the classifier's parameters with their padding
         for part, parameter in (("weight", model.classifier.weight), ("bias", model.classifier.bias)):
-            whole = np.zeros((outputs, *parameter.shape[1:]), np.float32)
-            whole[: model.classes] = parameter.numpy()
-            self._whole[f"{CLASSIFIER}.{part}"] = array = device.upload(whole)
+            values = np.zeros((outputs, *parameter.shape[1:]), np.float32)
+            values[: model.classes] = parameter.numpy()
+            self._whole[f"{CLASSIFIER}.{part}"] = array = device.upload(values)
             parameter.data = array[: model.classes]
         self.copies: dict[str, Array] = {}
         self.flipped: dict[str, Array] = {}
@@ -38,18 +36,21 @@ class WorkingWeights:
                 self.copies[name] = device.zeros((o, k, k, c), self.storage)
             if position > 0:  # below the first layer there is nothing
                 self.flipped[name] = device.zeros((c, k, k, o), self.storage)
-        self.refresh: Callable[[], None] = self._nobody
+        self.gradients: dict[str, Array] = {}
+        for name, parameter in model.named_parameters().items():
+            whole = device.zeros(self._whole.get(name, parameter).shape, np.float32)
+            self.gradients[name] = whole
+            # Of the classifier the padding is left out; what remains lies together, as outputs come first.
+            parameter.grad = whole[: parameter.shape[0]]
 
     @classmethod
     def of(cls, model: SegNet, precision: str) -> "WorkingWeights":
         """For one of the settings of `precision`: float32, tf32, bf16."""
         return cls(model, RUNG_OF_PRECISION[precision])
 
-    def _nobody(self) -> None:
-        raise RuntimeError("no optimiser writes these weights; give them to SGD")
-
     def arrays(self) -> dict[str, Array]:
         """What the kernels read, by the names of the training program."""
         arrays = {name: p.data for name, p in self.model.named_parameters().items()}
         flipped = {f"{name}.flipped": array for name, array in self.flipped.items()}
-        return arrays | self._whole | self.copies | flipped
+        gradients = {f"d{name}": array for name, array in self.gradients.items()}
+        return arrays | self._whole | self.copies | flipped | gradients

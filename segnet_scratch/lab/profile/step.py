@@ -6,16 +6,13 @@ import numpy as np
 
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
-from segnet_scratch.engine.training import FusedTraining
-from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.lab.profile.counting import CountingDevice
 from segnet_scratch.lab.profile.record import Recorder
 from segnet_scratch.nn.autograd import Tensor, no_grad
-from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.optim import SGD
 from segnet_scratch.runtime.devices import Device
-from segnet_scratch.runtime.observe import carry_out, observe, scope
+from segnet_scratch.runtime.observe import observe
 from segnet_scratch.segnet import ARCHITECTURES
+from segnet_scratch.step import TrainingStep
 
 CLASSES = 21  # VOC's
 # (batch, size, passes) unless given: what each device does in seconds, and what GPUs are compared by.
@@ -44,24 +41,6 @@ class Work:
         return f"{what}, {self.batch} image{'s' if self.batch > 1 else ''} of {height}x{width}"
 
 
-@dataclass(frozen=True)
-class _Update:
-    """The optimiser's step as an op: per parameter three arrays are read, two of them written back, and copies."""
-
-    parameters: int
-    itemsize: int
-    copies: int  # bytes of them
-    name: str = "sgd_step"
-
-    @property
-    def flops(self) -> int:
-        return 6 * self.parameters
-
-    @property
-    def bytes(self) -> int:
-        return 5 * self.parameters * self.itemsize + self.copies
-
-
 class Step:
     """One step, ready to be made again and again."""
 
@@ -72,52 +51,31 @@ class Step:
         self.model.train(not work.inference)
         self.parameters = sum(p.data.size for p in self.model.parameters())
         shape = (work.batch, *work.size)
-        self.images = Tensor(device.upload(rng.standard_normal((*shape, 3)).astype(np.float32)), device)
-        self.labels = device.upload(rng.integers(0, CLASSES, shape).astype(np.uint8))
-        self._fused: FusedTraining | FusedInference | None = None
-        working = None
+        images = rng.standard_normal((*shape, 3)).astype(np.float32)
+        labels = rng.integers(0, CLASSES, shape).astype(np.uint8)
+        self._training: TrainingStep | None = None
+        self._fused: FusedInference | None = None
+        if not work.inference:
+            self._training = TrainingStep(self.model, work.engine, work.precision)
+            self._training.write(images, labels, 1e-3)
+            return
+        self._images = Tensor(device.upload(images), device)
         if work.engine == "fused":
-            working = None if work.inference else WorkingWeights.of(self.model, work.precision)
-        self.optimiser = None if work.inference else SGD(self.model, working=working)
-        if working is not None:
-            self._fused = FusedTraining(self.model, work.batch, work.size, working)
-            self._fused(self.images.data, self.labels)
-        elif work.engine == "fused":
             rung = RUNG_OF_PRECISION[work.precision]
             self._fused = FusedInference(self.model, work.batch, work.size, rung)
-        copies = 0 if working is None else self.parameters * 2 * working.storage.itemsize
-        self._update = _Update(self.parameters, self.model.dtype.itemsize, copies)
 
     def run(self, recorder: Recorder) -> None:
         """Makes the step under the eyes of a recorder."""
         recorder.begin_pass()
         with observe(recorder):
-            if self._fused is not None:
+            if self._training is not None:
+                self._training.walk(recorder.enter)
+            elif self._fused is not None:
                 self._fused.run(recorder.enter)
             else:
-                self._run_layers(recorder)
-            if self.optimiser is None:
-                return
-            recorder.enter("update")
-            optimiser = self.optimiser
-            with scope("update"):
-                carry_out(self._update, lambda: optimiser.step(1e-3))
-
-    def _run_layers(self, recorder: Recorder) -> None:
-        recorder.enter("forward")
-        if self.optimiser is None:
-            with no_grad():
-                self.model(self.images)
-            return
-        self.model.zero_grad()
-        loss = self._loss()
-        recorder.enter("backward")
-        loss.backward()
-
-    def _loss(self) -> Tensor:
-        logits = self.model(self.images)
-        with scope("loss"):
-            return cross_entropy(logits, self.labels)
+                recorder.enter("forward")
+                with no_grad():
+                    self.model(self._images)
 
 
 def count(work: Work) -> tuple[Recorder, dict[str, int], int]:

@@ -23,7 +23,7 @@ from segnet_scratch.ops.normalisation.batch_norm_cases import (
     BatchNormTrainingRow,
 )
 from segnet_scratch.ops.normalisation.norm_relu_cases import norm_rows
-from segnet_scratch.ops.optimiser.sgd_cases import GradientNormRow, SgdPackRow, SgdRow
+from segnet_scratch.ops.optimiser.sgd_cases import GradientNormRow, KeepFiniteRow, SgdPackRow, SgdRow
 from segnet_scratch.ops.pooling.cases import MaxPoolRow, WindowRow
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
@@ -66,6 +66,7 @@ ROWS: tuple[Row, ...] = (
     SgdPackRow(),
     AugmentRow(),
     GradientNormRow(),
+    KeepFiniteRow(),
 )
 
 

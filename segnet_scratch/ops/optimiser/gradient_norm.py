@@ -16,8 +16,9 @@ from segnet_scratch.runtime.workers import parallel_for
 class GradientNorm:
     """norm = sqrt(sum of squares of every gradient); scale = min(1, largest / norm) (Pascanu et al., arXiv 1211.5063).
 
-    One element that is not finite makes the norm not finite, so it also guards against them. Every sum is carried in
-    double, in an order that depends on the shapes alone.
+    One element that is not finite makes the norm not finite, and from then on the scale is NaN, whatever follows: the
+    update that takes it (ops/sgd.py) moves nothing until somebody writes 1 there. Every sum is carried in double, in an
+    order that depends on the shapes alone.
 
     No Op, because its list of arrays is as long as the model's (array_table.py). It writes float64 arrays that it is
     given, which stay where they are: squares (parameters), the sum of each gradient's squares; norm (1); scale (1);
@@ -58,8 +59,10 @@ class GradientNorm:
             self._launch(gradients)
             return
         parallel_for(len(gradients), lambda i: self._add_up(i, gradients[i]))
-        self.norm[0] = np.sqrt(self.squares.sum())
-        self.scale[0] = self.largest / self.norm[0] if self.norm[0] > self.largest else 1
+        self.norm[0] = norm = np.sqrt(self.squares.sum())
+        if not np.isnan(self.scale[0]):
+            clipped = self.largest / norm if norm > self.largest else 1
+            self.scale[0] = clipped if np.isfinite(norm) else np.nan
 
     def _launch(self, gradients: Sequence[Array]) -> None:
         table = self.table

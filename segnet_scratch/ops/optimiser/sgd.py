@@ -38,16 +38,16 @@ class SgdStep:
         self._columns: tuple[Array, ...] = ()
 
     def __call__(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
-        """Updates every parameter. `lr` and `scale`, which multiplies all gradients, are float64 (1) on the device."""
+        """Updates every parameter. `lr` and `scale`, which multiplies all gradients, are float64 (1) on the device.
+
+        Where `scale` is NaN, nothing moves.
+        """
         self.table.check("gradient", gradients)
         for name, number in (("lr", lr), ("scale", scale)):
-            if number.dtype != np.float64:
-                raise DTypeError(f"sgd: {name} has element type {number.dtype}, expected float64")
-            if tuple(number.shape) != (1,):
-                raise ShapeError(f"sgd: {name} has shape {tuple(number.shape)}, expected (1,)")
+            _check_number(name, number)
         if self.device.runs_kernels:
             self._launch(gradients, lr, scale)
-        else:
+        elif not np.isnan(scale[0]):
             rate, factor = float(lr[0]), float(scale[0])
             parallel_for(len(self.parameters), lambda i: self._update(i, gradients[i], rate, factor))
 
@@ -67,6 +67,43 @@ class SgdStep:
             *(self.parameters[index], gradient, self.momenta[index]),
             *(self.rates[index] * lr, self.decays[index], self.momentum, scale),
         )
+
+
+class KeepFinite:
+    """Arrays that a step writes before it is known whether its gradients are finite, and a copy of each.
+
+    Where they are, the copies become the arrays; where not, which a scale of NaN says, the arrays become the copies.
+    """
+
+    name = "keep_finite"
+
+    def __init__(self, device: Device, arrays: Sequence[Array]) -> None:
+        self.table = ArrayTable(device, self.name, arrays)
+        self.device, self.arrays = device, list(arrays)
+        self.kept = [device.copy(array) for array in arrays]
+
+    def __call__(self, scale: Array) -> None:
+        """`scale` as SgdStep takes it."""
+        _check_number("scale", scale)
+        if not self.device.runs_kernels:
+            failed = bool(np.isnan(scale[0]))
+            for array, kept in zip(self.arrays, self.kept, strict=True):
+                target, source = (array, kept) if failed else (kept, array)
+                target[...] = source
+            return
+        table = self.table
+        arguments = (
+            *(table.addresses(self.arrays, self.kept), table.sizes_on_device, table.chunk_parameter),
+            *(table.chunk_start, scale, len(self.arrays), len(table.chunks), CHUNK),
+        )
+        launch(self.device, self.name, len(table.chunks), ELEMENT_THREADS, arguments, ElementTypes.of(table.dtype))
+
+
+def _check_number(name: str, number: Array) -> None:
+    if number.dtype != np.float64:
+        raise DTypeError(f"sgd: {name} has element type {number.dtype}, expected float64")
+    if tuple(number.shape) != (1,):
+        raise ShapeError(f"sgd: {name} has shape {tuple(number.shape)}, expected (1,)")
 
 
 def sgd_reference(

@@ -7,7 +7,7 @@ from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row
 from segnet_scratch.ops.op import Buffers, Op, expect_float, spec
 from segnet_scratch.ops.optimiser.array_table import CHUNK, chunks_of
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
-from segnet_scratch.ops.optimiser.sgd import SgdStep
+from segnet_scratch.ops.optimiser.sgd import KeepFinite, SgdStep
 from segnet_scratch.ops.optimiser.sgd_pack import SgdPackStep
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -33,6 +33,8 @@ class SgdOp(Op):
 
     def reference(self, b: Buffers) -> None:
         for w, g, m, rate, decay in zip(*self._arrays(b), self.RATES, self.DECAYS, strict=True):
+            if np.isnan(b.scale[0]):
+                continue
             m[...] = self.MOMENTUM * m + b.scale[0] * g + decay * w
             w[...] = w - rate * b.lr[0] * m
 
@@ -64,7 +66,11 @@ class SgdRow(Row):
 
     def cases(self) -> list[Case]:
         cases = [Case(reason, {"sizes": s, "lr": 0.1, "scale": 1.0}) for reason, s in SIZES.items()]
-        return [*cases, Case("gradients scaled", {"sizes": (5, 300, 7), "lr": 0.1, "scale": 0.3})]
+        more = {"gradients scaled": 0.3, "gradients that are not finite": np.nan}
+        return [
+            *cases,
+            *(Case(reason, {"sizes": (5, 300, 7), "lr": 0.1, "scale": scale}) for reason, scale in more.items()),
+        ]
 
     def random_case(self, rng: np.random.Generator) -> Case:
         sizes, scale = _random_sizes(rng), float(rng.choice([1.0, rng.uniform(0, 1)]))
@@ -81,7 +87,7 @@ class SgdRow(Row):
         bounds: Bounds = {}
         for i, (rate, decay) in enumerate(zip(SgdOp.RATES, SgdOp.DECAYS, strict=True)):
             w, g, m = (np.abs(getattr(b, f"{kind}{i}")) for kind in "wgm")
-            g = b.scale[0] * g
+            g = np.nan_to_num(b.scale[0]) * g
             bounds[f"m{i}"] = 4 * eps * (m + g + decay * w)
             bounds[f"w{i}"] = 4 * eps * (w + rate * b.lr[0] * (m + g + decay * w))
         return bounds
@@ -117,6 +123,8 @@ class SgdPackOp(Op):
 
     def reference(self, b: Buffers) -> None:
         w, g, m = SgdOp._arrays(b)
+        if np.isnan(b.scale[0]):
+            return
         for i in range(3):
             m[i][...] = self.MOMENTUM * m[i] + b.scale[0] * g[i] + self.DECAYS[i] * w[i]
             w[i][...] = w[i] - self.RATES[i] * b.lr[0] * m[i]
@@ -147,8 +155,11 @@ class SgdPackRow(Row):
             "SegNet-Basic": (4, 7, 3, 4),
         }
         return [
-            Case(reason, {"weight": s, "lr": 0.1, "scale": 1.0 - 0.1 * i})
-            for i, (reason, s) in enumerate(sizes.items())
+            *(
+                Case(reason, {"weight": s, "lr": 0.1, "scale": 1.0 - 0.1 * i})
+                for i, (reason, s) in enumerate(sizes.items())
+            ),
+            Case("gradients that are not finite", {"weight": (33, 3, 4, 7), "lr": 0.1, "scale": np.nan}),
         ]
 
     def random_case(self, rng: np.random.Generator) -> Case:
@@ -177,13 +188,15 @@ class GradientNormOp(Op):
     """GradientNorm of three gradients behind the face of an Op."""
 
     name = "gradient_norm"
+    updates = ("scale",)
 
     def __init__(self, sizes: tuple[int, int, int], largest: float, dtype: DTypeLike) -> None:
         self.largest = largest
         self.inputs = {f"g{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
         for name, gradient in self.inputs.items():
             expect_float(self.name, name, gradient)
-        self.outputs = {name: spec((size,), np.float64) for name, size in (("squares", 3), ("norm", 1), ("scale", 1))}
+        self.inputs["scale"] = spec((1,), np.float64)
+        self.outputs = {name: spec((size,), np.float64) for name, size in (("squares", 3), ("norm", 1))}
         self.workspace = {"partials": spec((len(chunks_of(sizes)),), np.float64)}
         self.flops = 2 * sum(sizes)
 
@@ -231,7 +244,8 @@ class GradientNormRow(Row):
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         size = 1 if integers else case["magnitude"]
         gradients = super().inputs(op, case, rng, integers)
-        return {name: g * g.dtype.type(size) for name, g in gradients.items() if g is not None}
+        scaled = {name: g * g.dtype.type(size) for name, g in gradients.items() if g is not None}
+        return {**scaled, "scale": np.ones(1)}
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         # The outputs are doubles whatever the gradients are. Terms of one sign: relative errors add up at most.
@@ -239,3 +253,53 @@ class GradientNormRow(Row):
         squares = double * np.array([b.g0.size, b.g1.size, b.g2.size]) * b.squares
         relative = double * (b.g0.size + b.g1.size + b.g2.size + 2)
         return {"squares": squares, "norm": relative * b.norm, "scale": (relative + double) * b.scale}
+
+
+class KeepFiniteOp(Op):
+    """KeepFinite of three arrays behind the face of an Op."""
+
+    name = "keep_finite"
+    updates = ("a0", "a1", "a2")
+
+    def __init__(self, sizes: tuple[int, int, int], dtype: DTypeLike) -> None:
+        self.inputs = {f"a{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
+        self.inputs["scale"] = spec((1,), np.float64)
+        self.outputs = {f"kept{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
+        self.workspace, self.flops = {}, 0
+
+    def run(self, device: Device, b: Buffers) -> None:
+        arrays = [b.a0, b.a1, b.a2]
+        keep = KeepFinite(device, arrays)
+        for array in arrays:
+            device.write(array, array.dtype.type(0))  # a step has begun
+        keep(b.scale)
+        for target, kept in zip((b.kept0, b.kept1, b.kept2), keep.kept, strict=True):
+            device.write(target, kept)
+
+    def reference(self, b: Buffers) -> None:
+        for i in range(3):
+            array, kept = getattr(b, f"a{i}"), getattr(b, f"kept{i}")
+            kept[...] = array if np.isnan(b.scale[0]) else 0
+            array[...] = kept
+
+
+class KeepFiniteRow(Row):
+    """Arrays of different sizes after a step that went well, and after one that did not."""
+
+    name = "keep_finite"
+    op = KeepFiniteOp
+    exact = True
+    typed = False
+
+    def cases(self) -> list[Case]:
+        cases = [Case(reason, {"sizes": s, "scale": 1.0}) for reason, s in SIZES.items()]
+        return [*cases, Case("gradients that are not finite", {"sizes": (5, CHUNK + 1, 7), "scale": np.nan})]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return Case("random", {"sizes": _random_sizes(rng), "scale": float(rng.choice([0.5, np.nan]))})
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return KeepFiniteOp(case["sizes"], dtype)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        return {**super().inputs(op, case, rng, integers), "scale": np.array([case["scale"]])}

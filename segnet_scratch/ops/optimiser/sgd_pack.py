@@ -87,7 +87,7 @@ class SgdPackStep(SgdStep):
     def __call__(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
         """Updates every parameter and its copies."""
         super().__call__(gradients, lr, scale)
-        if not self.device.runs_kernels:
+        if not self.device.runs_kernels and not np.isnan(scale[0]):
             self.refresh()
 
     def refresh(self) -> None:

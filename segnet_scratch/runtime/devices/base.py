@@ -15,6 +15,22 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Reading:
+    """Arrays on their way from a device to the host; here they have arrived at once."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = list(arrays)
+
+    @property
+    def ready(self) -> bool:
+        """Have they arrived?"""
+        return True
+
+    def get(self) -> list[np.ndarray]:
+        """The arrays; waits for them, and for nothing that was asked of the device later."""
+        return self._arrays
+
+
 class Device:
     """Memory and execution of one device."""
 
@@ -43,6 +59,10 @@ class Device:
     def download(self, array: Array) -> np.ndarray:
         """The contents as a NumPy array."""
         raise NotImplementedError
+
+    def read(self, arrays: Sequence[Array]) -> Reading:
+        """The contents that the arrays have once everything asked of the device so far is done. Waits for nothing."""
+        return Reading([np.array(self.download(array)) for array in arrays])
 
     def from_dlpack(self, array: Any) -> Array:
         """An array of another library (PyTorch, JAX, CuPy) on this device, shared where the library allows it."""

@@ -9,9 +9,9 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DeviceError, DeviceMemoryError
 from segnet_scratch.runtime.devices import cupy_library
-from segnet_scratch.runtime.devices.base import Array, Device, Item, Result
+from segnet_scratch.runtime.devices.base import Array, Device, Item, Reading, Result
 from segnet_scratch.runtime.devices.graph import Recording
-from segnet_scratch.runtime.devices.prefetch import Prefetcher
+from segnet_scratch.runtime.devices.prefetch import PinnedReading, Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
 from segnet_scratch.runtime.tensor_map import TensorMap
@@ -66,6 +66,10 @@ class CudaDevice(Device):
     def download(self, array: Array) -> np.ndarray:
         self._expect_no_recording("download an array")
         return self._cupy.asnumpy(array)
+
+    def read(self, arrays: Sequence[Array]) -> Reading:
+        self._expect_no_recording("read arrays")
+        return PinnedReading(self._cupy, arrays)
 
     def from_dlpack(self, array: Any) -> Array:
         if array.__dlpack_device__()[0] in DLPACK_CPU:  # CuPy takes arrays on GPUs only

@@ -1,4 +1,5 @@
-"""Copies to the GPU that run while it computes: the arrays of the next item travel while one is worked on."""
+"""Copies that run while a GPU computes: the arrays of the next item travel there while one is worked on, and results
+travel back."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any, Generic
 import numpy as np
 
 from segnet_scratch.errors import DeviceMemoryError
-from segnet_scratch.runtime.devices.base import Array, Item
+from segnet_scratch.runtime.devices.base import Array, Item, Reading
 
 SLOTS = 2  # one is worked on, the other is filled
 
@@ -101,21 +102,9 @@ class _Slot:
         self.copied.synchronize()
         self.pinned, self.on_device = [], []
         for array in arrays:
-            self.pinned.append(self._pin(array))
+            self.pinned.append(_pinned(self._cupy, array))
             self.on_device.append(self._allocate((array.size,), array.dtype))
         self.used.record()  # earlier launches may still use the memory that the pool gave
-
-    def _pin(self, array: np.ndarray) -> np.ndarray:
-        cuda = self._cupy.cuda
-        try:
-            memory = cuda.alloc_pinned_memory(array.nbytes)
-        except cuda.runtime.CUDARuntimeError as error:
-            raise DeviceMemoryError(
-                f"{array.nbytes:,} bytes of the computer's memory cannot be pinned for copies to the GPU: {error}",
-                asked=array.nbytes,
-                free=0,
-            ) from error
-        return np.frombuffer(memory, array.dtype, array.size)
 
     @staticmethod
     def views(held: Sequence[Array], arrays: Sequence[np.ndarray]) -> list[Array]:
@@ -131,3 +120,36 @@ class _Staged(Generic[Item]):
     slot: _Slot
     arrays: tuple[Array, ...]
     copying: "Future[None]"
+
+
+class PinnedReading(Reading):
+    """Copies to pinned memory on the current stream, and an event behind them."""
+
+    def __init__(self, cupy: Any, arrays: Sequence[Array]) -> None:
+        super().__init__([_pinned(cupy, array).reshape(array.shape) for array in arrays])
+        for array, target in zip(arrays, self._arrays, strict=True):
+            array.get(out=target, blocking=False)
+        self._sources = arrays  # until they have been read
+        self._arrived = cupy.cuda.Event(disable_timing=True)
+        self._arrived.record()
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._arrived.done)
+
+    def get(self) -> list[np.ndarray]:
+        self._arrived.synchronize()
+        return self._arrays
+
+
+def _pinned(cupy: Any, like: "np.ndarray | Array") -> np.ndarray:
+    """So many elements of this type in pinned memory."""
+    try:
+        memory = cupy.cuda.alloc_pinned_memory(like.nbytes)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceMemoryError(
+            f"{like.nbytes:,} bytes of the computer's memory cannot be pinned for copies to the GPU: {error}",
+            asked=like.nbytes,
+            free=0,
+        ) from error
+    return np.frombuffer(memory, like.dtype, like.size)

@@ -10,11 +10,10 @@ from segnet_scratch.lab.proof.parts.base import CaseRun, Part, RowPart, device_o
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.lab.workbench.guards import FIRST, SECOND
-from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.optim import SGD
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet
+from segnet_scratch.step import TrainingStep
 
 
 class Repeats(RowPart):
@@ -65,14 +64,11 @@ class Training(Part):
     def _train(self, device: Device, steps: int, seed: int) -> str:
         rng = np.random.default_rng(seed)
         model = SegNet(5, 1 / 16, device, dropout=True, seed=seed)
-        optimiser = SGD(model)
-        for step in range(steps):
-            model.set_random_state(seed, step)
-            model.zero_grad()
+        step = TrainingStep(model, seed=seed)
+        for number in range(steps):
             images = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
-            cross_entropy(model(images), rng.integers(0, 5, (2, 32, 32))).backward()
-            optimiser.step(0.01)
-        return _hash(model.state_dict() | optimiser.state_dict())
+            step(images, rng.integers(0, 5, (2, 32, 32)), 0.01, number)
+        return _hash(model.state_dict() | step.optimiser.state_dict())
 
 
 def _hash(arrays: dict[str, np.ndarray]) -> str:

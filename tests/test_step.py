@@ -1,0 +1,135 @@
+"""The training step: what a failed one leaves behind, on every engine and device, and what a GPU is waited for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from segnet_scratch.config import Config
+from segnet_scratch.errors import DTypeError, ShapeError, TrainingError
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice
+from segnet_scratch.segnet import SegNetBasic
+from segnet_scratch.step import TrainingStep
+from segnet_scratch.train import AHEAD, Listener, Trainer
+
+CLASSES = 5
+ENGINES = [("layers", "float32"), ("fused", "float32"), ("fused", "bf16")]
+
+
+def training(engine, precision, device):
+    return TrainingStep(SegNetBasic(CLASSES, 0.125, device, seed=1), engine, precision, clip_norm=1.0)
+
+
+def batch(seed, poison=None):
+    rng = np.random.default_rng(seed)
+    images, labels = rng.standard_normal((2, 17, 24, 3)).astype(np.float32), rng.integers(0, CLASSES, (2, 17, 24))
+    if poison is not None:
+        images[0, 3, 4, 1] = poison
+    return images, labels.astype(np.uint8)
+
+
+def state(step):
+    """Everything that a later step depends on."""
+    copies = getattr(step.optimiser._step, "copies", []) + getattr(step.optimiser._step, "flipped", [])
+    held = {f"copy {k}": step.device.download(array) for k, array in enumerate(copies) if array is not None}
+    momenta = {f"momentum of {name}": array for name, array in step.optimiser.state_dict().items()}
+    return {**step.model.state_dict(), **momenta, **held}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name].astype(np.float64), b[name].astype(np.float64), err_msg=name)
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_step_that_is_not_finite_leaves_no_trace_and_neither_do_those_after_it(device, engine, precision, poison):
+    step = training(engine, precision, device)
+    step(*batch(0), 0.1)
+    before = {name: array.copy() for name, array in state(step).items()}
+    step(*batch(1, poison), 0.1)
+    assert not np.isfinite(step.read().get()[1])
+    assert_same(state(step), before)
+    step(*batch(2), 0.1)
+    assert np.isfinite(step.read().get()).all()
+    assert_same(state(step), before)
+    step.optimiser.refresh()
+    step(*batch(2), 0.1)
+    other = training(engine, precision, device)
+    for seed in (0, 2):
+        other(*batch(seed), 0.1)
+    assert_same(state(step), state(other))
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES[:2])
+def test_walked_and_run_it_is_the_same_step(engine, precision):
+    walked, run = (training(engine, precision, "host") for _ in range(2))
+    phases = []
+    for seed in (0, 1):
+        walked.write(*batch(seed), 0.1)
+        walked.walk(phases.append)
+        run(*batch(seed), 0.1)
+    assert phases == ["forward", "backward", "update"] * 2
+    assert_same(state(walked), state(run))
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    step = training("layers", "float32", "numpy")
+    images, labels = batch(0)
+    with pytest.raises(ShapeError, match=r"images \(2, 17, 24, 3\) and labels \(1, 17, 24\)"):
+        step(images, labels[:1], 0.1)
+    with pytest.raises(DTypeError, match=r"images of float64 .* expected float32"):
+        step(images.astype(np.float64), labels, 0.1)
+
+
+SETTINGS = {"model": "segnet-basic", "width": 1 / 8, "size": 32, "batch": 2, "lr": 0.05, "workers": 0}
+
+
+class Look(Listener):
+    """Notes how many steps are open whenever one is settled, and may do something then."""
+
+    def __init__(self, act=lambda trainer: None):
+        self.open, self.act = [], act
+
+    def stepped(self, trainer, loss, lr):
+        self.open.append(len(trainer._open))
+        self.act(trainer)
+
+
+def run(data, out, device, listener=None, **settings):
+    trainer = Trainer(Config(**SETTINGS | settings), data, out, device)
+    trainer.run(listener or Look())
+    return trainer
+
+
+class TestAheadOfTheHost:
+    """On the stand-in for a GPU, where a result has come only when somebody waits for it."""
+
+    @pytest.mark.parametrize(("engine", "precision"), ENGINES[::2])
+    def test_the_run_is_that_of_the_host_device(self, sample, tmp_path, cupy, engine, precision):
+        settings = {"engine": engine, "precision": precision, "steps": 12, "validate_every": 12, "checkpoint_every": 10}
+        look = Look()
+        run(sample, tmp_path / "cuda", CudaDevice(), look, **settings)
+        run(sample, tmp_path / "host", HostDevice(), **settings)
+        assert 1 < max(look.open) <= AHEAD
+        for name in ("metrics.jsonl", "last.safetensors"):
+            assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "host" / name).read_bytes()
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_a_step_that_fails_is_named_though_others_have_followed(self, sample, tmp_path, cupy):
+        def poison(trainer):
+            if trainer.step == 1:
+                bias = trainer.model.named_parameters()["decoder.2.1.bn.bias"].data
+                trainer.model.device.write(bias, np.full(bias.shape, np.nan, np.float32))
+
+        settings = {"engine": "layers", "precision": "float32", "steps": 30, "checkpoint_every": 1000}
+        trainer = Trainer(Config(**SETTINGS | settings | {"validate_every": 1000}), sample, tmp_path, CudaDevice())
+        with pytest.raises(TrainingError, match=r"loss is nan at step (\d+) .*first in: decoder\.2\.1\.bn\.bias"):
+            trainer.run(Look(poison))
+        rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, trainer.step + 1))
+        assert 1 < trainer.step <= AHEAD + 1
+        assert len(trainer._open) > 1
