@@ -93,9 +93,23 @@ def read_metadata(path: _Path) -> dict[str, Any]:
 
 def load_foreign(path: _Path) -> dict[str, np.ndarray]:
     """The tensors of any safetensors file, bfloat16 as float32; CheckpointError where missing, cut off, malformed."""
-    fix = "get it anew, or convert it to safetensors where it is a PyTorch file, which can run code when it is read"
-    with _opened(path, fix) as file:
+    with _opened(path, _conversion(path)) as file:
         return file.tensors()
+
+
+def foreign_metadata(path: _Path) -> dict[str, str]:
+    """The metadata of any safetensors file, from its header alone; CheckpointError as in `load_foreign`."""
+    with _opened(path, _conversion(path)) as file:
+        return file.metadata
+
+
+def _conversion(path: _Path) -> str:
+    """How to come by a safetensors file where there is another."""
+    return (
+        "get it anew; a PyTorch file (.pth, .pt), which can run code when it is read, becomes one where PyTorch is "
+        'installed, by: python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file(torch.load('{path}', weights_only=True), '{Path(path).stem}.safetensors')\""
+    )
 
 
 def _to_disk_order(name: str, array: np.ndarray) -> np.ndarray:

@@ -172,6 +172,11 @@ class Config:
         _choice("indices", "bilinear", "deconv"),
         "how the decoder enlarges its maps: by pooling indices, or without them (bilinear, or learned: deconv)",
     )
+    pooling: str = _setting(
+        "ceil",
+        _choice("ceil", "floor"),
+        "pools of maps with an odd side: ceil has a window for the last row, as the authors, floor none, as PyTorch",
+    )
     width: float = _setting(1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer")
     dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
     dtype: str = _setting(

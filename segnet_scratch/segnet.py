@@ -16,15 +16,19 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError, TrainingError
 from segnet_scratch.nn.autograd import Tensor, tensor
-from segnet_scratch.nn.functions import max_pool, max_unpool, resize_bilinear
+from segnet_scratch.nn.functions import fit, max_pool, max_unpool, resize_bilinear
 from segnet_scratch.nn.modules import Conv2d, ConvUnit, Dropout, Module, Upsample2d
 from segnet_scratch.ops.elementwise.dropout import STATE
+from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.ops.pooling.windows import PoolCodes
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.runtime.observe import scope
 
 DROPOUT = 0.5  # Bayesian SegNet, arXiv 1511.02680
 DECODERS = ("indices", "bilinear", "deconv")
+# What becomes of the last row or column of an odd map: a window of its own, as in the authors' Caffe, or nothing, as in
+# PyTorch's MaxPool2d(2, 2).
+POOLINGS = ("ceil", "floor")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class SegNet(Module):
     """SegNet for images (n, h, w, 3), RGB normalised with ImageNet's mean and standard deviation, any size from 32x32.
 
     `width` scales the channels of every convolution; `dropout` makes it Bayesian SegNet; `decoder` is one of DECODERS;
-    `seed` is that of the He initialisation, the same weights for every decoder; `rung` picks the convolution kernels by
-    name (host and cuda).
+    `pooling` is one of POOLINGS; `seed` is that of the He initialisation, the same weights for every decoder; `rung`
+    picks the convolution kernels by name (host and cuda).
     """
 
     architecture = "segnet"
@@ -109,6 +113,7 @@ class SegNet(Module):
         *,
         dropout: bool = False,
         decoder: str = "indices",
+        pooling: str = "ceil",
         seed: int = 0,
         dtype: DTypeLike = np.float32,
         rung: str | None = None,
@@ -119,7 +124,10 @@ class SegNet(Module):
             raise ShapeError(f"{type(self).__name__}: width {width}; expected a positive factor, 1.0 for the paper's")
         if decoder not in DECODERS:
             raise ConfigError(f"{type(self).__name__}: decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
+        if pooling not in POOLINGS:
+            raise ConfigError(f"{type(self).__name__}: pooling {pooling!r}; expected one of {', '.join(POOLINGS)}")
         self.device = get_device(device)
+        self.pooling = pooling
         self.classes, self.width, self.has_dropout, self.decoder_kind = classes, width, dropout, decoder
         self.dtype = np.dtype(dtype)
         self.blocks = self.blocks_of(width, dropout, decoder)
@@ -160,16 +168,19 @@ class SegNet(Module):
         codes: list[PoolCodes] = []
         for block in self.blocks:
             with scope(block.name):
-                if block.unpool == "indices":
-                    x = max_unpool(x, codes.pop())
-                elif block.unpool == "bilinear":
-                    x = resize_bilinear(x, sizes.pop())
-                elif block.unpool == "deconv":
-                    x = self.decoder[block.stage]["up"](x, sizes.pop())
+                if block.unpool:
+                    size = sizes.pop()
+                    if block.unpool == "indices":
+                        x = max_unpool(x, codes.pop())
+                    elif block.unpool == "bilinear":
+                        x = resize_bilinear(x, size)
+                    else:
+                        x = self.decoder[block.stage]["up"](x, self._pooled(*size))
+                    x = fit(x, size)
                 x = (self.decoder if block.decoder else self.encoder)[block.stage][block.index](x)
                 if block.pool:
                     sizes.append((x.shape[1], x.shape[2]))
-                    x, code = max_pool(x)
+                    x, code = max_pool(fit(x, self._pooled(*sizes[-1])))
                     if self.decoder_kind == "indices":  # the others do not hold on to the codes
                         codes.append(code)
                 if block.dropout:
@@ -179,6 +190,16 @@ class SegNet(Module):
             x = self.classifier(x)
         watch("classifier", x)
         return x
+
+    def _pooled(self, h: int, w: int) -> tuple[int, int]:
+        """What a pool reads of a map of this size."""
+        if self.pooling == "ceil":
+            return h, w
+        if min(h, w) < 2:
+            raise ShapeError(
+                f"{type(self).__name__}: pooling 'floor' leaves nothing of a map of {h}x{w}; give larger images"
+            )
+        return h - h % 2, w - w % 2
 
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__
@@ -224,6 +245,7 @@ class SegNet(Module):
             "width": self.width,
             "dropout": self.has_dropout,
             "decoder": self.decoder_kind,
+            "pooling": self.pooling,
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -274,36 +296,44 @@ class SegNet(Module):
     def load_vgg16(self, weights: Mapping[str, np.ndarray]) -> None:
         """Takes the 13 convolutions of VGG16 under torchvision's names, `features.0.weight` (OIHW) and so on.
 
-        These convolutions have no bias: batch norm would take it out again. It goes into the running mean, so that in
-        evaluation mode the untrained encoder computes what VGG16 does. Nothing is changed unless all of it fits.
+        These convolutions have no bias: batch norm would take it out again. It goes into the running mean, and the
+        running variance is 1 - eps, so that in evaluation mode the encoder computes what VGG16 does. VGG16-BN is taken
+        with its batch norms. CheckpointError, and nothing is changed, unless all of it fits.
         """
         self._expect_batch_norm("load_vgg16()")
         encoder = [block for block in self.blocks if not block.decoder]
         if self.architecture != "segnet":
             raise CheckpointError("VGG16 weights fit model = segnet only; SegNet-Basic has 7x7 convolutions of its own")
-        indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
-        names = [f"features.{i}" for i in indices]
-        missing = [f"{n}.{part}" for n in names for part in ("weight", "bias") if f"{n}.{part}" not in weights]
-        if missing:
+        # Modules of `features`: convolution, ReLU, a pool after each stage; with batch norm three to a convolution.
+        step = 3 if "features.1.running_mean" in weights else 2
+        places = [step * i + block.stage - 1 for i, block in enumerate(encoder)]
+        parts = {"weight": ("weight", "bias"), "norm": ("weight", "bias", "running_mean", "running_var")}
+        wanted = [f"features.{i}.{part}" for i in places for part in parts["weight"]]
+        wanted += [f"features.{i + 1}.{part}" for i in places for part in parts["norm"] if step == 3]
+        if missing := {name for name in wanted if name not in weights}:
+            kind = "VGG16-BN" if step == 3 else "VGG16"
             raise CheckpointError(
-                f"these are not VGG16's convolutions: {_some('missing', set(missing))}; expected torchvision's names, "
-                "features.0.weight to features.28.bias"
+                f"these are not {kind}'s convolutions: {_some('missing', missing)}; expected torchvision's names, "
+                f"{wanted[0]} to {wanted[-1]}"
             )
-        values = []
-        for block, name in zip(encoder, names, strict=True):
-            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-            expected = (block.out_channels, block.in_channels, block.kernel, block.kernel)
-            if weight.shape != expected or bias.shape != expected[:1]:
-                raise CheckpointError(
-                    f"{name} has weights {weight.shape} and biases {bias.shape}, {block.name} of width {self.width} "
-                    f"takes {expected} and {expected[:1]}; VGG16 weights need width = 1.0"
-                )
-            values.append((from_file_layout(weight).astype(self.dtype), bias.astype(self.dtype)))
-        for block, (weight, bias) in zip(encoder, values, strict=True):
+        values: list[tuple[Any, np.ndarray]] = []
+        for block, i in zip(encoder, places, strict=True):
             unit = self.encoder[block.stage][block.index]
-            self.device.write(unit.conv.weight.data, weight)
-            if unit.bn is not None:
-                self.device.write(unit.bn.running_mean.data, -bias)
+            weight, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
+            expected = (block.out_channels, block.in_channels, block.kernel, block.kernel)
+            norm = [weights[f"features.{i + 1}.{part}"] for part in parts["norm"]] if step == 3 else []
+            if weight.shape != expected or any(vector.shape != expected[:1] for vector in (bias, *norm)):
+                raise CheckpointError(
+                    f"features.{i} has weights {weight.shape} and biases {bias.shape}, {block.name} of width "
+                    f"{self.width} takes {expected} and {expected[:1]}; VGG16 weights need width = 1.0"
+                )
+            values.append((unit.conv.weight.data, from_file_layout(weight)))
+            assert unit.bn is not None
+            gamma, beta, mean, var = norm or (np.ones_like(bias), np.zeros_like(bias), 0, np.full_like(bias, 1 - EPS))
+            values += [(unit.bn.weight.data, gamma), (unit.bn.bias.data, beta)]
+            values += [(unit.bn.running_mean.data, mean - bias), (unit.bn.running_var.data, var)]
+        for target, array in values:
+            self.device.write(target, array.astype(self.dtype))
 
 
 class SegNetBasic(SegNet):
@@ -326,13 +356,16 @@ def build(description: Mapping[str, Any], device: "str | Device" = "auto", seed:
     try:
         architecture = ARCHITECTURES[description["architecture"]]
         classes, width, dropout = description["classes"], description["width"], description["dropout"]
-        decoder = {name: name for name in DECODERS}[description.get("decoder", "indices")]  # the first files have none
+        # The first files have neither.
+        decoder = {name: name for name in DECODERS}[description.get("decoder", "indices")]
+        pooling = {name: name for name in POOLINGS}[description.get("pooling", "ceil")]
     except KeyError as error:
         raise CheckpointError(
             f"the description of the network {dict(description)} lacks or does not know {error}; expected architecture "
-            f"({' or '.join(ARCHITECTURES)}), classes, width, dropout and decoder ({' or '.join(DECODERS)})"
+            f"({' or '.join(ARCHITECTURES)}), classes, width, dropout, decoder ({' or '.join(DECODERS)}) "
+            f"and pooling ({' or '.join(POOLINGS)})"
         ) from error
-    return architecture(classes, width, device, dropout=dropout, decoder=decoder, seed=seed)
+    return architecture(classes, width, device, dropout=dropout, decoder=decoder, pooling=pooling, seed=seed)
 
 
 def to_file_layout(array: np.ndarray) -> np.ndarray:

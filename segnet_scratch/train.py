@@ -144,6 +144,7 @@ class Trainer:
             *(classes, config.width, on),
             dropout=config.dropout,
             decoder=config.decoder,
+            pooling=config.pooling,
             seed=config.seed,
             dtype=config.dtype,
             rung="tf32" if config.precision == "tf32" else None,

@@ -58,6 +58,17 @@ def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False) 
     return model.fold_batch_norm() if fold else model.eval()
 
 
+def check_values(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """CheckpointError where weights of another program are no numbers, or a running variance is negative."""
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{path}: {name} holds values that are no finite numbers ({array.dtype}); export it anew"
+            )
+        if name.endswith("running_var") and array.min(initial=0) < 0:
+            raise CheckpointError(f"{path}: {name} holds {array.min():g}, and no variance is negative; export it anew")
+
+
 def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = None) -> str:
     """Gives a fresh model the weights of a file: VGG16 under torchvision's names, or a checkpoint of the same network.
 
@@ -66,10 +77,12 @@ def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = No
     Returns one line that says what was taken. CheckpointError where the file fits neither.
     """
     weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
+    check_values(path, weights)
+    _expect_pooling(model, path)
     try:
         if "encoder.1.1.conv.weight" not in weights:
             model.load_vgg16(weights)
-            return f"encoder from VGG16 ({path})"
+            return f"encoder from VGG16{'-BN' if 'features.1.running_mean' in weights else ''} ({path})"
         classes = len(weights.get("classifier.bias", ()))
         trained = _class_names(path)
         others = bool(names and trained) and list(names or ()) != trained
@@ -91,3 +104,17 @@ def _class_names(path: str | Path) -> list[str] | None:
     except CheckpointError:
         return None
     return names if isinstance(names, list) else None
+
+
+def _expect_pooling(model: SegNet, path: str | Path) -> None:
+    """CheckpointError where a checkpoint of ours belongs to a network that pools odd maps otherwise."""
+    try:
+        description = checkpoint.read_metadata(path).get("model", {})
+    except CheckpointError:  # the file of another program
+        return
+    pooling = description.get("pooling", "ceil")
+    if pooling != model.pooling:
+        raise CheckpointError(
+            f"{path}: its network pools odd maps in {pooling!r} mode, this one in {model.pooling!r} mode; set "
+            f'pooling = "{pooling}"'
+        )

@@ -10,6 +10,7 @@ from segnet_scratch.errors import ConfigError
 LEGAL = {
     "model": ('"segnet-basic"', "segnet-basic"),
     "decoder": ('"deconv"', "deconv"),
+    "pooling": ('"floor"', "floor"),
     "width": ("0.25", 0.25),
     "dropout": ("true", True),
     "dtype": ('"float64"', "float64"),
@@ -53,6 +54,7 @@ LEGAL = {
 REFUSED = {
     "model": ["vgg", 1, ""],
     "decoder": ["unpool", True, 2],
+    "pooling": ["round", True, 2],
     "width": [0, -1.0, "1", True, float("nan"), float("inf"), 10**400],
     "dropout": [0.5, 1, "yes"],
     "dtype": ["float16", 64, "double"],

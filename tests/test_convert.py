@@ -10,6 +10,8 @@ from segnet_scratch import weights as model_files
 from segnet_scratch.cli import main
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.nn.modules import ConvUnit
+from segnet_scratch.segnet import VGG16_STAGES
 
 DOCS = Path(__file__).parents[1] / "docs" / "pytorch.md"
 IMAGES = np.random.default_rng(0).standard_normal((1, 45, 35, 3)).astype(np.float32)
@@ -48,6 +50,118 @@ def test_other_names_and_a_bias_before_the_norm(tmp_path):
     assert np.abs(difference).max() < 1e-4
     to_pytorch(tmp_path / "ours.safetensors", tmp_path / "back.safetensors", names)
     assert "down.first.convolution.weight" in checkpoint.load_foreign(tmp_path / "back.safetensors")
+
+
+def state_file(path, model, **changes):
+    """A state dict under our names, with some arrays changed or added (or, as None, left out)."""
+    state = {**model.state_dict(), **changes}
+    safetensors.numpy.save_file({name: a for name, a in state.items() if a is not None}, path)
+    return path
+
+
+def read_text_map(folder, text):
+    (folder / "names.toml").write_text(text)
+    return read_map(folder / "names.toml")
+
+
+@pytest.mark.parametrize("text", ["", '"module" = ""', '"module.encoder" = "encoder"\n"module" = ""'])
+def test_a_prefix_of_every_name(tmp_path, text):
+    """DataParallel's is known; a map may take any away."""
+    model = trained()
+    wrapped = {f"module.{name}": array for name, array in model.state_dict().items()}
+    safetensors.numpy.save_file(wrapped, tmp_path / "m.safetensors")
+    names = read_text_map(tmp_path, text)
+    from_pytorch(tmp_path / "m.safetensors", tmp_path / "ours.safetensors", names)
+    assert np.array_equal(load(tmp_path / "ours.safetensors", "numpy")(IMAGES).numpy(), model(IMAGES).numpy())
+    to_pytorch(tmp_path / "ours.safetensors", tmp_path / "back.safetensors", names, biases=False)
+    back = checkpoint.load_foreign(tmp_path / "back.safetensors")
+    expected = set(wrapped) if text else set(model.state_dict())
+    assert set(back) == expected
+
+
+def test_an_array_that_is_left_out(tmp_path):
+    model, extra = trained(), {"auxiliary.head.weight": np.ones((2, 2), np.float32), "steps": np.array(3)}
+    path = state_file(tmp_path / "theirs.safetensors", model, **extra)
+    with pytest.raises(CheckpointError, match="not known: 2"):
+        from_pytorch(path, tmp_path / "ours.safetensors", {})
+    from_pytorch(path, tmp_path / "ours.safetensors", read_text_map(tmp_path, '"auxiliary" = false\nsteps = false'))
+    assert np.array_equal(load(tmp_path / "ours.safetensors", "numpy")(IMAGES).numpy(), model(IMAGES).numpy())
+
+
+FAULTS = (
+    ("two arrays of one name", {"old.weight": np.ones(3, np.float32)}, '"old" = "classifier"', "classifier.weight"),
+    ("a line that matches nothing", {}, '"encoder.9" = "encoder.1"', "nothing begins with 'encoder.9'"),
+    ("a false line that matches nothing", {}, '"aux" = false', "nothing begins with 'aux'"),
+    ("negative variance", {"encoder.1.1.bn.running_var": np.full(4, -1, np.float32)}, "", "no variance is negative"),
+    ("NaN", {"encoder.2.1.conv.weight": np.full((8, 4, 3, 3), np.nan, np.float32)}, "", "2.1.conv.weight .* no finite"),
+    ("infinity", {"classifier.bias": np.full(5, np.inf, np.float32)}, "", "classifier.bias .* no finite"),
+    ("booleans", {"classifier.bias": np.ones(5, bool)}, "", "classifier.bias .* no finite numbers .bool."),
+)
+
+
+@pytest.mark.parametrize(("changes", "text", "message"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_weights_and_maps_that_cannot_be_meant(tmp_path, changes, text, message):
+    path = state_file(tmp_path / "theirs.safetensors", trained(), **changes)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        from_pytorch(path, tmp_path / "ours.safetensors", read_text_map(tmp_path, text))
+    assert not (tmp_path / "ours.safetensors").exists()
+    if not text:
+        with pytest.raises(CheckpointError, match=message):
+            model_files.initialise(SegNet(5, 1 / 16, "numpy"), path)
+
+
+def test_another_eps_of_the_batch_norms(tmp_path):
+    model = trained()
+    path = state_file(tmp_path / "theirs.safetensors", model)
+    from_pytorch(path, tmp_path / "ours.safetensors", {}, eps=1e-3)
+    for unit in model.named_modules(ConvUnit).values():  # what a network of that eps computes
+        variance = unit.bn.running_var.data
+        unit.bn.weight.data[...] *= np.sqrt((variance + 1e-5) / (variance + 1e-3))
+    expected = model(IMAGES).numpy()
+    got = load(tmp_path / "ours.safetensors", "numpy")(IMAGES).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    zero = {"encoder.1.1.bn.running_var": np.zeros(4, np.float32)}
+    path = state_file(tmp_path / "theirs.safetensors", model, **zero)
+    with pytest.raises(CheckpointError, match=r"encoder\.1\.1\.bn\.running_var: variances below"):
+        from_pytorch(path, tmp_path / "ours.safetensors", {}, eps=1e-6)
+
+
+def test_biases_of_0_for_networks_that_have_them(tmp_path):
+    model_files.save(tmp_path / "ours.safetensors", trained(), {})
+    names = read_text_map(tmp_path, '"down.first" = "encoder.1.1.conv"')
+    for how, expected in ((None, 25), (True, 25), (False, 0)):
+        to_pytorch(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", names, how)
+        back = checkpoint.load_foreign(tmp_path / "theirs.safetensors")
+        biases = [n for n in back if n.endswith(("conv.bias", "first.bias"))]
+        assert len(biases) == expected
+        assert not expected or (not back["down.first.bias"].any() and back["down.first.bias"].shape == (4,))
+
+
+def test_class_names_size_and_pooling_come_back(tmp_path):
+    ours, theirs, again = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "again"))
+    model = SegNet(3, 1 / 16, "numpy", pooling="floor")
+    model_files.save(ours, model, {"classes": ["road", "sky", "tree"], "size": [96, 128]})
+    to_pytorch(ours, theirs, {})
+    from_pytorch(theirs, again, {})
+    back = load(again, "numpy")
+    assert (back.metadata["classes"], back.metadata["size"], back.pooling) == (
+        ["road", "sky", "tree"],
+        [96, 128],
+        "floor",
+    )
+    from_pytorch(theirs, again, {}, "ceil", classes=["a", "b", "c"], size=(64, 64))
+    assert (load(again, "numpy").metadata["classes"], load(again, "numpy").pooling) == (["a", "b", "c"], "ceil")
+    with pytest.raises(ConfigError, match="2 class names for the 3 classes"):
+        from_pytorch(theirs, again, {}, classes=["a", "b"])
+    with pytest.raises(CheckpointError, match="pools odd maps in 'floor' mode, this one in 'ceil' mode"):
+        model_files.initialise(SegNet(3, 1 / 16, "numpy"), ours)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04" + b"\0" * 40, b"\x80\x02" + b"\0" * 40])
+def test_a_file_of_pytorch_is_named_with_the_way_out(tmp_path, start):
+    (tmp_path / "net.pth").write_bytes(start)
+    with pytest.raises(CheckpointError, match=r"PyTorch.*save_file\(torch\.load\('.*net\.pth', weights_only=True\)"):
+        from_pytorch(tmp_path / "net.pth", tmp_path / "ours.safetensors", {})
 
 
 def test_names_that_do_not_fit(tmp_path):
@@ -105,3 +219,99 @@ def test_the_module_in_the_documentation_loads_our_weights(tmp_path):
         theirs = space["model"].eval()(torch.from_numpy(IMAGES).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     ours = model(IMAGES).numpy()
     assert np.abs(theirs - ours).max() <= 1e-4 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+@pytest.mark.parametrize("pooling", ["ceil", "floor"])
+def test_pools_of_odd_maps_as_pytorch(device, pooling):
+    """Logits and gradients of a network on an image whose every stage is odd."""
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    images = np.random.default_rng(1).standard_normal((1, 63, 47, 3))
+    model = SegNet(3, 1 / 64, device, pooling=pooling, dtype=np.float64, seed=2).eval()
+    parameters = {
+        name: torch.from_numpy(p.numpy().transpose(0, 3, 1, 2).copy() if len(p.shape) == 4 else p.numpy().copy())
+        for name, p in model.named_parameters().items()
+    }
+    for value in parameters.values():
+        value.requires_grad_()
+
+    def unit(name, x):
+        x = functional.conv2d(x, parameters[f"{name}.conv.weight"], padding=1) / (1 + 1e-5) ** 0.5
+        gain, shift = (parameters[f"{name}.bn.{part}"][:, None, None] for part in ("weight", "bias"))
+        return functional.relu(x * gain + shift)
+
+    x, codes = torch.from_numpy(images).permute(0, 3, 1, 2), []
+    for block in model.blocks:
+        if block.unpool:
+            code, size = codes.pop()
+            x = functional.max_unpool2d(x, code, 2, output_size=size)
+        x = unit(block.name, x)
+        if block.pool:
+            size = x.shape[2:]
+            x, code = functional.max_pool2d(x, 2, ceil_mode=pooling == "ceil", return_indices=True)
+            codes.append((code, size))
+    x = functional.conv2d(x, parameters["classifier.weight"], parameters["classifier.bias"], padding=1)
+    ours = model(images)
+    np.testing.assert_allclose(ours.numpy(), x.detach().permute(0, 2, 3, 1).numpy(), rtol=1e-9, atol=1e-12)
+    cotangent = np.random.default_rng(2).standard_normal(ours.shape)
+    ours.backward(model.device.upload(cotangent))
+    x.backward(torch.from_numpy(cotangent).permute(0, 3, 1, 2))
+    for name, parameter in model.named_parameters().items():
+        theirs = parameters[name].grad.numpy()
+        theirs = theirs.transpose(0, 2, 3, 1) if theirs.ndim == 4 else theirs
+        np.testing.assert_allclose(parameter.grad, theirs, rtol=1e-7, atol=1e-10 * np.abs(theirs).max(), err_msg=name)
+
+
+def vgg16_arrays(norms):
+    rng = np.random.default_rng(5)
+    arrays, place, channels = {}, 0, 3
+    for stage in VGG16_STAGES:
+        for out in stage:
+            scale = (2 / (9 * channels)) ** 0.5
+            arrays[f"features.{place}.weight"] = (scale * rng.standard_normal((out, channels, 3, 3))).astype(np.float32)
+            arrays[f"features.{place}.bias"] = (0.1 * rng.standard_normal(out)).astype(np.float32)
+            if norms:
+                parts = {"weight": (0.5, 1.5), "bias": (-1, 1), "running_mean": (-1, 1), "running_var": (0.5, 2)}
+                for part, (low, high) in parts.items():
+                    arrays[f"features.{place + 1}.{part}"] = rng.uniform(low, high, out).astype(np.float32)
+                arrays[f"features.{place + 1}.num_batches_tracked"] = np.array(3, np.int64)
+            place, channels = place + (3 if norms else 2), out
+        place += 1
+    return arrays
+
+
+@pytest.mark.parametrize("norms", [False, True], ids=["VGG16", "VGG16-BN"])
+def test_vgg16_through_init_computes_what_vgg16_does(tmp_path, norms):
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    arrays = vgg16_arrays(norms)
+    safetensors.numpy.save_file(arrays, tmp_path / "vgg.safetensors")
+    model = SegNet(3, 1.0, "numpy").eval()
+    line = model_files.initialise(model, tmp_path / "vgg.safetensors")
+    assert line.startswith(f"encoder from VGG16{'-BN' if norms else ''} (")
+    images = np.random.default_rng(0).standard_normal((1, 32, 32, 3)).astype(np.float32)
+    seen = {}
+    model.forward(images, lambda layer, output: seen.setdefault(layer, output.numpy()))
+    with torch.no_grad():
+        x, place = torch.from_numpy(images).double().permute(0, 3, 1, 2), 0
+        t = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
+        for stage in VGG16_STAGES:
+            for _ in stage:
+                x = functional.conv2d(x, t[f"features.{place}.weight"], t[f"features.{place}.bias"], padding=1)
+                if norms:
+                    parts = (t[f"features.{place + 1}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
+                    x = functional.batch_norm(x, *parts)
+                x, place = functional.relu(x), place + (3 if norms else 2)
+            x, place = functional.max_pool2d(x, 2), place + 1
+    expected = x.permute(0, 2, 3, 1).numpy()
+    # A variance of 1 in place of 1 - eps would be off by 13 x 5e-6.
+    assert np.abs(seen["encoder.5.3"] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_vgg16_with_norms_that_lacks_arrays_is_named(tmp_path):
+    arrays = vgg16_arrays(norms=True)
+    del arrays["features.41.running_var"]
+    safetensors.numpy.save_file(arrays, tmp_path / "vgg.safetensors")
+    with pytest.raises(CheckpointError, match=r"not VGG16-BN's convolutions: missing: 1 \(features\.41\.running_var\)"):
+        model_files.initialise(SegNet(3, 1.0, "numpy"), tmp_path / "vgg.safetensors")

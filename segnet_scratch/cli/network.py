@@ -27,12 +27,15 @@ from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.evaluate import check_classes
+from segnet_scratch.lab.workbench.options import shape
 from segnet_scratch.listeners import Listeners
+from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
 from segnet_scratch.run_record import RunRecord
 from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.segnet import POOLINGS
 from segnet_scratch.tensorboard import TensorBoard
 from segnet_scratch.train import RunFolder, Trainer
 
@@ -152,7 +155,25 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Where to write the result.")],
     to: Annotated[str, typer.Option(help="segnet (our checkpoint) or pytorch (a state dict).")] = "segnet",
     names: Annotated[
-        Path | None, typer.Option("--map", help='TOML of "their.prefix" = "encoder.1.1.conv" lines.', metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--map", help='TOML of "their.prefix" = "encoder.1.1.conv" lines; = false leaves out.', metavar="FILE"
+        ),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(metavar="ceil|floor", help="Of a network that is read: floor where it pools by MaxPool2d(2, 2)."),
+    ] = None,
+    eps: Annotated[float, typer.Option(min=0, help="Of the batch norms of a network that is read.")] = EPS,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class names of a network that is read, one a line.", metavar="FILE")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Input size of a network that is read: S or HxW.", metavar="SIZE")
+    ] = None,
+    biases: Annotated[
+        bool | None,
+        typer.Option("--biases/--no-biases", help="Write biases of 0 before batch norms; with a map unless told."),
     ] = None,
 ) -> None:
     """Convert weights from and to PyTorch SegNets. The result of --to segnet works with eval, predict and --init.
@@ -160,9 +181,20 @@ def convert(
     Their tensor names are taken as ours (encoder.1.1.conv.weight ...) unless --map says otherwise.
     """
     if to == "segnet":
-        model = from_pytorch(source, target, read_map(names))
-        say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes")
+        if pooling not in (None, *POOLINGS):
+            raise typer.BadParameter(f"{pooling!r}; expected {' or '.join(POOLINGS)}", param_hint="--pooling")
+        classes = None if labels is None else labels.read_text(encoding="utf-8").split("\n")
+        classes = classes and [name.strip() for name in classes if name.strip()]
+        sides = None if size is None else shape("--size", size)
+        told = {"classes": classes, "size": sides and (sides[0], sides[-1])}
+        model = from_pytorch(source, target, read_map(names), pooling, eps, **told)  # type: ignore[arg-type]
+        say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes, pooling {model.pooling}")
+        if pooling is None and model.pooling == "ceil":
+            say(
+                "Pools take the last row and column of odd maps (ceil mode), as the authors'. PyTorch's "
+                "MaxPool2d(2, 2) does not: if the network was trained so, convert it with --pooling floor"
+            )
     elif to == "pytorch":
-        say(f"{target}: {to_pytorch(source, target, read_map(names))} arrays, OIHW float32")
+        say(f"{target}: {to_pytorch(source, target, read_map(names), biases)} arrays, OIHW float32")
     else:
         raise typer.BadParameter(f"{to!r}; expected segnet or pytorch", param_hint="--to")

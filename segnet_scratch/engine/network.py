@@ -64,6 +64,8 @@ def misfit(model: SegNet, rung: str, training: bool) -> str | None:
     """Why the fused engine cannot compute a network; None where it can."""
     if model.decoder_kind != "indices":
         return f"unpools by pooling indices, and the decoder of this network is {model.decoder_kind!r}"
+    if model.pooling != "ceil":
+        return f"pools odd maps in ceil mode, and this network in {model.pooling!r} mode"
     if training and model.has_dropout:
         return "has no dropout, and this network does (Bayesian SegNet)"
     if training and model.folded:

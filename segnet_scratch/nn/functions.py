@@ -337,3 +337,31 @@ class Add(Function):
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b of equal shapes; ShapeError otherwise."""
     return Add(a.device)(a, b)
+
+
+class Fit(Function):
+    """Saves the size alone; the gradient is cut or filled up the other way round."""
+
+    def __init__(self, device: Device, size: tuple[int, int]) -> None:
+        super().__init__(device)
+        self.size = size
+
+    def forward(self, x: Array) -> Array:
+        self.x_size = x.shape[1], x.shape[2]
+        return _fitted(self.device, x, self.size)
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (_fitted(self.device, dy, self.x_size),)
+
+
+def _fitted(device: Device, x: Array, size: tuple[int, int]) -> Array:
+    n, h, w, c = x.shape
+    y = device.zeros((n, *size, c), x.dtype)
+    h, w = min(h, size[0]), min(w, size[1])
+    device.write(y[:, :h, :w], x[:, :h, :w])
+    return y
+
+
+def fit(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The map (n, h, w, c) cut to (n, *size, c) at its lower and right edge, or filled up there with 0."""
+    return x if x.shape[1:3] == tuple(size) else Fit(x.device, size)(x)
