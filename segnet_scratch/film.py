@@ -20,6 +20,7 @@ from segnet_scratch.extras import require
 from segnet_scratch.files import reason
 
 _CAMERA_RATE = 30
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC of FFmpeg
 _TICK = Fraction(1, 90_000)  # of the films that are written: MPEG's clock, finer than any frame rate
 _REORDERED = 4  # frames, at most, that a time is earlier by where it is only mistaken; more begins another recording
 
@@ -34,8 +35,8 @@ class Film:
 
     def __init__(self, container: Any, name: str) -> None:
         self._container, self._name = container, name
-        covers = pyav().stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+        # The first versions of PyAV 14 do not tell which streams are covers.
+        streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & _ATTACHED_PICTURE]
         if not streams:
             raise DataError(f"{name}: holds no moving pictures; expected a video")
         self._stream = streams[0]
@@ -98,8 +99,8 @@ class _Clock:
             if stamp is not None:
                 self._faults[kind] += stamp <= self._claimed.get(kind, stamp - 1)
                 self._claimed[kind] = stamp
-        first, second = sorted(stamps, key=lambda kind: self._faults[kind])
-        return stamps[second] if stamps[first] is None else stamps[first]
+        trusted = "dts" if "dts" in self._claimed and self._faults["dts"] < self._faults["pts"] else "pts"
+        return stamps[trusted]
 
 
 def upright(frame: Any, aspect: Fraction | None) -> np.ndarray:
