@@ -3,6 +3,7 @@
 //
 //   source position of output row oy:  (oy + 0.5) h / oh - 0.5, clamped to [0, h - 1]
 //   forward   y[oy, ox] = sum over iy, ix of  R[oy, iy] C[ox, ix] x[iy, ix]
+//   (of a large map some rows at a time, from the rows of x that they are made of)
 //   backward  dx[iy, ix] = sum over oy, ox of  R[oy, iy] C[ox, ix] dy[oy, ox]
 //
 // R and C hold at most two weights an output row or column, 1 - fraction and fraction (struct Tap). The backward gathers:
@@ -26,17 +27,17 @@ struct Tap {
 };
 
 extern "C" __global__ void resize_bilinear_forward(
-    const storage_t* __restrict__ x,  // (n, h, w, c)
-    storage_t* __restrict__ y,        // (n, oh, ow, c)
-    int n, int h, int w, int c, int oh, int ow) {
-    const int64 count = (int64)n * oh * ow * c;
+    const storage_t* __restrict__ x,  // (n, x_rows, w, c), rows of a map of height h from x_first on
+    storage_t* __restrict__ y,        // (n, y_rows, ow, c), rows of a map of height oh from y_first on
+    int n, int x_rows, int w, int c, int y_rows, int ow, int x_first, int h, int y_first, int oh) {
+    const int64 count = (int64)n * y_rows * ow * c;
     FOR_EACH_INDEX(i, count) {
         const int channel = (int)(i % c);
         const int64 pixel = i / c;
-        const Tap column((int)(pixel % ow), w, ow), row((int)(pixel / ow % oh), h, oh);
-        const storage_t* const image = x + pixel / ow / oh * h * w * c + channel;
-        const storage_t* const above = image + (int64)row.low * w * c;
-        const storage_t* const below = image + (int64)row.high * w * c;
+        const Tap column((int)(pixel % ow), w, ow), row(y_first + (int)(pixel / ow % y_rows), h, oh);
+        const storage_t* const image = x + pixel / ow / y_rows * x_rows * w * c + channel;
+        const storage_t* const above = image + (int64)(row.low - x_first) * w * c;
+        const storage_t* const below = image + (int64)(row.high - x_first) * w * c;
         const accumulate_t top = above[(int64)column.low * c] +
                                  column.fraction * ((accumulate_t)above[(int64)column.high * c] - above[(int64)column.low * c]);
         const accumulate_t bottom = below[(int64)column.low * c] +

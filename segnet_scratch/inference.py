@@ -1,21 +1,26 @@
 """How a network is applied to an image: once at its input size, or many times with the results averaged."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from segnet_scratch.config import MINIMUM_SIZE
 from segnet_scratch.data import normalise, resize_image
+from segnet_scratch.data.drawing import row_blocks
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.nn.autograd import no_grad
 from segnet_scratch.nn.modules import dropout_sampling
 from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.op import spec_of
-from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
+
+_BLOCK = 8 << 20  # logits in the size of the image that are held at a time
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Inference:
         object.__setattr__(self, "stride", stride)
 
     @property
+    def views(self) -> list[tuple[float, bool]]:
+        """(scale, mirrored) of every look at the image."""
+        return [(scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,))]
+
+    @property
     def single(self) -> bool:
         """Whether one pass is all: nothing is averaged."""
         return self == Inference()
@@ -112,15 +122,30 @@ def segment(
     """
     inference = inference or Inference()
     inference.check(model, size)
+    height, width = image.shape[:2]
+    labels = np.empty((height, width), np.uint8)
+    logits = np.empty((height, width, model.classes), np.float32) if with_logits else None
+    uncertainty = np.empty((height, width), np.float32) if inference.samples else None
     with no_grad():
-        if not inference.single:
-            mean, uncertainty = _average(model, image, size, inference)
-            labels = mean.argmax(axis=2).astype(np.uint8)
-            logits = np.log(np.maximum(mean, np.finfo(np.float32).tiny)) if with_logits else None
-            return Segmentation(labels, logits, uncertainty)
-        logits = resize(model, _forward(model, normalise(resize_image(image, size))), image.shape[:2])
-        labels = model.device.download(classify(model, logits))[0]
-        return Segmentation(labels, model.device.download(logits)[0] if with_logits else None)
+        views = [
+            [_view(model, image, size, scale, flip, sample, inference) for scale, flip in inference.views]
+            for sample in (range(inference.samples) if inference.samples else (None,))
+        ]
+        for rows in row_blocks((height, width), _BLOCK // model.classes):
+            count = rows.stop - rows.start
+            if inference.single:
+                found = views[0][0].rows(rows.start, count)
+                labels[rows] = model.device.download(classify(model, found))[0]
+                if logits is not None:
+                    logits[rows] = model.device.download(found)[0]
+                continue
+            mean, variance = _mean(model, views, rows.start, count)
+            labels[rows] = mean.argmax(axis=2)
+            if logits is not None:
+                logits[rows] = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
+            if uncertainty is not None:
+                uncertainty[rows] = variance
+    return Segmentation(labels, logits, uncertainty)
 
 
 def resize(model: SegNet, logits: Array, size: tuple[int, ...]) -> Array:
@@ -143,59 +168,131 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), max(0, length - window)]
 
 
-def _average(
-    model: SegNet, image: np.ndarray, size: tuple[int, int], inference: Inference
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean probabilities (h, w, classes), and the uncertainty (h, w) where there are samples."""
-    mean = np.zeros((*image.shape[:2], model.classes), np.float32)
-    squares = np.zeros_like(mean)  # summed squared deviations from the mean, by Welford's recurrence
-    for sample in range(max(1, inference.samples)):
-        with _sampling(model, sample) if inference.samples else nullcontext():
-            probabilities = _mean_of_views(model, image, size, inference)
+def _mean(model: SegNet, views: list[list["_View"]], first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean probabilities (count, w, classes) of some rows, and their variance (count, w) where there are samples."""
+    mean = squares = np.zeros((1, 1, 1), np.float32)  # summed squared deviations from the mean, by Welford's recurrence
+    for sample, of_sample in enumerate(views):
+        total = np.zeros((1, 1, 1), np.float32)
+        for view in of_sample:
+            logits = model.device.download(view.rows(first, count))[0]
+            total = total + _softmax(logits[:, ::-1] if view.flip else logits)
+        probabilities = total / np.float32(len(of_sample))
+        if len(views) == 1:
+            return probabilities, None
         deviation = probabilities - mean
-        mean += deviation / (sample + 1)
-        squares += deviation * (probabilities - mean)
-    return mean, squares.mean(axis=2) / inference.samples if inference.samples else None
+        mean = mean + deviation / np.float32(sample + 1)
+        squares = squares + deviation * (probabilities - mean)
+    return mean, squares.mean(axis=2) / np.float32(len(views))
 
 
-def _mean_of_views(model: SegNet, image: np.ndarray, size: tuple[int, int], inference: Inference) -> np.ndarray:
-    """Probabilities (h, w, classes), averaged over scales and mirror images."""
-    total = np.zeros((*image.shape[:2], model.classes), np.float32)
-    flips = (False, True) if inference.flip else (False,)
-    for scale in inference.scales:
-        for flip in flips:
-            logits = _view(model, image[:, ::-1] if flip else image, size, scale, inference)
-            logits = model.device.download(resize(model, logits, image.shape[:2]))[0]
-            total += _softmax(logits[:, ::-1] if flip else logits)
-    return total / (len(inference.scales) * len(flips))
+class _View(Protocol):
+    """The network's logits for one look at an image, rows at a time and from top to bottom."""
+
+    flip: bool  # whether they are mirrored
+
+    def rows(self, first: int, count: int) -> Array:
+        """Logits (1, count, w, classes) of some rows, in the size of the image."""
 
 
-def _view(model: SegNet, image: np.ndarray, size: tuple[int, int], scale: float, inference: Inference) -> Array:
-    """Logits (1, ., ., classes) of the image at one scale."""
-    if inference.window is None or inference.stride is None:
-        return _forward(model, normalise(resize_image(image, scaled(size, scale))))
-    pixels = normalise(resize_image(image, scaled(image.shape, scale)))
-    return model.device.upload(_windowed(model, pixels, inference.window, inference.stride)[None])
+def _view(
+    model: SegNet,
+    image: np.ndarray,
+    size: tuple[int, int],
+    scale: float,
+    flip: bool,
+    sample: int | None,
+    inference: Inference,
+) -> _View:
+    image = image[:, ::-1] if flip else image
+    if inference.window is not None and inference.stride is not None:
+        return _Windows(model, image, scaled(image.shape, scale), inference.window, inference.stride, flip, sample)
+    logits = _forward(model, normalise(resize_image(image, scaled(size, scale))), sample)
+    return _Whole(model, logits, (image.shape[0], image.shape[1]), flip)
 
 
-def _windowed(model: SegNet, pixels: np.ndarray, window: tuple[int, int], stride: tuple[int, int]) -> np.ndarray:
-    """Logits (h, w, classes) of normalised pixels (h, w, 3), averaged over all windows that a pixel lies in."""
-    height, width = pixels.shape[:2]
-    padded = np.zeros((max(height, window[0]), max(width, window[1]), 3), pixels.dtype)  # 0 is the mean colour
-    padded[:height, :width] = pixels
-    total = np.zeros((*padded.shape[:2], model.classes), model.dtype)
-    seen = np.zeros((*padded.shape[:2], 1), model.dtype)
-    for top in window_starts(padded.shape[0], window[0], stride[0]):
-        for left in window_starts(padded.shape[1], window[1], stride[1]):
-            place = slice(top, top + window[0]), slice(left, left + window[1])
-            total[place] += model.device.download(_forward(model, padded[place]))[0]
-            seen[place] += 1
-    return np.ascontiguousarray((total / seen)[:height, :width])
+@dataclass
+class _Whole:
+    """The image as a whole, in the network's input size."""
+
+    model: SegNet
+    logits: Array  # (1, ., ., classes)
+    size: tuple[int, int]  # of the image
+    flip: bool
+
+    def rows(self, first: int, count: int) -> Array:
+        rows = Rows(first, count, 0, self.logits.shape[1])
+        return ResizeBilinearForward.plan(spec_of(self.logits), self.size, rows)(self.model.device, x=self.logits).y
 
 
-def _forward(model: SegNet, pixels: np.ndarray) -> Array:
-    """Logits (1, h, w, classes) of normalised pixels (h, w, 3)."""
-    return model(np.ascontiguousarray(pixels[None], dtype=model.dtype)).data
+class _Windows:
+    """Windows over an image, the logits of those that overlap averaged.
+
+    Only so many rows are held as the windows that are not done reach over: what a pixel's windows add up to does not
+    depend on it.
+    """
+
+    def __init__(
+        self,
+        model: SegNet,
+        image: np.ndarray,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        flip: bool,
+        sample: int | None,
+    ) -> None:
+        self._model, self._window, self._sample = model, window, sample
+        self._image_size = image.shape[0], image.shape[1]
+        self.flip = flip
+        self._pixels = image if size == image.shape[:2] else resize_image(np.ascontiguousarray(image), size)
+        lengths = max(size[0], window[0]), max(size[1], window[1])
+        self._tops, self._lefts = map(window_starts, lengths, window, stride)
+        # How many windows see a row, and a column: their product is how many see a pixel.
+        self._in_rows, self._in_columns = map(_coverage, lengths, window, (self._tops, self._lefts))
+        self._first = 0  # the row that the sums begin with
+        self._sums = np.zeros((0, max(size[1], window[1]), model.classes), model.dtype)
+
+    def rows(self, first: int, count: int) -> Array:
+        height, width = self._pixels.shape[:2]
+        same = (height, width) == self._image_size
+        low, high = (first, first + count) if same else source_rows(first, count, self._image_size[0], height)
+        while self._tops and self._tops[0] < high:
+            self._add_windows(self._tops.pop(0), low)
+        part = slice(low - self._first, high - self._first)
+        seen = self._in_rows[low:high, None, None] * self._in_columns[:width, None]
+        logits = self._model.device.upload((self._sums[part, :width] / seen.astype(self._model.dtype))[None])
+        if same:
+            return logits
+        rows = Rows(first, count, low, height)
+        return ResizeBilinearForward.plan(spec_of(logits), self._image_size, rows)(self._model.device, x=logits).y
+
+    def _add_windows(self, top: int, low: int) -> None:
+        """The windows of one row, from `top` on; the sums above `low` are needed no more."""
+        height, width = self._window
+        missing = max(0, top + height - self._first - len(self._sums))
+        fresh = np.zeros((missing, *self._sums.shape[1:]), self._sums.dtype)
+        self._sums = np.concatenate([self._sums[max(0, low - self._first) :], fresh])
+        self._first = max(self._first, low)
+        for left in self._lefts:
+            pixels = self._pixels[top : top + height, left : left + width]
+            padded = np.zeros((height, width, 3), np.float32)  # 0 is the mean colour
+            padded[: pixels.shape[0], : pixels.shape[1]] = normalise(pixels)
+            logits = self._model.device.download(_forward(self._model, padded, self._sample))[0]
+            self._sums[top - self._first : top - self._first + height, left : left + width] += logits
+
+
+def _coverage(length: int, side: int, starts: Sequence[int]) -> np.ndarray:
+    """In how many windows each position along a side lies."""
+    seen = np.zeros(length, np.int64)
+    for start in starts:
+        seen[start : start + side] += 1
+    return seen
+
+
+def _forward(model: SegNet, pixels: np.ndarray, sample: int | None) -> Array:
+    """Logits (1, h, w, classes) of normalised pixels (h, w, 3); with a sample under its dropout masks."""
+    with _sampling(model, sample) if sample is not None else nullcontext():
+        return model(np.ascontiguousarray(pixels[None], dtype=model.dtype)).data
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

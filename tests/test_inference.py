@@ -1,12 +1,18 @@
 """Averaged predictions: mirror images, scales, windows and dropout samples, against plain NumPy."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from evaluation_support import bilinear, network, softmax
 
+from segnet_scratch import get_device
+from segnet_scratch import inference as inference_module
 from segnet_scratch.data import normalise, resize_image
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.inference import Inference, segment, window_starts
+from segnet_scratch.ops.op import spec_of
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
 
 SIZE = (40, 48)
 
@@ -242,3 +248,65 @@ def test_what_does_not_fit_the_network_is_refused(model):
     with pytest.raises(ConfigError, match=r"scale 0\.5 of the input size 40x48 is 20x24; expected at least 32"):
         segment(model, image, SIZE, Inference((0.5, 1.0)))
     segment(model, image, SIZE, Inference((0.5,), window=(32, 32)))  # there the windows are what must be large enough
+
+
+# Bounded memory
+
+
+@pytest.mark.parametrize("device", ["numpy", "host"])
+def test_rows_of_a_resized_map_are_those_of_the_whole_bit_for_bit(device):
+    device = get_device(device)
+    rng = np.random.default_rng(0)
+    for (height, width), (oh, ow) in [((7, 5), (23, 11)), ((23, 6), (7, 6)), ((9, 9), (9, 4)), ((1, 3), (6, 3))]:
+        x = rng.standard_normal((2, height, width, 3)).astype(np.float32)
+        whole = device.download(
+            ResizeBilinearForward.plan(spec_of(x), (oh, ow))(device, x=device.upload(x)).y,
+        )
+        for first, count in [(0, oh), (0, 1), (oh - 1, 1), (oh // 3, oh // 2)]:
+            low, high = source_rows(first, count, oh, height)
+            part = np.ascontiguousarray(x[:, low:high])
+            op = ResizeBilinearForward.plan(spec_of(part), (oh, ow), Rows(first, count, low, height))
+            np.testing.assert_array_equal(
+                device.download(op(device, x=device.upload(part)).y), whole[:, first : first + count]
+            )
+
+
+@pytest.mark.parametrize(
+    "rows", [Rows(0, 9, 0, 4), Rows(-1, 2, 0, 4), Rows(6, 3, 0, 4), Rows(0, 8, 1, 9), Rows(7, 1, 0, 9)]
+)
+def test_rows_that_do_not_fit_are_refused(rows):
+    with pytest.raises(ShapeError, match="resize_bilinear: "):
+        ResizeBilinearForward(spec_of(np.zeros((1, 4, 5, 3), np.float32)), (8, 5), rows)
+
+
+WAYS = {
+    "one view": Inference(),
+    "flip and scales": Inference(scales=(0.8, 1.0), flip=True),
+    "windows": Inference(window=(32, 48), stride=(20, 30)),
+    "windows at scales, mirrored": Inference(scales=(0.7, 1.0, 1.3), window=(32, 40), flip=True),
+    "windows larger than the image": Inference(window=(128, 160)),
+    "samples": Inference(samples=3, window=(40, 48), flip=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_of_rows_give_the_bits_of_the_whole(monkeypatch, way):
+    model, image = network(dropout=True), picture(93, 121)
+    whole = segment(model, image, SIZE, WAYS[way], with_logits=True)
+    monkeypatch.setattr(inference_module, "_BLOCK", 6 * 121 * 7)
+    parts = segment(model, image, SIZE, WAYS[way], with_logits=True)
+    for field in ("labels", "logits", "uncertainty"):
+        np.testing.assert_array_equal(getattr(parts, field), getattr(whole, field))
+
+
+@pytest.mark.parametrize("way", ["one view", "flip and scales", "windows"])
+def test_memory_does_not_grow_with_classes_times_the_image(monkeypatch, way):
+    model, image = network(), np.zeros((700, 1000, 3), np.uint8)
+    monkeypatch.setattr(inference_module, "_BLOCK", 1 << 18)
+    inference = WAYS[way] if way != "windows" else Inference(window=(96, 256), stride=(96, 256))
+    segment(model, image[:200], SIZE, inference)
+    tracemalloc.start()
+    segment(model, image, SIZE, inference)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 13e6  # one map of logits in the size of the image has 17 MB

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segnet_scratch.data.palette import VOID, class_palette, has_background
+from segnet_scratch.data.pictures import label_counts
 
 _MARGIN, _SQUARE, _LINE = 4, 10, 16  # of a legend, in pixels
 
@@ -59,14 +60,14 @@ class Style:
 
     def overlay(self, image: np.ndarray, labels: np.ndarray) -> Image.Image:
         """The image uint8 (h, w, 3) with its labels (h, w) as `blend` paints them; below it the classes that occur."""
-        present = np.flatnonzero(np.bincount(labels.reshape(-1), minlength=256)).tolist()
+        present = np.flatnonzero(label_counts(labels)).tolist()
         return above(Image.fromarray(self.blend(image, labels)), self.legend(present, image.shape[1]))
 
 
 def row_blocks(shape: tuple[int, ...], pixels: int = 1 << 20) -> Iterator[slice]:
     """The rows of a picture (h, w, ...) in blocks of about so many pixels, to bound what is computed at a time."""
     step = max(1, pixels // max(1, shape[1]))
-    return (slice(top, top + step) for top in range(0, shape[0], step))
+    return (slice(top, min(top + step, shape[0])) for top in range(0, shape[0], step))
 
 
 def legend(entries: Sequence[tuple[str, Sequence[int]]], width: int) -> Image.Image:

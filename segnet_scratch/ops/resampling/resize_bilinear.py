@@ -4,6 +4,8 @@ Pixel centres are at half-integers and the border is repeated: PyTorch's interpo
 aligned, the pixels of a map twice as large would not lie where those of its pooling windows lay.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
@@ -11,35 +13,71 @@ from segnet_scratch.ops.resampling import fast
 from segnet_scratch.runtime.devices import Device
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a resized map, `count` from `first` on; x holds those of the map of `x_height` rows from `x_first` on."""
+
+    first: int
+    count: int
+    x_first: int
+    x_height: int
+
+
+def source_rows(first: int, count: int, height: int, x_height: int) -> tuple[int, int]:
+    """The rows [low, high) of a map of `x_height` that so many rows of it, resized to `height`, are made of.
+
+    One more on either side than by the formula: its rounding is not the same everywhere.
+    """
+    low, high, _ = _taps(x_height, height, np.dtype(np.float64))
+    return max(0, int(low[first]) - 1), min(x_height, int(high[first + count - 1]) + 2)
+
+
 class ResizeBilinearForward(Op):
-    """y (n, oh, ow, c) from x (n, h, w, c): pixel centres at half-integers, the border repeated, no antialiasing."""
+    """y (n, oh, ow, c) from x (n, h, w, c): pixel centres at half-integers, the border repeated, no antialiasing.
+
+    With `rows` y holds only these, bit for bit as the whole has them.
+    """
 
     name = "resize_bilinear_forward"
 
-    def __init__(self, x: Spec, size: tuple[int, int]) -> None:
-        n, _, _, c = expect_map(self.name, "x", x)
+    def __init__(self, x: Spec, size: tuple[int, int], rows: Rows | None = None) -> None:
+        n, height, _, c = expect_map(self.name, "x", x)
         expect(min(size) > 0, f"resize_bilinear: size {size}; expected positive (height, width)")
+        self.rows = rows = rows or Rows(0, size[0], 0, height)
+        expect(
+            rows.first >= 0 and 0 < rows.count <= size[0] - rows.first and 0 <= rows.x_first <= rows.x_height - height,
+            f"resize_bilinear: {rows} do not lie in x {x.shape} and size {size}",
+        )
+        low, high = source_rows(rows.first, rows.count, size[0], rows.x_height)
+        expect(
+            rows.x_first <= low and high <= rows.x_first + height,
+            f"resize_bilinear: x holds {height} rows from {rows.x_first} on; {rows} need {low} to {high}",
+        )
         self.size = size
         self.inputs = {"x": x}
-        self.outputs = {"y": x.with_shape(n, *size, c)}
+        self.outputs = {"y": x.with_shape(n, rows.count, size[1], c)}
         self.workspace = {}
         self.flops = 6 * self.outputs["y"].size
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = element_grid(b.y.size)
-        self.kernel(device, "resize_bilinear_forward", grid, ELEMENT_THREADS, b.x, b.y, *b.x.shape, *self.size)
+        places = self.rows.count, self.size[1], self.rows.x_first, self.rows.x_height, self.rows.first, self.size[0]
+        self.kernel(device, "resize_bilinear_forward", grid, ELEMENT_THREADS, b.x, b.y, *b.x.shape, *places)
 
     def reference(self, b: Buffers) -> None:
-        (rows, below, v), (columns, right, u) = (
-            _taps(source, target, b.x.dtype) for source, target in zip(b.x.shape[1:3], self.size, strict=True)
-        )
+        (rows, below, v), (columns, right, u) = self._row_taps(b.x.dtype), _taps(b.x.shape[2], self.size[1], b.x.dtype)
         u, v = u[:, None], v[:, None, None]
         across = b.x[:, :, columns] + u * (b.x[:, :, right] - b.x[:, :, columns])
         b.y[...] = across[:, rows] + v * (across[:, below] - across[:, rows])
 
     def numpy(self, b: Buffers) -> None:
-        rows, columns = (_weights(*sizes, b.x.dtype) for sizes in zip(b.x.shape[1:3], self.size, strict=True))
-        fast.gather(b.x, rows, columns, b.y)
+        columns = _weights(b.x.shape[2], self.size[1], b.x.dtype)
+        fast.gather(b.x, _as_weights(*self._row_taps(b.x.dtype)), columns, b.y)
+
+    def _row_taps(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        part = slice(self.rows.first, self.rows.first + self.rows.count)
+        low, high, fraction = (taps[part] for taps in _taps(self.rows.x_height, self.size[0], dtype))
+        return low - self.rows.x_first, high - self.rows.x_first, fraction
 
 
 class ResizeBilinearBackward(Op):
@@ -89,5 +127,8 @@ def _taps(source: int, target: int, dtype: np.dtype) -> tuple[np.ndarray, np.nda
 
 def _weights(source: int, target: int, dtype: np.dtype) -> fast.Taps:
     """The same as indices and weights of two terms."""
-    low, high, fraction = _taps(source, target, dtype)
+    return _as_weights(*_taps(source, target, dtype))
+
+
+def _as_weights(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> fast.Taps:
     return np.stack([low, high]), np.stack([1 - fraction, fraction])
