@@ -80,6 +80,7 @@ class TestWheel:
             *(path.relative_to(ROOT / "segnet_scratch").as_posix() for path in RECIPES),
             "runtime/budget.toml",
             "lab/profile/ceilings.cu",
+            "lab/profile/ceilings_mma.cu",
             "cli/common.py",
             "report/page.html",
             "lab/doctor/gpu.py",

@@ -21,7 +21,7 @@ from segnet_scratch.lab.profile.measure import How
 from segnet_scratch.lab.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
 from segnet_scratch.lab.profile.record import OpRun, Recorder
 from segnet_scratch.lab.profile.step import Step, Work, count
-from segnet_scratch.lab.profile.summary import Summary
+from segnet_scratch.lab.profile.summary import Profile, Summary
 from segnet_scratch.nn.autograd import tensor
 from segnet_scratch.nn.functions import conv2d, relu
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
@@ -30,6 +30,7 @@ from segnet_scratch.ops.optimiser.array_table import chunks_of
 from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.resources import ARCHITECTURES
 from segnet_scratch.segnet import DECODERS, SegNetBasic, segnet_blocks
 
@@ -331,6 +332,28 @@ def test_sums_by_hand():
     assert untimed.seconds is None
     assert untimed.of_ceiling(roof) is None
     assert untimed.to_json(roof)["gflops_per_second"] is None
+
+
+def test_each_op_is_held_against_the_ceiling_of_how_it_multiplies():
+    roof = Ceilings(flops=100.0, bandwidth=1e9, source="", tensor_cores={"bf16": 1000.0})
+    assert roof.seconds(1000, 0, "bf16") == 1.0
+    assert roof.seconds(1000, 0, "float32") == roof.seconds(1000, 0) == 10.0
+    launched = [observe.Launch(None, ElementTypes.named("bf16"), (1,), (1,), 0)]
+    run = OpRun("a", "forward", "x", 1000, 1, launches=launched, times=[2.0])
+    assert Summary("", (run,)).of_ceiling(roof) == 0.5
+    assert Profile("", "cuda", [run], ceilings=roof).to_json()["ceilings"]["tensor_core_flops_per_second"] == {
+        "bf16": 1000.0
+    }
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rung", "depth"), [("tf32", 8), ("bf16", 16)])
+def test_the_kernel_of_the_tensor_cores_ceiling_multiplies_what_it_says(rung, depth, monkeypatch):
+    monkeypatch.setattr(ceilings, "MMA_THREADS", 512)
+    monkeypatch.setattr(ceilings, "MMA_ROUNDS", 3)
+    assert ceilings.MMA_FLOPS[rung] == 2 * 16 * 8 * depth
+    found = ceilings.products(get_device("host"), rung)
+    assert (found == 4 * ceilings.CHAINS * 3 * depth).all()
 
 
 def test_another_op_in_a_later_pass_is_noticed():

@@ -27,6 +27,11 @@ class OpRun:
     times: list[float] = field(default_factory=list)  # seconds, of each pass
 
     @property
+    def multiply(self) -> str:
+        """How its first kernel multiplies: "bf16", "tf32"; or the element type; empty without kernels."""
+        return self.launches[0].types.name if self.launches else ""
+
+    @property
     def seconds(self) -> float | None:
         """The median over the passes; None where no time was taken."""
         return median(self.times) if self.times else None

@@ -34,11 +34,12 @@ def draw(profile: Profile, path: Path, by_layer: bool) -> None:
     figure = load().Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.add_subplot()
     left, right = min(s.intensity for s in points) / 2, max(s.intensity for s in points) * 2
-    ridge = ceilings.flops / ceilings.bandwidth
+    roof = max(ceilings.flops_of(s.runs[0].multiply) for s in points)
+    ridge = roof / ceilings.bandwidth
     x = np.array([min(left, ridge / 4), ridge, max(right, ridge * 4)])
-    axes.plot(x, np.minimum(ceilings.flops, x * ceilings.bandwidth) / 1e9, color="black", linewidth=1.5)
-    flops, bandwidth = f"{ceilings.flops / 1e9:,.0f} GFLOP/s", f"{ceilings.bandwidth / 1e9:,.0f} GB/s"
-    axes.annotate(flops, (ridge, ceilings.flops / 1e9), (4, 5), textcoords="offset points")
+    axes.plot(x, np.minimum(roof, x * ceilings.bandwidth) / 1e9, color="black", linewidth=1.5)
+    flops, bandwidth = f"{roof / 1e9:,.0f} GFLOP/s", f"{ceilings.bandwidth / 1e9:,.0f} GB/s"
+    axes.annotate(flops, (ridge, roof / 1e9), (4, 5), textcoords="offset points")
     at = float(np.sqrt(x[0] * ridge))
     axes.annotate(bandwidth, (at, at * ceilings.bandwidth / 1e9), (-8, 6), textcoords="offset points", ha="right")
     whole, longest = sum(s.seconds or 0.0 for s in points), max(s.seconds or 0.0 for s in points)

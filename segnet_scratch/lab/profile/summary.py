@@ -54,7 +54,7 @@ class Summary:
         """
         if ceilings is None or not self.seconds:
             return None
-        return sum(ceilings.seconds(run.flops, run.bytes) for run in self.runs) / self.seconds
+        return sum(ceilings.seconds(run.flops, run.bytes, run.multiply) for run in self.runs) / self.seconds
 
     def to_json(self, ceilings: Ceilings | None) -> dict[str, Any]:
         """For programs; what was not measured is None."""
@@ -117,6 +117,7 @@ class Profile:
             if ceilings is None
             else {
                 "flops_per_second": ceilings.flops,
+                "tensor_core_flops_per_second": dict(ceilings.tensor_cores),
                 "bytes_per_second": ceilings.bandwidth,
                 "source": ceilings.source,
             },

@@ -9,6 +9,8 @@ from rich.table import Table
 from segnet_scratch.lab.profile.kernels import KernelFigures
 from segnet_scratch.lab.profile.summary import Profile, Summary
 
+SLOWEST = 20  # ops that are listed one by one
+
 
 def _print(console: Console, table: Table) -> None:
     """In its full width: a narrow terminal breaks lines, but no number is cut."""
@@ -25,6 +27,8 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
     if by_layer:
         _print(console, _sums("op", profile.by(lambda run: run.name), profile))
         _print(console, _layers(profile))
+        if profile.total.seconds is not None:
+            _print(console, _slowest(profile))
     else:
         _print(console, _sums("op and rung", profile.by(lambda run: run.layer), profile, total=False))
     if profile.kernels:
@@ -101,6 +105,16 @@ def _layers(profile: Profile) -> Table:
     return table
 
 
+def _slowest(profile: Profile) -> Table:
+    """The ops that take longest, each at its place: what must move at least beside what it takes."""
+    table = _table("slowest ops", "layer", "phase", "GFLOP", "MB", "ms", "share", "GFLOP/s", "GB/s", "of ceiling")
+    for run in sorted(profile.runs, key=lambda run: -(run.seconds or 0.0))[:SLOWEST]:
+        one = Summary(run.name, (run,))
+        work = f"{run.flops / 1e9:.3f}", f"{run.bytes / 1e6:.1f}"
+        table.add_row(run.name, run.layer, run.phase, *work, *_times(one, profile))
+    return table
+
+
 def _kernels(kernels: Sequence[KernelFigures]) -> Table:
     table = _table("kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by")
     for figures in kernels:
@@ -118,7 +132,8 @@ def _footnotes(profile: Profile) -> list[str]:
     lines = []
     if profile.ceilings is not None:
         c = profile.ceilings
-        lines.append(f"ceilings: {c.flops / 1e9:.1f} GFLOP/s, {c.bandwidth / 1e9:.1f} GB/s ({c.source})")
+        rungs = "".join(f", {rung} {flops / 1e9:.1f}" for rung, flops in c.tensor_cores.items())
+        lines.append(f"ceilings: {c.flops / 1e9:.1f} GFLOP/s{rungs}, {c.bandwidth / 1e9:.1f} GB/s ({c.source})")
         lines.append("FLOP, MB: by the definition of each op; ms: medians; of ceiling: shortest possible time / time")
     if profile.device == "numpy":
         lines.append("above 100 %: Winograd's convolution multiplies less than the definition, and caches save traffic")
