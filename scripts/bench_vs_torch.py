@@ -28,17 +28,25 @@ from typing import Any, Protocol
 
 import numpy as np
 import threadpoolctl
+from bench_gpu.common import (
+    CLASSES,
+    DECAY,
+    ERROR_FACTOR,
+    ERROR_FLOOR,
+    LR,
+    MOMENTUM,
+    VOID,
+    Arrays,
+    data,
+    lifted,
+    relative_errors,
+)
 from rich.console import Console
 from rich.table import Table
 
-CLASSES, VOID = 21, 255
-LR, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
 MEMORY_STEPS = 3
-# A right implementation stays within this factor of PyTorch's own float32 error, give or take a few roundings.
-ERROR_FACTOR, ERROR_FLOOR = 4, 1e-6
 STEP_TARGET, MEMORY_TARGET, HOST_TARGET = 2.5, 1.5, 40
 
-Arrays = dict[str, np.ndarray]
 console = Console()
 
 
@@ -52,11 +60,8 @@ class Work:
     seed: int = 0
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (n, h, w, 3), float32, and labels (n, h, w), uint8, a twentieth of them void."""
-        rng = np.random.default_rng(self.seed)
-        shape = (self.batch, self.size, self.size)
-        labels = np.where(rng.random(shape) < 0.05, VOID, rng.integers(0, CLASSES, shape))
-        return rng.standard_normal((*shape, 3), np.float32), labels.astype(np.uint8)
+        """Images (n, h, w, 3) and labels (n, h, w)."""
+        return data(self.batch, (self.size, self.size), self.seed)
 
 
 class Contender(Protocol):
@@ -162,14 +167,6 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
 # --- error -------------------------------------------------------------------------------------------------------
 
 
-def relative_errors(got: Arrays, truth: Arrays) -> dict[str, float]:
-    """Of the logits, and of the gradients the worst: |got - truth| / |truth|, as Euclidean lengths."""
-    if got.keys() != truth.keys():
-        raise SystemExit(f"the gradients are not of the same parameters: {sorted(got.keys() ^ truth.keys())}")
-    errors = {name: float(np.linalg.norm(got[name] - wide) / np.linalg.norm(wide)) for name, wide in truth.items()}
-    return {"logits": errors.pop("logits"), "gradients": max(errors.values())}
-
-
 def correctness(factories: Mapping[str, Callable[[Work], Contender]], width: float) -> dict[str, dict[str, float]]:
     """Errors against float64, by contender.
 
@@ -180,10 +177,7 @@ def correctness(factories: Mapping[str, Callable[[Work], Contender]], width: flo
     errors: dict[str, list[dict[str, float]]] = {name: [] for name in factories}
     for seed in range(3):
         work = Work(2, 32, width, seed)
-        state = initial_state(work)
-        for name, array in state.items():
-            if name.endswith("bn.bias"):
-                array[...] = 2
+        state = lifted(initial_state(work))
         truth = training_pass(lambda work: PyTorch(work, "contiguous_format", "float64"), work, state)
         for name, factory in factories.items():
             errors[name].append(relative_errors(training_pass(factory, work, state), truth))
@@ -404,8 +398,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: the NumPy device (default)")
-    parser.add_argument("--seconds", type=float, default=360, help="cuda: budget of time; the least important go (360)")
-    parser.add_argument("--thorough", action="store_true", help="cuda: every way to run PyTorch, compilation included")
+    parser.add_argument("--seconds", type=float, default=240, help="cuda: budget of time; the least important go (240)")
+    parser.add_argument("--thorough", action="store_true", help="cuda: every way to run PyTorch, longer, no budget")
     parser.add_argument("--host", action="store_true", help="measure the host device's tiled convolution instead")
     parser.add_argument("--batch", type=int, default=4, help="images in a batch (4)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (224)")
@@ -440,9 +434,7 @@ def main() -> None:
     if arguments.device == "cuda" and not arguments.host:
         from bench_gpu import run
 
-        found = run.main(arguments, environment(arguments.threads))
-        if arguments.json:
-            run.write(arguments.json, found)
+        run.main(arguments.seconds, arguments.thorough, arguments.json, environment(arguments.threads))
         return
     report = measure_host(arguments) if arguments.host else compare(arguments)
     if arguments.json:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from bench_vs_torch import CLASSES, ERROR_FACTOR, ERROR_FLOOR, VOID, Arrays, relative_errors
 from torch_segnet import TorchSegNet
 
 from bench_gpu.cases import PRECISIONS, Case
+from bench_gpu.common import CLASSES, ERROR_FACTOR, ERROR_FLOOR, VOID, Arrays, data, lifted, relative_errors
 from bench_gpu.ours import OURS
 from bench_gpu.peers import Peer
 from segnet_scratch.runtime.devices import Device
@@ -18,20 +18,13 @@ DRAWS = 3
 
 
 def data_of(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, h, w, 3) and labels (n, h, w), a twentieth of them void."""
-    rng = np.random.default_rng([21, seed])
-    shape = (case.batch, *case.size)
-    labels = np.where(rng.random(shape) < 0.05, VOID, rng.integers(0, CLASSES, shape)).astype(np.uint8)
-    return rng.standard_normal((*shape, 3), np.float32), labels
+    """Images (n, h, w, 3) and labels (n, h, w)."""
+    return data(case.batch, case.size, 21, seed)
 
 
 def initial_state(seed: int, width: float) -> Arrays:
-    """Weights to start from. Batch norms are lifted by two deviations, so that few ReLUs are near their kink."""
-    state = SegNet(CLASSES, width, "numpy", seed=seed).state_dict()
-    for name, array in state.items():
-        if name.endswith("bn.bias"):
-            array[...] = 2
-    return state
+    """Weights to start from."""
+    return lifted(SegNet(CLASSES, width, "numpy", seed=seed).state_dict())
 
 
 def truth(state: Mapping[str, np.ndarray], images: np.ndarray, labels: np.ndarray, width: float) -> Arrays:

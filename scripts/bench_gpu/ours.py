@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-from bench_vs_torch import CLASSES, DECAY, LR, MOMENTUM, Arrays
 
 from bench_gpu.cases import Case
+from bench_gpu.common import CLASSES, DECAY, LR, MOMENTUM, Arrays
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.nn.autograd import Tensor, no_grad

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from bench_vs_torch import CLASSES, DECAY, LR, MOMENTUM, VOID, Arrays
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch_segnet import TorchSegNet, parameter_groups
 
 from bench_gpu.cases import Case
+from bench_gpu.common import CLASSES, DECAY, LR, MOMENTUM, VOID, Arrays
 
 WAYS = ("eager", "graph", "compile", "max-autotune")
 FORMATS = ("channels_last", "contiguous_format")
@@ -111,13 +111,12 @@ def _fold(model: nn.Module) -> None:
 
 
 def peers_of(case: Case, thorough: bool) -> dict[str, Callable[[Mapping[str, np.ndarray]], Peer]]:
-    """Makers by name. `thorough`: every way in every memory format; else those that could be the best, and eager."""
-    ways = [("channels_last", "graph"), ("channels_last", "compile"), ("contiguous_format", "graph")]
-    ways.append(("channels_last", "eager"))
+    """Makers by name. `thorough`: every way in every memory format; else the two of which one was the best so far."""
+    ways = [("channels_last", "graph"), ("channels_last", "compile")]
     if thorough:
         ways = [(memory_format, way) for memory_format in FORMATS for way in WAYS]
     made: dict[str, Callable[[Mapping[str, np.ndarray]], Peer]] = {}
-    for folded in (True, False) if case.task == "inference" else (False,):
+    for folded in ((True, False) if thorough else (True,)) if case.task == "inference" else (False,):
         for memory_format, way in ways:
             name = f"PyTorch, {memory_format.removesuffix('_format')}, {way}{', folded' if folded else ''}"
             made[name] = functools.partial(Peer, case, memory_format=memory_format, way=way, folded=folded)

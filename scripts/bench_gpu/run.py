@@ -1,9 +1,9 @@
 """The whole benchmark in a budget of time: gate, ceilings, cases, layers; a table and JSON."""
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -13,9 +13,12 @@ from rich.table import Table
 
 from bench_gpu.cases import CASES, Case
 from bench_gpu.timing import Clock, Times, in_turn, latencies
+from segnet_scratch.files import write_durably
+from segnet_scratch.runtime.compilation import compile_for
+from segnet_scratch.runtime.launch import ElementTypes, shipped_kernels
 
 console = Console()
-CASE_SECONDS = 12.0  # of timing, for a case; setting up comes on top
+CASE_SECONDS, THOROUGH_SECONDS = 2.5, 12.0  # of timing, for a case; setting up comes on top
 INPUTS = 4  # batches that take turns
 
 
@@ -113,8 +116,11 @@ def report(results: Sequence[Result], device: str) -> Table:
     return table
 
 
-def main(arguments: argparse.Namespace, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs on the GPU at hand."""
+def main(seconds: float, thorough: bool, path: Path | None, environment: Mapping[str, Any]) -> None:
+    """Runs on the GPU at hand, the most important cases first; leaves out what the budget of seconds has no room for.
+
+    The JSON file is written after each case. `thorough`: every case and every way to run PyTorch, more time for each.
+    """
     import torch
 
     from bench_gpu import gate, layers
@@ -125,49 +131,58 @@ def main(arguments: argparse.Namespace, environment: Mapping[str, Any]) -> dict[
     began, device, clock = perf_counter(), get_device("cuda"), CudaClock()
     name = torch.cuda.get_device_name()
     console.print(f"{name}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    found: dict[str, Any] = {"environment": {**environment, "device": name, "cudnn": torch.backends.cudnn.version()}}
+
+    def keep(**parts: Any) -> None:
+        found.update(parts, seconds=perf_counter() - began)
+        if path is not None:
+            write(path, found)
+
+    with console.status("compiling kernels") as status:
+        kernels = [
+            (kernel, ElementTypes.named(element))
+            for kernel in shipped_kernels().values()
+            if kernel.source.compiles_for(device.architecture)
+            for element in kernel.source.elements
+            if element != "float64"
+        ]
+        compile_for(device, kernels, lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
     errors = gate.errors_of(device)
-    verdicts = {precision: gate.right(found) for precision, found in errors.items()}
-    for precision, found in errors.items():
-        for contender, e in found.items():
+    verdicts = {precision: gate.right(measured) for precision, measured in errors.items()}
+    for precision, measured in errors.items():
+        for contender, e in measured.items():
             mark = "" if verdicts[precision].get(contender, True) else "  WRONG: not timed"
             console.print(f"{precision}: {contender}: logits {e['logits']:.1e}, gradients {e['gradients']:.1e}{mark}")
-    limits = layers.ceilings(clock, 4.0)
+    limits = layers.ceilings(clock, 4.0 if thorough else 1.0)
     console.print(", ".join(f"{what} {value:.1f}" for what, value in limits.items()))
     results: list[Result] = []
-    left_out: list[Case] = []
-    remaining = list(CASES)
-    while remaining:
-        spent = perf_counter() - began
-        if results and spent + (spent / len(results)) > 0.85 * arguments.seconds:
-            left_out = remaining
-            break
-        case = remaining.pop(0)
+    left_out: list[Case] = list(CASES)
+    keep(errors=errors, ceilings=limits)
+    longest = 0.0
+    while left_out and (thorough or perf_counter() - began + longest < seconds):
+        case, start = left_out.pop(0), perf_counter()
         right = [contender for contender, fine in verdicts[case.precision].items() if fine]
-        makers = makers_of(case, device, right, arguments.thorough)
+        makers = makers_of(case, device, right, thorough)
         try:
-            results.append(run_case(case, makers, clock, CASE_SECONDS))
+            results.append(run_case(case, makers, clock, THOROUGH_SECONDS if thorough else CASE_SECONDS))
         except RuntimeError as error:
             console.print(f"error: {error}")
             continue
+        longest = max(longest, perf_counter() - start)
         console.print(f"{case}: {results[-1].speedup:.2f} x ({results[-1].best_ours} / {results[-1].best_peer})")
-    by_layer = layers.convolutions(CASES[0], device, clock, 0.1 * arguments.seconds)
+        keep(cases=[result.to_json() for result in results], left_out=[str(other) for other in left_out])
+    if thorough:
+        keep(layers=layers.convolutions(CASES[0], device, clock, 0.1 * seconds))
     console.print(report(results, name))
     if left_out:
         console.print("left out, for want of time: " + "; ".join(map(str, left_out)))
-    return {
-        "environment": {**environment, "device": name, "cudnn": torch.backends.cudnn.version()},
-        "errors": errors,
-        "ceilings": limits,
-        "cases": [result.to_json() for result in results],
-        "left_out": [str(case) for case in left_out],
-        "layers": by_layer,
-        "seconds": perf_counter() - began,
-    }
 
 
-def write(path: Any, found: Mapping[str, Any]) -> None:
+def write(path: Path, found: Mapping[str, Any]) -> None:
     """The JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(found, indent=1, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)) + "\n"
-    )
+    write_durably(path, [json.dumps(found, indent=1, default=_number).encode() + b"\n"])
+
+
+def _number(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else str(value)
