@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from data_support import write_voc
-from fake_cupy import FakeCupy
-from local_server import Server
+from support.data import write_voc
+from support.fake_cupy import FakeCupy
+from support.local_server import Server
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample

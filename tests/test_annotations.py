@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from data_support import empty_voc, encoded, noise, real_root
 from PIL import Image
+from support import real
+from support.data import empty_voc, encoded, noise
 
 from segnet_scratch import data
 from segnet_scratch.data import VOCDataset, voc_palette
@@ -197,7 +198,7 @@ def test_too_many_and_no_images_are_refused(voc):
 
 @pytest.mark.parametrize("parts", [("VOCdevkit", "VOC2012"), ("CamVid",)])
 def test_real_images_are_drawn(parts):
-    dataset = VOCDataset(real_root(*parts), "val")
+    dataset = VOCDataset(real("data", *parts), "val")
     assert contact_sheet(dataset, spread(len(dataset), 6)).height > 300
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import encoded, noise, small_source
+from support.data import encoded, noise, small_source
 
 from segnet_scratch import data
 from segnet_scratch.data.download import VOC2012, install_voc2012

@@ -4,7 +4,7 @@ from math import hypot, sqrt
 
 import numpy as np
 import pytest
-from kernel_support import ROOT
+from support import ROOT
 
 from segnet_scratch.boundary import TOLERANCE, authors_boundary_f1, boundary_f1, contour, near
 from segnet_scratch.data import VOID

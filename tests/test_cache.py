@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import encoded, noise, real_root
+from support import real
+from support.data import encoded, noise
 
 from segnet_scratch import data
 from segnet_scratch.data import Loader, TrainTransform, VOCDataset, resize_image, resize_mask
@@ -283,7 +284,7 @@ def test_of_two_processes_one_makes_the_file(voc, cache_folder):
 
 @pytest.mark.parametrize("parts", [("VOCdevkit", "VOC2012"), ("CamVid",)])
 def test_real_samples_are_bit_equal(parts):
-    root = real_root(*parts)
+    root = real("data", *parts)
     plain = VOCDataset(root, "val")
     disk, memory = (open_dataset(root, "val", mode) for mode in ("disk", "memory"))
     for index in range(0, len(plain), 5):

@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_support import assert_same_tensors, entry, file_of, names_in, some_metadata, some_tensors
+from support.checkpoints import assert_same_tensors, entry, file_of, names_in, some_metadata, some_tensors
 
 from segnet_scratch import checkpoint
 from segnet_scratch.errors import CheckpointError

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from checkpoint_support import ROOT, assert_same_tensors, entry, file_of, some_metadata, some_tensors
+from support import FULL, ROOT, count
+from support.checkpoints import assert_same_tensors, entry, file_of, some_metadata, some_tensors
 
 from segnet_scratch import checkpoint
 from segnet_scratch.errors import CheckpointError
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
-FLIPS, CUTS = (10_000, None) if FULL else (200, 100)
+FLIPS, CUTS = count(200, 10_000), None if FULL else 100
 
 MALFORMED = {
     "no bytes": b"",

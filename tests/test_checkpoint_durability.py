@@ -18,13 +18,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkpoint_support import ROOT, assert_same_tensors, names_in, some_metadata, some_tensors
+from support import ROOT, count
+from support.checkpoints import assert_same_tensors, names_in, some_metadata, some_tensors
 
 from segnet_scratch import checkpoint, files, run_record
 from segnet_scratch.errors import CheckpointError
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
-KILLS = 500 if FULL else 25
+KILLS = count(25, 500)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
@@ -296,7 +296,7 @@ def test_whichever_call_of_a_training_run_fails(sample, tmp_path, segnet, monkey
         assert train(tmp_path / "whole").code == 0
     assert [call for call, _ in calls].count("replace") >= 3  # the settings, and two checkpoints at least
     chooser = random.Random(5)
-    for number in chooser.sample(range(len(calls)), len(calls) if FULL else 4):
+    for number in chooser.sample(range(len(calls)), min(count(4, len(calls)), len(calls))):
         error, out = chooser.choice(ERRORS), tmp_path / str(number)
         with monkeypatch.context() as patch:
             Calls(patch, fail_at=number, error=error)

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import assert_error, plain, process, train_arguments
+from support.commands import assert_error, plain, process, train_arguments
 
 from segnet_scratch import SegNetBasic, weights
 from segnet_scratch.data import VOC_CLASSES
@@ -290,7 +290,7 @@ def test_what_report_cannot_find_is_explained(segnet, sample, bayesian, tmp_path
     shutil.copytree(bayesian, run)
     for name in ("best.safetensors", "last.safetensors"):
         (run / name).unlink()
-    assert_error(segnet("report", run, "--data", sample), 1, run / "last.safetensors", "train anew")
+    assert_error(segnet("report", run, "--data", sample), 1, run / "last.safetensors", "No such file")
     (run / "metrics.jsonl").write_text("no json\n")
     assert_error(segnet("report", run), 1, run / "metrics.jsonl", "line 1")
 

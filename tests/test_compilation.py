@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kernel_support import needs_compiler
+from support.kernels import needs_compiler
 
 from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.errors import CompileError

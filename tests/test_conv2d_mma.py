@@ -2,13 +2,13 @@
 old, the kernels under AddressSanitizer. Faults put into them: test_mutants.py.
 """
 
-import os
 import sys
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
-from kernel_support import needs_compiler, python
+from support import FULL
+from support.fake_cupy import FakeCupy
+from support.kernels import needs_compiler, python
 
 from segnet_scratch.errors import CompileError, DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor
@@ -32,7 +32,6 @@ from segnet_scratch.runtime.launch import ElementTypes, find_kernel
 from segnet_scratch.runtime.precision import BFLOAT16, round_to_tf32
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 
 
 def geometry(n=1, h=8, w=8, c=64, o=64, kernel=3, stride=1, padding=1):

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from data_support import empty_voc, encoded, noise
 from PIL import Image
+from support.data import empty_voc, encoded, noise
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, voc_palette

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import Cubin, FakeCupy, RawKernel, ndarray
-from fake_streams import Event, Graph, Stream
-from kernel_support import FLOAT32, FLOAT64, INCLUDE, ROOT, needs_compiler, parse, written_kernel
+from support import ROOT
+from support.fake_cupy import Cubin, FakeCupy, RawKernel, ndarray
+from support.fake_streams import Event, Graph, Stream
+from support.kernels import FLOAT32, FLOAT64, INCLUDE, needs_compiler, parse, written_kernel
 
 from segnet_scratch.errors import CompileError, DeviceError, DeviceMemoryError, DTypeError
 from segnet_scratch.nn.autograd import tensor

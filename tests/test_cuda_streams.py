@@ -1,14 +1,14 @@
 """Copies beside compute, graphs and running out of memory on the cuda device, against the stand-in for CuPy: it finds
 accesses that no event orders (fake_streams.py). How fast any of it is takes a GPU: scripts/gpu_check.sh."""
 
-import os
 import weakref
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
-from fake_streams import Event, Race, Stream
-from kernel_support import FLOAT32, needs_compiler
+from support import FULL, count
+from support.fake_cupy import FakeCupy
+from support.fake_streams import Event, Race, Stream
+from support.kernels import FLOAT32, needs_compiler
 
 from segnet_scratch.config import Config
 from segnet_scratch.data import Loader
@@ -22,8 +22,6 @@ from segnet_scratch.runtime.devices.prefetch import Prefetcher
 from segnet_scratch.runtime.launch import launch
 from segnet_scratch.segnet import SegNetBasic
 from segnet_scratch.train import Trainer
-
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 
 
 def batches(count, shape=(2, 3, 5), seed=0):
@@ -401,9 +399,7 @@ class TestTraining:
         trainer = self.trainer(sample, tmp_path / "run")
         device, sizes = trainer.model.device, set()
         items = ((0, np.zeros((2, 32, 32, 3), np.float32), np.zeros((2, 32, 32), np.uint8)) for _ in iter(int, 1))
-        for step, (_, (images, labels)) in zip(
-            range(1000 if FULL else 30), device.prefetch(items, arrays_of), strict=False
-        ):
+        for step, (_, (images, labels)) in zip(range(count(30, 1000)), device.prefetch(items, arrays_of), strict=False):
             model = trainer.model.train()
             model.zero_grad()
             loss = cross_entropy(model(images), labels)

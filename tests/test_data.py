@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import noise
+from support.data import noise
 
 from segnet_scratch import data
 from segnet_scratch.data import (

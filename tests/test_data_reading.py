@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import REAL_DATA, chunk, encoded, noise, png, real_root
 from PIL import Image
+from support import real
+from support.data import chunk, encoded, noise, png
 
 from segnet_scratch import data
 from segnet_scratch.data import (
@@ -130,7 +131,7 @@ def test_writing_into_a_missing_folder_names_the_file(tmp_path):
 
 @pytest.mark.parametrize(("parts", "train", "val"), [(("VOCdevkit", "VOC2012"), 887, 200), (("CamVid",), 367, 101)])
 def test_real_data_is_read_whole(parts, train, val):
-    root = real_root(*parts)
+    root = real("data", *parts)
     dataset = VOCDataset(root, "val")
     assert len(dataset) == val
     assert len(VOCDataset(root, "train")) == train
@@ -145,14 +146,14 @@ def test_real_data_is_read_whole(parts, train, val):
 
 
 def test_camvid_brings_its_own_names():
-    dataset = VOCDataset(real_root("CamVid"), "val")
+    dataset = VOCDataset(real("data", "CamVid"), "val")
     assert dataset.classes == 11
     assert dataset.names[0] == "sky"
     assert dataset.names[-1] == "bicyclist"
 
 
 def test_palette_equals_the_one_inside_voc_files():
-    root = real_root("VOCdevkit", "VOC2012")
+    root = real("data", "VOCdevkit", "VOC2012")
     dataset = VOCDataset(root, "val")
     for index in range(10):
         with Image.open(dataset.mask_path(index)) as picture:
@@ -160,8 +161,8 @@ def test_palette_equals_the_one_inside_voc_files():
 
 
 def test_root_of_real_voc_is_found_from_above():
-    root = real_root("VOCdevkit", "VOC2012")
-    assert find_root(REAL_DATA) == find_root(REAL_DATA / "VOCdevkit") == find_root(str(root)) == root
+    root = real("data", "VOCdevkit", "VOC2012")
+    assert find_root(real("data")) == find_root(real("data", "VOCdevkit")) == find_root(str(root)) == root
 
 
 # --- root, names and splits ----------------------------------------------------------------------

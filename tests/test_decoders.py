@@ -1,10 +1,10 @@
 """The decoders that the paper sets against the pooling indices: interpolation, and a learned transposed convolution."""
 
-import os
 import weakref
 
 import numpy as np
 import pytest
+from support import FULL
 
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
 from segnet_scratch.config import Config, check_resume
@@ -19,7 +19,6 @@ from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import DECODERS, build
 from segnet_scratch.train import Listener, Trainer
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 NARROW = 1 / 16
 OTHERS = ("bilinear", "deconv")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import CUDARuntimeError, FakeCupy
-from kernel_support import FLOAT32, needs_compiler, valid_call
+from support.fake_cupy import CUDARuntimeError, FakeCupy
+from support.kernels import FLOAT32, needs_compiler, valid_call
 
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime import devices as device_module

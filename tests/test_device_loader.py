@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_train import assert_same_run, losses, start, train
+from support.training import assert_same_run, losses, start, train
 
 from segnet_scratch.config import Config, check_resume
 from segnet_scratch.data import ColourJitter, Loader, TrainTransform, VOCDataset

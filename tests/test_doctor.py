@@ -9,7 +9,8 @@ import textwrap
 from dataclasses import asdict, replace
 
 import pytest
-from kernel_support import ROOT, needs_compiler
+from support import ROOT
+from support.kernels import needs_compiler
 
 from segnet_scratch.lab import doctor
 from segnet_scratch.lab.doctor import Diagnosis, Finding, gpu, own_process, software

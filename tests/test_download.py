@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from local_server import Behaviour
+from support.local_server import Behaviour
 
 from segnet_scratch.data.download import fetch as fetch_module
 from segnet_scratch.data.download.fetch import fetch

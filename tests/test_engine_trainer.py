@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_train import TINY, assert_same_run, losses, start, train
+from support.training import TINY, assert_same_run, losses, start, train
 
 from segnet_scratch import weights
 from segnet_scratch.errors import ConfigError

@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from evaluation_support import bilinear, network, softmax
 from PIL import Image
+from support.evaluation import bilinear, network, softmax
 
 from segnet_scratch import SegNet, get_device, tensor
 from segnet_scratch.boundary import Boundary, boundary_f1

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
 from gpu_check import __main__ as gpu_check
 from gpu_check import op_table, report, sanitizers, streams, training
 from gpu_check.part import Outcome, Work
 from gpu_check.steps import Steps
-from kernel_support import needs_compiler
+from support.fake_cupy import FakeCupy
+from support.kernels import needs_compiler
 
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.runtime.devices import CudaDevice, Device, get_device
@@ -160,7 +160,7 @@ exit {code}
 
 def test_learning_is_judged_by_both_scores(monkeypatch):
     work = Work(get_device("numpy"), 0.0)
-    monkeypatch.setattr(training, "REAL_DATA", training.REAL_DATA / "nowhere")
+    monkeypatch.delenv("SEGNET_TEST_DATA", raising=False)
     outcome = training.learning(work)
     assert outcome.passed is None  # on a GPU it would have failed
     assert "4 synthetic images" in outcome.summary

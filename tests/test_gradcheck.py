@@ -2,12 +2,12 @@
 
 import inspect
 import json
-import os
 import re
 
 import numpy as np
 import pytest
-from kernel_support import needs_compiler
+from support import FULL
+from support.kernels import needs_compiler
 
 from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.lab.proof import problems
@@ -32,7 +32,6 @@ from segnet_scratch.nn.functions import (
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.host import sanitizer_runtime
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 RTOL = LIMITS["float64"]
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
 FUNCTIONS = {

@@ -9,8 +9,9 @@ import re
 
 import numpy as np
 import pytest
-from fake_cupy import has_nvrtc
-from kernel_support import TESTS, Recorder, needs_compiler, parse, run, valid_call, written_kernel
+from support import TESTS
+from support.fake_cupy import has_nvrtc
+from support.kernels import Recorder, needs_compiler, parse, run, valid_call, written_kernel
 
 from segnet_scratch.errors import CompileError, DTypeError, KernelFault, LaunchError, ShapeError
 from segnet_scratch.lab.proof.misuse import MISUSES

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_support import FLOAT32, FLOAT64, INCLUDE, ROOT, TESTS, line_of, needs_compiler, parse, python, run
+from support import ROOT, TESTS
+from support.kernels import FILL, FLOAT32, FLOAT64, INCLUDE, filled, line_of, needs_compiler, parse, python, run
 
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.runtime import devices as device_module
@@ -22,7 +23,7 @@ from segnet_scratch.runtime import host
 from segnet_scratch.runtime.cache import cache_directory, publish
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
-from segnet_scratch.runtime.launch import Kernel, launch, shipped_kernels
+from segnet_scratch.runtime.launch import launch, shipped_kernels
 from segnet_scratch.runtime.source import cuda_directory, shipped_sources
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
@@ -249,7 +250,7 @@ class TestFaults:
         result = python(
             """
             import numpy as np
-            from kernel_support import run
+            from support.kernels import run
             from segnet_scratch.errors import KernelFault
             out = np.zeros(1, np.int32)
             run("much_shared", out, grid=2, block=4)
@@ -276,7 +277,7 @@ class TestFaults:
         result = python(
             """
             import numpy as np
-            from kernel_support import run
+            from support.kernels import run
             from segnet_scratch.errors import KernelFault
             for _ in range(2):
                 try:
@@ -303,7 +304,7 @@ class TestFaults:
         result = python(
             """
             import numpy as np
-            from kernel_support import run
+            from support.kernels import run
             from segnet_scratch.errors import KernelFault
             out = np.zeros(3, np.int32)
             for _ in range(2):
@@ -324,7 +325,7 @@ class TestFaults:
             """
             import resource
             import numpy as np
-            from kernel_support import run
+            from support.kernels import run
             counts = np.zeros(3, np.uint64)
             run("count_in_bins", counts, 3, grid=64, block=64)
             used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -432,26 +433,6 @@ def instant_compiler(tmp_path, monkeypatch):
     script.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-
-
-FILL = (
-    INCLUDE
-    + """
-extern "C" __global__ void fill(
-    float* x,  // (n)
-    int n) {
-    FOR_EACH_INDEX(i, n) x[i] = VALUE;
-}
-"""
-)
-
-
-def filled(kernel: Kernel) -> float:
-    """What the kernel `fill` writes."""
-    x = np.zeros(4, np.float32)
-    launch(HostDevice(), kernel, 1, 4, (x, 4), FLOAT32)
-    assert (x == x[0]).all()
-    return float(x[0])
 
 
 @needs_compiler
@@ -607,7 +588,7 @@ class TestCompilation:
             sys.path[:0] = {paths!r}
             from segnet_scratch.runtime.signature import parse_kernels
             from segnet_scratch.runtime.source import read_source
-            from test_host import filled
+            from support.kernels import filled
             folder = pathlib.Path({folder!r})
             (folder / sys.argv[1]).touch()
             while len(list(folder.glob("ready-*"))) < 2:

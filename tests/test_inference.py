@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from evaluation_support import bilinear, network, softmax
+from support.evaluation import bilinear, network, softmax
 
 from segnet_scratch import get_device
 from segnet_scratch import inference as inference_module

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import cache
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTENT = bytes(range(256)) * 20
 
 

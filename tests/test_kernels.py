@@ -6,15 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_support import (
-    FLOAT32,
-    ROOT,
-    Recorder,
-    needs_compiler,
-    parse,
-    sentinel_array,
-    valid_call,
-)
+from support import ROOT
+from support.kernels import FLOAT32, Recorder, needs_compiler, parse, sentinel_array, valid_call
 
 from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE

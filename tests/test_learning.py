@@ -4,11 +4,9 @@ The images are taken at the network's size, so that nothing is lost in resizing.
 48x48; with SEGNET_TEST_FULL=1 SegNet at 64x64 too. That `host` and `numpy` learn alike is in test_train.py.
 """
 
-import os
-from pathlib import Path
-
 import pytest
 from PIL import Image
+from support import FULL, real
 
 from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
@@ -16,17 +14,14 @@ from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.transforms import resize_image, resize_mask
 from segnet_scratch.train import Listener, Trainer
 
-REAL_DATA = Path(__file__).parents[1].parent / "shared" / "data" / "VOCdevkit" / "VOC2012"
 RECIPES = {"segnet-basic": {"size": 48, "width": 0.5, "lr": 0.1, "steps": 120}}
-if os.environ.get("SEGNET_TEST_FULL"):
+if FULL:
     RECIPES["segnet"] = {"size": 64, "width": 0.25, "lr": 0.05, "steps": 180}
 
 
 def four_images(folder, size):
     """A data set of the first four training images, reduced; they are its validation split as well."""
-    if not REAL_DATA.is_dir():
-        pytest.skip(f"no real data at {REAL_DATA}")
-    source = VOCDataset(REAL_DATA, "train")
+    source = VOCDataset(real("data", "VOCdevkit", "VOC2012"), "train")
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
     for index in range(4):

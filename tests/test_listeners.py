@@ -3,29 +3,11 @@
 import inspect
 
 import pytest
+from support.training import Recorder
 
 from segnet_scratch.config import Config
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.train import Listener, Trainer
-
-
-class Recorder(Listener):
-    """Notes what it is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def started(self, trainer):
-        self.told.append("started")
-
-    def stepped(self, trainer, loss, lr):
-        self.told.append(trainer.step)
-
-    def validating(self, images):
-        self.told.append("validating")
-
-    def validated(self, trainer, evaluation):
-        self.told.append(evaluation)
 
 
 def test_each_hears_what_one_alone_hears(sample, tmp_path):

@@ -2,15 +2,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT
 
 from segnet_scratch.errors import DataError, TrainingError
 from segnet_scratch.metrics import MetricsLog, confusion_reference, scores
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class TestScores:

@@ -26,11 +26,10 @@ from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
+from support import FULL, ROOT, count
 
 from segnet_scratch.runtime import cache
 
-ROOT = Path(__file__).resolve().parents[1]
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 TREE = ("segnet_scratch", "cuda", "tests", "scripts", "pyproject.toml")  # what tests need
 
 
@@ -57,7 +56,7 @@ MUTANTS = [
     for path in sorted((ROOT / "tests" / "mutants").glob("*.toml"))
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
 ]
-CHOSEN = MUTANTS if FULL else random.Random(0).sample(MUTANTS, 12)
+CHOSEN = random.Random(0).sample(MUTANTS, count(12, len(MUTANTS)))
 
 
 def copy_of_the_tree(folder: Path) -> Path:

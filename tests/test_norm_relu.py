@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from kernel_support import needs_compiler
-from test_sass import instructions_of, needs_disassembler
+from support.kernels import needs_compiler
+from support.machine_code import instructions_of, needs_disassembler
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.lab.proof.compare import same_bits

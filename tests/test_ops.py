@@ -5,12 +5,12 @@ By default each op meets its fixed cases and a few random ones; with SEGNET_TEST
 """
 
 import importlib
-import os
 import pkgutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support import count
 
 import segnet_scratch.ops
 from segnet_scratch.errors import DTypeError, ShapeError
@@ -20,7 +20,7 @@ from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import case_of
 from segnet_scratch.lab.proof.parts.losses import EDGES
 from segnet_scratch.lab.proof.table import ROWS, row_named
-from segnet_scratch.lab.proof.work import FULL, QUICK
+from segnet_scratch.lab.proof.work import FULL, QUICK, Effort
 from segnet_scratch.nn.autograd import tensor
 from segnet_scratch.nn.functions import max_pool, max_unpool
 from segnet_scratch.ops.cases import Case, MapRow, empty_outputs
@@ -44,7 +44,8 @@ from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.launch import shipped_kernels
 
-EFFORT = FULL if os.environ.get("SEGNET_TEST_FULL") else replace(QUICK, shapes=10, ordered=4, shuffles=3, repeats=4)
+USUAL = replace(QUICK, shapes=10, ordered=4, shuffles=3, repeats=4)
+EFFORT = Effort(**{name: count(getattr(USUAL, name), getattr(FULL, name)) for name in vars(FULL)})
 DEVICES = ("numpy", "host")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 

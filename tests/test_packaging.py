@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from kernel_support import ROOT, needs_compiler
+from support import ROOT
+from support.kernels import needs_compiler
 
 from segnet_scratch.runtime.launch import shipped_kernels
 

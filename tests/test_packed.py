@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kernel_support import needs_compiler
+from support.kernels import needs_compiler
 
 from segnet_scratch.data import IMAGENET_MEAN, IMAGENET_STD, VOID, TrainTransform, sample_rng
 from segnet_scratch.data.packed import augment, pack

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from evaluation_support import network
 from PIL import Image
+from support.evaluation import network
 
 from segnet_scratch import SegNetBasic
 from segnet_scratch.data import drawing, normalise, resize_image

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
-from kernel_support import FLOAT32, ROOT, needs_compiler
 from PIL import Image
+from support import ROOT
+from support.fake_cupy import FakeCupy
+from support.kernels import FLOAT32, needs_compiler
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.profile import ceilings, kernels, ladder, measure, trace

@@ -8,7 +8,8 @@ import tomllib
 from dataclasses import replace
 
 import pytest
-from kernel_support import INCLUDE, ROOT, Recorder, needs_compiler, parse
+from support import ROOT
+from support.kernels import INCLUDE, Recorder, needs_compiler, parse
 
 from segnet_scratch.errors import CompileError, ConfigError
 from segnet_scratch.lab.proof.compare import run_guarded

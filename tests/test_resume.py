@@ -4,10 +4,10 @@ By default three of the twenty stops; with SEGNET_TEST_FULL=1 all of them. What 
 is in test_train.py.
 """
 
-import os
 import signal
 
 import pytest
+from support import FULL
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config
@@ -16,7 +16,7 @@ from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.train import Listener, Trainer
 
 STEPS = 20
-STOPS = range(1, STEPS + 1) if os.environ.get("SEGNET_TEST_FULL") else (1, 10, 17)  # 10: the end of the first epoch
+STOPS = range(1, STEPS + 1) if FULL else (1, 10, 17)  # 10: the end of the first epoch
 SETTINGS = {
     "model": "segnet",
     "width": 1 / 32,

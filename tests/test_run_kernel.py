@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_kernel_references as references
-from fake_cupy import FakeCupy
-from kernel_support import FLOAT32, ROOT, TESTS, Recorder, needs_compiler, parse
+from support import ROOT, TESTS
+from support import kernel_references as references
+from support.fake_cupy import FakeCupy
+from support.kernels import FLOAT32, Recorder, needs_compiler, parse
 
 from segnet_scratch import cli
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError, DTypeError, LaunchError, ShapeError
@@ -30,7 +31,7 @@ from segnet_scratch.runtime.launch import launch, shipped_kernels
 from segnet_scratch.runtime.shared_memory import rewrite_shared
 
 USER = TESTS / "kernels" / "user"
-REFERENCES = TESTS / "run_kernel_references.py"
+REFERENCES = TESTS / "support" / "kernel_references.py"
 SUMS = {"shapes": {"x": 1000, "sums": 4}, "arguments": {"n": 1000}, "grid": 4, "orders": 3}
 CONVOLUTION = {"n": 2, "h": 9, "w": 11, "c": 5, "oh": 9, "ow": 11, "o": 70, "kh": 3, "kw": 3, "pad_y": 1, "pad_x": 1}
 VECTORS = {"shapes": {"a": 1000, "b": 1000, "c": 1000}, "arguments": {"n": 1000}}

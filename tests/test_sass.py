@@ -5,26 +5,20 @@ slow on a GPU, and no more. By default one architecture of each kind of machine 
 SEGNET_TEST_FULL=1.
 """
 
-import functools
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from support import FULL
+from support.machine_code import loops_of, main_loops, needs_disassembler, sass_of
 
-from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime import nvrtc
-from segnet_scratch.runtime.launch import ElementTypes, find_kernel
+from segnet_scratch.runtime.launch import find_kernel
 from segnet_scratch.runtime.resources import ARCHITECTURES
 
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))
-CHOSEN = ALL if os.environ.get("SEGNET_TEST_FULL") else ("sm_80", "sm_90", "sm_120")
-FUSED_CHOSEN = ALL if os.environ.get("SEGNET_TEST_FULL") else ("sm_90",)  # large: a quarter of a minute for each
+CHOSEN = ALL if FULL else ("sm_80", "sm_90", "sm_120")
+FUSED_CHOSEN = ALL if FULL else ("sm_90",)  # large: a quarter of a minute for each
 # The rows and columns of a warp's tile, and of its block's.
 TILES = {
     "conv2d_forward_mma_128x128": (64, 64, 128, 128),
@@ -44,67 +38,6 @@ TILES = {
     "conv2d_fused_backward_data_128x32": (32, 32, 128, 32),
 }
 STEPS, THREADS = 4, 128  # instructions deep is a stage; threads of a block
-
-
-def disassembler():
-    """nvdisasm of the wheel, or of a CUDA toolkit; None where there is none."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec else ()
-    wheels = [path for folder in folders for path in Path(folder).glob("*/bin/nvdisasm")]
-    return str(wheels[0]) if wheels else shutil.which("nvdisasm")
-
-
-def missing():
-    try:
-        nvrtc.nvrtc_version()
-    except CompileError as error:
-        return f"{error}; the extra nvrtc is enough"
-    return "" if disassembler() else "there is no nvdisasm; the extra sass brings it"
-
-
-needs_disassembler = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
-
-
-def main_loops(sass):
-    """The instructions of every kernel's innermost loop that holds HMMA: {kernel: ["LDSM.16.M88.4", ...]}."""
-    loops, labels, kernel, code = {}, {}, None, []
-    for line in sass.splitlines():
-        if section := re.match(r"\.text\.(\w+):", line):
-            kernel, labels, code = section[1], {}, []
-        elif label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
-            predicate, name, operands = instruction.groups()
-            if predicate and predicate.split()[0] == "@!PT":  # never executed: it only keeps others apart
-                continue
-            code.append(name)
-            target = re.search(r"`\((\.L_x_\d+)\)", operands) if name.startswith("BRA") else None
-            if target and target[1] in labels:
-                body = code[labels[target[1]] :]
-                if any(name.startswith("HMMA") for name in body):
-                    assert kernel not in loops, f"{kernel} has two loops with HMMA"
-                    loops[kernel] = body
-    return loops
-
-
-@functools.cache
-def sass_of(source, element, architecture):
-    cubin = nvrtc.cached_cubin(source, ElementTypes.named(element), architecture)
-    command = [disassembler(), "-c", str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@functools.cache
-def loops_of(source, element, architecture):
-    return main_loops(sass_of(source, element, architecture))
-
-
-def instructions_of(kernel, element, architecture):
-    """The machine code of a kernel: [("LDG.E.128", [numbers of the registers that it names]), ...]."""
-    sass = sass_of(find_kernel(kernel).source, element, architecture)
-    (own,) = (body for body in re.split(r"^\.text\.", sass, flags=re.MULTILINE) if body.startswith(f"{kernel}:"))
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", own)
-    return [(name, [int(n) for n in re.findall(r"\bR(\d+)", operands)]) for name, operands in lines]
 
 
 LOOP = """

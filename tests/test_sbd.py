@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from data_support import empty_voc, encoded, noise, small_source
 from PIL import Image
+from support.data import empty_voc, encoded, noise, small_source
 
 from segnet_scratch import data
 from segnet_scratch.cli import data as cli_data

@@ -5,8 +5,8 @@ import logging
 
 import numpy as np
 import pytest
-from evaluation_support import network
 from PIL import Image
+from support.evaluation import network
 
 from segnet_scratch import SegNetBasic, weights
 from segnet_scratch.boundary import Boundary

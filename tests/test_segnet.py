@@ -1,9 +1,8 @@
 """The networks as published: blocks, names and shapes, loading, modes, VGG16's weights, equal devices."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from support import real
 
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
 from segnet_scratch.checkpoint import load_foreign
@@ -11,7 +10,6 @@ from segnet_scratch.errors import CheckpointError, DeviceError, DTypeError, Shap
 from segnet_scratch.nn.functions import cross_entropy, max_pool
 from segnet_scratch.segnet import build, segnet_basic_blocks, segnet_blocks
 
-VGG16 = Path(__file__).parents[1].parent / "shared" / "weights" / "vgg16_imagenet_features_fp16.safetensors"
 NARROW = 1 / 16
 
 # Channels of the convolutions as the paper's figure 2 has them, in order of execution, with the stage of each.
@@ -431,9 +429,8 @@ def test_every_dropout_layer_and_sample_has_a_mask_of_its_own():
 
 @pytest.fixture(scope="module")
 def vgg16():
-    if not VGG16.is_file():
-        pytest.skip(f"no VGG16 weights at {VGG16}")
-    return load_foreign(VGG16)
+    """The file with the weights of VGG16."""
+    return real("weights", "vgg16_imagenet_features_fp16.safetensors")
 
 
 def convolve(x, weight, bias):
@@ -448,15 +445,15 @@ def convolve(x, weight, bias):
 
 
 def test_the_encoder_computes_what_vgg16_computes(vgg16):
-    model = SegNet(21, 1.0, "numpy")
+    model, file = SegNet(21, 1.0, "numpy"), load_foreign(vgg16)
     untouched = snapshot(model)
-    assert "VGG16" in weights.initialise(model, VGG16)
+    assert "VGG16" in weights.initialise(model, vgg16)
     model.eval()
     state = model.state_dict()
     y = images(1)
     x, expected = tensor(y, "numpy"), y[0].astype(np.float64)
     for block, index in zip((b for b in model.blocks if not b.decoder), FEATURES, strict=True):
-        weight, bias = vgg16[f"features.{index}.weight"], vgg16[f"features.{index}.bias"]
+        weight, bias = file[f"features.{index}.weight"], file[f"features.{index}.bias"]
         assert weight.dtype == np.float16
         np.testing.assert_array_equal(state[f"{block.name}.conv.weight"], weight.astype(np.float32))
         x = model.encoder[block.stage][block.index](x)
@@ -509,9 +506,9 @@ def test_weights_that_are_not_vgg16_are_refused_and_change_nothing(change, parts
 
 def test_vgg16_does_not_fit_half_a_segnet_or_segnet_basic(vgg16):
     with pytest.raises(CheckpointError, match=r"vgg16.*width 0\.5.*width = 1\.0"):
-        weights.initialise(SegNet(21, 0.5, "numpy"), VGG16)
+        weights.initialise(SegNet(21, 0.5, "numpy"), vgg16)
     with pytest.raises(CheckpointError, match=r"vgg16.*model = segnet only"):
-        weights.initialise(SegNetBasic(21, 1.0, "numpy"), VGG16)
+        weights.initialise(SegNetBasic(21, 1.0, "numpy"), vgg16)
 
 
 # Devices

@@ -4,7 +4,7 @@ without a step, arrays that do not fit. Faults put into it: test_mutants.py.
 
 import numpy as np
 import pytest
-from kernel_support import Recorder
+from support.kernels import Recorder
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.optimiser.sgd_pack import TILE, SgdPackStep

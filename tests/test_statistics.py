@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from data_support import empty_voc, real_root
 from PIL import Image
+from support import real
+from support.data import empty_voc
 
 from segnet_scratch import data
 from segnet_scratch.config import load_config
@@ -135,7 +136,7 @@ def test_progress_is_told(tmp_path):
 
 def test_real_weights_are_plausible():
     """CamVid: sky, building and road are common, poles, signs, people and cyclists rare, in any account of the set."""
-    dataset = VOCDataset(real_root("CamVid"), "val")
+    dataset = VOCDataset(real("data", "CamVid"), "val")
     counted = class_statistics(dataset)
     weights = dict(zip(counted.names, counted.weights, strict=True))
     assert max(weights[name] for name in ("building", "road", "sky")) < 1

@@ -6,8 +6,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from evaluation_support import network
 from PIL import Image
+from support.evaluation import network
 
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, voc_palette
 from segnet_scratch.errors import ConfigError, DataError

@@ -6,8 +6,8 @@ import shlex
 
 import numpy as np
 import pytest
-from data_support import empty_voc, encoded, noise
 from PIL import Image
+from support.data import empty_voc, encoded, noise
 
 from segnet_scratch.config import Config
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, read_mask, save_indexed_png, voc_palette

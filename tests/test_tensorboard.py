@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from test_listeners import Recorder
+from support.training import Recorder
 
 from segnet_scratch.config import Config
 from segnet_scratch.errors import MissingLibraryError

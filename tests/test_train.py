@@ -9,54 +9,21 @@ import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import real
+from support.training import FILES, TINY, assert_same_run, losses, rows, start, steps, train
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import VOCDataset, class_statistics
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.evaluate import Evaluation
-from segnet_scratch.metrics import MetricsLog, scores
+from segnet_scratch.metrics import scores
 from segnet_scratch.optim import learning_rate
-from segnet_scratch.train import Listener, RunFolder, Trainer
-
-REAL_DATA = Path(__file__).parents[1].parent / "shared" / "data"
-FILES = {"config.toml", "metrics.jsonl", "last.safetensors", "best.safetensors"}
-# Four steps an epoch, twelve milliseconds a step.
-TINY = {"model": "segnet-basic", "width": 1 / 16, "size": 32, "batch": 2, "lr": 0.05, "workers": 0}
-
-
-def start(data, out, device="numpy", resume=False, init=None, **settings):
-    return Trainer(Config(**TINY | settings), data, out, device, init, resume)
-
-
-def train(data, out, listener=None, **options):
-    trainer = start(data, out, **options)
-    return trainer, trainer.run(listener)
-
-
-def rows(out):
-    return MetricsLog.read(Path(out) / "metrics.jsonl")
-
-
-def losses(out):
-    return [row["loss"] for row in rows(out) if "loss" in row]
-
-
-def steps(out):
-    return [row["step"] for row in rows(out) if "loss" in row]
-
-
-def assert_same_run(a, b):
-    """The same rows, and the same bytes of weights, momenta, running statistics and metadata."""
-    assert rows(a) == rows(b)
-    for name in ("last.safetensors", "best.safetensors"):
-        assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
-    assert {path.name for path in Path(b).iterdir()} - {"sessions.json"} == FILES  # that is the command line's
+from segnet_scratch.train import Listener, RunFolder
 
 
 class At(Listener):
@@ -666,9 +633,7 @@ def test_host_and_numpy_train_alike(sample, tmp_path, model, dtype, lr, toleranc
 
 @pytest.mark.parametrize(("name", "classes"), [("VOCdevkit/VOC2012", 21), ("CamVid", 11)])
 def test_real_images_train(tmp_path, name, classes):
-    root = REAL_DATA / name
-    if not root.is_dir():
-        pytest.skip(f"no real data at {root}")
+    root = real("data", name)
     small = tmp_path / "data"
     lists = small / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)

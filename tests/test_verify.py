@@ -4,10 +4,10 @@ import dataclasses
 import json
 from collections import Counter
 
-import faulty_rows
 import numpy as np
 import pytest
-from kernel_support import TESTS, line_of, needs_compiler, written_kernel
+from support import TESTS, faulty_rows
+from support.kernels import line_of, needs_compiler, written_kernel
 
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
 from segnet_scratch.lab.proof import processes, verify
@@ -173,7 +173,7 @@ def process(monkeypatch):
     started = []
 
     def start(sanitized=False):
-        started.append(Process(sanitized, "faulty_rows"))
+        started.append(Process(sanitized, "support.faulty_rows"))
         return started[-1]
 
     yield start

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import chunk, empty_voc, encoded, noise, png, real_root
 from PIL import Image
+from support import count, real
+from support.data import chunk, empty_voc, encoded, noise, png
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, voc_palette
@@ -20,7 +21,6 @@ from segnet_scratch.data.findings import CODES, ERRORS, WARNINGS
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import DataError, SegnetError
 
-FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
 SIZE = (40, 48)  # height, width
 
 ANNOTATION = """<annotation><filename>{name}.jpg</filename>
@@ -548,14 +548,14 @@ def mutate(content: bytes, number: int, rng: np.random.Generator) -> bytes:
 
 def test_mutated_pictures_are_caught_or_decoded_soundly(root):
     """2,000 mutants at the full count: every one is named with its file, or reads as VOCDataset would have it."""
-    count = 2_000 if FULL else 100
+    images = count(100, 2_000)
     rng = np.random.default_rng(8)
     image_jpeg, image_png = encoded(noise(*SIZE, 50), "JPEG"), encoded(noise(*SIZE, 50), "PNG")
     mask = labels(50)
     data.save_indexed_png(root / "m.png", mask)
     mask_png = (root / "m.png").read_bytes()
     mutated: dict[str, Path] = {}
-    for number in range(count):
+    for number in range(images):
         name = f"x{number}"
         image, labelled = root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png"
         original = (image_jpeg, image_png, mask_png)[number % 3]
@@ -587,8 +587,8 @@ def test_mutated_pictures_are_caught_or_decoded_soundly(root):
         assert image.shape == (*SIZE, 3)
         if index % 3:  # PNG: its checksums leave no change of a pixel unnoticed
             np.testing.assert_array_equal(image, noise(*SIZE, 50))
-    assert len(errors) > 0.6 * count
-    assert sound + len(errors) == count
+    assert len(errors) > 0.6 * images
+    assert sound + len(errors) == images
 
 
 # --- real data and the command -------------------------------------------------------------------
@@ -596,7 +596,7 @@ def test_mutated_pictures_are_caught_or_decoded_soundly(root):
 
 @pytest.mark.parametrize(("parts", "pairs"), [(("VOCdevkit", "VOC2012"), 200), (("CamVid",), 101)])
 def test_real_data_has_no_findings(parts, pairs):
-    report = verify(real_root(*parts), ["val"])
+    report = verify(real("data", *parts), ["val"])
     assert report.findings == ()
     assert report.pairs == pairs
 

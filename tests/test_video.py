@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from data_support import REAL_DATA
-from evaluation_support import network
+from support import real
+from support.evaluation import network
 
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
@@ -301,27 +301,22 @@ def test_times_rise_whatever_frames_claim(kind):
     assert [float(10 * time) for time in found] == pytest.approx(expected, abs=0.01)
 
 
-CASES = REAL_DATA.parent / "cases"
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason=f"no films at {CASES}")
 @pytest.mark.parametrize(
     ("file", "frames", "seconds"), [("h264_b_frames.avi", 10, 1), ("joined.mpg", 20, 2), ("fast.mkv", 40, 0.02)]
 )
 def test_films_whose_times_do_not_rise_are_written_whole(model, tmp_path, file, frames, seconds):
-    done = run(model, CASES / "video-timestamps" / file, tmp_path / "out")
+    done = run(model, real("cases", "video-timestamps", file), tmp_path / "out")
     times = [time for time, _ in read_clip(done.overlay)]
     assert done.frames == len(times) == frames
     assert all(later > earlier for earlier, later in pairwise(times))
     assert times[-1] == pytest.approx(seconds, rel=0.2)
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason=f"no films at {CASES}")
 @pytest.mark.parametrize(
     ("file", "turn"), [("mirrored.mp4", np.fliplr), ("transposed.mp4", lambda p: p.swapaxes(0, 1))]
 )
 def test_films_are_shown_as_players_do(file, turn):
-    path = CASES / "video-mirrored" / file
+    path = real("cases", "video-mirrored", file)
     with opened_film(file, path) as film:
         found, _ = next(film.frames())
     np.testing.assert_array_equal(found, turn(read_clip(path)[0][1]))

@@ -5,7 +5,7 @@ The layouts of the fragments are written down here a second time, from NVIDIA's 
 
 import numpy as np
 import pytest
-from kernel_support import line_of, needs_compiler, run
+from support.kernels import line_of, needs_compiler, run
 
 from segnet_scratch.errors import KernelFault
 from segnet_scratch.runtime import host

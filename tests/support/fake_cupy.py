@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from fake_streams import Arrival, Block, Event, PinnedCopy, PinnedMemory, Race, Stream, Timeline, pinned_memory_of
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import host as host_kernels
@@ -27,6 +26,17 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.signature import parse_kernels
 from segnet_scratch.runtime.source import Source
+from support.fake_streams import (
+    Arrival,
+    Block,
+    Event,
+    PinnedCopy,
+    PinnedMemory,
+    Race,
+    Stream,
+    Timeline,
+    pinned_memory_of,
+)
 
 # A driver's limits, not taken from the launch gate: a mistake there is to show here.
 MAX_GRID, MAX_BLOCK, MAX_THREADS, MAX_SHARED = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 48 * 1024

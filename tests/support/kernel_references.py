@@ -1,4 +1,4 @@
-"""NumPy references for test_run_kernel.py, given to `segnet run` as run_kernel_references.py:NAME."""
+"""NumPy references for test_run_kernel.py, given to `segnet run` as kernel_references.py:NAME."""
 
 import numpy as np
 

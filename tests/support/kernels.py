@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from segnet_scratch.errors import CompileError
@@ -21,11 +22,10 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import Kernel, launch
 from segnet_scratch.runtime.signature import parse_kernels
 from segnet_scratch.runtime.source import read_source
+from support import ROOT, TESTS
 
 __all__ = ["FLOAT32", "FLOAT64", "SENTINEL", "Call", "Recorder", "sentinel_array", "valid_call"]  # from the package
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
 INCLUDE = '#include "common/types.cuh"\n'
 
 
@@ -78,3 +78,23 @@ def parse(folder: Path, text: str, name: str = "written.cu") -> tuple[Kernel, ..
     path = folder / name
     path.write_text(text)
     return parse_kernels(read_source(path))
+
+
+FILL = (
+    INCLUDE
+    + """
+extern "C" __global__ void fill(
+    float* x,  // (n)
+    int n) {
+    FOR_EACH_INDEX(i, n) x[i] = VALUE;
+}
+"""
+)
+
+
+def filled(kernel: Kernel) -> float:
+    """What the kernel `fill` writes."""
+    x = np.zeros(4, np.float32)
+    launch(HostDevice(), kernel, 1, 4, (x, 4), FLOAT32)
+    assert (x == x[0]).all()
+    return float(x[0])

@@ -8,21 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from segnet_scratch import data
 from segnet_scratch.data import VOID
 from segnet_scratch.data.download.sources import Source
-
-REAL_DATA = Path(__file__).parents[1].parent / "shared" / "data"
-
-
-def real_root(*parts: str) -> Path:
-    root = REAL_DATA.joinpath(*parts)
-    if not root.is_dir():
-        pytest.skip(f"no real data at {root}")
-    return root
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -1,16 +1,16 @@
 """Rows of an op table in which every kernel is wrong: tests/kernels/faulty.cu.
 
-`python -m faulty_rows` is a worker process that knows them beside the rows of the project.
+`python -m support.faulty_rows` is a worker process that knows them beside the rows of the project.
 """
 
 import numpy as np
-from kernel_support import written_kernel
 
 from segnet_scratch.lab.proof import table
 from segnet_scratch.lab.proof.worker import main
 from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.launch import launch
+from support.kernels import written_kernel
 
 THREADS = 64
 

@@ -1,11 +1,8 @@
 """What the tests of checkpoints share: contents to save, and files made byte by byte."""
 
 import json
-from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def some_tensors(seed=0):
