@@ -20,8 +20,8 @@
 // The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
+#include "common/block_below.cuh"
 #include "common/implicit_gemm.cuh"
-#include "common/packed_codes.cuh"
 
 // The tile of a block in shared memory, as it is stored, where the stages of the main loop were. A thread looks after the
 // piece of columns from `column()` on, of every LANES-th row from `lane()` on.
@@ -195,41 +195,13 @@ __device__ void split(const storage_t* __restrict__ x, const storage_t* __restri
     }
 }
 
-// The block below, whose output the convolution read: its map y (n, h, w, c) before batch norm, and batch norm.
-struct Below {
-    const storage_t* y;
-    const accumulate_t *mean, *inv_std, *weight, *bias;
-    const uint8* pool_codes;  // null: it does not end in a pool
-    int h, w;
-    bool relu;
-
-    // The piece of y that belongs to a pixel of the block's output: of a pool, at the position that it chose.
-    __device__ Piece piece(int64 pixel, int channel, int channels) const {
-        if (!pool_codes) return load_piece(y + pixel * channels + channel);
-        const int columns = (w + 1) / 2, rows = (h + 1) / 2;
-        const int64 line = pixel / columns, image = line / rows;
-        const int column = (int)(pixel - line * columns) * 2, row = (int)(line - image * rows) * 2;
-        const storage_t* const first = y + ((image * h + row) * w + column) * channels + channel;
-        const unsigned codes = piece_codes(pool_codes, pixel * channels + channel);
-        Piece chosen = at_position(load_piece(first), codes, 0);
-        const bool right = column + 1 < w, lower = row + 1 < h;
-        if (right) chosen = either(chosen, at_position(load_piece(first + channels), codes, 1));
-        if (lower) chosen = either(chosen, at_position(load_piece(first + (int64)w * channels), codes, 2));
-        if (right && lower) chosen = either(chosen, at_position(load_piece(first + (int64)(w + 1) * channels), codes, 3));
-        return chosen;
-    }
-};
-
 // Writes dr of the rows (or windows) of a tile, and the sums of each column.
 template <class Block>
 __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below, const uint8* unpool_codes, storage_t* dr,
                                accumulate_t* partials, int count, int c) {
     const int channel = tile.channel();
-    const Values mean = channels_of(below.mean, channel, c), inv_std = channels_of(below.inv_std, channel, c);
-    const Values weight = channels_of(below.weight, channel, c), bias = channels_of(below.bias, channel, c);
-    Values sums, sums_xhat;
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) sums.of[i] = sums_xhat.of[i] = 0;
+    const NormBelow norm(below, channel, c);
+    GradientSums sums;
     const int rows_of_pixel = unpool_codes ? 4 : 1;  // a pixel of dr: a row, or the window of an unpool
     if (channel < c)
         for (int i = tile.lane(); i * rows_of_pixel < count; i += tile.LANES) {
@@ -242,20 +214,10 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
                 for (int code = 1; code < 4; ++code)
                     piece = either(piece, at_position(tile.piece(4 * i + code), codes, code));
             }
-            const Values y = values_of(below.piece(pixel, channel, c));
-            Values gradient = values_of(piece);
-#pragma unroll
-            for (int k = 0; k < PIECE; ++k) {
-                const float distance = y.of[k] - mean.of[k];
-                const bool passes = distance * (inv_std.of[k] * weight.of[k]) + bias.of[k] > 0;
-                if (below.relu && !passes) gradient.of[k] = 0;
-                sums.of[k] += gradient.of[k];
-                sums_xhat.of[k] += gradient.of[k] * (distance * inv_std.of[k]);
-            }
-            store_piece(dr + element, piece_of(gradient));
+            store_piece(dr + element, norm.gradient(piece, below.piece(pixel, channel, c), below.relu, sums));
         }
-    const float total = add_lanes(tile, sums);
-    store_partials<Block>(partials, total, add_lanes(tile, sums_xhat), c);
+    const float total = add_lanes(tile, sums.plain);
+    store_partials<Block>(partials, total, add_lanes(tile, sums.xhat), c);
 }
 
 template <class Block>

@@ -2,7 +2,7 @@
 // backward.
 // Element types: float32, bfloat16.
 //
-//   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which conv2d_fused.cu left
+//   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which the convolution left
 //   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z, not z;
 //                     blocks below an unpool write the unpooled map of z, not z
 //   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
@@ -24,17 +24,18 @@
 #include "common/reduce.cuh"
 #include "common/unpool.cuh"
 
-#define TILE_ROWS 128  // of a convolution's tile (conv2d_fused.cu); the last one has what is left
+#define TILE_ROWS 128  // of a tile of conv2d_fused.cu; the last one has what is left. Others say how many theirs have
 #define MERGE_CHANNELS 8
 #define MERGE_LANES 64
 
 // Launch: grid (c + 7) / 8, block (8, 64)
 extern "C" __global__ void norm_merge_statistics(
-    const float* __restrict__ partials,  // (tiles, 2, c): mean, M2
-    float* __restrict__ mean,            // (c)
-    float* __restrict__ inv_std,         // (c)
-    float* __restrict__ running_mean,    // (c)
-    float* __restrict__ running_var,     // (c)
+    const float* __restrict__ partials,         // (tiles, 2, c): mean, M2
+    const int* __restrict__ OPTIONAL counts,    // (tiles): rows of each
+    float* __restrict__ mean,                   // (c)
+    float* __restrict__ inv_std,                // (c)
+    float* __restrict__ running_mean,           // (c)
+    float* __restrict__ running_var,            // (c)
     int64 rows, int c, int tiles, double eps, double momentum) {
     const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
     double sums[3] = {0, 0, 0};  // of distances, of their squares, of M2
@@ -42,7 +43,7 @@ extern "C" __global__ void norm_merge_statistics(
     if (channel < c)
         for (int tile = threadIdx.y; tile < tiles; tile += MERGE_LANES) {
             const int64 left = rows - (int64)tile * TILE_ROWS;
-            const double count = left < TILE_ROWS ? left : TILE_ROWS;
+            const double count = counts ? counts[tile] : left < TILE_ROWS ? left : TILE_ROWS;
             const double distance = partials[(int64)tile * 2 * c + channel] - pivot;
             sums[0] += count * distance;
             sums[1] += count * distance * distance;

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support.kernels import needs_compiler
 
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import nvrtc, resources
@@ -33,7 +34,7 @@ class Compiling(HostDevice):
 
 @needs_compiler
 def test_a_program_compiles_each_source_once_before_it_launches():
-    program, device = inference_program(SegNet.blocks_of(0.125), 2, 1, (32, 32), "tf32"), Compiling()
+    program, device = inference_program(SegNet.blocks_of(0.125), 2, 1, (32, 32), Convolutions("tf32")), Compiling()
     arrays = {name: np.zeros(s.shape, s.dtype) for name, s in {**program.given, **program.made}.items()}
     bound, told = program.bind(arrays), []
     bound.compile(device, lambda done, total: told.append((done, total)))

@@ -8,6 +8,7 @@ import pytest
 from segnet_scratch import no_grad
 from segnet_scratch.config import load_config
 from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import FusedInference
 from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.engine.training import Objective, training_program
@@ -234,6 +235,54 @@ class TestInference:
             FusedInference(model, 2, size, "tf32")(np.zeros((1, *size, 3), np.float32))
 
 
+class TestHopper:
+    """The engine with Hopper's kernels, on the host device: at width 1/8 they take the layers of 64 channels."""
+
+    @pytest.fixture
+    def with_hopper(self, monkeypatch):
+        monkeypatch.setenv("SEGNET_HOPPER", "1")
+
+    def test_a_step_is_that_of_mma_sync_but_for_the_order_of_sums(self, monkeypatch):
+        portable = Training("fused", "segnet", "host", "bf16")
+        images, labels = batch(np.random.default_rng(13), portable.size)
+        expected = portable.loss(images, labels)
+        monkeypatch.setenv("SEGNET_HOPPER", "1")
+        hopper, again = (Training("fused", "segnet", "host", "bf16") for _ in range(2))
+        loss = hopper.loss(images, labels)
+        assert loss == pytest.approx(expected, rel=1e-3)
+        assert distance(gradients(hopper.model), gradients(portable.model)) < 0.05
+        for key, buffer in hopper.model.named_buffers().items():
+            np.testing.assert_allclose(buffer.data, portable.model.named_buffers()[key].data, 0.02, 0.02, err_msg=key)
+        assert again.loss(images, labels) == loss
+        assert distance(gradients(again.model), gradients(hopper.model)) == 0
+
+    def test_its_kernels_are_in_the_step_and_flipped_weights_are_not(self, with_hopper):
+        model, size = build("segnet", "host")
+        weights = WorkingWeights(model, "bf16")
+        program = training_program(model.blocks, 2, size, weights.convolutions, Objective(CLASSES))
+        of_layer = {}
+        for step in program.steps:
+            if step.op.name.startswith("conv2d_hopper"):
+                of_layer.setdefault(step.layer, []).append(step.op.name.removeprefix("conv2d_hopper_"))
+        convolutions = {name: p.shape for name, p in model.named_parameters().items() if len(p.shape) == 4}
+        whole = {name for name, shape in convolutions.items() if shape == (64, 3, 3, 64)}
+        assert {f"{layer}.conv.weight" for layer in of_layer} == whole
+        assert all(sorted(ops) == ["backward_data", "backward_weight", "forward"] for ops in of_layer.values())
+        assert not whole & weights.flipped.keys()
+        # For float32 nothing changes.
+        assert WorkingWeights(model, "tf32").flipped.keys() >= whole
+
+    def test_inference(self, monkeypatch):
+        model, size = build("segnet", "host")
+        images, _ = batch(np.random.default_rng(14), size)
+        expected = FusedInference(model, 2, size, "bf16")(images).astype(np.float32)
+        monkeypatch.setenv("SEGNET_HOPPER", "1")
+        fused = FusedInference(model, 2, size, "bf16")
+        assert any(step.op.name == "conv2d_hopper_forward" and step.op.pool for step in fused.program.steps)
+        logits = fused(images).astype(np.float32)
+        assert np.linalg.norm(logits - expected) <= 0.05 * np.linalg.norm(expected)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -277,7 +326,7 @@ class TestLedger:
         assert torch.entries["indices"] == 32 * fused_indices(n, size)
 
     def test_the_arena_is_as_small_as_any_could_be(self):
-        program = training_program(SegNet.blocks_of(1.0), 16, (224, 224), "bf16", Objective(CLASSES))
+        program = training_program(SegNet.blocks_of(1.0), 16, (224, 224), Convolutions("bf16"), Objective(CLASSES))
         arena = Arena.plan(program.lifetimes())
         assert arena.nbytes == arena.needed
 

@@ -12,8 +12,8 @@ import pytest
 from support import FULL
 from support.machine_code import loops_of, main_loops, needs_disassembler, sass_of
 
-from segnet_scratch.runtime.launch import find_kernel
-from segnet_scratch.runtime.resources import ARCHITECTURES
+from segnet_scratch.runtime.launch import find_kernel, shipped_kernels
+from segnet_scratch.runtime.resources import ARCHITECTURES, compile_all
 
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))
@@ -128,3 +128,54 @@ def test_maps_move_in_pieces_of_16_bytes(kernel, architecture):
         assert stores - {"128"} <= OTHER_STORES[kernel], element
         assert "128" in stores, element
         assert "LDG.E.128" in own or kernel == "conv2d_fused_forward_128x128", element
+
+
+# Columns of a product, products of a 64-deep chunk and its nine taps (or of a block of wgrad), operands whose depth is
+# not contiguous, and how many dimensions the boxes have that the TMA brings.
+HOPPER = {
+    "conv2d_hopper_forward_halo_256x128": (128, 72, "", {"3D", "4D"}),
+    "conv2d_hopper_forward_halo_256x64": (64, 72, "", {"3D", "4D"}),
+    "conv2d_hopper_forward_halo_128x128": (128, 36, "", {"3D", "4D"}),
+    "conv2d_hopper_forward_columns_256x128": (128, 72, "", {"3D", "4D.IM2COL"}),
+    "conv2d_hopper_forward_columns_128x128": (128, 36, "", {"3D", "4D.IM2COL"}),
+    "conv2d_hopper_backward_data_halo_256x128": (128, 72, "B", {"3D", "4D"}),
+    "conv2d_hopper_backward_data_halo_256x64": (64, 72, "B", {"3D", "4D"}),
+    "conv2d_hopper_backward_data_halo_128x128": (128, 36, "B", {"3D", "4D"}),
+    "conv2d_hopper_backward_data_columns_256x128": (128, 72, "B", {"3D", "4D.IM2COL"}),
+    "conv2d_hopper_backward_data_columns_128x128": (128, 36, "B", {"3D", "4D.IM2COL"}),
+    "conv2d_hopper_backward_weight": (192, 4, "AB", {"4D"}),
+}
+OF_HOPPER = [find_kernel(kernel).source for kernel in HOPPER]
+
+
+def test_every_kernel_of_hopper_is_looked_at():
+    assert {name for name, kernel in shipped_kernels().items() if kernel.source in OF_HOPPER} == HOPPER.keys()
+
+
+@needs_disassembler
+@pytest.mark.parametrize("name", dict.fromkeys(source.path.stem for source in OF_HOPPER))
+def test_on_hopper(name):
+    kernels = [kernel for kernel, source in zip(HOPPER, OF_HOPPER, strict=True) if source.path.stem == name]
+    source = find_kernel(kernels[0]).source
+    (compiled,) = compile_all([source], ["sm_90"], ["bf16"])  # first: it keeps the machine code, too
+    assert compiled.remarks == ()  # as (C7510): products that are serialised
+    body = re.split(r"^\.text\.", sass_of(source, "bf16", "sm_90"), flags=re.MULTILINE)
+    for kernel in kernels:
+        columns, products, transposed, boxes = HOPPER[kernel]
+        (own,) = (text for text in body if text.startswith(f"{kernel}:"))
+        multiplied = re.findall(r"\bHGMMA\.(\S+)([^;]*);", own)
+        assert [shape for shape, _ in multiplied] == [f"64x{columns}x16.F32.BF16"] * products, kernel
+        for _, operands in multiplied:
+            assert {side for side in "AB" if f"tnsp{side}" in operands} == set(transposed), kernel
+        assert set(re.findall(r"\bUTMALDG\.(\S+)", own)) == boxes, kernel
+        # One group of products stays in flight; only after the last is none.
+        waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w)", own)
+        assert waits.count("0x0") == 1, kernel
+        groups = products // (4 if transposed == "AB" else products // 9)
+        assert waits.count("0x1") == len(re.findall(r"WARPGROUP\.ARRIVE", own)) == groups, kernel
+        # Registers move from the producer to the consumers.
+        assert len(re.findall(r"USETMAXREG\.(?:DEALLOC|TRY_ALLOC)", own)) == 2, kernel
+        assert not re.search(r"\b(?:LDL|STL)\b", own), kernel
+        (usage,) = (u for u in compiled.usages if u.kernel == kernel)
+        assert usage.registers == (128 if transposed == "AB" else 168), kernel  # before they are shared out
+        assert usage.spill_stores == usage.spill_loads == usage.stack == 0, kernel

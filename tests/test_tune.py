@@ -5,6 +5,8 @@ import logging
 import numpy as np
 import pytest
 
+from segnet_scratch.engine.convolutions import Convolutions
+from segnet_scratch.engine.training import Objective, training_program
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.tune import convolutions, tune
 from segnet_scratch.ops.convolution import conv2d_mma as mma
@@ -14,7 +16,7 @@ from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime import host
 from segnet_scratch.runtime.devices import HostDevice, Timer, get_device
 from segnet_scratch.runtime.precision import BFLOAT16
-from segnet_scratch.segnet import SegNetBasic
+from segnet_scratch.segnet import SegNet, SegNetBasic
 
 GPU = "NVIDIA Test 1"
 
@@ -102,7 +104,7 @@ class TestTune:
     def test_the_fastest_is_kept_and_taken(self, cache):
         device = TunedDevice({"_128x32": 10, "_128x64": 20, "_128x128": 30})
         choices, path = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)
-        assert len(choices) == len(convolutions(self.BLOCKS, 1, (16, 16), "bf16", 1)) > 4
+        assert len(choices) == len(convolutions(self.BLOCKS, 1, (16, 16), Convolutions("bf16"), 1)) > 4
         for choice in choices:
             assert choice.fastest == "128x32"
             assert set(choice.seconds) == {"128x32", "128x64", "128x128"}
@@ -110,6 +112,23 @@ class TestTune:
         another = TunedDevice()
         assert table_of(another).choices == {choice.key: "128x32" for choice in choices}
         assert path.exists()
+
+    def test_tiles_of_hopper(self, cache, monkeypatch):
+        monkeypatch.setenv("SEGNET_HOPPER", "1")
+        monkeypatch.setattr("segnet_scratch.lab.profile.tune.CACHE_BYTES", 1)
+        device = TunedDevice({"columns_128x128": 10, "halo_128x128": 20})
+        choices, _ = tune(device, SegNet.blocks_of(0.25), 2, (32, 32), "bf16")
+        hopper = {choice.key: choice for choice in choices if choice.key.startswith("hopper")}
+        assert len(hopper) > 4
+        for key, choice in hopper.items():
+            wide = "128 3x3" in key if "forward" in key else "128->" in key
+            if wide:
+                assert choice.fastest == ("halo_128x128" if "windows" in key else "columns_128x128")
+            else:
+                assert set(choice.seconds) == {"halo_256x64"}
+        program = training_program(SegNet.blocks_of(0.25), 2, (32, 32), Convolutions.on(device, "bf16"), Objective(21))
+        taken = {step.op.tile.name for step in program.steps if step.op.name == "conv2d_hopper_forward"}
+        assert taken == {"columns_128x128", "halo_256x64"}
 
     def test_without_a_gpu_it_says_so(self):
         with pytest.raises(DeviceError, match=r"measured on a GPU, and the device is numpy"):

@@ -1,17 +1,26 @@
-"""Ceilings of the GPU, and each convolution of SegNet on its own: cuDNN beside ours, in TFLOP/s."""
+"""Ceilings of the GPU, and each convolution of SegNet on its own: cuDNN beside ours, in TFLOP/s.
 
-from collections.abc import Callable
+`python -m bench_gpu.layers` measures the convolutions alone, in a minute: the ops of the fused engine with what they do
+on the way out (statistics forward; mask and sums in dgrad), which cuDNN leaves to others; on an sm_90 Hopper's kernels
+in every tile, and mma.sync's beside them.
+"""
 
-import numpy as np
+import argparse
+import json
+from collections.abc import Callable, Iterator
+
 import torch
 
-from bench_gpu.cases import Case
+from bench_gpu.cases import SMALL, Case
 from bench_gpu.peers import set_precision
-from bench_gpu.timing import Clock, in_turn
+from bench_gpu.timing import Clock, CudaClock, in_turn
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, storage
-from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.op import Buffers, Op, Spec
-from segnet_scratch.runtime.devices import Device
+from segnet_scratch.lab.profile.tune import random_buffers
+from segnet_scratch.ops.convolution.conv2d_fused import Below
+from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, HopperForward
+from segnet_scratch.ops.op import Op, Spec
+from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet
 
 GIGABYTE = 10**9
@@ -30,24 +39,33 @@ def ceilings(clock: Clock, seconds: float) -> dict[str, float]:
     return {"copy, TB/s": 2 * GIGABYTE / times["copy"].median / 1e12, **{f"{k}, TFLOP/s": v for k, v in speeds.items()}}
 
 
-def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> list[dict[str, object]]:
+def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> Iterator[dict[str, object]]:
     """One row for each shape of a convolution and each direction: FLOP, and TFLOP/s of cuDNN and of ours."""
     shapes = dict.fromkeys(
         (layer.full, layer.weight) for layer in layers_of(SegNet.blocks_of(1.0), case.batch, *case.size)
     )
-    rows: list[dict[str, object]] = []
     share = seconds / (3 * len(shapes))
     for full, weight in shapes:
-        for direction, op in (("fprop", Conv2dForward), ("dgrad", Conv2dBackwardData), ("wgrad", Conv2dBackwardWeight)):
-            if direction == "dgrad" and weight[3] == 3:
-                continue
-            rows.append(_measure(direction, op, case, full, weight, device, clock, share))
-    return rows
+        for direction in ("fprop", "dgrad", "wgrad"):
+            if direction != "dgrad" or weight[3] != 3:
+                yield _measure(direction, case, full, weight, device, clock, share)
+
+
+def _ours(kernels: Convolutions, direction: str, x: Spec, weight: Spec) -> dict[str, Op]:
+    """The engine's op, and the same in every other tile that there is a choice of."""
+    y = x.with_shape(*x.shape[:3], weight.shape[0])
+    if direction == "wgrad":
+        return {"ours": kernels.backward_weight(x, weight)}
+    if direction == "dgrad":
+        op: Op = kernels.backward_data(y, weight, Below(x), None)
+    else:
+        op = kernels.forward(x, weight, statistics=True)
+    others = op.alternatives() if isinstance(op, HopperForward | HopperBackwardData) else {}
+    return {"ours": op, **others}
 
 
 def _measure(
     direction: str,
-    op: type[Op],
     case: Case,
     full: tuple[int, ...],
     weight: tuple[int, ...],
@@ -56,20 +74,20 @@ def _measure(
     seconds: float,
 ) -> dict[str, object]:
     set_precision(case.precision)
-    dtype = storage(RUNG_OF_PRECISION[case.precision])
-    x = Spec((*full[:3], weight[3]), dtype)
-    plan = op.plan(x, Spec(weight, dtype), 1, weight[1] // 2, RUNG_OF_PRECISION[case.precision])
-    rng = np.random.default_rng(0)
-    given = {
-        name: device.upload(rng.standard_normal(s.shape, np.float32).astype(s.dtype)) for name, s in plan.inputs.items()
-    }
-    made = {name: device.empty(s.shape, s.dtype) for name, s in {**plan.outputs, **plan.workspace}.items()}
-    buffers = Buffers(**given, **made)
-    theirs = _cudnn(direction, case.precision, x.shape, weight)
-    times = in_turn({"ours": lambda: plan.run(device, buffers), "cuDNN": theirs}, clock, seconds)
-    speeds = {name: plan.flops / t.median / 1e12 for name, t in times.items()}
+    rung = RUNG_OF_PRECISION[case.precision]
+    x, of_weight = Spec((*full[:3], weight[3]), storage(rung)), Spec(weight, storage(rung))
+    kernels = Convolutions.on(device, rung)
+    ops = _ours(kernels, direction, x, of_weight)
+    if kernels.tiles is not None:
+        ops["mma.sync"] = _ours(Convolutions(rung), direction, x, of_weight)["ours"]
+    calls: dict[str, Callable[[], object]] = {"cuDNN": _cudnn(direction, case.precision, x.shape, weight)}
+    for name, op in ops.items():
+        buffers = random_buffers(device, op)
+        calls[name] = lambda op=op, buffers=buffers: op.run(device, buffers)  # type: ignore[misc]
+    times = in_turn(calls, clock, seconds)
+    speeds = {name: ops["ours"].flops / t.median / 1e12 for name, t in times.items()}
     shape = f"{weight[3]} -> {weight[0]}, {full[1]}x{full[2]}"
-    return {"layer": shape, "direction": direction, "GFLOP": plan.flops / 1e9, **speeds}
+    return {"layer": shape, "direction": direction, "GFLOP": ops["ours"].flops / 1e9, **speeds}
 
 
 def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int, ...]) -> Callable[[], object]:
@@ -86,3 +104,18 @@ def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int
     pad = [k // 2, k // 2]
     backward = torch.ops.aten.convolution_backward
     return lambda: backward(gradient, image, kernel, None, [1, 1], pad, [1, 1], False, [0, 0], 1, mask)
+
+
+def main() -> None:
+    """Prints a line of JSON for each row as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="for all rows together (default: 60)")
+    parser.add_argument("--precision", choices=RUNG_OF_PRECISION, default="bf16")
+    options = parser.parse_args()
+    case = Case("training", 16, SMALL, options.precision)
+    for row in convolutions(case, get_device("cuda"), CudaClock(), options.seconds):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -172,7 +172,7 @@ def main(seconds: float, thorough: bool, path: Path | None, environment: Mapping
         console.print(f"{case}: {results[-1].speedup:.2f} x ({results[-1].best_ours} / {results[-1].best_peer})")
         keep(cases=[result.to_json() for result in results], left_out=[str(other) for other in left_out])
     if thorough:
-        keep(layers=layers.convolutions(CASES[0], device, clock, 0.1 * seconds))
+        keep(layers=list(layers.convolutions(CASES[0], device, clock, 0.1 * seconds)))
     console.print(report(results, name))
     if left_out:
         console.print("left out, for want of time: " + "; ".join(map(str, left_out)))

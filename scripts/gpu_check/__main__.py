@@ -17,6 +17,7 @@ from gpu_check.compilation import compilation
 from gpu_check.demo import demo
 from gpu_check.fused import fused_engine
 from gpu_check.gradients import gradients
+from gpu_check.hopper import hopper
 from gpu_check.op_table import bits_of_the_host, determinism, exact, kernels
 from gpu_check.part import Outcome, Work
 from gpu_check.sanitizers import sanitizers
@@ -29,7 +30,8 @@ from segnet_scratch.errors import SegnetError
 # The parts in the order in which they run, what is learnt soonest first, with their shares of the time.
 PARTS: dict[str, tuple[Callable[[Work], Outcome], float]] = {
     "compilation": (compilation, 0.08),
-    "kernels": (kernels, 0.16),
+    "hopper": (hopper, 0.05),
+    "kernels": (kernels, 0.14),
     "integers": (exact, 0.06),
     "losses": (losses_of_other_devices, 0.04),
     "fused engine": (fused_engine, 0.04),
@@ -41,8 +43,8 @@ PARTS: dict[str, tuple[Callable[[Work], Outcome], float]] = {
     "same run again": (same_run_again, 0.05),
     "gradients": (gradients, 0.08),
     "sanitizers": (sanitizers, 0.08),  # and as much again until the tools have started
-    "bits of the host": (bits_of_the_host, 0.06),
-    "demo": (demo, 0.07),
+    "bits of the host": (bits_of_the_host, 0.05),
+    "demo": (demo, 0.05),
 }
 
 

@@ -10,7 +10,8 @@ from segnet_scratch.lab.proof.launches import kernels_of
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.ops.cases import Case, Inputs, Row
 from segnet_scratch.ops.convolution.conv2d_fused_cases import FusedRow
-from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
+from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
 from segnet_scratch.ops.convolution.conv2d_mma_cases import TensorCoreRow
 from segnet_scratch.ops.loss.cases import CrossEntropyRow
 from segnet_scratch.ops.op import Buffers, Op
@@ -126,8 +127,15 @@ def _problem(row: Row, case: Case, seed: int) -> tuple[Op, Inputs]:
 
 
 def rows_for(device: Device) -> list[Row]:
-    """The rows that the device can run: those of tensor cores need sm_80."""
-    return [row for row in ROWS if has_tensor_cores(device) or not isinstance(row, TensorCoreRow | FusedRow)]
+    """The rows that the device can run: a GPU has the instructions of their kernels, and Hopper's are not forbidden."""
+    if device.architecture is None:
+        return list(ROWS)
+    rows = [row for row in ROWS if tiles_on(device) is not None or not isinstance(row, HopperRow)]
+    return [row for row in rows if all(map(_compiles_for(device.architecture), kernels_of(row, row.cases()[:1])))]
+
+
+def _compiles_for(architecture: str) -> Callable[[str], bool]:
+    return lambda kernel: shipped_kernels()[kernel].source.compiles_for(architecture)
 
 
 def problems_for_sanitizers(device: Device) -> Iterator[tuple[str, Op, Inputs]]:

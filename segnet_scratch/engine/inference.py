@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.nn.modules import ConvUnit
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
@@ -23,9 +23,15 @@ from segnet_scratch.segnet import Block, SegNet
 
 
 def inference_program(
-    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
+    blocks: Sequence[Block],
+    classes: int,
+    batch: int,
+    size: tuple[int, int],
+    convolutions: Convolutions,
+    classifier_kernel: int = 3,
 ) -> Program:
     """Logits of images (batch, *size, 3), padded to whole pieces of channels; nothing is allocated."""
+    rung = convolutions.rung
     program, dtype = Program(), storage(rung)
     x = program.give("images", spec((batch, *size, 3), np.float32))
     if dtype == BFLOAT16:
@@ -43,12 +49,8 @@ def inference_program(
         }
         if block.pool:
             arrays["pool_codes"] = f"{name}.codes"
-        op = FusedForward.plan(
-            *(program.spec_of(x), Spec(layer.weight, dtype), rung),
-            bias=True,
-            relu=block.relu,
-            pool=block.pool,
-        )
+        options = {"bias": True, "relu": block.relu, "pool": block.pool}
+        op = convolutions.forward(program.spec_of(x), Spec(layer.weight, dtype), **options)
         program.add(name, op, x=x, **arrays, y=f"{name}.z")
         x = f"{name}.z"
     shape = (padded(classes, rung), classifier_kernel, classifier_kernel, blocks[-1].out_channels)
@@ -69,7 +71,8 @@ class FusedInference:
     def __init__(self, model: SegNet, batch: int, size: tuple[int, int], rung: str) -> None:
         check(model, rung, training=False)
         self.device, self.classes = model.device, model.classes
-        self.program = inference_program(model.blocks, model.classes, batch, size, rung, model.classifier_kernel)
+        kernels = Convolutions.on(self.device, rung)
+        self.program = inference_program(model.blocks, model.classes, batch, size, kernels, model.classifier_kernel)
         self.arena = Arena.plan(self.program.lifetimes(kept=("logits",)))
         arrays = self._weights(model) | self.arena.allocate(self.device)
         arrays["images"] = self.device.zeros(self.program.given["images"].shape, np.float32)

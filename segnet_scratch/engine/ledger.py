@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import Layer, layers_of, storage
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.training import Objective, training_program
@@ -79,7 +80,7 @@ def accounts(
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
     layers = layers_of(blocks, batch, *size)
-    program = training_program(blocks, batch, size, rung, Objective(classes), classifier_kernel)
+    program = training_program(blocks, batch, size, Convolutions(rung), Objective(classes), classifier_kernel)
     itemsize = storage(rung).itemsize
     fused = fused_account(program, Arena.plan(program.lifetimes(kept=("loss", "logits"))))
     return [fused, _paper(layers, 4, 1, "layers"), _paper(layers, itemsize, 8, "PyTorch")]

@@ -13,11 +13,12 @@ from itertools import pairwise
 import numpy as np
 
 from segnet_scratch.engine.arena import Arena
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, Layer, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dForward
+from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation.norm_relu import (
@@ -49,8 +50,11 @@ class Objective:
 class _Builder:
     """Appends the steps of each layer. Arrays are called `<layer>.<what>`; `d<what>` is the gradient of <what>."""
 
-    def __init__(self, layers: Sequence[Layer], rung: str, objective: Objective, classifier_kernel: int) -> None:
-        self.program, self.layers, self.rung, self.objective = Program(), layers, rung, objective
+    def __init__(
+        self, layers: Sequence[Layer], convolutions: Convolutions, objective: Objective, classifier_kernel: int
+    ) -> None:
+        self.program, self.layers, self.convolutions, self.objective = Program(), layers, convolutions, objective
+        rung = self.rung = convolutions.rung
         self.type = storage(rung)
         # By layer: the size, and the codes, of the unpool that follows it.
         self.unpool_above = {b.name: (a.unpool, a.codes) for b, a in pairwise(layers) if a.unpool and a.codes}
@@ -78,7 +82,8 @@ class _Builder:
     def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
         o, k, _, c = shape
         self.program.give(name, Spec(shape, self.type))
-        if name != f"{self.layers[0].name}.conv.weight":  # below the first layer there is nothing
+        below = name != f"{self.layers[0].name}.conv.weight"  # below the first layer there is nothing
+        if below and self.convolutions.needs_flipped(shape):
             self.program.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
         self.program.give(f"d{name}", spec(shape, np.float32))
 
@@ -106,11 +111,16 @@ class _Builder:
     def _block_forward(self, layer: Layer, x: str) -> None:
         """y, its statistics, and where there is a pool the pooled map."""
         name = layer.name
-        op = FusedForward.plan(self.spec_of(x), Spec(layer.weight, self.type), self.rung, statistics=True)
-        self.add(name, op, x=x, weight=f"{name}.conv.weight", y=f"{name}.y", partials=f"{name}.statistics")
+        op = self.convolutions.forward(self.spec_of(x), Spec(layer.weight, self.type), statistics=True)
+        statistics = {"partials": f"{name}.statistics"}
+        if counted := "counts" in op.outputs:
+            statistics["counts"] = f"{name}.counts"
+        self.add(name, op, x=x, weight=f"{name}.conv.weight", y=f"{name}.y", **statistics)
+        partials = self.spec_of(statistics["partials"])
         self.add(
-            *(name, NormMergeStatistics.plan(self.spec_of(f"{name}.statistics"), op.geometry.pixels)),
-            partials=f"{name}.statistics",
+            name,
+            NormMergeStatistics.plan(partials, op.geometry.pixels, counted=counted),
+            **statistics,
             running_mean=f"{name}.bn.running_mean",
             running_var=f"{name}.bn.running_var",
             mean=f"{name}.mean",
@@ -190,14 +200,13 @@ class _Builder:
 
     def _weight_gradient(self, name: str, weight: str, x: str, dy: str) -> None:
         of_weight = self.spec_of(weight)
-        op = Conv2dBackwardWeight.plan(self.spec_of(x), of_weight, 1, of_weight.shape[1] // 2, self.rung)
-        self.add(name, op, x=x, dy=dy, dweight=f"d{weight}")
+        self.add(name, self.convolutions.backward_weight(self.spec_of(x), of_weight), x=x, dy=dy, dweight=f"d{weight}")
 
     def _below_gradient(
         self, name: str, weight: str, dy: str, below: Layer, unpool: tuple[int, int] | None, codes: str | None
     ) -> None:
         of_below = Below(self.spec_of(f"{below.name}.y"), below.block.relu, below.block.pool)
-        op = FusedBackwardData.plan(self.spec_of(dy), self.spec_of(weight), of_below, self.rung, unpool)
+        op = self.convolutions.backward_data(self.spec_of(dy), self.spec_of(weight), of_below, unpool)
         norm = self._norm(below)
         arrays = {
             "mean": norm["mean"],
@@ -210,19 +219,23 @@ class _Builder:
         if codes is not None:
             arrays["unpool_codes"] = codes
         out = {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
-        self.add(name, op, dy=dy, flipped=f"{weight}.flipped", below_y=f"{below.name}.y", **arrays, **out)
+        if "weight" in op.inputs:
+            arrays["weight"] = weight
+        else:
+            arrays["flipped"] = f"{weight}.flipped"
+        self.add(name, op, dy=dy, below_y=f"{below.name}.y", **arrays, **out)
 
 
 def training_program(
     blocks: Sequence[Block],
     batch: int,
     size: tuple[int, int],
-    rung: str,
+    convolutions: Convolutions,
     objective: Objective,
     classifier_kernel: int = 3,
 ) -> Program:
     """Forward, loss and backward of a network for images (batch, *size, 3); nothing is allocated."""
-    builder = _Builder(layers_of(blocks, batch, *size), rung, objective, classifier_kernel)
+    builder = _Builder(layers_of(blocks, batch, *size), convolutions, objective, classifier_kernel)
     builder.forward()
     builder.backward()
     return builder.program
@@ -249,7 +262,7 @@ class FusedTraining:
         objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
         batch, *size = shape
         self.program = training_program(
-            model.blocks, batch, (size[0], size[1]), weights.rung, objective, model.classifier_kernel
+            model.blocks, batch, (size[0], size[1]), weights.convolutions, objective, model.classifier_kernel
         )
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)

@@ -2,13 +2,14 @@
 
 import numpy as np
 
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, padded, storage
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 
 class WorkingWeights:
-    """For each convolution its weight in the rung's element type, and flipped, as dgrad takes it.
+    """For each convolution its weight in the rung's element type, and flipped where dgrad takes it so.
 
     The classifier's outputs are padded to whole pieces: its parameters move into larger arrays, in which what lies
     beyond the classes is 0 and stays so. Where that is all a rung needs (float32), the parameter is the working weight.
@@ -20,6 +21,7 @@ class WorkingWeights:
         check(model, rung)
         self.model, self.rung, self.storage = model, rung, storage(rung)
         device = model.device
+        self.convolutions = Convolutions.on(device, rung)
         outputs = padded(model.classes, rung)
         self._whole: dict[str, Array] = {}  # the classifier's parameters with their padding
         for part, parameter in (("weight", model.classifier.weight), ("bias", model.classifier.bias)):
@@ -34,7 +36,7 @@ class WorkingWeights:
             o, k, _, c = self._whole.get(name, weight).shape
             if self.storage != np.float32:
                 self.copies[name] = device.zeros((o, k, k, c), self.storage)
-            if position > 0:  # below the first layer there is nothing
+            if position > 0 and self.convolutions.needs_flipped((o, k, k, c)):  # below the first layer there is nothing
                 self.flipped[name] = device.zeros((c, k, k, o), self.storage)
         self.gradients: dict[str, Array] = {}
         for name, parameter in model.named_parameters().items():

@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.engine.training import Objective, training_program
@@ -15,6 +16,8 @@ from segnet_scratch.lab.profile.measure import CACHE_BYTES
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import FusedBackwardData, FusedForward
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, HopperForward
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Array, Device
@@ -38,31 +41,47 @@ class Choice:
         return min(self.seconds, key=lambda name: self.seconds[name])
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """One convolution in every tile that it could take, by name, and the tile that its shape suggests.
+
+    Kernels of mma.sync look their tile up when they are launched: there all are the same op. One of Hopper's kernels is
+    another op, as other pixels are summed up together.
+    """
+
+    ops: dict[str, Op]
+    default: str
+
+
 def convolutions(
-    blocks: list[Block], batch: int, size: tuple[int, int], precision: str, classifier_kernel: int
-) -> dict[str, tuple[Op, tuple[mma.Tile, ...], mma.Tile]]:
-    """(op, tiles it could take, its default) by key, of a training step and of inference, each shape once."""
-    rung = RUNG_OF_PRECISION[precision]
-    training = training_program(blocks, batch, size, rung, Objective(CLASSES), classifier_kernel)
-    inference = inference_program(blocks, CLASSES, batch, size, rung, classifier_kernel)
-    found: dict[str, tuple[Op, tuple[mma.Tile, ...], mma.Tile]] = {}
+    blocks: list[Block], batch: int, size: tuple[int, int], kernels: Convolutions, classifier_kernel: int
+) -> dict[str, Candidates]:
+    """Candidates by key, of a training step and of inference, each shape once."""
+    training = training_program(blocks, batch, size, kernels, Objective(CLASSES), classifier_kernel)
+    inference = inference_program(blocks, CLASSES, batch, size, kernels, classifier_kernel)
+    found: dict[str, Candidates] = {}
     for step in (*training.steps, *inference.steps):
-        for key, default in _tiles_of(step.op, rung):
-            tiles = mma.candidates(default)
-            if len(tiles) > 1:
-                found.setdefault(key, (step.op, tiles, default))
+        for key, candidates in _candidates_of(step.op, kernels.rung):
+            if len(candidates.ops) > 1:
+                found.setdefault(key, candidates)
     return found
 
 
-def _tiles_of(op: Op, rung: str) -> Iterator[tuple[str, mma.Tile]]:
-    """(key, default) of the convolution of an op, if it has one whose tile can be chosen."""
-    if isinstance(op, FusedForward) and op.split is None:
-        yield key_of("fused_forward", rung, op.geometry), op.default_tile
+def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
+    """(key, candidates) of the convolution of an op, if it has one whose tile can be chosen."""
+
+    def of_mma(kind: str, g: Geometry, default: mma.Tile) -> tuple[str, Candidates]:
+        tiles = mma.candidates(default)
+        return key_of(kind, rung, g), Candidates({tile.name: op for tile in tiles}, default.name)
+
+    if isinstance(op, HopperForward | HopperBackwardData):
+        yield op.key, Candidates(dict(op.alternatives()), op.tile_of_shape.name)
+    elif isinstance(op, FusedForward) and op.split is None:
+        yield of_mma("fused_forward", op.geometry, op.default_tile)
     elif isinstance(op, FusedBackwardData):
-        yield key_of("fused_backward_data", rung, op.geometry.mirrored), op.default_tile
+        yield of_mma("fused_backward_data", op.geometry.mirrored, op.default_tile)
     elif isinstance(op, Conv2dForward):
-        default = mma.forward_tile(op.geometry, op.inputs["x"].dtype.itemsize)
-        yield key_of("forward", rung, op.geometry), default
+        yield of_mma("forward", op.geometry, mma.forward_tile(op.geometry, op.inputs["x"].dtype.itemsize))
 
 
 def tune(
@@ -79,34 +98,33 @@ def tune(
         raise DeviceError(
             f"tune: tiles are measured on a GPU, and the device is {device.name}; run it where segnet doctor sees one"
         )
-    work = convolutions(blocks, batch, size, precision, classifier_kernel)
+    kernels = Convolutions.on(device, RUNG_OF_PRECISION[precision])
+    work = convolutions(blocks, batch, size, kernels, classifier_kernel)
     scratch = device.empty((CACHE_BYTES,), np.uint8)
     table, choices = table_of(device), []
-    for number, (key, (op, tiles, default)) in enumerate(work.items()):
+    for number, (key, candidates) in enumerate(work.items()):
         progress(number, len(work))
-        choices.append(Choice(key, _measure(device, table, op, key, tiles, scratch), default.name))
+        choices.append(Choice(key, _measure(device, table, key, candidates.ops, scratch), candidates.default))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 
 
-def _measure(
-    device: Device, table: TileTable, op: Op, key: str, tiles: tuple[mma.Tile, ...], scratch: Array
-) -> dict[str, float]:
-    """Median seconds of an op with each tile, in turn, with a cache that holds nothing of use."""
-    buffers = _buffers(device, op)
+def _measure(device: Device, table: TileTable, key: str, ops: dict[str, Op], scratch: Array) -> dict[str, float]:
+    """Median seconds with each tile, in turn, with a cache that holds nothing of use."""
+    buffers = {op: random_buffers(device, op) for op in set(ops.values())}
     timer = device.timer()
-    taken: dict[str, list[float]] = {tile.name: [] for tile in tiles}
+    taken: dict[str, list[float]] = {name: [] for name in ops}
     before = table.choices.get(key)
     try:
         for repetition in range(-1, PASSES):  # the first loads the kernel
-            for tile in tiles:
-                table.choices[key] = tile.name
+            for name, op in ops.items():
+                table.choices[key] = name
                 device.write(scratch, 0)
                 first = timer.mark()
-                op.run(device, buffers)
+                op.run(device, buffers[op])
                 seconds = timer.seconds(first, timer.mark())
                 if repetition >= 0:
-                    taken[tile.name].append(seconds)
+                    taken[name].append(seconds)
     finally:
         table.choices.pop(key, None)
         if before is not None:
@@ -114,7 +132,7 @@ def _measure(
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
-def _buffers(device: Device, op: Op) -> Buffers:
+def random_buffers(device: Device, op: Op) -> Buffers:
     """Random inputs, and room for what the op makes."""
     rng = np.random.default_rng(0)
     given = {}

@@ -7,6 +7,7 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution.conv2d_cases import Conv2dBackwardBiasRow, conv_rows
 from segnet_scratch.ops.convolution.conv2d_fused_cases import fused_conv_rows
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import hopper_rows
 from segnet_scratch.ops.convolution.conv2d_lessons_cases import lesson_rows
 from segnet_scratch.ops.convolution.conv2d_mma_cases import tensor_core_rows
 from segnet_scratch.ops.convolution.conv_transpose2d_cases import conv_transpose_rows
@@ -36,6 +37,7 @@ ROWS: tuple[Row, ...] = (
     *conv_rows("tiled"),
     *tensor_core_rows(),
     *fused_conv_rows(),
+    *hopper_rows(),
     *norm_rows(),
     Conv2dBackwardBiasRow(),
     *conv_transpose_rows("direct"),

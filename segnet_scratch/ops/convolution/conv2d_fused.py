@@ -5,7 +5,7 @@ Statistics, bias and batch norm are float32, or float64 with maps of float64, fo
 is for the reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -201,9 +201,13 @@ class FusedForward(_FusedConv):
             return
         b.y[...] = y
         if self.statistics:
-            for tile, rows in enumerate(tiles(y)):
-                b.partials[tile, 0] = rows.mean(0)
+            for tile, rows in enumerate(self.summed_together(b.y)):
+                b.partials[tile, 0] = rows.mean(0) if len(rows) else 0
                 b.partials[tile, 1] = ((rows - b.partials[tile, 0]) ** 2).sum(0)
+
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        """The (pixels, o), of a map like y, that each of `partials` is about."""
+        return tiles(map_)
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,7 @@ class FusedBackwardData(_FusedConv):
         in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        gradient, y = rounded(convolve(b.dy, b.flipped), self.dtype), b.below_y
+        gradient, y = rounded(convolve(b.dy, self.flipped(b)), self.dtype), b.below_y
         if self.unpool is not None:
             gradient = gather_at(gradient, b.unpool_codes)
         if self.below.pool:
@@ -285,8 +289,16 @@ class FusedBackwardData(_FusedConv):
             gradient = np.where(passes, gradient, 0)
         b.dr[...] = gradient
         for number, term in enumerate((gradient, gradient * xhat)):
-            for tile, part in enumerate(tiles(term, self.pixels_of_tile)):
+            for tile, part in enumerate(self.summed_together(term)):
                 b.partials[tile, number] = part.sum(0)
+
+    def flipped(self, b: Buffers) -> np.ndarray:
+        """The weight (c, k, k, o) as dgrad takes it."""
+        return b.flipped
+
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        """The (pixels, c), of a map like dr, that each of `partials` is about."""
+        return tiles(map_, self.pixels_of_tile)
 
 
 def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:

@@ -20,11 +20,11 @@ from segnet_scratch.ops.convolution.conv2d_fused import (
     FusedBackwardData,
     FusedForward,
     plain_forward,
-    tiles,
 )
 from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
 from segnet_scratch.ops.normalisation.norm_relu_cases import packed
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.pieces import TILE_ROWS
 from segnet_scratch.ops.pooling.packed_codes import gather_at
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.precision import BFLOAT16_ROUNDING, round_to_tf32
@@ -117,7 +117,7 @@ class FusedRow(Row):
 class FusedForwardRow(FusedRow):
     """fprop of training: y and the statistics of its tiles."""
 
-    op = FusedForward
+    op: type[Op] = FusedForward
 
     def __init__(self, rung: str) -> None:
         super().__init__("conv2d_fused_forward", rung)
@@ -132,7 +132,11 @@ class FusedForwardRow(FusedRow):
         g = op.geometry  # type: ignore[attr-defined]
         y = self.growth(g.depth, eps) * of_magnitudes(op, b).y
         partials = np.empty_like(b.partials)
+        tiles = op.summed_together  # type: ignore[attr-defined]
         for tile, (errors, rows) in enumerate(zip(tiles(y + self.stored(b.y)), tiles(b.y), strict=True)):
+            if not len(rows):
+                partials[tile] = 0
+                continue
             # Each element errs by its bound; then the mean is summed up, and from it the distances.
             off = np.abs(rows - b.partials[tile, 0])
             d_mean = errors.mean(0) + 2 * eps * sqrt(len(rows)) * np.abs(rows).mean(0)
@@ -147,7 +151,7 @@ class FusedForwardRow(FusedRow):
 class FusedInferenceRow(FusedRow):
     """fprop of inference: bias, ReLU and pool."""
 
-    op = FusedForward
+    op: type[Op] = FusedForward
     options = tuple({"relu": relu, "pool": pool} for pool in (False, True) for relu in (False, True))
 
     def __init__(self, rung: str) -> None:
@@ -179,7 +183,7 @@ class FusedInferenceRow(FusedRow):
 class FusedBackwardDataRow(FusedRow):
     """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
 
-    op = FusedBackwardData
+    op: type[Op] = FusedBackwardData
     options = tuple(
         {"unpool": unpool, "pool": pool, "relu": relu}
         for unpool, pool, relu in (
@@ -219,7 +223,8 @@ class FusedBackwardDataRow(FusedRow):
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         g = op.geometry  # type: ignore[attr-defined]
-        error, y = self.growth(g.kh * g.kw * g.o, eps) * plain_forward(np.abs(b.dy), np.abs(b.flipped)), b.below_y
+        magnitudes = plain_forward(np.abs(b.dy), np.abs(op.flipped(b)))  # type: ignore[attr-defined]
+        error, y = self.growth(g.kh * g.kw * g.o, eps) * magnitudes, b.below_y
         if "unpool_codes" in op.inputs:
             error = gather_at(error, b.unpool_codes)
         if "pool_codes" in op.inputs:
@@ -227,10 +232,10 @@ class FusedBackwardDataRow(FusedRow):
         xhat = np.abs(y - b.mean) * b.inv_std
         if op.below.relu:  # type: ignore[attr-defined]
             error = np.where((y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0, error, 0)
-        partials, rows = np.empty_like(b.partials), op.pixels_of_tile  # type: ignore[attr-defined]
-        summed = error + self.stored(b.dr) + 4 * eps * sqrt(rows) * np.abs(b.dr)
+        partials = np.empty_like(b.partials)
+        summed = error + self.stored(b.dr) + 4 * eps * sqrt(TILE_ROWS) * np.abs(b.dr)
         for number, term in enumerate((summed, summed * xhat)):
-            for tile, part in enumerate(tiles(term, rows)):
+            for tile, part in enumerate(op.summed_together(term)):  # type: ignore[attr-defined]
                 partials[tile, number] = part.sum(0)
         return {"dr": error, "partials": partials}
 

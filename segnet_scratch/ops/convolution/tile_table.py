@@ -1,8 +1,8 @@
 """Which tile a tensor-core convolution takes on a GPU: measured by `segnet tune`, else the one its shape suggests.
 
-A tile changes no bit of a convolution: each result is one sum in the order of the depth. What the fused kernels sum up
-over a tile's rows for batch norm, they add in an order of the tile; so another table can change the last bits of a
-training run, as another version of the kernels can.
+A tile changes no bit of a convolution: each result is one sum in the order of the depth. What the fused and Hopper's
+kernels sum up over a tile's rows for batch norm, they add in an order of the tile; so another table can change the last
+bits of a training run, as another version of the kernels can.
 """
 
 import json
@@ -19,7 +19,11 @@ from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import find_kernel
 
 log = logging.getLogger(__name__)
-MEASURED = "conv2d_forward_mma_128x128", "conv2d_fused_forward_128x128"  # kernels of the sources that have tiles
+# A kernel of each source that has tiles.
+MEASURED = (
+    *("conv2d_forward_mma_128x128", "conv2d_fused_forward_128x128"),
+    *("conv2d_hopper_forward_halo_256x64", "conv2d_hopper_backward_data_halo_256x64"),
+)
 
 
 def key_of(kind: str, rung: str, g: Geometry) -> str:

@@ -45,33 +45,42 @@ class _Merge(Op):
 
 
 class NormMergeStatistics(_Merge):
-    """mean, inv_std (c) of y from partials (tiles, 2, c): mean and M2 of each 128 rows; running statistics in place."""
+    """mean, inv_std (c) of y from partials (tiles, 2, c): mean and M2 of each 128 rows; running statistics in place.
+
+    `counted`: not 128, but as many rows as the input `counts` (tiles) says, the first tile at least one.
+    """
 
     name = "norm_merge_statistics"
     updates = ("running_mean", "running_var")
 
-    def __init__(self, partials: Spec, rows: int, eps: float = EPS, momentum: float = MOMENTUM) -> None:
+    def __init__(
+        self, partials: Spec, rows: int, eps: float = EPS, momentum: float = MOMENTUM, counted: bool = False
+    ) -> None:
         super().__init__(partials)
         expect(
             rows > 1,
             f"{self.name}: one value a channel; training needs n*h*w > 1: use a larger image or batch",
         )
         expect(
-            tiles_of(rows) == self.tiles,
+            counted or tiles_of(rows) == self.tiles,
             f"{self.name}: {rows} rows are {tiles_of(rows)} tiles of {TILE_ROWS}, partials have {self.tiles}",
         )
         self.rows, self.eps, self.momentum = rows, eps, momentum
         self.inputs = {"partials": partials, "running_mean": self.vector, "running_var": self.vector}
+        if counted:
+            self.inputs["counts"] = Spec((self.tiles,), np.dtype(np.int32))
         self.outputs = {"mean": self.vector, "inv_std": self.vector}
 
     def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.partials, b.mean, b.inv_std, b.running_mean, b.running_var)
+        arrays = (b.partials, getattr(b, "counts", None), b.mean, b.inv_std, b.running_mean, b.running_var)
         options = (self.rows, self.channels, self.tiles, self.eps, self.momentum)
         self.kernel(device, self.name, self.grid, (MERGE_CHANNELS, MERGE_LANES), *arrays, *options)
 
     def reference(self, b: Buffers) -> None:
         counts = np.full((self.tiles, 1), float(TILE_ROWS))
         counts[-1] = self.rows - TILE_ROWS * (self.tiles - 1)
+        if "counts" in self.inputs:
+            counts = b.counts[:, None].astype(np.float64)
         means, m2 = b.partials[:, 0].astype(np.float64), b.partials[:, 1].astype(np.float64)
         mean = (counts * means).sum(0) / self.rows
         total = (m2 + counts * (means - mean) ** 2).sum(0)

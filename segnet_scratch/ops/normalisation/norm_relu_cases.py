@@ -83,10 +83,12 @@ class MergeStatisticsRow(MergeRow):
 
     def cases(self) -> list[Case]:
         far = Case("means 1000 times the deviation", {"rows": 1000, "c": 8, "offset": 1e3})
-        return [*super().cases(), far]
+        counted = Case("tiles of unlike sizes, some empty", {"rows": 1000, "c": 9, "counted": True})
+        return [*super().cases(), far, counted]
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return NormMergeStatistics.plan(spec(self.partials(case, dtype), dtype), case["rows"])
+        partials, counted = spec(self.partials(case, dtype), dtype), case.sizes.get("counted", False)
+        return NormMergeStatistics.plan(partials, case["rows"], counted=counted)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -95,6 +97,10 @@ class MergeStatisticsRow(MergeRow):
         partials[:, 0] += dtype.type(case.sizes.get("offset", 1.0))
         partials[:, 1] = np.abs(partials[:, 1]) * TILE_ROWS
         arrays["running_var"] = rng.uniform(0.1, 4, case["c"]).astype(dtype)
+        if "counts" in arrays:
+            # One row is the first tile's; the others fall where they may, none into the last tile.
+            falls = rng.integers(0, len(partials) - 1, case["rows"] - 1)
+            arrays["counts"] = np.bincount([0, *falls], minlength=len(partials)).astype(np.int32)
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:

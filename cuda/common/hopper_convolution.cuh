@@ -1,0 +1,389 @@
+// 3x3 convolution (stride 1, padding 1) on Hopper's tensor cores: the main loop that fprop and dgrad share, and the way
+// out of its sums. Channels in and out are multiples of 64; maps are bfloat16, sums float.
+//
+//   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
+//   dgrad  dx[p, c] = sum over taps t, outputs o of   dy[p + t, o] * weight[o, 8 - t, c]    columns are channels of x
+//
+// A block of 384 threads computes tiles of 128 TILES pixels x COLUMNS, one after the other: tile blockIdx.x, then those
+// gridDim.x further on, columns innermost, so that blocks that run together read the same pixels. Its third warpgroup is
+// the producer: one thread that has the TMA fill two rings of stages in shared memory, as far ahead as they have room.
+// The other two are consumers: each multiplies 64 TILES of the pixels by all columns of the tile. A consumer keeps one
+// group of products in flight: when it has begun the next one it waits for the one before and releases its stages.
+//
+// Where the pixels of a tile come from is a Source:
+//
+//   Halo     blocks of 8x8 pixels. A stage is 2 TILES blocks with their borders, 10x10 pixels of 64 channels each, and
+//            serves all nine taps: that of tap (r, s) begins r rows and s pixels further on. Zeros beyond the image are the
+//            padding. At the right and lower edge of a map whose sizes are no multiples of 8 a block has pixels that do
+//            not exist; their sums are not zero (their taps meet real pixels), so whoever leaves asks `exists`.
+//   Columns  128 TILES pixels in a row of the batch, for one tap at a time (TMA's im2col mode): nine times the traffic from
+//            the L2 cache, but no pixel is lost at edges, and small maps make more tiles.
+//
+// and how the weights of a tap lie is a Weights: ForwardWeights as rows of depth (c) for each output, BackwardWeights as
+// rows of columns (c) for each of the depth (o): the same array (o, 3, 3, c), of which no flipped copy is needed.
+//
+// The order of a sum is: channels in chunks of 64; in each the nine taps; in each four steps of 16, which a tensor core
+// adds up at once. It depends on nothing else: not on the tile, not on the grid. It is that of the measured prototype
+// (docs/kernels.md), whose bits these kernels give, but for the sign of a zero: sums begin with 0 here.
+//
+// The way out (WayOut): a consumer rounds 64 pixels x 64 columns to bfloat16, exchanges them in shared memory, and goes on
+// with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
+// of a tile is what is stored. It has two places, used in turn: a place is written, a barrier of the warpgroup, it is
+// read. When it is written again, the barrier of the other place lies between, so nobody reads it any more.
+#pragma once
+#include "packed_codes.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+#define TAPS 9
+#define DEPTH 64            // channels of a chunk: rows of 128 bytes, which the TMA swizzles
+#define ROW_BYTES 128
+#define ATOM_BYTES 8192     // 64 such rows
+#define BLOCK_SIDE 8        // pixels of a block
+#define HALO_PITCH 1280     // bytes of a row of a block with its border: 10 pixels
+#define HALO_BYTES 12800    // of the 10 rows, which the TMA copies
+#define HALO_PLACE 13312    // room for them: a multiple of 1024, where the pattern of the swizzle begins again
+#define CONSUMERS 2         // warpgroups that multiply
+#define THREADS ((CONSUMERS + 1) * WARPGROUP)
+#define PRODUCER_REGISTERS 40
+#define CONSUMER_REGISTERS 232  // 2 * 232 + 40 is what 384 threads of 168 registers have
+
+struct Convolution {
+    int n, h, w;  // of the maps on both sides
+    int depth;    // channels of the map that is read
+    int columns;  // channels of the map that is made
+};
+
+// The first multiple of 1024 in dynamic shared memory, which is asked for with 1024 bytes to spare.
+__device__ inline char* align_stages(char* memory) { return memory + (0u - shared_address(memory)) % 1024; }
+
+// Stages in shared memory, and the barriers that say that one is full or empty. Producer and consumers each have a copy
+// of this object and go through the stages in the same order.
+template <int STAGES_, int STAGE_BYTES>
+struct Ring {
+    static constexpr int STAGES = STAGES_, BYTES = STAGES * STAGE_BYTES;
+    char* stages;
+    Mbarrier *full, *empty;
+    RingPosition<STAGES> position;
+
+    __device__ Ring(char* memory, Mbarrier* barriers) : stages(memory), full(barriers), empty(barriers + STAGES) {}
+    __device__ void initialise(int consumers) const {
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(full[i], 1);
+            mbarrier_init(empty[i], consumers);
+        }
+    }
+    __device__ char* stage() const { return stages + position.stage * STAGE_BYTES; }
+    __device__ Mbarrier& filled() const { return full[position.stage]; }
+
+    // The producer: waits until the stage is empty, and announces what will be copied to it.
+    __device__ void acquire(int bytes) const {
+        mbarrier_wait(empty[position.stage], position.parity ^ 1);
+        mbarrier_arrive_expect_tx(full[position.stage], bytes);
+    }
+    // A consumer: waits until the stage is full.
+    __device__ void wait() const { mbarrier_wait(full[position.stage], position.parity); }
+    // One thread of a consumer: the stage before this one has been read.
+    __device__ void release_previous() const { mbarrier_arrive(empty[(position.stage + STAGES - 1) % STAGES]); }
+};
+
+// 64 pixels of a consumer: a block of 8x8.
+struct BlockRows {
+    static constexpr bool WINDOWS = true;
+    int image, y, x;  // of its first pixel
+    int images, h, w;
+
+    __device__ BlockRows(const Convolution& g, int block) : images(g.n), h(g.h), w(g.w) {
+        const int across = (w + BLOCK_SIDE - 1) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1) / BLOCK_SIDE;
+        x = block % across * BLOCK_SIDE;
+        y = block / across % down * BLOCK_SIDE;
+        image = block / across / down;
+    }
+    __device__ bool has(int dy, int dx) const { return image < images && y + dy < h && x + dx < w; }
+    __device__ bool exists(int row) const { return has(row / BLOCK_SIDE, row % BLOCK_SIDE); }
+    __device__ int64 pixel(int row) const { return ((int64)image * h + y + row / BLOCK_SIDE) * w + x + row % BLOCK_SIDE; }
+    // 2x2 windows: 16 of them, four in a row.
+    __device__ static int row_of_window(int window, int code) {
+        return (window / 4 * 2 + code / 2) * BLOCK_SIDE + window % 4 * 2 + code % 2;
+    }
+    __device__ int64 window(int number) const {
+        const int row = y / 2 + number / 4, column = x / 2 + number % 4;
+        return ((int64)image * ((h + 1) / 2) + row) * ((w + 1) / 2) + column;
+    }
+};
+
+template <int TILES_>
+struct Halo {
+    typedef BlockRows Rows;
+    static constexpr int TILES = TILES_, BLOCKS = CONSUMERS * TILES, STAGES = 2, STAGE_BYTES = BLOCKS * HALO_PLACE;
+    static constexpr int COPIED = BLOCKS * HALO_BYTES, TAPS_OF_STAGE = TAPS, TILE_BYTES = HALO_PLACE, PITCH = HALO_PITCH;
+
+    __device__ static void load(char* stage, const TensorMap& map, const Convolution& g, int tile, int channel, int, Mbarrier& full) {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) {
+            const BlockRows block(g, tile * BLOCKS + i);  // one beyond the last image is loaded as zeros
+            tma_load(stage + i * HALO_PLACE, map, {channel, block.x - 1, block.y - 1, block.image}, full);
+        }
+    }
+    __device__ static constexpr int offset(int tap) { return tap / 3 * HALO_PITCH + tap % 3 * ROW_BYTES; }
+    __device__ static Rows rows(const Convolution& g, int tile, int i) { return Rows(g, tile * BLOCKS + i); }
+};
+
+// 64 pixels of a consumer, in the order of the batch.
+struct RunRows {
+    static constexpr bool WINDOWS = false;
+    int first, count;
+    __device__ bool exists(int row) const { return first + row < count; }
+    __device__ int64 pixel(int row) const { return first + row; }
+};
+
+template <int TILES_, int STAGES_>
+struct Columns {
+    typedef RunRows Rows;
+    static constexpr int TILES = TILES_, STAGES = STAGES_, STAGE_BYTES = CONSUMERS * TILES * ATOM_BYTES, COPIED = STAGE_BYTES;
+    static constexpr int TAPS_OF_STAGE = 1, TILE_BYTES = ATOM_BYTES, PITCH = BLOCK_SIDE * ROW_BYTES;
+
+    __device__ static void load(char* stage, const TensorMap& map, const Convolution& g, int tile, int channel, int tap, Mbarrier& full) {
+        const int pixel = tile * CONSUMERS * TILES * 64, row = pixel / g.w;
+        tma_load_im2col(stage, map, {channel, pixel % g.w - 1, row % g.h - 1, row / g.h}, {tap % 3, tap / 3}, full);
+    }
+    __device__ static constexpr int offset(int) { return 0; }
+    __device__ static Rows rows(const Convolution& g, int tile, int i) {
+        return {(tile * CONSUMERS * TILES + i) * 64, g.n * g.h * g.w};
+    }
+};
+
+// The weights of one tap: `depth` of 64, for COLUMNS of the columns.
+template <int COLUMNS>
+struct ForwardWeights {
+    static constexpr int BYTES = COLUMNS * ROW_BYTES;
+    __device__ static void load(char* stage, const TensorMap& weight, int depth, int tap, int column, Mbarrier& full) {
+        tma_load(stage, weight, {depth, tap, column}, full);
+    }
+    __device__ static KMajor operand(const char* stage, int step) { return k_major(stage + step * 32, 8 * ROW_BYTES); }
+};
+template <int COLUMNS>
+struct BackwardWeights {
+    static constexpr int BYTES = COLUMNS * ROW_BYTES;
+    __device__ static void load(char* stage, const TensorMap& weight, int depth, int tap, int column, Mbarrier& full) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 64; ++i)
+            tma_load(stage + i * ATOM_BYTES, weight, {column + 64 * i, TAPS - 1 - tap, depth}, full);
+    }
+    __device__ static MNMajor operand(const char* stage, int step) {
+        return mn_major(stage + step * 16 * ROW_BYTES, ATOM_BYTES, 8 * ROW_BYTES);
+    }
+};
+
+// The thread's number, read anew. What is derived from threadIdx the compiler derives once for all tiles, and keeps it through
+// the main loop, whose sums need the registers.
+__device__ inline int thread_read_anew() {
+#ifdef SEGNET_HOST
+    return (int)threadIdx.x;
+#else
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#endif
+}
+
+#define PAIRS 16  // of neighbouring columns, that a thread has of 64 x 64 sums
+
+// What a consumer has of its two places on the way out, and how its threads meet.
+struct WayOut {
+    static constexpr int PLACES = 2, LANES = 16, COUNTS = 128;  // COUNTS: bytes of `counts`, and room to the next 128
+    char* places;
+    float* counts;  // (LANES): how many pixels each has summed up
+    int turn = 0;
+    int thread;  // of the warpgroup
+
+    __device__ explicit WayOut(char* memory) {
+        places = memory + warpgroup_index() * PLACES * ATOM_BYTES;
+        counts = (float*)(memory + CONSUMERS * PLACES * ATOM_BYTES + warpgroup_index() * COUNTS);
+    }
+    __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
+    __device__ int column() const { return thread % 8 * PIECE; }
+    __device__ int lane() const { return thread / 8; }
+    __device__ char* place() const { return places + turn * ATOM_BYTES; }
+    __device__ static int offset(int row, int piece) { return row * ROW_BYTES + (piece ^ row % 8) * PIECE_BYTES; }
+
+    // After the place has been written: everybody may read it; what is written next goes to the other one.
+    __device__ const char* publish() {
+        named_barrier_sync(1 + warpgroup_index(), WARPGROUP);
+        const char* const written = place();
+        turn ^= 1;
+        return written;
+    }
+    __device__ Piece piece(const char* place, int row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
+
+    // Writes 64 rounded columns of 64 pixels. pairs[2 k + r]: row and column of sums 4 k + 2 r of wgmma (wgmma.cuh).
+    __device__ void put(const unsigned (&pairs)[PAIRS]) {
+        const int row = thread / WARP * 16 + thread % WARP / 4;
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+            *(unsigned*)(place() + offset(row + j % 2 * 8, j / 2) + thread % 4 * 4) = pairs[j];
+    }
+
+    // Two numbers for each of the 64 columns, of every lane; every thread brings those of its piece. Afterwards
+    // numbers[(kind * LANES + lane) * 64 + column].
+    __device__ const float* exchange(const Values& first, const Values& second) {
+        float* const numbers = (float*)place();
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            numbers[lane() * 64 + column() + i] = first.of[i];
+            numbers[(LANES + lane()) * 64 + column() + i] = second.of[i];
+        }
+        return (const float*)publish();
+    }
+};
+
+// Where everything lies in dynamic shared memory: stages of maps, stages of weights, the places on the way out. How much that
+// takes, ops/convolution/conv2d_hopper.py knows.
+template <class Source, class Weights, int WEIGHT_STAGES>
+struct Layout {
+    typedef Ring<Source::STAGES, Source::STAGE_BYTES> Maps;
+    typedef Ring<WEIGHT_STAGES, Weights::BYTES> Taps;
+    static constexpr int BARRIERS = 2 * (Source::STAGES + WEIGHT_STAGES);
+};
+
+// The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
+template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
+__device__ void produce(Maps maps, Taps taps, const TensorMap& map, const TensorMap& weight, const Convolution& g, int tiles) {
+    const int across = g.columns / COLUMNS;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
+        for (int channel = 0; channel < g.depth; channel += DEPTH)
+            for (int tap = 0; tap < TAPS; ++tap) {
+                if (tap % Source::TAPS_OF_STAGE == 0) {
+                    maps.acquire(Source::COPIED);
+                    Source::load(maps.stage(), map, g, tile / across, channel, tap, maps.filled());
+                    maps.position.advance();
+                }
+                taps.acquire(Weights::BYTES);
+                Weights::load(taps.stage(), weight, channel, tap, tile % across * COLUMNS, taps.filled());
+                taps.position.advance();
+            }
+}
+
+// A consumer: the sums of its part of one tile.
+template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
+__device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::TILES], Maps& maps, Taps& taps, int depth) {
+    const bool leader = warpgroup_thread() == 0;
+    // A first product that ignores the sums would do, but to the compiler it reads them: they would hold their registers from
+    // one tile to the next, and the way out would have none.
+#pragma unroll
+    for (int i = 0; i < Source::TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] = 0;
+    for (int channel = 0; channel < depth; channel += DEPTH) {
+#pragma unroll
+        for (int tap = 0; tap < TAPS; ++tap) {
+            const bool next_of_maps = tap % Source::TAPS_OF_STAGE == 0, begun = channel + tap > 0;
+            if (next_of_maps) maps.wait();
+            taps.wait();
+            const char* const pixels = maps.stage() + warpgroup_index() * Source::TILES * Source::TILE_BYTES + Source::offset(tap);
+            const char* const weights = taps.stage();
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < DEPTH / 16; ++step)
+#pragma unroll
+                for (int i = 0; i < Source::TILES; ++i)
+                    wgmma(sums[i], k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH),
+                          Weights::operand(weights, step), true);
+            wgmma_commit();
+            wgmma_wait<1>();  // the group before this one is done
+            if (leader && begun) {
+                taps.release_previous();
+                if (next_of_maps) maps.release_previous();
+            }
+            taps.position.advance();
+            if (tap % Source::TAPS_OF_STAGE == Source::TAPS_OF_STAGE - 1) maps.position.advance();
+        }
+    }
+    wgmma_wait<0>();
+    if (leader) {
+        taps.release_previous();
+        maps.release_previous();
+    }
+}
+
+// The sums as they are stored, two neighbouring columns in a register: of each 64 columns the TILES of 64 pixels. `bias`, of
+// the tile's columns, may be null.
+template <int TILES, int COLUMNS>
+__device__ void round_sums(unsigned (&pairs)[COLUMNS / 64 * TILES][PAIRS], const Accumulators<COLUMNS> (&sums)[TILES],
+                           const accumulate_t* bias) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 2; j += 2) {
+        const int column = wgmma_column(j);
+        const float shifts[2] = {bias ? bias[column] : 0, bias ? bias[column + 1] : 0};
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+            pairs[j / 2 / PAIRS * TILES + i][j / 2 % PAIRS] = bfloat16_pair(sums[i][j] + shifts[0], sums[i][j + 1] + shifts[1]);
+    }
+}
+
+// The way of a consumer's part of a tile, 64 columns of 64 pixels at a time. The loop is not unrolled: it would need more
+// registers than there are. So that it finds its part in registers, the other parts move up.
+//
+// What is done there is a Leave: for each 64 columns a Leave::Columns is made; its `prepare` may ask for what global memory
+// has of 64 pixels, `store` is given their place in shared memory, and `finish`, after the last of them, has the warpgroup.
+template <class Source, class Leave, int PARTS>
+__device__ void leave_tile(WayOut& out, unsigned (&pairs)[PARTS][PAIRS], const Leave& leave, const Convolution& g, int tile, int column) {
+    static_assert(PARTS % Source::TILES == 0, "whole columns");
+#pragma unroll 1
+    for (int part = 0; part < PARTS; part += Source::TILES, column += 64) {
+        out.begin();
+        typename Leave::Columns columns(leave, column + out.column());
+#pragma unroll 1
+        for (int i = 0; i < Source::TILES; ++i) {
+            out.begin();
+            const typename Source::Rows rows = Source::rows(g, tile, warpgroup_index() * Source::TILES + i);
+            columns.prepare(rows, out);
+            out.put(pairs[0]);
+            columns.store(rows, out, out.publish());
+#pragma unroll
+            for (int k = 1; k < PARTS; ++k)
+#pragma unroll
+                for (int j = 0; j < PAIRS; ++j) pairs[k - 1][j] = pairs[k][j];
+        }
+        out.begin();
+        columns.finish(out, tile * CONSUMERS + warpgroup_index(), column);
+    }
+}
+
+// The kernel.
+template <class Source, class Weights, int COLUMNS, int WEIGHT_STAGES, class Leave>
+__device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
+                                         const Convolution& g, int row_tiles, const Leave& leave) {
+    typedef Layout<Source, Weights, WEIGHT_STAGES> Place;
+    SHARED_DYNAMIC(char, memory);
+    SHARED_ARRAY(Mbarrier, barriers, [Place::BARRIERS]);
+    char* const stages = align_stages(memory);
+    typename Place::Maps maps(stages, barriers);
+    typename Place::Taps taps(stages + Place::Maps::BYTES, barriers + 2 * Source::STAGES);
+    if (threadIdx.x == 0) {
+        tma_prefetch(map);
+        tma_prefetch(weight);
+        maps.initialise(CONSUMERS);
+        taps.initialise(CONSUMERS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const int across = g.columns / COLUMNS, tiles = row_tiles * across;
+    if (warpgroup_index() == CONSUMERS) {
+        setmaxnreg_decrease<PRODUCER_REGISTERS>();
+        if (warpgroup_thread() == 0) produce<Source, Weights, COLUMNS>(maps, taps, map, weight, g, tiles);
+        return;
+    }
+    setmaxnreg_increase<CONSUMER_REGISTERS>();
+    WayOut way_out(stages + Place::Maps::BYTES + Place::Taps::BYTES);
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int column = tile % across * COLUMNS;
+        unsigned pairs[Source::TILES * COLUMNS / 64][PAIRS];
+        {
+            Accumulators<COLUMNS> sums[Source::TILES];
+            multiply<Source, Weights, COLUMNS>(sums, maps, taps, g.depth);
+            round_sums(pairs, sums, bias ? bias + column : nullptr);
+        }
+        leave_tile<Source>(way_out, pairs, leave, g, tile / across, column);
+    }
+}

@@ -1,0 +1,185 @@
+// dgrad of the fused engine on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64; bfloat16.
+// Element types: bf16; sm_90a only.
+//
+//   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes
+//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer has of a tile the
+//   sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
+//
+// Main loop, tiles and the way out: common/hopper_convolution.cuh; the block below and what it does to a gradient:
+// common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps
+// are taken from the last to the first, so that no flipped copy is kept.
+//
+// A thread looks after 8 channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
+// it asks for before the barrier that its pieces wait at. Sums: a thread adds up its own, then one thread a channel and sum
+// adds the 16 lanes in their order. No atomics.
+#include "common/block_below.cuh"
+#include "common/hopper_convolution.cuh"
+
+struct StoreGradient {
+    Below below;
+    const uint8* unpool_codes;
+    storage_t* dr;
+    accumulate_t* partials;
+    int c;
+
+    // 8 channels of a thread.
+    struct Columns {
+        const StoreGradient& to;
+        int channel;
+        NormBelow norm;
+        GradientSums sums;
+        Piece y[4];  // of the block below, for the pixels or the window of the thread
+
+        __device__ Columns(const StoreGradient& store, int first)
+            : to(store), channel(first), norm(store.below, first, store.c) {}
+
+        template <class Rows>
+        __device__ void prepare(const Rows& rows, const WayOut& out) {
+            if constexpr (Rows::WINDOWS)
+                if (to.unpool_codes) {
+                    const int window = out.lane();
+                    if (rows.exists(BlockRows::row_of_window(window, 0))) y[0] = to.below.piece(rows.window(window), channel, to.c);
+                    return;
+                }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int row = out.lane() + k * WayOut::LANES;
+                if (rows.exists(row)) y[k] = to.below.piece(rows.pixel(row), channel, to.c);
+            }
+        }
+
+        template <class Rows>
+        __device__ void store(const Rows& rows, const WayOut& out, const char* place) {
+            if constexpr (Rows::WINDOWS)
+                if (to.unpool_codes) return gather(rows, out, place);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int row = out.lane() + k * WayOut::LANES;
+                if (!rows.exists(row)) continue;
+                const Piece piece = norm.gradient(out.piece(place, row), y[k], to.below.relu, sums);
+                store_piece(to.dr + rows.pixel(row) * to.c + channel, piece);
+            }
+        }
+
+        __device__ void gather(const BlockRows& rows, const WayOut& out, const char* place) {
+            const int window = out.lane();
+            if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
+            const int64 element = rows.window(window) * to.c + channel;
+            const unsigned codes = piece_codes(to.unpool_codes, element);
+            Piece piece = at_position(out.piece(place, BlockRows::row_of_window(window, 0)), codes, 0);
+#pragma unroll
+            for (int code = 1; code < 4; ++code)
+                piece = either(piece, at_position(out.piece(place, BlockRows::row_of_window(window, code)), codes, code));
+            store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, sums));
+        }
+
+        // Of 64 channels from `first` on: the lanes together.
+        __device__ void finish(WayOut& out, int row, int first) const {
+            const float* const numbers = out.exchange(sums.plain, sums.xhat);
+            const int kind = out.thread / 64, own = out.thread % 64;
+            float sum = 0;
+            for (int lane = 0; lane < WayOut::LANES; ++lane) sum += numbers[(kind * WayOut::LANES + lane) * 64 + own];
+            to.partials[((int64)row * 2 + kind) * to.c + first + own] = sum;
+        }
+    };
+};
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
+    const accumulate_t* __restrict__ mean,               // (c)
+    const accumulate_t* __restrict__ inv_std,            // (c)
+    const accumulate_t* __restrict__ bn_weight,          // (c)
+    const accumulate_t* __restrict__ bn_bias,            // (c)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
+    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
+    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c};
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
+    convolve<Halo<2>, BackwardWeights<64>, 64, 9>(dy, weight, nullptr, g, row_tiles, leave);
+}
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x128(
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
+    const accumulate_t* __restrict__ mean,               // (c)
+    const accumulate_t* __restrict__ inv_std,            // (c)
+    const accumulate_t* __restrict__ bn_weight,          // (c)
+    const accumulate_t* __restrict__ bn_bias,            // (c)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
+    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
+    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c};
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
+    convolve<Halo<2>, BackwardWeights<128>, 128, 5>(dy, weight, nullptr, g, row_tiles, leave);
+}
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_128x128(
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
+    const accumulate_t* __restrict__ mean,               // (c)
+    const accumulate_t* __restrict__ inv_std,            // (c)
+    const accumulate_t* __restrict__ bn_weight,          // (c)
+    const accumulate_t* __restrict__ bn_bias,            // (c)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
+    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
+    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c};
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
+    convolve<Halo<1>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);
+}
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_256x128(
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
+    const accumulate_t* __restrict__ mean,               // (c)
+    const accumulate_t* __restrict__ inv_std,            // (c)
+    const accumulate_t* __restrict__ bn_weight,          // (c)
+    const accumulate_t* __restrict__ bn_bias,            // (c)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
+    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
+    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c};
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
+    convolve<Columns<2, 4>, BackwardWeights<128>, 128, 4>(dy, weight, nullptr, g, row_tiles, leave);
+}
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_128x128(
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
+    const accumulate_t* __restrict__ mean,               // (c)
+    const accumulate_t* __restrict__ inv_std,            // (c)
+    const accumulate_t* __restrict__ bn_weight,          // (c)
+    const accumulate_t* __restrict__ bn_bias,            // (c)
+    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
+    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
+    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
+    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c};
+    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
+    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
+    convolve<Columns<1, 6>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);
+}

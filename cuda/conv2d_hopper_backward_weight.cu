@@ -1,0 +1,87 @@
+// wgrad on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64; bfloat16, summed up in float.
+// Element types: bf16; sm_90a only.
+//
+//   partials[part][o][r][s][c] = sum over the pixels p of a part of  dy[p, o] * x[p + (r, s) - (1, 1), c]
+//
+// The pixels are blocks of 8x8, the parts runs of blocks of equal length, which ops/convolution/conv2d_hopper.py derives from the shape
+// alone; conv2d_backward_weight_merge adds them up in their order. A block of threads has 64 outputs x 64 channels x all nine
+// taps of one part. Depth is the pixel, which neither map has contiguous: wgmma takes both as they are (MN-major).
+//
+//   A  dy: 64 outputs x 16 pixels, two rows of a block           the next row of pixels 1024 bytes on
+//   B  x: 16 pixels x 192 columns, the three taps of a row       the next row of pixels a row of the halo on (1280 bytes);
+//      with 64 channels each                                     the next 64 columns one pixel on (128 bytes): they overlap
+//
+// Three consumers of a warpgroup each take a row of taps, 96 sums a thread; the fourth warpgroup is the producer (see
+// common/hopper_convolution.cuh). A stage is a block of dy and one of x with its border. Pixels beyond the edge of dy are
+// zeros; so are those of x.
+//
+// The order of a sum: blocks of the part in their order; in each, four steps of 16 pixels. The measured prototype added the
+// same way, but cut the blocks into parts by the multiprocessors of the GPU at hand; so its bits are others.
+#include "common/hopper_convolution.cuh"
+
+#define TAP_ROWS 3  // a consumer each
+#define WEIGHT_THREADS ((TAP_ROWS + 1) * WARPGROUP)
+#define WEIGHT_STAGES 9
+
+struct __align__(2 * sizeof(accumulate_t)) SumPair {
+    accumulate_t first, second;
+};
+
+typedef Ring<WEIGHT_STAGES, ATOM_BYTES + HALO_PLACE> Blocks;
+
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps; grid (c / 64 * o / 64, parts)
+extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_backward_weight(
+    const __grid_constant__ TensorMap x,   // of (n, h, w, c)
+    const __grid_constant__ TensorMap dy,  // of (n, h, w, o)
+    accumulate_t* __restrict__ partials,   // (parts, o, 9, c)
+    int n, int h, int w, int c, int o, int parts, int blocks_of_part) {
+    SHARED_DYNAMIC(char, memory);
+    SHARED_ARRAY(Mbarrier, barriers, [2 * WEIGHT_STAGES]);
+    Blocks blocks(align_stages(memory), barriers);
+    if (threadIdx.x == 0) {
+        blocks.initialise(TAP_ROWS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const Convolution g = {n, h, w, c, o};
+    const int channel = blockIdx.x % (c / 64) * 64, output = blockIdx.x / (c / 64) * 64;
+    const int across = (w + BLOCK_SIDE - 1) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1) / BLOCK_SIDE;
+    const int first = blockIdx.y * blocks_of_part, last = min(first + blocks_of_part, n * across * down);
+    if (warpgroup_index() == TAP_ROWS) {
+        setmaxnreg_decrease<32>();  // 3 * 160 + 32 is what 512 threads of 128 registers have
+        if (warpgroup_thread() == 0)
+            for (int i = first; i < last; ++i) {
+                const BlockRows block(g, i);
+                blocks.acquire(ATOM_BYTES + HALO_BYTES);
+                tma_load(blocks.stage(), dy, {output, block.x, block.y, block.image}, blocks.filled());
+                tma_load(blocks.stage() + ATOM_BYTES, x, {channel, block.x - 1, block.y - 1, block.image}, blocks.filled());
+                blocks.position.advance();
+            }
+        return;
+    }
+    setmaxnreg_increase<160>();
+    const bool leader = warpgroup_thread() == 0;
+    Accumulators<192> sums;
+    for (int i = first; i < last; ++i) {
+        blocks.wait();
+        const char* const of_dy = blocks.stage();
+        const char* const of_x = of_dy + ATOM_BYTES + warpgroup_index() * HALO_PITCH;
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+            wgmma(sums, mn_major(of_dy + step * 2 * BLOCK_SIDE * ROW_BYTES, ATOM_BYTES, BLOCK_SIDE * ROW_BYTES),
+                  mn_major(of_x + step * 2 * HALO_PITCH, ROW_BYTES, HALO_PITCH), i > first || step > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (leader && i > first) blocks.release_previous();
+        blocks.position.advance();
+    }
+    wgmma_wait<0>();
+    if (leader) blocks.release_previous();
+#pragma unroll
+    for (int j = 0; j < 96; j += 2) {
+        const int row = output + wgmma_row(j), column = wgmma_column(j), tap = warpgroup_index() * 3 + column / 64;
+        accumulate_t* const to = partials + (((int64)blockIdx.y * o + row) * TAPS + tap) * c + channel + column % 64;
+        *(SumPair*)to = {sums[j], sums[j + 1]};
+    }
+}

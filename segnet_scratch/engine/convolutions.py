@@ -1,0 +1,56 @@
+"""Which kernels compute a convolution of the fused engine: Hopper's where device and shape allow, else mma.sync."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from segnet_scratch.ops.convolution import conv2d_hopper as hopper
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.tile_table import TileTable
+from segnet_scratch.ops.op import Spec
+from segnet_scratch.runtime.devices import Device
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """Plans the convolutions of a program.
+
+    `tiles` is what was measured on a device that computes with Hopper's kernels; None: with those of mma.sync alone.
+    """
+
+    rung: str
+    tiles: TileTable | None = None
+
+    @staticmethod
+    def on(device: Device, rung: str) -> "Convolutions":
+        """For a device."""
+        return Convolutions(rung, hopper.tiles_on(device) if rung == "bf16" else None)
+
+    def _fits(self, x: tuple[int, ...], weight: Spec) -> bool:
+        g = Geometry.of(x, weight.shape, 1, weight.shape[1] // 2)
+        return self.tiles is not None and hopper.misfit(g) is None
+
+    def forward(self, x: Spec, weight: Spec, **options: Any) -> FusedForward:
+        """fprop, with the options of FusedForward."""
+        portable = FusedForward.plan(x, weight, self.rung, **options)
+        # A map so small that its depth is split stays with the kernels that split it.
+        if portable.split is not None or not self._fits(x.shape, weight):
+            return portable
+        return hopper.HopperForward.plan(x, weight, **options).in_best_tile(self.tiles)
+
+    def backward_data(self, dy: Spec, weight: Spec, below: Below, unpool: Size | None) -> FusedBackwardData:
+        """dgrad; whether it takes the weight or its flipped copy, `inputs` says, as `needs_flipped` does."""
+        if not self._fits((*dy.shape[:3], weight.shape[3]), weight):
+            return FusedBackwardData.plan(dy, weight, below, self.rung, unpool)
+        return hopper.HopperBackwardData.plan(dy, weight, below, unpool).in_best_tile(self.tiles)
+
+    def backward_weight(self, x: Spec, weight: Spec) -> Conv2dBackwardWeight:
+        """wgrad."""
+        if self._fits(x.shape, weight):
+            return hopper.HopperBackwardWeight.plan(x, weight)
+        return Conv2dBackwardWeight.plan(x, weight, 1, weight.shape[1] // 2, self.rung)
+
+    def needs_flipped(self, weight: tuple[int, ...]) -> bool:
+        """Does dgrad read a flipped copy of a weight (o, k, k, c)?"""
+        return self.tiles is None or hopper.misfit_of_weight(weight) is not None

@@ -1,0 +1,393 @@
+"""Convolutions on Hopper's tensor cores (cuda/conv2d_hopper_*.cu): the rung above "bf16" of conv2d_fused.py.
+
+The ops are those of conv2d_fused.py and conv2d.py with the same inputs, outputs and references, except that pixels
+are summed up for batch norm in other groups, whose sizes are an output (`counts`), and that dgrad reads the weight as
+it is.
+
+The rule of what they take stands in `misfit`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+
+from segnet_scratch.errors import ConfigError, ShapeError
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect
+from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.signature import ElementTypes
+from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
+
+CHANNELS = 64  # of which maps have a multiple: rows of 128 bytes
+SIDE = 8  # pixels of a block
+CONSUMERS = 2  # warpgroups that multiply
+THREADS = 128 * (CONSUMERS + 1)
+ALIGNMENT = 1024  # bytes, of the stages in shared memory
+HALO, HALO_PLACE, ROW = (1, SIDE + 2, SIDE + 2, CHANNELS), 13312, 128  # a block with its border; bytes of it, of a row
+MULTIPROCESSORS = 132  # of an H100: what follows from the shape must not depend on the GPU at hand
+WAY_OUT = CONSUMERS * (2 * 8192 + 128)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block of threads computes at a time, and which kernel does it: `name` ends the kernel's name.
+
+    `halo`: pixels come as blocks of 8x8 with their borders; otherwise in a row of the batch, for each tap anew.
+    """
+
+    name: str
+    pixels: int
+    columns: int
+    halo: bool
+    stages: int  # of pixels in shared memory
+    weight_stages: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        pixels = self.pixels // SIDE**2 * HALO_PLACE if self.halo else self.pixels * ROW
+        return self.stages * pixels + self.weight_stages * self.columns * ROW + WAY_OUT + ALIGNMENT
+
+    @property
+    def group(self) -> int:
+        """Pixels that are summed up together for batch norm: those of a consumer."""
+        return self.pixels // CONSUMERS
+
+    def rows(self, n: int, h: int, w: int) -> int:
+        """Tiles that cover the pixels of a map."""
+        pixels = n * -(-h // SIDE) * -(-w // SIDE) * SIDE**2 if self.halo else n * h * w
+        return -(-pixels // self.pixels)
+
+    def groups(self, n: int, h: int, w: int) -> int:
+        """How many groups of pixels there are; of the last ones some may be empty."""
+        return CONSUMERS * self.rows(n, h, w)
+
+    def fits(self, columns: int, windows: bool) -> bool:
+        """Can it compute so many columns; and 2x2 windows, if there are any? They lie within a block of 8x8."""
+        return columns % self.columns == 0 and (self.halo or not windows)
+
+    def map(self, array: Array) -> TensorMap:
+        """How the kernel reads a map (n, h, w, c)."""
+        if self.halo:
+            return TensorMap(array, HALO)
+        return TensorMap(array, (self.pixels, CHANNELS), im2col=Im2col((-1, -1), (-1, -1)))
+
+
+TILES = (
+    Tile("halo_256x128", 256, 128, True, 2, 5),
+    Tile("halo_256x64", 256, 64, True, 2, 9),
+    Tile("halo_128x128", 128, 128, True, 2, 6),
+    Tile("columns_256x128", 256, 128, False, 4, 4),
+    Tile("columns_128x128", 128, 128, False, 6, 6),
+)
+NAMED = {tile.name: tile for tile in TILES}
+
+
+def misfit_of_weight(weight: tuple[int, ...]) -> str | None:
+    """Why these kernels do not take a weight (o, kh, kw, c); None where they do."""
+    o, kh, kw, c = weight
+    if (kh, kw) != (3, 3):
+        return f"takes 3x3 kernels, not {kh}x{kw}"
+    if c % CHANNELS or o % CHANNELS:
+        return f"takes channels in multiples of {CHANNELS}, not {c} to {o}"
+    return None
+
+
+def misfit(g: Geometry) -> str | None:
+    """Why these kernels do not take a convolution; None where they do."""
+    if reason := misfit_of_weight(g.weight):
+        return reason
+    if (g.stride, g.padding) != (1, 1):
+        return f"takes stride 1 and padding 1, not {g.stride} and {g.padding}"
+    if g.n * (g.h + SIDE) * (g.w + SIDE) >= 2**31:
+        return f"takes less than 2^31 pixels, not {g.n}x{g.h}x{g.w}"
+    return None
+
+
+def tiles_on(device: Device) -> TileTable | None:
+    """What was measured on a device that computes with these kernels; None where the engine leaves them alone.
+
+    They are for sm_90, and not for newer GPUs, which lack the instructions. The host device has them for proofs: it
+    takes them where the environment says SEGNET_HOPPER=1; with SEGNET_HOPPER=0 an sm_90 does without.
+    """
+    asked = os.environ.get("SEGNET_HOPPER", "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"SEGNET_HOPPER is {asked!r}; expected 1 (Hopper's kernels), 0 (mma.sync) or nothing")
+    able = device.runs_kernels and device.architecture in (None, "sm_90")
+    wanted = asked == "1" if asked else device.architecture == "sm_90"
+    return table_of(device) if able and wanted else None
+
+
+class _Tiled(Op):
+    """What has a tile that could be another one, and is tuned by trying them."""
+
+    tile: Tile
+    geometry: Geometry
+    kind: ClassVar[str]  # of the key in the table of tiles
+
+    def in_tile(self, tile: Tile) -> Self:
+        """The same op in another tile."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix product."""
+        raise NotImplementedError
+
+    @property
+    def has_windows(self) -> bool:
+        """Does a 2x2 window leave as one number?"""
+        raise NotImplementedError
+
+    @property
+    def tile_of_shape(self) -> Tile:
+        """The tile that its shape suggests."""
+        g = self.geometry
+        return tile_for(g.n, g.h, g.w, self.columns, self.has_windows)
+
+    @property
+    def key(self) -> str:
+        """What its choice of a tile belongs to."""
+        return key_of(f"{self.kind}{'_windows' if self.has_windows else ''}", "bf16", self.geometry)
+
+    def alternatives(self) -> dict[str, Self]:
+        """The op in every tile that fits, by name."""
+        return {tile.name: self.in_tile(tile) for tile in TILES if tile.fits(self.columns, self.has_windows)}
+
+    def in_best_tile(self, table: TileTable | None) -> Self:
+        """The op in the tile that was fastest where this one was measured."""
+        name = table.choices.get(self.key) if table else None
+        return self.alternatives().get(name or "", self)
+
+
+def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
+    """The tile that the shape suggests, from measurements of a prototype (docs/kernels.md).
+
+    Halo tiles where no more than a tenth of their pixels lies beyond the edges, or where there are windows; the smaller
+    ones where the larger ones would leave many more multiprocessors of an H100 without work in their last round.
+    """
+    if columns % 128:
+        return NAMED["halo_256x64"]
+    within = h * w / (-(-h // SIDE) * -(-w // SIDE) * SIDE**2)
+    if within < 0.9 and not windows:
+        return NAMED["columns_128x128"]
+
+    def busy(tile: Tile) -> float:
+        tiles = tile.rows(n, h, w) * (columns // tile.columns)
+        return tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS)
+
+    large, small = NAMED["halo_256x128"], NAMED["halo_128x128"]
+    return small if busy(large) < 0.85 * busy(small) else large
+
+
+def groups_of(tile: Tile, map_: np.ndarray, side: int = SIDE) -> list[np.ndarray]:
+    """(pixels, c) of each group that is summed up together; `side` 4: of a map that was pooled, or gathered."""
+    n, h, w, c = map_.shape
+    if not tile.halo:
+        flat = map_.reshape(-1, c)
+        groups = [flat[start : start + tile.group] for start in range(0, len(flat), tile.group)]
+    else:
+        corners = ((i, y, x) for i in range(n) for y in range(0, h, side) for x in range(0, w, side))
+        blocks = [map_[i, y : y + side, x : x + side].reshape(-1, c) for i, y, x in corners]
+        together = tile.group // SIDE**2
+        groups = [np.concatenate(blocks[k : k + together]) for k in range(0, len(blocks), together)]
+    scale = SIDE // side
+    missing = tile.groups(n, h * scale, w * scale) - len(groups)
+    return groups + [map_[:0, 0, 0]] * missing
+
+
+def _taps(weight: Array) -> Array:
+    return weight.reshape(weight.shape[0], 9, weight.shape[3])
+
+
+class HopperForward(FusedForward, _Tiled):
+    """FusedForward on Hopper. With statistics `partials` has mean and M2 of groups of pixels, `counts` their sizes."""
+
+    name = "conv2d_hopper_forward"
+    kind = "hopper_forward"
+
+    def __init__(
+        self,
+        x: Spec,
+        weight: Spec,
+        tile: Tile | None = None,
+        statistics: bool = False,
+        bias: bool = False,
+        relu: bool = False,
+        pool: bool = False,
+    ) -> None:
+        super().__init__(x, weight, "bf16", statistics=statistics, bias=bias, relu=relu, pool=pool)
+        g = self.geometry
+        _expect_fit(self.name, g)
+        self.tile = tile or self.tile_of_shape
+        _expect_tile(self.name, self.tile, g.o, pool)
+        self.split, self.workspace = None, {}
+        if statistics:
+            groups = self.tile.groups(g.n, g.h, g.w)
+            sums = {"partials": Spec((groups, 2, g.o), self.vector), "counts": Spec((groups,), np.dtype(np.int32))}
+            self.outputs = {**self.outputs, **sums}
+
+    def in_tile(self, tile: Tile) -> Self:
+        options = {"statistics": self.statistics, "relu": self.relu, "pool": self.pool, "bias": "bias" in self.inputs}
+        return self.plan(self.inputs["x"], self.inputs["weight"], tile, **options)
+
+    @property
+    def columns(self) -> int:
+        return self.geometry.o
+
+    @property
+    def has_windows(self) -> bool:
+        return self.pool
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        g, tile = self.geometry, self.tile
+        rows = tile.rows(g.n, g.h, g.w)
+        optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "counts", "pool_codes"))
+        self.kernel(
+            device,
+            f"{self.name}_{tile.name}",
+            _persistent(device, rows * (g.o // tile.columns)),
+            THREADS,
+            *(tile.map(b.x), TensorMap(_taps(b.weight), (tile.columns, 1, CHANNELS)), *optional),
+            *(*g.x, g.o, *self.out[1:3], rows, int(self.relu)),
+            shared=tile.shared,
+        )
+
+    def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        super()._compute(b, convolve)
+        if self.statistics:
+            b.counts[...] = [len(group) for group in self.summed_together(b.y)]
+
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        return groups_of(self.tile, map_)
+
+
+class HopperBackwardData(FusedBackwardData, _Tiled):
+    """FusedBackwardData on Hopper, from the weight (o, 3, 3, c) as it is."""
+
+    name = "conv2d_hopper_backward_data"
+    kind = "hopper_backward_data"
+
+    def __init__(
+        self, dy: Spec, weight: Spec, below: Below, unpool: Size | None = None, tile: Tile | None = None
+    ) -> None:
+        super().__init__(dy, weight, below, "bf16", unpool)
+        g = self.geometry
+        _expect_fit(self.name, g)
+        self.tile = tile or self.tile_of_shape
+        _expect_tile(self.name, self.tile, g.c, unpool is not None)
+        others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
+        self.inputs = {"dy": dy, "weight": weight, **others}
+        groups = self.tile.groups(g.n, g.h, g.w)
+        self.outputs = {**self.outputs, "partials": Spec((groups, 2, g.c), self.vector)}
+
+    def in_tile(self, tile: Tile) -> Self:
+        return self.plan(self.inputs["dy"], self.inputs["weight"], self.below, self.unpool, tile)
+
+    @property
+    def columns(self) -> int:
+        return self.geometry.c
+
+    @property
+    def has_windows(self) -> bool:
+        return self.unpool is not None
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        g, tile = self.geometry, self.tile
+        rows = tile.rows(g.n, g.h, g.w)
+        codes = getattr(b, "pool_codes", None), getattr(b, "unpool_codes", None)
+        self.kernel(
+            device,
+            f"{self.name}_{tile.name}",
+            _persistent(device, rows * (g.c // tile.columns)),
+            THREADS,
+            *(tile.map(b.dy), TensorMap(_taps(b.weight), (CHANNELS, 1, CHANNELS))),
+            *(b.below_y, b.mean, b.inv_std, b.bn_weight, b.bn_bias, *codes, b.dr, b.partials),
+            *(*g.x, g.o, *self.out[1:3], rows, *self.below.y.shape[1:3], int(self.below.relu)),
+            shared=tile.shared,
+        )
+
+    def flipped(self, b: Buffers) -> np.ndarray:
+        return np.ascontiguousarray(b.weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
+
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        return groups_of(self.tile, map_, SIDE if self.unpool is None else SIDE // 2)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How wgrad splits the blocks of 8x8 pixels, from the shape alone: no sum's order may depend on the GPU."""
+
+    count: int
+    blocks: int  # of each; the last may have fewer, but none has none
+
+    @staticmethod
+    def of(g: Geometry) -> "Parts":
+        """For tiles of 64 outputs x 64 channels."""
+        blocks = g.n * -(-g.h // SIDE) * -(-g.w // SIDE)
+        wanted = max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * (g.o // CHANNELS))))
+        each = -(-blocks // wanted)
+        return Parts(-(-blocks // each), each)
+
+
+class HopperBackwardWeight(Conv2dBackwardWeight):
+    """Conv2dBackwardWeight on Hopper, 3x3 with stride 1 and padding 1."""
+
+    name = "conv2d_hopper_backward_weight"
+    THREADS: ClassVar[int] = 512
+    SHARED: ClassVar[int] = 9 * (CHANNELS * ROW + HALO_PLACE) + ALIGNMENT
+
+    def __init__(self, x: Spec, weight: Spec) -> None:
+        super().__init__(x, weight, 1, 1, "bf16" if x.dtype == BFLOAT16 else None)
+        g = self.geometry
+        _expect_fit(self.name, g)
+        self.parts = Parts.of(g)
+        # A single part is the gradient itself.
+        several = self.parts.count > 1
+        self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
+
+    @property
+    def types(self) -> ElementTypes:
+        return ElementTypes.named("bf16")
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        g, parts, count = self.geometry, self.parts, b.dweight.size
+        partials = b.partials if self.workspace else b.dweight
+        self.kernel(
+            device,
+            self.name,
+            (g.c // CHANNELS * (g.o // CHANNELS), parts.count),
+            self.THREADS,
+            *(TensorMap(b.x, HALO), TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS)), partials),
+            *(*g.x, g.o, parts.count, parts.blocks),
+            shared=self.SHARED,
+        )
+        if self.workspace:
+            merge = (partials, b.dweight, count, parts.count)
+            types = ElementTypes.of(BFLOAT16)
+            self.kernel(
+                device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *merge, types=types
+            )
+
+
+def _expect_fit(op: str, g: Geometry) -> None:
+    reason = misfit(g)
+    expect(reason is None, f"{op}: {reason}; use the rung 'bf16'")
+
+
+def _expect_tile(op: str, tile: Tile, columns: int, windows: bool) -> None:
+    if not tile.fits(columns, windows):
+        fitting = ", ".join(other.name for other in TILES if other.fits(columns, windows))
+        raise ShapeError(f"{op}: the tile {tile.name} does not fit {columns} columns; expected one of {fitting}")
+
+
+def _persistent(device: Device, tiles: int) -> int:
+    """Blocks: one on each multiprocessor, which goes from tile to tile; on the host device few, so that one does."""
+    return min(tiles, device.multiprocessors if device.gpu else 2)

@@ -1,0 +1,164 @@
+"""Rows of the convolutions on Hopper's tensor cores: those of the fused engine and of wgrad, with shapes of their own.
+
+Blocks of 8x8 pixels, four of them (or two, or pixels in a row) to a tile, 64 channels to a chunk of the depth, 64 or
+128 columns: the smallest cases that reach each edge, since every one is a block of 384 threads with its products.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from segnet_scratch.errors import ShapeError
+from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row, of_magnitudes
+from segnet_scratch.ops.convolution.conv2d_fused import Below
+from segnet_scratch.ops.convolution.conv2d_fused_cases import (
+    FusedBackwardDataRow,
+    FusedForwardRow,
+    FusedInferenceRow,
+    FusedRow,
+    fused_case,
+)
+from segnet_scratch.ops.convolution.conv2d_hopper import (
+    CHANNELS,
+    NAMED,
+    TILES,
+    HopperBackwardData,
+    HopperBackwardWeight,
+    HopperForward,
+)
+from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.ops.pooling.windows import windows_of
+from segnet_scratch.runtime.precision import BFLOAT16
+
+
+def _case(reason: str, size: tuple[int, int, int], tile: str, c: int = CHANNELS, **options: Any) -> Case:
+    """A convolution from c channels to as many columns as the tile has."""
+    return fused_case(f"{reason}, {tile}", size, c, NAMED[tile].columns, tile=tile, **options)
+
+
+SHAPES = [
+    _case("one pixel", (1, 1, 1), "halo_256x64"),
+    _case("a block", (1, 8, 8), "halo_256x64"),
+    _case("a pixel less than blocks", (1, 7, 15), "halo_256x64"),
+    _case("a pixel more than blocks", (1, 9, 17), "halo_256x64"),
+    _case("two tiles, the second one not full; odd sizes", (2, 9, 11), "halo_256x64"),
+    _case("one row", (1, 1, 19), "halo_128x128"),
+    _case("two chunks of depth", (1, 8, 8), "halo_128x128", 128),
+    _case("one column of blocks, many images", (5, 5, 3), "halo_256x128"),
+    _case("a pixel more than a tile", (1, 3, 43), "columns_128x128"),
+    _case("images that do not end with a tile", (3, 7, 7), "columns_128x128"),
+    _case("images that do not end with a tile", (3, 9, 10), "columns_256x128"),
+]
+
+
+class HopperRow(FusedRow):
+    """What the rows share."""
+
+    channels = CHANNELS
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rung, self.elements = name, "bf16", (BFLOAT16,)
+
+    def cases(self) -> list[Case]:
+        found = []
+        for i, case in enumerate(SHAPES):
+            halo = NAMED[case["tile"]].halo
+            fitting = [options for options in self.options if halo or not self._with_windows(options)]
+            found.append(Case(case.reason, {**case.sizes, **fitting[i % len(fitting)]}))
+        return found + [
+            _case(f"odd edges {number}", (1, 9, 11), "halo_256x64", **options)
+            for number, options in enumerate(self.options)
+        ]
+
+    def _with_windows(self, options: dict[str, Any]) -> bool:
+        """Do options ask for 2x2 windows? Only halo tiles have them."""
+        return False
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        options = self.options[rng.integers(len(self.options))]
+        fitting = [tile.name for tile in TILES if tile.halo or not self._with_windows(options)]
+        size = int(rng.integers(1, 3)), int(rng.integers(1, 12)), int(rng.integers(1, 12))
+        return _case("random", size, fitting[rng.integers(len(fitting))], **options)
+
+    def refusals(self) -> list[Refusal]:
+        options = self.options[-1]
+
+        def refusal(reason: str, message: str, case: Case) -> Refusal:
+            return Refusal(reason, lambda: self.plan(case, self.elements[0]), ShapeError, message)
+
+        return [
+            refusal("7x7", "takes 3x3", fused_case("", (1, 8, 8), 64, 64, 7, tile="halo_256x64", **options)),
+            refusal("channels", "multiples of 64", fused_case("", (1, 8, 8), 72, 64, tile="halo_256x64", **options)),
+            refusal("columns", "expected one of", fused_case("", (1, 8, 8), 64, 64, tile="halo_128x128", **options)),
+            refusal("empty", "empty", fused_case("", (0, 4, 5), 64, 64, tile="halo_256x64", **options)),
+        ]
+
+
+class HopperForwardRow(HopperRow, FusedForwardRow):
+    """fprop of training: y, the statistics of its groups of pixels and how many pixels they have."""
+
+    op = HopperForward
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return HopperForward.plan(
+            *self.specs(case, dtype), NAMED[case.sizes.get("tile", TILES[0].name)], statistics=True
+        )
+
+
+class HopperInferenceRow(HopperRow, FusedInferenceRow):
+    """fprop of inference: bias, ReLU and pool."""
+
+    op = HopperForward
+
+    def _with_windows(self, options: dict[str, Any]) -> bool:
+        return bool(options["pool"])
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
+        return HopperForward.plan(*self.specs(case, dtype), NAMED[case.sizes.get("tile", TILES[0].name)], **options)
+
+
+class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
+    """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
+
+    op = HopperBackwardData
+
+    def _with_windows(self, options: dict[str, Any]) -> bool:
+        return bool(options["unpool"])
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        # The tile's columns are channels of x.
+        o, c = case["x"][3], case["o"]
+        size, weight = case["x"][:3], spec((o, *case["kernel"], c), dtype)
+        unpool, pool = case.sizes.get("unpool", True), case.sizes.get("pool", True)
+        n, h, w, c = windows_of(size[0], size[1], size[2], c) if unpool else (*size, c)
+        y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
+        below, tile = Below(y, case.sizes.get("relu", True), pool), NAMED[case.sizes.get("tile", TILES[0].name)]
+        return HopperBackwardData.plan(spec((*size, o), dtype), weight, below, size[1:] if unpool else None, tile)
+
+
+class HopperBackwardWeightRow(HopperRow):
+    """wgrad."""
+
+    op = HopperBackwardWeight
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return HopperBackwardWeight.plan(*self.specs(case, dtype))
+
+    def refusals(self) -> list[Refusal]:
+        return [refusal for refusal in super().refusals() if refusal.reason != "columns"]
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        g = op.geometry  # type: ignore[attr-defined]
+        return {"dweight": self.growth(g.pixels, eps) * of_magnitudes(op, b).dweight}
+
+
+def hopper_rows() -> list[Row]:
+    """Every convolution of this rung."""
+    return [
+        HopperForwardRow("conv2d_hopper_forward"),
+        HopperInferenceRow("conv2d_hopper_inference"),
+        HopperBackwardDataRow("conv2d_hopper_backward_data"),
+        HopperBackwardWeightRow("conv2d_hopper_backward_weight"),
+    ]

@@ -1,0 +1,145 @@
+"""What plans of Hopper's convolutions decide from shapes alone: tiles, groups of pixels, parts of wgrad, the rule."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from segnet_scratch.engine.convolutions import Convolutions
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
+from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.conv2d_hopper import (
+    MULTIPROCESSORS,
+    NAMED,
+    TILES,
+    HopperForward,
+    Parts,
+    groups_of,
+    misfit,
+    tile_for,
+    tiles_on,
+)
+from segnet_scratch.ops.convolution.tile_table import TileTable
+from segnet_scratch.ops.op import spec
+from segnet_scratch.runtime.gate import MAX_SHARED
+from segnet_scratch.runtime.precision import BFLOAT16
+
+BARRIERS = 256  # bytes of shared memory at most: two of eight bytes a stage
+
+
+def geometry(n, h, w, c, o, kernel=3):
+    return Geometry.of((n, h, w, c), (o, kernel, kernel, c), 1, kernel // 2)
+
+
+class TestTiles:
+    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+    def test_one_block_fits_a_multiprocessor(self, tile):
+        assert tile.shared + BARRIERS <= MAX_SHARED
+        # Stages begin where the pattern of the swizzle does.
+        assert tile.columns * 128 % 1024 == 0
+
+    @pytest.mark.parametrize(
+        ("shape", "columns", "windows", "name"),
+        [
+            ((16, 224, 224), 64, False, "halo_256x64"),
+            ((16, 112, 112), 128, False, "halo_256x128"),
+            ((16, 56, 56), 256, False, "halo_256x128"),
+            ((16, 56, 56), 128, False, "halo_128x128"),  # 196 large tiles: two rounds, the second half empty
+            ((16, 28, 28), 512, False, "columns_128x128"),
+            ((16, 14, 14), 512, True, "halo_128x128"),
+            ((8, 90, 120), 256, False, "halo_256x128"),  # no multiple of 8, but large
+        ],
+    )
+    def test_by_shape(self, shape, columns, windows, name):
+        assert tile_for(*shape, columns, windows).name == name
+
+    def test_a_measured_tile_is_taken(self):
+        x, weight = spec((16, 56, 56, 128), BFLOAT16), spec((256, 3, 3, 128), BFLOAT16)
+        key = HopperForward.plan(x, weight, statistics=True).key
+        op = Convolutions("bf16", TileTable({key: "columns_256x128"})).forward(x, weight, statistics=True)
+        assert op.tile is NAMED["columns_256x128"]
+        assert Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight).tile is NAMED["halo_256x128"]
+
+
+class TestGroups:
+    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 17), (3, 8, 8), (5, 7, 3)], ids=str)
+    def test_every_pixel_is_in_one(self, tile, shape):
+        map_ = np.arange(np.prod(shape)).reshape(*shape, 1)
+        groups = groups_of(tile, map_)
+        assert len(groups) == tile.groups(*shape)
+        assert all(len(group) <= tile.group for group in groups)
+        assert len(groups[0]) > 0
+        np.testing.assert_array_equal(np.sort(np.concatenate(groups).ravel()), map_.ravel())
+
+
+class TestParts:
+    def test_none_is_empty_and_all_blocks_are_in_one(self):
+        rng = np.random.default_rng(0)
+        for _ in range(500):
+            n, h, w = (int(k) for k in rng.integers(1, (20, 90, 90)))
+            c, o = (64 * int(k) for k in rng.integers(1, 9, 2))
+            parts, blocks = Parts.of(geometry(n, h, w, c, o)), n * -(-h // 8) * -(-w // 8)
+            assert (parts.count - 1) * parts.blocks < blocks <= parts.count * parts.blocks
+            assert parts.count * (c // 64) * (o // 64) <= max(MULTIPROCESSORS, c // 64 * (o // 64))
+
+
+class TestRule:
+    @pytest.mark.parametrize(
+        ("g", "reason"),
+        [
+            (geometry(1, 8, 8, 64, 64, 7), "3x3 kernels, not 7x7"),
+            (geometry(1, 8, 8, 3, 64), "multiples of 64, not 3 to 64"),
+            (geometry(1, 8, 8, 64, 24), "multiples of 64, not 64 to 24"),
+            (geometry(2**17, 128, 128, 64, 64), "less than 2^31 pixels"),
+            (Geometry.of((1, 8, 8, 64), (64, 3, 3, 64), 2, 1), "stride 1 and padding 1, not 2 and 1"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_does_not_fit(self, g, reason):
+        assert reason in misfit(g)
+
+    def test_what_does_not_fit_goes_to_mma_sync(self):
+        kernels = Convolutions("bf16", TileTable())
+        for x, weight in (
+            ((1, 8, 8, 3), (64, 3, 3, 3)),
+            ((1, 8, 8, 64), (64, 7, 7, 64)),
+            ((1, 8, 8, 64), (24, 3, 3, 64)),
+        ):
+            assert type(kernels.forward(spec(x, BFLOAT16), spec(weight, BFLOAT16))) is FusedForward
+            assert kernels.needs_flipped(weight)
+        assert not kernels.needs_flipped((64, 3, 3, 64))
+        # An image alone leaves so few tiles that the depth is split.
+        deep = spec((1, 14, 14, 512), BFLOAT16), spec((512, 3, 3, 512), BFLOAT16)
+        assert type(kernels.forward(*deep, bias=True)) is FusedForward
+        assert type(kernels.forward(*deep, statistics=True)) is HopperForward
+
+    @pytest.mark.parametrize(
+        ("architecture", "setting", "taken"),
+        [
+            ("sm_90", None, True),
+            ("sm_90", "0", False),
+            ("sm_89", None, False),
+            ("sm_89", "1", False),
+            ("sm_100", None, False),
+            ("sm_120", "1", False),
+            (None, None, False),
+            (None, "1", True),
+        ],
+    )
+    def test_devices(self, architecture, setting, taken, monkeypatch):
+        class Device(SimpleNamespace):
+            __hash__ = object.__hash__
+
+        monkeypatch.delenv("SEGNET_HOPPER", raising=False)
+        if setting is not None:
+            monkeypatch.setenv("SEGNET_HOPPER", setting)
+        device = Device(architecture=architecture, runs_kernels=True, gpu=None)
+        assert (tiles_on(device) is not None) == taken
+        assert tiles_on(Device(architecture=None, runs_kernels=False, gpu=None)) is None
+
+    def test_a_setting_that_is_none(self, monkeypatch):
+        monkeypatch.setenv("SEGNET_HOPPER", "yes")
+        with pytest.raises(ConfigError, match="SEGNET_HOPPER is 'yes'; expected 1"):
+            tiles_on(SimpleNamespace(architecture="sm_90", runs_kernels=True, gpu=None))
