@@ -10,11 +10,13 @@ from support import FULL
 from support.kernels import needs_compiler
 
 from segnet_scratch.errors import ConfigError, ShapeError
-from segnet_scratch.lab.proof import problems
+from segnet_scratch.lab.proof import problems, table
 from segnet_scratch.lab.proof.gradcheck import DRAWS, Check, Where, gradcheck, gradchecks, names
 from segnet_scratch.lab.proof.gradcheck import RTOL as LIMITS
 from segnet_scratch.lab.proof.parts.base import reason_against
-from segnet_scratch.lab.proof.problems import Chosen, Problem
+from segnet_scratch.lab.proof.parts.gradients import Gradients
+from segnet_scratch.lab.proof.problems import Chosen, Problem, of_rows
+from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import (
@@ -24,11 +26,14 @@ from segnet_scratch.nn.functions import (
     ConvTranspose2d,
     CrossEntropy,
     Dropout,
+    Fit,
     MaxPool,
     MaxUnpool,
     Relu,
     ResizeBilinear,
 )
+from segnet_scratch.ops.cases import MapRow
+from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.host import sanitizer_runtime
 
@@ -41,6 +46,7 @@ FUNCTIONS = {
     "conv_transpose2d": ConvTranspose2d,
     "cross_entropy": CrossEntropy,
     "dropout": Dropout,
+    "fit": Fit,
     "max_pool": MaxPool,
     "max_unpool": MaxUnpool,
     "relu": Relu,
@@ -407,3 +413,69 @@ class TestCommand:
         done = segnet("gradcheck", *arguments)
         assert done.code == 2
         assert message in " ".join(done.err.replace("│", " ").split())
+
+
+class _Power(Op):
+    """y = scale x^2, as somebody adds it; NumPy alone."""
+
+    name = "power_forward"
+
+    def __init__(self, x):
+        self.inputs = {"x": x, "scale": x}
+        self.outputs, self.workspace, self.flops = {"y": x}, {}, 2 * x.size
+
+    def reference(self, b):
+        b.y[...] = b.scale * b.x**2
+
+
+class _PowerBackward(Op):
+    name = "power_backward"
+
+    def __init__(self, x, factor, given):
+        self.factor = factor
+        self.inputs = {"x": x, "scale": x, "dy": x}
+        self.outputs, self.workspace, self.flops = dict.fromkeys(given, x), {}, 5 * x.size
+
+    def reference(self, b):
+        b.dx[...] = self.factor * b.scale * b.x * b.dy
+        if "dscale" in self.outputs:
+            b.dscale[...] = b.x**2 * b.dy
+
+
+class _PowerRow(MapRow):
+    op = _Power
+
+    def __init__(self, factor=2.0, given=("dx", "dscale")):
+        super().__init__(_Power)
+        self.factor, self.given = factor, given
+
+    def backward(self, case, dtype):
+        return (_PowerBackward(spec(case["x"], dtype), self.factor, self.given),)
+
+
+class TestRowsOfTheOpTable:
+    """What a row declares with a backward is checked, and known by name, without another table."""
+
+    def test_a_row_that_is_added_is_checked_with_all_others(self, monkeypatch):
+        monkeypatch.setattr(table, "ROWS", (*table.ROWS, _PowerRow()))
+        assert "power_forward" in names()
+        (result,) = gradcheck(["power_forward"], "numpy")
+        assert result.passed
+        assert result.tensors == 2 * result.cases
+        assert any(work.target == "power_forward" for work in Gradients().works("numpy", QUICK, 0, table.ROWS))
+
+    @pytest.mark.parametrize("row", [_PowerRow(factor=-2.0), _PowerRow(factor=2.001), _PowerRow(given=("dx",))])
+    def test_a_wrong_backward_fails(self, monkeypatch, row):
+        monkeypatch.setattr(table, "ROWS", (*table.ROWS, row))
+        (result,) = gradcheck(["power_forward"], "numpy")
+        assert not result.passed
+
+    @pytest.mark.parametrize("name", [n for n in of_rows() if n.startswith(("relu", "resize"))])
+    def test_rows_of_this_project(self, name):
+        (result,) = gradcheck([name], "host", cases=3)
+        assert result.passed
+        assert result.compared > 10
+
+    def test_their_shapes_are_those_of_the_row(self):
+        with pytest.raises(ConfigError, match="relu_forward is a row of the op table"):
+            gradcheck(["relu_forward"], "numpy", chosen=Chosen(shapes={"x": (1, 2, 2, 1)}))

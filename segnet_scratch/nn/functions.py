@@ -348,20 +348,20 @@ class Fit(Function):
 
     def forward(self, x: Array) -> Array:
         self.x_size = x.shape[1], x.shape[2]
-        return _fitted(self.device, x, self.size)
+        return self._fitted(x, self.size)
 
     def backward(self, dy: Array) -> tuple[Array]:
-        return (_fitted(self.device, dy, self.x_size),)
+        return (self._fitted(dy, self.x_size),)
 
-
-def _fitted(device: Device, x: Array, size: tuple[int, int]) -> Array:
-    n, h, w, c = x.shape
-    y = device.zeros((n, *size, c), x.dtype)
-    h, w = min(h, size[0]), min(w, size[1])
-    device.write(y[:, :h, :w], x[:, :h, :w])
-    return y
+    def _fitted(self, x: Array, size: tuple[int, int]) -> Array:
+        n, h, w, c = x.shape
+        y = self.device.zeros((n, *size, c), x.dtype)
+        h, w = min(h, size[0]), min(w, size[1])
+        self.device.write(y[:, :h, :w], x[:, :h, :w])
+        return y
 
 
 def fit(x: Tensor, size: tuple[int, int]) -> Tensor:
     """The map (n, h, w, c) cut to (n, *size, c) at its lower and right edge, or filled up there with 0."""
+    expect(len(x.shape) == 4 and min(*x.shape, *size) > 0, f"fit: x {x.shape} to {size}; expected a map and a size")
     return x if x.shape[1:3] == tuple(size) else Fit(x.device, size)(x)

@@ -65,6 +65,7 @@ class Row:
     exact: ClassVar[bool] = False  # integer-valued inputs give exactly the reference's result
     elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
     channels: ClassVar[int] = 1  # those of maps are a multiple of it
+    constants: ClassVar[tuple[str, ...]] = ()  # inputs without a gradient
     typed: ClassVar[bool] = True  # the plan refuses element types other than float32 and float64
 
     def cases(self) -> list[Case]:
@@ -90,6 +91,15 @@ class Row:
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         """What the op makes of an input before it computes: rounded numbers, where it rounds them."""
         return array
+
+    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
+        """The ops that give the gradients of this one, planned for a case: they are checked. () where there are none.
+
+        They go by names: of this op they take inputs and outputs as they are called here, and the gradient of the first
+        output `y` as `dy`; that of an input `x` they give as `dx`. Every floating-point input has one, but for those
+        that the op updates and those of `constants`.
+        """
+        return ()
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         """The largest allowed error of each output; an output that is not named must be exact.

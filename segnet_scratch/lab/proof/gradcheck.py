@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.proof.problems import DIFFERENTIABLE, Chosen, Maker, Problem, differentiable
+from segnet_scratch.lab.proof.problems import DIFFERENTIABLE, Chosen, Maker, Problem, differentiable, uncovered
 from segnet_scratch.nn.autograd import Function, Tensor
 from segnet_scratch.nn.functions import MaxPool, Relu
 from segnet_scratch.runtime.devices import Device, get_device
@@ -127,8 +127,11 @@ def _finite(value: Any) -> Any:
 
 
 def names() -> list[str]:
-    """What can be checked: the ops, and `segnet`, a whole network."""
-    return list(DIFFERENTIABLE)
+    """What is checked: the ops, what else the op table declares with a backward, and `segnet`, a whole network.
+
+    Every row of the table that declares one can be checked by its own name, too.
+    """
+    return [*DIFFERENTIABLE, *uncovered()]
 
 
 def gradcheck(
@@ -175,7 +178,7 @@ def gradchecks(
         raise ConfigError(f"gradcheck: shapes, options and contents are those of one op; got {len(wanted)} ops")
 
     def check(name: str) -> Result:
-        count = cases if cases is not None else 1 if chosen.sizes else DIFFERENTIABLE[name].usual
+        count = cases if cases is not None else 1 if chosen.sizes else differentiable(name).usual
         few = FEW_DIRECTIONS if name == "segnet" and cases is None else DIRECTIONS
         return check_cases(
             name, get_device(device), seed, range(count), dtype=dtype, directions=directions or few, chosen=chosen

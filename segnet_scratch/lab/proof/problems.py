@@ -6,20 +6,25 @@ distinct multiples of 0.1.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from segnet_scratch.errors import ConfigError, SegnetError, ShapeError
+from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
-from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.nn.autograd import Function, Tensor
+from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.ops.convolution.conv2d import RUNGS, choose_rung
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID
+from segnet_scratch.ops.op import Op
 from segnet_scratch.ops.pooling.windows import CODE, PoolCodes, valid_codes, windows_of
 from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES
 
 Shape = tuple[int, ...]
@@ -368,6 +373,23 @@ class _ResizeBilinear(Differentiable):
         return make.problem(lambda: functions.resize_bilinear(x, size), size=size)
 
 
+class _Fit(Differentiable):
+    name, usual = "fit", 8
+    options: ClassVar = {"h": 0, "w": 0}  # of the result; 0: a row or column less than x
+
+    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
+        n, h, w, c = usual_map(rng, index)
+        return {"x": (n, h, w, c), "h": max(1, h + 1 - index % 3), "w": w + 1 if w == 1 or index % 2 else w - 1}
+
+    def complete(self, sizes: Sizes) -> Sizes:
+        rows, columns = (*sizes["x"], 1, 1)[1:3]
+        return {**sizes, "h": sizes["h"] or max(1, rows - 1), "w": sizes["w"] or max(1, columns - 1)}
+
+    def problem(self, make: Maker, sizes: Sizes) -> Problem:
+        x, size = make.leaf("x", sizes["x"]), (sizes["h"], sizes["w"])
+        return make.problem(lambda: functions.fit(x, size), size=size)
+
+
 class _CrossEntropy(Differentiable):
     name, usual, arrays, others = "cross_entropy", 16, ("logits",), ("labels",)
     options: ClassVar = {"normalisation": "weights", "weighted": 0, "void": 0.25, "smoothing": 0.0}
@@ -461,8 +483,77 @@ class _SegNet(Differentiable):
         return Problem(case, make.leaves, lambda: functions.cross_entropy(model(image), labels))
 
 
+class OfRow(Differentiable):
+    """A row of the op table, with what it declares as its backward: op against op, without functions.py."""
+
+    arrays = ()
+    usual = 6
+    LARGEST = 20_000  # elements of inputs: larger cases are about sizes, and not about gradients
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.name = row, row.name  # type: ignore[misc]
+
+    def expect_known(self, chosen: Chosen) -> None:
+        if chosen.sizes or chosen.ties:
+            raise ConfigError(f"gradcheck: {self.name} is a row of the op table: its cases are those of the row")
+
+    def make(self, make: Maker, index: int) -> Problem:
+        small = [c for c in self.row.cases() if sum(s.size for s in self._plan(c).inputs.values()) <= self.LARGEST]
+        case = small[index] if index < len(small) else self.row.random_case(make.rng)
+        op, backward = self.row.plan(case, make.storage), self.row.backward(case, make.storage)
+        given: dict[str, Array | None] = {}
+        for name, array in self.row.inputs(self._plan(case), case, make.rng).items():
+            if array is None or not is_floating(array.dtype):
+                given[name] = None if array is None else make.device.upload(array)
+            elif name in op.updates or name in self.row.constants:
+                given[name] = make.constant(array)
+            else:
+                make.leaves[name] = Tensor(make.constant(array), make.device, requires_grad=True)
+        leaves = make.leaves
+        function = functools.partial(_OfOps, make.device, op, backward, given, tuple(leaves))
+        return Problem(str(case), leaves, lambda: function()(*leaves.values()))
+
+    def _plan(self, case: Case) -> Op:
+        return self.row.plan(case, np.float64)
+
+
+class _OfOps(Function):
+    """One op and its backward ops, wired by the names of their arrays."""
+
+    def __init__(
+        self,
+        device: Device,
+        op: Op,
+        backward: tuple[Op, ...],
+        given: Mapping[str, Array | None],
+        leaves: tuple[str, ...],
+    ) -> None:
+        super().__init__(device)
+        self.op, self.backward_ops, self.given, self.leaves = op, backward, given, leaves
+
+    def forward(self, *arrays: Array) -> Array:
+        given = {**self.given, **dict(zip(self.leaves, arrays, strict=True))}
+        copies = {name: self.device.copy(given[name]) for name in self.op.updates}
+        outputs = vars(self.op(self.device, **{**given, **copies}))
+        self.held = {**given, **outputs}
+        return outputs[next(iter(self.op.outputs))]
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        held = {**self.held, f"d{next(iter(self.op.outputs))}": dy}
+        found: dict[str, Array] = {}
+        for op in self.backward_ops:
+            found |= vars(op(self.device, **{name: held[name] for name in op.inputs}))
+        return tuple(found.get(f"d{name}") for name in self.leaves)
+
+
+def of_rows(rows: Sequence[Row] | None = None) -> dict[str, OfRow]:
+    """What rows of the op table declare with a backward, by the name of the row."""
+    wide = [row for row in rows or table.ROWS if np.dtype(np.float64) in row.elements]
+    return {row.name: OfRow(row) for row in wide if row.backward(row.cases()[0], np.float64)}
+
+
 _CLASSES: tuple[type[Differentiable], ...] = (
-    *(_Add, _BatchNorm, _Conv2d, _ConvTranspose2d, _CrossEntropy, _Dropout),
+    *(_Add, _BatchNorm, _Conv2d, _ConvTranspose2d, _CrossEntropy, _Dropout, _Fit),
     *(_MaxPool, _MaxUnpool, _Relu, _ResizeBilinear, _SegNet),
 )
 DIFFERENTIABLE: dict[str, Differentiable] = {c.name: c() for c in _CLASSES}
@@ -472,6 +563,15 @@ def differentiable(name: str) -> Differentiable:
     """The op of this name. ConfigError lists the names there are."""
     if name in DIFFERENTIABLE:
         return DIFFERENTIABLE[name]
-    close = difflib.get_close_matches(name, DIFFERENTIABLE, n=1)
+    rows = of_rows()
+    if name in rows:
+        return rows[name]
+    close = difflib.get_close_matches(name, [*DIFFERENTIABLE, *rows], n=1)
     hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
-    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(DIFFERENTIABLE)}")
+    more = f"; of the op table also {', '.join(rows)}"
+    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(DIFFERENTIABLE)}{more}")
+
+
+def uncovered() -> list[str]:
+    """The rows with a backward whose op none of DIFFERENTIABLE differentiates: what users have added."""
+    return [name for name, op in of_rows().items() if not op.row.op.name.startswith(tuple(DIFFERENTIABLE))]

@@ -82,6 +82,14 @@ class Conv2dRow(Row):
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return self.planned(case, dtype, self.rung)
 
+    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
+        if self.op is not Conv2dForward:
+            return ()
+        x, weight = self.plan(case, dtype).inputs["x"], self.plan(case, dtype).inputs["weight"]
+        options = case["stride"], case["padding"], self.rung
+        data, weights = (op.plan(x, weight, *options) for op in (Conv2dBackwardData, Conv2dBackwardWeight))
+        return data, weights, Conv2dBackwardBias.plan(data.inputs["dy"])
+
     def planned(self, case: Case, dtype: DTypeLike, rung: str) -> Op:
         """The op of a case in any rung."""
         weight = spec((case["o"], *case["kernel"], case["x"][3]), dtype)

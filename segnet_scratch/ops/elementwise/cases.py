@@ -21,6 +21,9 @@ class AddRow(MapRow):
 class ReluRow(MapRow):
     """Both directions; NaN and infinity pass, or are stopped, like any other number."""
 
+    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
+        return (ReluBackward.plan(spec(case["x"], dtype)),) if self.op is ReluForward else ()
+
     def hostile(self, rng: np.random.Generator) -> Hostile:
         first = rng.choice(by_hand.SPECIAL, rng.integers(1, (4, 40))).astype(np.float32)
         op = self.op.plan(spec_of(first))

@@ -33,6 +33,10 @@ class ResizeRow(Row):
         height, width = rng.integers(1, 40, 2)
         return Case("random", {"x": random_map(rng), "size": (int(height), int(width))})
 
+    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
+        n, h, w, c = case["x"]
+        return (ResizeBilinearBackward.plan(spec((n, *case["size"], c), dtype), (h, w)),)
+
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return ResizeBilinearForward.plan(spec(case["x"], dtype), case["size"])
 
@@ -54,6 +58,9 @@ class ResizeBackwardRow(ResizeRow):
 
     name = "resize_bilinear_backward"
     op = ResizeBilinearBackward
+
+    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
+        return ()
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         n, h, w, c = case["x"]
