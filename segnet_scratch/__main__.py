@@ -7,6 +7,8 @@ def main() -> None:
     """The command line; where a library that it needs is missing or broken, that and the command that fixes it."""
     try:
         from segnet_scratch.cli import main as command_line
+    except KeyboardInterrupt:  # while the libraries were imported
+        sys.exit(130)
     except Exception:
         from segnet_scratch.lab.doctor import Diagnosis, software
 

@@ -27,8 +27,11 @@ _LARGEST_INTEGER = 2**63 - 1  # TOML's integers are signed 64-bit
 _LENGTH = ("epochs", "steps")
 # These change neither the weights nor the order of the samples, so a resumed run may differ in them.
 _SAFE_ON_RESUME = {"checkpoint_every", "validate_every", "validate_epochs", "patience", "workers", "cache"}
+# Nor does this, but at samples that end a run which does not leave them out.
+_SAFE_ON_RESUME |= {"bad_samples"}
 
 MEDIAN_FREQUENCY = "median-frequency"
+NO_VALIDATION = "none"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,21 @@ def _choice(*choices: str) -> _Kind:
         return value
 
     return _Kind(" or ".join(f'"{choice}"' for choice in choices), convert)
+
+
+def _text(expected: str, accepts: Callable[[str], bool] = lambda text: True) -> _Kind:
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or not value.isprintable() or not accepts(value):
+            raise ValueError
+        return value
+
+    return _Kind(expected, convert)
+
+
+def _split() -> _Kind:
+    return _text(
+        "the name of a list in ImageSets/Segmentation", lambda text: bool(text) and not set(text) & set("/\\: ")
+    )
 
 
 def _boolean() -> _Kind:
@@ -277,6 +295,16 @@ class Config:
         _number("in [0, 0.5]", lambda x: 0 <= x <= 0.5),
         "largest random turn of the hue, as a share of the colour circle",
     )
+    init: str = _setting(
+        "",
+        _text("the path of a file, in printable Unicode"),
+        "weights to start from: VGG16 under torchvision's names, or a checkpoint (--init); empty: at random",
+    )
+    train_split: str = _setting("train", _split(), "list of the images to train on")
+    val_split: str = _setting("val", _split(), f'list of the images to validate on; "{NO_VALIDATION}": do not validate')
+    bad_samples: str = _setting(
+        "stop", _choice("stop", "skip"), "what a training image that cannot be read does: stop the run, or be left out"
+    )
     seed: int = _setting(0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout")
     workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
     cache: str = _setting(
@@ -300,7 +328,7 @@ class Config:
             try:
                 converted = kind.convert(value)
             except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
-                example = _toml_value(DEFAULT_EPOCHS if setting.default is None else setting.default)
+                example = toml_value(DEFAULT_EPOCHS if setting.default is None else setting.default)
                 raise ConfigError(
                     f"{setting.name}: expected {kind.expected}, got {value!r}; "
                     f"correct it, for example {setting.name} = {example}."
@@ -322,6 +350,14 @@ class Config:
                 f'engine = "fused": expected accumulate = 1, got {self.accumulate} parts; it needs less memory, so a '
                 "whole batch may fit."
             )
+        if self.bad_samples == "skip" and self.cache == "disk":
+            raise ConfigError(
+                'bad_samples = "skip": expected another cache than "disk", which holds every image; use "memory".'
+            )
+        if self.patience and self.val_split == NO_VALIDATION:
+            raise ConfigError(
+                f'val_split = "{NO_VALIDATION}": expected patience = 0, got {self.patience}; it counts validations.'
+            )
         if self.accumulate > self.batch:
             raise ConfigError(
                 f"accumulate: expected at most the batch, got {self.accumulate} parts of {self.batch} images; "
@@ -336,7 +372,7 @@ class Config:
     def to_toml(self) -> str:
         """The settings as TOML, each under a comment with its meaning; load_config reads it back equal."""
         return "\n".join(
-            f"# {setting.metadata['help']}\n{setting.name} = {_toml_value(value)}\n"
+            f"# {setting.metadata['help']}\n{setting.name} = {toml_value(value)}\n"
             for setting in fields(self)
             if (value := getattr(self, setting.name)) is not None  # TOML has no null: the key is left out
         )
@@ -348,12 +384,14 @@ def describe() -> list[tuple[str, str, str]]:
     rows = []
     for setting in fields(defaults):
         value = getattr(defaults, setting.name)
-        rows.append((setting.name, "-" if value is None else _toml_value(value), setting.metadata["help"]))
+        rows.append((setting.name, "-" if value is None else toml_value(value), setting.metadata["help"]))
     return rows
 
 
-def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
-    """Settings from a TOML file, or the defaults where `path` is None, changed by overrides in order.
+def load_config(path: str | os.PathLike[str] | Sequence[Path] | None, overrides: Sequence[str] = ()) -> Config:
+    """Settings from TOML files, or the defaults where there is none, changed by overrides in order.
+
+    Of several files the later one wins, key by key.
 
     The value of an override is read as TOML (`lr=1e-2`, `size=[96,128]`, `flip=false`); a bare word is a
     string (`model=segnet-basic`).
@@ -363,19 +401,24 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     `key=value`.
     """
     values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_toml(Path(path))
+    paths = [] if path is None else [Path(path)] if isinstance(path, str | os.PathLike) else path
+    for file in paths:
+        found = _read_toml(file)
         try:
-            _check_keys(values)
-            Config(**values)  # on its own first, so that the error can name the file
+            _check_keys(found)
+            Config(**found)  # on its own first, so that the error can name the file
         except ConfigError as error:
-            raise ConfigError(f"{os.fspath(path)}: {error}") from None
+            raise ConfigError(f"{file}: {error}") from None
+        values = _over(values, found)
     for override in overrides:
-        key, value = _parse_override(override)
-        if key in _LENGTH:
-            values = {name: kept for name, kept in values.items() if name not in _LENGTH}
-        values[key] = value
+        values = _over(values, dict([_parse_override(override)]))
     return Config(**values)
+
+
+def _over(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The values with later ones over them; a length takes the place of the other."""
+    replaced = _LENGTH if set(later) & set(_LENGTH) else ()
+    return {key: value for key, value in values.items() if key not in replaced} | later
 
 
 def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -397,16 +440,22 @@ def check_resume(old: Config, new: Config) -> None:
     changed = {key: values for key, values in difference(old, new).items() if key not in safe}
     if changed:
         listing = ", ".join(f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items())
+        if set(changed) <= set(_LENGTH):
+            raise ConfigError(
+                f"resume: {listing}: the learning rates of the steps made would have been others, as the schedule "
+                f'"{new.schedule}" goes by shares of the whole length; train as long as planned, or start a new run '
+                "folder with --init of the last checkpoint."
+            )
         raise ConfigError(
             f"resume: expected the settings that the run started with, got other values of {listing}; "
             "resume with the old values or start a new run folder."
         )
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """One value as TOML on one line (tomli_w gives each element of a list a line of its own)."""
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
 
 

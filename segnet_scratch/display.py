@@ -11,15 +11,15 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from segnet_scratch.data import VOC_CLASSES
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
+from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining, watched
 from segnet_scratch.train import Listener, Throughput, Trainer
 
-_SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal
+_WIDE = 100  # columns of a terminal with room for everything that is said of a step
 
 
 def write_json(path: Path | None, result: Any) -> None:
@@ -70,38 +70,18 @@ def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
-def _progress(console: Console, transient: bool = False) -> Progress:
-    # In a narrow terminal the bar gives way, not the numbers.
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        console=console,
-        transient=transient,
-        disable=not console.is_terminal,
-    )
-
-
 @contextmanager
 def evaluation_progress(console: Console, images: int, what: str = "evaluate") -> Iterator[Callable[[int], None]]:
-    """A progress bar in a terminal, nothing elsewhere; gives a function that is told of so many images more."""
-    with _progress(console, transient=True) as progress:
-        task = progress.add_task(what, total=images, status="")
-        yield lambda done: progress.advance(task, done)
+    """Progress over images; gives a function that is told of so many more."""
+    with watched(console, what, images) as watch:
+        yield watch.advance
 
 
 @contextmanager
 def video_progress(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar in a terminal, nothing elsewhere; gives what `predict_video` tells of its frames."""
-    with _progress(console, transient=True) as progress:
-        task = progress.add_task(name, total=None, status="")
-
-        def watch(done: int, frames: int, rate: float) -> None:
-            progress.update(task, completed=done, total=frames or None, status=f"{rate:.1f} frames/s")
-
-        yield watch
+    """Progress of a video; gives what `predict_video` tells of its frames."""
+    with watched(console, name) as watch:
+        yield lambda done, frames, rate: watch.update(done, frames, f"{rate:.1f} frames/s")
 
 
 class TrainingDisplay(Listener):
@@ -109,7 +89,7 @@ class TrainingDisplay(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = _progress(console)
+        self._progress = bar(console, transient=False)
         self._last_line = perf_counter()
 
     def __enter__(self) -> "TrainingDisplay":
@@ -124,7 +104,8 @@ class TrainingDisplay(Listener):
         self._console.print(text, soft_wrap=not self._console.is_terminal)
 
     def started(self, trainer: Trainer) -> None:
-        sets = f"{len(trainer.train_set)} training and {len(trainer.val_set)} validation images"
+        scored = 0 if trainer.val_set is None else len(trainer.val_set)
+        sets = f"{len(trainer.train_set)} training and {scored or 'no'} validation images"
         size = "x".join(map(str, trainer.config.image_size))
         whose = "VOC's " if trainer.train_set.names == VOC_CLASSES else ""
         self._say(
@@ -133,24 +114,32 @@ class TrainingDisplay(Listener):
         )
         self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, status="")
         self._throughput = Throughput(trainer.loader)
-        self._validating = self._progress.add_task("validate", total=len(trainer.val_set), status="", visible=False)
+        self._scored = scored
+        self._watch: Watch | None = None
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
         self._throughput.tick()
         rate = trainer.config.batch / self._throughput.seconds_per_step
-        status = f"loss {loss:.4f}  lr {lr:.2g}  {rate:.1f} images/s  waiting {100 * self._throughput.waiting:.0f}%"
+        status = f"loss {loss:.4f} lr {lr:.2g} {rate:.1f}/s"
+        if not self._console.is_terminal or self._console.width >= _WIDE:
+            waiting = 100 * self._throughput.waiting
+            status = f"loss {loss:.4f}  lr {lr:.2g}  {rate:.1f} images/s  waiting {waiting:.0f}%"
         self._progress.update(self._task, completed=trainer.step, status=status)
         finished = trainer.step == trainer.total_steps
-        if not self._console.is_terminal and (finished or perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES):
+        if not self._console.is_terminal and (finished or perf_counter() - self._last_line > SECONDS_BETWEEN_LINES):
             self._last_line = perf_counter()
             left = (trainer.total_steps - trainer.step) * self._throughput.seconds_per_step
-            self._say(f"step {trainer.step}/{trainer.total_steps}  {status}  {left:.0f} s left")
+            self._say(f"step {trainer.step}/{trainer.total_steps}  {status}  {remaining(left)}")
 
     def validating(self, images: int) -> None:
-        self._progress.update(self._validating, advance=images, visible=True)
+        if self._watch is None:
+            self._watch = Watch(self._console, self._progress, "validate", self._scored)
+        self._watch.advance(images)
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
-        self._progress.update(self._validating, completed=0, visible=False)
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         best = " (best)" if trainer.best_miou == evaluation.scores.miou else ""
         self._say(
             f"step {trainer.step}: validation loss {evaluation.loss:.4f}, mIoU {100 * evaluation.scores.miou:.1f} %, "

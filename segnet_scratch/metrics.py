@@ -169,15 +169,17 @@ class MetricsLog:
                 f"{self.path}: could not be written: {reason(error)}, then continue with --resume."
             ) from error
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, validation_due: bool = False) -> None:
         """Drop the rows with a larger step and a torn last line, atomically; without a log, do nothing.
 
-        To resume from a checkpoint at `step`. Raises DataError for a damaged log and TrainingError where it
-        cannot be written.
+        With `validation_due` the validation of that step goes, too: it did not come to its end, and is made up for.
+        To resume from a checkpoint at `step`. Raises DataError for a damaged log and TrainingError where it cannot be
+        written.
         """
         if not self.path.exists():
             return
-        kept = [_encode_row(row) for row in self.read(self.path) if row["step"] <= step]
+        rows = [row for row in self.read(self.path) if row["step"] <= step]
+        kept = [_encode_row(row) for row in rows if not (validation_due and row["step"] == step and "miou" in row)]
         try:
             write_durably(self.path, kept)
         except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.config import MEDIAN_FREQUENCY, Config, check_resume, load_config
+from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config
 from segnet_scratch.data import (
     Batch,
     ColourJitter,
@@ -37,6 +37,7 @@ from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels
 from segnet_scratch.optim import learning_rate
+from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
 from segnet_scratch.step import Outcome, TrainingStep
@@ -45,6 +46,7 @@ from segnet_scratch.weights import initialise
 log = logging.getLogger(__name__)
 
 AHEAD = 8  # steps that a GPU may have been given before the loss of the first of them is looked at
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Listener:
@@ -63,50 +65,6 @@ class Listener:
         """The validation split has been evaluated."""
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of a run."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The settings, with comments."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        """One row a step and a row a validation."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def last(self) -> Path:
-        """Weights and momenta to go on from."""
-        return self.path / "last.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """Weights of the best validation."""
-        return self.path / "best.safetensors"
-
-    def resolve_config(self, file: Path | None, overrides: list[str], resume: bool) -> Config:
-        """The settings of this run: those given, on resume over those it was started with.
-
-        Raises TrainingError where a run would be overwritten, ConfigError where a resumed run would change.
-        """
-        if not resume:
-            if self.config.exists() or self.last.exists() or self.metrics.exists():
-                raise TrainingError(
-                    f"{self.path} already holds a run; continue it with --resume, or choose another --out"
-                )
-            return load_config(file, overrides)
-        if not self.config.exists():
-            return load_config(file, overrides)
-        config = load_config(file or self.config, overrides)
-        check_resume(load_config(self.config), config)
-        return config
-
-
 class Trainer:
     """One training run: a model, its data, its optimiser, its place in the run.
 
@@ -123,22 +81,27 @@ class Trainer:
         init: str | Path | None = None,
         resume: bool = False,
     ) -> None:
+        if init is not None:
+            config = replace(config, init=str(Path(init).resolve()))
         self.config, self.folder = config, RunFolder(Path(out))
-        on, mode = get_device(device), "none" if config.cache == "device" else config.cache
-        self.train_set, self.val_set = (open_dataset(data, split, cast(CacheMode, mode)) for split in ("train", "val"))
+        on, mode = get_device(device), cast(CacheMode, "none" if config.cache == "device" else config.cache)
+        self.train_set = open_dataset(data, config.train_split, mode)
+        self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, mode)
         classes = self.train_set.classes
         weighted = config.class_weights and config.class_weights != MEDIAN_FREQUENCY
         if weighted and len(config.class_weights) != classes:
             raise ConfigError(
                 f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
             )
-        drop_last = len(self.train_set) >= config.batch
+        drop_last, skip_bad = len(self.train_set) >= config.batch, config.bad_samples == "skip"
         source = self.train_set, _transform(config), config.batch
         self.loader: Loader
         if config.cache == "device":
-            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last)
+            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last, skip_bad)
         else:
-            self.loader = Loader(*source, seed=config.seed, drop_last=drop_last, workers=config.workers)
+            self.loader = Loader(
+                *source, seed=config.seed, drop_last=drop_last, workers=config.workers, skip_bad=skip_bad
+            )
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = ARCHITECTURES[config.model](
             *(classes, config.width, on),
@@ -151,12 +114,13 @@ class Trainer:
         )
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
+        self._saved_step = 0
         self.best_miou: float | None = None
         self.class_weights: list[float] = []  # as numbers, whatever the settings say; empty: all 1
         self._validations_since_best = 0
         self._validation_due = False  # a stop request came before the validation of this step was done
         self._stop = threading.Event()
-        self.initialised = "He initialisation"
+        self.initialised = self.init = "He initialisation"  # how this session and how the run began
         self._open: deque[_Step] = deque()  # steps whose losses have not been looked at
         saved = weights.read(self.folder.last) if resume and self.folder.last.exists() else None
         if saved is not None:
@@ -165,25 +129,30 @@ class Trainer:
             for finding in look_over(self.train_set, config.workers):
                 log.warning("%s: %s", finding.path, finding.detail)
             self.class_weights = _class_weights(config, self.train_set)
-            if init is not None:
-                self.initialised = initialise(self.model, init, self.train_set.names)
+            if config.init:
+                self.initialised = self.init = initialise(self.model, config.init, self.train_set.names)
         self.training = self._training_step()
         if saved is not None:
             self._load(*saved[:2])
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(self.folder.path)
-        self.log.truncate_after(self.step)
-        write_durably(self.folder.config, [config.to_toml().encode()])
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"{self.folder.path}: {self.step} steps have been made, {self.total_steps} are asked for; "
+                "resume with at least as many"
+            )
+        with self.folder.in_use():
+            sweep_temporaries(self.folder.path)
+            self.log.truncate_after(self.step, self._validation_due)
+            write_durably(self.folder.config, [config.to_toml().encode()])
 
     def run(self, listener: Listener | None = None) -> bool:
         """Trains to the end; True when it is reached, False when a signal (Ctrl-C) ended it after saving.
 
-        The end is the last step, or the validation at which `patience` is exhausted.
+        The end is the last step, or the validation at which `patience` is exhausted. An error is raised after saving.
         """
         listener = listener or Listener()
-        with _stop_requests() as self._stop:
-            listener.started(self)
+        with self.folder.in_use(), _stop_requests() as self._stop:
             try:
+                listener.started(self)
                 if self._validation_due:
                     self._validate_and_save(listener)
                 while self.step < self.total_steps and not self.gave_up:
@@ -191,7 +160,24 @@ class Trainer:
             except _Stopped:
                 self.save()
                 return False
+            except Exception as error:
+                self._rescue(error)
+                raise
         return True
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
+        if isinstance(error, TrainingError):
+            return
+        try:
+            self._settle(Listener(), 0)  # what the device has been given, it makes
+            if self.step == self._saved_step:
+                return
+            self.save()
+        except Exception as second:
+            log.warning("what was trained since step %d could not be saved: %s", self._saved_step, second)
+        else:
+            log.warning("saved at step %d; go on with the same command and --resume", self.step)
 
     @property
     def gave_up(self) -> bool:
@@ -332,13 +318,20 @@ class Trainer:
             self.save()
 
     def _validate_and_save(self, listener: Listener) -> None:
-        self.validate(listener)
+        before = self.best_miou, self._validations_since_best
+        try:
+            self.validate(listener)
+        except BaseException:  # it is made up for when the run goes on
+            self.best_miou, self._validations_since_best = before
+            raise
         self._validation_due = False
         self.save()
 
     def validate(self, listener: Listener) -> None:
-        """Evaluates the validation split, logs it, and keeps the weights where they are the best so far."""
+        """Evaluates the validation split, if any, logs it, and keeps the weights where they are the best so far."""
         config = self.config
+        if self.val_set is None:
+            return
 
         def advance(images: int) -> None:
             listener.validating(images)
@@ -358,6 +351,7 @@ class Trainer:
         """Writes `last.safetensors`: everything that the next step depends on."""
         metadata = self._metadata() | {"validation_due": self._validation_due}
         weights.save(self.folder.last, self.model, metadata, self.training.optimiser.state_dict())
+        self._saved_step = self.step
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -366,6 +360,7 @@ class Trainer:
             "classes": list(self.train_set.names),
             "colours": self.train_set.palette[: self.train_set.classes].tolist(),
             "size": list(self.config.image_size),
+            "init": self.init,
             "train_split": _fingerprint(self.train_set),
             "class_weights": self.class_weights,
             "validations_since_best": self._validations_since_best,
@@ -384,7 +379,8 @@ class Trainer:
         self.class_weights = metadata.get("class_weights", self.class_weights)
         self._validations_since_best = metadata.get("validations_since_best", 0)
         self._validation_due = metadata.get("validation_due", False)  # `best` has none
-        self.initialised = f"resumed from {self.folder.last}"
+        self.initialised, self.init = f"resumed from {self.folder.last}", metadata.get("init", "")
+        self._saved_step = self.step
 
     def _load(self, state: dict[str, np.ndarray], momenta: dict[str, np.ndarray]) -> None:
         try:
@@ -453,18 +449,23 @@ class _Stopped(Exception):
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets, so that the step can end; a second one interrupts at once."""
+    """An event that the first Ctrl-C (or SIGTERM, SIGHUP) sets, so that the step can end; another interrupts at once.
+
+    Only Ctrl-C: a terminal that closes, and many a batch system, sends the other two more than once.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so, as SIGHUP behind nohup.
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, request) for number in heeded}
     try:
         yield stop
     finally:

@@ -41,6 +41,10 @@ LEGAL = {
     "contrast": ("0.25", 0.25),
     "saturation": ("0.25", 0.25),
     "hue": ("0.25", 0.25),
+    "init": ('"vgg16.safetensors"', "vgg16.safetensors"),
+    "train_split": ('"train_aug"', "train_aug"),
+    "val_split": ('"none"', "none"),
+    "bad_samples": ('"skip"', "skip"),
     "seed": ("9223372036854775807", 2**63 - 1),
     "workers": ("0", 0),
     "cache": ('"memory"', "memory"),
@@ -85,6 +89,10 @@ REFUSED = {
     "contrast": [-0.1, 1.1, True],
     "saturation": [-0.1, 1.1, True],
     "hue": [-0.1, 0.6, True],
+    "init": [1, True, "a\x1b", "a\udcdf"],
+    "train_split": ["", "../train", "a b", 1],
+    "val_split": ["", "a/b", False],
+    "bad_samples": ["ignore", True],
     "seed": [-1, 1.0, 2**63],
     "workers": [-1, "all"],
     "cache": ["ram", True],
@@ -262,6 +270,8 @@ class TestToml:
             chosen = [key for key in KEYS if key != "epochs" and generator.random() < 0.5]
             if {"engine", "accumulate"} <= set(chosen):  # which do not go together
                 chosen.remove("accumulate")
+            if {"val_split", "patience"} <= set(chosen):
+                chosen.remove("patience")
             config = Config(**{key: LEGAL[key][1] for key in chosen})
             config = dataclasses.replace(config, lr=generator.random() ** 9 + 1e-300, seed=generator.getrandbits(63))
             assert load_config(write(tmp_path, config.to_toml()), []) == config
@@ -288,6 +298,7 @@ class TestToml:
 
 class TestResume:
     SAFE = ("epochs", "steps", "workers", "cache", "checkpoint_every", "validate_every", "validate_epochs", "patience")
+    SAFE += ("bad_samples",)
 
     def test_the_same_settings(self):
         check_resume(Config(size=64), Config(size=(64, 64)))

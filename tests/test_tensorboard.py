@@ -74,6 +74,24 @@ def test_a_resumed_run_starts_anew_behind_its_checkpoint(sample, tmp_path):
     assert starts == [1, 3]
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_full_disk_under_its_file_ends_the_writing_and_not_the_run(sample, tmp_path, monkeypatch, caplog, at):
+    files = pytest.importorskip("tensorboardX.event_file_writer", reason="tensorboardX is not installed")
+    write, calls = files.EventsWriter.write_event, []
+
+    def full(self, event):
+        calls.append(event)
+        if len(calls) >= at:
+            raise OSError(28, "No space left on device")
+        return write(self, event)
+
+    monkeypatch.setattr(files.EventsWriter, "write_event", full)
+    train(sample, tmp_path, steps=4)
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
+    assert len(calls) == at
+    assert "tensorboard: No space left on device" in caplog.text
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(MissingLibraryError, match=r"--tensorboard: .*pip install 'segnet_scratch\[tensorboard\]'"):

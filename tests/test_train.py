@@ -23,7 +23,8 @@ from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.metrics import scores
 from segnet_scratch.optim import learning_rate
-from segnet_scratch.train import Listener, RunFolder
+from segnet_scratch.run_folder import RunFolder
+from segnet_scratch.train import Listener
 
 
 class At(Listener):
@@ -43,7 +44,7 @@ class At(Listener):
             self.reached = 0
 
 
-class Crash(Exception):
+class Crash(BaseException):
     pass
 
 
@@ -292,17 +293,20 @@ def test_leftovers_of_a_killed_save_are_swept(sample, tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path, sample):
     folder = RunFolder(tmp_path / "run")
-    folder.resolve_config(None, [], resume=False)
+    folder.resolve_config([], [], resume=False)
     train(sample, tmp_path / "run", steps=1)
     with pytest.raises(TrainingError, match=r"run already holds a run.*--resume"):
-        folder.resolve_config(None, [], resume=False)
+        folder.resolve_config([], [], resume=False)
 
 
-@pytest.mark.parametrize("left", sorted(FILES - {"best.safetensors"}))
-def test_what_is_left_of_a_run_is_not_overwritten_either(tmp_path, left):
+@pytest.mark.parametrize("left", sorted(FILES))
+def test_what_is_left_of_a_run_is_not_overwritten_if_it_has_weights(tmp_path, left):
     (tmp_path / left).touch()
-    with pytest.raises(TrainingError, match="already holds a run"):
-        RunFolder(tmp_path).resolve_config(None, [], resume=False)
+    if left.endswith(".safetensors"):
+        with pytest.raises(TrainingError, match="already holds a run"):
+            RunFolder(tmp_path).resolve_config([], [], resume=False)
+    else:  # a run that failed before its first checkpoint
+        RunFolder(tmp_path).resolve_config([], [], resume=False)
 
 
 @pytest.mark.parametrize(
@@ -312,19 +316,19 @@ def test_what_is_left_of_a_run_is_not_overwritten_either(tmp_path, left):
 def test_resume_with_another_setting_names_it(sample, tmp_path, setting, named):
     start(sample, tmp_path, steps=2)
     with pytest.raises(ConfigError, match=rf"resume: .*\b{named} \(was .*, now .*\)"):
-        RunFolder(tmp_path).resolve_config(None, [setting], resume=True)
+        RunFolder(tmp_path).resolve_config([], [setting], resume=True)
 
 
 def test_resume_takes_the_settings_of_the_run(sample, tmp_path):
     config = start(sample, tmp_path, steps=2).config
     folder = RunFolder(tmp_path)
-    assert folder.resolve_config(None, [], resume=True) == config
-    assert folder.resolve_config(None, ["lr=0.05"], resume=True) == config
-    changed = folder.resolve_config(None, ["workers=7", "steps=5", "checkpoint_every=1"], resume=True)
+    assert folder.resolve_config([], [], resume=True) == config
+    assert folder.resolve_config([], ["lr=0.05"], resume=True) == config
+    changed = folder.resolve_config([], ["workers=7", "steps=5", "checkpoint_every=1"], resume=True)
     assert (changed.workers, changed.steps, changed.checkpoint_every) == (7, 5, 1)
     (tmp_path / "given.toml").write_text("lr = 0.7\n")
     with pytest.raises(ConfigError, match="lr"):
-        folder.resolve_config(tmp_path / "given.toml", [], resume=True)
+        folder.resolve_config([tmp_path / "given.toml"], [], resume=True)
 
 
 def other_names(data):

@@ -1,7 +1,9 @@
 """The command line. One module for each group of commands; `common` holds what they share."""
 
+import errno
+
 # Each registers its commands, in the order in which the help shows them.
-from segnet_scratch.cli import network, evaluation, proof, kernels, profile, memory, tune, data, common  # noqa: I001
+from segnet_scratch.cli import common, data, evaluation, kernels, memory, network, profile, proof, tune
 from segnet_scratch.cli.common import app, fail
 from segnet_scratch.errors import ConfigError, SegnetError
 from segnet_scratch.files import reason
@@ -14,6 +16,16 @@ def main() -> None:
 
     Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.
     """
+    try:
+        _run()
+    except SystemExit as end:
+        lost = common.output.fault
+        if end.code or lost is None or lost.errno == errno.EPIPE:  # whoever goes away has seen enough
+            raise
+        fail(f"what should have been shown could not be written: {reason(lost)}", 1)
+
+
+def _run() -> None:
     try:
         app()
     except SegnetError as error:

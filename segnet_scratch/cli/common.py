@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from segnet_scratch import __version__
+from segnet_scratch.cli.output import Output
 from segnet_scratch.errors import CheckpointError, ConfigError
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
@@ -24,9 +25,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# No markup: paths, names of classes and messages of other programs may hold brackets.
-console = Console(markup=False, highlight=False)
-problems = Console(stderr=True, markup=False, highlight=False)
+output, errors = Output("stdout"), Output("stderr")
+# No markup: paths, names of classes and messages of other programs may hold brackets, and colons that are no emoji.
+console = Console(file=cast(TextIO, output), markup=False, highlight=False, emoji=False)
+problems = Console(file=cast(TextIO, errors), markup=False, highlight=False, emoji=False)
 
 
 def known_device(name: str) -> str:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.table import Table
 
 from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.statistics import ClassStatistics
 from segnet_scratch.data.verify import Report
+from segnet_scratch.progress import Watch, bar, watched
 
 _EXAMPLES = 3  # of each code
 _SIZES = 3  # the commonest
@@ -18,31 +19,23 @@ _SIZES = 3  # the commonest
 
 @contextmanager
 def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar in a terminal, nothing elsewhere; gives a function that is told how many of how many are done."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    """Progress; gives a function that is told how many of how many are done."""
+    with watched(console, what) as watch:
+        yield watch.update
 
 
 @contextmanager
 def transferred(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage of an installation, with bytes, rate and time left; without a terminal a line for each."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks = {}
+    """Progress of each stage of an installation, with bytes, rate and time left; gives (stage, done, total)."""
+    with bar(console, DownloadColumn(), TransferSpeedColumn(), transient=False) as progress:
+        watches: dict[str, Watch] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
+            if what not in watches:
+                watches[what] = Watch(console, progress, what, total)
                 if not console.is_terminal:
                     console.print(f"{what} ...")
-            progress.update(tasks[what], completed=done)
+            watches[what].update(done, total)
 
         yield report
 

@@ -11,6 +11,7 @@ from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.workbench import options, run_kernel
 from segnet_scratch.lab.workbench.display import show
+from segnet_scratch.progress import watched
 
 
 @app.command(name="run")
@@ -110,12 +111,12 @@ def doctor(
     Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
     memory beyond what the budget (runtime/budget.toml) accepts.
     """
-    with console.status("compiling kernels" if kernels else "examining this machine") as status:
-        report = (
-            examine_kernels(lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
-            if kernels
-            else diagnose()
-        )
+    if kernels:
+        with watched(console, "compiling kernels") as watch:
+            report = examine_kernels(watch.update)
+    else:
+        with console.status("examining this machine"):
+            report = diagnose()
     for line, style in report.lines():
         say(line, style)
     write_json(json, report.to_json())

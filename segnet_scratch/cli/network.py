@@ -20,6 +20,7 @@ from segnet_scratch.cli.common import (
     app,
     console,
     input_size,
+    output,
     say,
 )
 from segnet_scratch.config import describe
@@ -33,11 +34,12 @@ from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
+from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.run_record import RunRecord
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import POOLINGS
 from segnet_scratch.tensorboard import TensorBoard
-from segnet_scratch.train import RunFolder, Trainer
+from segnet_scratch.train import Trainer
 
 
 def _settings_help() -> str:
@@ -53,8 +55,11 @@ def train(
         typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.", file_okay=False),
     ],
     config: Annotated[
-        str | None,
-        typer.Option(help="Settings as TOML, or the name of a recipe: see segnet recipes.", metavar="FILE.toml|NAME"),
+        list[str] | None,
+        typer.Option(
+            help="Settings as TOML, or the name of a recipe: see segnet recipes. Of several the later one wins.",
+            metavar="FILE.toml|NAME",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -80,7 +85,7 @@ def train(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Train a network on the train split and validate it on the val split.
+    """Train a network, by default on the split train, and validate it on val (--set train_split=..., val_split=...).
 
     Example: segnet train --data VOC2012 --init vgg16.safetensors --out runs/voc --set size=224 --set batch=8
 
@@ -89,14 +94,19 @@ def train(
     # First: a missing library is noticed before the run folder is made.
     listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
     folder = RunFolder(out)
-    resolved = folder.resolve_config(find_config(config), settings or [], resume)
-    trainer = Trainer(resolved, data, out, device, init, resume)
+    resolved = folder.resolve_config([find_config(name) for name in config or ()], settings or [], resume, init)
+    trainer = Trainer(resolved, data, out, device, resume=resume)
     with listeners:
         finished = trainer.run(listeners)
-    write_json(json, {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out)})
+    bad = {trainer.train_set.ids[index]: fault for index, fault in trainer.loader.bad.items()}
+    if bad:
+        say(f"{len(bad)} training images could not be read and were left out: {', '.join(bad)}")
+    result = {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out), "left_out": bad}
+    write_json(json, result)
     if not finished:
         say(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with the same command and --resume")
         raise typer.Exit(130)
+    output.fault = None  # what could not be shown is in metrics.jsonl: that is no failure of a run
     best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
     if trainer.gave_up:
         say(f"ended early: no better mIoU in {resolved.patience} validations (patience)")

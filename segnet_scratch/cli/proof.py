@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,12 +23,12 @@ from segnet_scratch.lab.proof.verify import verify as run_verify
 from segnet_scratch.lab.proof.work import FULL, QUICK
 from segnet_scratch.lab.workbench import options
 from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import ORDERS, HostOptions
 
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
 _FAILURES_SHOWN = 20
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def _known_order(name: str) -> str:
@@ -121,10 +118,10 @@ def gradcheck(
         directions=directions,
         chosen=chosen,
     )
-    with _status("checking") as step:
+    with watched(problems, "checking") as watch:
         for result in checks:
             results.append(result)
-            step(len(results), 0)
+            watch.advance(1)
     console.print(_gradients_table(results))
     for result in results:
         for line in _remarks(result):
@@ -236,8 +233,8 @@ def verify(
     Example: segnet verify --only orders --only sanitizers --row conv2d_forward_tiled
     """
     devices = None if not device or "all" in device else device
-    with _status("verifying") as progress:
-        report = run_verify(devices, FULL if full else QUICK, seed, only, row, order, sanitize, progress)
+    with watched(problems, "verifying") as watch:
+        report = run_verify(devices, FULL if full else QUICK, seed, only, row, order, sanitize, watch.update)
     show_report(report)
     write_json(json, report.to_json())
     if not report.passed:
@@ -274,23 +271,3 @@ def show_report(report: Report) -> None:
     else:
         failed = dict.fromkeys(line.part.name for line in report.lines if line.verdict == "FAILED")
         say(f"FAILED: {', '.join(failed) or 'nothing has been run'}, {where}", "bold red")
-
-
-@contextmanager
-def _status(what: str) -> Iterator[Any]:
-    """Shows how much is done: a bar on a terminal, else a line now and then; gives a function (done, total)."""
-    if not problems.is_terminal:
-        said = time.perf_counter()
-
-        def say_now_and_then(done: int, total: int) -> None:
-            nonlocal said
-            if time.perf_counter() - said > _SECONDS_BETWEEN_LINES:
-                said = time.perf_counter()
-                problems.print(f"{what}: {done}{f' of {total}' if total else ''} done")
-
-        yield say_now_and_then
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=problems, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)

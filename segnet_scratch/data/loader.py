@@ -4,6 +4,7 @@ What a sample looks like comes from (seed, epoch, index) and the order from (see
 number of threads nor a stop and resume in mid-epoch changes what the network sees.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from segnet_scratch.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -94,8 +97,9 @@ class Loader:
 
     batch: samples a batch. shuffle: a new order every epoch. drop_last: leave out a last batch that is
     not full. workers: threads (0: none; decoding releases Python's lock, so threads suffice). prefetch:
-    batches to prepare ahead.
-    Attributes: batches_per_epoch; waited, the seconds consumers have spent waiting for data in all.
+    batches to prepare ahead. skip_bad: the next sample of the data set stands in for one that cannot be read.
+    Attributes: batches_per_epoch; waited, the seconds consumers have spent waiting for data in all; bad, what was said
+    of each sample that another stood in for, by its index.
     Raises DataError for an argument out of range, an empty data set, or one too small for a full batch
     with drop_last.
     """
@@ -110,6 +114,7 @@ class Loader:
         drop_last: bool = False,
         workers: int = 2,
         prefetch: int = 2,
+        skip_bad: bool = False,
     ) -> None:
         for name, value, least in (
             ("batch", batch, 1),
@@ -136,6 +141,21 @@ class Loader:
         self.prefetch = prefetch
         self.batches_per_epoch = count // batch if drop_last else -(-count // batch)
         self.waited = 0.0
+        self.bad: dict[int, str] = {}
+        self._skip_bad = skip_bad
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """A sample of the data set, or what stands in for it; DataError where there is none."""
+        for place in (*range(index, len(self.dataset)), *range(index)):
+            try:
+                return self.dataset.sample(place)
+            except DataError as error:
+                if not self._skip_bad or len(self.bad) == len(self.dataset):
+                    raise
+                if place not in self.bad:
+                    self.bad[place] = str(error)
+                    log.warning("left out (%d so far): %s", len(self.bad), error)
+        raise DataError(f"loader: not one of {len(self.dataset)} samples can be read; see segnet data verify.")
 
     def epoch(self, epoch_number: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch (0, 1, ...) from `start_batch` on; earlier ones are not even decoded.
@@ -164,7 +184,7 @@ class Loader:
 
         def prepare(place: tuple[np.ndarray, np.ndarray, int, int]) -> tuple[np.ndarray, np.ndarray, str]:
             images, labels, position, index = place
-            image, mask, name = self.dataset.sample(index)
+            image, mask, name = self.sample(index)
             rng = sample_rng(self.seed, epoch_number, index)
             images[position], labels[position] = self.transform(image, mask, rng)
             return images, labels, name

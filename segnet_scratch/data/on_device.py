@@ -31,12 +31,13 @@ class DeviceLoader(Loader):
         dtype: DTypeLike = np.float32,
         seed: int = 0,
         drop_last: bool = False,
+        skip_bad: bool = False,
     ) -> None:
-        super().__init__(dataset, transform, batch, seed, drop_last=drop_last, workers=0)
+        super().__init__(dataset, transform, batch, seed, drop_last=drop_last, workers=0, skip_bad=skip_bad)
         if transform.jitter != ColourJitter():
             raise ConfigError('cache = "device": expected no colour jitter, got some; set brightness, ... to 0.')
         self.views, self.device, self.dtype = transform, device, dtype
-        samples = [dataset.sample(index) for index in range(len(dataset))]
+        samples = [self.sample(index) for index in range(len(dataset))]
         self.names = [name for _, _, name in samples]
         pairs = [(image, check_labels(mask, dataset.classes)) for image, mask, _ in samples]
         whole = pack(pairs, [View((1, 1))] * len(pairs), dtype)

@@ -12,13 +12,13 @@ def recipes() -> dict[str, str]:
     return {path.stem: _first_line(path) for path in sorted(_FOLDER.glob("*.toml"))}
 
 
-def find_config(config: str | None) -> Path | None:
+def find_config(config: str) -> Path:
     """The file of `--config`: a path, or the name of a recipe. A file of that name comes first.
 
     ConfigError with the names of the recipes where it is neither.
     """
-    if config is None or Path(config).is_file():
-        return None if config is None else Path(config)
+    if Path(config).is_file():
+        return Path(config)
     if config in recipes():
         return _FOLDER / f"{config}.toml"
     raise ConfigError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.boundary import Boundary
-from segnet_scratch.config import Config, describe, difference, load_config
+from segnet_scratch.config import NO_VALIDATION, Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation, evaluate
@@ -22,10 +22,10 @@ from segnet_scratch.inference import segment
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve
 from segnet_scratch.report.pictures import Example, example
+from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.run_record import Session, read_sessions, versions
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
-from segnet_scratch.train import RunFolder
 
 _EXAMPLES = 4  # best ones, and as many worst ones
 
@@ -68,7 +68,8 @@ def write_report(
     rows = MetricsLog.read(folder.metrics)
     sessions = read_sessions(run)
     data = data or _recorded_data(sessions)
-    validation = None if data is None else _validate(folder, config, data, device, progress)
+    scored = data if config.val_split != NO_VALIDATION else None
+    validation = None if scored is None else _validate(folder, config, scored, device, progress)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -129,7 +130,7 @@ def _validate(
 ) -> Validation:
     """Scores the best network, and segments the images it does best and worst once more, for their pictures."""
     model = weights.load(folder.best if folder.best.is_file() else folder.last, get_device(device))
-    dataset = VOCDataset(data, "val")
+    dataset = VOCDataset(data, config.val_split)
     began = perf_counter()
     evaluation = evaluate(model, dataset, config.image_size, advance=progress(len(dataset)), boundary=Boundary.csurka)
     seconds = perf_counter() - began
@@ -158,7 +159,7 @@ def _recorded_data(sessions: Sequence[Session]) -> Path | None:
 def _steps_per_epoch(config: Config, data: Path | None) -> int | None:
     if data is None:
         return None
-    return max(1, len(VOCDataset(data, "train")) // config.batch)
+    return max(1, len(VOCDataset(data, config.train_split)) // config.batch)
 
 
 def _class_rows(evaluation: Evaluation, palette: np.ndarray) -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""The folder of a run: its files, whose settings they are, and that one process at a time trains there."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from segnet_scratch.config import Config, check_resume, load_config, toml_value
+from segnet_scratch.errors import TrainingError
+from segnet_scratch.files import held
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings, with comments."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row a step and a row a validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def last(self) -> Path:
+        """Weights and momenta to go on from."""
+        return self.path / "last.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the best validation."""
+        return self.path / "best.safetensors"
+
+    def resolve_config(
+        self, files: Sequence[Path], overrides: Sequence[str], resume: bool, init: Path | None = None
+    ) -> Config:
+        """The settings of this run: those given, the later over the earlier; on resume over those it was started with.
+
+        Raises TrainingError where a run would be overwritten and where there is none to resume, ConfigError where a
+        resumed run would change. What a run left that never came to a checkpoint is no obstacle to a new one.
+        """
+        if init is not None:
+            overrides = [*overrides, f"init={toml_value(str(init.resolve()))}"]
+        if not resume:
+            if self.last.exists() or self.best.exists():
+                raise TrainingError(
+                    f"{self.path} already holds a run; continue it with --resume, or choose another --out"
+                )
+            return load_config(files, overrides)
+        if not self.config.exists():
+            raise TrainingError(f"{self.path}: there is no run to resume; leave out --resume to start one there")
+        old, config = load_config(self.config), load_config(files or [self.config], overrides)
+        if not self.last.exists():
+            old = replace(old, init=config.init)  # nothing has been made of the weights yet
+        elif files and not config.init:
+            config = replace(config, init=old.init)  # a file of settings need not say it again
+        check_resume(old, config)
+        return config
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps other processes out of the folder; TrainingError where one is in it, alive."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with held(self.path) as alone:
+            if not alone:
+                raise TrainingError(
+                    f"{self.path}: another process trains in this folder; wait for its end, stop it, or choose another "
+                    "--out"
+                )
+            yield
