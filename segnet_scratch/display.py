@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -46,13 +47,22 @@ def write_per_image(path: Path | None, evaluation: Evaluation) -> None:
     write_durably(path, [text.getvalue().encode()])
 
 
+def numbers_table(name: str, *headings: str, first: str = "") -> Table:
+    """A table with a column of names, of which long ones are folded, and columns of numbers, which are never cut."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    if first:
+        table.add_column(first, justify="right", no_wrap=True)
+    table.add_column(name, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def scores_table(evaluation: Evaluation) -> Table:
     """IoU, accuracy and precision of every class and its share of the pixels, and the averages."""
     scores = evaluation.scores
-    table = Table(title=f"{evaluation.images} images, {scores.pixels:,} pixels")
-    table.add_column("class")
-    for heading in ("IoU %", "accuracy %", "precision %", "pixels %"):
-        table.add_column(heading, justify="right")
+    table = numbers_table("class", "IoU %", "accuracy %", "precision %", "pixels %")
+    table.title = f"{evaluation.images} images, {scores.pixels:,} pixels"
     shares = scores.class_pixels / max(1, scores.pixels)
     rows = zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, shares, strict=True)
     for name, *fractions in rows:

@@ -33,6 +33,7 @@ from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
+from segnet_scratch.foresight import check_memory
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels
@@ -112,6 +113,7 @@ class Trainer:
             dtype=config.dtype,
             rung="tf32" if config.precision == "tf32" else None,
         )
+        check_memory(self.model, config)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self._saved_step = 0

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "segnet_scratch"
 # From below; modules on one line are one layer. README.md draws this.
 LAYERS = [
     {"errors", "extras", "recipes", "config"},
-    {"files"},  # atomic writes, archives of arrays
+    {"files", "run_folder", "progress"},  # atomic writes; the files of a run; bars
     {"runtime"},  # how a kernel gets to run
     {"ops"},  # plan, run, reference and cases of every operation
     {"nn"},  # autograd, functions, modules
@@ -20,7 +20,7 @@ LAYERS = [
     {"step"},  # one training step, whichever engine computes it
     {"metrics", "boundary"},
     {"inference", "evaluate", "score", "submit", "predict", "film", "video"},
-    {"train"},
+    {"train", "foresight"},
     {"display", "listeners", "run_record", "tensorboard", "report"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest
     {"cli"},

@@ -11,6 +11,7 @@ from rich.table import Table
 from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.statistics import ClassStatistics
 from segnet_scratch.data.verify import Report
+from segnet_scratch.display import numbers_table
 from segnet_scratch.progress import Watch, bar, watched
 
 _EXAMPLES = 3  # of each code
@@ -57,9 +58,7 @@ def facts_table(report: Report) -> Table:
 
 def labels_table(report: Report) -> Table:
     """Share of pixels (void left out) and number of masks by class."""
-    table = Table()
-    for heading in ("label", "class", "pixels %", "masks"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
+    table = numbers_table("class", "pixels %", "masks", first="label")
     pixels = report.pixels[: len(report.names)]
     for label, (name, share) in enumerate(zip(report.names, pixels / max(1, int(pixels.sum())), strict=True)):
         table.add_row(str(label), _printable(name), f"{100 * share:.3f}", str(report.images[label]))
@@ -79,9 +78,8 @@ def finding_lines(report: Report) -> Iterator[tuple[str, str]]:
 
 def statistics_table(statistics: ClassStatistics, split: str) -> Table:
     """Pixels, masks, frequency and weight by class."""
-    table = Table(title=f"{split}: {statistics.masks} masks, {statistics.void:,} pixels void")
-    for heading in ("label", "class", "pixels", "pixels %", "masks", "frequency", "weight"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
+    table = numbers_table("class", "pixels", "%", "masks", "frequency", "weight", first="#")
+    table.title = f"{split}: {statistics.masks} masks, {statistics.void:,} pixels void"
     rows = zip(
         statistics.names,
         statistics.pixels,

@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime.devices.timer import Timer
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.machine import available_memory
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Item = TypeVar("Item")
@@ -83,6 +84,10 @@ class Device:
     def address(self, array: Array) -> int:
         """The address of the array's first element."""
         raise NotImplementedError
+
+    def free_memory(self) -> int | None:
+        """Bytes that arrays of this device may still take; None where nobody knows."""
+        return available_memory()
 
     def synchronise(self) -> None:
         """Waits until all work given to the device is done."""

@@ -93,6 +93,9 @@ class CudaDevice(Device):
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
+    def free_memory(self) -> int:
+        return int(self._cupy.cuda.runtime.memGetInfo()[0])
+
     def synchronise(self) -> None:
         self._expect_no_recording("wait for the GPU")
         self._cupy.cuda.get_current_stream().synchronize()

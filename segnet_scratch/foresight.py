@@ -1,0 +1,56 @@
+"""Whether a training step fits the memory that is free, told before the first step instead of "Killed" during it."""
+
+from math import prod
+
+import numpy as np
+
+from segnet_scratch.config import Config
+from segnet_scratch.engine.ledger import accounts
+from segnet_scratch.engine.network import RUNG_OF_PRECISION
+from segnet_scratch.errors import DeviceMemoryError
+from segnet_scratch.segnet import SegNet
+
+_PREPARED = 4  # batches that the loader and the device hold besides that of the step
+_COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
+
+
+def check_memory(model: SegNet, config: Config) -> None:
+    """DeviceMemoryError where a step of this run needs more than its device has free, with a batch that would fit.
+
+    An estimate from the ledger, on the low side: what it refuses could only have failed.
+    """
+    free = model.device.free_memory()
+    if free is None:
+        return
+    fixed = _COPIES * sum(prod(parameter.shape) for parameter in model.parameters()) * np.dtype(config.dtype).itemsize
+    images = -(-config.batch // config.accumulate)  # that go through the network together
+    of_image = _bytes_of_image(model, config)
+    needed = fixed + images * of_image
+    if needed <= free:
+        return
+    fitting = int(0.9 * free - fixed) // of_image * config.accumulate
+    height, width = config.image_size
+    hint = f"try --set batch={fitting}" if fitting > 0 else "try a smaller size or width"
+    if fitting > 0 and config.engine == "layers":
+        hint += f", or --set accumulate={-(-config.batch * config.accumulate // fitting)}"
+    raise DeviceMemoryError(
+        f"batch = {config.batch} at {height}x{width} needs about {_gigabytes(needed)} GB on the {model.device.name} "
+        f"device, {_gigabytes(free)} are free; {hint}",
+        needed,
+        free,
+    )
+
+
+def _bytes_of_image(model: SegNet, config: Config) -> int:
+    """What one more image takes on the device: maps, indices and workspaces of a step, and itself in each batch."""
+    rung = RUNG_OF_PRECISION[config.precision]
+    fused, layers, _ = accounts(model.blocks, model.classes, 1, config.image_size, rung, model.classifier_kernel)
+    pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
+    maps = (
+        fused.peak if config.engine == "fused" else layers.peak * itemsize // 4 + 2 * pixels * model.classes * itemsize
+    )
+    return maps + _PREPARED * pixels * (3 * itemsize + 1)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f}" if count < 1e10 else f"{count / 1e9:.0f}"

@@ -1,0 +1,32 @@
+"""The memory of this machine."""
+
+import contextlib
+import os
+from pathlib import Path
+
+_CGROUPS = (  # limit and use, of version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, or of its container if that has less; None: unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(facts["MemAvailable"].split()[0]))
+    for limit, usage, reclaimable in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            free = int(Path(limit).read_text()) - int(Path(usage).read_text())  # "max": ValueError, no limit
+            lines = Path(limit).with_name("memory.stat").read_text().splitlines()
+            files = next(int(line.split()[1]) for line in lines if line.startswith(f"{reclaimable} "))
+            found.append(max(0, free + files))
+    if not found:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)

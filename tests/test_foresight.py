@@ -1,0 +1,68 @@
+"""Memory that a run would need, told before it begins."""
+
+import re
+
+import pytest
+
+from segnet_scratch.config import Config
+from segnet_scratch.errors import DeviceMemoryError
+from segnet_scratch.foresight import check_memory
+from segnet_scratch.runtime import machine
+from segnet_scratch.runtime.devices import NumpyDevice
+from segnet_scratch.segnet import SegNet
+from segnet_scratch.train import Trainer
+
+
+def refused(config, free, monkeypatch, device="numpy"):
+    monkeypatch.setattr(NumpyDevice, "free_memory", lambda self: free)
+    with pytest.raises(DeviceMemoryError) as raised:
+        check_memory(SegNet(21, config.width, device, dtype=config.dtype), config)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"engine": "fused"}, {"engine": "fused", "precision": "bf16"}, {"dtype": "float64"}, {"accumulate": 5}],
+    ids=str,
+)
+def test_the_batch_that_is_offered_fits_and_the_next_larger_ones_do_not(monkeypatch, settings):
+    config = Config(width=0.125, size=224, batch=1000, **settings)
+    error = refused(config, 2_000_000_000, monkeypatch)
+    offered = int(re.search(r"try --set batch=(\d+)", str(error))[1])
+    assert 1 <= offered < 1000
+    check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), Config(width=0.125, batch=offered, **settings))
+    assert error.asked > error.free == 2_000_000_000
+    larger = Config(width=0.125, batch=int(1.3 * offered) + 5, **settings)
+    with pytest.raises(DeviceMemoryError):
+        check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), larger)
+
+
+def test_the_parts_that_are_offered_fit(monkeypatch):
+    config = Config(width=0.125, size=224, batch=1000)
+    error = refused(config, 2_000_000_000, monkeypatch)
+    parts = int(re.search(r"--set accumulate=(\d+)", str(error))[1])
+    check_memory(SegNet(21, 0.125, "numpy"), Config(width=0.125, batch=1000, accumulate=parts))
+
+
+def test_where_not_one_image_fits(monkeypatch):
+    assert "try a smaller size or width" in str(refused(Config(width=0.125, size=512), 1000, monkeypatch))
+
+
+def test_it_is_told_before_the_run_folder_is_made(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(NumpyDevice, "free_memory", lambda self: 10_000_000)
+    with pytest.raises(DeviceMemoryError, match=r"batch = 1000 at 64x64 needs about \d+ GB on the numpy device"):
+        Trainer(Config(size=64, batch=1000, steps=1), sample, tmp_path / "run", "numpy")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_container_with_less_than_the_machine(monkeypatch, tmp_path):
+    whole = machine.available_memory()
+    assert whole is not None
+    assert whole > 10_000_000
+    for name, text in (("max", "9000000"), ("current", "5000000"), ("stat", "anon 1\ninactive_file 1000000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    group = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
+    monkeypatch.setattr(machine, "_CGROUPS", (group,))
+    assert machine.available_memory() == 5_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_memory() > 10_000_000
