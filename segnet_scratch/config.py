@@ -32,6 +32,7 @@ _SAFE_ON_RESUME |= {"bad_samples"}
 
 MEDIAN_FREQUENCY = "median-frequency"
 NO_VALIDATION = "none"
+AUTO = "auto"  # engine and precision that suit network and device; a run keeps what it began with
 
 
 @dataclass(frozen=True)
@@ -203,15 +204,17 @@ class Config:
         "element type of the network; float64 is for comparing devices, at half the speed",
     )
     engine: str = _setting(
-        "layers",
-        _choice("layers", "fused"),
+        AUTO,
+        _choice(AUTO, "layers", "fused"),
         "what computes a training step: layers, one op after the other; or fused, few large kernels on one arena "
-        "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80)",
+        "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80); auto: fused on a GPU where "
+        "it can, else layers",
     )
     precision: str = _setting(
-        "float32",
-        _choice("float32", "tf32", "bf16"),
-        "how convolutions multiply: in float32, or by tensor cores in tf32 or, with the fused engine, bfloat16",
+        AUTO,
+        _choice(AUTO, "float32", "tf32", "bf16"),
+        "how convolutions multiply: as exactly as float32, or by tensor cores in tf32 or, with the fused engine, "
+        "bfloat16; auto: bf16 with the fused engine on a GPU, else float32",
     )
     size: int | tuple[int, int] = _setting(
         224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"

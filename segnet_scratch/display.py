@@ -120,7 +120,8 @@ class TrainingDisplay(Listener):
         whose = "VOC's " if trainer.train_set.names == VOC_CLASSES else ""
         self._say(
             f"{trainer.config.model} (width {trainer.config.width:g}) on {trainer.model.device.name}, {sets}, "
-            f"{whose}{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}"
+            f"{whose}{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}, "
+            f"{trainer.config.engine} engine in {trainer.config.precision}"
         )
         self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, status="")
         self._throughput = Throughput(trainer.loader)

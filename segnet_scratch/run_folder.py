@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from segnet_scratch.config import Config, check_resume, load_config, toml_value
+from segnet_scratch.config import AUTO, Config, check_resume, load_config, toml_value
 from segnet_scratch.errors import TrainingError
 from segnet_scratch.files import held
 
@@ -59,6 +59,8 @@ class RunFolder:
             old = replace(old, init=config.init)  # nothing has been made of the weights yet
         elif files and not config.init:
             config = replace(config, init=old.init)  # a file of settings need not say it again
+        chosen = {key: getattr(old, key) for key in ("engine", "precision") if getattr(config, key) == AUTO}
+        config = replace(config, **chosen)
         check_resume(old, config)
         return config
 

@@ -15,12 +15,15 @@ from typing import Protocol
 
 import numpy as np
 
+from segnet_scratch.config import AUTO
 from segnet_scratch.data.palette import VOID
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
 from segnet_scratch.ops.loss.cross_entropy import check_class_weights, check_labels
 from segnet_scratch.optim import SGD
 from segnet_scratch.runtime.devices import Array, Device, Reading
@@ -32,6 +35,22 @@ Enter = Callable[[str], None]  # is told of the phase that begins: forward, back
 
 def _nobody(phase: str) -> None:
     """Nobody wants to know."""
+
+
+def resolve(model: SegNet, engine: str, precision: str, parts: int = 1) -> tuple[str, str]:
+    """The engine and the precision of training that settings with "auto" in them stand for.
+
+    The fused engine on a GPU of sm_80 or newer, where it can compute the network, and there in bfloat16; the layers in
+    float32 everywhere else. bfloat16 is the fused engine's alone, whatever the device.
+    """
+    on_gpu = model.device.architecture is not None and has_tensor_cores(model.device)
+    if engine == AUTO:
+        rung = RUNG_OF_PRECISION["bf16" if precision == AUTO else precision]
+        fits = parts == 1 and misfit(model, rung, training=True) is None
+        engine = "fused" if precision == "bf16" or (on_gpu and fits) else "layers"
+    if precision == AUTO:
+        precision = "bf16" if engine == "fused" and on_gpu else "float32"
+    return engine, precision
 
 
 class Pass(Protocol):

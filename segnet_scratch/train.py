@@ -41,7 +41,7 @@ from segnet_scratch.optim import learning_rate
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES
-from segnet_scratch.step import Outcome, TrainingStep
+from segnet_scratch.step import Outcome, TrainingStep, resolve
 from segnet_scratch.weights import initialise
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,8 @@ class Trainer:
             dtype=config.dtype,
             rung="tf32" if config.precision == "tf32" else None,
         )
+        engine, precision = resolve(self.model, config.engine, config.precision, config.accumulate)
+        self.config = config = replace(config, engine=engine, precision=precision)
         check_memory(self.model, config)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made

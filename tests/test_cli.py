@@ -497,7 +497,7 @@ def test_output_to_a_pipe_is_plain_and_keeps_brackets_and_long_lines(sample, tmp
             assert "\r" not in text
     assert re.fullmatch(
         r"segnet-basic \(width 0\.0625\) on numpy, 8 training and 4 validation images, 6 classes, 32x32 pixels, He "
-        r"initialisation\n"
+        r"initialisation, layers engine in float32\n"
         r"step 2/2  loss \d\.\d{4}  lr 0\.001  [\d.]+ images/s  waiting \d+%  0:00:0\d left\n"
         r"step 2: validation loss \d\.\d{4}, mIoU [\d.]+ %, global accuracy [\d.]+ %(?: \(best\))?\n"
         rf"2 steps done, best mIoU [\d.]+ %; weights: {re.escape(str(out / 'best.safetensors'))}\n",

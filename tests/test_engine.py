@@ -305,7 +305,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            (["precision=bf16"], 'add engine = "fused"'),
+            (["engine=layers", "precision=bf16"], 'add engine = "fused"'),
             (["engine=fused", "accumulate=2"], "expected accumulate = 1"),
             (["engine=fast"], '"layers" or "fused"'),
         ],

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from support.fake_cupy import FakeCupy
 
 from segnet_scratch.config import Config
 from segnet_scratch.errors import DTypeError, ShapeError, TrainingError
+from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.segnet import SegNetBasic
-from segnet_scratch.step import TrainingStep
+from segnet_scratch.step import TrainingStep, resolve
 from segnet_scratch.train import AHEAD, Listener, Trainer
 
 CLASSES = 5
@@ -83,6 +85,47 @@ def test_a_batch_that_does_not_fit_is_refused():
         step(images, labels[:1], 0.1)
     with pytest.raises(DTypeError, match=r"images of float64 .* expected float32"):
         step(images.astype(np.float64), labels, 0.1)
+
+
+class TestAuto:
+    @pytest.mark.parametrize(
+        ("settings", "options", "expected"),
+        [
+            (("auto", "auto"), {}, ("fused", "bf16")),
+            (("auto", "tf32"), {}, ("fused", "tf32")),
+            (("auto", "float32"), {}, ("fused", "float32")),
+            (("layers", "auto"), {}, ("layers", "float32")),
+            (("auto", "auto"), {"dropout": True}, ("layers", "float32")),
+            (("auto", "auto"), {"width": 0.1}, ("layers", "float32")),
+            (("auto", "auto", 2), {}, ("layers", "float32")),
+        ],
+    )
+    def test_on_a_gpu(self, dry_cupy, settings, options, expected):
+        model = SegNetBasic(CLASSES, **{"width": 0.125, "device": CudaDevice()} | options)
+        assert resolve(model, *settings) == expected
+
+    def test_on_an_old_gpu(self, monkeypatch, tmp_path):
+        FakeCupy("75", dry=True).install(monkeypatch, tmp_path)
+        assert resolve(SegNetBasic(CLASSES, 0.125, CudaDevice()), "auto", "auto") == ("layers", "float32")
+
+    @pytest.mark.parametrize("device", ["numpy", "host"])
+    def test_on_a_cpu(self, device):
+        model = SegNetBasic(CLASSES, 0.125, device)
+        assert resolve(model, "auto", "auto") == ("layers", "float32")
+        assert resolve(model, "fused", "auto") == ("fused", "float32")
+        assert resolve(model, "auto", "bf16") == ("fused", "bf16")
+
+    def test_a_resumed_run_keeps_what_it_began_with(self, sample, tmp_path):
+        run(sample, tmp_path, "numpy", steps=1, engine="fused", precision="bf16")
+        folder = RunFolder(tmp_path)
+        for given in ([], ["engine=auto", "precision=auto"]):
+            config = folder.resolve_config([], given, resume=True)
+            assert (config.engine, config.precision) == ("fused", "bf16")
+        (tmp_path / "recipe.toml").write_text(
+            'engine = "auto"\n' + "".join(f"{k} = {v!r}\n" for k, v in SETTINGS.items())
+        )
+        config = folder.resolve_config([tmp_path / "recipe.toml"], ["steps=1"], resume=True)
+        assert (config.engine, config.precision) == ("fused", "bf16")
 
 
 SETTINGS = {"model": "segnet-basic", "width": 1 / 8, "size": 32, "batch": 2, "lr": 0.05, "workers": 0}

@@ -74,7 +74,7 @@ def test_what_a_run_leaves(sample, tmp_path):
     assert finished
     assert trainer.step == trainer.total_steps == 6
     assert {path.name for path in out.iterdir()} == FILES
-    assert load_config(out / "config.toml") == Config(**TINY | settings)
+    assert load_config(out / "config.toml") == Config(**TINY | settings, engine="layers", precision="float32")
     found = rows(out)
     assert [row["step"] for row in found] == [1, 2, 3, 3, 4, 5, 6, 6]
     for row in found:
