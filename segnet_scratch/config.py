@@ -244,6 +244,11 @@ class Config:
         _number("of at least 0", lambda x: x >= 0),
         "multiplier for the learning rate of biases (the authors use 2)",
     )
+    encoder_lr: float = _setting(
+        1.0,
+        _number("of at least 0", lambda x: x >= 0),
+        "multiplier for the learning rate of the encoder; 0 freezes it",
+    )
     schedule: str = _setting(
         "constant",
         _choice("constant", "step", "poly"),

@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.errors import CheckpointError, TrainingError
+from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
 from segnet_scratch.ops.optimiser.sgd import KeepFinite, SgdStep
 from segnet_scratch.ops.optimiser.sgd_pack import SgdPackStep
@@ -41,6 +41,9 @@ class SGD:
     Biases and batch-norm parameters do not decay. Their learning rate is `bias_lr` times that of the weights (the
     authors' Caffe models use 2). Where all gradients together are longer than `clip_norm`, `scale` makes them that
     long; else, and without `clip_norm` (0), it is 1. `working` are the fused engine's weights, kept up to date.
+    `multipliers` change the learning rate of a part of the network, by the prefix of its parameters' names ("encoder",
+    "encoder.1"), the longest one that fits; 0 freezes the part. Running statistics of batch norm still follow the data.
+    ConfigError for a prefix that no parameter has, and for a factor that is no number of at least 0.
 
     A step whose gradients are not finite leaves no trace, and neither does any step after it, until a state is loaded:
     parameters, momenta and the model's running statistics stay what they were. `norm` says so, whenever it is read.
@@ -54,6 +57,7 @@ class SGD:
         bias_lr: float = 1.0,
         clip_norm: float = 0.0,
         working: WorkingWeights | None = None,
+        multipliers: Mapping[str, float] | None = None,
     ) -> None:
         if model.folded:
             raise TrainingError("sgd: batch norm is folded into this network, which leaves nothing to train")
@@ -64,7 +68,8 @@ class SGD:
         self._lr = device.zeros((1,), np.float64)
         arrays = [p.data for p in self.parameters.values()]
         weights = [len(p.shape) == 4 for p in self.parameters.values()]
-        rates = [1.0 if weight else bias_lr for weight in weights]
+        factors = _factors(list(self.parameters), multipliers or {})
+        rates = [factor * (1.0 if weight else bias_lr) for factor, weight in zip(factors, weights, strict=True)]
         decays = [decay if weight else 0.0 for weight in weights]
         step = device, arrays, list(self.momenta.values()), rates, decays, momentum
         if working is None:
@@ -165,3 +170,18 @@ def learning_rate(
     elif schedule == "step":
         rate *= lr_gamma ** sum(step >= (round(at * total) if at < 1 else at) for at in lr_steps)
     return rate * min(1.0, (step + 1) / (warmup + 1))
+
+
+def _factors(names: Sequence[str], multipliers: Mapping[str, float]) -> list[float]:
+    """The multiplier of each name: that of the longest prefix, up to a dot, which has one; else 1."""
+
+    def fits(name: str, prefix: str) -> bool:
+        return f"{name}.".startswith(f"{prefix}.")
+
+    for prefix, factor in multipliers.items():
+        if not 0 <= factor < inf:
+            raise ConfigError(f"multipliers: {prefix} has {factor}; expected a number of at least 0")
+        if not any(fits(name, prefix) for name in names):
+            raise ConfigError(f"multipliers: no parameter begins with {prefix!r}; expected a part such as 'encoder.1'")
+    ordered = sorted(multipliers.items(), key=lambda item: -len(item[0]))
+    return [next((factor for prefix, factor in ordered if fits(name, prefix)), 1.0) for name in names]

@@ -10,7 +10,7 @@ whose gradients are not finite changes nothing there (optim.py).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -156,6 +156,7 @@ class TrainingStep:
         momentum: float = 0.9,
         decay: float = 5e-4,
         bias_lr: float = 1.0,
+        multipliers: Mapping[str, float] | None = None,
         clip_norm: float = 0.0,
         class_weights: np.ndarray | None = None,
         normalisation: str = "weights",
@@ -166,7 +167,7 @@ class TrainingStep:
         self.model, self.device = model, model.device
         # The engine lays the classifier's parameters where its kernels want them: before SGD looks where they are.
         working = WorkingWeights.of(model, precision) if engine == "fused" else None
-        self.optimiser = SGD(model, momentum, decay, bias_lr, clip_norm, working)
+        self.optimiser = SGD(model, momentum, decay, bias_lr, clip_norm, working, multipliers)
         weights = None if class_weights is None else self._checked(class_weights)
         objective = weights, normalisation, smoothing
 

@@ -246,6 +246,7 @@ class Trainer:
             momentum=config.momentum,
             decay=config.decay,
             bias_lr=config.bias_lr,
+            multipliers={"encoder": config.encoder_lr},
             clip_norm=config.clip_norm,
             class_weights=np.array(self.class_weights, np.float32) if self.class_weights else None,
             normalisation=config.loss_normalisation,

@@ -143,6 +143,16 @@ class Loader:
         self.waited = 0.0
         self.bad: dict[int, str] = {}
         self._skip_bad = skip_bad
+        self._begun = 0  # epochs, by iteration
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the next epoch: 0 in the first loop over the loader, 1 in the second, and so on."""
+        self._begun += 1
+        return self.epoch(self._begun - 1)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.batches_per_epoch
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """A sample of the data set, or what stands in for it; DataError where there is none."""
