@@ -233,7 +233,7 @@ def test_submit_writes_an_archive(segnet, voc, voc_checkpoint, tmp_path):
     out = tmp_path / "results.tar"
     finished = segnet("submit", voc_checkpoint, "--data", tmp_path, "--out", out, "--competition", "comp5", "--flip")
     assert finished.code == 0, finished.err
-    assert finished.out == f"{out}: 4 results in results/VOC2012/Segmentation/comp5_test_cls, checked\n"
+    assert finished.out.lstrip("\n") == f"{out}: 4 results in results/VOC2012/Segmentation/comp5_test_cls, checked\n"
     shutil.unpack_archive(out, tmp_path / "unpacked")
     assert len(list((tmp_path / "unpacked" / "results/VOC2012/Segmentation/comp5_test_cls").iterdir())) == 4
     assert_error(segnet("submit", voc_checkpoint, "--data", voc, "--out", out), 1, f"{out}: is there already")
@@ -264,7 +264,7 @@ def test_report_writes_a_page(segnet, sample, bayesian, tmp_path):
     shutil.copytree(bayesian, run)
     finished = segnet("report", run)
     assert finished.code == 0, finished.err
-    assert finished.out == f"{run / 'report.html'}\n"
+    assert finished.out.strip() == str(run / "report.html")
     page = (run / "report.html").read_text()
     assert "data:image/png;base64," in page  # the data was found again
     assert re.search(r"training from [-\d: ]+ UTC, steps 1 to 2, on numpy, with validations", page)

@@ -62,7 +62,7 @@ def main() -> int:
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "host"))
-    parser.add_argument("--out", type=Path, default=report.ROOT / "docs" / "benchmarks", help="folder of the report")
+    parser.add_argument("--out", type=Path, default=report.ROOT / "benchmarks", help="folder of the report")
     parser.add_argument("--seconds", type=float, default=420, help="to be shared by all parts (default: 420)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
     options = parser.parse_args()
