@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,14 @@ def reason(error: OSError) -> str:
     said = error.strerror or str(error) or type(error).__name__
     fix = _FIXES.get(error.errno or 0)
     return f"{said}; {fix}" if fix else said
+
+
+def expect_apart(target: Path | None, *sources: Path) -> None:
+    """ConfigError where a result would be written over one of the files that it is made from."""
+    for source in sources:
+        with suppress(OSError):  # one of them is not there
+            if target is not None and target.samefile(source):
+                raise ConfigError(f"{target}: the result would overwrite what it is made from; choose another name")
 
 
 def write_durably(path: Path, blocks: Iterable[bytes | memoryview], synced: bool = True) -> None:

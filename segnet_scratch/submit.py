@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, read_image, voc_palette
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import ConfigError, DataError
 from segnet_scratch.files import scratch_folder
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.segnet import SegNet
@@ -50,6 +50,8 @@ def submit(
     inference.check(model, size)
     folder = PurePosixPath("results", "VOC2012", "Segmentation", f"{competition.value}_{dataset.split}_cls")
     mode = next((mode for ending, mode in _ARCHIVES.items() if out.name.lower().endswith(ending)), None)
+    if mode is None and out.suffix and not out.is_dir():
+        raise ConfigError(f"{out}: the server takes a tar archive: name it NAME.tar or NAME.tgz, or name a folder")
     final = out if mode else out / "results"
     if final.exists():
         raise DataError(f"{final}: is there already; remove it or choose another --out")

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from segnet_scratch.files import lock, reason, sweep_temporaries, whole_folder, write_durably
+from segnet_scratch.errors import ConfigError
+from segnet_scratch.files import expect_apart, lock, reason, sweep_temporaries, whole_folder, write_durably
 
 
 @pytest.mark.parametrize("letter", ["n", "\u00e9", "\U0001f4c4"])
@@ -94,3 +95,14 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
     with whole_folder(tmp_path / "b") as folder:
         (folder / "file").touch()
     assert (tmp_path / "b" / "file").exists()
+
+
+def test_a_result_may_not_be_written_over_what_it_is_made_from(tmp_path):
+    (tmp_path / "a").touch()
+    (tmp_path / "link").symlink_to("a")
+    expect_apart(None, tmp_path / "a")
+    expect_apart(tmp_path / "new", tmp_path / "a")
+    for target in (tmp_path / "a", tmp_path / "link", tmp_path / "x" / ".." / "a"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="would overwrite"):
+            expect_apart(target, tmp_path / "b", tmp_path / "a")

@@ -170,6 +170,20 @@ def renamed(file, name):
     return damage
 
 
+def in_another_form(file):
+    """Damage: the id b gets an accent, and the name of one file has it in another Unicode form than the lists."""
+
+    def damage(root):
+        listed, other = "e\u0301", "\u00e9"
+        for path in (root / IMAGE, root / MASK):
+            path.rename(path.with_stem(other if path == root / file else listed))
+        for split in (root / "ImageSets/Segmentation").glob("*.txt"):
+            split.write_text(split.read_text().replace("b\n", f"{listed}\n"), encoding="utf-8")
+        return (root / file).with_stem(listed)
+
+    return damage
+
+
 def linked(file, target):
     """Damage: a link in place of the file."""
 
@@ -355,6 +369,8 @@ KINDS = [
     ("missing-mask", removed(MASK)),
     ("image-suffix-case", renamed(IMAGE, "JPEGImages/b.JPG")),
     ("mask-suffix-case", renamed(MASK, "SegmentationClass/b.PNG")),
+    ("image-unicode-form", in_another_form(IMAGE)),
+    ("mask-unicode-form", in_another_form(MASK)),
     ("ambiguous-image", lambda root: put("JPEGImages/b.png", PNG)(root) and root / IMAGE),
     ("image-suffix-lies", put(IMAGE, encoded(noise(*SIZE, seed=1), "PNG"))),
     ("image-suffix-lies", put_png_image(JPEG)),

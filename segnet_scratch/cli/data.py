@@ -72,6 +72,7 @@ def download(
         with transferred(console) as progress:
             merge = install_sbd(directory, mirror or (), progress)
         say(f"{merge.root}: list train_aug with {merge.ids:,} images, {merge.added:,} masks added")
+        say("train on it with: segnet train --set train_split=train_aug ...")
     else:
         raise typer.BadParameter(f"{dataset!r}; expected voc2012 or sbd", param_hint="--dataset")
 

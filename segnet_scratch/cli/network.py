@@ -28,6 +28,7 @@ from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.evaluate import check_classes
+from segnet_scratch.files import expect_apart
 from segnet_scratch.lab.workbench.options import shape
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
@@ -139,6 +140,7 @@ def bn_recalibrate(
 
     Example: segnet bn-recalibrate runs/voc/best.safetensors --data VOC2012 --out runs/voc/recalibrated.safetensors
     """
+    expect_apart(out, checkpoint)
     model = weights.load(checkpoint, get_device(device))
     dataset = VOCDataset(data, split)
     check_classes(model, dataset)
@@ -190,6 +192,7 @@ def convert(
 
     Their tensor names are taken as ours (encoder.1.1.conv.weight ...) unless --map says otherwise.
     """
+    expect_apart(target, source)
     if to == "segnet":
         if pooling not in (None, *POOLINGS):
             raise typer.BadParameter(f"{pooling!r}; expected {' or '.join(POOLINGS)}", param_hint="--pooling")

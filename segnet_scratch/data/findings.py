@@ -54,6 +54,8 @@ ERRORS = {
     "missing-mask": "an id has no mask",
     "image-suffix-case": "the suffix of an image is not in lower case",
     "mask-suffix-case": "the suffix of a mask is not in lower case",
+    "image-unicode-form": "the name of an image has its accents in another Unicode form than the id",
+    "mask-unicode-form": "the name of a mask has its accents in another Unicode form than the id",
     "mask-is-jpeg": "the mask is a JPEG, whose compression invents labels",
     "mask-rgb": "the mask holds colours in place of class numbers",
     "mask-has-alpha": "the mask is grey with transparency",

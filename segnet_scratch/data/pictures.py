@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from segnet_scratch.data.findings import Finding, FoundError
 from segnet_scratch.data.palette import VOID, is_voc
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels."""
@@ -136,7 +137,11 @@ def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Im
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise problem("bomb", _TOO_LARGE) from error
+    except MemoryError as error:
+        raise problem("unreadable", "there is too little memory to decode it; end other programs.") from error
     except Exception as error:  # decoders meet damage with almost any type: SyntaxError, struct.error, ...
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of the decoder
+            raise problem("unreadable", f"{reason(error)}.") from error
         raise problem(
             _kind_of_damage(error), f"the picture is damaged or cut off ({error}); copy it from the source again."
         ) from error

@@ -8,6 +8,7 @@ ROOT/labels.txt                           class names, one a line, or name r g b
 
 from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -159,7 +160,8 @@ class VOCDataset:
             if missing:
                 named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
                 more = f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
-                problems.append(f"{len(missing)} of {len(self)} {kind} are missing:{named}{more}")
+                other = " (some are there in another Unicode form)" if any(map(_in_another_form, missing)) else ""
+                problems.append(f"{len(missing)} of {len(self)} {kind} are missing{other}:{named}{more}")
         if problems:
             listing = self.root / SPLIT_FOLDER / f"{self.split}.txt"
             raise DataError(
@@ -176,6 +178,11 @@ class VOCDataset:
         if finding := sizes_differ(self.image_path(index), image.shape[:2], self.mask_path(index), mask.shape):
             raise finding.error
         return image, mask, self.ids[index]
+
+
+def _in_another_form(path: Path) -> bool:
+    """Whether a file lies there whose name looks the same: accents as letters of their own, or the other way round."""
+    return any(path.with_name(normalize(form, path.name)).is_file() for form in ("NFC", "NFD"))
 
 
 def sizes_differ(image: Path, image_size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> Finding | None:

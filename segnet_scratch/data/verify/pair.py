@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -179,17 +180,24 @@ def _examine_annotation(facts: PairFacts, path: Path, names: tuple[str, ...]) ->
 
 
 def _or_other_case(finding: Finding, listing: Mapping[str, str], suffixes: tuple[str, ...]) -> Finding:
-    """The finding, or a better one where a missing file is there but for the case of its suffix."""
+    """The finding, or a better one where a missing file is there but for the case of its suffix or the Unicode form."""
     if finding.code not in ("missing-image", "missing-mask"):
         return finding
+    role, stem = finding.code.removeprefix("missing-"), finding.path.stem
     for suffix in suffixes:
-        other = listing.get(finding.path.with_suffix("").name.lower() + suffix)
-        if other is not None and other.startswith(finding.path.stem):
-            role = finding.code.removeprefix("missing-")
+        other = listing.get(_key(stem + suffix))
+        if other is not None and other.startswith(stem):
             return Finding(f"{role}-suffix-case", finding.path, f"only {other} is there; rename it to {suffix}.")
+        if other is not None and normalize("NFC", other).startswith(normalize("NFC", stem)):
+            detail = f"only {other} is there, written in another Unicode form than the id: as {other!a}; rename it."
+            return Finding(f"{role}-unicode-form", finding.path, detail)
     return finding
 
 
 def _listing(folder: Path) -> dict[str, str]:
-    """Names of the files in a folder by their lower-case form."""
-    return {path.name.lower(): path.name for path in visible_files(folder)} if folder.is_dir() else {}
+    """Names of the files in a folder by what they have in common with names that look the same."""
+    return {_key(path.name): path.name for path in visible_files(folder)} if folder.is_dir() else {}
+
+
+def _key(name: str) -> str:
+    return normalize("NFC", name).lower()
