@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from support.kernels import line_of, needs_compiler, written_kernel
 
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
 from segnet_scratch.lab.proof import processes, verify
-from segnet_scratch.lab.proof.launches import kernels_of
+from segnet_scratch.lab.proof.launches import kernels_of, rows_on
 from segnet_scratch.lab.proof.misuse import MISUSES, valid_call
 from segnet_scratch.lab.proof.parts import sanitizers
 from segnet_scratch.lab.proof.parts.base import reason_against
@@ -76,6 +77,17 @@ class TestParts:
     def test_every_kernel_belongs_to_a_row(self):
         known = set().union(*(kernels_of(row) for row in ROWS))
         assert known == set(shipped_kernels())
+
+    def test_a_gpu_is_asked_for_what_it_can_only(self):
+        def names(architecture):
+            return {row.name for row in rows_on(SimpleNamespace(architecture=architecture), ROWS)}
+
+        everything = {row.name for row in ROWS}
+        of_hopper = {name for name in everything if "hopper" in name}
+        assert len(of_hopper) == 4
+        assert names("sm_90") == names(None) == everything
+        assert names("sm_80") == names("sm_120") == everything - of_hopper
+        assert "conv2d_forward_tiled" in names("sm_75") < names("sm_80")
 
     def test_every_element_type_of_every_source_is_a_row_s(self):
         types = {element.name for row in ROWS for element in row.elements} | set(ELEMENTS_OF_RUNG)

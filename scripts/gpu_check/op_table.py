@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from gpu_check.part import Outcome, Work, judged
 from segnet_scratch import get_device
 from segnet_scratch.lab.proof.compare import check, run_guarded, same_bits
-from segnet_scratch.lab.proof.launches import kernels_of
+from segnet_scratch.lab.proof.launches import kernels_of, rows_on
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.ops.cases import Case, Inputs, Row
 from segnet_scratch.ops.convolution.conv2d_fused_cases import FusedRow
@@ -128,14 +128,8 @@ def _problem(row: Row, case: Case, seed: int) -> tuple[Op, Inputs]:
 
 def rows_for(device: Device) -> list[Row]:
     """The rows that the device can run: a GPU has the instructions of their kernels, and Hopper's are not forbidden."""
-    if device.architecture is None:
-        return list(ROWS)
-    rows = [row for row in ROWS if tiles_on(device) is not None or not isinstance(row, HopperRow)]
-    return [row for row in rows if all(map(_compiles_for(device.architecture), kernels_of(row, row.cases()[:1])))]
-
-
-def _compiles_for(architecture: str) -> Callable[[str], bool]:
-    return lambda kernel: shipped_kernels()[kernel].source.compiles_for(architecture)
+    forbidden = device.architecture is not None and tiles_on(device) is None
+    return [row for row in rows_on(device, ROWS) if not (forbidden and isinstance(row, HopperRow))]
 
 
 def problems_for_sanitizers(device: Device) -> Iterator[tuple[str, Op, Inputs]]:

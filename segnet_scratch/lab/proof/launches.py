@@ -22,7 +22,7 @@ from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device, HostDevice
 from segnet_scratch.runtime.geometry import runs_alone
-from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel
 
 
 def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
@@ -34,6 +34,19 @@ def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
         workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
         op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))
     return {kernel.name for kernel, *_ in recorder.launches}
+
+
+def rows_on(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows whose kernels the device has the instructions for; not every GPU has tensor cores, few have Hopper's."""
+    if device.architecture is None:
+        return rows
+    found = [row for row in rows if all(device_has(device, name) for name in kernels_of(row, row.cases()[:1]))]
+    return rows if len(found) == len(rows) else tuple(found)
+
+
+def device_has(device: Device, kernel: str) -> bool:
+    """Can this kernel be compiled for the device?"""
+    return device.architecture is None or find_kernel(kernel).source.compiles_for(device.architecture)
 
 
 @contextmanager

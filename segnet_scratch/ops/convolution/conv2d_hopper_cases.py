@@ -49,6 +49,7 @@ SHAPES = [
     _case("a pixel more than a tile", (1, 3, 43), "columns_128x128"),
     _case("images that do not end with a tile", (3, 7, 7), "columns_128x128"),
     _case("images that do not end with a tile", (3, 9, 10), "columns_256x128"),
+    _case("three tiles: a block goes on to a second one", (3, 9, 10), "columns_128x128"),
 ]
 
 
