@@ -7,6 +7,7 @@ before the data would leave an empty file.
 
 import errno
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -176,12 +177,13 @@ def lock(descriptor: int, what: Path, wait: bool = False) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning(
-            "%s: this file system has no locks (%s); see that no other program writes there meanwhile",
-            what.parent,
-            error.strerror,
-        )
+        _tell_unlocked(what.parent, error.strerror)
     return True
+
+
+@functools.cache
+def _tell_unlocked(folder: Path, said: str) -> None:
+    log.warning("%s: this file system has no locks (%s); see that no other program writes there", folder, said)
 
 
 def temporary_beside(path: Path) -> Path:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
 import pytest
 
+from segnet_scratch import files
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.files import expect_apart, lock, reason, sweep_temporaries, whole_folder, write_durably
 
@@ -88,6 +90,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("segnet_scratch.files.fcntl.flock", flock)
+    files._tell_unlocked.cache_clear()
     descriptor = os.open(tmp_path, os.O_RDONLY)
     assert lock(descriptor, tmp_path, wait)
     os.close(descriptor)
@@ -106,3 +109,19 @@ def test_a_result_may_not_be_written_over_what_it_is_made_from(tmp_path):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match="would overwrite"):
             expect_apart(target, tmp_path / "b", tmp_path / "a")
+
+
+def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch):
+    """NFS makes locks of byte ranges, for which a folder cannot be opened."""
+    flock = files.fcntl.flock
+
+    def of_files(descriptor, operation):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", of_files)
+    with files.held(tmp_path) as first, files.held(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with files.held(tmp_path) as again:
+        assert again

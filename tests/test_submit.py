@@ -95,6 +95,13 @@ def test_results_that_are_there_are_kept(model, images, tmp_path):
         submit(model, images, tmp_path / "out", SIZE, Competition.comp6)
 
 
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.bz2", "results.7z"])
+def test_an_archive_that_the_server_does_not_take_is_refused(model, images, tmp_path, name):
+    with pytest.raises(ConfigError, match="takes a tar archive"):
+        submit(model, images, tmp_path / name, SIZE, Competition.comp6)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_in_between_leaves_nothing(model, images, tmp_path):
     (images.root / "JPEGImages" / f"{IDS[2]}.jpg").write_bytes(b"no picture")
     for out in (tmp_path / "x" / "a.tar", tmp_path / "y"):
