@@ -34,8 +34,8 @@ class Inference:
     flip: every pass also on the mirrored image.
     window, stride: (height, width). The image keeps its own size (times the scale) and the network sees windows of it;
         the logits of windows that overlap are averaged. The last window of a row or column ends at the border of the
-        image. Where the image is smaller than a window, it is padded with the mean colour. The stride is half a window
-        unless given.
+        image. Where the image is smaller than a window, it is padded with the mean colour. The stride is three quarters
+        of a window unless given: half of one costs 2.25 times the time.
     samples: with dropout left on, so many times (Bayesian SegNet, arXiv 1511.02680); 0: dropout off. Sample k of every
         image has the same dropout masks, so that a result depends neither on other images nor on the seams of windows.
 
@@ -61,7 +61,7 @@ class Inference:
             return
         if min(self.window) < MINIMUM_SIZE:
             raise ConfigError(f"window {_sides(self.window)}: expected at least {MINIMUM_SIZE} pixels on each side")
-        stride = self.stride or (self.window[0] // 2, self.window[1] // 2)
+        stride = self.stride or (self.window[0] * 3 // 4, self.window[1] * 3 // 4)
         if not all(1 <= step <= side for step, side in zip(stride, self.window, strict=True)):
             raise ConfigError(
                 f"stride {_sides(stride)}: expected 1 pixel up to the window's {_sides(self.window)}, or "

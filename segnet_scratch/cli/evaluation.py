@@ -65,7 +65,9 @@ WindowOption = Annotated[
 StrideOption = Annotated[
     str | None,
     typer.Option(
-        metavar="N|HxW", help="From one window to the next; half a window unless given.", rich_help_panel=_AVERAGING
+        metavar="N|HxW",
+        help="From one window to the next; three quarters of a window unless given.",
+        rich_help_panel=_AVERAGING,
     ),
 ]
 SamplesOption = Annotated[

@@ -9,7 +9,7 @@ _FOLDER = Path(__file__).parent
 
 def recipes() -> dict[str, str]:
     """What each recipe is for, by its name, in alphabetical order."""
-    return {path.stem: _first_line(path) for path in sorted(_FOLDER.glob("*.toml"))}
+    return {path.stem: _first_line(path) for path in sorted(_FOLDER.glob("[!.]*.toml"))}
 
 
 def find_config(config: str) -> Path:

@@ -106,4 +106,4 @@ def _hash_with_includes(
 @functools.cache
 def shipped_sources() -> tuple[Source, ...]:
     """Every `.cu` file of the project, by name."""
-    return tuple(read_source(path) for path in sorted(cuda_directory().glob("*.cu")))
+    return tuple(read_source(path) for path in sorted(cuda_directory().glob("[!.]*.cu")))
