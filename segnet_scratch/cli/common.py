@@ -7,7 +7,6 @@ from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.text import Text
 
 from segnet_scratch import __version__
@@ -118,4 +117,13 @@ def _main(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=problems, show_path=False)])
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_Lines()])
+
+
+class _Lines(logging.Handler):
+    """Shows a message as one line, unbroken: commands in it are to be pasted."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        level = f"{record.levelname.lower()}: "
+        problems.print(Text.assemble((level, style), self.format(record)), soft_wrap=True)
