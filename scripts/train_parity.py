@@ -8,8 +8,9 @@ Contenders: `ours`; `torch`, the twin written from the paper (torch_segnet.py) i
 same twin with its initial weights off by a relative 1e-7. Rounding alone lets two runs of SegNet part
 (docs/numerics.md), so the last ones say how far apart two right implementations may be.
 
-Everybody takes the loader's batches in turn, so all see the same pixels in the same order. At the end each is scored on
-the val split by the same code, which is not the package's: PyTorch's bilinear resize and a histogram of NumPy's.
+Both sides take the same settings: one that a side would ignore is refused. Everybody takes the loader's batches in
+turn, so all see the same pixels in the same order. At the end each is scored on the val split by the same code, which
+is not the package's: PyTorch's bilinear resize and a histogram of NumPy's.
 Needs PyTorch (the extra `oracle`). Exit code 1 where ours strays further than PyTorch from itself.
 """
 
@@ -26,11 +27,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.nn import functional
-from torch_segnet import TorchSegNet, TorchSegNetBasic, parameter_groups
+from torch_segnet import TorchSegNet, TorchSegNetBasic
 
 from segnet_scratch import no_grad
-from segnet_scratch.config import Config, load_config
-from segnet_scratch.data import Batch, EvalTransform, Loader, TrainTransform, VOCDataset
+from segnet_scratch.config import MEDIAN_FREQUENCY, Config, load_config
+from segnet_scratch.data import (
+    Batch,
+    ColourJitter,
+    EvalTransform,
+    Loader,
+    TrainTransform,
+    VOCDataset,
+    class_statistics,
+)
+from segnet_scratch.errors import ConfigError
 from segnet_scratch.files import write_durably
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
@@ -41,6 +51,22 @@ VOID = 255
 PERTURBATION = 1e-7
 CONTENDERS = ("ours", "torch", "torch+1e-7", "torch+1e-7b")
 FIRST_STEPS, FIRST_LIMIT = 20, 1e-3  # so close the first losses must be
+# What both sides do, or the loader does for both.
+HONOURED = {
+    *("model", "decoder", "width", "size", "batch", "epochs", "steps", "seed", "init", "train_split", "val_split"),
+    *("lr", "momentum", "decay", "bias_lr", "encoder_lr", "schedule", "lr_steps", "lr_gamma", "poly_power", "warmup"),
+    *("clip_norm", "loss_normalisation", "class_weights", "label_smoothing"),
+    *("scale", "short_side", "flip", "brightness", "contrast", "saturation", "hue"),
+}
+WITHOUT_EFFECT = {"workers", "checkpoint_every", "validate_every", "validate_epochs"}  # on what is learnt
+
+
+def check_settings(config: Config) -> None:
+    """ConfigError for a setting that is not the default and that one of the sides would not heed."""
+    usual = vars(Config())
+    for key, value in vars(config).items():
+        if value != usual[key] and key not in HONOURED | WITHOUT_EFFECT:
+            raise ConfigError(f"train_parity: {key} = {value!r} is not for both sides; leave it at {usual[key]!r}")
 
 
 class Contender(Protocol):
@@ -56,9 +82,19 @@ class Contender(Protocol):
 class Ours:
     """The package."""
 
-    def __init__(self, config: Config, model: SegNet) -> None:
+    def __init__(self, config: Config, model: SegNet, class_weights: np.ndarray | None) -> None:
         self.model = model
-        self._step = TrainingStep(model, momentum=config.momentum, decay=config.decay, bias_lr=config.bias_lr)
+        self._step = TrainingStep(
+            model,
+            momentum=config.momentum,
+            decay=config.decay,
+            bias_lr=config.bias_lr,
+            multipliers={"encoder": config.encoder_lr},
+            clip_norm=config.clip_norm,
+            class_weights=class_weights,
+            normalisation=config.loss_normalisation,
+            smoothing=config.label_smoothing,
+        )
 
     def step(self, batch: Batch, lr: float) -> float:
         self._step(batch.images, batch.labels, lr)
@@ -74,25 +110,50 @@ class Torch:
     """The twin, its weights off by a relative `perturbation`."""
 
     def __init__(
-        self, config: Config, classes: int, state: Mapping[str, np.ndarray], perturbation: float = 0.0, seed: int = 0
+        self,
+        config: Config,
+        classes: int,
+        state: Mapping[str, np.ndarray],
+        class_weights: np.ndarray | None,
+        perturbation: float = 0.0,
+        seed: int = 0,
     ) -> None:
         twin = TorchSegNet if config.model == "segnet" else TorchSegNetBasic
-        self.model = twin(classes, config.width)
+        self.config = config
+        self.weights = None if class_weights is None else torch.from_numpy(class_weights)
+        self.model = twin(classes, config.width, config.decoder)
         self.model.load_numpy(state)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter *= 1 + perturbation * torch.randn(parameter.shape, generator=generator)
-        self.optimiser = torch.optim.SGD(parameter_groups(self.model, config.decay), lr=1.0, momentum=config.momentum)
+        groups = []
+        for name, parameter in self.model.named_parameters():
+            weight = parameter.ndim == 4
+            factor = (1.0 if weight else config.bias_lr) * (config.encoder_lr if name.startswith("encoder.") else 1.0)
+            groups.append({"params": [parameter], "weight_decay": config.decay * weight, "factor": factor})
+        self.optimiser = torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
 
     def step(self, batch: Batch, lr: float) -> float:
         self.model.train()
         for group in self.optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.optimiser.zero_grad()
         labels = torch.from_numpy(batch.labels).long()
-        loss = functional.cross_entropy(self.model(nchw(batch.images)), labels, ignore_index=VOID)
+        by_valid = self.config.loss_normalisation == "valid"
+        loss = functional.cross_entropy(
+            self.model(nchw(batch.images)),
+            labels,
+            weight=self.weights,
+            ignore_index=VOID,
+            reduction="sum" if by_valid else "mean",
+            label_smoothing=self.config.label_smoothing,
+        )
+        if by_valid:
+            loss = loss / (labels != VOID).sum()
         loss.backward()
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimiser.step()
         return loss.item()
 
@@ -116,7 +177,10 @@ def train(
         for batch in loader.epoch(epoch):
             if step == steps:
                 return
-            lr = learning_rate(step, steps, config.lr, config.schedule, config.poly_power, config.warmup)
+            lr = learning_rate(
+                *(step, steps, config.lr, config.schedule, config.poly_power, config.warmup),
+                *(config.lr_steps, config.lr_gamma),
+            )
             step += 1
             yield step, {name: contender.step(batch, lr) for name, contender in contenders.items()}
 
@@ -159,18 +223,27 @@ def main() -> int:
     options = parser.parse_args()
 
     config = load_config(options.config, options.settings)
-    dataset, val = VOCDataset(options.data, "train"), VOCDataset(options.data, "val")
-    transform = TrainTransform(config.image_size, config.scale, config.flip)
+    check_settings(config)
+    dataset, val = (VOCDataset(options.data, split) for split in (config.train_split, config.val_split))
+    jitter = ColourJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    side = (config.short_side[0], config.short_side[1]) if config.short_side else None
+    transform = TrainTransform(config.image_size, config.scale, config.flip, side, jitter)
+    counted = config.class_weights == MEDIAN_FREQUENCY
+    numbers = class_statistics(dataset, config.workers).weights if counted else config.class_weights
+    weights = np.array(numbers, np.float32) if len(numbers) else None
     loader = Loader(dataset, transform, config.batch, config.seed, drop_last=True, workers=config.workers)
     steps = config.steps or (config.epochs or 0) * loader.batches_per_epoch
-    model = ARCHITECTURES[config.model](dataset.classes, config.width, options.device, seed=config.seed)
-    initialised = initialise(model, options.init) if options.init else "He initialisation"
+    model = ARCHITECTURES[config.model](
+        *(dataset.classes, config.width, options.device), decoder=config.decoder, seed=config.seed
+    )
+    start = options.init or config.init
+    initialised = initialise(model, start) if start else "He initialisation"
     state = model.state_dict()
     makers: dict[str, Callable[[], Contender]] = {
-        "ours": lambda: Ours(config, model),
-        "torch": lambda: Torch(config, dataset.classes, state),
-        "torch+1e-7": lambda: Torch(config, dataset.classes, state, PERTURBATION, seed=1),
-        "torch+1e-7b": lambda: Torch(config, dataset.classes, state, PERTURBATION, seed=2),
+        "ours": lambda: Ours(config, model, weights),
+        "torch": lambda: Torch(config, dataset.classes, state, weights),
+        "torch+1e-7": lambda: Torch(config, dataset.classes, state, weights, PERTURBATION, seed=1),
+        "torch+1e-7b": lambda: Torch(config, dataset.classes, state, weights, PERTURBATION, seed=2),
     }
     contenders = {name: makers[name]() for name in options.contenders}
     print(f"{config.model}, {initialised}; {len(dataset)} images, {config.image_size}, {steps} steps")
@@ -189,7 +262,7 @@ def main() -> int:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "steps": steps,
-        "config": {key: value for key, value in vars(config).items() if value is not None},
+        "config": {k: v for k, v in vars(config).items() if k in HONOURED and v is not None},
         "seconds": time.perf_counter() - began,
         "scores": scores,
         "losses": {name: curve.tolist() for name, curve in curves.items()},
