@@ -326,19 +326,3 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_faults(const __grid_
     __syncthreads();
     fault_of(fault, scene, tile, row, out);
 }
-
-// What an ordinary load finds where a copy is under way: NaN, and under AddressSanitizer a report with this line.
-extern "C" __global__ void __launch_bounds__(32, 1) hopper_early_load(const __grid_constant__ TensorMap tile,
-                                                                      float* out) {  // (1)
-    SHARED_DYNAMIC(char, raw);
-    SHARED_ARRAY(Mbarrier, full, [1]);
-    char* const memory = raw + (0u - shared_address(raw)) % 1024;
-    if (threadIdx.x == 0) {
-        mbarrier_init(full[0], 1);
-        mbarrier_init_fence();
-        mbarrier_arrive_expect_tx(full[0], TILE);
-        tma_load(memory, tile, {0, 0}, full[0]);
-        out[0] = *(const storage_t*)memory;  // early
-        mbarrier_wait(full[0], 0);
-    }
-}
