@@ -26,7 +26,7 @@ def test_a_session_says_where_and_how_long(sample, tmp_path):
     (session,) = read_sessions(tmp_path)
     assert session.data == str(sample.resolve())
     assert (session.device, session.first_step, session.last_step, session.batch) == ("numpy", 0, 3, 4)
-    assert 0 < session.seconds < 60
+    assert session.seconds > 0
     assert session.images_per_second == pytest.approx(12 / session.seconds)
     assert session.versions["numpy"] == np.__version__
     assert session.versions["python"] == platform.python_version()
