@@ -56,7 +56,7 @@ MUTANTS = [
     for path in sorted((ROOT / "tests" / "mutants").glob("*.toml"))
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
 ]
-CHOSEN = random.Random(0).sample(MUTANTS, count(12, len(MUTANTS)))
+CHOSEN = random.Random(0).sample(MUTANTS, count(8, len(MUTANTS)))
 
 
 def copy_of_the_tree(folder: Path) -> Path:
