@@ -15,13 +15,11 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 def commands_of(text):
     """Lines of blocks that begin with `segnet`, whole with their continuations, and commands within a line."""
     joined = re.sub(r"\\\n\s*", "", text)
-    lines = [
-        line
-        for block in re.findall(r"^```\w*\n(.*?)^```", joined, re.MULTILINE | re.DOTALL)
-        for line in block.splitlines()
-    ]
-    inline = re.findall(r"`(segnet [^`]+)`", re.sub(r"^```.*?^```", "", joined, flags=re.MULTILINE | re.DOTALL))
-    return [line for line in [*map(str.strip, lines), *inline] if re.match(r"segnet [a-z-]", line)]
+    parts = re.split(r"^ *```.*\n", joined, flags=re.MULTILINE)  # outside a block, inside, outside, ...
+    lines = [line.strip() for block in parts[1::2] for line in block.splitlines()]
+    # In a sentence an option may stand without its value: `segnet data stats --toml`.
+    lines += [f"{found} VALUE" for found in re.findall(r"`(segnet [^`]+)`", "\n".join(parts[::2]))]
+    return [line for line in lines if re.match(r"segnet [a-z-]", line)]
 
 
 def parse(line):
@@ -48,7 +46,7 @@ def test_every_command_exists_with_its_options(page):
 
 def test_commands_are_found_and_wrong_ones_are_noticed():
     text = "`segnet recipes`\n```\nsegnet eval A --data B \\\n    --flip  # a word\nother\n```\n"
-    assert commands_of(text) == ["segnet eval A --data B --flip  # a word", "segnet recipes"]
+    assert commands_of(text) == ["segnet eval A --data B --flip  # a word", "segnet recipes VALUE"]
     for wrong in ("segnet evaluate A", "segnet eval A --flop", "segnet data downlod", "segnet eval A --data"):
         with pytest.raises(Exception, match=r"no command|[Nn]o such option|requires an argument"):
             parse(wrong)

@@ -13,6 +13,11 @@ from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import Trainer
 
 
+def resolved(**settings):
+    """Settings of a narrow network as a run has them: engine and precision are no longer "auto"."""
+    return Config(**{"width": 0.125, "engine": "layers", "precision": "float32"} | settings)
+
+
 def refused(config, free, monkeypatch, device="numpy"):
     monkeypatch.setattr(NumpyDevice, "free_memory", lambda self: free)
     with pytest.raises(DeviceMemoryError) as raised:
@@ -26,26 +31,26 @@ def refused(config, free, monkeypatch, device="numpy"):
     ids=str,
 )
 def test_the_batch_that_is_offered_fits_and_the_next_larger_ones_do_not(monkeypatch, settings):
-    config = Config(width=0.125, size=224, batch=1000, **settings)
+    config = resolved(size=224, batch=1000, **settings)
     error = refused(config, 2_000_000_000, monkeypatch)
     offered = int(re.search(r"try --set batch=(\d+)", str(error))[1])
     assert 1 <= offered < 1000
-    check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), Config(width=0.125, batch=offered, **settings))
+    check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), resolved(batch=offered, **settings))
     assert error.asked > error.free == 2_000_000_000
-    larger = Config(width=0.125, batch=int(1.3 * offered) + 5, **settings)
+    larger = resolved(batch=int(1.3 * offered) + 5, **settings)
     with pytest.raises(DeviceMemoryError):
         check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), larger)
 
 
 def test_the_parts_that_are_offered_fit(monkeypatch):
-    config = Config(width=0.125, size=224, batch=1000)
+    config = resolved(size=224, batch=1000)
     error = refused(config, 2_000_000_000, monkeypatch)
     parts = int(re.search(r"--set accumulate=(\d+)", str(error))[1])
-    check_memory(SegNet(21, 0.125, "numpy"), Config(width=0.125, batch=1000, accumulate=parts))
+    check_memory(SegNet(21, 0.125, "numpy"), resolved(batch=1000, accumulate=parts))
 
 
 def test_where_not_one_image_fits(monkeypatch):
-    assert "try a smaller size or width" in str(refused(Config(width=0.125, size=512), 1000, monkeypatch))
+    assert "try a smaller size or width" in str(refused(resolved(size=512), 1000, monkeypatch))
 
 
 def test_it_is_told_before_the_run_folder_is_made(sample, tmp_path, monkeypatch):
