@@ -138,7 +138,7 @@ def evaluate(
                 labels, sums = _predict(model, samples, size, inference)
                 loss_sums += sums
                 for sample, prediction in zip(samples, labels, strict=True):
-                    tally.add(sample.id, sample.mask, prediction[0])
+                    tally.add(sample.id, sample.mask, prediction.reshape(sample.mask.shape))
                 advance(len(samples))
     finally:
         model.train(was_training)

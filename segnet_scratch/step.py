@@ -17,7 +17,7 @@ import numpy as np
 
 from segnet_scratch.config import AUTO
 from segnet_scratch.data.palette import VOID
-from segnet_scratch.engine.network import RUNG_OF_PRECISION, misfit
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import DTypeError, ShapeError
@@ -42,6 +42,8 @@ def resolve(model: SegNet, engine: str, precision: str, parts: int = 1) -> tuple
 
     The fused engine on a GPU of sm_80 or newer, where it can compute the network, and there in bfloat16; the layers in
     float32 everywhere else. bfloat16 is the fused engine's alone, whatever the device.
+
+    ConfigError where the fused engine is asked for and cannot compute the network.
     """
     on_gpu = model.device.architecture is not None and has_tensor_cores(model.device)
     if engine == AUTO:
@@ -50,6 +52,8 @@ def resolve(model: SegNet, engine: str, precision: str, parts: int = 1) -> tuple
         engine = "fused" if precision == "bf16" or (on_gpu and fits) else "layers"
     if precision == AUTO:
         precision = "bf16" if engine == "fused" and on_gpu else "float32"
+    if engine == "fused":
+        check(model, RUNG_OF_PRECISION[precision])
     return engine, precision
 
 

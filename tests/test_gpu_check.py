@@ -105,8 +105,8 @@ class TestAsOnAGpu:
         monkeypatch.setattr(Work, "on_gpu", False)
         monkeypatch.setattr(CudaDevice, "capture", lambda device, step: lambda: device_loss(device))
 
-        def device_loss(device: Device):
-            return Steps(device, 1, 32, 1 / 16, dropout=True).step()
+        def device_loss(device: Device) -> None:
+            Steps(device, 1, 32, 1 / 16, dropout=True).losses(1)
 
         outcome = streams.graphs(Work(CudaDevice(), 0.0))
         assert outcome.passed is False
