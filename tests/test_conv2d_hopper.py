@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.kernels import needs_compiler
 
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.errors import ConfigError
+from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.lab.proof.launches import Replay
 from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.conv2d_hopper import (
@@ -22,6 +25,7 @@ from segnet_scratch.ops.convolution.conv2d_hopper import (
 )
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.ops.op import spec
+from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_SHARED
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -83,6 +87,14 @@ class TestParts:
             parts, blocks = Parts.of(geometry(n, h, w, c, o)), n * -(-h // 8) * -(-w // 8)
             assert (parts.count - 1) * parts.blocks < blocks <= parts.count * parts.blocks
             assert parts.count * (c // 64) * (o // 64) <= max(MULTIPROCESSORS, c // 64 * (o // 64))
+
+
+@needs_compiler
+def test_a_failure_of_a_kernel_with_tensor_maps_is_reported_without_its_writer():
+    op = HopperForward.plan(spec((1, 4, 4, 64), BFLOAT16), spec((64, 3, 3, 64), BFLOAT16))
+    inputs = {name: np.ones(s.shape, s.dtype) for name, s in op.inputs.items()}
+    replay = Replay(op, inputs, HostDevice())
+    assert replay.writer(Problem("y", "it is wrong", (0, 0, 0, 0))) == replay.race(2) == []
 
 
 class TestRule:
