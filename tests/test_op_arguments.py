@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from segnet_scratch import SegNet
-from segnet_scratch.engine.training import FusedTraining
-from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, SegnetError, ShapeError
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, tensor
 from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyForward
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.step import TrainingStep
 
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
 
@@ -80,10 +79,10 @@ class TestLoss:
         with pytest.raises(error, match=message):
             functions.cross_entropy(tensor(logits, device), labels, weights)
 
-    def test_and_those_of_the_fused_engine(self):
-        model = SegNet(5, 0.125, "numpy")
+    @pytest.mark.parametrize("engine", ["layers", "fused"])
+    def test_and_those_of_a_training_step(self, engine):
         with pytest.raises(ConfigError, match=r"-1.0 for class 1"):
-            FusedTraining(model, 1, (32, 32), WorkingWeights(model, "tf32"), class_weights=np.array([1, -1.0, 1, 1, 1]))
+            TrainingStep(SegNet(5, 0.125, "numpy"), engine, class_weights=np.array([1, -1.0, 1, 1, 1]))
 
     @each_device
     def test_weights_that_slip_through_show_in_the_loss(self, device):
