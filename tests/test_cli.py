@@ -208,7 +208,7 @@ def test_gradcheck_fails_with_exit_code_1(segnet, monkeypatch, tmp_path):
 
 def cases_of_wrong_usage():
     yield "unknown setting", ["train", "--set", "stepz=3"], ["unknown setting 'stepz'", "did you mean steps?"]
-    yield "unknown setting far off", ["train", "--set", "qqq=3"], ["the keys are model, decoder, width"]
+    yield "unknown setting far off", ["train", "--set", "qqq=3"], ["the keys are model, decoder, pooling, width"]
     yield "text for a number", ["train", "--set", "steps=many"], ["steps: expected an integer", "'many'"]
     yield "number for a choice", ["train", "--set", "model=3"], ["model: expected", "segnet-basic"]
     yield "size too small", ["train", "--set", "size=16"], ["size: expected", "32"]
