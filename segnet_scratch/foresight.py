@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 
 from segnet_scratch.config import Config
-from segnet_scratch.engine.ledger import accounts
+from segnet_scratch.engine.ledger import fused_account, layers_account
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.segnet import SegNet
@@ -43,12 +43,13 @@ def check_memory(model: SegNet, config: Config) -> None:
 
 def _bytes_of_image(model: SegNet, config: Config) -> int:
     """What one more image takes on the device: maps, indices and workspaces of a step, and itself in each batch."""
-    rung = RUNG_OF_PRECISION[config.precision]
-    fused, layers, _ = accounts(model.blocks, model.classes, 1, config.image_size, rung, model.classifier_kernel)
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
-    maps = (
-        fused.peak if config.engine == "fused" else layers.peak * itemsize // 4 + 2 * pixels * model.classes * itemsize
-    )
+    if config.engine == "fused":
+        rung = RUNG_OF_PRECISION[config.precision]
+        maps = fused_account(model.blocks, model.classes, 1, config.image_size, rung, model.classifier_kernel).peak
+    else:
+        logits = 2 * pixels * model.classes * itemsize
+        maps = layers_account(model.blocks, 1, config.image_size, itemsize).peak + logits
     return maps + _PREPARED * pixels * (3 * itemsize + 1)
 
 

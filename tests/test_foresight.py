@@ -49,6 +49,12 @@ def test_the_parts_that_are_offered_fit(monkeypatch):
     check_memory(SegNet(21, 0.125, "numpy"), resolved(batch=1000, accumulate=parts))
 
 
+@pytest.mark.parametrize("width", [1 / 3, 0.05])
+def test_widths_that_the_fused_engine_cannot_compute_are_counted_as_layers(width, monkeypatch):
+    config = resolved(width=width, size=224, batch=1000)
+    assert "try --set batch=" in str(refused(config, 2_000_000_000, monkeypatch))
+
+
 def test_where_not_one_image_fits(monkeypatch):
     assert "try a smaller size or width" in str(refused(resolved(size=512), 1000, monkeypatch))
 

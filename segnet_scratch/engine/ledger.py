@@ -45,14 +45,26 @@ def _kind(array: str, program: Program, arena: Arena) -> str:
     }.get(what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums")
 
 
-def fused_account(program: Program, arena: Arena) -> Account:
-    """The fused engine at the fullest step of its program; what the arena cannot fill counts as such."""
+def fused_account(
+    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
+) -> Account:
+    """The fused engine at the fullest step of its program; what the arena cannot fill counts as such.
+
+    ShapeError where that engine cannot compute the network.
+    """
+    program = training_program(blocks, batch, size, Convolutions(rung), Objective(classes), classifier_kernel)
+    arena = Arena.plan(program.lifetimes(kept=("loss", "logits")))
     fullest = max(range(len(program.steps)), key=lambda step: sum(arena.alive(step).values()))
     entries: Counter[str] = Counter()
     for array, nbytes in arena.alive(fullest).items():
         entries[_kind(array, program, arena)] += nbytes
     entries["gaps between arrays"] = arena.nbytes - sum(entries.values())
     return Account("fused", dict(entries))
+
+
+def layers_account(blocks: Sequence[Block], batch: int, size: tuple[int, int], itemsize: int = 4) -> Account:
+    """The layers of this project, whatever the widths, with elements of `itemsize` bytes."""
+    return _paper(layers_of(blocks, batch, *size), itemsize, 1, "layers")
 
 
 def _paper(layers: Sequence[Layer], itemsize: int, index: int, name: str) -> Account:
@@ -79,8 +91,6 @@ def accounts(
 
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
-    layers = layers_of(blocks, batch, *size)
-    program = training_program(blocks, batch, size, Convolutions(rung), Objective(classes), classifier_kernel)
-    itemsize = storage(rung).itemsize
-    fused = fused_account(program, Arena.plan(program.lifetimes(kept=("loss", "logits"))))
-    return [fused, _paper(layers, 4, 1, "layers"), _paper(layers, itemsize, 8, "PyTorch")]
+    fused = fused_account(blocks, classes, batch, size, rung, classifier_kernel)
+    torch = _paper(layers_of(blocks, batch, *size), storage(rung).itemsize, 8, "PyTorch")
+    return [fused, layers_account(blocks, batch, size), torch]
