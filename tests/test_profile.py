@@ -45,6 +45,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(ceilings, "MATRIX", 64)
     monkeypatch.setattr(ceilings, "FMA_THREADS", 512)
     monkeypatch.setattr(ceilings, "FMA_ROUNDS", 5)
+    monkeypatch.setattr(ceilings, "MMA_THREADS", 512)
+    monkeypatch.setattr(ceilings, "MMA_ROUNDS", 5)
     monkeypatch.setattr(ceilings, "PASSES", 1)
     monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 10)
 
