@@ -79,6 +79,7 @@ class SGD:
             self._step = SgdPackStep(*step, copies, flipped, working.storage)
         self._statistics = KeepFinite(device, [buffer.data for buffer in model.named_buffers().values()])
         self._scale = device.upload(np.ones(1))
+        self._failed = device.upload(np.full(1, np.nan))  # here already where memory has run out
         self.norm = device.zeros((1,), np.float64)  # of all gradients together, before clipping
         self._norm = GradientNorm(
             device,
@@ -102,8 +103,8 @@ class SGD:
             self._step.refresh()
 
     def take_back(self) -> None:
-        """The running statistics are again what the last step left: a forward pass was made for its result alone."""
-        self._statistics(self.model.device.upload(np.full(1, np.nan)))
+        """The running statistics are again what the last whole step left: a forward pass is not to count."""
+        self._statistics(self._failed)
 
     def step(self, lr: float) -> None:
         """Moves every parameter along its gradient; all must have one."""

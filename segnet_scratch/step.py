@@ -10,7 +10,8 @@ whose gradients are not finite changes nothing there (optim.py).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -220,14 +221,24 @@ class TrainingStep:
         self.optimiser.set_rate(lr)
 
     def run(self) -> None:
-        """One step on what was written."""
+        """One step on what was written. One that fails halfway, for lack of memory, leaves no trace either."""
         if not self.model.training:
             self.model.train()
-        self._replayed()
+        with self._whole():
+            self._replayed()
 
     def walk(self, enter: Enter = _nobody) -> None:
         """The same op by op, for whoever watches; `enter` is told of forward, backward and update."""
-        self._unit(self._pass, enter)
+        with self._whole():
+            self._unit(self._pass, enter)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # the forward pass has moved running statistics
+            self.optimiser.take_back()
+            raise
 
     def _unit(self, current: Pass, enter: Enter = _nobody) -> None:
         current.run(enter)
@@ -243,8 +254,10 @@ class TrainingStep:
         self.model.train()
         del self._passes[tuple(self._pass.labels.shape)]  # a graph would leave gradients and losses elsewhere
         logits: list[Array] = []
-        self._pass.run(hold=logits)
-        self.optimiser.take_back()
+        try:
+            self._pass.run(hold=logits)
+        finally:
+            self.optimiser.take_back()
         return logits[-1]
 
     def read(self) -> "Outcome":

@@ -171,10 +171,10 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
-        if isinstance(error, TrainingError):
+        if isinstance(error, _NotFinite):
             return
         try:
-            self._settle(Listener(), 0)  # what the device has been given, it makes
+            self._settle(Listener(), 0, rescuing=True)  # what the device has been given, it makes
             if self.step == self._saved_step:
                 return
             self.save()
@@ -270,21 +270,28 @@ class Trainer:
         self.training(batch.images, batch.labels, lr, number)
         self._open.append(_Step(self.training.read(), lr))
 
-    def _settle(self, listener: Listener, ahead: int) -> None:
+    def _settle(self, listener: Listener, ahead: int, rescuing: bool = False) -> None:
         """Looks at losses and norms that have come, in order; waits until at most `ahead` steps are left open.
 
-        A step that was not finite, and all after it, have changed nothing on the device: TrainingError.
+        A step that was not finite, and all after it, have changed nothing on the device: TrainingError. To rescue what
+        was trained, a row of metrics.jsonl that cannot be written is let go.
         """
         while self._open and (len(self._open) > ahead or self._open[0].outcome.ready):
             loss, norm = self._open[0].outcome.get()
             if not math.isfinite(loss):
-                raise TrainingError(self._not_finite(loss))
+                raise _NotFinite(self._not_finite(loss))
             # One element of a gradient that is not finite makes the norm so.
             if not math.isfinite(norm):
-                raise TrainingError(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
-            lr = self._open.popleft().lr
+                raise _NotFinite(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
+            lr = self._open[0].lr
+            try:
+                self.log.append({"step": self.step + 1, "loss": loss, "lr": lr})
+            except TrainingError as error:
+                if not rescuing:
+                    raise
+                log.warning("step %d has no row: %s", self.step + 1, error)
+            self._open.popleft()
             self.step += 1
-            self.log.append({"step": self.step, "loss": loss, "lr": lr})
             listener.stepped(self, loss, lr)
 
     def _not_finite(self, loss: float) -> str:
@@ -294,8 +301,11 @@ class Trainer:
         )
         with closing(self._batches(self.step)) as batches:
             batch = next(batches)
-            self.training.gradients(batch.images, batch.labels, self.step)
-            origin = first_not_finite(self.model, batch.images) or "loss"
+            try:
+                self.training.gradients(batch.images, batch.labels, self.step)
+                origin = first_not_finite(self.model, batch.images) or "loss"
+            except DeviceMemoryError:  # the layers need more than the fused engine, whose arrays are still there
+                origin = "not looked for, as memory does not suffice"
         more = ", ..." if len(batch.ids) > 4 else ""
         return (
             f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); NaN or infinity "
@@ -446,6 +456,10 @@ class _Step:
 
     outcome: Outcome
     lr: float
+
+
+class _NotFinite(TrainingError):
+    """A step whose loss or gradients are not finite: the one error after which nothing is to be saved."""
 
 
 class _Stopped(Exception):

@@ -5,7 +5,7 @@ import pytest
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config
-from segnet_scratch.errors import TrainingError
+from segnet_scratch.errors import DeviceMemoryError, TrainingError
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.nn.autograd import Function
 from segnet_scratch.segnet import segnet_blocks
@@ -88,6 +88,16 @@ def test_on_the_host_device(sample, tmp_path, where):
     expected = "output of decoder.2.1" if where == "forward" else "gradient of decoder.2.1.bn.bias"
     listener = BreakAfter(layer, np.nan, where)
     assert f"first in: {expected};" in stop(sample, tmp_path, listener, "host", "segnet-basic")
+
+
+def test_where_memory_does_not_suffice_to_look_it_is_still_the_loss_that_is_named(sample, tmp_path, monkeypatch):
+    def no_memory(*arguments):
+        raise DeviceMemoryError("out of memory", 2, 1)
+
+    monkeypatch.setattr("segnet_scratch.train.first_not_finite", no_memory)
+    message = stop(sample, tmp_path, BreakAfter("classifier", np.nan, "forward"), model="segnet-basic")
+    assert "the loss is nan at step 2" in message
+    assert "first in: not looked for, as memory does not suffice;" in message
 
 
 class BreakParameter(Listener):

@@ -98,6 +98,18 @@ def test_a_state_that_cannot_be_saved_either_leaves_the_error_that_came_first(sa
     assert "could not be saved: no room" in caplog.text
 
 
+def test_rows_that_cannot_be_written_cost_no_training(sample, tmp_path, caplog):
+    def act():
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").mkdir()
+
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl: could not be written"):
+        trainer(sample, tmp_path, steps=9).run(After(3, act))
+    assert weights.read(tmp_path / "last.safetensors")[2]["step"] == 4
+    assert "step 4 has no row" in caplog.text
+    assert "saved at step 4" in caplog.text
+
+
 def test_a_run_without_a_checkpoint_does_not_block_its_folder(sample, tmp_path):
     def act():
         raise SystemExit

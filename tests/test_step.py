@@ -8,6 +8,7 @@ from support.fake_cupy import FakeCupy
 
 from segnet_scratch.config import Config
 from segnet_scratch.errors import DTypeError, ShapeError, TrainingError
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.segnet import SegNetBasic
@@ -64,6 +65,26 @@ def test_a_step_that_is_not_finite_leaves_no_trace_and_neither_do_those_after_it
     for seed in (0, 2):
         other(*batch(seed), 0.1)
     assert_same(state(step), state(other))
+
+
+@pytest.mark.parametrize("way", ["run", "walk", "gradients"])
+@pytest.mark.parametrize(("engine", "precision"), ENGINES[:2])
+def test_a_step_that_fails_halfway_leaves_no_trace(engine, precision, way, monkeypatch):
+    step = training(engine, precision, "numpy")
+    step(*batch(0), 0.1)
+    before = {name: array.copy() for name, array in state(step).items()}
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(Conv2dBackwardBias, "run", no_memory)  # of the classifier, after the whole forward pass
+    with pytest.raises(MemoryError):
+        if way == "gradients":
+            step.gradients(*batch(1))
+        else:
+            step.write(*batch(1), 0.1)
+            getattr(step, way)()
+    assert_same(state(step), before)
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES[:2])
