@@ -78,12 +78,10 @@ def test_a_step_that_fails_halfway_leaves_no_trace(engine, precision, way, monke
         raise MemoryError
 
     monkeypatch.setattr(Conv2dBackwardBias, "run", no_memory)  # of the classifier, after the whole forward pass
+    step.write(*batch(1), 0.1)
+    ways = {"run": step.run, "walk": step.walk, "gradients": lambda: step.gradients(*batch(1))}
     with pytest.raises(MemoryError):
-        if way == "gradients":
-            step.gradients(*batch(1))
-        else:
-            step.write(*batch(1), 0.1)
-            getattr(step, way)()
+        ways[way]()
     assert_same(state(step), before)
 
 
