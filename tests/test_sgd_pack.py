@@ -4,11 +4,11 @@ without a step, arrays that do not fit. Faults put into it: test_mutants.py.
 
 import numpy as np
 import pytest
-from support.kernels import Recorder
+from support.kernels import Recorder, needs_compiler
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.optimiser.sgd_pack import TILE, SgdPackStep
-from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.devices import CudaDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, launch
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -32,7 +32,7 @@ class Step:
     """A step over these parameters; what lies beyond a weight's outputs in its copies holds UNTOUCHED."""
 
     def __init__(self, device, storage, parameters=PARAMETERS):
-        self.device, rng = device if isinstance(device, Recorder) else get_device(device), np.random.default_rng(0)
+        self.device, rng = get_device(device) if isinstance(device, str) else device, np.random.default_rng(0)
         upload = self.device.upload
         self.w = [upload(rng.standard_normal(shape).astype(F32)) for shape, _ in parameters]
         self.m = [upload(rng.standard_normal(shape).astype(F32)) for shape, _ in parameters]
@@ -98,6 +98,25 @@ def test_refresh_writes_copies_and_nothing_else(device, storage):
         s.device.write(w, np.random.default_rng(1).standard_normal(w.shape).astype(F32))
     s.step.refresh()
     s.assert_copies_are_those_of_the_weights()
+
+
+@needs_compiler
+def test_a_graph_of_steps_stays_whole_after_a_refresh(cupy):
+    """The first step, op by op, made the table of addresses that the graph reads."""
+    device = CudaDevice()
+    s, host = (Step(where, F32, [((33, 1, 1, 31), 40), ((21,), None)]) for where in (device, "host"))
+    lr, scale = (np.full(1, value) for value in (0.1, 1.0))
+    for step in (s, host):
+        step.numbers = [step.device.upload(number) for number in (lr, scale)]
+        step.held = step.gradients(0)
+    s.step(s.held, *s.numbers)
+    replay = device.capture(lambda: s.step(s.held, *s.numbers))
+    for again in (replay, s.step.refresh, replay):
+        again()
+    for _ in range(3):
+        host.step(host.held, *host.numbers)
+    for ours, theirs in zip(s.w, host.w, strict=True):
+        np.testing.assert_array_equal(device.download(ours), theirs)
 
 
 def test_flipped_is_what_the_layers_make_for_dgrad():

@@ -6,6 +6,7 @@ from math import gcd, prod
 import numpy as np
 
 from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.ops.optimiser.array_table import ArrayTable
 from segnet_scratch.ops.optimiser.sgd import SgdStep
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import ElementTypes, launch
@@ -57,6 +58,8 @@ class SgdPackStep(SgdStep):
         ]
         self._on_device: tuple[Array, ...] = ()
         self._zero = device.zeros((1,), np.float64)
+        # Apart from that of the steps: a graph has its address, and no other columns may take its place.
+        self._table_of_refresh = ArrayTable(device, self.name, self.parameters)
 
     def _padded(self, index: int, shape: tuple[int, ...]) -> int:
         """Outputs of the copies of a parameter, checked; 0 where it has none."""
@@ -93,7 +96,7 @@ class SgdPackStep(SgdStep):
     def refresh(self) -> None:
         """Writes the copies of the parameters as they are."""
         if self.device.runs_kernels:
-            self._run(self.parameters, self._zero, self._zero, update=False)
+            self._run(self._table_of_refresh, self.parameters, self._zero, self._zero, update=False)
             return
         for parameter, copy, flipped in zip(self.parameters, self.copies, self.flipped, strict=True):
             if copy is not None:
@@ -102,16 +105,16 @@ class SgdPackStep(SgdStep):
                 flipped[..., : len(parameter)] = parameter[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 
     def _launch(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
-        self._run(gradients, lr, scale, update=True)
+        self._run(self.table, gradients, lr, scale, update=True)
 
-    def _run(self, gradients: Sequence[Array], lr: Array, scale: Array, update: bool) -> None:
+    def _run(self, table: ArrayTable, gradients: Sequence[Array], lr: Array, scale: Array, update: bool) -> None:
         if not self._on_device:
             numbers = (
                 *(np.array(self._shapes, np.int32), np.array(self.rates), np.array(self.decays)),
                 np.array(self._tiles, np.int32),
             )
             self._on_device = tuple(self.device.constant(array) for array in numbers)
-        addresses = self.table.addresses(self.parameters, gradients, self.momenta, self.copies, self.flipped)
+        addresses = table.addresses(self.parameters, gradients, self.momenta, self.copies, self.flipped)
         arguments = (
             *(addresses, *self._on_device, lr, scale),
             *(len(self.parameters), len(self._tiles), self.momentum, int(update)),
