@@ -156,8 +156,9 @@ def held(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             alone = False
         except OSError:
+            file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             os.close(descriptor)
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = file
             alone = lock(descriptor, folder / ".lock")
         yield alone
     finally:

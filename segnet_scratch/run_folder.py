@@ -1,13 +1,13 @@
 """The folder of a run: its files, whose settings they are, and that one process at a time trains there."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segnet_scratch.config import AUTO, Config, check_resume, load_config, toml_value
 from segnet_scratch.errors import TrainingError
-from segnet_scratch.files import held
+from segnet_scratch.files import held, reason
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ class RunFolder:
         """Weights of the best validation."""
         return self.path / "best.safetensors"
 
+    @property
+    def state(self) -> tuple[tuple[int, int] | None, ...]:
+        """Changes with `config`, which whoever begins or resumes the run writes anew, and with `last`."""
+        return tuple(_version(path) for path in (self.config, self.last))
+
+    def expect_no_run(self) -> None:
+        """TrainingError where a run would be overwritten. What never came to a checkpoint is no obstacle."""
+        if self.last.exists() or self.best.exists():
+            raise TrainingError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
+
     def resolve_config(
         self, files: Sequence[Path], overrides: Sequence[str], resume: bool, init: Path | None = None
     ) -> Config:
@@ -47,10 +57,7 @@ class RunFolder:
         if init is not None:
             overrides = [*overrides, f"init={toml_value(str(init.resolve()))}"]
         if not resume:
-            if self.last.exists() or self.best.exists():
-                raise TrainingError(
-                    f"{self.path} already holds a run; continue it with --resume, or choose another --out"
-                )
+            self.expect_no_run()
             return load_config(files, overrides)
         if not self.config.exists():
             raise TrainingError(f"{self.path}: there is no run to resume; leave out --resume to start one there")
@@ -66,12 +73,24 @@ class RunFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keeps other processes out of the folder; TrainingError where one is in it, alive."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with held(self.path) as alone:
+        """Keeps other processes out of the folder; TrainingError where one is in it or no lock is to be had."""
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                alone = stack.enter_context(held(self.path))
+            except OSError as error:
+                raise TrainingError(f"{error.filename or self.path}: cannot be locked: {reason(error)}") from error
             if not alone:
                 raise TrainingError(
                     f"{self.path}: another process trains in this folder; wait for its end, stop it, or choose another "
                     "--out"
                 )
             yield
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -60,11 +60,12 @@ class RunRecord(Listener):
             self._write(self._trainer)
 
     def started(self, trainer: Trainer) -> None:
-        self._trainer, self._first_step, self._began = trainer, trainer.step, perf_counter()
+        self._first_step, self._began = trainer.step, perf_counter()
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         # A session that began at this step or later has lost its steps: the run went on from an earlier checkpoint.
         self._earlier = [s for s in read_sessions(trainer.folder.path) if s.first_step < trainer.step]
         self._versions, self._revision = versions(), revision()
+        self._trainer = trainer  # from here on there is something to write on exit
         self._write(trainer)
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:

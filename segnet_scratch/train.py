@@ -126,6 +126,7 @@ class Trainer:
         self._stop = threading.Event()
         self.initialised = self.init = "He initialisation"  # how this session and how the run began
         self._open: deque[_Step] = deque()  # steps whose losses have not been looked at
+        self._seen = self.folder.state
         saved = weights.read(self.folder.last) if resume and self.folder.last.exists() else None
         if saved is not None:
             self._take_up(saved[2])
@@ -143,10 +144,13 @@ class Trainer:
                 f"{self.folder.path}: {self.step} steps have been made, {self.total_steps} are asked for; "
                 "resume with at least as many"
             )
-        with self.folder.in_use():
+        with self._alone():
+            if not resume:
+                self.folder.expect_no_run()
             sweep_temporaries(self.folder.path)
             self.log.truncate_after(self.step, self._validation_due)
             write_durably(self.folder.config, [config.to_toml().encode()])
+            self._seen = self.folder.state
 
     def run(self, listener: Listener | None = None) -> bool:
         """Trains to the end; True when it is reached, False when a signal (Ctrl-C) ended it after saving.
@@ -154,7 +158,7 @@ class Trainer:
         The end is the last step, or the validation at which `patience` is exhausted. An error is raised after saving.
         """
         listener = listener or Listener()
-        with self.folder.in_use(), _stop_requests() as self._stop:
+        with self._alone(), _stop_requests() as self._stop:
             try:
                 listener.started(self)
                 if self._validation_due:
@@ -169,6 +173,17 @@ class Trainer:
                 raise
         return True
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps others out of the folder; TrainingError where one has been there since this run looked at it."""
+        with self.folder.in_use():
+            if self.folder.state != self._seen:
+                raise TrainingError(
+                    f"{self.folder.path}: another run has been taken up in this folder meanwhile; start again, with "
+                    "--resume to go on from there"
+                )
+            yield
+
     def _rescue(self, error: Exception) -> None:
         """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
         if isinstance(error, _NotFinite):
@@ -177,6 +192,7 @@ class Trainer:
             self._settle(Listener(), 0, rescuing=True)  # what the device has been given, it makes
             if self.step == self._saved_step:
                 return
+            self._validation_due = self._validation_due or self._validates
             self.save()
         except Exception as second:
             log.warning("what was trained since step %d could not be saved: %s", self._saved_step, second)
@@ -319,6 +335,11 @@ class Trainer:
         return self.config.validate_every or self.config.validate_epochs * self.loader.batches_per_epoch
 
     @property
+    def _validates(self) -> bool:
+        """Is a validation to follow the last step?"""
+        return self.step == self.total_steps or self.step % self._validation_interval == 0
+
+    @property
     def _next_stop(self) -> int:
         """The step before which nothing needs the losses: the next validation or checkpoint, or the end."""
         intervals = self._validation_interval, self.config.checkpoint_every or self.total_steps
@@ -326,7 +347,7 @@ class Trainer:
 
     def _after_step(self, listener: Listener) -> None:
         checkpoint_every = self.config.checkpoint_every
-        if self.step == self.total_steps or self.step % self._validation_interval == 0:
+        if self._validates:
             self._validation_due = True
             self._validate_and_save(listener)
         elif checkpoint_every and self.step % checkpoint_every == 0:
@@ -366,7 +387,7 @@ class Trainer:
         """Writes `last.safetensors`: everything that the next step depends on."""
         metadata = self._metadata() | {"validation_due": self._validation_due}
         weights.save(self.folder.last, self.model, metadata, self.training.optimiser.state_dict())
-        self._saved_step = self.step
+        self._saved_step, self._seen = self.step, self.folder.state
 
     def _metadata(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from segnet_scratch import files
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.errors import ConfigError, TrainingError
 from segnet_scratch.files import expect_apart, lock, reason, sweep_temporaries, whole_folder, write_durably
+from segnet_scratch.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("letter", ["n", "\u00e9", "\U0001f4c4"])
@@ -109,6 +110,16 @@ def test_a_result_may_not_be_written_over_what_it_is_made_from(tmp_path):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match="would overwrite"):
             expect_apart(target, tmp_path / "b", tmp_path / "a")
+
+
+def test_a_folder_without_a_lock_is_told_and_nothing_is_closed_twice(tmp_path, monkeypatch):
+    def no_lock(descriptor, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_lock)
+    (tmp_path / ".lock").mkdir()  # cannot be opened to write
+    with pytest.raises(TrainingError, match=r"\.lock: cannot be locked: Is a directory"), RunFolder(tmp_path).in_use():
+        pass
 
 
 def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch):

@@ -168,6 +168,36 @@ def test_a_folder_is_in_use_while_it_is_trained_in(sample, tmp_path):
         trainer(sample, tmp_path, steps=9).run(After(2, act))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_has_gone_on_with_is_not_cut_back(sample, tmp_path, monkeypatch, resume):
+    """Between the look at the folder and its lock, and between the lock of the constructor and that of `run`."""
+    if resume:
+        trainer(sample, tmp_path, steps=2).run()
+    early = trainer(sample, tmp_path, resume, steps=2 if resume else 4)
+    in_use = RunFolder.in_use
+
+    def after_another(folder):
+        monkeypatch.setattr(RunFolder, "in_use", in_use)
+        trainer(sample, tmp_path, resume, steps=4).run()
+        return in_use(folder)
+
+    monkeypatch.setattr(RunFolder, "in_use", after_another)
+    with pytest.raises(TrainingError, match="another run has been taken up in this folder meanwhile"):
+        trainer(sample, tmp_path, resume, steps=4)
+    with pytest.raises(TrainingError, match="another run has been taken up in this folder meanwhile"):
+        early.run()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert weights.read(tmp_path / "last.safetensors")[2]["step"] == 4
+
+
+def test_a_run_is_not_begun_over_another(sample, tmp_path):
+    """Also where it came to a checkpoint after the settings were looked at."""
+    first = trainer(sample, tmp_path, steps=2)
+    first.run()
+    with pytest.raises(TrainingError, match="already holds a run"):
+        Trainer(first.config, sample, tmp_path, "numpy")
+
+
 # What a run starts from
 
 

@@ -76,6 +76,14 @@ def test_a_damaged_record_is_named(tmp_path, content):
         read_sessions(tmp_path)
 
 
+def test_a_damaged_record_is_named_when_the_run_goes_on_and_left_as_it_is(sample, tmp_path):
+    train(sample, tmp_path, 1)
+    (tmp_path / "sessions.json").write_text("{}")
+    with pytest.raises(DataError, match=r"sessions\.json: expected the record"):
+        train(sample, tmp_path, 2, resume=True)
+    assert (tmp_path / "sessions.json").read_text() == "{}"
+
+
 def test_the_revision_is_that_of_this_checkout(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
