@@ -271,10 +271,10 @@ def test_report_writes_a_page(segnet, sample, bayesian, tmp_path):
     (run / "sessions.json").unlink()
     finished = segnet("report", run, "--out", tmp_path / "new" / "page.html")
     page = tmp_path / "new" / "page.html"
-    assert (finished.code, finished.out) == (0, f"{page}: without predictions; --data DIR adds them\n")
+    assert (finished.code, finished.out.strip()) == (0, f"{page}: without predictions; --data DIR adds them")
     assert "<img" not in page.read_text()
     finished = segnet("report", run, "--data", sample, "--out", page)
-    assert (finished.code, finished.out) == (0, f"{page}\n")
+    assert (finished.code, finished.out.strip()) == (0, str(page))
     assert "data:image/png;base64," in page.read_text()
 
 

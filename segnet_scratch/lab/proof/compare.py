@@ -1,6 +1,6 @@
 """One op on one device against its reference: results within the row's bound, nothing else touched.
 
-Every array of a run lies between guard zones (kernels/workbench/guards.py), outputs and workspace are filled with NaN
+Every array of a run lies between guard zones (lab/workbench/guards.py), outputs and workspace are filled with NaN
 first and with a number in a second run, in which guard zones hold other values, and inputs are compared with what they
 were.
 """
