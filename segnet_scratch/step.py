@@ -12,7 +12,7 @@ whose gradients are not finite changes nothing there (optim.py).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Generic, Protocol
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from segnet_scratch.data.palette import VOID
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.errors import ConfigError, DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
 from segnet_scratch.ops.loss.cross_entropy import check_class_weights, check_labels
 from segnet_scratch.optim import SGD
 from segnet_scratch.runtime.devices import Array, Device, Reading
+from segnet_scratch.runtime.devices.base import Result
 from segnet_scratch.runtime.observe import scope
 from segnet_scratch.segnet import SegNet
 
@@ -169,6 +170,8 @@ class TrainingStep:
         parts: int = 1,
         seed: int = 0,
     ) -> None:
+        if engine == "fused" and parts > 1:
+            raise ConfigError(f"training step: the fused engine takes a batch whole, got {parts} parts; use the layers")
         self.model, self.device = model, model.device
         # The engine lays the classifier's parameters where its kernels want them: before SGD looks where they are.
         working = WorkingWeights.of(model, precision) if engine == "fused" else None
@@ -182,7 +185,7 @@ class TrainingStep:
             return LayersTraining(model, parts, seed, *objective, shape)
 
         self._plan, self._captures = plan, parts == 1  # between parts random numbers are written
-        self._passes: dict[tuple[int, ...], tuple[Pass, Replayed]] = {}
+        self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[list[Array], list[Array]]]]] = {}
 
     def _checked(self, class_weights: np.ndarray) -> Array:
         return self.device.upload(check_class_weights(class_weights, self.model.classes, self.model.dtype))
@@ -204,17 +207,17 @@ class TrainingStep:
                 f"training step: images {tuple(images.shape)} and labels {tuple(labels.shape)}; expected (n, h, w, 3) "
                 "and (n, h, w)"
             )
+        if isinstance(labels, np.ndarray):
+            labels = check_labels(labels, self.model.classes)
+        if images.dtype != self.model.dtype or labels.dtype != np.uint8:
+            raise DTypeError(
+                f"training step: images of {images.dtype} and labels of {labels.dtype}; expected {self.model.dtype} "
+                "and uint8"
+            )
         if shape not in self._passes:
             planned = self._plan((shape[0], shape[1], shape[2]))
             self._passes[shape] = planned, Replayed(self.device, lambda: self._unit(planned), self._captures)
         self._pass, self._replayed = self._passes[shape]
-        if isinstance(labels, np.ndarray):
-            labels = check_labels(labels, self.model.classes)
-        if images.dtype != self._pass.images.dtype or labels.dtype != np.uint8:
-            raise DTypeError(
-                f"training step: images of {images.dtype} and labels of {labels.dtype}; expected "
-                f"{self._pass.images.dtype} and uint8"
-            )
         self.device.write(self._pass.images, images)
         self.device.write(self._pass.labels, labels)
         self._pass.prepare(number)
@@ -225,7 +228,9 @@ class TrainingStep:
         if not self.model.training:
             self.model.train()
         with self._whole():
-            self._replayed()
+            self._pass.losses, gradients = self._replayed()
+        for parameter, gradient in zip(self.optimiser.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient  # a graph's own, where steps of another shape or op by op came between
 
     def walk(self, enter: Enter = _nobody) -> None:
         """The same op by op, for whoever watches; `enter` is told of forward, backward and update."""
@@ -240,10 +245,12 @@ class TrainingStep:
             self.optimiser.take_back()
             raise
 
-    def _unit(self, current: Pass, enter: Enter = _nobody) -> None:
+    def _unit(self, current: Pass, enter: Enter = _nobody) -> tuple[list[Array], list[Array]]:
+        """A step; the losses and gradients that it leaves."""
         current.run(enter)
         enter("update")
         self.optimiser.update()
+        return current.losses, [parameter.grad for parameter in self.optimiser.parameters.values()]
 
     def gradients(self, images: Array, labels: Array, number: int = 0) -> Array:
         """Loss and gradients of a batch alone; nothing moves.
@@ -252,7 +259,6 @@ class TrainingStep:
         """
         self.write(images, labels, 0.0, number)
         self.model.train()
-        del self._passes[tuple(self._pass.labels.shape)]  # a graph would leave gradients and losses elsewhere
         logits: list[Array] = []
         try:
             self._pass.run(hold=logits)
@@ -261,7 +267,10 @@ class TrainingStep:
         return logits[-1]
 
     def read(self) -> "Outcome":
-        """Loss and norm of the step just made, on their way to the host while the device goes on."""
+        """Loss and norm of the step just made, on their way to the host while the device goes on.
+
+        After `gradients` there is no such step: the norm is still that of the last one.
+        """
         return Outcome(self.device.read([*self._pass.losses, self.optimiser.norm]), self._pass.shares)
 
 
@@ -282,24 +291,22 @@ class Outcome:
         return math.fsum(share * loss for share, loss in zip(self._shares, losses, strict=True)), norm
 
 
-class Replayed:
+class Replayed(Generic[Result]):
     """A function that launches kernels: carried out as it is the first time, from then on replayed as a GPU's graph.
 
-    Arrays that the function makes and leaves somewhere are those of the graph from the second time on.
+    Arrays that the function makes are those of the graph from the second time on; what it returns says which.
     """
 
-    def __init__(self, device: Device, function: Callable[[], None], capture: bool = True) -> None:
+    def __init__(self, device: Device, function: Callable[[], Result], capture: bool = True) -> None:
         self._device, self._function, self._capture = device, function, capture
-        self._replay: Callable[[], None] | None = None
+        self._replay: Callable[[], Result] | None = None
         self._loaded = False
 
-    def __call__(self) -> None:
+    def __call__(self) -> Result:
+        if self._replay is None and self._loaded and self._capture:
+            self._replay = self._device.capture(self._function)
         if self._replay is not None:
-            self._replay()
-            return
-        if not self._loaded or not self._capture:
-            self._function()  # loads the kernels, which a graph cannot
-            self._loaded = True
-            return
-        self._replay = self._device.capture(self._function)
-        self._replay()
+            return self._replay()
+        result = self._function()  # loads the kernels, which a graph cannot
+        self._loaded = True
+        return result

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from support.fake_cupy import FakeCupy
+from support.kernels import needs_compiler
 
 from segnet_scratch.config import Config
-from segnet_scratch.errors import DTypeError, ShapeError, TrainingError
+from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError, TrainingError
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
@@ -95,6 +96,50 @@ def test_walked_and_run_it_is_the_same_step(engine, precision):
         run(*batch(seed), 0.1)
     assert phases == ["forward", "backward", "update"] * 2
     assert_same(state(walked), state(run))
+
+
+@needs_compiler
+def test_loss_and_gradients_are_those_of_the_step_whatever_came_between(cupy):
+    """On a GPU later steps are replayed into arrays of the graph, and other steps leave theirs in the same place."""
+    (cuda, ours), (host, expected) = ((where, []) for where in (CudaDevice(), HostDevice()))
+    batches = [tuple(array[:, :8, :9] for array in batch(seed)) for seed in range(9)]
+    for device, found in ((cuda, ours), (host, expected)):
+        step = TrainingStep(SegNetBasic(CLASSES, 1 / 32, device, seed=1))
+        bias = step.model.named_parameters()["classifier.bias"]
+        for kind in ("run", "run", "walk", "run", "small", "small", "run", "gradients", "run"):
+            images, labels = (array[:1] if kind == "small" else array for array in batches[len(found)])
+            if kind == "gradients":
+                step.gradients(images, labels)
+            else:
+                step.write(images, labels, 0.1)
+                step.walk() if kind == "walk" else step.run()
+            found.append((kind, *step.read().get(), *device.download(bias.grad)))
+    assert ours == expected
+
+
+def test_gradients_make_no_second_pass():
+    """Its arrays would come beside those of the first one."""
+    step = training("fused", "float32", "numpy")
+    step(*batch(0), 0.1)
+    planned = step._pass
+    step.gradients(*batch(1))
+    step(*batch(2), 0.1)
+    assert step._pass is planned
+
+
+def test_nothing_is_planned_for_a_batch_that_is_refused():
+    step = training("fused", "float32", "numpy")
+    images, labels = batch(0)
+    with pytest.raises(DataError, match="label 77"):
+        step(images, np.full_like(labels, 77), 0.1)
+    with pytest.raises(DTypeError):
+        step(images.astype(np.float64), labels, 0.1)
+    assert step._passes == {}
+
+
+def test_the_fused_engine_takes_no_parts():
+    with pytest.raises(ConfigError, match="takes a batch whole, got 2 parts"):
+        TrainingStep(SegNetBasic(CLASSES, 0.125, "numpy"), "fused", parts=2)
 
 
 def test_a_batch_that_does_not_fit_is_refused():
