@@ -66,12 +66,34 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview], synced: bool
     Not synced, a power failure may lose it: one `os.sync()` after ten thousand files costs less than a sync for each.
     Raises OSError, which names the file.
     """
+    with whole_file(path, synced) as descriptor:
+        for block in blocks:
+            rest = memoryview(block)
+            while rest.nbytes:  # one call may write less than it is given, always so beyond 2 GiB
+                written = os.write(descriptor, rest)
+                if written == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                rest = rest[written:]
+
+
+@contextmanager
+def whole_file(path: Path, synced: bool = True) -> Iterator[int]:
+    """The descriptor of an empty file to fill, which replaces `path` when the block ends without an exception.
+
+    Else it is removed. `synced` and errors as in `write_durably`.
+    """
     temporary = temporary_beside(path)
     try:
         # Opened first: a directory that cannot be opened must be noticed while the old file is still in place.
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            _write(temporary, blocks, synced)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                yield descriptor
+                if synced:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             temporary.replace(path)
             if synced:
                 _sync(directory)
@@ -190,22 +212,6 @@ def _tell_unlocked(folder: Path, said: str) -> None:
 def temporary_beside(path: Path) -> Path:
     """A name that `sweep_temporaries` knows, for what is to be renamed to `path`."""
     return path.parent / f".{path.name[:_NAME_KEPT]}.{secrets.token_hex(8)}.segnet-tmp"
-
-
-def _write(path: Path, blocks: Iterable[bytes | memoryview], synced: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        for block in blocks:
-            rest = memoryview(block)
-            while rest.nbytes:  # one call may write less than it is given, always so beyond 2 GiB
-                written = os.write(descriptor, rest)
-                if written == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-                rest = rest[written:]
-        if synced:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync(directory: int) -> None:

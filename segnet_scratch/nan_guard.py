@@ -28,7 +28,8 @@ def first_not_finite(model: SegNet, images: "np.ndarray | Tensor | Array") -> st
 
     images, then each block's parameters and its output in turn, the logits, then the gradients that the step left
     behind, at last the running statistics, which training does not read. The forward pass is run again in training
-    mode with the dropout masks of the step; running statistics are put back. None where all of it is finite: then the
+    mode with the dropout masks that the step drew last: where it took the batch in parts (accumulate), those of the
+    last part, for the whole batch. Running statistics are put back. None where all of it is finite: then the
     loss itself overflowed.
     """
     if not _finite(model, images.data if isinstance(images, Tensor) else images):

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import DataError, SegnetError
-from segnet_scratch.files import reason, temporary_beside
+from segnet_scratch.files import reason, whole_file
 from segnet_scratch.film import FilmWriter, opened_film, pyav
 from segnet_scratch.inference import Inference, segment
 from segnet_scratch.predict import plan_targets
@@ -91,12 +91,12 @@ def predict_video(
     inference = inference or Inference()
     inference.check(model, size)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
     done, interrupted, rate, problem = 0, False, 0.0, ""
     try:
         with (
             opened_film(video.name, video.path, video.location, video.format) as film,
-            temporary.open("wb") as file,
+            whole_file(target) as descriptor,
+            open(descriptor, "wb", closefd=False) as file,
         ):
             writer = FilmWriter(file, target, style, film.rate)
             began = perf_counter()
@@ -121,9 +121,6 @@ def predict_video(
             if film.damaged and not problem:
                 problem = f"{video.name}: {film.damaged} packets are damaged and were passed over"
             writer.close()
-        temporary.replace(target)
     except OSError as error:
         raise DataError(f"{target}: could not be written: {reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return VideoPrediction(video.name, target, done, rate, interrupted, problem)

@@ -280,7 +280,7 @@ class TestStandIn:
             of_its_own = {"run", "tick", "last", "nodes", "number", "clock"}
             public = {name for name in dir(ours) if not name.startswith("_")} - of_its_own
             assert [name for name in public if not hasattr(theirs, name)] == []
-        for name in ("malloc", "set_limit", "free_all_blocks"):
+        for name in ("malloc", "set_limit", "free_all_blocks", "free_bytes"):
             assert hasattr(real.cuda.MemoryPool, name)
         array = fake.zeros((4,), np.float32)
         names = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"}

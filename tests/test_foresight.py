@@ -8,7 +8,7 @@ from segnet_scratch.config import Config
 from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.foresight import check_memory
 from segnet_scratch.runtime import machine
-from segnet_scratch.runtime.devices import NumpyDevice
+from segnet_scratch.runtime.devices import CudaDevice, NumpyDevice
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import Trainer
 
@@ -57,6 +57,11 @@ def test_widths_that_the_fused_engine_cannot_compute_are_counted_as_layers(width
 
 def test_where_not_one_image_fits(monkeypatch):
     assert "try a smaller size or width" in str(refused(resolved(size=512), 1000, monkeypatch))
+
+
+def test_memory_that_cupy_holds_of_arrays_that_are_gone_is_free(dry_cupy):
+    dry_cupy.free, dry_cupy.common_pool.held = 1000, 500
+    assert CudaDevice().free_memory() == 1500
 
 
 def test_it_is_told_before_the_run_folder_is_made(sample, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ measured on an H200 (a matrix may begin at any row of an atom: pieces are exchan
 import itertools
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -369,6 +370,11 @@ class TestMaps:
     def test_what_the_hardware_does_not_take(self, shape, dtype, arguments, error, message):
         with pytest.raises(error, match=message):
             TensorMap(np.zeros(shape, dtype), **arguments)
+
+    def test_a_size_beyond_32_bits_is_refused(self):
+        large = SimpleNamespace(shape=(2**32, 64), itemsize=2, dtype=BFLOAT16, flags=SimpleNamespace(c_contiguous=True))
+        with pytest.raises(ShapeError, match=r"sizes from 1 to 2\^32 - 1"):
+            TensorMap(large, (8, 64))
 
     def test_a_view_is_refused(self):
         with pytest.raises(LaunchError, match="C-contiguous"):

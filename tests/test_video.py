@@ -1,5 +1,7 @@
 """Videos and cameras, on a short synthetic clip."""
 
+import os
+import stat
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from support import real
 from support.evaluation import network
 
+from segnet_scratch import files
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
 from segnet_scratch.film import Film, _Clock, opened_film, upright
@@ -64,6 +67,22 @@ def run(model, path, out, **options):
     video = find_video(str(path))
     (target,) = plan_videos([video], out)
     return predict_video(model, video, target, SIZE, Style(NAMES), **options)
+
+
+def test_a_video_is_on_the_disk_before_it_has_its_name(model, tmp_path, monkeypatch):
+    """A power failure leaves the old file or the new one."""
+    (tmp_path / "out").mkdir()
+    target, synced = tmp_path / "out" / "clip_overlay.mp4", []
+    sync = files.os.fsync
+
+    def noted(descriptor):
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), target.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    run(model, write_clip(tmp_path / "clip.mp4", pictures(2, 32, 48)), tmp_path / "out")
+    assert synced == [(False, False), (True, True)]
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
 def test_every_frame_is_segmented_and_shown_with_a_legend(model, tmp_path):

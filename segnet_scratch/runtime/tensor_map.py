@@ -68,8 +68,8 @@ class TensorMap:
         if len(self.box) != len(limits) or any(not 1 <= n <= m for n, m in zip(self.box, limits, strict=True)):
             names = "(pixels, channels)" if self.im2col else "a size for each dimension"
             raise ShapeError(f"{what}: box {self.box}; expected {names}, each at least 1 and at most {limits}")
-        if any(not 1 <= n <= 2**32 for n in shape):
-            raise ShapeError(f"{what}: expected sizes from 1 to 2^32")
+        if any(not 1 <= n < 2**32 for n in shape):
+            raise ShapeError(f"{what}: expected sizes from 1 to 2^32 - 1")
         if len(self._steps) != len(shape) or any(not 1 <= step <= 8 for step in self._steps) or self._steps[-1] != 1:
             raise ShapeError(f"{what}: steps {self.steps}; expected one for each dimension, 1 to 8, the last one 1")
         row, inner = shape[-1] * size, self.box[-1] * size
@@ -181,7 +181,7 @@ def _numbers(kind: Any, values: Sequence[int]) -> Any:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     """NVIDIA's driver library."""
-    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+    for name in ("libcuda.so.1", "libcuda.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:

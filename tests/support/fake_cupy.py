@@ -226,6 +226,7 @@ class MemoryPool:
         self.cupy, self.allocator, self.common = cupy, allocator or cupy.memory, allocator is None
         self.free: dict[int, list[np.ndarray]] = {}
         self.in_use = 0
+        self.held = 0  # bytes of blocks that nobody has, of the common pool as many as a test says
 
     def malloc(self, nbytes: int) -> Block:
         if self.free.get(nbytes):
@@ -242,6 +243,9 @@ class MemoryPool:
         self.in_use -= buffer.nbytes
         if not self.common:
             self.free.setdefault(buffer.nbytes, []).append(buffer)
+
+    def free_bytes(self) -> int:
+        return self.held
 
     def set_limit(self, size: int) -> None:
         assert size == 0, "at a limit a pool gives blocks back, whoever has recorded their addresses"

@@ -45,7 +45,7 @@ def run_kernel(
     once. Const pointers are inputs with seeded random contents (normal; integers 0 to 3), the others outputs that hold
     a pattern first. `inputs` gives an array other contents: an array, a number, "random", or None for a null pointer;
     an output named there is one that the kernel also reads. `grid` and `block` follow from the source unless given
-    (see kernels/geometry.py); `shared` is dynamic shared memory in bytes; `dtype` is that of storage_t.
+    (see runtime/geometry.py); `shared` is dynamic shared memory in bytes; `dtype` is that of storage_t.
 
     `reference` (a function, or "file.py:function") takes inputs and scalars by name and returns the outputs: an array,
     a tuple in the order of the signature, or a dict. An error of more than `atol` + `rtol` |expected| fails.

@@ -17,7 +17,7 @@ class GradientNorm:
     """norm = sqrt(sum of squares of every gradient); scale = min(1, largest / norm) (Pascanu et al., arXiv 1211.5063).
 
     One element that is not finite makes the norm not finite, and from then on the scale is NaN, whatever follows: the
-    update that takes it (ops/sgd.py) moves nothing until somebody writes 1 there. Every sum is carried in double, in an
+    update that takes it (sgd.py) moves nothing until somebody writes 1 there. Every sum is carried in double, in an
     order that depends on the shapes alone.
 
     No Op, because its list of arrays is as long as the model's (array_table.py). It writes float64 arrays that it is

@@ -122,7 +122,7 @@ class Device:
         values: Sequence[Any],
         shared: int,
     ) -> None:
-        """Runs a kernel whose arguments the launch gate has checked; only `kernels.launch` calls this."""
+        """Runs a kernel whose arguments the launch gate has checked; only `runtime.launch` calls this."""
         raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
 
     def compile(self, kernel: Kernel, types: ElementTypes) -> None:

@@ -94,7 +94,8 @@ class CudaDevice(Device):
         return int(array.data.ptr)
 
     def free_memory(self) -> int:
-        return int(self._cupy.cuda.runtime.memGetInfo()[0])
+        # CUDA's, and what CuPy holds of arrays that are gone: it hands that out again, or gives it back when short.
+        return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def synchronise(self) -> None:
         self._expect_no_recording("wait for the GPU")
