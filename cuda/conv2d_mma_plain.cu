@@ -27,7 +27,7 @@
 __device__ inline unsigned pair(const storage_t* numbers) { return *(const unsigned*)numbers; }
 
 // Launch: grid ((n * oh * ow + TILE - 1) / TILE, (o + TILE - 1) / TILE), block THREADS
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_plain(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) conv2d_forward_mma_plain(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -42,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_mma_plain(
 
     float sums[2][4][4] = {};  // products down, products across, the four results of a thread in each
     for (int first = 0; first < depth; first += DEPTH) {
-        // Each thread brings two pieces of 8 numbers of each factor.
+        // Each thread brings two pieces of 8 numbers of each factor, one after the other: both at once cost registers.
+#pragma unroll 1
         for (int i = threadIdx.x; i < TILE * DEPTH / 8; i += THREADS) {
             const int row = i / (DEPTH / 8), column = i % (DEPTH / 8) * 8;
             const int k = first + column, tap = k / c, output = first_output + row;

@@ -1,5 +1,6 @@
 """What several test files share: a small data set, the command line called in this process, a stand-in for CuPy."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from support.local_server import Server
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
+
+# Whoever starts the tests behind nohup or in the background has these ignored, and a run leaves ignored signals alone.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

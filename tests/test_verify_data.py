@@ -465,7 +465,8 @@ def test_every_kind_of_damage_is_named(root, code, damage, monkeypatch):
 
 
 def test_every_code_has_its_test():
-    assert {code for code, _ in KINDS} == set(CODES)
+    of_a_list = {"void-as-class", "labels-0-and-255", "labels-from-1", "palette-not-voc"}  # test_suspicions.py
+    assert {code for code, _ in KINDS} | of_a_list == set(CODES)
     assert len(CODES) > 70
     assert not set(ERRORS) & set(WARNINGS)
 

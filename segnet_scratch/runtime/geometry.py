@@ -19,9 +19,6 @@ DEFAULT_THREADS = 256
 _COMMENT = re.compile(r"//\s*Launch:\s*(.*?)\.?\s*$")
 _GEOMETRY = re.compile(r"grid\s+(.+),\s*block\s+(.+)")
 _BOUNDS = re.compile(r"__launch_bounds__\s*\(\s*([^,()]+)")
-_INTEGERS = re.compile(
-    r"^\s*(?:#\s*define\s+(\w+)\s+|(?:static\s+)?constexpr\s+\w+\s+(\w+)\s*=\s*)(\d+)\s*;?", re.MULTILINE
-)
 
 
 def declared_geometry(kernel: Kernel, scalars: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -65,10 +62,9 @@ def _comment(kernel: Kernel) -> str | None:
 
 
 def _evaluate(kernel: Kernel, text: str, scalars: Mapping[str, int]) -> tuple[int, ...]:
-    defined = {a or b: int(value) for a, b, value in _INTEGERS.findall(kernel.source.text)}
     code = compile_expression(_where(kernel), text.strip(), "launch geometry")
     try:
-        size = eval(code, {"__builtins__": {}}, {**defined, **scalars})
+        size = eval(code, {"__builtins__": {}}, {**kernel.source.definitions, **scalars})
     except (NameError, ZeroDivisionError) as error:
         raise LaunchError(
             f"{_where(kernel)}: the launch geometry {text.strip()}: {error}; give grid and block"

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from segnet_scratch.errors import CompileError
 
 # // Element types: tf32, bf16; sm_80 and newer.      // Element types: bf16; sm_90a only.
 _ELEMENTS = re.compile(r"^// Element types: ([\w, ]+?)(?:; (sm_\d+) and newer|; (sm_\d+a) only)?\.$", re.MULTILINE)
+_INTEGERS = re.compile(
+    r"^\s*(?:#\s*define\s+(\w+)\s+|(?:static\s+)?constexpr\s+\w+\s+(\w+)\s*=\s*)(\d+)\s*;?", re.MULTILINE
+)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -38,6 +42,12 @@ class Source:
     def include_directories(self) -> tuple[Path, ...]:
         """Where `#include "..."` is looked up: beside the file, then the shipped folder."""
         return _include_directories(self.path)
+
+    @functools.cached_property
+    def definitions(self) -> dict[str, int]:
+        """The integers that the file and its headers define by name, the file's own first."""
+        texts = [*_with_includes(self.path, self.text, self.include_directories, set())]
+        return {a or b: int(value) for text in reversed(texts) for a, b, value in _INTEGERS.findall(text)}
 
     @property
     def elements(self) -> tuple[str, ...]:
@@ -72,7 +82,8 @@ def read_source(path: Path) -> Source:
     path = Path(path).resolve()
     text = _read_text(path)
     sha = hashlib.sha256()
-    _hash_with_includes(path, text, _include_directories(path), sha, set())
+    for part in _with_includes(path, text, _include_directories(path), set()):
+        sha.update(part.encode())
     return Source(path, text, sha.hexdigest())
 
 
@@ -89,17 +100,16 @@ def _read_text(path: Path) -> str:
         raise CompileError(f"the kernel source {path} is not UTF-8 text: {error}") from error
 
 
-def _hash_with_includes(
-    path: Path, text: str, directories: tuple[Path, ...], sha: "hashlib._Hash", seen: set[Path]
-) -> None:
-    sha.update(text.encode())
+def _with_includes(path: Path, text: str, directories: tuple[Path, ...], seen: set[Path]) -> Iterator[str]:
+    """A text and those that it includes, each once."""
+    yield text
     for name in _INCLUDE.findall(text):
         for directory in (path.parent, *directories):  # as compilers do: beside the including file first
             header = (directory / name).resolve()
             if header.is_file():
                 if header not in seen:
                     seen.add(header)
-                    _hash_with_includes(header, _read_text(header), directories, sha, seen)
+                    yield from _with_includes(header, _read_text(header), directories, seen)
                 break
 
 
