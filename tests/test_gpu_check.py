@@ -11,12 +11,11 @@ import pytest
 from gpu_check import __main__ as gpu_check
 from gpu_check import op_table, report, sanitizers, streams, training
 from gpu_check.part import Outcome, Work
-from gpu_check.steps import Steps
 from support.fake_cupy import FakeCupy
 from support.kernels import needs_compiler
 
 from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.runtime.devices import CudaDevice, Device, get_device
+from segnet_scratch.runtime.devices import CudaDevice, get_device
 from segnet_scratch.runtime.launch import shipped_kernels
 
 
@@ -103,10 +102,9 @@ class TestAsOnAGpu:
     def test_a_replay_that_differs_is_noticed(self, monkeypatch, tmp_path):
         FakeCupy().install(monkeypatch, tmp_path)
         monkeypatch.setattr(Work, "on_gpu", False)
-        monkeypatch.setattr(CudaDevice, "capture", lambda device, step: lambda: device_loss(device))
-
-        def device_loss(device: Device) -> None:
-            Steps(device, 1, 32, 1 / 16, dropout=True).losses(1)
+        monkeypatch.setattr(
+            CudaDevice, "capture", lambda device, step: lambda: (step(), step())[1]
+        )  # two steps for one
 
         outcome = streams.graphs(Work(CudaDevice(), 0.0))
         assert outcome.passed is False
