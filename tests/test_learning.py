@@ -16,7 +16,7 @@ from segnet_scratch.train import Listener, Trainer
 
 RECIPES = {"segnet-basic": {"size": 48, "width": 0.5, "lr": 0.1, "steps": 120}}
 if FULL:
-    RECIPES["segnet"] = {"size": 64, "width": 0.25, "lr": 0.05, "steps": 180}
+    RECIPES["segnet"] = {"size": 64, "width": 0.25, "lr": 0.05, "steps": 240}
 
 
 def four_images(folder, size):
