@@ -113,7 +113,8 @@ class CrossEntropyBackward(Op):
         fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self.smoothing, self._scale(b), b.dlogits)
 
     def _scale(self, b: Buffers) -> float:
-        return float(b.dloss[0] * _reciprocal(b.sums, self.divisor))
+        # In Python floats: NumPy would round the product to the type of dloss.
+        return float(b.dloss[0]) * _reciprocal(b.sums, self.divisor)
 
 
 def _reciprocal(sums: np.ndarray, divisor: int) -> float:
