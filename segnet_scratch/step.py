@@ -23,7 +23,7 @@ from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor
-from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.nn.functions import CrossEntropy
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
 from segnet_scratch.ops.loss.cross_entropy import check_class_weights, check_labels
 from segnet_scratch.optim import SGD
@@ -70,8 +70,8 @@ class Pass(Protocol):
     shares: list[float]
     losses: list[Array]
 
-    def prepare(self, number: int) -> None:
-        """Everything else that differs from step to step, before step `number`."""
+    def prepare(self, number: int, labels: Array) -> None:
+        """Everything else that differs from step to step, before step `number`; `labels` as they were given."""
 
     def run(self, enter: Enter = _nobody, hold: list[Array] | None = None) -> None:
         """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more)."""
@@ -97,6 +97,9 @@ class LayersTraining:
         self.model, self.device, self._seed, self._parts = model, model.device, seed, parts
         self.images, self.labels = self.device.zeros((*shape, 3), model.dtype), self.device.zeros(shape, np.uint8)
         self._objective = class_weights, normalisation, smoothing
+        self._weights = np.ones(model.classes)  # of each class in the loss's normaliser
+        if class_weights is not None and normalisation == "weights":
+            self._weights = self.device.download(class_weights).astype(np.float64)
         count = min(parts, shape[0])
         self.losses: list[Array] = []
         self._cuts = [slice(shape[0] * k // count, shape[0] * (k + 1) // count) for k in range(count)]
@@ -104,24 +107,19 @@ class LayersTraining:
         self._number = 0
         self._ones = self.device.upload(np.ones(1, model.dtype))
 
-    def prepare(self, number: int) -> None:
+    def prepare(self, number: int, labels: Array) -> None:
         self._number = number
         self._draw(0)
-        if len(self._cuts) > 1:
-            self.shares = self._weigh()
+        if len(self._cuts) > 1:  # on a GPU labels of the CPU are counted there, those of the device are waited for
+            self.shares = self._weigh(labels if isinstance(labels, np.ndarray) else self.device.download(labels))
 
     def _draw(self, part: int) -> None:
         """Dropout masks of its own for each part of each step."""
         self.model.set_random_state(self._seed, self._number * self._parts + part)
 
-    def _weigh(self) -> list[float]:
+    def _weigh(self, labels: np.ndarray) -> list[float]:
         """The share of the loss's normaliser that each part has."""
-        class_weights, normalisation, _ = self._objective
-        of_classes = np.ones(self.model.classes)
-        if class_weights is not None and normalisation == "weights":
-            of_classes = self.device.download(class_weights).astype(np.float64)
-        labels = self.device.download(self.labels)
-        weighs = [float(of_classes[part[part != VOID]].sum()) for part in (labels[cut] for cut in self._cuts)]
+        weighs = [float(self._weights[part[part != VOID]].sum()) for part in (labels[cut] for cut in self._cuts)]
         whole = sum(weighs) or 1.0  # where all is void, loss and gradients are 0 whatever they are multiplied by
         return [weight / whole for weight in weighs]
 
@@ -134,7 +132,8 @@ class LayersTraining:
                 self._draw(part)
             logits = self.model(Tensor(self.images[cut], self.device))
             with scope("loss"):
-                loss = cross_entropy(logits, self.labels[cut], *self._objective)
+                # Not the function: it would check labels once more.
+                loss = CrossEntropy(self.device, self.labels[cut], *self._objective)(logits)
             if hold is not None:
                 hold.append(logits.data)
             del logits  # 21 floats a pixel: backward frees them as soon as it can
@@ -220,7 +219,7 @@ class TrainingStep:
         self._pass, self._replayed = self._passes[shape]
         self.device.write(self._pass.images, images)
         self.device.write(self._pass.labels, labels)
-        self._pass.prepare(number)
+        self._pass.prepare(number, labels)
         self.optimiser.set_rate(lr)
 
     def run(self) -> None:

@@ -241,7 +241,8 @@ class Trainer:
 
         with closing(batches), closing(model.device.prefetch(batches, arrays)) as uploaded:
             for batch, (images, labels) in uploaded:
-                yield replace(batch, images=images, labels=labels)
+                # A step in parts counts the labels of each, where they still are.
+                yield replace(batch, images=images, labels=batch.labels if self.config.accumulate > 1 else labels)
 
     def _smaller(self) -> str:
         """What to try where memory does not suffice."""

@@ -412,6 +412,27 @@ class TestTraining:
         assert len(sizes) == 1
 
 
+def test_what_a_step_came_to_arrives_where_no_memory_can_be_pinned(cupy):
+    device = CudaDevice()
+    arrays = [device.upload(np.full(1, value, np.float32)) for value in (3, 4)]
+    cupy.fails_at = cupy.allocations + 1
+    assert [float(array[0]) for array in device.read(arrays).get()] == [3, 4]
+
+
+@needs_compiler
+def test_labels_of_parts_are_counted_where_they_are(cupy, sample, tmp_path, monkeypatch):
+    """A download would stop the GPU at each step."""
+    monkeypatch.setattr("segnet_scratch.runtime.devices._shared_device", lambda name: CudaDevice())
+    config = Config(size=32, batch=2, width=1 / 16, steps=2, accumulate=2, val_split="none", workers=0)
+    downloaded, download = [], CudaDevice.download
+    monkeypatch.setattr(
+        CudaDevice, "download", lambda self, array: (downloaded.append(array.dtype), download(self, array))[1]
+    )
+    trainer = Trainer(config, sample, tmp_path / "run", "cuda")
+    trainer.run()
+    assert np.uint8 not in downloaded
+
+
 def test_a_prefetcher_that_gets_no_pinned_memory(dry_cupy):
     dry_cupy.fails_at = dry_cupy.allocations + 1
     device = CudaDevice()

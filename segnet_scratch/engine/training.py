@@ -272,7 +272,7 @@ class FusedTraining:
         self.losses, self._logits = [arrays["loss"]], arrays["logits"]
         self._bound = self.program.bind(arrays)
 
-    def prepare(self, number: int) -> None:
+    def prepare(self, number: int, labels: Array) -> None:
         """Nothing but images and labels differs from step to step."""
 
     def run(self, enter: Callable[[str], None] = lambda phase: None, hold: list[Array] | None = None) -> None:

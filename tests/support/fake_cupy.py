@@ -194,13 +194,16 @@ class ndarray:
     def get(self, *, out: np.ndarray, blocking: bool) -> None:
         assert type(out) is np.ndarray
         assert (out.dtype, out.shape, out.flags.c_contiguous) == (self.dtype, self.shape, True)
-        assert not blocking
         pinned = pinned_memory_of(out)
-        assert pinned is not None, "only into pinned memory does a copy go on by itself"
+        assert blocking == (pinned is None), "only into pinned memory does a copy go on by itself"
         stream, contents = self._cupy.timeline.current_stream(), np.empty_like(out)
         assert stream.nodes is None, "the current stream is capturing, so D2H transfers are disallowed"
         self._cupy.work("copy to the host", [self], [False], lambda source: np.copyto(contents, source))
-        self._cupy.timeline.pending.append(Arrival(out, contents, stream.last))
+        if blocking:
+            stream.synchronize()
+            np.copyto(out, contents)
+        else:
+            self._cupy.timeline.pending.append(Arrival(out, contents, stream.last))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         assert isinstance(value, int | float | np.generic | ndarray), "CuPy assigns scalars and its own arrays"

@@ -123,12 +123,20 @@ class _Staged(Generic[Item]):
 
 
 class PinnedReading(Reading):
-    """Copies to pinned memory on the current stream, and an event behind them."""
+    """Copies to pinned memory on the current stream, and an event behind them.
+
+    Where no memory can be pinned they are waited for: what is read has been computed, and may not be lost.
+    """
 
     def __init__(self, cupy: Any, arrays: Sequence[Array]) -> None:
-        super().__init__([_pinned(cupy, array).reshape(array.shape) for array in arrays])
+        try:
+            super().__init__([_pinned(cupy, array).reshape(array.shape) for array in arrays])
+            waits = False
+        except DeviceMemoryError:
+            super().__init__([np.empty(array.shape, array.dtype) for array in arrays])
+            waits = True
         for array, target in zip(arrays, self._arrays, strict=True):
-            array.get(out=target, blocking=False)
+            array.get(out=target, blocking=waits)
         self._sources = arrays  # until they have been read
         self._arrived = cupy.cuda.Event(disable_timing=True)
         self._arrived.record()
