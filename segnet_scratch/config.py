@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from segnet_scratch.errors import ConfigError
 
 MINIMUM_SIZE = 32  # five 2x2 pools leave one position of a 32-pixel side
@@ -464,6 +462,8 @@ def toml_value(value: Any) -> str:
     """One value as TOML on one line (tomli_w gives each element of a list a line of its own)."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml_value, value))}]"
+    import tomli_w  # only who writes settings needs it
+
     return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
 
 

@@ -213,9 +213,9 @@ class TestProcesses:
         assert failure.target == "faulty_address"
         assert worker.do(Work("reference", "host", "add_forward", 0, 2, 0, QUICK)).failures == []
 
-    def test_a_kernel_that_never_ends_is_a_failure(self, process, monkeypatch):
-        monkeypatch.setattr(processes, "LIMIT", 6.0)
-        (failure,) = process().do(work("reference", "end", count=1)).failures
+    def test_a_kernel_that_never_ends_is_a_failure(self, process):
+        endless = dataclasses.replace(work("reference", "end", count=1), limit=6.0)
+        (failure,) = process().do(endless).failures
         assert "did not end within 6 s" in failure.message
 
     def test_an_error_that_nobody_expects_shows_where(self, process):
@@ -304,7 +304,7 @@ class TestVerify:
 
     def test_host_options_reach_the_work(self, monkeypatch):
         seen = []
-        monkeypatch.setattr(verify, "do_all", lambda works, sanitized, done: seen.extend(works))
+        monkeypatch.setattr(verify, "do_all", lambda works, *_, **__: seen.extend(works) or [])
         verify.verify(["host", "numpy"], parts=["reference"], rows=["add_forward"], order="descending", sanitize=True)
         assert {(w.device, w.order, w.sanitize) for w in seen} == {
             ("host", "descending", True),
@@ -312,11 +312,12 @@ class TestVerify:
         }
 
     def test_failures_are_reported(self, segnet, monkeypatch, tmp_path):
-        def broken(works, sanitized, done):
+        def broken(works, sanitized, done, until):
             for one in works:
                 tally = Tally(counts=Counter(derivatives=7), worst=float("inf"))
                 tally.fail(one, one.target, "x=(3,4)", "y[0] is wrong\nadd.cu:7: thread (0, 0, 0)")
                 done(one, tally)
+            return []
 
         monkeypatch.setattr(verify, "do_all", broken)
         file = tmp_path / "report.json"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import inf
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,6 @@ from segnet_scratch.lab.proof.gradcheck import Result
 from segnet_scratch.lab.proof.gradcheck import gradchecks as run_gradchecks
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.problems import Chosen
-from segnet_scratch.lab.proof.verify import Report
 from segnet_scratch.lab.proof.verify import verify as run_verify
 from segnet_scratch.lab.proof.work import FULL, QUICK
 from segnet_scratch.lab.workbench import options
@@ -28,7 +28,6 @@ from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import ORDERS, HostOptions
 
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
-_FAILURES_SHOWN = 20
 
 
 def _known_order(name: str) -> str:
@@ -223,51 +222,29 @@ def verify(
     order: OrderOption = "ascending",
     sanitize: SanitizeOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Of random shapes and inputs.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin nothing after so long; random cases are left out first.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Prove on this machine that every kernel is right, no GPU needed; exit code 1 where something does not hold.
 
     About a minute on two cores, and two more where kernels have to be compiled first. Each part is one property of
-    every row of the op table: docs/proof.md says which, and what they cannot show.
+    every row of the op table: docs/proof.md says which, and what they cannot show. The JSON file is written after each
+    part.
 
     Example: segnet verify --only orders --only sanitizers --row conv2d_forward_tiled
     """
     devices = None if not device or "all" in device else device
+    limit = inf if minutes is None else minutes
     with watched(problems, "verifying") as watch:
-        report = run_verify(devices, FULL if full else QUICK, seed, only, row, order, sanitize, watch.update)
-    show_report(report)
-    write_json(json, report.to_json())
+        report = run_verify(
+            *(devices, FULL if full else QUICK, seed, only, row, order, sanitize, limit),
+            keep=lambda report: write_json(json, report.to_json()),
+            progress=watch.update,
+        )
+    styles = {"passed": "green", "FAILED": "bold red", "": "", "skipped": "yellow", "incomplete": "bold red"}
+    for verdict, text in report.text():
+        say(text, styles[verdict])
     if not report.passed:
         raise typer.Exit(1)
-
-
-def show_report(report: Report) -> None:
-    """A line for each part, then the failures."""
-    table = Table()
-    for column in ("part", "device"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("ran")
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("core s", justify="right", no_wrap=True)
-    styles = {"passed": "green", "FAILED": "bold red", "skipped": "yellow"}
-    for line in report.lines:
-        ran = line.part.ran(line.tally) or f"{line.part.proves}: not run"
-        verdict = Text(line.verdict, styles[line.verdict])
-        table.add_row(line.part.name, line.device, ran, verdict, f"{line.tally.seconds:.1f}")
-    console.print(table)
-    for line in report.lines:
-        if line.tally.skipped:
-            say(f"{line.part.name} on {line.device}: {line.tally.skipped}", "yellow")
-    for name, reason in report.missing.items():
-        say(f"{name}: {reason}", "yellow")
-    for failure in report.failures[:_FAILURES_SHOWN]:
-        say(str(failure), "bold red")
-    if len(report.failures) > _FAILURES_SHOWN:
-        say(f"... {len(report.failures) - _FAILURES_SHOWN} more failures: --json FILE has all of them", "bold red")
-    where = f"on {report.environment['devices']}, seed {report.seed}, {report.seconds:.0f} s"
-    if report.passed:
-        passed = sum(line.verdict == "passed" for line in report.lines)
-        say(f"everything holds: {passed} parts {where}", "green")
-    else:
-        failed = dict.fromkeys(line.part.name for line in report.lines if line.verdict == "FAILED")
-        say(f"FAILED: {', '.join(failed) or 'nothing has been run'}, {where}", "bold red")

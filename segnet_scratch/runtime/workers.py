@@ -12,11 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from segnet_scratch.errors import ConfigError
 
@@ -156,14 +156,18 @@ class _Blas:
 
     def __init__(self) -> None:
         self.modules = 0
-        self.libraries: ThreadpoolController | None = None
+        self.libraries: Any = None
 
     def limited(self) -> AbstractContextManager[object]:
         """While inside, each of them has one thread."""
         # To look through the loaded libraries takes milliseconds, to set a limit microseconds: look after imports only.
-        if self.libraries is None or self.modules != len(sys.modules):
-            self.modules = len(sys.modules)
+        if self.modules != len(sys.modules):
+            try:
+                from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+            except ModuleNotFoundError:  # BLAS keeps its threads: slower, and right
+                return nullcontext()
             self.libraries = ThreadpoolController().select(user_api="blas")
+            self.modules = len(sys.modules)
         return self.libraries.limit(limits=1)
 
 

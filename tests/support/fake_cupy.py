@@ -276,6 +276,7 @@ class FakeCupy(types.ModuleType):
         dry: bool = False,
     ) -> None:
         super().__init__("cupy")
+        self.__version__ = "a stand-in"
         self.ndarray = ndarray
         self.capability, self.gpus, self.free, self.dry = capability, gpus, free, dry
         self.gpu = 0

@@ -95,6 +95,28 @@ def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[s
     return op, Buffers(**wide, **outputs), {**outputs, **updated}
 
 
+Expectation = dict[str, tuple[np.ndarray, np.ndarray | float]]  # by output: what it must be, and how far it may be off
+
+
+def expectation(
+    row: Row, case: Case, rng: np.random.Generator, dtype: DTypeLike | None = None, integers: bool = False
+) -> Expectation:
+    """What `examine` compares with, from the reference: the same arguments give the same inputs. It needs no device."""
+    dtype = row.elements[0] if dtype is None else np.dtype(dtype)
+    return _expectation(row, case, row.inputs(row.plan(case, dtype), case, rng, integers), dtype, integers)
+
+
+def _expectation(row: Row, case: Case, inputs: Inputs, dtype: np.dtype, integers: bool) -> Expectation:
+    wide, b, expected = reference(row, case, inputs)
+    sums = np.finfo(ElementTypes.of(dtype).accumulate)
+    # In float64 the reference has rounding errors of its own, as large as those of the op.
+    eps = float(sums.eps) * (2 if dtype == np.float64 else 1)
+    # Below the smallest normal number precision fades, and a GPU may flush to 0.
+    tiny = 4 * float(sums.tiny)
+    bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
+    return {name: (wanted, bounds.get(name, 0.0)) for name, wanted in expected.items()}
+
+
 @dataclass(frozen=True)
 class Examination:
     """An op on a device, run twice with unlike fills."""
@@ -112,28 +134,24 @@ def examine(
     rng: np.random.Generator,
     dtype: DTypeLike | None = None,
     integers: bool = False,
+    expected: Expectation | None = None,
 ) -> Examination:
     """Runs an op and compares it with its reference, for arrays of `dtype` (the row's first unless given).
 
-    With `integers` the results must equal the reference's, without it they must lie within the row's bound.
+    With `integers` the results must equal the reference's, without it they must lie within the row's bound. `expected`
+    is what `expectation` gave, where somebody has asked for it ahead.
     """
     dtype = row.elements[0] if dtype is None else np.dtype(dtype)
     op = row.plan(case, dtype)
     inputs = row.inputs(op, case, rng, integers)
     first, second = (run_guarded(op, inputs, device, fill) for fill in (FIRST, SECOND))
     problems = first.problems + second.problems
-    wide, b, expected = reference(row, case, inputs)
-    sums = np.finfo(ElementTypes.of(dtype).accumulate)
-    # In float64 the reference has rounding errors of its own, as large as those of the op.
-    eps = float(sums.eps) * (2 if dtype == np.float64 else 1)
-    # Below the smallest normal number precision fades, and a GPU may flush to 0.
-    tiny = 4 * float(sums.tiny)
-    bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
+    expected = _expectation(row, case, inputs, dtype, integers) if expected is None else expected
     for name, got in first.outputs.items():
         if not same_bits(got, second.outputs[name]):
             what = f"{name}: depends on what the output held before, or on what lies beside an array"
             problems.append(Problem(name, what, memory=True))
-        wanted, bound = expected[name], bounds.get(name, 0.0)
+        wanted, bound = expected[name]
         if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
             if integers:  # the exact sum has one nearest bfloat16
                 wanted = wanted.astype(BFLOAT16)

@@ -1,7 +1,8 @@
 """Spreads pieces of work over processes. A kernel that crashes or never ends takes its process along, and no more.
 
-Work under AddressSanitizer goes to processes that were started with its library. Their reports end them, and are read
-from what they wrote to stderr.
+A GPU has one process for itself; what its results are compared with is computed ahead of it, in the others. Work under
+AddressSanitizer goes to processes that were started with its library. Their reports end them, and are read from what
+they wrote to stderr.
 """
 
 import json
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
@@ -24,15 +27,16 @@ from segnet_scratch.lab.workbench.guards import Region
 from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
-LIMIT = 1200.0  # seconds for one piece of work: a kernel that never ends does not hold up the rest for ever
+AHEAD = 4  # pieces of work for each core of the others that a GPU may be behind them: their results lie on the disk
+WORKER = "segnet_scratch.lab.proof.worker"
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SEGNET_THREADS")
 
 
 class Process:
     """A worker process, started when it is needed, and again where a piece of work ended it."""
 
-    def __init__(self, sanitized: bool, module: str = "segnet_scratch.lab.proof.worker") -> None:
-        self.sanitized, self.module = sanitized, module
+    def __init__(self, sanitized: bool, module: str = "", alone: bool = False) -> None:
+        self.sanitized, self.module, self.alone = sanitized, module or WORKER, alone
         self._process: subprocess.Popen[str] | None = None
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
 
@@ -50,7 +54,7 @@ class Process:
         try:
             process.stdin.write(json.dumps(work.to_json()) + "\n")
             process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], LIMIT)
+            ready, _, _ = select.select([process.stdout], [], [], work.limit)
             answer = process.stdout.readline() if ready else ""
         except BrokenPipeError:
             ready, answer = [process.stdout], ""
@@ -62,7 +66,7 @@ class Process:
         text = self._stderr.read()
         found = _sanitizer_failures(work, text, tally) if self.sanitized else False
         if not answer and not found:
-            ended = f"ended with {_meaning(code)}" if ready else f"did not end within {LIMIT:.0f} s"
+            ended = f"ended with {_meaning(code)}" if ready else f"did not end within {work.limit:.0f} s"
             tally.fail(work, work.target, _last_case(work, text), f"the process {ended}:\n{text.strip()[-2000:]}")
         return tally
 
@@ -76,8 +80,9 @@ class Process:
         environment = sanitized_environment() if self.sanitized else dict(os.environ)
         package = str(Path(__file__).resolve().parents[3])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # The processes share the cores; each has one for itself.
-        environment |= {"PYTHONPATH": os.pathsep.join(paths)} | dict.fromkeys(THREADS, "1")
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        # The processes share the cores; each has one for itself. That of a GPU compiles on all.
+        environment |= dict.fromkeys(THREADS[: 3 if self.alone else 4], "1")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", self.module],
             env=environment,
@@ -106,38 +111,65 @@ class Process:
 
 
 def do_all(
-    works: Sequence[Work], sanitized: Callable[[Work], bool], done: Callable[[Work, Tally], None], lanes: int = 0
-) -> None:
+    works: Sequence[Work],
+    sanitized: Callable[[Work], bool],
+    done: Callable[[Work, Tally], None],
+    lanes: int = 0,
+    until: float = inf,
+) -> list[Work]:
     """Does all the work, in order, on as many processes at a time as there are cores (or `lanes`).
 
-    `done` is told of each; calls take turns. Work on a GPU has one process for itself. After an exception, Ctrl-C among
-    them, all processes are ended and it is raised.
+    `done` is told of each; calls take turns. Work on a GPU has one process for itself, and begins when what it names a
+    folder for is there. None begins after `until` (of time.monotonic): what is left is returned. After an exception,
+    Ctrl-C among them, all processes are ended and it is raised.
     """
-    on_gpu = deque(work for work in works if work.device == "cuda")
-    others = deque(work for work in works if work.device != "cuda")
-    queues = [others] * min(lanes or worker_count(), len(others)) + [on_gpu] * bool(on_gpu)
-    lock, errors = threading.Lock(), list[BaseException]()
+    lanes = lanes or worker_count()
+    on_gpu = [work for work in works if work.device == "cuda"]
+    others = [replace(work, ahead=True) for work in on_gpu if work.folder]
+    others += [work for work in works if work.device != "cuda"]
+    waiting = {replace(work, ahead=False) for work in others if work.ahead}
+    behind = 0  # pieces of work that are prepared, or being so, and that the GPU has not done
+    state, errors = threading.Condition(), list[BaseException]()
     processes: list[Process] = []
 
-    def lane(queue: deque[Work]) -> None:
+    def take(gpu: bool) -> Work | None:
+        """The next piece of work that can be done; None where there is none left."""
+        nonlocal behind
+        queue = on_gpu if gpu else others
+        while queue and not errors and time.monotonic() < until:
+            for place, work in enumerate(queue):
+                if work not in waiting if gpu else not work.ahead or behind < AHEAD * lanes:
+                    behind += work.ahead
+                    return queue.pop(place)
+            state.wait(0.2)
+        return None
+
+    def lane(gpu: bool) -> None:
+        nonlocal behind
         own: dict[bool, Process] = {}
         try:
-            while not errors:
-                with lock:
-                    if not queue:
+            while True:
+                with state:
+                    work = take(gpu)
+                    if work is None:
                         return
-                    work = queue.popleft()
                     kind = sanitized(work)
                     if kind not in own:
-                        own[kind] = Process(kind)
+                        own[kind] = Process(kind, alone=gpu)
                         processes.append(own[kind])
                 tally = own[kind].do(work)
-                with lock:
-                    done(work, tally)
+                with state:
+                    if work.ahead:  # what went wrong there goes wrong once more, where it is told of
+                        waiting.remove(replace(work, ahead=False))
+                    else:
+                        behind -= bool(work.folder)
+                        done(work, tally)
+                    state.notify_all()
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=lane, args=(queue,), daemon=True) for queue in queues]
+    kinds = [False] * min(lanes, len(others)) + [True] * bool(on_gpu)
+    threads = [threading.Thread(target=lane, args=(gpu,), daemon=True) for gpu in kinds]
     try:
         for thread in threads:
             thread.start()
@@ -149,6 +181,7 @@ def do_all(
             process.close()
     if errors:
         raise errors[0]
+    return [*on_gpu, *(work for work in others if not work.ahead)]
 
 
 def _sanitizer_failures(work: Work, text: str, tally: Tally) -> bool:

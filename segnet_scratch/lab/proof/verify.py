@@ -1,31 +1,39 @@
 """Runs the proof on this machine: behind `segnet verify`. What it consists of is in lab/proof/parts."""
 
 import datetime
+import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
-from segnet_scratch.lab.proof.launches import device_has, rows_on
+from segnet_scratch.lab.proof.launches import device_has, kernels_of, rows_on
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.parts.compilation import HostBuilds
+from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, HostBuilds
 from segnet_scratch.lab.proof.processes import do_all
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import QUICK, Effort, Failure, Tally, Work
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.runtime.devices import cuda_missing, get_device
+from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
+from segnet_scratch.runtime.devices import Device, cuda_missing, cupy_facts, get_device
 from segnet_scratch.runtime.host import compiler_name, find_compiler
 from segnet_scratch.runtime.launch import shipped_kernels
 
 DEVICES = ("host", "numpy", "cuda")
 ANY = "any"  # stands for the device of parts that need none
+# Seconds for a piece of work on a GPU, whose process then is ended; less where a hang is to be feared.
+GPU_LIMIT, RISKY_LIMIT = 300.0, 60.0
+FAILURES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,27 @@ class Line:
     part: Part
     device: str
     tally: Tally
+    left: list[Work] = field(default_factory=list)  # pieces of work for which there was no time
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """In a word. Random cases may be left out, and nothing else."""
         if self.tally.failures:
             return "FAILED"
+        if any(not work.extra for work in self.left):
+            return "incomplete"
         return "passed" if self.tally.counts else "skipped"
+
+    @property
+    def remark(self) -> str:
+        """Why not all of it has been run."""
+        left = f"time was over: {len(self.left)} pieces of work are left out" if self.left else ""
+        return "; ".join(filter(None, [self.tally.skipped, left]))
+
+    @property
+    def ran(self) -> str:
+        """What has been run, in figures."""
+        return self.part.ran(self.tally) or f"{self.part.proves}: not run"
 
     def to_json(self) -> dict[str, Any]:
         """For programs to read."""
@@ -52,6 +74,7 @@ class Line:
             "verdict": self.verdict,
             "ran": self.part.ran(self.tally),
             **self.tally.to_json(),
+            "skipped": self.remark,
             "worst": self.tally.worst if isfinite(self.tally.worst) else None,  # JSON has no infinity
         }
 
@@ -72,10 +95,14 @@ class Report:
         """Everything that does not hold."""
         return [failure for line in self.lines for failure in line.tally.failures]
 
+    def named(self, *verdicts: str) -> list[str]:
+        """The parts of these verdicts."""
+        return list(dict.fromkeys(line.part.name for line in self.lines if line.verdict in verdicts))
+
     @property
     def passed(self) -> bool:
         """Has something been shown, and does all of it hold?"""
-        return not self.failures and any(line.verdict == "passed" for line in self.lines)
+        return not self.named("FAILED", "incomplete") and bool(self.named("passed"))
 
     def to_json(self) -> dict[str, Any]:
         """For programs to read, and for whoever gets the report."""
@@ -89,6 +116,28 @@ class Report:
             "parts": [line.to_json() for line in self.lines],
         }
 
+    def text(self) -> Iterator[tuple[str, str]]:
+        """A line for each part, then the failures: each a verdict, or "", and the text."""
+        wide = max([len(line.part.name) for line in self.lines], default=0)
+        for line in self.lines:
+            yield line.verdict, f"{line.part.name:{wide}} {line.device:5} {line.verdict:10} {line.ran}"
+            if line.remark:
+                yield "skipped", f"{'':{wide}} {line.remark}"
+        for name, reason in self.missing.items():
+            yield "skipped", f"{name}: {reason}"
+        for failure in self.failures[:FAILURES_SHOWN]:
+            yield "FAILED", str(failure)
+        if len(self.failures) > FAILURES_SHOWN:
+            yield "FAILED", f"... {len(self.failures) - FAILURES_SHOWN} more failures: --json FILE has all of them"
+        where = f"on {self.environment['devices']}, seed {self.seed}, {self.seconds:.0f} s"
+        if self.passed:
+            yield "passed", f"everything holds: {len([x for x in self.lines if x.verdict == 'passed'])} parts {where}"
+        elif self.failures or not self.lines:
+            yield "FAILED", f"FAILED: {', '.join(self.named('FAILED')) or 'nothing has been run'}, {where}"
+        else:
+            left = ", ".join(self.named("incomplete"))
+            yield "FAILED", f"{f'there was no time for all of {left}' if left else 'nothing has been run'}, {where}"
+
 
 def verify(
     devices: Sequence[str] | None = None,
@@ -98,47 +147,91 @@ def verify(
     rows: Sequence[str] | None = None,
     order: str = "ascending",
     sanitize: bool = False,
+    minutes: float = inf,
+    keep: Callable[[Report], None] = lambda report: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Proves these parts (all) of these rows of the op table (all) on these devices (all that there are).
 
-    `order` and `sanitize` are those of the host device (see HostOptions). `progress` is told how many pieces of work
-    are done of how many. ConfigError for names that are unknown; DeviceError or CompileError where a device that was
-    asked for is missing.
+    `order` and `sanitize` are those of the host device (see HostOptions). No piece of work begins after so many
+    `minutes`. `keep` gets the report as it stands when a part is done: a machine may be taken away. `progress` is told
+    how many pieces of work are done of how many. ConfigError for names that are unknown; DeviceError or CompileError
+    where a device that was asked for is missing.
     """
-    start = time.perf_counter()
+    start = time.monotonic()
     chosen = [PARTS[name] for name in parts or PARTS if _known("part", name, PARTS)]
     table: tuple[Row, ...] = tuple(map(row_named, rows)) if rows else ROWS
     present, missing = _present(devices)
     lines: dict[tuple[str, str], Line] = {}
-    works: list[Work] = []
-    tables = {ANY: table} | {device: rows_on(get_device(device), table) for device in present}
-    for part in chosen:
-        for device in (*present, ANY):
-            if device not in part.devices:
-                continue
-            reason = part.unavailable()
-            lines[part.name, device] = Line(part, device, Tally(skipped=reason))
-            if not reason:
-                works += part.works(device, effort, seed, tables[device])
-    works = [_on_host(work, order, sanitize or PARTS[work.part].sanitized) for work in works]
-    works.sort(key=lambda work: not PARTS[work.part].long)
-    finished = 0
+    works: dict[Work, None] = {}
+    tables = {ANY: table} | {device: _rows_for(get_device(device), table) for device in present}
+    # A machine with a GPU is not rented to compile for others.
+    anywhere = [ANY] if parts or present != ["cuda"] else []
+    with tempfile.TemporaryDirectory(prefix="segnet-verify-") as folder:
+        for part in chosen:
+            for device in (*present, *anywhere):
+                if device not in part.devices:
+                    if parts and device != ANY and ANY not in part.devices:
+                        reason = f"it is for {' and '.join(part.devices)}, not for {device}"
+                        lines[part.name, device] = Line(part, device, Tally(skipped=reason))
+                    continue
+                reason = part.unavailable()
+                lines[part.name, device] = Line(part, device, Tally(skipped=reason))
+                for work in () if reason else part.works(device, effort, seed, tables[device]):
+                    if work.device == "cuda":
+                        limit = RISKY_LIMIT if _is_risky(work) else GPU_LIMIT
+                        work = replace(work, limit=limit, folder=folder if part.ahead else "")
+                    lines.setdefault((part.name, work.device), Line(part, work.device, Tally()))
+                    works[_on_host(work, order, sanitize or part.sanitized)] = None
+        finished = 0
+        remaining = Counter((work.part, work.device) for work in works)
 
-    def done(work: Work, tally: Tally) -> None:
-        nonlocal finished
-        finished += 1
-        lines[work.part, work.device].tally.add(tally)
-        progress(finished, len(works))
+        def report() -> Report:
+            shown = [x for x in lines.values() if x.tally.counts or x.tally.failures or x.remark]
+            return Report(shown, missing, effort, seed, _environment(present), time.monotonic() - start)
 
-    for first in (True, False):  # what is built first needs not be built by two processes at once
-        batch = [work for work in works if (work.part == HostBuilds.name) == first]
-        do_all(batch, lambda work: work.sanitize, done)
+        def done(work: Work, tally: Tally) -> None:
+            nonlocal finished
+            finished += 1
+            lines[work.part, work.device].tally.add(tally)
+            remaining[work.part, work.device] -= 1
+            if not remaining[work.part, work.device]:
+                keep(report())
+            progress(finished, len(works))
+
+        # What is built first needs not be built by two processes at once, and what hangs must not be met by others.
+        stages: list[list[Work]] = [[], [], []]
+        for work in sorted(works, key=_turn):
+            builds = isinstance(PARTS[work.part], HostBuilds | CudaBuilds)
+            stages[0 if builds else 1 if _is_risky(work) else 2].append(work)
+        for stage, batch in enumerate(stages):
+            if stage == 2 and any(_is_risky(work) and lines[work.part, "cuda"].tally.failures for work in stages[1]):
+                os.environ["SEGNET_HOPPER"] = "0"  # the engine does without what has failed
+            for work in do_all(batch, lambda work: work.sanitize, done, until=start + 60 * minutes):
+                lines[work.part, work.device].left.append(work)
     if table is ROWS and "reference" in (part.name for part in chosen):
         _expect_every_kernel(lines)
-    seconds = time.perf_counter() - start
-    shown = [line for line in lines.values() if line.tally.counts or line.tally.failures or line.tally.skipped]
-    return Report(shown, missing, effort, seed, _environment(present), seconds)
+    keep(report())
+    return report()
+
+
+def _rows_for(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows that the device has the instructions for, without Hopper's where they are forbidden."""
+    forbidden = device.architecture is not None and tiles_on(device) is None
+    return tuple(row for row in rows_on(device, rows) if not (forbidden and isinstance(row, HopperRow)))
+
+
+def _is_risky(work: Work) -> bool:
+    """Hopper's kernels on a GPU: what is wrong with a barrier, a byte count or a descriptor there hangs."""
+    return work.device == "cuda" and any(work.target == row.name and isinstance(row, HopperRow) for row in ROWS)
+
+
+def _turn(work: Work) -> tuple[float, ...]:
+    """What goes first: long pieces of work where many processes share them, on a GPU the fixed cases that are cheap."""
+    part = PARTS[work.part]
+    if work.device == "cuda":
+        return work.extra, part.long, list(PARTS).index(work.part), work.cost
+    return (not part.long,)
 
 
 def _on_host(work: Work, order: str, sanitize: bool) -> Work:
@@ -179,6 +272,8 @@ def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
         if name == "reference" and device != "numpy" and line.tally.counts:
             work = Work(name, device, "op table")
             able = {kernel for kernel in shipped_kernels() if device_has(get_device(device), kernel)}
+            if os.environ.get("SEGNET_HOPPER") == "0":
+                able -= {kernel for row in ROWS if isinstance(row, HopperRow) for kernel in kernels_of(row)}
             for kernel in sorted(able - line.tally.kernels.keys()):
                 line.tally.fail(work, kernel, "any", "no row of the op table (lab/proof/table.py) launches this kernel")
 
@@ -192,4 +287,10 @@ def _environment(devices: Sequence[str]) -> dict[str, str]:
         "numpy": np.__version__,
         "devices": ", ".join(devices),
     }
-    return facts | ({"compiler": compiler_name()} if "host" in devices else {})
+    if "host" in devices:
+        facts["compiler"] = compiler_name()
+    if "cuda" in devices:
+        cupy = cupy_facts()
+        facts |= {"gpu": str(get_device("cuda").gpu), "cupy": cupy["version"]}
+        facts |= {what: str(cupy[what]) for what in ("driver", "runtime")}
+    return facts

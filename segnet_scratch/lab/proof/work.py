@@ -57,6 +57,11 @@ class Work:
     effort: Effort = QUICK
     order: str = "ascending"
     sanitize: bool = False
+    extra: bool = False  # beyond the fixed cases: may be left out where time is over
+    cost: float = 0.0  # as compared with others of its part: on a GPU the cheap ones come first
+    limit: float = 1200.0  # seconds: a kernel that never ends does not hold up the rest for ever
+    folder: str = ""  # where results to compare with are put ahead of the GPU
+    ahead: bool = False  # make those, and no more
 
     def to_json(self) -> dict[str, Any]:
         """For the other process."""
@@ -90,7 +95,8 @@ class Tally:
     kernels: Counter[str] = field(default_factory=Counter)  # cases that launched each kernel
     failures: list[Failure] = field(default_factory=list)
     worst: float = 0.0  # error of a gradient
-    skipped: str = ""  # why nothing ran
+    skipped: str = ""  # why nothing ran, or not all of it
+    notes: list[str] = field(default_factory=list)  # what was measured
     seconds: float = 0.0
 
     def fail(self, work: Work, target: str, case: object, message: object) -> None:
@@ -112,6 +118,7 @@ class Tally:
         self.failures += other.failures
         self.worst = max(self.worst, other.worst)
         self.skipped = self.skipped or other.skipped
+        self.notes += other.notes
         self.seconds += other.seconds
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def main() -> None:
         work = Work.from_json(json.loads(line))
         start = time.perf_counter()
         try:
-            tally = PARTS[work.part].do(work)
+            part = PARTS[work.part]
+            tally = part.prepare(work) if work.ahead else part.do(work)
         except Exception:  # of no kind that a part expects: the report has to show where
             tally = Tally()
             tally.fail(work, work.target, f"cases from {work.first} on, seed {work.seed}", traceback.format_exc())

@@ -97,6 +97,10 @@ class CudaDevice(Device):
         # CUDA's, and what CuPy holds of arrays that are gone: it hands that out again, or gives it back when short.
         return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(self._cupy.get_default_memory_pool().free_bytes())
 
+    def without_pool(self) -> None:
+        """From now on each array is an allocation of CUDA's own, whose ends compute-sanitizer sees."""
+        self._cupy.cuda.set_allocator(None)
+
     def synchronise(self) -> None:
         self._expect_no_recording("wait for the GPU")
         self._cupy.cuda.get_current_stream().synchronize()

@@ -1,8 +1,8 @@
-"""The parts of the proof, each one property that is proven for every row of the op table, on every device there is.
+"""The parts of the proof, each one property: most are proven for every row of the op table, on every device there is.
 
     base.py          what a part is; the parts that go over the cases of the rows
     compilation.py   every kernel compiles, for the host and for every GPU
-    reference.py     results against the reference, guard zones, memory of any contents; integers exactly
+    reference.py     results against the reference, guard zones, memory of any contents; integers; the host's bits
     gradients.py     gradient checks of ops and networks
     orders.py        orders of threads and blocks
     variables.py     reads of variables that have no value yet
@@ -12,31 +12,38 @@
     losses.py        edges of the loss
     refusals.py      inputs that must be refused
     gate.py          launches that must be refused
+    steps.py         training steps on a GPU: other devices, graphs, the fused engine, uploads, times
+    learning.py      that it learns
+    compute_sanitizer.py  NVIDIA's four tools
 
 `segnet verify` runs them all (lab/proof/verify.py), the tests run the same ones at smaller figures.
 """
 
 from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.parts.compilation import GpuBuilds, HostBuilds
+from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, GpuBuilds, HostBuilds
+from segnet_scratch.lab.proof.parts.compute_sanitizer import ComputeSanitizer
 from segnet_scratch.lab.proof.parts.gate import Gate
 from segnet_scratch.lab.proof.parts.gradients import Gradients, Networks
 from segnet_scratch.lab.proof.parts.hostile import HostileInputs
+from segnet_scratch.lab.proof.parts.learning import Demo, Learning
 from segnet_scratch.lab.proof.parts.losses import Losses
 from segnet_scratch.lab.proof.parts.orders import Orders
-from segnet_scratch.lab.proof.parts.reference import Integers, Reference
+from segnet_scratch.lab.proof.parts.reference import HostBits, Integers, Reference
 from segnet_scratch.lab.proof.parts.refusals import Refusals
 from segnet_scratch.lab.proof.parts.repeats import Repeats, Training
 from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
+from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
 from segnet_scratch.lab.proof.parts.variables import Variables
 
-# In the order of the report.
+# In the order of the report, in which a GPU has them, too.
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        *(HostBuilds(), GpuBuilds(), Gate(), Refusals()),
-        *(Reference(), Integers(), HostileInputs(), Losses()),
+        *(HostBuilds(), CudaBuilds(), GpuBuilds(), Gate(), Refusals()),
+        *(Reference(), Integers(), HostileInputs(), Losses(), HostBits()),
+        *(OtherDevices(), Graphs(), Engine(), Uploads()),
         *(Gradients(), Networks()),
         *(Orders(), Variables(), Sanitizers()),
-        *(Repeats(), Training()),
+        *(Repeats(), Training(), Learning(), Timing(), ComputeSanitizer(), Demo()),
     )
 }

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
 
 CASES_AT_ONCE = 40  # of a row, in one piece of work
+CASES_AT_ONCE_ON_GPU = 10  # few, so that the GPU need not wait long for what they are compared with
 CASE_MARK = "segnet-case: "  # begins the line that tells a sanitizer's reader which case comes next
 ENOUGH = 5  # failures after which the rest of a piece of work is left out
 
@@ -30,7 +32,8 @@ class Part:
     proves: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ("numpy", "host", "cuda")
     sanitized: ClassVar[bool] = False  # its work needs a process under AddressSanitizer
-    long: ClassVar[bool] = False  # its pieces of work take long, and are begun first
+    long: ClassVar[bool] = False  # its pieces of work take long, and are begun first; on a GPU, which has but one, last
+    ahead: ClassVar[bool] = False  # what a GPU's results are compared with is computed ahead of it: `prepare`
 
     def unavailable(self) -> str:
         """Why it cannot run on this machine, with the fix; "" where it can."""
@@ -44,9 +47,13 @@ class Part:
         """Does one of them."""
         raise NotImplementedError
 
+    def prepare(self, work: Work) -> Tally:
+        """Puts what the results are to be compared with into the folder of the work."""
+        raise NotImplementedError
+
     def ran(self, tally: Tally) -> str:
-        """What has been run, in figures."""
-        return ", ".join(f"{count:,} {what}" for what, count in tally.counts.items())
+        """What has been run, in figures, and what was measured."""
+        return ", ".join([*(f"{count:,} {what}" for what, count in tally.counts.items()), *tally.notes])
 
 
 @dataclass(frozen=True)
@@ -92,21 +99,34 @@ class RowPart(Part):
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         for row in filter(self.takes, rows):
-            count = len(row.cases()) + self.random(effort)
-            for first in range(0, count, CASES_AT_ONCE):
-                size = min(CASES_AT_ONCE, count - first)
-                yield Work(self.name, device, row.name, first, size, seed, effort)
+            fixed = len(row.cases())
+            count, at_once = fixed + self.random(effort), CASES_AT_ONCE if device != "cuda" else CASES_AT_ONCE_ON_GPU
+            firsts = sorted({*range(0, fixed, at_once), *range(fixed, count, at_once)})
+            for first, end in pairwise([*firsts, count]):
+                cost = max(self.cost(row, index, seed) for index in range(first, end)) if device == "cuda" else 0.0
+                of_row = self.name, device, row.name, first, end - first, seed, effort
+                yield Work(*of_row, extra=first >= fixed, cost=cost)
+
+    def cost(self, row: Row, index: int, seed: int) -> float:
+        """Of a case, as compared with others."""
+        op = row.plan(case_of(row, index, seed), row.elements[0])
+        return op.flops + op.bytes
 
     def do(self, work: Work) -> Tally:
         return self.prove(row_named(work.target), work, device_of(work))
+
+    def runs(self, work: Work, device: Device, tally: Tally, row: Row | None = None) -> Iterator[CaseRun]:
+        """The cases that the work names."""
+        row = row or row_named(work.target)
+        for index in range(work.first, work.first + work.count):
+            yield CaseRun(row, case_of(row, index, work.seed), index, work, device, tally)
 
     def prove(self, row: Row, work: Work, device: Device) -> Tally:
         """Proves the cases that the work names for a row, which need not be in the table."""
         tally = Tally()
         tally.counts["rows"] += work.first == 0
         with np.errstate(all="ignore"):  # what a fault makes of numbers is found by comparison
-            for index in range(work.first, work.first + work.count):
-                run = CaseRun(row, case_of(row, index, work.seed), index, work, device, tally)
+            for run in self.runs(work, device, tally, row):
                 if work.sanitize:
                     os.write(2, f"{CASE_MARK}{run.where}\n".encode())
                 with run.attempt(), noting_launches(device) as launched:

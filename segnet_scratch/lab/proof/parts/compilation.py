@@ -7,14 +7,16 @@ from pathlib import Path
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.doctor.findings import Diagnosis
 from segnet_scratch.lab.doctor.kernels import examine_kernels
-from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.launches import device_has
+from segnet_scratch.lab.proof.parts.base import Part, device_of, reason_against
 from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
 from segnet_scratch.lab.proof.parts.variables import Variables
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.runtime.host import VARIABLES, build
-from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.compilation import on_all_cores
+from segnet_scratch.runtime.host import VARIABLES, build, find_compiler
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, shipped_kernels
 from segnet_scratch.runtime.source import Source, shipped_sources
 
 # What is built of each source and element type.
@@ -30,16 +32,18 @@ class HostBuilds(Part):
 
     name = "host builds"
     proves = "every kernel compiles for the CPU, plain, sanitized, with set variables"
-    devices = ("host",)
+    devices = ("host", "cuda")  # a GPU is compared with the host device
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         unavailable = {"sanitized": Sanitizers().unavailable(), **dict.fromkeys(VARIABLES, Variables().unavailable())}
+        if device == "cuda":
+            unavailable = {**dict.fromkeys(BUILDS, "not needed"), "plain": reason_against(find_compiler)}
         for kind in (kind for kind in BUILDS if not unavailable.get(kind)):
             for source in shipped_sources():
                 # float64 is for gradients; sanitizers and variables see each source in its other types.
                 for element in (e for e in source.elements if kind == "plain" or e != "float64"):
                     target = f"{source.path.name}, {element}, {kind}"
-                    yield Work(self.name, device, target, seed=seed, effort=effort)
+                    yield Work(self.name, "host", target, seed=seed, effort=effort)
 
     def do(self, work: Work) -> Tally:
         tally = Tally()
@@ -48,6 +52,35 @@ class HostBuilds(Part):
         with tally.attempt(work, work.target, "compiled"):
             BUILDS[kind](source, ElementTypes.named(element))
             tally.counts["libraries"] += 1
+        return tally
+
+
+class CudaBuilds(Part):
+    """On all cores, before anything waits for a kernel."""
+
+    name = "cuda builds"
+    proves = "every kernel compiles for this GPU"
+    devices = ("cuda",)
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        yield Work(self.name, device, "every kernel", seed=seed, effort=effort)
+
+    def do(self, work: Work) -> Tally:
+        tally, device = Tally(), device_of(work)
+
+        def build(what: tuple[Kernel, ElementTypes]) -> str:
+            return reason_against(lambda: device.compile(*what))
+
+        found = {
+            (kernel.source.path.name, element): (kernel, ElementTypes.named(element))
+            for kernel in shipped_kernels().values()
+            for element in kernel.source.elements
+            if device_has(device, kernel.name)
+        }
+        for target, reason in zip(found, on_all_cores(build, list(found.values())), strict=True):
+            tally.counts["modules"] += 1
+            if reason:
+                tally.fail(work, ", ".join(target), "compiled", reason)
         return tally
 
 

@@ -32,7 +32,7 @@ class Repeats(RowPart):
     def prove_case(self, run: CaseRun) -> None:
         op, inputs = run.op_and_inputs()
         hashes = [
-            _hash(run_guarded(op, inputs, run.device, (FIRST, SECOND)[k % 2]).outputs)
+            hash_of(run_guarded(op, inputs, run.device, (FIRST, SECOND)[k % 2]).outputs)
             for k in range(run.work.effort.repeats)
         ]
         run.tally.counts["runs"] += len(hashes)
@@ -68,10 +68,11 @@ class Training(Part):
         for number in range(steps):
             images = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
             step(images, rng.integers(0, 5, (2, 32, 32)), 0.01, number)
-        return _hash(model.state_dict() | step.optimiser.state_dict())
+        return hash_of(model.state_dict() | step.optimiser.state_dict())
 
 
-def _hash(arrays: dict[str, np.ndarray]) -> str:
+def hash_of(arrays: dict[str, np.ndarray]) -> str:
+    """Of names, shapes, types and every bit."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())

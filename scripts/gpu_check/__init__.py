@@ -1,1 +1,0 @@
-"""Checks the cuda device on the machine at hand; run as scripts/gpu_check.sh."""

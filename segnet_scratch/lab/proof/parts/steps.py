@@ -1,0 +1,243 @@
+"""Training steps as they are made on a GPU: on other devices, as graphs, by the fused engine, beside uploads.
+
+Where there is no GPU the same runs at smaller sizes, so that the proof itself can be tried.
+"""
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from segnet_scratch.engine.inference import FusedInference
+from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.repeats import hash_of
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.ops.cases import Row
+from segnet_scratch.runtime.devices import Device, get_device
+from segnet_scratch.segnet import SegNet, SegNetBasic
+from segnet_scratch.step import TrainingStep, resolve
+
+CLASSES, LR = 21, 1e-3
+OTHER_DEVICES_LIMIT = 1e-9
+# SegNet-Basic, since SegNet in float32 parts from itself (docs/numerics.md).
+ENGINE_LIMITS = {"float32": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
+LOGITS_LIMIT = 1e-4
+
+
+class Steps:
+    """A network, its training step, and batches of noise that depend on nothing but their number."""
+
+    def __init__(self, model: SegNet, batch: int, size: tuple[int, int], **options: Any) -> None:
+        self.model, self.device, self.shape = model, model.device, (batch, *size)
+        self.step = TrainingStep(model, seed=7, **options)
+
+    def data(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of step `number`."""
+        rng = np.random.default_rng([3, number])
+        images = rng.standard_normal((*self.shape, 3), np.float32).astype(self.model.dtype, copy=False)
+        return images, rng.integers(0, self.model.classes, self.shape, np.uint8)
+
+    def write(self, number: int) -> None:
+        """Everything that differs from step to step."""
+        self.step.write(*self.data(number), LR, number)
+
+    def loss(self) -> float:
+        """Of the last step; waits for it."""
+        return self.step.read().get()[0]
+
+    def losses(self, count: int) -> np.ndarray:
+        """Of so many steps from the first on."""
+        found = []
+        for number in range(count):
+            self.write(number)
+            self.step.run()
+            found.append(self.loss())
+        return np.array(found)
+
+
+class StepPart(Part):
+    """One piece of work on a device, whatever the rows."""
+
+    devices = ("cuda",)
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        if rows is ROWS:
+            yield Work(self.name, device, "SegNet", seed=seed, effort=effort)
+
+    def do(self, work: Work) -> Tally:
+        return self.prove(work, device_of(work))
+
+    def prove(self, work: Work, device: Device) -> Tally:
+        """Does it on a device, which may be one with a fault."""
+        tally = Tally()
+        with np.errstate(all="ignore"), tally.attempt(work, work.target, self.name):
+            for problem in self.problems(device, tally):
+                tally.fail(work, work.target, self.name, problem)
+        return tally
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        """What is wrong; what was run and measured goes to the tally."""
+        raise NotImplementedError
+
+
+class OtherDevices(StepPart):
+    """A narrow SegNet in float64."""
+
+    name = "devices"
+    proves = "training gives the losses of the other devices"
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        def losses(device: Device) -> np.ndarray:
+            model = SegNet(11, 1 / 8, device, seed=1, dtype=np.float64)
+            return Steps(model, 2, (48, 48)).losses(20 if device.gpu else 5)
+
+        ours = losses(device)
+        tally.counts["steps"] = len(ours)
+        for other in ("numpy", "host") if device.gpu else ("numpy",):
+            difference = float(np.abs(ours - losses(get_device(other))[: len(ours)]).max())
+            tally.notes.append(f"{difference:.1e} from {other}")
+            if not difference <= OTHER_DEVICES_LIMIT:
+                yield f"losses lie {difference} from those of {other}; expected at most {OTHER_DEVICES_LIMIT}"
+
+
+class Graphs(StepPart):
+    """The same steps one by one and as a replayed graph; with dropout, whose state lies on the device."""
+
+    name = "graphs"
+    proves = "replayed training steps give the bits of steps made one by one"
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        size, width, replays = (64, 1 / 4, 20) if device.gpu else (32, 1 / 16, 2)
+        eager, replayed = (
+            Steps(SegNet(CLASSES, width, device, dropout=True, seed=1), 1, (size, size)) for _ in range(2)
+        )
+        ways: dict[Steps, Callable[[], None]] = {eager: eager.step.walk, replayed: replayed.step.run}
+        losses: dict[Steps, list[float]] = {steps: [] for steps in ways}
+        seconds: dict[Steps, list[float]] = {steps: [] for steps in ways}
+        for number in range(1 + replays):
+            for steps, step in ways.items():
+                steps.write(number)
+                taken = _seconds(device, step)
+                losses[steps].append(steps.loss())
+                if number:  # the first is not a replay
+                    seconds[steps].append(taken)
+        tally.counts["replays"] = replays
+        ms = [1000 * median(seconds[steps]) for steps in ways]
+        tally.notes.append(f"batch 1 at {size}x{size}: one by one {ms[0]:.2f} ms, replayed {ms[1]:.2f} ms")
+        if losses[eager] != losses[replayed] or not all(np.isfinite(losses[eager])):
+            yield f"losses one by one {losses[eager]}, replayed {losses[replayed]}"
+        if hash_of(eager.model.state_dict()) != hash_of(replayed.model.state_dict()):
+            yield "the weights differ"
+
+
+class Engine(StepPart):
+    """SegNet-Basic by both engines, each precision twice; on a GPU all steps but the first come from a graph."""
+
+    name = "engine"
+    proves = "the fused engine gives the layers' losses and logits, and the same bits again"
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        size, width, count = ((96, 130), 1.0, 20) if device.gpu else ((16, 24), 1 / 8, 2)
+
+        def losses(engine: str, precision: str) -> np.ndarray:
+            model = SegNetBasic(CLASSES, width, device, seed=1)
+            return Steps(model, 2, size, engine=engine, precision=precision).losses(count)
+
+        layers = losses("layers", "float32")
+        for precision, limit in ENGINE_LIMITS.items():
+            first, second = losses("fused", precision), losses("fused", precision)
+            difference = float(np.abs(first - layers).max() / np.abs(layers).max())
+            tally.counts["steps"] += 2 * count
+            tally.notes.append(f"{precision} losses {difference:.1e} from the layers'")
+            if not difference <= limit:
+                yield f"{precision}: losses lie {difference:.1e} from the layers', relative; expected at most {limit}"
+            if not np.array_equal(first, second):
+                yield f"{precision}: a second run has other losses"
+        difference = self._logits(SegNetBasic(CLASSES, width, device, seed=1).eval(), size)
+        tally.notes.append(f"logits {difference:.1e}")
+        if not difference <= LOGITS_LIMIT:
+            yield f"inference: logits lie {difference:.1e} from the layers', relative; expected at most {LOGITS_LIMIT}"
+
+    def _logits(self, model: SegNet, size: tuple[int, int]) -> float:
+        """The largest difference of the fused logits from the layers', relative to the largest logit."""
+        images = np.random.default_rng(5).standard_normal((2, *size, 3), np.float32)
+        with no_grad():
+            expected = model(images).numpy()
+        engine = FusedInference(model, 2, size, "tf32x3")
+        for _ in range(2):  # the second from the graph
+            logits = model.device.download(engine(model.device.upload(images)))[..., :CLASSES]
+        return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+class Uploads(StepPart):
+    """Batches uploaded before each step, prefetched beside the step before, and lying on the device already."""
+
+    name = "uploads"
+    proves = "batches that are uploaded beside compute give the same losses"
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        batch, size, count, rounds = (32, 224, 20, 4) if device.gpu else (2, 32, 3, 2)
+        steps = {
+            name: Steps(SegNet(CLASSES, 1 / 16, device, seed=1), batch, (size, size))
+            for name in ("uploaded", "prefetched", "resident")
+        }
+        data = [steps["uploaded"].data(number) for number in range(count)]
+        resident = [device.upload(array) for array in data[0]]
+        sources: dict[str, Callable[[], Iterator[Any]]] = {
+            "uploaded": lambda: ([device.upload(array) for array in item] for item in data),
+            "prefetched": lambda: (arrays for _, arrays in device.prefetch(iter(data), lambda item: item)),
+            "resident": lambda: (resident for _ in data),
+        }
+        losses: dict[str, list[float]] = {name: [] for name in steps}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(rounds):
+            for name, source in sources.items():
+
+                def train(name: str = name, source: Callable[[], Iterator[Any]] = source) -> None:
+                    for images, labels in source():
+                        steps[name].step(images, labels, LR)
+                        losses[name].append(steps[name].loss())
+
+                taken = _seconds(device, train)
+                if turn:  # the first loads kernels and fills the pool
+                    seconds[name].append(taken / count)
+        tally.counts["steps"] = rounds * count
+        ms = {name: 1000 * median(values) for name, values in seconds.items()}
+        megabytes = sum(array.nbytes for array in data[0]) / 1e6
+        tally.notes.append(f"{megabytes:.1f} MB a step: " + ", ".join(f"{n} {v:.2f} ms" for n, v in ms.items()))
+        if losses["uploaded"] != losses["prefetched"] or not all(np.isfinite(losses["uploaded"])):
+            yield f"losses uploaded {losses['uploaded']}, prefetched {losses['prefetched']}"
+
+
+class Timing(StepPart):
+    """Nothing to pass: scripts/bench_vs_torch.py compares with PyTorch."""
+
+    name = "timing"
+    proves = "how long a training step takes"
+    long = True
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        batch, size, width, count = (4, 224, 1.0, 20) if device.gpu else (1, 32, 1 / 8, 2)
+        for engine, precision in dict.fromkeys(
+            [("layers", "float32"), resolve(SegNet(CLASSES, width, device), "auto", "auto")]
+        ):
+            steps = Steps(
+                SegNet(CLASSES, width, device, seed=1), batch, (size, size), engine=engine, precision=precision
+            )
+            steps.losses(3)
+            ms = 1000 * median(_seconds(device, steps.step.run) for _ in range(count))
+            tally.counts["steps"] += count
+            tally.notes.append(f"{engine} in {precision}, batch {batch} at {size}x{size}: {ms:.1f} ms")
+        yield from ()
+
+
+def _seconds(device: Device, work: Callable[[], object]) -> float:
+    device.synchronise()
+    began = perf_counter()
+    work()
+    device.synchronise()
+    return perf_counter() - began

@@ -1,0 +1,273 @@
+"""`segnet verify --device cuda`, as far as it goes without a GPU: its parts on the host device, and all of it on the
+stand-in for CuPy. What it is for takes a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import TESTS
+from support.fake_cupy import FakeCupy
+from support.kernels import needs_compiler
+
+from segnet_scratch.lab.proof import processes, verify
+from segnet_scratch.lab.proof.parts import compute_sanitizer, learning
+from segnet_scratch.lab.proof.parts.learning import Learning
+from segnet_scratch.lab.proof.parts.reference import Reference, _load, _save
+from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
+from segnet_scratch.lab.proof.processes import Process
+from segnet_scratch.lab.proof.table import ROWS, row_named
+from segnet_scratch.lab.proof.work import QUICK, Tally, Work
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
+from segnet_scratch.runtime.devices import CudaDevice, NumpyDevice, get_device
+from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.precision import BFLOAT16
+
+ROOT = TESTS.parent
+NEEDED = {"numpy", "ml_dtypes", "PIL", "safetensors", "segnet_scratch", "support", "pytest"}
+
+
+def prove(part, device):
+    return part.prove(Work(part.name, device.name, "SegNet"), device)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The cuda device of the stand-in, here and in worker processes."""
+    cupy = FakeCupy().install(monkeypatch, tmp_path)
+    device = CudaDevice()
+    monkeypatch.setattr("segnet_scratch.runtime.devices._shared_device", lambda name: device)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(processes, "WORKER", "support.gpu_worker")
+    monkeypatch.setitem(os.environ, "SEGNET_HOPPER", "")
+    cupy.device = device
+    return cupy
+
+
+class TestParts:
+    @needs_compiler
+    @pytest.mark.parametrize("part", [OtherDevices(), Graphs(), Engine(), Timing()], ids=lambda part: part.name)
+    def test_they_pass_on_the_host(self, part):
+        tally = prove(part, get_device("host"))
+        assert tally.failures == []
+        assert sum(tally.counts.values()) > 1
+        assert tally.notes
+
+    @needs_compiler
+    def test_graphs_and_uploads_ask_of_cupy_what_it_has(self, monkeypatch, tmp_path):
+        cupy, device = FakeCupy().install(monkeypatch, tmp_path), CudaDevice()
+        device.gpu = None  # the sizes of the host
+        for part in (Graphs(), Uploads()):
+            assert prove(part, device).failures == []
+        assert any(stream and pinned for stream, pinned in cupy.copies)
+        cupy.timeline.finish()
+
+    @needs_compiler
+    def test_a_replay_that_differs_is_noticed(self, monkeypatch, tmp_path):
+        FakeCupy().install(monkeypatch, tmp_path)
+        device = CudaDevice()
+        device.gpu = None
+        monkeypatch.setattr(CudaDevice, "capture", lambda self, step: lambda: (step(), step())[1])  # two steps for one
+        *_, last = prove(Graphs(), device).failures
+        assert last.message == "the weights differ"
+
+    def test_losses_that_differ_from_other_devices(self, monkeypatch):
+        monkeypatch.setattr("segnet_scratch.lab.proof.parts.steps.OTHER_DEVICES_LIMIT", -1.0)
+        (failure,) = prove(OtherDevices(), NumpyDevice()).failures
+        assert "losses lie 0.0 from those of numpy" in failure.message
+
+    @pytest.mark.parametrize(
+        ("pixels", "miou", "passed"), [(0.995, 0.96, True), (0.995, 0.94, False), (0.98, 1, False)]
+    )
+    def test_learning_is_judged_by_both_scores(self, monkeypatch, pixels, miou, passed):
+        monkeypatch.delenv("SEGNET_TEST_DATA", raising=False)
+        monkeypatch.setattr(learning, "MOST_STEPS", 25)
+        monkeypatch.setattr(learning, "TrainingStep", lambda *a, **o: lambda *batch: None)
+        found = learning.scores_of
+        monkeypatch.setattr(learning, "scores_of", lambda *a: replace(found(*a), global_accuracy=pixels, miou=miou))
+        tally = prove(Learning(), get_device("numpy"))
+        assert (tally.failures == []) is bool(passed)
+        assert "4 synthetic images" in tally.notes[0]
+
+
+class TestComputeSanitizer:
+    def test_every_kernel_is_seen(self, monkeypatch, tmp_path):
+        cupy = FakeCupy(dry=True).install(monkeypatch, tmp_path)
+        cupy.cuda.set_allocator = lambda allocator: None
+        counts = compute_sanitizer.main(CudaDevice(), 0.0)
+        assert (counts["kernels"], counts["missing"]) == (len(shipped_kernels()), [])
+        assert len(ROWS) <= counts["cases"] < 3 * len(ROWS)  # some rows have several kernels, one for each tile
+
+    @pytest.mark.parametrize(
+        ("log", "child", "code", "said"),
+        [
+            ("ERROR SUMMARY: 0 errors", "[]", 0, ""),
+            ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "[]", 0, ""),
+            ("ERROR SUMMARY: 0 errors", '["relu_forward"]', 0, "initcheck: relu_forward has not run"),
+            ("ERROR SUMMARY: 0 errors", "[]", 7, "memcheck (exit code 7):"),
+            ("RACECHECK SUMMARY: 10 hazards displayed", "[]", 0, "RACECHECK SUMMARY: 10 hazards"),
+            ("", "[]", 0, "racecheck (exit code 0):"),
+        ],
+        ids=["clean", "clean of races", "a kernel is left out", "exit code", "hazards", "no summary"],
+    )
+    def test_what_it_says(self, monkeypatch, tmp_path, log, child, code, said):
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"""#!/bin/sh
+while [ "$1" != --log-file ]; do shift; done
+echo '========= {log}' > "$2"
+echo '{{"cases": 40, "kernels": 30, "missing": {child}}}'
+exit {code}
+""")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        part = compute_sanitizer.ComputeSanitizer()
+        assert part.unavailable() == ""
+        tally = prove(part, get_device("numpy"))
+        assert tally.notes[0] == "memcheck 40 cases of 30 kernels"
+        assert (tally.failures == []) is not bool(said)
+        assert not said or any(said in failure.message for failure in tally.failures)
+
+
+@needs_compiler
+class TestOnAGpu:
+    """The whole way: builds first, results to compare with from processes ahead of the GPU's, its own process."""
+
+    def test_rows_pass(self, gpu, tmp_path):
+        kept = []
+        report = verify.verify(
+            ["cuda"],
+            parts=["host builds", "cuda builds", "reference", "integers", "host bits", "repeats"],
+            rows=["add_forward", "relu_forward"],
+            keep=lambda report: kept.append(json.dumps(report.to_json())),
+        )
+        assert report.failures == []
+        lines = {(line.part.name, line.device): line for line in report.lines}
+        assert all(line.verdict == "passed" for line in report.lines)
+        assert {device for _, device in lines} == {"cuda", "host"}  # what the host's bits come from is built
+        cases = sum(len(row_named(name).cases()) for name in ("add_forward", "relu_forward"))
+        assert lines["reference", "cuda"].tally.counts["shapes"] == cases + 2 * QUICK.shapes
+        assert lines["host bits", "cuda"].tally.counts["shapes"] == cases
+        assert len(kept) == len(report.lines) + 1  # after each part, and at the end
+        assert report.environment["gpu"]
+
+    def test_what_has_no_time_is_incomplete(self, gpu, monkeypatch):
+        report = verify.verify(["cuda"], parts=["reference"], rows=["add_forward"], minutes=0)
+        (line,) = report.lines
+        assert (line.verdict, report.passed) == ("incomplete", False)
+        assert "time was over" in line.remark
+        assert any("no time for all of reference" in text for _, text in report.text())
+        line.left[:] = [work for work in line.left if work.extra]  # random cases may be left out
+        line.tally.counts["shapes"] = 1
+        assert line.verdict == "passed"
+
+    def test_hopper_that_hangs_costs_itself_alone(self, gpu, monkeypatch):
+        done = []
+
+        def do(works, sanitized, tell, until):
+            done.append([(work.target, work.limit) for work in works])
+            for work in works:
+                tally = Tally(Counter(shapes=1))
+                if "hopper" in work.target:
+                    tally.fail(work, work.target, "a case", f"the process did not end within {work.limit:.0f} s")
+                tell(work, tally)
+            return []
+
+        monkeypatch.setattr(verify, "do_all", do)
+        hopper = next(row.name for row in ROWS if isinstance(row, HopperRow))
+        report = verify.verify(["cuda"], parts=["reference", "engine"], rows=["relu_forward", hopper])
+        builds, risky, rest = done
+        assert builds == []
+        assert set(risky) == {(hopper, verify.RISKY_LIMIT)}
+        assert set(rest) == {("relu_forward", verify.GPU_LIMIT)}
+        assert os.environ["SEGNET_HOPPER"] == "0"
+        assert {failure.target for failure in report.failures} == {hopper}
+
+    def test_a_part_that_is_for_others_says_so(self):
+        report = verify.verify(["host"], parts=["learning"])
+        assert [line.remark for line in report.lines] == ["it is for cuda, not for host"]
+        assert not report.passed
+
+    def test_cheap_cases_come_first_and_random_ones_last(self):
+        works = list(Reference().works("cuda", QUICK, 0, (row_named("conv2d_forward_tiled"),)))
+        turns = sorted(works, key=verify._turn)
+        fixed = [work for work in turns if not work.extra]
+        assert [work.cost for work in fixed] == sorted(work.cost for work in fixed)
+        assert all(work.extra for work in turns[len(fixed) :])
+        assert sum(work.count for work in fixed) == len(row_named("conv2d_forward_tiled").cases())
+
+
+class TestAhead:
+    def test_a_gpu_waits_for_what_it_is_compared_with(self, monkeypatch):
+        order = []
+        monkeypatch.setattr(Process, "do", lambda self, work: order.append(work) or Tally())
+        works = [Work("reference", "cuda", str(number), folder="f") for number in range(6)]
+        works += [Work("losses", "cuda", "free")]
+        left = processes.do_all(works, lambda work: False, lambda work, tally: None, lanes=2)
+        assert left == []
+        for number in range(6):
+            ahead, on_gpu = [work for work in order if work.target == str(number)]
+            assert (ahead.ahead, on_gpu.ahead) == (True, False)
+
+    def test_what_was_not_begun_is_returned(self, monkeypatch):
+        monkeypatch.setattr(Process, "do", lambda self, work: pytest.fail("time was over"))
+        works = [Work("reference", "cuda", "a", folder="f"), Work("losses", "numpy", "b")]
+        assert processes.do_all(works, lambda work: False, lambda work, tally: None, until=0.0) == works
+
+    def test_expectations_come_back_as_they_were(self, tmp_path):
+        expected = {
+            "y": (np.arange(6, dtype=BFLOAT16).reshape(2, 3), np.full((2, 3), 0.5)),
+            "codes": (np.arange(3, dtype=np.uint8), 0.0),
+        }
+        _save(tmp_path / "a case.npz", expected)
+        found = _load(tmp_path / "a case.npz")
+        assert found.keys() == expected.keys()
+        for name, (wanted, bound) in expected.items():
+            assert found[name][0].dtype == wanted.dtype
+            np.testing.assert_array_equal(found[name][0], wanted)
+            np.testing.assert_array_equal(found[name][1], bound)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_it_needs_little(tmp_path):
+    """No typer, rich, tomli_w, threadpoolctl: only the standard library, and what computes."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if path is None and top not in sys.stdlib_module_names and top not in {NEEDED} and not top.startswith("_"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+""")
+    report = tmp_path / "out" / "report.json"
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-m", "segnet_scratch.lab.proof", "--device", "numpy", "--json", str(report)]
+    command += ["--row", "add_forward", "--only", "reference", "--only", "training"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("everything holds: 2 parts on numpy, seed 0")
+    assert json.loads(report.read_text())["passed"] is True
+    blocked = subprocess.run(
+        [sys.executable, "-c", "import rich"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True
+    )
+    assert blocked.returncode == 1  # the block blocks
+
+
+def test_the_script_is_a_thin_call():
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", "--only", "reference"],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        pytest.skip("there is a GPU")
+    assert done.stderr.startswith("error: ")
+    assert len((ROOT / "scripts" / "gpu_check.sh").read_text().splitlines()) < 12
