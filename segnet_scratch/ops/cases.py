@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import SegnetError, ShapeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, spec
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map, spec
 
 Inputs = dict[str, np.ndarray | None]
 Bounds = dict[str, np.ndarray | float]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Row:
     channels: ClassVar[int] = 1  # those of maps are a multiple of it
     constants: ClassVar[tuple[str, ...]] = ()  # inputs without a gradient
     typed: ClassVar[bool] = True  # the plan refuses element types other than float32 and float64
+    # Of nn/functions.py, its gradient is checked on these cases; unless given, it has the op's name without "_forward".
+    function: str | None = None
 
     def cases(self) -> list[Case]:
         """The shapes that must work, each with its reason."""
@@ -92,8 +95,26 @@ class Row:
         """What the op makes of an input before it computes: rounded numbers, where it rounds them."""
         return array
 
+    def arguments(self, case: Case, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """What `function` takes, by the names of its parameters: tensors and arrays, sizes, options of the case.
+
+        What is not here is an attribute of the row, such as its `rung`, or has a default.
+        """
+        return {**case.sizes, **arrays}
+
+    def chosen(self, x: Shape) -> Case:
+        """The case that a user asks the gradient check for.
+
+        Its parameters are the arrays whose shapes may be chosen (without a default, or with ()) and the options.
+        """
+        return Case("chosen", {"x": x})
+
+    def differentiable(self, case: Case) -> bool:
+        """Can differences of float64 be compared with the gradient here?"""
+        return True
+
     def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
-        """The ops that give the gradients of this one, planned for a case: they are checked. () where there are none.
+        """For an op without a `function`: the ops that give its gradients, planned for a case. () where there are none.
 
         They go by names: of this op they take inputs and outputs as they are called here, and the gradient of the first
         output `y` as `dy`; that of an input `x` they give as `dx`. Every floating-point input has one, but for those
@@ -126,6 +147,12 @@ def values(rng: np.random.Generator, s: Spec, integers: bool = False) -> np.ndar
     """An array of this Spec: standard normal, or integers from -4 to 4 so that short sums are exact."""
     array = rng.integers(-4, 5, s.shape) if integers else rng.standard_normal(s.shape)
     return array.astype(s.dtype)
+
+
+def size_of_result(x: Shape, h: int, w: int) -> tuple[int, int]:
+    """The size (h, w) that a user chose for the result of an op, 0 for twice that of the map x."""
+    _, rows, columns, _ = expect_map("gradcheck", "x", spec(x, np.float64))
+    return h or 2 * rows, w or 2 * columns
 
 
 def empty_outputs(op: Op) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.proof.problems import DIFFERENTIABLE, Chosen, Maker, Problem, differentiable, uncovered
+from segnet_scratch.lab.proof.problems import Chosen, Maker, Problem, differentiable, differentiables
 from segnet_scratch.nn.autograd import Function, Tensor
 from segnet_scratch.nn.functions import MaxPool, Relu
 from segnet_scratch.runtime.devices import Device, get_device
@@ -127,11 +127,11 @@ def _finite(value: Any) -> Any:
 
 
 def names() -> list[str]:
-    """What is checked: the ops, what else the op table declares with a backward, and `segnet`, a whole network.
+    """What is checked: the functions, `segnet` (a whole network), and rows of ops without a function.
 
-    Every row of the table that declares one can be checked by its own name, too.
+    Every row of the table behind a function can be checked by its own name, too.
     """
-    return [*DIFFERENTIABLE, *uncovered()]
+    return list(differentiables())
 
 
 def gradcheck(

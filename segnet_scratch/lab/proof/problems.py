@@ -1,34 +1,30 @@
-"""What the gradient check differentiates: each differentiable op with its shapes and options, and whole networks.
+"""What the gradient check differentiates: the functions of nn/functions.py, ops without one, and whole networks.
 
-An op has usual cases (the first ones chosen by hand, random ones after them), or takes shapes, options and contents
-from a user. Inputs keep away from kinks, unless a user chooses them: all are normal, those of ReLU and pooling are
-distinct multiples of 0.1.
+Shapes, options and inputs are those of the rows of the op table: their fixed cases that are not too large, random ones
+after them, or what a user chooses. A row of an op that nn/functions.py does not know declares the ops of its backward.
 """
 
 import difflib
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import islice, zip_longest
+from typing import Any
 
 import numpy as np
 
-from segnet_scratch.errors import ConfigError, SegnetError, ShapeError
+from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Function, Tensor
-from segnet_scratch.ops.cases import Case, Row
-from segnet_scratch.ops.convolution.conv2d import RUNGS, choose_rung
-from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID
+from segnet_scratch.ops.cases import MAPS, Case, Row, Shape, random_map, size_of_result
+from segnet_scratch.ops.loss.cross_entropy import VOID
 from segnet_scratch.ops.op import Op
-from segnet_scratch.ops.pooling.windows import CODE, PoolCodes, valid_codes, windows_of
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES
 
-Shape = tuple[int, ...]
-Sizes = dict[str, Any]  # shapes of arrays, and options
+LARGEST = 20_000  # elements of inputs: larger cases are about sizes, and not about gradients
 
 
 @dataclass(frozen=True)
@@ -59,101 +55,79 @@ class Chosen:
         """May inputs lie at kinks?"""
         return self.ties or bool(self.contents)
 
+    @property
+    def given_shapes(self) -> dict[str, Shape]:
+        """All shapes, those of given contents among them."""
+        return {n: a.shape for n, a in self.contents.items() if isinstance(a, np.ndarray)} | dict(self.shapes)
 
+
+@dataclass
 class Maker:
     """Makes the tensors of a problem on a device. Values are those that `values` can hold, kept as `storage`.
 
     Two makers with the same random numbers and `values` but unlike `storage` make the same problem in two precisions.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        rng: np.random.Generator,
-        values: np.dtype,
-        storage: np.dtype,
-        chosen: Chosen,
-    ) -> None:
-        self.device, self.rng, self.values, self.storage, self.chosen = device, rng, values, storage, chosen
-        self.leaves: dict[str, Tensor] = {}
+    device: Device
+    rng: np.random.Generator
+    values: np.dtype
+    storage: np.dtype
+    chosen: Chosen
+    leaves: dict[str, Tensor] = field(default_factory=dict)
 
-    def leaf(self, name: str, shape: Shape, distinct: bool = False, scale: float = 1.0) -> Tensor:
-        """A tensor whose gradient is checked; `distinct`: no ties, and no element nearer to 0 than 0.05."""
-        given = self.given(name, shape)
-        if given is not None:
-            drawn = given
-        elif self.chosen.ties:
-            drawn = self.rng.integers(-2, 3, shape)
-        elif distinct:
-            size = int(np.prod(shape))
-            drawn = (self.rng.permutation(size).reshape(shape) - size // 2 + 0.5) * 0.1
-        else:
-            drawn = scale * self.rng.standard_normal(shape)
-        self.leaves[name] = Tensor(self.constant(drawn), self.device, requires_grad=True)
+    def leaf(self, name: str, drawn: np.ndarray) -> Tensor:
+        """A tensor whose gradient is checked, of these values unless the user chose others."""
+        array = self.rng.integers(-2, 3, drawn.shape).astype(drawn.dtype) if self.chosen.ties else drawn
+        data = self.constant(name, array)
+        self.leaves[name] = Tensor(data.reshape(self.chosen.given_shapes.get(name, data.shape)), self.device, True)
         return self.leaves[name]
 
-    def given(self, name: str, shape: Shape) -> np.ndarray | None:
-        """The contents that the user chose, if any; a number stands for every element. ShapeError where they misfit."""
-        contents = self.chosen.contents.get(name)
-        if contents is None:
-            return None
-        array = np.asarray(contents)
-        if array.ndim and array.shape != shape:
-            raise ShapeError(f"gradcheck: the contents of {name} have shape {array.shape}, expected {shape}")
-        return np.broadcast_to(array, shape)
-
-    def constant(self, array: np.ndarray) -> Array:
-        """An array on the device that is no leaf."""
-        return self.device.upload(np.array(array, self.values).astype(self.storage))
-
-    def problem(self, forward: Callable[[], Tensor], **options: Any) -> Problem:
-        """The problem of the leaves made so far; `options` are for the report."""
-        parts = [f"{name} {leaf.shape}" for name, leaf in self.leaves.items()]
-        parts += [f"{name} {value}" for name, value in options.items()]
-        return Problem(", ".join(parts), self.leaves, forward)
+    def constant(self, name: str, drawn: np.ndarray) -> Array:
+        """An array on the device that is no leaf. A number that the user chose stands for every element."""
+        array = np.asarray(self.chosen.contents.get(name, drawn))
+        if array.ndim and array.size != drawn.size:
+            raise ShapeError(f"gradcheck: the contents of {name} have shape {array.shape}, expected {drawn.shape}")
+        array = np.broadcast_to(array.reshape(drawn.shape) if array.ndim else array, drawn.shape)
+        if is_floating(drawn.dtype):
+            return self.device.upload(array.astype(self.values).astype(self.storage))
+        return self.device.upload(array.astype(drawn.dtype))
 
 
-# Maps (n, h, w, c) that every op is checked on first: one pixel, odd edges, one row, even; random ones follow.
-SHAPES: tuple[Shape, ...] = ((1, 1, 1, 1), (1, 5, 7, 2), (2, 1, 4, 3), (1, 4, 6, 3), (2, 9, 11, 5))
-
-
-def usual_map(rng: np.random.Generator, index: int) -> Shape:
-    """The index-th map (n, h, w, c)."""
-    if index < len(SHAPES):
-        return SHAPES[index]
-    n, h, w, c = rng.integers(1, (3, 8, 8, 6))
-    return int(n), int(h), int(w), int(c)
+def _described(leaves: Mapping[str, Tensor], options: Mapping[str, Any]) -> str:
+    return ", ".join([*(f"{n} {leaf.shape}" for n, leaf in leaves.items()), *(f"{n} {v}" for n, v in options.items())])
 
 
 class Differentiable:
-    """One op. Its sizes are the shapes of `arrays` and the values of `options`, by name."""
+    """What has a name, usual cases, and arrays and options that a user may choose: the parameters of `chosen`."""
 
-    name: ClassVar[str]
-    usual: ClassVar[int]  # cases, unless one asks for more
-    arrays: ClassVar[tuple[str, ...]] = ("x",)
-    options: ClassVar[Mapping[str, int | float | str]] = {}  # with their defaults
-    others: ClassVar[tuple[str, ...]] = ()  # arrays whose shape follows, which may be given contents
-    distinct: ClassVar[bool] = False
+    name: str
+    others: tuple[str, ...] = ()  # arrays whose shape follows, which may be given contents
+    chosen: Callable[..., Any]
 
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        """Those of the index-th usual case."""
-        return {"x": usual_map(rng, index)}
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Whose shapes may be chosen; the first one must be."""
+        return tuple(n for n, p in inspect.signature(self.chosen).parameters.items() if p.default in (p.empty, ()))
 
-    def complete(self, sizes: Sizes) -> Sizes:
-        """All sizes from those that a user gave, and the defaults of `options`."""
-        return sizes
+    @property
+    def options(self) -> dict[str, int | float | str]:
+        """With their defaults."""
+        parameters = inspect.signature(self.chosen).parameters.items()
+        return {n: p.default for n, p in parameters if n not in self.arrays}
 
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        """The problem of these sizes."""
+    @property
+    def usual(self) -> int:
+        """Cases, unless one asks for more."""
         raise NotImplementedError
 
     def make(self, make: Maker, index: int) -> Problem:
-        """The index-th problem: of the usual sizes, or of those that the user chose."""
-        if not make.chosen.sizes:
-            return self.problem(make, self.sizes(make.rng, index))
-        given = {name: array.shape for name, array in make.chosen.contents.items() if isinstance(array, np.ndarray)}
-        sizes = {**self.options, **given, **make.chosen.shapes, **make.chosen.arguments}
-        return self.problem(make, self.complete(sizes))
+        """The index-th usual problem, or the one that the user chose."""
+        raise NotImplementedError
+
+    def sizes_of(self, chosen: Chosen) -> Any:
+        """What `chosen` makes of the shapes and options of a user."""
+        shapes = {name: shape for name, shape in chosen.given_shapes.items() if name in self.arrays}
+        return self.chosen(**shapes, **chosen.arguments)
 
     def expect_known(self, chosen: Chosen) -> None:
         """ConfigError unless the op has the arrays and options that the user chose, and all that it needs is there."""
@@ -174,347 +148,80 @@ class Differentiable:
                 raise ConfigError(
                     f"gradcheck: {self.name}: {name} is {value!r}; expected {expected}, such as {default}"
                 )
-        shaped = {n for n, a in chosen.contents.items() if isinstance(a, np.ndarray)} | chosen.shapes.keys()
-        if chosen.sizes and self.arrays[0] not in shaped:
+        if chosen.sizes and self.arrays[0] not in chosen.given_shapes:
             raise ConfigError(
                 f"gradcheck: {self.name} needs the shape of {self.arrays[0]} beside what was given, for example "
                 f"--shape {self.arrays[0]}=2,9,7,3"
             )
 
 
-class _Add(Differentiable):
-    name, usual, arrays = "add", 6, ("a", "b")
-    options: ClassVar = {"uses": 1}  # how often a occurs
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        return {"a": usual_map(rng, index), "uses": 3 if index % 2 else 1}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        a, b = make.leaf("a", sizes["a"]), make.leaf("b", sizes["b"] if "b" in sizes else sizes["a"])
-
-        def forward() -> Tensor:
-            y = functions.add(a, b)
-            for _ in range(sizes["uses"] - 1):  # a tensor used several times: its gradients are added
-                y = functions.add(y, a)
-            return y
-
-        return make.problem(forward, uses=sizes["uses"])
-
-
-class _Relu(Differentiable):
-    name, usual = "relu", 8
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x = make.leaf("x", sizes["x"], distinct=True)
-        return make.problem(lambda: functions.relu(x))
-
-
-class _MaxPool(Differentiable):
-    name, usual = "max_pool", 10
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x = make.leaf("x", sizes["x"], distinct=True)
-        return make.problem(lambda: functions.max_pool(x)[0])
-
-
-class _MaxUnpool(Differentiable):
-    name, usual = "max_unpool", 10
-    options: ClassVar = {"h": 0, "w": 0}  # of the map; 0: twice as large as x
-    others = ("codes",)
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        n, h, w, c = usual_map(rng, index)
-        return {"x": windows_of(n, h, w, c), "h": h, "w": w}
-
-    def complete(self, sizes: Sizes) -> Sizes:
-        rows, columns = (*sizes["x"], 1, 1)[1:3]
-        return {**sizes, "h": sizes["h"] or 2 * rows, "w": sizes["w"] or 2 * columns}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, size = make.leaf("x", sizes["x"]), (sizes["h"], sizes["w"])
-        chosen = make.given("codes", x.shape)
-        if chosen is None:
-            chosen = valid_codes(make.rng.integers(0, 4, x.shape, CODE), size)
-        codes = PoolCodes(make.device.upload(chosen.astype(CODE)), size)
-        return make.problem(lambda: functions.max_unpool(x, codes), size=size)
-
-
-class _Dropout(Differentiable):
-    name, usual = "dropout", 8
-    options: ClassVar = {"p": 0.5}
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        return {"x": usual_map(rng, index), "p": (0.5, 0.1, 0.0, 0.9)[index % 4]}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, p = make.leaf("x", sizes["x"]), float(sizes["p"])
-        layer, step = (int(k) for k in make.rng.integers((30, 1000)))
-        state = make.device.upload(np.array([2**33 + step, step], np.uint64))
-        return make.problem(lambda: functions.dropout(x, p, layer=layer, state=state), p=p)
-
-
-class _BatchNorm(Differentiable):
-    name, usual, others = "batch_norm", 14, ("weight", "bias")
-    options: ClassVar = {"training": 1}
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        training = index % 2 == 0
-        n, h, w, c = usual_map(rng, index // 2)
-        if training and n * h * w < 4:  # of two values one is always +1, the other -1, and all gradients are 0
-            n, h = n + 2, h + 1
-        return {"x": (n, h, w, c), "training": int(training)}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, training = make.leaf("x", sizes["x"]), bool(sizes["training"])
-        channels = sizes["x"][-1:]
-        weight, bias = make.leaf("weight", channels), make.leaf("bias", channels)
-        mean, var = make.rng.standard_normal(channels), make.rng.uniform(0.5, 2, channels)
-
-        def forward() -> Tensor:
-            running = make.constant(mean), make.constant(var)
-            return functions.batch_norm(x, weight, bias, *running, training=training)
-
-        return make.problem(forward, training=training)
-
-
-# (x, outputs, kernel, stride, padding)
-CONVOLUTIONS: tuple[tuple[Shape, int, tuple[int, int], int, int], ...] = (
-    ((1, 1, 1, 1), 1, (1, 1), 1, 0),
-    ((1, 5, 4, 2), 3, (3, 3), 1, 1),
-    ((2, 4, 5, 3), 2, (3, 3), 1, 0),
-    ((1, 7, 6, 2), 3, (3, 3), 2, 1),
-    ((1, 6, 5, 2), 2, (2, 3), 2, 0),
-    ((1, 8, 7, 1), 2, (2, 2), 3, 1),
-    ((1, 3, 3, 2), 2, (2, 2), 1, 3),
-    ((1, 5, 5, 2), 3, (7, 7), 1, 3),
-    ((1, 6, 6, 32), 32, (3, 3), 1, 1),
-    ((1, 12, 11, 3), 65, (3, 3), 1, 1),
-)
-
-
-class _Conv2d(Differentiable):
-    name, usual, arrays, others = "conv2d", 2 * len(CONVOLUTIONS) + 4, ("x", "weight"), ("bias",)
-    options: ClassVar = {"stride": 1, "padding": 1, "bias": 1, "rung": "default"}
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        if index // 2 < len(CONVOLUTIONS):
-            x, o, (kh, kw), stride, padding = CONVOLUTIONS[index // 2]
-        else:
-            x = usual_map(rng, index)
-            o, kh, kw, stride, padding = (int(k) for k in rng.integers((1, 1, 1, 1, 0), (6, 4, 4, 4, 3)))
-            kh, kw = min(kh, x[1] + 2 * padding), min(kw, x[2] + 2 * padding)
-        weight = (o, kh, kw, x[3])
-        sizes = {"x": x, "weight": weight, "stride": stride, "padding": padding, "bias": (index // 2) % 3}
-        return {**sizes, "rung": _rung(index, x, weight, stride, padding)}
-
-    def complete(self, sizes: Sizes) -> Sizes:
-        return {"weight": (3, 3, 3, sizes["x"][-1]), **sizes}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, weight = make.leaf("x", sizes["x"]), make.leaf("weight", sizes["weight"])
-        bias = make.leaf("bias", weight.shape[:1]) if sizes["bias"] else None
-        rung = None if sizes["rung"] == "default" else sizes["rung"]
-        stride, padding = sizes["stride"], sizes["padding"]
-        return make.problem(
-            lambda: functions.conv2d(x, weight, bias, stride, padding, rung),
-            stride=stride,
-            padding=padding,
-            rung=sizes["rung"],
-        )
-
-
-def _rung(index: int, x: Shape, weight: Shape, stride: int, padding: int) -> str:
-    """The rungs of the ladder in turn; where one does not take a shape or float64, the next that does."""
-    geometry = Geometry.of(x, weight, stride, padding)
-    for turn in range(len(RUNGS)):
-        try:
-            return choose_rung(geometry, np.dtype(np.float64), RUNGS[(index + turn) % len(RUNGS)])
-        except SegnetError:
-            continue
-    raise ShapeError(f"gradcheck: no rung takes x {x} and weight {weight} with stride {stride}")
-
-
-class _ConvTranspose2d(Differentiable):
-    name, usual, arrays = "conv_transpose2d", 12, ("x", "weight")
-    options: ClassVar = {"h": 0, "w": 0, "rung": "direct"}  # of the map; 0: twice as large as x
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        n, h, w, c = usual_map(rng, index // 2)
-        sizes = {"x": windows_of(n, h, w, c), "weight": (c, 4, 4, 1 + index % 3), "h": h, "w": w}
-        return {**sizes, "rung": "tiled" if index % 2 else "direct"}
-
-    def complete(self, sizes: Sizes) -> Sizes:
-        _, rows, columns, channels = (*sizes["x"], 1, 1, 1, 1)[:4]
-        size = {"h": sizes["h"] or 2 * rows, "w": sizes["w"] or 2 * columns}
-        return {"weight": (channels, 4, 4, channels), **sizes, **size}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, weight = make.leaf("x", sizes["x"]), make.leaf("weight", sizes["weight"])
-        size, rung = (sizes["h"], sizes["w"]), sizes["rung"]
-        return make.problem(lambda: functions.conv_transpose2d(x, weight, size, rung), size=size, rung=rung)
-
-
-class _ResizeBilinear(Differentiable):
-    name, usual = "resize_bilinear", 10
-    options: ClassVar = {"h": 0, "w": 0}  # of the result; 0: twice as large as x
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        n, h, w, c = usual_map(rng, index)
-        # By turns the size that a pool of stride 2 had, and any other.
-        x = windows_of(n, h, w, c) if index % 2 else (n, *(int(k) for k in rng.integers(1, 9, 2)), c)
-        return {"x": x, "h": h, "w": w}
-
-    def complete(self, sizes: Sizes) -> Sizes:
-        rows, columns = (*sizes["x"], 1, 1)[1:3]
-        return {**sizes, "h": sizes["h"] or 2 * rows, "w": sizes["w"] or 2 * columns}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, size = make.leaf("x", sizes["x"]), (sizes["h"], sizes["w"])
-        return make.problem(lambda: functions.resize_bilinear(x, size), size=size)
-
-
-class _Fit(Differentiable):
-    name, usual = "fit", 8
-    options: ClassVar = {"h": 0, "w": 0}  # of the result; 0: a row or column less than x
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        n, h, w, c = usual_map(rng, index)
-        return {"x": (n, h, w, c), "h": max(1, h + 1 - index % 3), "w": w + 1 if w == 1 or index % 2 else w - 1}
-
-    def complete(self, sizes: Sizes) -> Sizes:
-        rows, columns = (*sizes["x"], 1, 1)[1:3]
-        return {**sizes, "h": sizes["h"] or max(1, rows - 1), "w": sizes["w"] or max(1, columns - 1)}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        x, size = make.leaf("x", sizes["x"]), (sizes["h"], sizes["w"])
-        return make.problem(lambda: functions.fit(x, size), size=size)
-
-
-class _CrossEntropy(Differentiable):
-    name, usual, arrays, others = "cross_entropy", 16, ("logits",), ("labels",)
-    options: ClassVar = {"normalisation": "weights", "weighted": 0, "void": 0.25, "smoothing": 0.0}
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        n, h, w, _ = usual_map(rng, index // 4)
-        return {
-            "logits": (n, h, w, (4, 2, 21, 1)[index // 4 % 4]),
-            "normalisation": NORMALISATIONS[index % 2],
-            "weighted": index // 2 % 2,
-            "void": 0.25,
-            "smoothing": (0.0, 0.1, 0.4)[index % 3],
-        }
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        logits = make.leaf("logits", sizes["logits"], scale=3.0)
-        *pixels, classes = logits.shape
-        labels = make.given("labels", tuple(pixels))
-        if labels is None:
-            labels = make.rng.integers(0, classes, pixels).astype(np.uint8)
-            labels[make.rng.random(pixels) < sizes["void"]] = VOID
-        weights = make.rng.uniform(0.2, 3, classes).astype(make.values) if sizes["weighted"] else None
-        return make.problem(
-            lambda: functions.cross_entropy(logits, labels, weights, sizes["normalisation"], sizes["smoothing"]),
-            normalisation=sizes["normalisation"],
-            smoothing=sizes["smoothing"],
-            class_weights=weights is not None,
-            void=int((labels == VOID).sum()),
-        )
-
-
-# (architecture, training, dropout, decoder)
-NETWORKS: tuple[tuple[str, int, int, str], ...] = (
-    ("segnet", 1, 0, "indices"),
-    ("segnet-basic", 1, 1, "indices"),
-    ("segnet", 0, 0, "indices"),
-    ("segnet", 1, 0, "bilinear"),
-    ("segnet", 1, 0, "deconv"),
-    ("segnet-basic", 1, 0, "bilinear"),
-    ("segnet-basic", 1, 0, "deconv"),
-)
-
-
-class _SegNet(Differentiable):
-    """A whole network with its loss; every parameter and the image are inputs."""
-
-    name, usual, arrays = "segnet", 2, ("image",)
-    options: ClassVar = {
-        "architecture": "segnet",
-        "decoder": "indices",
-        "training": 1,
-        "dropout": 0,
-        "classes": 3,
-        "width": 1 / 32,
-    }
-
-    def sizes(self, rng: np.random.Generator, index: int) -> Sizes:
-        architecture, training, dropout, decoder = NETWORKS[index % len(NETWORKS)]
-        image = (2, 32, 33, 3) if architecture == "segnet" else (1, 33, 32, 3)
-        chosen = {"image": image, "architecture": architecture, "training": training, "dropout": dropout}
-        return {**self.options, **chosen, "decoder": decoder}
-
-    def problem(self, make: Maker, sizes: Sizes) -> Problem:
-        architecture, dropout, classes = sizes["architecture"], bool(sizes["dropout"]), sizes["classes"]
-        if architecture not in ARCHITECTURES:
-            raise ConfigError(f"gradcheck: architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
-        device, rng = make.device, make.rng
-        seed = int(rng.integers(2**31))
-        model = ARCHITECTURES[architecture](
-            *(classes, float(sizes["width"]), device),
-            dropout=dropout,
-            decoder=sizes["decoder"],
-            seed=seed,
-            dtype=make.storage,
-        )
-        model.train(bool(sizes["training"]))
-        model.set_random_state(seed, seed % 1000)
-        for name, buffer in model.named_buffers().items():  # statistics as of a network that has been trained
-            low, high = (0.5, 2.0) if name.endswith("var") else (-0.3, 0.3)
-            device.write(buffer.data, rng.uniform(low, high, buffer.data.shape))
-        for parameter in model.parameters():
-            if len(parameter.shape) == 1:
-                device.write(parameter.data, parameter.numpy() + 0.2 * rng.standard_normal(parameter.shape))
-        image = make.leaf("image", sizes["image"])
-        labels = rng.integers(0, classes, image.shape[:-1]).astype(np.uint8)
-        labels[rng.random(labels.shape) < 0.1] = VOID
-        make.leaves.update(model.named_parameters())
-        mode = "training" if sizes["training"] else "evaluation"
-        what = f"{architecture} in {mode}, decoder {sizes['decoder']}"
-        case = f"{what}, image {image.shape}, dropout {dropout}, seed {seed}"
-        return Problem(case, make.leaves, lambda: functions.cross_entropy(model(image), labels))
-
-
-class OfRow(Differentiable):
-    """A row of the op table, with what it declares as its backward: op against op, without functions.py."""
-
-    arrays = ()
-    usual = 6
-    LARGEST = 20_000  # elements of inputs: larger cases are about sizes, and not about gradients
-
-    def __init__(self, row: Row) -> None:
-        self.row, self.name = row, row.name  # type: ignore[misc]
-
-    def expect_known(self, chosen: Chosen) -> None:
-        if chosen.sizes or chosen.ties:
-            raise ConfigError(f"gradcheck: {self.name} is a row of the op table: its cases are those of the row")
+class OfRows(Differentiable):
+    """A function of nn/functions.py on the cases of the rows of its op, or a row whose op has none."""
+
+    def __init__(self, name: str, rows: Sequence[Row]) -> None:
+        self.name, self.rows, self.chosen = name, rows, rows[0].chosen
+        self.others = tuple(rows[0].plan(rows[0].cases()[0], np.float64).inputs)
+
+    def _cases(self, rng: np.random.Generator | None = None) -> Iterator[tuple[Row, Case]]:
+        """The fixed cases, of each row in turn; after them random ones, where there are random numbers."""
+        fixed = [[(row, case) for case in row.cases() if self._suits(row, case)] for row in self.rows]
+        yield from (found for turn in zip_longest(*fixed) for found in turn if found is not None)
+        while rng is not None:
+            for row in self.rows:
+                case = row.random_case(rng)
+                if self._suits(row, case):
+                    yield row, case
+
+    def _suits(self, row: Row, case: Case) -> bool:
+        inputs = row.plan(case, np.float64).inputs.values()
+        return row.differentiable(case) and sum(s.size for s in inputs) <= LARGEST
+
+    @property
+    def usual(self) -> int:
+        return sum(1 for _ in self._cases())
 
     def make(self, make: Maker, index: int) -> Problem:
-        small = [c for c in self.row.cases() if sum(s.size for s in self._plan(c).inputs.values()) <= self.LARGEST]
-        case = small[index] if index < len(small) else self.row.random_case(make.rng)
-        op, backward = self.row.plan(case, make.storage), self.row.backward(case, make.storage)
-        given: dict[str, Array | None] = {}
-        for name, array in self.row.inputs(self._plan(case), case, make.rng).items():
-            if array is None or not is_floating(array.dtype):
-                given[name] = None if array is None else make.device.upload(array)
-            elif name in op.updates or name in self.row.constants:
-                given[name] = make.constant(array)
+        row, case = self.rows[0], Case("", {})
+        if make.chosen.sizes:
+            case = self.sizes_of(make.chosen)
+        else:
+            row, case = next(islice(self._cases(make.rng), index, None))
+        wide, op = row.plan(case, np.float64), row.plan(case, make.storage)
+        for name, shape in make.chosen.shapes.items():
+            if np.prod(shape) != wide.inputs[name].size:
+                raise ShapeError(
+                    f"gradcheck: {name} {shape} does not fit the others; expected {wide.inputs[name].shape}"
+                )
+        arrays: dict[str, Tensor | Array | None] = {}
+        for name, drawn in row.inputs(wide, case, make.rng).items():
+            if drawn is None:
+                arrays[name] = None
+            elif is_floating(drawn.dtype) and name not in (*op.updates, *row.constants):
+                arrays[name] = make.leaf(name, drawn)
             else:
-                make.leaves[name] = Tensor(make.constant(array), make.device, requires_grad=True)
-        leaves = make.leaves
-        function = functools.partial(_OfOps, make.device, op, backward, given, tuple(leaves))
-        return Problem(str(case), leaves, lambda: function()(*leaves.values()))
+                arrays[name] = make.constant(name, drawn)
 
-    def _plan(self, case: Case) -> Op:
-        return self.row.plan(case, np.float64)
+        def fresh() -> dict[str, Tensor | Array | None]:
+            return arrays | {name: make.device.copy(arrays[name]) for name in op.updates}
+
+        function = _function(_function_of(row))
+        if function is None:
+            backward = row.backward(case, make.storage)
+            ops = lambda: _OfOps(make.device, op, backward, fresh(), tuple(make.leaves))(*make.leaves.values())  # noqa: E731
+            return Problem(str(case), make.leaves, ops)
+        known = inspect.signature(function).parameters
+        settings = {name: getattr(row, name) for name in known if hasattr(row, name)}
+
+        def taken() -> dict[str, Any]:
+            given = settings | row.arguments(case, fresh())
+            return {name: given[name] for name in known if name in given}
+
+        def forward() -> Tensor:
+            result = function(**taken())
+            return result[0] if isinstance(result, tuple) else result  # a pool gives its codes beside it
+
+        options = {name: value for name, value in taken().items() if not hasattr(value, "dtype") and name not in arrays}
+        return Problem(_described(make.leaves, options), make.leaves, forward)
 
 
 class _OfOps(Function):
@@ -546,32 +253,130 @@ class _OfOps(Function):
         return tuple(found.get(f"d{name}") for name in self.leaves)
 
 
-def of_rows(rows: Sequence[Row] | None = None) -> dict[str, OfRow]:
-    """What rows of the op table declare with a backward, by the name of the row."""
-    wide = [row for row in rows or table.ROWS if np.dtype(np.float64) in row.elements]
-    return {row.name: OfRow(row) for row in wide if row.backward(row.cases()[0], np.float64)}
+class Fit(Differentiable):
+    """functions.fit, which is no op: it copies."""
+
+    name, usual = "fit", len(MAPS)
+
+    def chosen(self, x: Shape, h: int = 0, w: int = 0) -> tuple[Shape, tuple[int, int]]:
+        return x, size_of_result(x, h, w)
+
+    def make(self, make: Maker, index: int) -> Problem:
+        if make.chosen.sizes:
+            x, size = self.sizes_of(make.chosen)
+        else:
+            x = [*MAPS.values()][index] if index < len(MAPS) else random_map(make.rng)
+            # A row more, as many, or one less; a column more or less.
+            size = max(1, x[1] + 1 - index % 3), x[2] + 1 if x[2] == 1 or index % 2 else x[2] - 1
+        leaf = make.leaf("x", make.rng.standard_normal(x))
+        return Problem(_described(make.leaves, {"size": size}), make.leaves, lambda: functions.fit(leaf, size))
 
 
-_CLASSES: tuple[type[Differentiable], ...] = (
-    *(_Add, _BatchNorm, _Conv2d, _ConvTranspose2d, _CrossEntropy, _Dropout, _Fit),
-    *(_MaxPool, _MaxUnpool, _Relu, _ResizeBilinear, _SegNet),
+# (architecture, training, dropout, decoder)
+NETWORKS: tuple[tuple[str, int, int, str], ...] = (
+    ("segnet", 1, 0, "indices"),
+    ("segnet-basic", 1, 1, "indices"),
+    ("segnet", 0, 0, "indices"),
+    ("segnet", 1, 0, "bilinear"),
+    ("segnet", 1, 0, "deconv"),
+    ("segnet-basic", 1, 0, "bilinear"),
+    ("segnet-basic", 1, 0, "deconv"),
 )
-DIFFERENTIABLE: dict[str, Differentiable] = {c.name: c() for c in _CLASSES}
+
+
+class Network(Differentiable):
+    """A whole network with its loss; every parameter and the image are inputs."""
+
+    name, usual = "segnet", 2
+
+    def chosen(
+        self,
+        image: Shape,
+        architecture: str = "segnet",
+        decoder: str = "indices",
+        training: int = 1,
+        dropout: int = 0,
+        classes: int = 3,
+        width: float = 1 / 32,
+    ) -> dict[str, Any]:
+        if architecture not in ARCHITECTURES:
+            raise ConfigError(f"gradcheck: architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+        return {name: value for name, value in locals().items() if name != "self"}
+
+    def make(self, make: Maker, index: int) -> Problem:
+        if make.chosen.sizes:
+            sizes = self.sizes_of(make.chosen)
+        else:
+            architecture, training, dropout, decoder = NETWORKS[index % len(NETWORKS)]
+            shape = (2, 32, 33, 3) if architecture == "segnet" else (1, 33, 32, 3)
+            sizes = self.chosen(shape, architecture, decoder, training, dropout)
+        architecture, dropout, classes = sizes["architecture"], bool(sizes["dropout"]), sizes["classes"]
+        device, rng = make.device, make.rng
+        seed = int(rng.integers(2**31))
+        model = ARCHITECTURES[architecture](
+            *(classes, float(sizes["width"]), device),
+            dropout=dropout,
+            decoder=sizes["decoder"],
+            seed=seed,
+            dtype=make.storage,
+        )
+        model.train(bool(sizes["training"]))
+        model.set_random_state(seed, seed % 1000)
+        for name, buffer in model.named_buffers().items():  # statistics as of a network that has been trained
+            low, high = (0.5, 2.0) if name.endswith("var") else (-0.3, 0.3)
+            device.write(buffer.data, rng.uniform(low, high, buffer.data.shape))
+        for parameter in model.parameters():
+            if len(parameter.shape) == 1:
+                device.write(parameter.data, parameter.numpy() + 0.2 * rng.standard_normal(parameter.shape))
+        image = make.leaf("image", rng.standard_normal(sizes["image"]))
+        labels = rng.integers(0, classes, image.shape[:-1]).astype(np.uint8)
+        labels[rng.random(labels.shape) < 0.1] = VOID
+        make.leaves.update(model.named_parameters())
+        mode = "training" if sizes["training"] else "evaluation"
+        what = f"{architecture} in {mode}, decoder {sizes['decoder']}"
+        case = f"{what}, image {image.shape}, dropout {dropout}, seed {seed}"
+        return Problem(case, make.leaves, lambda: functions.cross_entropy(model(image), labels))
+
+
+def _function_of(row: Row) -> str:
+    """The name of the function in nn/functions.py that differentiates the op of a row; "" where there is none."""
+    op, end, _ = row.op.name.partition("_forward")
+    return (op if row.function is None else row.function) if end else ""
+
+
+def _function(name: str) -> Callable[..., Any] | None:
+    found = getattr(functions, name, None)
+    return found if getattr(found, "__module__", "") == functions.__name__ else None
+
+
+def functions_of(rows: Sequence[Row]) -> dict[str, OfRows]:
+    """What is differentiated on these rows, by name: functions of nn/functions.py, and ops of which a row says how."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if np.dtype(np.float64) in row.elements:
+            if _function(_function_of(row)):
+                found.setdefault(_function_of(row), []).append(row)
+            elif row.backward(row.cases()[0], np.float64):
+                found[row.name] = [row]
+    return {name: OfRows(name, of_name) for name, of_name in found.items()}
+
+
+def differentiables() -> dict[str, Differentiable]:
+    """Everything that is checked: functions, ops of the table that have none, and whole networks."""
+    every = functions_of(table.ROWS)
+    known = {name: op for name, op in every.items() if _function(name)}
+    return {**dict(sorted({**known, "fit": Fit()}.items())), "segnet": Network(), **every}
 
 
 def differentiable(name: str) -> Differentiable:
-    """The op of this name. ConfigError lists the names there are."""
-    if name in DIFFERENTIABLE:
-        return DIFFERENTIABLE[name]
-    rows = of_rows()
+    """What has this name: one of `differentiables`, or a row of the op table. ConfigError lists the names there are."""
+    known = differentiables()
+    rows = {row.name: row for row in table.ROWS if functions_of([row])}
+    if name in known:
+        return known[name]
     if name in rows:
-        return rows[name]
-    close = difflib.get_close_matches(name, [*DIFFERENTIABLE, *rows], n=1)
+        return OfRows(name, [rows[name]])
+    close = difflib.get_close_matches(name, [*known, *rows], n=1)
     hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
     more = f"; of the op table also {', '.join(rows)}"
-    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(DIFFERENTIABLE)}{more}")
-
-
-def uncovered() -> list[str]:
-    """The rows with a backward whose op none of DIFFERENTIABLE differentiates: what users have added."""
-    return [name for name, op in of_rows().items() if not op.row.op.name.startswith(tuple(DIFFERENTIABLE))]
+    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(known)}{more}")

@@ -6,7 +6,18 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
-from segnet_scratch.ops.cases import COLUMN_MAPS, Bounds, Case, Inputs, Refusal, Row, maps, of_magnitudes, random_map
+from segnet_scratch.ops.cases import (
+    COLUMN_MAPS,
+    Bounds,
+    Case,
+    Inputs,
+    Refusal,
+    Row,
+    Shape,
+    maps,
+    of_magnitudes,
+    random_map,
+)
 from segnet_scratch.ops.convolution import winograd
 from segnet_scratch.ops.convolution.conv2d import (
     Conv2dBackwardBias,
@@ -82,17 +93,16 @@ class Conv2dRow(Row):
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return self.planned(case, dtype, self.rung)
 
-    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
-        if self.op is not Conv2dForward:
-            return ()
-        x, weight = self.plan(case, dtype).inputs["x"], self.plan(case, dtype).inputs["weight"]
-        options = case["stride"], case["padding"], self.rung
-        data, weights = (op.plan(x, weight, *options) for op in (Conv2dBackwardData, Conv2dBackwardWeight))
-        return data, weights, Conv2dBackwardBias.plan(data.inputs["dy"])
+    def chosen(
+        self, x: Shape, weight: Shape = (), stride: int = 1, padding: int = 1, bias: int = 1, rung: str = "default"
+    ) -> Case:
+        o, *kernel = weight[:3] or (3, 3, 3)
+        options = {"stride": stride, "padding": padding, "bias": bias, "rung": None if rung == "default" else rung}
+        return Case("chosen", {"x": x, "o": o, "kernel": tuple(kernel), **options})
 
     def planned(self, case: Case, dtype: DTypeLike, rung: str) -> Op:
         """The op of a case in any rung."""
-        weight = spec((case["o"], *case["kernel"], case["x"][3]), dtype)
+        weight = spec((case["o"], *case["kernel"], case["x"][-1]), dtype)
         return self.op.plan(spec(case["x"], dtype), weight, case["stride"], case["padding"], rung)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:

@@ -1,13 +1,13 @@
 """Rows of the transposed convolution: forward and both gradients, in each rung of conv2d, which does the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import Bounds, Case, Row, of_magnitudes, random_map
+from segnet_scratch.ops.cases import Bounds, Case, Row, Shape, of_magnitudes, random_map, size_of_result
 from segnet_scratch.ops.convolution.conv_transpose2d import (
     ConvTranspose2dBackwardData,
     ConvTranspose2dBackwardWeight,
@@ -48,6 +48,13 @@ class ConvTranspose2dRow(Row):
 
     def random_case(self, rng: np.random.Generator) -> Case:
         return _case("random", random_map(rng), int(rng.integers(1, 40)))
+
+    def chosen(self, x: Shape, weight: Shape = (), h: int = 0, w: int = 0, rung: str = "direct") -> Case:
+        size = size_of_result(x, h, w)
+        return Case("chosen", {"y": (x[0], *size, (weight or x)[-1]), "c": x[-1], "rung": rung})
+
+    def arguments(self, case: Case, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().arguments(case, arrays), "size": case["y"][1:3]}
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         n, h, w, o = case["y"]

@@ -5,7 +5,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import MAPS, Bounds, Case, Hostile, Inputs, MapRow, Refusal, random_map, values
+from segnet_scratch.ops.cases import MAPS, Bounds, Case, Hostile, Inputs, MapRow, Refusal, Shape, random_map, values
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
@@ -14,15 +14,15 @@ from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
 class AddRow(MapRow):
     """One rounding."""
 
+    def chosen(self, a: Shape) -> Case:
+        return super().chosen(a)
+
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         return {"y": eps * np.abs(b.y)}
 
 
 class ReluRow(MapRow):
     """Both directions; NaN and infinity pass, or are stopped, like any other number."""
-
-    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
-        return (ReluBackward.plan(spec(case["x"], dtype)),) if self.op is ReluForward else ()
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         first = rng.choice(by_hand.SPECIAL, rng.integers(1, (4, 40))).astype(np.float32)
@@ -48,6 +48,9 @@ class DropoutRow(MapRow):
             Case(reason, {"x": x, "p": probabilities[i % 4], "layer": i, "seed": 2**40 + i, "step": i * 1001})
             for i, (reason, x) in enumerate({**sizes, **MAPS}.items())
         ]
+
+    def chosen(self, x: Shape, p: float = 0.5) -> Case:
+        return Case("chosen", {"x": x, "p": p, "layer": 1, "seed": 2**40, "step": 1001})
 
     def random_case(self, rng: np.random.Generator) -> Case:
         p = float(np.float32(rng.uniform(0, 0.95)))

@@ -1,7 +1,8 @@
 """Rows of the loss, and of what counts right and wrong pixels."""
 
 import functools
-from math import sqrt
+from collections.abc import Mapping
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from segnet_scratch.ops.cases import (
     MapRow,
     Refusal,
     Row,
+    Shape,
     empty_outputs,
     maps,
     values,
@@ -33,14 +35,19 @@ from segnet_scratch.runtime.precision import BFLOAT16
 class CrossEntropyRow(Row):
     """Forward or backward, in one normalisation."""
 
+    constants = ("class_weights",)
+
     def __init__(self, op: type[Op], normalisation: str) -> None:
         self.op, self.normalisation = op, normalisation
         self.name = f"{op.name}_{normalisation}"
+        self.function = "" if normalisation == "none" else "cross_entropy"
 
     def cases(self) -> list[Case]:
         sizes = {
             "size 1": (1, 1),
             "one pixel": (1, 21),
+            "a small map": (35, 4),
+            "a small map, weighted": (15, 21),
             "a pixel less than a block": (255, 2),
             "a block of pixels": (256, 3),
             "a pixel more than a block": (257, 21),
@@ -63,6 +70,24 @@ class CrossEntropyRow(Row):
     def _case(self, reason: str, pixels: int, classes: int, **options: float) -> Case:
         defaults = {"void": 0.2, "scale": 3.0, "weighted": False, "smoothing": 0.0}
         return Case(reason, {"pixels": pixels, "classes": classes, **defaults, **options})
+
+    def chosen(
+        self,
+        logits: Shape,
+        normalisation: str = "weights",
+        weighted: int = 0,
+        void: float = 0.25,
+        smoothing: float = 0.0,
+    ) -> Case:
+        options = {"weighted": bool(weighted), "void": void, "smoothing": smoothing}
+        case = self._case("chosen", prod(logits[:-1]), logits[-1], **options)
+        return Case(case.reason, {**case.sizes, "normalisation": normalisation})
+
+    def arguments(self, case: Case, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {**case.sizes, **arrays, "labels": arrays["labels"].reshape(arrays["logits"].shape[:-1])}
+
+    def differentiable(self, case: Case) -> bool:
+        return bool(case["scale"] < 100)  # the digits of a loss of many hundreds end before those of a difference
 
     def random_case(self, rng: np.random.Generator) -> Case:
         pixels, classes = int(rng.integers(1, 2000)), int(rng.integers(1, 60))

@@ -1,15 +1,18 @@
 """Rows of max-pool and unpool, forward and backward."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import Case, Hostile, Inputs, MapRow, Refusal, values
+from segnet_scratch.ops.cases import Case, Hostile, Inputs, MapRow, Refusal, Shape, size_of_result, values
 from segnet_scratch.ops.op import Op, Spec, spec, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
-from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
+from segnet_scratch.ops.pooling.windows import CODE, PoolCodes, valid_codes, windows_of
 
 
 class MaxPoolRow(MapRow):
@@ -36,6 +39,12 @@ class WindowRow(MapRow):
         if self.op is MaxUnpoolForward:
             return MaxUnpoolForward.plan(windows, Spec(windows.shape, CODE), (h, w))
         return MaxUnpoolBackward.plan(spec(case["x"], dtype))
+
+    def chosen(self, x: Shape, h: int = 0, w: int = 0) -> Case:
+        return Case("chosen", {"x": (x[0], *size_of_result(x, h, w), x[-1])})
+
+    def arguments(self, case: Case, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {**arrays, "codes": PoolCodes(arrays["codes"], case["x"][1:3])}
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = {name: values(rng, s, integers) for name, s in op.inputs.items() if name != "codes"}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from segnet_scratch.lab.proof.gradcheck import DIRECTIONS, RTOL, Result, check_cases
 from segnet_scratch.lab.proof.parts.base import Part, device_of
-from segnet_scratch.lab.proof.problems import DIFFERENTIABLE, NETWORKS, of_rows
+from segnet_scratch.lab.proof.problems import NETWORKS, differentiables
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
@@ -41,9 +41,8 @@ class Gradients(_Checked):
     proves = "hand-written gradients of every op equal numeric ones"
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        ops = {n: op for n, op in DIFFERENTIABLE.items() if any(row.op.name.startswith(n) for row in rows)}
-        for name, op in {**ops, **of_rows(rows)}.items():
-            if name == NETWORK:
+        for name, op in differentiables().items():
+            if name == NETWORK or not any(row.op.name.startswith(name) for row in rows):
                 continue
             cases = effort.gradients or op.usual
             for first in range(0, cases, CASES_AT_ONCE):
