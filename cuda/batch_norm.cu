@@ -18,17 +18,7 @@
 //
 // Threads: common/columns.cuh; the merges take one thread a channel.
 #include "common/columns.cuh"
-
-struct Moments {
-    double count, mean, m2;
-    __device__ void merge(const Moments& other) {
-        if (other.count == 0) return;
-        const double total = count + other.count, delta = other.mean - mean;
-        mean += delta * (other.count / total);
-        m2 += other.m2 + delta * delta * (count * other.count / total);
-        count = total;
-    }
-};
+#include "common/moments.cuh"
 
 // Launch: grid ((c + 31) / 32, chunks), block (32, 8)
 extern "C" __global__ void batch_norm_partial_statistics(
@@ -37,21 +27,11 @@ extern "C" __global__ void batch_norm_partial_statistics(
     int64 rows, int c, int chunks, int64 rows_per_chunk) {
     SHARED_ARRAY(Moments, lanes, [ROW_LANES][COLUMN_LANES]);
     const ColumnSlice slice(rows, rows_per_chunk);
-    Moments moments = {0, 0, 0};
-    if (slice.channel < c && slice.first_row < slice.end_row) {
-        const double pivot = x[slice.first_row * c + slice.channel];
-        double count = 0, sum = 0, squares = 0;
-        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
-            const double distance = x[row * c + slice.channel] - pivot;
-            count += 1;
-            sum += distance;
-            squares += distance * distance;
-        }
-        moments = {count, pivot + sum / count, squares - sum * (sum / count)};
-    }
-    lanes[threadIdx.y][threadIdx.x] = moments;
+    lanes[threadIdx.y][threadIdx.x] =
+        slice.channel < c ? moments_of(x, slice.first_row, slice.end_row, ROW_LANES, slice.channel, c) : Moments{0, 0, 0};
     __syncthreads();
     if (threadIdx.y != 0 || slice.channel >= c) return;
+    Moments moments = lanes[0][threadIdx.x];
     for (int lane = 1; lane < ROW_LANES; ++lane) moments.merge(lanes[lane][threadIdx.x]);
     double* const partial = partials + (int64)blockIdx.y * 2 * c + slice.channel;
     partial[0] = moments.mean;

@@ -206,6 +206,12 @@ COLUMN_MAPS: dict[str, tuple[int, ...]] = {
 }
 
 
+def in_whole_pieces(case: Case, channels: int) -> Case:
+    """The case with the channels of its map `x` rounded up to a multiple."""
+    *size, c = case["x"]
+    return Case(case.reason, {**case.sizes, "x": (*size, -(-c // channels) * channels)})
+
+
 def random_map(rng: np.random.Generator, channels: int = 40) -> tuple[int, ...]:
     """(n, h, w, c) of up to 3 images of 17 x 17 and so many channels."""
     n, h, w, c = rng.integers(1, (4, 18, 18, channels + 1))

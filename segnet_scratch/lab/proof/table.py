@@ -18,16 +18,10 @@ from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.loss.cases import ArgmaxRow, ConfusionRow, CrossEntropyRow, SoftmaxCrossEntropyRow
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward
-from segnet_scratch.ops.normalisation.batch_norm_cases import (
-    BatchNormBackwardRow,
-    BatchNormEvaluationRow,
-    BatchNormTrainingRow,
-)
+from segnet_scratch.ops.normalisation.batch_norm_cases import batch_norm_rows
 from segnet_scratch.ops.normalisation.norm_relu_cases import norm_rows
 from segnet_scratch.ops.optimiser.sgd_cases import GradientNormRow, KeepFiniteRow, SgdPackRow, SgdRow
-from segnet_scratch.ops.pooling.cases import MaxPoolRow, WindowRow
-from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.pooling.cases import pool_rows
 from segnet_scratch.ops.resampling.augment_cases import AugmentRow
 from segnet_scratch.ops.resampling.resize_cases import ResizeBackwardRow, ResizeRow
 
@@ -42,16 +36,10 @@ ROWS: tuple[Row, ...] = (
     Conv2dBackwardBiasRow(),
     *conv_transpose_rows("direct"),
     *conv_transpose_rows("tiled"),
-    BatchNormTrainingRow(),
-    BatchNormEvaluationRow(),
-    BatchNormBackwardRow(training=True),
-    BatchNormBackwardRow(training=False),
+    *batch_norm_rows(),
     ReluRow(ReluForward),
     ReluRow(ReluBackward),
-    MaxPoolRow(MaxPoolForward),
-    WindowRow(MaxPoolBackward),
-    WindowRow(MaxUnpoolForward),
-    WindowRow(MaxUnpoolBackward),
+    *pool_rows(),
     DropoutRow(DropoutForward),
     *(
         CrossEntropyRow(op, normalisation)

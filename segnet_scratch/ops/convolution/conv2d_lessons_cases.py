@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row
+from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row, in_whole_pieces
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, TILES, Conv2dRow, conv_case
 from segnet_scratch.ops.convolution.conv2d_lessons import LESSONS, Conv2dLesson
@@ -32,14 +32,10 @@ class LessonRow(Conv2dRow):
     function = ""  # nobody calls it but this row
 
     def cases(self) -> list[Case]:
-        return [self._fitting(case) for case in CONVOLUTIONS + TILES + EDGES]
+        return [in_whole_pieces(case, self.channels) for case in CONVOLUTIONS + TILES + EDGES]
 
     def random_case(self, rng: np.random.Generator) -> Case:
-        return self._fitting(super().random_case(rng))
-
-    def _fitting(self, case: Case) -> Case:
-        *map_size, c = case["x"]
-        return Case(case.reason, {**case.sizes, "x": (*map_size, -(-c // self.channels) * self.channels)})
+        return in_whole_pieces(super().random_case(rng), self.channels)
 
     def reference_plan(self, case: Case) -> Op:
         weight = spec((case["o"], *case["kernel"], case["x"][3]), np.float64)

@@ -75,6 +75,23 @@ class BatchNormTrainingForward(Op):
         b.running_var[...] = (1 - self.momentum) * b.running_var + self.momentum * unbiased
 
 
+class BatchNormLesson(BatchNormTrainingForward):
+    """The same in one launch, by a kernel that teaches and that no layer takes: docs/learn/batch-norm.md.
+
+    `rung` is "thread" or "block": what has a channel to itself.
+    """
+
+    def __init__(self, x: Spec, rung: str) -> None:
+        super().__init__(x)
+        self.rung, self.workspace = rung, {}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        rows, c = self.columns.rows, self.columns.channels
+        grid, block = {"thread": (-(-c // 32), 32), "block": (c, 256)}[self.rung]
+        arrays = (b.x, b.weight, b.bias, b.y, b.mean, b.inv_std, b.running_mean, b.running_var)
+        self.kernel(device, f"{self.name}_{self.rung}", grid, block, *arrays, rows, c, self.eps, self.momentum)
+
+
 class BatchNormEvaluationForward(Op):
     """y from the running statistics; they come back as mean and inv_std for a backward pass."""
 

@@ -10,6 +10,7 @@ from segnet_scratch.ops.cases import COLUMN_MAPS, Bounds, Case, Inputs, Refusal,
 from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormBackward,
     BatchNormEvaluationForward,
+    BatchNormLesson,
     BatchNormTrainingForward,
 )
 from segnet_scratch.ops.op import Buffers, Op, spec
@@ -69,7 +70,8 @@ class BatchNormTrainingRow(BatchNormRow):
     """Training: errors of the statistics are carried through to y."""
 
     name, function = "batch_norm_training_forward", "batch_norm"
-    op, training = BatchNormTrainingForward, True
+    op: type[Op] = BatchNormTrainingForward
+    training = True
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         rows, momentum = b.x.size / b.mean.size, op.momentum  # type: ignore[attr-defined]
@@ -136,3 +138,25 @@ class BatchNormBackwardRow(BatchNormRow):
         if self.training:
             dx = dx + unit * (sum_dy + xhat * sum_dy_xhat) / rows
         return {"dx": np.abs(b.weight) * b.inv_std * dx, "dweight": unit * sum_dy_xhat, "dbias": unit * sum_dy}
+
+
+class BatchNormLessonRow(BatchNormTrainingRow):
+    """Training by a kernel that teaches."""
+
+    op, function = BatchNormLesson, ""
+
+    def __init__(self, rung: str) -> None:
+        self.rung, self.name = rung, f"{BatchNormTrainingForward.name}_{rung}"
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return BatchNormLesson.plan(spec(case["x"], dtype), self.rung)
+
+
+def batch_norm_rows() -> list[Row]:
+    """A row for each mode, direction and rung."""
+    return [
+        *(BatchNormLessonRow(rung) for rung in ("thread", "block")),
+        BatchNormTrainingRow(),
+        BatchNormEvaluationRow(),
+        *(BatchNormBackwardRow(training) for training in (True, False)),
+    ]

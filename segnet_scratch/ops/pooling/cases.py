@@ -8,10 +8,20 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import Case, Hostile, Inputs, MapRow, Refusal, Shape, size_of_result, values
+from segnet_scratch.ops.cases import (
+    Case,
+    Hostile,
+    Inputs,
+    MapRow,
+    Refusal,
+    Shape,
+    in_whole_pieces,
+    size_of_result,
+    values,
+)
 from segnet_scratch.ops.op import Op, Spec, spec, spec_of
-from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward, MaxPoolPieces
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward, MaxUnpoolPieces
 from segnet_scratch.ops.pooling.windows import CODE, PoolCodes, valid_codes, windows_of
 
 
@@ -19,9 +29,10 @@ class MaxPoolRow(MapRow):
     """The code is always a valid position, whatever is in the window."""
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
-        x = rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], rng.integers(1, (3, 6, 6, 4))).astype(np.float32)
+        shape = rng.integers(1, (3, 6, 6, 4)) * (1, 1, 1, self.channels)
+        x = rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], shape).astype(np.float32)
         y, codes = by_hand.pool(x)
-        return Hostile(MaxPoolForward.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
+        return Hostile(self.op.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
 
     def refusals(self) -> list[Refusal]:
         flat = spec((4, 5, 3), np.float32)
@@ -36,9 +47,9 @@ class WindowRow(MapRow):
         windows = spec(windows_of(n, h, w, c), dtype)
         if self.op is MaxPoolBackward:
             return MaxPoolBackward.plan(windows, (h, w))
-        if self.op is MaxUnpoolForward:
-            return MaxUnpoolForward.plan(windows, Spec(windows.shape, CODE), (h, w))
-        return MaxUnpoolBackward.plan(spec(case["x"], dtype))
+        if self.op is MaxUnpoolBackward:
+            return MaxUnpoolBackward.plan(spec(case["x"], dtype))
+        return self.op.plan(windows, Spec(windows.shape, CODE), (h, w))
 
     def chosen(self, x: Shape, h: int = 0, w: int = 0) -> Case:
         return Case("chosen", {"x": (x[0], *size_of_result(x, h, w), x[-1])})
@@ -53,7 +64,7 @@ class WindowRow(MapRow):
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         """Codes that point outside of the map, or are none; values with NaN, infinities and ties."""
-        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)))
+        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)) * (1, 1, 1, self.channels))
         windows = windows_of(n, h, w, c)
         codes = rng.integers(0, rng.choice([4, 8, 256]), windows).astype(CODE)
         gathers = self.op is MaxUnpoolBackward
@@ -80,3 +91,43 @@ class WindowRow(MapRow):
             Refusal("size 0", lambda: MaxUnpoolForward(windows, codes, (0, 0)), ShapeError, "do not fit"),
             Refusal("codes of another pool", lambda: MaxUnpoolForward(x, codes, (4, 5)), ShapeError, other),
         ]
+
+
+class _InPieces(MapRow):
+    """A rung that moves four channels at once."""
+
+    channels = 4
+    elements = (np.dtype(np.float32),)
+    rung, function = "pieces", ""
+
+    def __init__(self, op: type[Op]) -> None:
+        super().__init__(op)
+        self.name = f"{op.name}_{self.rung}"
+
+    def cases(self) -> list[Case]:
+        return [in_whole_pieces(case, 4) for case in super().cases()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return in_whole_pieces(super().random_case(rng), 4)
+
+    def refusals(self) -> list[Refusal]:
+        odd = Case("half a piece", {"x": (1, 4, 5, 6)})
+        return [Refusal(odd.reason, lambda: self.plan(odd, np.float32), ShapeError, "multiples of 4, not 6")]
+
+
+class MaxPoolPiecesRow(_InPieces, MaxPoolRow):
+    """Pooled values and positions."""
+
+
+class UnpoolPiecesRow(_InPieces, WindowRow):
+    """Values at their positions."""
+
+
+def pool_rows() -> list[MapRow]:
+    """A row for each direction and rung."""
+    return [
+        MaxPoolRow(MaxPoolForward),
+        MaxPoolPiecesRow(MaxPoolPieces),
+        *(WindowRow(op) for op in (MaxPoolBackward, MaxUnpoolForward, MaxUnpoolBackward)),
+        UnpoolPiecesRow(MaxUnpoolPieces),
+    ]
