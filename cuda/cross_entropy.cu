@@ -28,13 +28,6 @@
 
 #define THREADS 256
 
-__device__ inline LogSoftmax log_softmax_of(const storage_t* logits, int classes) {
-    accumulate_t highest = logits[0], sum = 0;
-    for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
-    for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
-    return {highest, log(sum)};
-}
-
 // 1 / normaliser, or 0 where nothing counts. `divisor` is its place among the sums; 0: nothing is divided.
 __device__ inline double reciprocal_of(const double* sums, int divisor) {
     const double normaliser = divisor == 0 ? 1.0 : sums[divisor];

@@ -338,7 +338,9 @@ class TestOnceOnly:
 class TestRefused:
     def test_tensors_of_two_devices(self):
         a, b = tensor([1.0], "numpy"), tensor([1.0], "host")
-        with pytest.raises(DeviceError, match="Add: input 1 is on host, expected numpy; create both on one device"):
+        with pytest.raises(
+            DeviceError, match="Arithmetic: input 1 is on host, expected numpy; create both on one device"
+        ):
             add(a, b)
         other = Tensor(np.ones(1), HostDevice())  # two devices of one name are two devices
         with pytest.raises(DeviceError, match="input 1"):
@@ -355,7 +357,10 @@ class TestRefused:
         running = home.zeros((3,), np.float32), home.zeros((3,), np.float32)
         refused = [
             (lambda: add(x, y64), DTypeError, "add_forward: b has element type float64, expected float32"),
-            (lambda: add(x, tensor(np.zeros((4, 4, 3), np.float32), device)), ShapeError, "b has shape (4, 4, 3)"),
+            (lambda: x * y64, DTypeError, "arithmetic_forward: b has element type float64, expected float32"),
+            (lambda: x + tensor(np.zeros((4, 3, 3), np.float32), device), ShapeError, "(4, 3, 3) do not fit"),
+            (lambda: x.sum(4), ShapeError, "sum over axis 4"),
+            (lambda: x * "3", DTypeError, "expected real numbers"),
             (lambda: conv2d(y64, weight), DTypeError, "weight has element type float32, x float64"),
             (lambda: conv2d(x, weight, vector), ShapeError, "bias has shape (3,), expected (2,)"),
             (lambda: conv2d(x, weight, tensor(np.zeros(2), device)), DTypeError, "bias has element type float64"),
@@ -375,3 +380,77 @@ class TestRefused:
             with pytest.raises(error) as raised:
                 call()
             assert message in str(raised.value)
+
+
+class TestArithmetic:
+    @each_device
+    @pytest.mark.parametrize(
+        ("of_a", "of_b"),
+        [
+            ((2, 3, 4), (2, 3, 4)),
+            ((2, 3, 4), (4,)),
+            ((3, 1), (2, 1, 4)),
+            ((2, 1, 4, 1), (3, 1, 5)),
+            ((), (2, 3)),
+            ((1, 1), (1,)),
+            ((2, 1, 3, 1, 2), (1, 2, 1, 2, 2)),
+            ((300, 2), (1, 2)),  # sums of several chunks
+        ],
+    )
+    def test_values_are_those_of_numpy_and_gradients_those_of_differences(self, of_a, of_b, device):
+        rng = np.random.default_rng([*of_a, 7, *of_b])
+        a, b = rng.uniform(0.5, 2, of_a), rng.uniform(0.5, 2, of_b)
+
+        def objective(a, b, exp=np.exp, log=np.log):
+            y = (2 - a) * b / (a + b) + 3 / a - (-b) ** 2 + a**0.5 - a**-1.5 + exp(-a) * log(b) - (b - 1) / of_numbers
+            return (y * y).sum() / 8 + y.sum(0).mean()
+
+        of_numbers = rng.uniform(1, 2, of_b)  # a NumPy array among tensors
+        x, y = tensor(a, device, requires_grad=True), tensor(b, device, requires_grad=True)
+        result = objective(x, y, Tensor.exp, Tensor.log)
+        assert result.item() == pytest.approx(objective(a, b), rel=1e-13)
+        result.backward()
+        for leaf, along in ((x, lambda d: objective(a + d, b)), (y, lambda d: objective(a, b + d))):
+            direction = rng.standard_normal(leaf.shape)
+            numeric = (along(1e-5 * direction) - along(-1e-5 * direction)) / 2e-5
+            assert leaf.grad.shape == leaf.shape
+            assert float((leaf.grad * direction).sum()) == pytest.approx(numeric, rel=1e-6, abs=1e-7)
+
+    @each_device
+    @pytest.mark.parametrize("axis", [None, 0, -1, 1, (0, 2), (1, 2), (-1, 0), (0, 1, 2), ()])
+    @pytest.mark.parametrize("keepdims", [False, True])
+    def test_sum_and_mean_over_any_axes(self, axis, keepdims, device):
+        a = np.random.default_rng(3).standard_normal((3, 1, 4))
+        x = leaf(a, device)
+        for name in ("sum", "mean"):
+            y, expected = getattr(x, name)(axis, keepdims), getattr(a, name)(axis=axis, keepdims=keepdims)
+            assert y.shape == expected.shape
+            np.testing.assert_allclose(y.numpy(), expected, rtol=1e-13)
+        share = y.data.size / a.size
+        y.backward(get_device(device).upload(np.full(y.shape, 3.0)))
+        np.testing.assert_allclose(x.grad, np.full(a.shape, 3.0 * share))
+
+    def test_what_numpy_has_to_the_left_is_left_to_the_tensor(self):
+        for left in (np.float64(2), np.array([2.0, 3.0]), np.float32(2), 2, True):
+            for y in (left + leaf([1, 2]), left - leaf([1, 2]), left * leaf([1, 2]), left / leaf([1, 2])):
+                assert isinstance(y, Tensor)
+                assert y.dtype == np.float64
+        assert (leaf([1.0], dtype=np.float32) * np.array([2.0])).dtype == np.float32
+
+    @each_device
+    def test_cross_entropy_of_each_pixel(self, device):
+        rng = np.random.default_rng(9)
+        logits, weights = rng.standard_normal((2, 3, 4, 5)), [1, 2, 0, 4, 5]
+        labels = rng.integers(0, 5, (2, 3, 4)).astype(np.uint8)
+        labels[0, 1:] = 255
+        pixel_weights = rng.uniform(0, 1, labels.shape)
+        options = {"class_weights": weights, "smoothing": 0.2}
+        one, each = leaf(logits, device), leaf(logits, device)
+        losses = cross_entropy(each, labels, reduction="none", **options)
+        assert losses.shape == labels.shape
+        assert not losses.numpy()[0, 1:].any()
+        whole = cross_entropy(one, labels, reduction="sum", **options)
+        assert losses.numpy().sum() == pytest.approx(whole.item(), rel=1e-12)
+        (losses * pixel_weights).sum().backward()
+        whole.backward()  # of each pixel its own gradient, times its weight
+        np.testing.assert_allclose(each.grad, one.grad * pixel_weights[..., None], rtol=1e-9, atol=1e-14)

@@ -59,8 +59,8 @@ class TestLoss:
         logits, labels = logits_and_labels()
         with pytest.raises(DataError, match=r"label 255 at .* expected 0 to 4, or -1 for void"):
             functions.cross_entropy(tensor(logits, "numpy"), labels, ignore_index=-1)
-        with pytest.raises(ShapeError, match="reduction 'none'; expected one of mean, sum"):
-            functions.cross_entropy(tensor(logits, "numpy"), labels, reduction="none")
+        with pytest.raises(ShapeError, match="reduction 'average'; expected one of mean, sum, none"):
+            functions.cross_entropy(tensor(logits, "numpy"), labels, reduction="average")
 
     WEIGHTS = (
         ("negative", [1, 1, -1, 1, 1], ConfigError, "-1 for class 2; expected numbers of at least 0"),

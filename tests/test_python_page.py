@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.kernels import needs_compiler
 
-from segnet_scratch import SegNet, load
+from segnet_scratch import SegNet, load, tensor
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset, write_sample
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.optim import SGD
@@ -21,15 +22,56 @@ def sample(tmp_path_factory):
     return folder
 
 
+def blocks():
+    return [
+        code.replace('device="auto"', 'device="numpy"')
+        for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    ]
+
+
 def test_the_page(sample, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code, own_loss = blocks()
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     monkeypatch.chdir(sample)
-    exec(compile(code.replace('device="auto"', 'device="numpy"'), str(PAGE), "exec"), {})
+    names = {}
+    exec(compile(code, str(PAGE), "exec"), names)
     losses = [float(text) for text in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert load("by-hand.safetensors", "numpy").metadata["size"] == [64, 96]
+    exec(compile(own_loss, str(PAGE), "exec"), names)
+    assert 0 < names["loss"].item() < 10
+    assert all(np.abs(p.grad).max() > 0 for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize("device", ["numpy", pytest.param("host", marks=needs_compiler)])
+def test_the_dice_loss_and_its_gradient(device):
+    names = {"np": np}
+    source = blocks()[1]
+    exec(compile(source[: source.index("model.train()")], str(PAGE), "exec"), names)
+    rng = np.random.default_rng(5)
+    z = rng.standard_normal((2, 3, 4, 3))
+    labels = rng.integers(0, 3, z.shape[:3]).astype(np.uint8)
+    labels[0, 1], z[0, 1, 0] = 255, 1e3  # what void pixels hold plays no part
+
+    def by_hand(z):
+        counted = labels != 255
+        p = np.exp(z - z.max(-1, keepdims=True))
+        p = (p / p.sum(-1, keepdims=True))[counted]
+        dice = [
+            (2 * p[labels[counted] == k, k].sum() + 1) / (p[:, k].sum() + (labels == k).sum() + 1) for k in range(3)
+        ]
+        return 1 - np.mean(dice)
+
+    logits = tensor(z, device, requires_grad=True)
+    loss = names["dice_loss"](logits, labels)
+    assert loss.item() == pytest.approx(by_hand(z), rel=1e-12)
+    loss.backward()
+    for index in [(0, 0, 0, 0), (0, 1, 0, 2), (1, 2, 3, 1), (1, 0, 2, 2)]:
+        step = np.zeros(z.shape)
+        step[index] = 1e-5
+        numeric = (by_hand(z + step) - by_hand(z - step)) / 2e-5
+        assert logits.grad[index] == pytest.approx(numeric, rel=1e-5, abs=1e-10)
 
 
 def test_a_loader_is_iterated_epoch_by_epoch(sample):

@@ -1,5 +1,5 @@
-// Softmax cross-entropy of one pixel, by the formulas of cross_entropy.cu: what the loss of the layers and that of the
-// fused engine have in common.
+// Softmax and cross-entropy of one pixel, by the formulas of cross_entropy.cu: what the losses of the layers and of the
+// fused engine, and the logarithm of a softmax by itself, have in common.
 #pragma once
 #include "types.cuh"
 
@@ -9,6 +9,13 @@ struct LogSoftmax {
     accumulate_t highest, log_sum;
     __device__ accumulate_t of(accumulate_t logit) const { return (logit - highest) - log_sum; }
 };
+
+__device__ inline LogSoftmax log_softmax_of(const storage_t* logits, int classes) {
+    accumulate_t highest = logits[0], sum = 0;
+    for (int k = 1; k < classes; ++k) highest = max(highest, (accumulate_t)logits[k]);
+    for (int k = 0; k < classes; ++k) sum += exp((accumulate_t)logits[k] - highest);
+    return {highest, log(sum)};
+}
 
 // The weight of a class; 1 without weights.
 template <class T>

@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation: Tensor, Function, backward. To be read in one sitting.
+"""Reverse-mode differentiation: Tensor, Function, backward, and the arithmetic of tensors. To be read in one sitting.
 
 A Tensor holds an array of a device. A Function is one application of an operation: `forward` computes an array from
 arrays and keeps what `backward` needs; `backward` turns the gradient of the output into the gradient of each input.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
-from segnet_scratch.ops.elementwise.add import AddForward
+from segnet_scratch.ops.elementwise.arithmetic import Elementwise, compute, repeat_to, sum_to
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.runtime.devices import Array, Device, get_device
 from segnet_scratch.runtime.observe import current_scope, scope
@@ -38,7 +38,12 @@ def no_grad() -> Iterator[None]:
 
 
 class Tensor:
-    """An array of a device, and its place in the graph of the computation that made it."""
+    """An array of a device, and its place in the graph of the computation that made it.
+
+    + - * / ** broadcast as NumPy's, with numbers and NumPy arrays on either side; an exponent is a number.
+    """
+
+    __array_ufunc__ = None  # a NumPy array to the left leaves the operation to the tensor
 
     def __init__(self, data: Array, device: Device, requires_grad: bool = False) -> None:
         if not device.owns(data):
@@ -106,10 +111,78 @@ class Tensor:
             for edge, d in zip(function.inputs, given, strict=True):
                 if d is not None and edge.requires_grad:
                     held = gradients.get(edge.key)
-                    gradients[edge.key] = d if held is None else _sum(function.device, held, d)
+                    gradients[edge.key] = d if held is None else compute(function.device, "add", held, d)
                 if edge.leaf is not None:
                     _give(edge.leaf, gradients)
             function.release()
+
+    def combined(self, other: Any, operation: str) -> "Tensor":
+        """Arithmetic with another tensor, a number or an array: "add", "subtract", "multiply", "divide", "power"."""
+        return Arithmetic(self.device, operation)(self, self._operand(other))
+
+    def __add__(self, other: Any) -> "Tensor":
+        return self.combined(other, "add")
+
+    def __radd__(self, other: Any) -> "Tensor":
+        return self + other
+
+    def __sub__(self, other: Any) -> "Tensor":
+        return self.combined(other, "subtract")
+
+    def __rsub__(self, other: Any) -> "Tensor":
+        return self._operand(other) - self
+
+    def __mul__(self, other: Any) -> "Tensor":
+        return self.combined(other, "multiply")
+
+    def __rmul__(self, other: Any) -> "Tensor":
+        return self * other
+
+    def __truediv__(self, other: Any) -> "Tensor":
+        return self.combined(other, "divide")
+
+    def __rtruediv__(self, other: Any) -> "Tensor":
+        return self._operand(other) / self
+
+    def __neg__(self) -> "Tensor":
+        return self * -1
+
+    def __pow__(self, exponent: float) -> "Tensor":
+        return self.combined(float(exponent), "power")
+
+    def exp(self) -> "Tensor":
+        """e to the power of each element."""
+        return Unary(self.device, "exp")(self)
+
+    def log(self) -> "Tensor":
+        """The natural logarithm of each element."""
+        return Unary(self.device, "log")(self)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> "Tensor":
+        """The sum over one axis, several, or all; with `keepdims` they stay, of size 1."""
+        return Sum(self.device, *self._without(axis, keepdims))(self)
+
+    def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> "Tensor":
+        """The mean over one axis, several, or all; with `keepdims` they stay, of size 1."""
+        total = self.sum(axis, keepdims)
+        return total / (self.data.size // total.data.size)
+
+    def _operand(self, other: Any) -> "Tensor":
+        if isinstance(other, Tensor):
+            return other
+        if self.device.owns(other) and not isinstance(other, np.ndarray):
+            return Tensor(other, self.device)
+        return Tensor(self.device.constant(_real(other).astype(self.dtype)), self.device)
+
+    def _without(self, axis: int | tuple[int, ...] | None, keepdims: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape with axes of size 1 in place of those named, and what it is to become."""
+        dimensions = len(self.shape)
+        named = range(dimensions) if axis is None else (axis,) if isinstance(axis, int) else axis
+        if any(not -dimensions <= k < dimensions for k in named) or len({k % dimensions for k in named}) < len(named):
+            raise ShapeError(f"sum over axis {axis} of shape {self.shape}: expected different axes of it")
+        gone = {k % dimensions for k in named}
+        kept = tuple(1 if k in gone else side for k, side in enumerate(self.shape))
+        return kept, kept if keepdims else tuple(side for k, side in enumerate(self.shape) if k not in gone)
 
     def __dlpack__(self, **options: Any) -> Any:
         """The array for another library, shared: `torch.from_dlpack(tensor)`."""
@@ -179,6 +252,81 @@ class Function:
         return output
 
 
+class Arithmetic(Function):
+    """a + b and its like. Backward is arithmetic again, summed over the axes along which an operand was repeated."""
+
+    def __init__(self, device: Device, operation: str) -> None:
+        super().__init__(device)
+        self.operation = operation
+
+    def forward(self, a: Array, b: Array) -> Array:
+        y = compute(self.device, self.operation, a, b)
+        self.shapes = tuple(a.shape), tuple(b.shape)
+        linear = self.operation in ("add", "subtract")
+        self.saved: tuple[Array, ...] = () if linear else (a, b, y) if self.operation == "divide" else (a, b)
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        gradients = (self._of_a, self._of_b)
+        wanted = [edge.requires_grad for edge in self.inputs]
+        of = [gradient(dy) if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        return tuple(d if d is None else sum_to(self.device, d, s) for d, s in zip(of, self.shapes, strict=True))
+
+    def _of_a(self, dy: Array) -> Array:
+        if not self.saved:
+            return dy
+        a, b, *_ = self.saved
+        if self.operation == "power":
+            one = self.device.constant(np.ones((), b.dtype))
+            b = self._do("multiply", b, self._do("power", a, self._do("subtract", b, one)))
+        return self._do("divide" if self.operation == "divide" else "multiply", dy, b)
+
+    def _of_b(self, dy: Array) -> Array:
+        if self.operation == "add":
+            return dy
+        if self.operation == "multiply":
+            return self._do("multiply", dy, self.saved[0])
+        less = self._do("multiply", dy, self.device.constant(np.full((), -1, dy.dtype)))
+        if self.operation == "subtract":
+            return less
+        _, b, y = self.saved
+        return self._do("multiply", less, self._do("divide", y, b))
+
+    def _do(self, operation: str, a: Array, b: Array) -> Array:
+        return compute(self.device, operation, a, b)
+
+
+class Unary(Function):
+    """exp saves its output, log its input."""
+
+    def __init__(self, device: Device, operation: str) -> None:
+        super().__init__(device)
+        self.operation = operation
+
+    def forward(self, x: Array) -> Array:
+        y = Elementwise.plan(spec_of(x), self.operation)(self.device, x=x).y
+        self.saved = y if self.operation == "exp" else x
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (compute(self.device, "multiply" if self.operation == "exp" else "divide", dy, self.saved),)
+
+
+class Sum(Function):
+    """The sum over axes: `kept` is the shape in which they are of size 1, `shape` that of the result."""
+
+    def __init__(self, device: Device, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        super().__init__(device)
+        self.kept, self.shape = kept, shape
+
+    def forward(self, x: Array) -> Array:
+        self.x_shape = tuple(x.shape)
+        return sum_to(self.device, x, self.kept).reshape(self.shape)
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (repeat_to(self.device, dy.reshape(self.kept), self.x_shape),)
+
+
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
     """A Tensor on a device from anything that NumPy or DLPack understands.
 
@@ -192,15 +340,21 @@ def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = F
             raise DTypeError(f"tensor: got an array of {values.dtype}; expected float32 or float64; convert it first")
     if chosen.owns(values) and not isinstance(values, np.ndarray):
         return Tensor(values, chosen, requires_grad)
+    array = _real(values)
+    if array.dtype != np.float64:
+        array = array.astype(np.float32, copy=False)
+    return Tensor(chosen.upload(array), chosen, requires_grad)
+
+
+def _real(values: Any) -> np.ndarray:
+    """Anything that NumPy understands as an array of real numbers."""
     try:
         array = np.asarray(values)
     except ValueError as error:
         raise ShapeError(f"tensor: {error}; expected numbers in rows of one length") from error
     if array.dtype.kind not in "biu" and not is_floating(array.dtype):
         raise DTypeError(f"tensor: got {array.dtype} values; expected real numbers (of complex ones, .real or abs)")
-    if array.dtype != np.float64:
-        array = array.astype(np.float32, copy=False)
-    return Tensor(chosen.upload(array), chosen, requires_grad)
+    return array
 
 
 def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
@@ -226,8 +380,4 @@ def _give(leaf: Tensor, gradients: dict[int, Array]) -> None:
     """Adds a finished gradient to a leaf."""
     gradient = gradients.pop(leaf.key, None)
     if gradient is not None and leaf.requires_grad:
-        leaf.grad = gradient if leaf.grad is None else _sum(leaf.device, leaf.grad, gradient)
-
-
-def _sum(device: Device, a: Array, b: Array) -> Array:
-    return AddForward.plan(spec_of(a))(device, a=a, b=b).y
+        leaf.grad = gradient if leaf.grad is None else compute(leaf.device, "add", leaf.grad, gradient)

@@ -10,7 +10,7 @@ from math import inf
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.nn.autograd import Function, Tensor
+from segnet_scratch.nn.autograd import Function, Tensor, Unary
 from segnet_scratch.ops.convolution.conv2d import (
     Conv2dBackwardBias,
     Conv2dBackwardData,
@@ -23,7 +23,6 @@ from segnet_scratch.ops.convolution.conv_transpose2d import (
     ConvTranspose2dBackwardWeight,
     ConvTranspose2dForward,
 )
-from segnet_scratch.ops.elementwise.add import AddForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.loss.cross_entropy import (
@@ -36,6 +35,7 @@ from segnet_scratch.ops.loss.cross_entropy import (
     check_labels,
     expect_one_of,
 )
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxBackward, LogSoftmaxForward
 from segnet_scratch.ops.normalisation.batch_norm import (
     EPS,
     MOMENTUM,
@@ -228,7 +228,8 @@ def cross_entropy(
     """The loss (a tensor of one element) of logits (n, h, w, classes) against labels (n, h, w), integers.
 
     `reduction` "mean" divides the sum over all pixels as `normalisation` says: "weights", by the sum of their weights,
-    or "valid", by their number; "sum" leaves it as it is. Pixels labelled `ignore_index` do not count. `class_weights`
+    or "valid", by their number; "sum" leaves it as it is, and "none" gives a loss (n, h, w) for each pixel, from arrays
+    as large as the logits. Pixels labelled `ignore_index` do not count. `class_weights`
     (classes) multiply the loss of each pixel by the weight of its class. `smoothing` is the share of a label that is
     spread over all classes (label smoothing).
 
@@ -252,8 +253,41 @@ def cross_entropy(
         )
     if class_weights is not None and (not device.owns(class_weights) or isinstance(class_weights, np.ndarray)):
         class_weights = device.upload(check_class_weights(class_weights, classes, logits.dtype))
+    if reduction == "none":
+        return _losses(logits, device.download(labels), class_weights, smoothing)
     divide = "none" if reduction == "sum" else normalisation
     return CrossEntropy(device, labels, class_weights, divide, smoothing)(logits)
+
+
+def _losses(logits: Tensor, labels: np.ndarray, class_weights: Array | None, smoothing: float) -> Tensor:
+    """The loss of every pixel; 0 of void ones. The formulas are those of cuda/cross_entropy.cu."""
+    expect(0 <= smoothing < 1, f"cross_entropy: smoothing {smoothing}; expected 0 <= smoothing < 1")
+    classes = logits.shape[-1]
+    of_class = np.ones(classes) if class_weights is None else logits.device.download(class_weights)
+    shares = of_class * ((1 - smoothing) * np.eye(VOID + 1, classes) + smoothing / classes)
+    shares[classes:] = 0  # void, and on a GPU any label that is no class
+    return -(log_softmax(logits) * shares[labels]).sum(axis=-1)
+
+
+class LogSoftmax(Function):
+    """Saves the output alone."""
+
+    def forward(self, x: Array) -> Array:
+        self.y = LogSoftmaxForward.plan(spec_of(x))(self.device, x=x).y
+        return self.y
+
+    def backward(self, dy: Array) -> tuple[Array]:
+        return (LogSoftmaxBackward.plan(spec_of(dy))(self.device, y=self.y, dy=dy).dx,)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """The logarithm of `softmax`, exact where that is nearly 0."""
+    return LogSoftmax(x.device)(x)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x) / sum exp(x) over the last axis: probabilities (..., classes) of logits."""
+    return log_softmax(x).exp()
 
 
 class Dropout(Function):
@@ -324,19 +358,19 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     return ResizeBilinear(x.device, size)(x)
 
 
-class Add(Function):
-    """y = a + b; both gradients are dy."""
+def arithmetic(a: Tensor, b: Tensor | Array, operation: str) -> Tensor:
+    """ "add", "subtract", "multiply", "divide" or "power" (b a constant): what the operators of a Tensor call."""
+    return a.combined(b, operation)
 
-    def forward(self, a: Array, b: Array) -> Array:
-        return AddForward.plan(spec_of(a))(self.device, a=a, b=b).y
 
-    def backward(self, dy: Array) -> tuple[Array, Array]:
-        return dy, dy
+def elementwise(x: Tensor, operation: str) -> Tensor:
+    """ "exp" or "log" of each element."""
+    return Unary(x.device, operation)(x)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b of equal shapes; ShapeError otherwise."""
-    return Add(a.device)(a, b)
+    """a + b."""
+    return a + b
 
 
 class Fit(Function):

@@ -272,6 +272,21 @@ class Fit(Differentiable):
         return Problem(_described(make.leaves, {"size": size}), make.leaves, lambda: functions.fit(leaf, size))
 
 
+class Softmax(Differentiable):
+    """functions.softmax, which is no op: it is the exponential of log_softmax."""
+
+    name, usual = "softmax", len(MAPS)
+
+    def chosen(self, x: Shape) -> Shape:
+        return x
+
+    def make(self, make: Maker, index: int) -> Problem:
+        usual = [*MAPS.values()][index] if index < len(MAPS) else random_map(make.rng)
+        x = self.sizes_of(make.chosen) if make.chosen.sizes else usual
+        leaf = make.leaf("x", make.rng.standard_normal(x))
+        return Problem(_described(make.leaves, {}), make.leaves, lambda: functions.softmax(leaf))
+
+
 # (architecture, training, dropout, decoder)
 NETWORKS: tuple[tuple[str, int, int, str], ...] = (
     ("segnet", 1, 0, "indices"),
@@ -365,7 +380,7 @@ def differentiables() -> dict[str, Differentiable]:
     """Everything that is checked: functions, ops of the table that have none, and whole networks."""
     every = functions_of(table.ROWS)
     known = {name: op for name, op in every.items() if _function(name)}
-    return {**dict(sorted({**known, "fit": Fit()}.items())), "segnet": Network(), **every}
+    return {**dict(sorted({**known, "fit": Fit(), "softmax": Softmax()}.items())), "segnet": Network(), **every}
 
 
 def differentiable(name: str) -> Differentiable:

@@ -12,12 +12,16 @@ from segnet_scratch.ops.convolution.conv2d_lessons_cases import lesson_rows
 from segnet_scratch.ops.convolution.conv2d_mma_cases import tensor_core_rows
 from segnet_scratch.ops.convolution.conv_transpose2d_cases import conv_transpose_rows
 from segnet_scratch.ops.elementwise.add import AddForward
+from segnet_scratch.ops.elementwise.arithmetic import BINARY, UNARY, SumBackward, SumForward
+from segnet_scratch.ops.elementwise.arithmetic_cases import ArithmeticRow, ElementwiseRow, SumRow
 from segnet_scratch.ops.elementwise.cases import AddRow, DropoutRow, ReluRow
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.loss.cases import ArgmaxRow, ConfusionRow, CrossEntropyRow, SoftmaxCrossEntropyRow
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxBackward, LogSoftmaxForward
+from segnet_scratch.ops.loss.log_softmax_cases import LogSoftmaxRow
 from segnet_scratch.ops.normalisation.batch_norm_cases import batch_norm_rows
 from segnet_scratch.ops.normalisation.norm_relu_cases import norm_rows
 from segnet_scratch.ops.optimiser.sgd_cases import GradientNormRow, KeepFiniteRow, SgdPackRow, SgdRow
@@ -52,6 +56,10 @@ ROWS: tuple[Row, ...] = (
     ResizeRow(),
     ResizeBackwardRow(),
     AddRow(AddForward),
+    *(ArithmeticRow(operation) for operation in BINARY),
+    *(ElementwiseRow(operation) for operation in UNARY),
+    *(SumRow(op) for op in (SumForward, SumBackward)),
+    *(LogSoftmaxRow(op) for op in (LogSoftmaxForward, LogSoftmaxBackward)),
     SgdRow(),
     SgdPackRow(),
     AugmentRow(),

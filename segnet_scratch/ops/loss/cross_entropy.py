@@ -19,7 +19,7 @@ from segnet_scratch.runtime.devices import Device
 
 VOID = 255
 NORMALISATIONS = ("weights", "valid")
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
 # By what a kernel divides: nothing, or one of its sums.
 _DIVISORS = {"none": 0, "weights": 1, "valid": 2}
 
