@@ -4,12 +4,14 @@ Written from the paper (arXiv 1511.00561), not from `segnet_scratch`: an error i
 The modules are named so that `load_state_dict` takes the arrays of our checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+VOID = 255
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -97,10 +99,44 @@ class TorchSegNetBasic(TorchSegNet):
         self._add_windows(decoder, dict.fromkeys(range(1, 5), wide))
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, object]]:
-    """For torch.optim.SGD: weights of convolutions decay, biases and batch norms do not, as in `segnet_scratch`."""
-    parameters = list(model.parameters())
+def parameter_groups(
+    model: nn.Module, decay: float, bias_lr: float = 1.0, encoder_lr: float = 1.0
+) -> list[dict[str, Any]]:
+    """For torch.optim.SGD: weights of convolutions decay, biases and batch norms do not, as in `segnet_scratch`.
+
+    "factor" is what a group's learning rate is to be multiplied by.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.ndim == 4
+        factor = (1.0 if weight else bias_lr) * (encoder_lr if name.startswith("encoder.") else 1.0)
+        groups.setdefault((weight, factor), []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim == 4], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim != 4], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay * weight, "factor": factor}
+        for (weight, factor), parameters in groups.items()
     ]
+
+
+def mean_over_valid(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the pixels that are not void."""
+    return nn.functional.cross_entropy(logits, labels, ignore_index=VOID)
+
+
+def loss_of(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    objective: Callable[[Tensor, Tensor], Tensor] = mean_over_valid,
+) -> tuple[Tensor, Tensor]:
+    """The first half of a training step: logits (n, classes, h, w), and the loss, whose `backward` is the second."""
+    logits = model(images)
+    return logits, objective(logits, labels)
+
+
+def gradients_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """By the names of our checkpoints, in OIHW; float32, of a float64 model float64."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.cpu().numpy()
+    return found

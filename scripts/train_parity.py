@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.nn import functional
-from torch_segnet import TorchSegNet, TorchSegNetBasic
+from torch_segnet import VOID, TorchSegNet, TorchSegNetBasic, loss_of, parameter_groups
 
 from segnet_scratch import no_grad
 from segnet_scratch.config import MEDIAN_FREQUENCY, Config, load_config
@@ -50,7 +50,6 @@ from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import TrainingStep
 from segnet_scratch.weights import initialise
 
-VOID = 255
 PERTURBATION = 1e-7
 CONTENDERS = ("ours", "torch", "torch+1e-7", "torch+1e-7b")
 ERROR_RATE = 0.01  # how often an unchanged project may be called wrong
@@ -130,12 +129,8 @@ class Torch:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter *= 1 + perturbation * torch.randn(parameter.shape, generator=generator)
-        groups = []
-        for name, parameter in self.model.named_parameters():
-            weight = parameter.ndim == 4
-            factor = (1.0 if weight else config.bias_lr) * (config.encoder_lr if name.startswith("encoder.") else 1.0)
-            groups.append({"params": [parameter], "weight_decay": config.decay * weight, "factor": factor})
+                parameter.mul_(1 + perturbation * torch.randn(parameter.shape, generator=generator))
+        groups = parameter_groups(self.model, config.decay, config.bias_lr, config.encoder_lr)
         self.optimiser = torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
 
     def step(self, batch: Batch, lr: float) -> float:
@@ -144,22 +139,22 @@ class Torch:
             group["lr"] = lr * group["factor"]
         self.optimiser.zero_grad()
         labels = torch.from_numpy(batch.labels).long()
-        by_valid = self.config.loss_normalisation == "valid"
-        loss = functional.cross_entropy(
-            self.model(nchw(batch.images)),
-            labels,
-            weight=self.weights,
-            ignore_index=VOID,
-            reduction="sum" if by_valid else "mean",
-            label_smoothing=self.config.label_smoothing,
-        )
-        if by_valid:
-            loss = loss / (labels != VOID).sum()
+        _, loss = loss_of(self.model, nchw(batch.images), labels, self._objective)
         loss.backward()
         if self.config.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimiser.step()
         return loss.item()
+
+    def _objective(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        by_valid = self.config.loss_normalisation == "valid"
+        loss = functional.cross_entropy(
+            *(logits, labels, self.weights),
+            ignore_index=VOID,
+            reduction="sum" if by_valid else "mean",
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss / (labels != VOID).sum() if by_valid else loss
 
     def logits(self, image: np.ndarray) -> np.ndarray:
         self.model.eval()
@@ -244,7 +239,10 @@ def compared(
     if start:
         initialise(model, start)
     state = model.state_dict()
-    pair = {"ours": Ours(config, model, weights), "torch": Torch(config, classes, state, weights, PERTURBATION, seed)}
+    pair: dict[str, Contender] = {
+        "ours": Ours(config, model, weights),
+        "torch": Torch(config, classes, state, weights, PERTURBATION, seed),
+    }
     losses = [row["ours"] - row["torch"] for _, row in train(pair, config, loader, steps)]
     return float(np.mean(losses))
 

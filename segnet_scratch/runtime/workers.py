@@ -163,7 +163,7 @@ class _Blas:
         # To look through the loaded libraries takes milliseconds, to set a limit microseconds: look after imports only.
         if self.modules != len(sys.modules):
             try:
-                from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+                from threadpoolctl import ThreadpoolController
             except ModuleNotFoundError:  # BLAS keeps its threads: slower, and right
                 return nullcontext()
             self.libraries = ThreadpoolController().select(user_api="blas")

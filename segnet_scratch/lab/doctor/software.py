@@ -90,7 +90,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def blas() -> Finding:
     """The library behind NumPy's matrix products, which decides how fast the numpy device is."""
     import numpy as np
-    from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_info
 
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     text = ", ".join(f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads" for pool in pools)

@@ -1,19 +1,20 @@
 """Ceilings of the GPU, and each convolution of SegNet on its own: cuDNN beside ours, in TFLOP/s.
 
-`python -m bench_gpu.layers` measures the convolutions alone, in a minute: the ops of the fused engine with what they do
+`python -m bench.layers` measures the convolutions alone, in a minute: the ops of the fused engine with what they do
 on the way out (statistics forward; mask and sums in dgrad), which cuDNN leaves to others; on an sm_90 Hopper's kernels
 in every tile, and mma.sync's beside them.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 
 import torch
 
-from bench_gpu.cases import SMALL, Case
-from bench_gpu.peers import set_precision
-from bench_gpu.timing import Clock, CudaClock, in_turn
+from bench.cases import SMALL, Case
+from bench.contenders import set_precision
+from bench.timing import Clock, CudaClock, in_turn
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, storage
 from segnet_scratch.lab.profile.tune import random_buffers
@@ -33,10 +34,15 @@ def ceilings(clock: Clock, seconds: float) -> dict[str, float]:
     calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     for precision in ("bf16", "tf32", "float32"):
         matrix = torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16 if precision == "bf16" else None)
-        calls[precision] = lambda m=matrix, p=precision: (set_precision(p), m @ m)
+        calls[precision] = functools.partial(_product, precision, matrix)
     times = in_turn(calls, clock, seconds)
     speeds = {name: 2 * 8192**3 / times[name].median / 1e12 for name in calls if name != "copy"}
     return {"copy, TB/s": 2 * GIGABYTE / times["copy"].median / 1e12, **{f"{k}, TFLOP/s": v for k, v in speeds.items()}}
+
+
+def _product(precision: str, matrix: torch.Tensor) -> torch.Tensor:
+    set_precision(precision)
+    return matrix @ matrix
 
 
 def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> Iterator[dict[str, object]]:
@@ -83,7 +89,7 @@ def _measure(
     calls: dict[str, Callable[[], object]] = {"cuDNN": _cudnn(direction, case.precision, x.shape, weight)}
     for name, op in ops.items():
         buffers = random_buffers(device, op)
-        calls[name] = lambda op=op, buffers=buffers: op.run(device, buffers)  # type: ignore[misc]
+        calls[name] = functools.partial(op.run, device, buffers)
     times = in_turn(calls, clock, seconds)
     speeds = {name: ops["ours"].flops / t.median / 1e12 for name, t in times.items()}
     shape = f"{weight[3]} -> {weight[0]}, {full[1]}x{full[2]}"
@@ -94,12 +100,14 @@ def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     n, h, w, c = x
     o, k = weight[:2]
-    options = {"device": "cuda", "dtype": kind}
-    image = torch.randn((n, c, h, w), **options).to(memory_format=torch.channels_last)
-    kernel = torch.randn((o, c, k, k), **options).to(memory_format=torch.channels_last)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=kind).to(memory_format=torch.channels_last)
+
+    image, kernel = random(n, c, h, w), random(o, c, k, k)
     if direction == "fprop":
         return lambda: torch.nn.functional.conv2d(image, kernel, padding=k // 2)
-    gradient = torch.randn((n, o, h, w), **options).to(memory_format=torch.channels_last)
+    gradient = random(n, o, h, w)
     mask = [direction == "dgrad", direction == "wgrad", False]
     pad = [k // 2, k // 2]
     backward = torch.ops.aten.convolution_backward

@@ -68,15 +68,17 @@ class Times:
         return float(low), float(high)
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float) -> dict[str, Times]:
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float, warm_up: int = WARM_UP
+) -> dict[str, Times]:
     """Blocks of every call, in turn, in about so many seconds; each block is as many calls as fill its share."""
     share = seconds / (BLOCKS * len(calls))
     counts = {}
     for name, call in calls.items():
         clock.start()
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             call()
-        counts[name] = max(1, round(share / max(clock.stop() / WARM_UP, 1e-9)))
+        counts[name] = max(1, round(share / max(clock.stop() / warm_up, 1e-9)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(BLOCKS):
         for name, call in calls.items():

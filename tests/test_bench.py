@@ -1,21 +1,18 @@
-"""The benchmark against PyTorch on a GPU: what of it needs none. Contenders and clocks are made up here."""
+"""The benchmark against PyTorch: all of a CPU's, and what of a GPU's needs none. Clocks and contenders are made up."""
 
 import io
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 pytest.importorskip("torch", reason="the benchmark compares with PyTorch")
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-from bench_gpu import gate, run
-from bench_gpu.cases import CASES, Case
-from bench_gpu.ours import OURS
-from bench_gpu.peers import Peer, peers_of
-from bench_gpu.timing import BLOCKS, WARM_UP, Times, in_turn, latencies
+from bench import end_to_end, gate, run, timing
+from bench.cases import CASES, Case, initial_state
+from bench.contenders import OURS, Peer, makers_of, peers_of
+from bench.timing import BLOCKS, WARM_UP, Times, in_turn, latencies
 
 from segnet_scratch import get_device
 
@@ -125,7 +122,7 @@ class TestCases:
 
 class TestGate:
     def test_right_contenders_pass(self):
-        errors = gate.errors_of(get_device("numpy"), width=1 / 8, torch_device="cpu")
+        errors = gate.errors_of(get_device("numpy"), width=1 / 8, on_gpu=False)
         for precision in ("bf16", "float32"):  # on the CPU PyTorch has no tf32
             assert all(gate.right(errors[precision]).values()), (precision, errors[precision])
         assert "ours, layers" not in errors["bf16"]
@@ -138,14 +135,50 @@ class TestGate:
         assert gate.right(errors) == {"ours, fused": False, "ours, layers": True}
 
     def test_contenders_take_steps(self):
-        state = gate.initial_state(0, 1 / 8)
-        images, labels = gate.data_of(TRAINING, 0)
-        ours = OURS["ours, fused"](TRAINING, get_device("numpy"), state, 1 / 8)
+        case = replace(TRAINING, width=1 / 8, on_gpu=False)
+        state = initial_state(0, 1 / 8)
+        images, labels = case.data(0)
+        ours = OURS["ours, fused"](case, get_device("numpy"), state)
         before = ours.model.classifier.weight.numpy().copy()
         for _ in range(3):
             ours.call(images, labels)
         assert (ours.model.classifier.weight.numpy() != before).any()
-        folded = Peer(ONE_IMAGE, state, folded=True, device="cpu", width=1 / 8)
+        folded = Peer(replace(ONE_IMAGE, width=1 / 8, on_gpu=False), state, folded=True)
         import torch
 
-        folded.call(torch.from_numpy(gate.data_of(ONE_IMAGE, 0)[0].transpose(0, 3, 1, 2).copy()), None)
+        folded.call(torch.from_numpy(case.data(0)[0][:1].transpose(0, 3, 1, 2).copy()), None)
+
+
+def test_the_benchmark_of_a_cpu(monkeypatch):
+    """From the gate to the table, on the NumPy device."""
+    monkeypatch.setattr(timing, "BLOCKS", 1)
+    monkeypatch.setattr(gate, "DRAWS", 1)
+    found = {}
+    cases = [Case(task, 1, (32, 32), "float32", 1 / 8, on_gpu=False) for task in ("training", "inference")]
+    run.run(get_device("numpy"), cases, np.inf, False, lambda **parts: found.update(parts), lambda case, name: 100)
+    assert [case["case"] for case in found["cases"]] == [str(case) for case in cases]
+    training, inference = (case["times"] for case in found["cases"])
+    assert set(training) == {"ours, layers", "PyTorch, channels_last, eager", "PyTorch, contiguous, eager"}
+    assert "PyTorch, channels_last, eager, folded" in inference
+    assert found["cases"][0]["memory"] == dict.fromkeys(training, 100)
+    build = makers_of(cases[0], get_device("numpy"), ["ours, layers"], False)["ours, layers"]
+    assert build()[1] >= 0  # bytes of this process
+
+
+def test_the_command_beside_the_bare_step(monkeypatch, capsys):
+    monkeypatch.setattr(end_to_end, "ROUNDS", 1)
+    seconds = {"device": iter([3.0, 5.0]), "memory": iter([3.0, 4.0])}
+    asked = []
+
+    def command(data, out, device, settings):
+        asked.append(settings)
+        return next(seconds[next(s for s in settings if s.startswith("cache=")).removeprefix("cache=")])
+
+    monkeypatch.setattr(end_to_end, "_command", command)
+    monkeypatch.setattr(end_to_end._Bare, "seconds", lambda self, count: 0.5)
+    found = end_to_end.measure("numpy", 2, 32, 1 / 16, 2.0, None)
+    assert found["steps"] == 4
+    assert found["images_a_second"] == {"bare step": 4.0, "device": 4.0, "memory": 8.0}
+    first, second = (next(s for s in settings if s.startswith("steps=")) for settings in asked[:2])
+    assert int(second.removeprefix("steps=")) - int(first.removeprefix("steps=")) == 4
+    assert "1.000 of the step, target 0.95: met" in capsys.readouterr().out.replace("\n", " ")

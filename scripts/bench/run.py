@@ -1,4 +1,4 @@
-"""The whole benchmark in a budget of time: gate, ceilings, cases, layers; a table and JSON."""
+"""Cases in a budget of time: gate, ceilings, times in turn; a table and JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench_gpu.cases import CASES, Case
-from bench_gpu.timing import Clock, Times, in_turn, latencies
+from bench.cases import CASES, Case
+from bench.timing import Clock, CudaClock, Times, WallClock, in_turn, latencies
 from segnet_scratch.files import write_durably
 from segnet_scratch.runtime.compilation import compile_for
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes, shipped_kernels
 
 console = Console()
@@ -80,8 +81,8 @@ def run_case(case: Case, makers: Mapping[str, Maker], clock: Clock, seconds: flo
         if not any(name.startswith(side) for name in calls):
             reasons = "; ".join(f"{name}: {why}" for name, why in result.unavailable.items())
             raise RuntimeError(f"{case}: no contender of {side} runs: {reasons}")
-    result.times = in_turn(calls, clock, seconds)
-    if case.batch == 1:
+    result.times = in_turn(calls, clock, seconds) if case.on_gpu else in_turn(calls, clock, seconds, 1)
+    if case.batch == 1 and case.on_gpu:
         result.latency = latencies(calls, clock)
     return result
 
@@ -116,66 +117,75 @@ def report(results: Sequence[Result], device: str) -> Table:
     return table
 
 
-def main(seconds: float, thorough: bool, path: Path | None, environment: Mapping[str, Any]) -> None:
-    """Runs on the GPU at hand, the most important cases first; leaves out what the budget of seconds has no room for.
+def run(
+    device: Device,
+    cases: Sequence[Case],
+    seconds: float,
+    thorough: bool,
+    keep: Callable[..., None],
+    memory_of: Callable[[Case, str], int] | None = None,
+) -> None:
+    """The cases in turn, the most important first; leaves out what the budget of seconds has no room for.
 
-    The JSON file is written after each case. `thorough`: every case and every way to run PyTorch, more time for each.
+    `keep` takes what was found after each case. `thorough`: every case and every way to run PyTorch, more time for
+    each. `memory_of` measures bytes where only a process of its own can.
     """
     import torch
 
-    from bench_gpu import gate, layers
-    from bench_gpu.contenders import makers_of
-    from bench_gpu.timing import CudaClock
-    from segnet_scratch import get_device
+    from bench import gate, layers
+    from bench.contenders import makers_of
 
-    began, device, clock = perf_counter(), get_device("cuda"), CudaClock()
-    name = torch.cuda.get_device_name()
-    console.print(f"{name}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    found: dict[str, Any] = {"environment": {**environment, "device": name, "cudnn": torch.backends.cudnn.version()}}
-
-    def keep(**parts: Any) -> None:
-        found.update(parts, seconds=perf_counter() - began)
-        if path is not None:
-            write(path, found)
-
-    with console.status("compiling kernels") as status:
-        kernels = [
-            (kernel, ElementTypes.named(element))
-            for kernel in shipped_kernels().values()
-            if kernel.source.compiles_for(device.architecture)
-            for element in kernel.source.elements
-            if element != "float64"
-        ]
-        compile_for(device, kernels, lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
-    errors = gate.errors_of(device)
+    began, on_gpu = perf_counter(), device.gpu is not None
+    clock: Clock = CudaClock() if on_gpu else WallClock()
+    precisions = tuple(dict.fromkeys(case.precision for case in cases))
+    errors = gate.errors_of(device, cases[0].width, on_gpu=on_gpu, precisions=precisions)
     verdicts = {precision: gate.right(measured) for precision, measured in errors.items()}
     for precision, measured in errors.items():
         for contender, e in measured.items():
             mark = "" if verdicts[precision].get(contender, True) else "  WRONG: not timed"
             console.print(f"{precision}: {contender}: logits {e['logits']:.1e}, gradients {e['gradients']:.1e}{mark}")
-    limits = layers.ceilings(clock, 4.0 if thorough else 1.0)
-    console.print(", ".join(f"{what} {value:.1f}" for what, value in limits.items()))
+    keep(errors=errors)
+    if on_gpu:
+        limits = layers.ceilings(clock, 4.0 if thorough else 1.0)
+        console.print(", ".join(f"{what} {value:.1f}" for what, value in limits.items()))
+        keep(ceilings=limits)
     results: list[Result] = []
-    left_out: list[Case] = list(CASES)
-    keep(errors=errors, ceilings=limits)
-    longest = 0.0
+    left_out: list[Case] = list(cases)
+    longest, each = 0.0, THOROUGH_SECONDS if thorough else CASE_SECONDS
     while left_out and (thorough or perf_counter() - began + longest < seconds):
         case, start = left_out.pop(0), perf_counter()
-        right = [contender for contender, fine in verdicts[case.precision].items() if fine]
+        # The fused engine is for GPUs: on a CPU the layers are what one trains with.
+        right = [name for name, fine in verdicts[case.precision].items() if fine and (on_gpu or "layers" in name)]
         makers = makers_of(case, device, right, thorough)
         try:
-            results.append(run_case(case, makers, clock, THOROUGH_SECONDS if thorough else CASE_SECONDS))
+            results.append(run_case(case, makers, clock, each if on_gpu else 0.0))
         except RuntimeError as error:
             console.print(f"error: {error}")
             continue
+        result = results[-1]
+        if memory_of is not None:
+            result.memory = {name: memory_of(case, name) for name in result.times}
         longest = max(longest, perf_counter() - start)
-        console.print(f"{case}: {results[-1].speedup:.2f} x ({results[-1].best_ours} / {results[-1].best_peer})")
+        console.print(f"{case}: {result.speedup:.2f} x ({result.best_ours} / {result.best_peer})")
         keep(cases=[result.to_json() for result in results], left_out=[str(other) for other in left_out])
-    if thorough:
+    if thorough and on_gpu:
         keep(layers=list(layers.convolutions(CASES[0], device, clock, 0.1 * seconds)))
-    console.print(report(results, name))
+    console.print(report(results, torch.cuda.get_device_name() if on_gpu else "this CPU"))
     if left_out:
         console.print("left out, for want of time: " + "; ".join(map(str, left_out)))
+
+
+def compile_kernels(device: Device) -> None:
+    """All that the device can run, on all cores."""
+    with console.status("compiling kernels") as status:
+        kernels = [
+            (kernel, ElementTypes.named(element))
+            for kernel in shipped_kernels().values()
+            if device.architecture is None or kernel.source.compiles_for(device.architecture)
+            for element in kernel.source.elements
+            if element != "float64"
+        ]
+        compile_for(device, kernels, lambda done, total: status.update(f"compiling kernels, {done} of {total}"))
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""Nothing is timed before it is right: fresh data, logits and every gradient against float64."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bench.cases import PRECISIONS, Arrays, Case, initial_state
+from bench.contenders import OURS, Peer
+from segnet_scratch.runtime.devices import Device
+
+# A right implementation stays within this factor of PyTorch's own error, give or take a few roundings.
+ERROR_FACTOR, ERROR_FLOOR = 4, 1e-6
+Errors = dict[str, dict[str, float]]
+DRAWS = 3
+
+
+def errors_of(
+    device: Device, width: float = 1.0, size: int = 32, on_gpu: bool = True, precisions: tuple[str, ...] = PRECISIONS
+) -> dict[str, Errors]:
+    """By precision and contender: relative errors of logits and of the worst gradient, the best of three draws.
+
+    Where an input of a ReLU lies within a rounding of 0, or two values of a pool within one of each other, a rounding
+    decides what follows. That adds to an error now and then, a mistake always.
+    """
+    found: dict[str, Errors] = {}
+    for precision in precisions:
+        case = Case("training", 2, (size, size), precision, width, on_gpu)
+        exact_case = replace(case, precision="float32", on_gpu=False)
+        draws: dict[str, list[dict[str, float]]] = {}
+        for seed in range(DRAWS):
+            batch, state = case.data(seed), initial_state(seed, width)
+            exact = Peer(exact_case, state, "contiguous_format", dtype=torch.float64).training_pass(*batch)
+            contenders = {"PyTorch": Peer(case, state)} | {
+                name: make(case, device, state)
+                for name, make in OURS.items()
+                if (name, precision) != ("ours, layers", "bf16")
+            }
+            for name, contender in contenders.items():
+                draws.setdefault(name, []).append(relative_errors(contender.training_pass(*batch), exact))
+        found[precision] = {name: {what: min(e[what] for e in es) for what in es[0]} for name, es in draws.items()}
+    return found
+
+
+def relative_errors(got: Mapping[str, np.ndarray], truth: Arrays) -> dict[str, float]:
+    """Of the logits, and of the gradients the worst: |got - truth| / |truth|, as Euclidean lengths."""
+    if got.keys() != truth.keys():
+        raise SystemExit(f"the gradients are not of the same parameters: {sorted(got.keys() ^ truth.keys())}")
+    errors = {name: float(np.linalg.norm(got[name] - wide) / np.linalg.norm(wide)) for name, wide in truth.items()}
+    return {"logits": errors.pop("logits"), "gradients": max(errors.values())}
+
+
+def right(errors: Errors) -> dict[str, bool]:
+    """Which of ours are right: errors of the size of PyTorch's own. A NaN is never right."""
+    peer = errors["PyTorch"]
+    return {
+        name: all(own[what] <= ERROR_FACTOR * peer[what] + ERROR_FLOOR for what in own)
+        for name, own in errors.items()
+        if name != "PyTorch"
+    }
