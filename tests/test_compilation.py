@@ -9,7 +9,7 @@ from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.compilation import compile_for, launched_by, on_all_cores
-from segnet_scratch.runtime.devices import Device, HostDevice, get_device
+from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
 from segnet_scratch.runtime.ptxas import LogError
 from segnet_scratch.segnet import SegNet
@@ -27,9 +27,9 @@ class Compiling(HostDevice):
     def compile(self, kernel, types):
         self.compiled.append((kernel.source.path.name, types.name))
 
-    def execute(self, kernel, types, *launched):
-        assert (kernel.source.path.name, types.name) in self.compiled, "launched before it was compiled"
-        self.executed.append(kernel.name)
+    def execute(self, launch):
+        assert (launch.kernel.source.path.name, launch.types.name) in self.compiled, "launched before it was compiled"
+        self.executed.append(launch.kernel.name)
 
 
 @needs_compiler
@@ -52,12 +52,12 @@ def test_what_a_run_launches_is_listed_and_nothing_runs():
     x, y = np.zeros(4, np.float32), np.full(4, 7, np.float32)
     device = get_device("host")
 
-    def run(given: Device) -> None:
-        launch(given, "relu_forward", 1, 32, (x, y, 4), F32)
+    def run() -> None:
+        launch(device, "relu_forward", 1, 32, (x, y, 4), F32)
 
-    assert launched_by(run, device) == [(find_kernel("relu_forward"), F32)]
+    assert launched_by(run) == [(find_kernel("relu_forward"), F32)]
     assert (y == 7).all()
-    compile_for(device, launched_by(run, device))
+    compile_for(device, launched_by(run))
 
 
 def test_an_error_ends_it_and_names_the_kernel():

@@ -14,7 +14,7 @@ from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE
 from segnet_scratch.lab.proof.parts.gate import refusal_problems
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_GRID, MAX_SHARED
-from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch, shipped_kernels
+from segnet_scratch.runtime.launch import ElementTypes, Launch, find_kernel, launch, shipped_kernels
 from segnet_scratch.runtime.signature import without_linkage
 from segnet_scratch.runtime.source import read_source
 
@@ -378,8 +378,9 @@ class TestGate:
         types = ElementTypes.named(element)
         call, device = valid_call(find_kernel(name), types), Recorder()
         call.launch(device)
-        ((kernel, launched_types, grid, block, values, shared),) = device.launches
-        assert (kernel, launched_types, grid, block, shared) == (call.kernel, types, (1, 1, 1), (1, 1, 1), 0)
+        (launched,) = device.launches
+        values, kernel = launched.arguments, call.kernel
+        assert replace(launched, arguments=()) == Launch(kernel, types, (1, 1, 1), (1, 1, 1), 0)
         for parameter, given, value in zip(kernel.parameters, call.arguments, values, strict=True):
             if not parameter.scalar:
                 assert value is given
@@ -396,7 +397,10 @@ class TestGate:
         call, device = valid_call(find_kernel("sgd_step")), Recorder()
         replace(call, grid=MAX_GRID, block=(1, 16, 64), shared=MAX_SHARED).launch(device)
         replace(call, grid=[2, 3], block=[1024]).launch(device)
-        assert [launched[2:4] for launched in device.launches] == [(MAX_GRID, (1, 16, 64)), ((2, 3, 1), (1024, 1, 1))]
+        assert [(launched.grid, launched.block) for launched in device.launches] == [
+            (MAX_GRID, (1, 16, 64)),
+            ((2, 3, 1), (1024, 1, 1)),
+        ]
         for value in (float("inf"), float("nan"), np.float32(0.5), np.int64(1), 1e308, -1):
             call.put("momentum", value).launch(device)
         for value in (np.int8(6), np.uint64(2**63 - 1), -(2**63)):

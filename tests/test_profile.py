@@ -79,8 +79,9 @@ class Notes(observe.Listener):
         self.ops.append((op.name, observe.current_scope()))
         run()
 
-    def launch(self, launch):
+    def launch(self, launch, run):
         self.launches.append(launch)
+        run()
 
     def barriers(self, count):
         self.barrier_counts.append(count)

@@ -339,7 +339,8 @@ class TestShippedKernels:
                 op = row.plan(case, element)
                 run_guarded(op, row.inputs(op, case, row.generator(0, index)), device)
         assert len(device.launches) > 100
-        for kernel, types, _, block, _, shared in device.launches:
+        for launched in device.launches:
+            kernel, types, block, shared = launched.kernel, launched.types, launched.block, launched.shared
             threads = block[0] * block[1] * block[2]
             for architecture in filter(kernel.source.compiles_for, ARCHITECTURES):
                 usage = usages[kernel.name, types.name, architecture]

@@ -561,12 +561,13 @@ def test_declared_geometry_is_what_the_ops_launch():
             inputs = row.inputs(op, case, row.generator(0, index))
             workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
             op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))
-            for kernel, _, grid, block, values, shared in recorder.launches:
-                if shared or any(p.name == "addresses" for p in kernel.parameters):
+            for launched in recorder.launches:
+                kernel, grid, block = launched.kernel, launched.grid, launched.block
+                if launched.shared or any(p.name == "addresses" for p in kernel.parameters):
                     with pytest.raises(LaunchError, match="it cannot run alone"):
                         declared_geometry(kernel, {})
                     continue
-                numbers = zip(kernel.parameters, values, strict=True)
+                numbers = zip(kernel.parameters, launched.arguments, strict=True)
                 integers = {p.name: int(v) for p, v in numbers if not p.pointer and v.dtype.kind in "iu"}
                 geometry = declared_geometry(kernel, integers)
                 if geometry is None:

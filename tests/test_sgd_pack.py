@@ -154,8 +154,8 @@ def test_a_parameter_may_have_either_copy():
 def test_blocks_of_a_parameter(shape, blocks):
     recorder = Recorder()
     Step(recorder, F32, [(shape, None)]).step.refresh()
-    ((kernel, _, grid, block, _, _),) = recorder.launches
-    assert (kernel.name, grid[0], tuple(block)[:2]) == ("sgd_pack_step", blocks, (32, 8))
+    (launched,) = recorder.launches
+    assert (launched.kernel.name, launched.grid[0], launched.block[:2]) == ("sgd_pack_step", blocks, (32, 8))
 
 
 WEIGHT = (5, 3, 3, 4)

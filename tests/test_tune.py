@@ -30,7 +30,8 @@ class TunedDevice(HostDevice):
         super().__init__(host.HostOptions())
         self.now, self.microseconds, self.launched = 0.0, microseconds or {}, []
 
-    def execute(self, kernel, *launch):
+    def execute(self, launch):
+        kernel = launch.kernel
         self.launched.append(kernel.name)
         self.now += 1e-6 * next((us for name, us in self.microseconds.items() if kernel.name.endswith(name)), 50)
 

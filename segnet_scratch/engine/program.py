@@ -108,7 +108,7 @@ class BoundProgram:
     def compile(self, device: Device, progress: Progress = no_progress) -> None:
         """Compiles every kernel of the program, on all cores; `run` would do so, without saying how far it is."""
         if device.runs_kernels and not self._compiled:
-            compile_for(device, launched_by(self._launch, device), progress)
+            compile_for(device, launched_by(lambda: self._launch(device)), progress)
         self._compiled = True
 
     def _launch(self, device: Device) -> None:

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import DTypeLike
-
-from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
 from segnet_scratch.runtime.observe import Listener, observe
 from segnet_scratch.runtime.workers import worker_count
 
@@ -47,35 +44,17 @@ def compile_for(
     on_all_cores(lambda pair: device.compile(*pair), list(distinct.values()), progress)
 
 
-def launched_by(run: Callable[[Device], None], device: Device) -> list[tuple[Kernel, ElementTypes]]:
-    """The kernels that `run` launches on a device. It is given one in its place that launches nothing."""
-    listing = _Listing(device)
-    with observe(Listener()):
-        run(listing)
+def launched_by(run: Callable[[], None]) -> list[tuple[Kernel, ElementTypes]]:
+    """The kernels that `run` would launch: they are written down, and nothing is computed."""
+    listing = _Listing()
+    with observe(listing):
+        run()
     return listing.kernels
 
 
-class _Listing(Device):
-    """A device with the arrays of another one that writes down what is launched, and does not."""
-
-    runs_kernels = True
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.name, self.architecture = device, device.name, device.architecture
-        self.gpu, self.multiprocessors = device.gpu, device.multiprocessors
+class _Listing(Listener):
+    def __init__(self) -> None:
         self.kernels: list[tuple[Kernel, ElementTypes]] = []
 
-    def execute(self, kernel: Kernel, types: ElementTypes, *launch: Any) -> None:
-        self.kernels.append((kernel, types))
-
-    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
-        return self.device.empty(shape, dtype)
-
-    def constant(self, array: np.ndarray) -> Array:
-        return self.device.constant(array)
-
-    def owns(self, array: Any) -> bool:
-        return self.device.owns(array)
-
-    def address(self, array: Array) -> int:
-        return self.device.address(array)
+    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
+        self.kernels.append((launch.kernel, launch.types))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
 
@@ -36,22 +37,15 @@ class ArrayHome(Protocol):
         """The address of its first element."""
 
 
-def check_launch(
-    home: ArrayHome,
-    kernel: Kernel,
-    types: ElementTypes,
-    grid: Sequence[int],
-    block: Sequence[int],
-    arguments: Sequence[Any],
-    shared: int = 0,
-) -> list[Any]:
+def check_launch(home: ArrayHome, launch: Launch) -> list[Any]:
     """The arguments ready to be passed: arrays (or None) for pointers, TensorMaps, NumPy scalars of the declared type.
 
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
     the got and the fix. Nothing has been launched then.
     """
-    _check_geometry(kernel, grid, block)
-    _check_shared(kernel, shared, home.architecture)
+    kernel, types, arguments = launch.kernel, launch.types, launch.arguments
+    _check_geometry(kernel, launch.grid, launch.block)
+    _check_shared(kernel, launch.shared, home.architecture)
     if types.name not in kernel.source.elements:
         raise DTypeError(
             f"{kernel.name}: cannot be launched for {types.name}; {kernel.source.path.name} is for "

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,21 +333,14 @@ def _cell(parameter: Parameter, value: Any) -> np.ndarray:
     return np.array(0 if value is None else value.ctypes.data, np.uint64) if parameter.pointer else np.array(value)
 
 
-def run(
-    kernel: Kernel,
-    types: ElementTypes,
-    grid: Sequence[int],
-    block: Sequence[int],
-    values: Sequence[Any],
-    shared: int,
-    options: HostOptions,
-) -> None:
+def run(launch: observe.Launch, options: HostOptions) -> None:
     """Runs a kernel whose arguments the gate has checked. KernelFault names the block and what went wrong."""
-    entry = _entry(kernel.source, types, kernel.name, options.sanitize, options.variables)
-    launch = _Launch(
-        grid=(ctypes.c_uint * 3)(*grid),
-        block=(ctypes.c_uint * 3)(*block),
-        dynamic_shared=shared,
+    kernel = launch.kernel
+    entry = _entry(kernel.source, launch.types, kernel.name, options.sanitize, options.variables)
+    call = _Launch(
+        grid=(ctypes.c_uint * 3)(*launch.grid),
+        block=(ctypes.c_uint * 3)(*launch.block),
+        dynamic_shared=launch.shared,
         seed=options.seed,
         part_mask=options.part[0],
         part_value=options.part[1],
@@ -361,8 +353,8 @@ def run(
         shared_byte=options.shared_byte,
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.
-    cells = [_cell(parameter, value) for parameter, value in zip(kernel.parameters, values, strict=True)]
+    cells = [_cell(parameter, value) for parameter, value in zip(kernel.parameters, launch.arguments, strict=True)]
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
-    if entry(ctypes.byref(launch), addresses) != 0:
-        raise KernelFault(f"{kernel.source.path.name}: {launch.message.decode(errors='replace')}")
-    observe.passed_barriers(launch.barriers)
+    if entry(ctypes.byref(call), addresses) != 0:
+        raise KernelFault(f"{kernel.source.path.name}: {call.message.decode(errors='replace')}")
+    observe.passed_barriers(call.barriers)

@@ -2,29 +2,23 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.gate import ArrayHome, check_launch
+from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
-__all__ = ["ElementTypes", "Kernel", "KernelDevice", "find_kernel", "launch", "shipped_kernels"]
+__all__ = ["ElementTypes", "Kernel", "KernelDevice", "Launch", "find_kernel", "launch", "shipped_kernels"]
 
 
 class KernelDevice(ArrayHome, Protocol):
     """A device that executes kernels: host or cuda."""
 
-    def execute(
-        self,
-        kernel: Kernel,
-        types: ElementTypes,
-        grid: Sequence[int],
-        block: Sequence[int],
-        values: Sequence[Any],
-        shared: int,
-    ) -> None:
+    def execute(self, launch: Launch) -> None:
         """Runs a kernel with arguments that the gate has checked."""
 
 
@@ -69,12 +63,12 @@ def launch(
     """
     if isinstance(kernel, str):
         kernel = find_kernel(kernel)
-    grid, block = _three(grid), _three(block)
-    values = check_launch(device, kernel, types, grid, block, arguments, shared)
-    observe.launched(observe.Launch(kernel, types, grid, block, shared))
-    device.execute(kernel, types, grid, block, values, shared)
+    asked = Launch(kernel, types, three(grid), three(block), shared, arguments)
+    checked = replace(asked, arguments=check_launch(device, asked))
+    observe.launched(checked, lambda: device.execute(checked))
 
 
-def _three(size: Sequence[int] | int) -> tuple[int, ...]:
+def three(size: Sequence[int] | int) -> tuple[int, ...]:
+    """Blocks or threads in x, y, z."""
     size = tuple(size) if isinstance(size, Sequence) else (size,)
     return size + (1,) * (3 - len(size))

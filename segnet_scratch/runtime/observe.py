@@ -5,10 +5,10 @@ are named by `scope`, in which SegNet runs each of its blocks; autograd runs a b
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from segnet_scratch.runtime.signature import ElementTypes, Kernel
@@ -39,6 +39,7 @@ class Launch:
     grid: tuple[int, ...]  # blocks in x, y, z
     block: tuple[int, ...]  # threads in x, y, z
     shared: int  # bytes of dynamic shared memory
+    arguments: Sequence[Any] = ()  # arrays, None for a null pointer, TensorMaps, numbers; once checked NumPy scalars
 
 
 class Listener:
@@ -48,8 +49,9 @@ class Listener:
         """An op is about to run; this must call `run`, once."""
         run()
 
-    def launch(self, launch: Launch) -> None:
-        """A kernel is about to be launched, by the op that runs."""
+    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
+        """A kernel is about to be launched, by the op that runs; this calls `run`, or nothing is computed."""
+        run()
 
     def barriers(self, count: int) -> None:
         """The host device has run that kernel; its blocks together met so many barriers."""
@@ -96,10 +98,13 @@ def carry_out(op: Planned, run: Callable[[], None]) -> None:
         listener.op(op, run)
 
 
-def launched(launch: Launch) -> None:
-    """Tells the listener of a launch."""
-    if (listener := _listener.get()) is not None:
-        listener.launch(launch)
+def launched(launch: Launch, run: Callable[[], None]) -> None:
+    """Calls `run`, which launches a kernel, under the eyes of the listener."""
+    listener = _listener.get()
+    if listener is None:
+        run()
+    else:
+        listener.launch(launch, run)
 
 
 def passed_barriers(count: int) -> None:

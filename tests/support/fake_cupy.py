@@ -21,7 +21,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import host as host_kernels
-from segnet_scratch.runtime import nvrtc, tensor_map
+from segnet_scratch.runtime import nvrtc, observe, tensor_map
 from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.signature import parse_kernels
@@ -514,7 +514,8 @@ class RawKernel:
                 complete = list(scalars)
                 for index, array in zip(places, arrays, strict=True):
                     complete[index] = array
-                host_kernels.run(self.kernel, self.cubin.types, grid, block, complete, shared_mem, HostOptions())
+                whole = observe.Launch(self.kernel, self.cubin.types, grid, block, shared_mem, complete)
+                host_kernels.run(whole, HostOptions())
 
         self.cupy.work(self.kernel.name, [values[index] for index in places], writes, carry_out)
 

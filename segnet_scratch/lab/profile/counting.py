@@ -3,12 +3,12 @@
 import weakref
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.runtime.devices import Array, NumpyDevice
+from segnet_scratch.runtime.launch import Launch
 
 
 class CountingDevice(NumpyDevice):
@@ -42,5 +42,5 @@ class CountingDevice(NumpyDevice):
     def _release(self, nbytes: int) -> None:
         self.live -= nbytes
 
-    def execute(self, *launch: Any) -> None:
+    def execute(self, launch: Launch) -> None:
         pass

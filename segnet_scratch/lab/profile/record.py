@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -81,9 +81,10 @@ class Recorder(Listener):
                 record.marks.append((begin, self._timer.mark()))
         self._position += 1
 
-    def launch(self, launch: Launch) -> None:
-        if self._first_pass:
-            self.runs[self._position].launches.append(launch)
+    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
+        if self._first_pass:  # without the arrays, which would stay alive
+            self.runs[self._position].launches.append(replace(launch, arguments=()))
+        run()
 
     def barriers(self, count: int) -> None:
         if self._first_pass:

@@ -4,7 +4,7 @@ The second is for failures. A launch by itself can go through the workbench of s
 writes an element, which threads disturb each other, and what line accesses memory that is not an array's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device, HostDevice
 from segnet_scratch.runtime.geometry import runs_alone
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel
+from segnet_scratch.runtime.launch import Launch, find_kernel
+from segnet_scratch.runtime.observe import Listener, observe
 
 
 def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
@@ -33,7 +34,7 @@ def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
         inputs = row.inputs(op, case, row.generator(0, index))
         workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
         op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))
-    return {kernel.name for kernel, *_ in recorder.launches}
+    return {launch.kernel.name for launch in recorder.launches}
 
 
 def rows_on(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -49,62 +50,54 @@ def device_has(device: Device, kernel: str) -> bool:
     return device.architecture is None or find_kernel(kernel).source.compiles_for(device.architecture)
 
 
+class _Names(Listener):
+    """The names of the kernels that are launched."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
+        self.names.append(launch.kernel.name)
+        run()
+
+
 @contextmanager
-def noting_launches(device: Device) -> Iterator[list[str]]:
-    """The list that is given grows by the name of each kernel that the device runs inside."""
-    names: list[str] = []
-    execute = device.execute
-
-    def noted(kernel: Kernel, *launch: Any) -> None:
-        names.append(kernel.name)
-        execute(kernel, *launch)
-
-    device.execute = noted  # type: ignore[method-assign, assignment]
-    try:
-        yield names
-    finally:
-        del device.execute
+def noting_launches() -> Iterator[list[str]]:
+    """The list that is given grows by the name of each kernel that is launched inside."""
+    listener = _Names()
+    with observe(listener):
+        yield listener.names
 
 
-class _Recorder(HostDevice):
-    """A host device that takes down each launch, with the contents of its arrays before it."""
+class _Recorder(Listener):
+    """Takes down each launch on the host device, with the contents of its arrays before it."""
 
-    def __init__(self, device: HostDevice) -> None:
-        super().__init__(device.options)
-        self._execute = device.execute
+    def __init__(self) -> None:
         self.setups: list[Setup] = []
         self.addresses: list[dict[str, int]] = []  # of the arrays of each launch, by parameter
 
-    def execute(
-        self,
-        kernel: Kernel,
-        types: ElementTypes,
-        grid: Sequence[int],
-        block: Sequence[int],
-        values: Sequence[Any],
-        shared: int,
-    ) -> None:
-        if any(parameter.tensor_map for parameter in kernel.parameters):  # a setup has none: it is not run again
-            self._execute(kernel, types, grid, block, values, shared)
-            return
-        pairs = list(zip(kernel.parameters, values, strict=True))
-        scalars = {p.name: value.item() for p, value in pairs if not p.pointer}
-        contents = {p.name: None if a is None else np.copy(a) for p, a in pairs if p.pointer}
-        shapes = {name: () if a is None else a.shape for name, a in contents.items()}
-        setup = Setup(kernel, types, scalars, contents, shapes, tuple(grid), tuple(block), shared)
-        self.setups.append(setup)
-        self.addresses.append({p.name: self.address(a) for p, a in pairs if p.pointer and a is not None})
-        self._execute(kernel, types, grid, block, values, shared)
+    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
+        kernel = launch.kernel
+        if not any(parameter.tensor_map for parameter in kernel.parameters):  # a setup has none: it is not run again
+            pairs = list(zip(kernel.parameters, launch.arguments, strict=True))
+            scalars = {p.name: value.item() for p, value in pairs if not p.pointer}
+            contents = {p.name: None if a is None else np.copy(a) for p, a in pairs if p.pointer}
+            shapes = {name: () if a is None else a.shape for name, a in contents.items()}
+            geometry = launch.grid, launch.block, launch.shared
+            self.setups.append(Setup(kernel, launch.types, scalars, contents, shapes, *geometry))
+            self.addresses.append({p.name: a.ctypes.data for p, a in pairs if p.pointer and a is not None})
+        run()
 
 
 class Replay:
     """The launches of one op on the host device, each ready to be run again."""
 
     def __init__(self, op: Op, inputs: Inputs, device: HostDevice) -> None:
-        recorder = _Recorder(device)
+        recorder = _Recorder()
         self._arrays: dict[str, Any] = {name: None if a is None else a.copy() for name, a in inputs.items()}
         self._arrays |= empty_outputs(op) | {name: np.zeros(s.shape, s.dtype) for name, s in op.workspace.items()}
-        op.run(recorder, Buffers(**self._arrays))
+        with observe(recorder):
+            op.run(device, Buffers(**self._arrays))
         self._device = HostDevice()
         self._launches = list(zip(recorder.setups, recorder.addresses, strict=True))
         self._alone = [setup for setup in recorder.setups if runs_alone(setup.kernel)]

@@ -17,7 +17,7 @@ import numpy as np
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.runtime.devices import Device, NumpyDevice
 from segnet_scratch.runtime.gate import MAX_BLOCK, MAX_GRID, MAX_SHARED
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, launch
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch, launch
 from segnet_scratch.runtime.signature import Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
 
@@ -33,10 +33,10 @@ class Recorder(NumpyDevice):
     runs_kernels = True
 
     def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
+        self.launches: list[Launch] = []
 
-    def execute(self, *launched: Any) -> None:
-        self.launches.append(launched)
+    def execute(self, launch: Launch) -> None:
+        self.launches.append(launch)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime.devices.timer import Timer
-from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
 from segnet_scratch.runtime.machine import available_memory
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -113,15 +113,7 @@ class Device:
         """
         return function
 
-    def execute(
-        self,
-        kernel: Kernel,
-        types: ElementTypes,
-        grid: Sequence[int],
-        block: Sequence[int],
-        values: Sequence[Any],
-        shared: int,
-    ) -> None:
+    def execute(self, launch: Launch) -> None:
         """Runs a kernel whose arguments the launch gate has checked; only `runtime.launch` calls this."""
         raise DeviceError(f"the {self.name} device runs no kernels; use host or cuda")
 

@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.runtime import host as host_kernels
 from segnet_scratch.runtime.devices.base import Array, Device
 from segnet_scratch.runtime.host import HostOptions
-from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
 
 
 class NumpyDevice(Device):
@@ -58,13 +58,5 @@ class HostDevice(NumpyDevice):
     def compile(self, kernel: Kernel, types: ElementTypes) -> None:
         host_kernels.prepare(kernel, types, self.options)
 
-    def execute(
-        self,
-        kernel: Kernel,
-        types: ElementTypes,
-        grid: Sequence[int],
-        block: Sequence[int],
-        values: Sequence[Any],
-        shared: int,
-    ) -> None:
-        host_kernels.run(kernel, types, grid, block, values, shared, self.options)
+    def execute(self, launch: Launch) -> None:
+        host_kernels.run(launch, self.options)

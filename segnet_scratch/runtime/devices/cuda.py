@@ -13,7 +13,7 @@ from segnet_scratch.runtime.devices.base import Array, Device, Item, Reading, Re
 from segnet_scratch.runtime.devices.graph import Recording
 from segnet_scratch.runtime.devices.prefetch import PinnedReading, Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
-from segnet_scratch.runtime.launch import ElementTypes, Kernel
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
 from segnet_scratch.runtime.tensor_map import TensorMap
 
 # While `capture` records; of each thread its own, as CuPy's current stream and allocator are.
@@ -138,24 +138,17 @@ class CudaDevice(Device):
                 free=free,
             ) from error
 
-    def execute(
-        self,
-        kernel: Kernel,
-        types: ElementTypes,
-        grid: Sequence[int],
-        block: Sequence[int],
-        values: Sequence[Any],
-        shared: int,
-    ) -> None:
-        function = self._functions.get((kernel.source.digest, kernel.name, types))
+    def execute(self, launch: Launch) -> None:
+        kernel, shared = launch.kernel, launch.shared
+        function = self._functions.get((kernel.source.digest, kernel.name, launch.types))
         if function is None:
-            function = self._load(kernel, types)
+            function = self._load(kernel, launch.types)
         # More than 48 KiB of shared memory are granted to those only who ask.
         if shared and shared > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared
         # A null pointer travels as a 64-bit zero; every other number has its exact type from the gate already.
-        arguments = tuple(self._argument(value) for value in values)
-        function(tuple(grid), tuple(block), arguments, shared_mem=shared)
+        arguments = tuple(self._argument(value) for value in launch.arguments)
+        function(launch.grid, launch.block, arguments, shared_mem=shared)
 
     def _argument(self, value: Any) -> Any:
         if value is None:

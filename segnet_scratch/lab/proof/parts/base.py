@@ -129,7 +129,7 @@ class RowPart(Part):
             for run in self.runs(work, device, tally, row):
                 if work.sanitize:
                     os.write(2, f"{CASE_MARK}{run.where}\n".encode())
-                with run.attempt(), noting_launches(device) as launched:
+                with run.attempt(), noting_launches() as launched:
                     tally.counts["shapes"] += 1
                     self.prove_case(run)
                 tally.kernels.update(set(launched))
