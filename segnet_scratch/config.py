@@ -13,7 +13,8 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 from segnet_scratch.errors import ConfigError
 
@@ -33,142 +34,70 @@ NO_VALIDATION = "none"
 AUTO = "auto"  # engine and precision that suit network and device; a run keeps what it began with
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """The values that a setting takes: in words, and as a conversion that raises ValueError for any other."""
+class _Rule(NamedTuple):
+    """The values that a setting takes, of those of its type: in words, and as a test."""
 
     expected: str
-    convert: Callable[[Any], Any]
+    accepts: Callable[[Any], bool] = lambda value: True
 
 
-def _to_integer(value: Any, minimum: int) -> int:
-    # bool is a subclass of int: without this check `batch = true` would mean a batch of 1.
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
-        raise ValueError
-    return value
+def _one_of(*choices: str) -> _Rule:
+    return _Rule(" or ".join(f'"{choice}"' for choice in choices), choices.__contains__)
 
 
-def _to_float(value: Any, accepts: Callable[[float], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError
-    number = float(value)
-    if not math.isfinite(number) or not accepts(number):
-        raise ValueError
-    return number
+def _at_least(minimum: int) -> _Rule:
+    return _Rule(f"an integer of at least {minimum}", lambda n: n >= minimum)
 
 
-def _integer(minimum: int) -> _Kind:
-    return _Kind(f"an integer of at least {minimum}", lambda value: _to_integer(value, minimum))
+_SWITCH = _Rule("true or false")
+_ABOVE_0 = _Rule("a finite number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: x >= 0)
+_BELOW_1 = _Rule("a finite number in [0, 1)", lambda x: 0 <= x < 1)
+_SHARE = _Rule("a finite number in [0, 1]", lambda x: 0 <= x <= 1)
+_LIST = _Rule(
+    "the name of a list in ImageSets/Segmentation",
+    lambda name: name.isprintable() and name and not set(name) & set("/\\: "),
+)
+_IMAGE_SIZE = _Rule(
+    f"an integer or [height, width], each at least {MINIMUM_SIZE}",
+    lambda size: min(size if isinstance(size, tuple) else (size,)) >= MINIMUM_SIZE,
+)
+_SHORT_SIDE = _Rule(
+    f"[] or [low, high], two integers with {MINIMUM_SIZE} <= low <= high",
+    lambda sides: not sides or (len(sides) == 2 and MINIMUM_SIZE <= sides[0] <= sides[1]),
+)
+# A number of steps has no fraction, and shares would be compared with steps if both stood in one list.
+_LR_STEPS = _Rule(
+    "a rising list, either of shares of the training below 1 or of whole steps",
+    lambda steps: (
+        list(steps) == sorted({at for at in steps if at > 0})
+        and (all(at < 1 for at in steps) or all(at == int(at) for at in steps))
+    ),
+)
+_CLASS_WEIGHTS = _Rule(
+    f'a list of finite numbers of at least 0, not all of them 0, or "{MEDIAN_FREQUENCY}"',
+    lambda w: w == MEDIAN_FREQUENCY if isinstance(w, str) else min(w, default=0) >= 0 and (not w or any(w)),
+)
 
 
-def _optional_integer(minimum: int) -> _Kind:
-    integer = _integer(minimum)
-    return _Kind(integer.expected, lambda value: None if value is None else integer.convert(value))
+def _setting(default: Any, rule: _Rule, meaning: str) -> Any:
+    return field(default=default, metadata={"rule": rule, "help": meaning})
 
 
-def _number(bounds: str, accepts: Callable[[float], bool]) -> _Kind:
-    return _Kind(f"a finite number {bounds}", lambda value: _to_float(value, accepts))
-
-
-def _choice(*choices: str) -> _Kind:
-    def convert(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError
-        return value
-
-    return _Kind(" or ".join(f'"{choice}"' for choice in choices), convert)
-
-
-def _text(expected: str, accepts: Callable[[str], bool] = lambda text: True) -> _Kind:
-    def convert(value: Any) -> str:
-        if not isinstance(value, str) or not value.isprintable() or not accepts(value):
-            raise ValueError
-        return value
-
-    return _Kind(expected, convert)
-
-
-def _split() -> _Kind:
-    return _text(
-        "the name of a list in ImageSets/Segmentation", lambda text: bool(text) and not set(text) & set("/\\: ")
-    )
-
-
-def _boolean() -> _Kind:
-    def convert(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-
-    return _Kind("true or false", convert)
-
-
-def _to_list(value: Any) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        raise ValueError
-    return value
-
-
-def _image_size() -> _Kind:
-    def convert(value: Any) -> int | tuple[int, int]:
-        if isinstance(value, int):
-            return _to_integer(value, MINIMUM_SIZE)
-        height, width = (_to_integer(side, MINIMUM_SIZE) for side in _to_list(value))
-        # A square has one spelling, so that 224 and [224, 224] count as the same setting on resume.
-        return height if height == width else (height, width)
-
-    return _Kind(f"an integer or [height, width], each at least {MINIMUM_SIZE}", convert)
-
-
-def _scale_range() -> _Kind:
-    def convert(value: Any) -> tuple[float, float]:
-        low, high = (_to_float(bound, lambda number: number > 0) for bound in _to_list(value))
-        if low > high:
-            raise ValueError
-        return low, high
-
-    return _Kind("[low, high], two finite numbers with 0 < low <= high", convert)
-
-
-def _short_side() -> _Kind:
-    def convert(value: Any) -> tuple[int, ...]:
-        sides = tuple(_to_integer(side, MINIMUM_SIZE) for side in _to_list(value))
-        if sides and (len(sides) != 2 or sides[0] > sides[1]):
-            raise ValueError
-        return sides
-
-    return _Kind(f"[] or [low, high], two integers with {MINIMUM_SIZE} <= low <= high", convert)
-
-
-def _lr_steps() -> _Kind:
-    def convert(value: Any) -> tuple[float, ...]:
-        steps = tuple(_to_float(at, lambda number: number > 0) for at in _to_list(value))
-        # A number of steps has no fraction, and shares would be compared with steps if both stood in one list.
-        if list(steps) != sorted(set(steps)) or not (all(at < 1 for at in steps) or all(at == int(at) for at in steps)):
-            raise ValueError
-        return steps
-
-    return _Kind("a rising list, either of shares of the training below 1 or of whole steps", convert)
-
-
-def _weights() -> _Kind:
-    def convert(value: Any) -> str | tuple[float, ...]:
-        if value == MEDIAN_FREQUENCY:
-            return MEDIAN_FREQUENCY
-        weights = tuple(_to_float(weight, lambda number: number >= 0) for weight in _to_list(value))
-        if weights and not any(weights):
-            raise ValueError
-        return weights
-
-    return _Kind(f'a list of finite numbers of at least 0, not all of them 0, or "{MEDIAN_FREQUENCY}"', convert)
-
-
-def _jitter() -> _Kind:
-    return _number("in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-def _setting(default: Any, kind: _Kind, meaning: str) -> Any:
-    return field(default=default, metadata={"kind": kind, "help": meaning})
+def _of_type(kind: Any, value: Any) -> Any:
+    """A value as its annotation has it; ValueError where it is of another type, or no number that TOML can hold."""
+    for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
+        if get_origin(option) is tuple:
+            element, end = get_args(option)[0], get_args(option)[-1]
+            if isinstance(value, list | tuple) and (end is Ellipsis or len(value) == len(get_args(option))):
+                return tuple(_of_type(element, item) for item in value)
+        elif isinstance(value, bool) and option is not bool:
+            continue  # a subclass of int: `batch = true` does not mean a batch of 1
+        elif option is float and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+        elif option is not float and isinstance(value, option) and (option is not int or value <= _LARGEST_INTEGER):
+            return value
+    raise ValueError
 
 
 @dataclass(frozen=True)
@@ -182,164 +111,159 @@ class Config:
     """
 
     model: str = _setting(
-        "segnet", _choice("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
+        "segnet", _one_of("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
     )
     decoder: str = _setting(
         "indices",
-        _choice("indices", "bilinear", "deconv"),
+        _one_of("indices", "bilinear", "deconv"),
         "how the decoder enlarges its maps: by pooling indices, or without them (bilinear, or learned: deconv)",
     )
     pooling: str = _setting(
         "ceil",
-        _choice("ceil", "floor"),
+        _one_of("ceil", "floor"),
         "pools of maps with an odd side: ceil has a window for the last row, as the authors, floor none, as PyTorch",
     )
-    width: float = _setting(1.0, _number("above 0", lambda x: x > 0), "multiplier for the channels of each layer")
-    dropout: bool = _setting(False, _boolean(), "dropout 0.5 in the deepest stages (Bayesian SegNet)")
+    width: float = _setting(1.0, _ABOVE_0, "multiplier for the channels of each layer")
+    dropout: bool = _setting(False, _SWITCH, "dropout 0.5 in the deepest stages (Bayesian SegNet)")
     dtype: str = _setting(
         "float32",
-        _choice("float32", "float64"),
+        _one_of("float32", "float64"),
         "element type of the network; float64 is for comparing devices, at half the speed",
     )
     engine: str = _setting(
         AUTO,
-        _choice(AUTO, "layers", "fused"),
+        _one_of(AUTO, "layers", "fused"),
         "what computes a training step: layers, one op after the other; or fused, few large kernels on one arena "
         "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80); auto: fused on a GPU where "
         "it can, else layers",
     )
     precision: str = _setting(
         AUTO,
-        _choice(AUTO, "float32", "tf32", "bf16"),
+        _one_of(AUTO, "float32", "tf32", "bf16"),
         "how convolutions multiply: as exactly as float32, or by tensor cores in tf32 or, with the fused engine, "
         "bfloat16; auto: bf16 with the fused engine on a GPU, else float32",
     )
     size: int | tuple[int, int] = _setting(
-        224, _image_size(), "training image size in pixels: one integer for a square, or [height, width]"
+        224, _IMAGE_SIZE, "training image size in pixels: one integer for a square, or [height, width]"
     )
-    batch: int = _setting(4, _integer(1), "images per step")
+    batch: int = _setting(4, _at_least(1), "images per step")
     accumulate: int = _setting(
         1,
-        _integer(1),
+        _at_least(1),
         "parts in which a batch goes through the network, their gradients added up: less memory, the same step but for "
         "batch norm, which sees one part at a time",
     )
     epochs: int | None = _setting(
         None,
-        _optional_integer(1),
+        _at_least(1),
         f"length of training in passes over the training set ({DEFAULT_EPOCHS} if steps is not given)",
     )
     steps: int | None = _setting(
-        None,
-        _optional_integer(1),
-        "length of training in steps, instead of epochs (the later one given wins)",
+        None, _at_least(1), "length of training in steps, instead of epochs (the later one given wins)"
     )
-    lr: float = _setting(1e-3, _number("above 0", lambda x: x > 0), "learning rate")
-    momentum: float = _setting(0.9, _number("in [0, 1)", lambda x: 0 <= x < 1), "momentum of SGD")
-    decay: float = _setting(5e-4, _number("of at least 0", lambda x: x >= 0), "weight decay")
-    bias_lr: float = _setting(
-        1.0,
-        _number("of at least 0", lambda x: x >= 0),
-        "multiplier for the learning rate of biases (the authors use 2)",
-    )
-    encoder_lr: float = _setting(
-        1.0,
-        _number("of at least 0", lambda x: x >= 0),
-        "multiplier for the learning rate of the encoder; 0 freezes it",
-    )
+    lr: float = _setting(1e-3, _ABOVE_0, "learning rate")
+    momentum: float = _setting(0.9, _BELOW_1, "momentum of SGD")
+    decay: float = _setting(5e-4, _NOT_NEGATIVE, "weight decay")
+    bias_lr: float = _setting(1.0, _NOT_NEGATIVE, "multiplier for the learning rate of biases (the authors use 2)")
+    encoder_lr: float = _setting(1.0, _NOT_NEGATIVE, "multiplier for the learning rate of the encoder; 0 freezes it")
     schedule: str = _setting(
         "constant",
-        _choice("constant", "step", "poly"),
+        _one_of("constant", "step", "poly"),
         "learning rate over time: constant, times lr_gamma at each of lr_steps, or falling as (1 - t)^poly_power",
     )
     lr_steps: tuple[float, ...] = _setting(
         (),
-        _lr_steps(),
+        _LR_STEPS,
         'where the "step" schedule lowers the learning rate: steps, or below 1 shares of the training, as [0.6, 0.9]',
     )
     lr_gamma: float = _setting(
-        0.1, _number("in (0, 1)", lambda x: 0 < x < 1), 'factor of the "step" schedule at each of lr_steps'
+        0.1,
+        _Rule("a finite number in (0, 1)", lambda x: 0 < x < 1),
+        'factor of the "step" schedule at each of lr_steps',
     )
-    poly_power: float = _setting(0.9, _number("above 0", lambda x: x > 0), 'exponent of the "poly" schedule')
-    warmup: int = _setting(0, _integer(0), "steps over which the learning rate rises to lr at the start")
+    poly_power: float = _setting(0.9, _ABOVE_0, 'exponent of the "poly" schedule')
+    warmup: int = _setting(0, _at_least(0), "steps over which the learning rate rises to lr at the start")
     clip_norm: float = _setting(
         0.0,
-        _number("of at least 0", lambda x: x >= 0),
+        _NOT_NEGATIVE,
         "largest Euclidean norm of all gradients together, longer ones are scaled down to it; 0: no limit",
     )
     loss_normalisation: str = _setting(
         "weights",
-        _choice("weights", "valid"),
+        _one_of("weights", "valid"),
         "divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the authors)",
     )
     class_weights: str | tuple[float, ...] = _setting(
         (),
-        _weights(),
+        _CLASS_WEIGHTS,
         f'loss weight of each class, one number a class; empty: all 1; "{MEDIAN_FREQUENCY}": from the training masks, '
         "rare classes weigh more",
     )
-    label_smoothing: float = _setting(
-        0.0, _number("in [0, 1)", lambda x: 0 <= x < 1), "share of each label that is spread over all classes"
-    )
+    label_smoothing: float = _setting(0.0, _BELOW_1, "share of each label that is spread over all classes")
     scale: tuple[float, float] = _setting(
-        (1.0, 1.25), _scale_range(), "range of the random scale of a training image, [low, high]"
+        (1.0, 1.25),
+        _Rule("[low, high], two finite numbers with 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1]),
+        "range of the random scale of a training image, [low, high]",
     )
     short_side: tuple[int, ...] = _setting(
         (),
-        _short_side(),
+        _SHORT_SIDE,
         "in place of scale: range of the random length in pixels of an image's shorter side, [low, high], its aspect "
         "kept; size is then cut out of it",
     )
-    flip: bool = _setting(True, _boolean(), "mirror half of the training images at random")
-    brightness: float = _setting(
-        0.0, _jitter(), "largest random change of brightness, as a share: 0.2 is 80 % to 120 %"
-    )
-    contrast: float = _setting(0.0, _jitter(), "largest random change of contrast, as a share")
-    saturation: float = _setting(0.0, _jitter(), "largest random change of colour saturation, as a share")
+    flip: bool = _setting(True, _SWITCH, "mirror half of the training images at random")
+    brightness: float = _setting(0.0, _SHARE, "largest random change of brightness, as a share: 0.2 is 80 % to 120 %")
+    contrast: float = _setting(0.0, _SHARE, "largest random change of contrast, as a share")
+    saturation: float = _setting(0.0, _SHARE, "largest random change of colour saturation, as a share")
     hue: float = _setting(
         0.0,
-        _number("in [0, 0.5]", lambda x: 0 <= x <= 0.5),
+        _Rule("a finite number in [0, 0.5]", lambda x: 0 <= x <= 0.5),
         "largest random turn of the hue, as a share of the colour circle",
     )
     init: str = _setting(
         "",
-        _text("the path of a file, in printable Unicode"),
+        _Rule("the path of a file, in printable Unicode", str.isprintable),
         "weights to start from: VGG16 under torchvision's names, or a checkpoint (--init); empty: at random",
     )
-    train_split: str = _setting("train", _split(), "list of the images to train on")
-    val_split: str = _setting("val", _split(), f'list of the images to validate on; "{NO_VALIDATION}": do not validate')
+    train_split: str = _setting("train", _LIST, "list of the images to train on")
+    val_split: str = _setting("val", _LIST, f'list of the images to validate on; "{NO_VALIDATION}": do not validate')
     bad_samples: str = _setting(
-        "stop", _choice("stop", "skip"), "what a training image that cannot be read does: stop the run, or be left out"
+        "stop", _one_of("stop", "skip"), "what a training image that cannot be read does: stop the run, or be left out"
     )
-    seed: int = _setting(0, _integer(0), "seed of the initial weights, the order of samples, transforms and dropout")
-    workers: int = _setting(2, _integer(0), "threads that prepare samples; 0: the training thread itself")
+    seed: int = _setting(0, _at_least(0), "seed of the initial weights, the order of samples, transforms and dropout")
+    workers: int = _setting(2, _at_least(0), "threads that prepare samples; 0: the training thread itself")
     cache: str = _setting(
         "none",
-        _choice("none", "memory", "disk", "device"),
+        _one_of("none", "memory", "disk", "device"),
         "where decoded samples are kept for the next epoch: nowhere, in memory, on disk for later runs, too, or on the "
         "device, which then makes the batches itself",
     )
     checkpoint_every: int = _setting(
-        500, _integer(0), "steps between checkpoints; 0: only after each validation and at the end"
+        500, _at_least(0), "steps between checkpoints; 0: only after each validation and at the end"
     )
-    validate_every: int = _setting(0, _integer(0), "steps between validations; 0: every validate_epochs epochs")
-    validate_epochs: int = _setting(1, _integer(1), "epochs between validations, where validate_every is 0")
+    validate_every: int = _setting(0, _at_least(0), "steps between validations; 0: every validate_epochs epochs")
+    validate_epochs: int = _setting(1, _at_least(1), "epochs between validations, where validate_every is 0")
     patience: int = _setting(
-        0, _integer(0), "validations without a better mIoU after which training ends early; 0: never"
+        0, _at_least(0), "validations without a better mIoU after which training ends early; 0: never"
     )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            kind, value = setting.metadata["kind"], getattr(self, setting.name)
+            rule, value = setting.metadata["rule"], getattr(self, setting.name)
             try:
-                converted = kind.convert(value)
+                converted = _of_type(setting.type, value)
+                if converted is not None and not rule.accepts(converted):
+                    raise ValueError
             except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
                 example = toml_value(DEFAULT_EPOCHS if setting.default is None else setting.default)
                 raise ConfigError(
-                    f"{setting.name}: expected {kind.expected}, got {value!r}; "
+                    f"{setting.name}: expected {rule.expected}, got {value!r}; "
                     f"correct it, for example {setting.name} = {example}."
                 ) from None
             object.__setattr__(self, setting.name, converted)
+        # A square has one spelling, so that 224 and [224, 224] count as the same setting on resume.
+        if isinstance(self.size, tuple) and self.size[0] == self.size[1]:
+            object.__setattr__(self, "size", self.size[0])
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         elif self.epochs is not None and self.steps is not None:
