@@ -2,8 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO, cast
+from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -30,10 +31,17 @@ console = Console(file=cast(TextIO, output), markup=False, highlight=False, emoj
 problems = Console(file=cast(TextIO, errors), markup=False, highlight=False, emoji=False)
 
 
-def known_device(name: str) -> str:
-    if name not in NAMES:
-        raise typer.BadParameter(f"there is no device {name!r}; expected one of {', '.join(NAMES)}")
-    return name
+def choice(names: Iterable[str], meaning: str) -> Any:
+    """An option whose value is one of these words; ConfigError for any other."""
+    known = tuple(names)
+
+    def check(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+        for word in [value] if isinstance(value, str) else value or ():
+            if word not in known:
+                raise ConfigError(f"{option.opts[0]} {word}: expected one of {', '.join(known)}")
+        return value
+
+    return typer.Option(metavar="|".join(known), callback=check, help=meaning)
 
 
 DataOption = Annotated[
@@ -45,10 +53,9 @@ DataOption = Annotated[
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(
-        metavar="|".join(NAMES),
-        callback=known_device,
-        help="cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
+    choice(
+        NAMES,
+        "cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
         "without a GPU. auto: cuda where CuPy sees a GPU, else numpy.",
     ),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from segnet_scratch.cli.common import JsonOption, app, console, fail, say
+from segnet_scratch.cli.common import JsonOption, app, choice, console, fail, say
 from segnet_scratch.cli.data_tables import (
     counted,
     facts_table,
@@ -53,7 +53,7 @@ def sample(
 @data_app.command()
 def download(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
-    dataset: Annotated[str, typer.Option(metavar="voc2012|sbd", help="sbd adds its masks to voc2012.")] = "voc2012",
+    dataset: Annotated[str, choice(("voc2012", "sbd"), "sbd adds its masks to voc2012.")] = "voc2012",
     mirror: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="Address of the archive, tried before the known ones.")
     ] = None,
@@ -68,13 +68,11 @@ def download(
             root = install_voc2012(directory, mirror or (), progress)
         splits = ", ".join(f"{split} {len(VOCDataset(root, split))}" for split in ("train", "val"))
         say(f"{root}: {splits} images; look closer with: segnet data verify {root}")
-    elif dataset == "sbd":
+    else:
         with transferred(console) as progress:
             merge = install_sbd(directory, mirror or (), progress)
         say(f"{merge.root}: list train_aug with {merge.ids:,} images, {merge.added:,} masks added")
         say("train on it with: segnet train --set train_split=train_aug ...")
-    else:
-        raise typer.BadParameter(f"{dataset!r}; expected voc2012 or sbd", param_hint="--dataset")
 
 
 @data_app.command()

@@ -18,10 +18,12 @@ from segnet_scratch.cli.common import (
     JsonOption,
     SizeOption,
     app,
+    choice,
     console,
     input_size,
     output,
     say,
+    sides,
 )
 from segnet_scratch.config import describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
@@ -29,7 +31,6 @@ from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.evaluate import check_classes
 from segnet_scratch.files import expect_apart
-from segnet_scratch.lab.workbench.options import shape
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.recalibrate import recalibrate
@@ -165,7 +166,7 @@ def bn_recalibrate(
 def convert(
     source: Annotated[Path, typer.Argument(help="A safetensors file: a PyTorch state dict, or our checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Where to write the result.")],
-    to: Annotated[str, typer.Option(help="segnet (our checkpoint) or pytorch (a state dict).")] = "segnet",
+    to: Annotated[str, choice(("segnet", "pytorch"), "segnet: our checkpoint. pytorch: a state dict.")] = "segnet",
     names: Annotated[
         Path | None,
         typer.Option(
@@ -174,7 +175,7 @@ def convert(
     ] = None,
     pooling: Annotated[
         str | None,
-        typer.Option(metavar="ceil|floor", help="Of a network that is read: floor where it pools by MaxPool2d(2, 2)."),
+        choice(POOLINGS, "Of a network that is read: floor where it pools by MaxPool2d(2, 2)."),
     ] = None,
     eps: Annotated[float, typer.Option(min=0, help="Of the batch norms of a network that is read.")] = EPS,
     labels: Annotated[
@@ -194,20 +195,15 @@ def convert(
     """
     expect_apart(target, source)
     if to == "segnet":
-        if pooling not in (None, *POOLINGS):
-            raise typer.BadParameter(f"{pooling!r}; expected {' or '.join(POOLINGS)}", param_hint="--pooling")
         classes = None if labels is None else labels.read_text(encoding="utf-8").split("\n")
         classes = classes and [name.strip() for name in classes if name.strip()]
-        sides = None if size is None else shape("--size", size)
-        told = {"classes": classes, "size": sides and (sides[0], sides[-1])}
-        model = from_pytorch(source, target, read_map(names), pooling, eps, **told)  # type: ignore[arg-type]
+        shape = None if size is None else sides("--size", size)
+        model = from_pytorch(source, target, read_map(names), pooling, eps, classes=classes, size=shape)
         say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes, pooling {model.pooling}")
         if pooling is None and model.pooling == "ceil":
             say(
                 "Pools take the last row and column of odd maps (ceil mode), as the authors'. PyTorch's "
                 "MaxPool2d(2, 2) does not: if the network was trained so, convert it with --pooling floor"
             )
-    elif to == "pytorch":
-        say(f"{target}: {to_pytorch(source, target, read_map(names), biases)} arrays, OIHW float32")
     else:
-        raise typer.BadParameter(f"{to!r}; expected segnet or pytorch", param_hint="--to")
+        say(f"{target}: {to_pytorch(source, target, read_map(names), biases)} arrays, OIHW float32")

@@ -1,12 +1,14 @@
-"""`segnet profile`: what a training step, or one op, costs on a device, and how near it comes to its ceilings."""
+"""`segnet profile`, `tune`, `memory`: what a training step, or one op, costs in time and in memory."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, parse_size
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, parse_size
 from segnet_scratch.display import write_json
+from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.profile import roofline, trace
@@ -15,10 +17,20 @@ from segnet_scratch.lab.profile.ladder import SHAPES
 from segnet_scratch.lab.profile.measure import How, count_step, profile_op, profile_step
 from segnet_scratch.lab.profile.step import DEFAULTS, Work
 from segnet_scratch.lab.profile.tables import show
+from segnet_scratch.lab.profile.tune import Choice
+from segnet_scratch.lab.profile.tune import tune as measure_tiles
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.resources import ARCHITECTURES
-from segnet_scratch.segnet import ARCHITECTURES as MODELS
+from segnet_scratch.segnet import ARCHITECTURES as NETWORKS
 from segnet_scratch.segnet import DECODERS
+
+MEBIBYTE = 2**20
+
+BatchOption = Annotated[int, typer.Option(min=1, help="Images.")]
+ImageSizeOption = Annotated[str, typer.Option(metavar="N|HxW", help="Of the images.")]
+ModelOption = Annotated[str, choice(NETWORKS, "The network.")]
+WidthOption = Annotated[float, typer.Option(help="Multiplier of its channels.")]
+PrecisionOption = Annotated[str, choice(RUNG_OF_PRECISION, "Of the fused engine.")]
 
 
 @app.command()
@@ -29,14 +41,12 @@ def profile(
     device: DeviceOption = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="Images; cuda 16, else 1.")] = None,
     size: Annotated[str | None, typer.Option(metavar="N|HxW", help="Of the images; 224, on host 32.")] = None,
-    model: Annotated[str, typer.Option(metavar="|".join(MODELS), help="The network.")] = "segnet",
-    decoder: Annotated[str, typer.Option(metavar="|".join(DECODERS), help="Its decoder.")] = "indices",
-    width: Annotated[float, typer.Option(help="Multiplier of its channels.")] = 1.0,
+    model: ModelOption = "segnet",
+    decoder: Annotated[str, choice(DECODERS, "Its decoder.")] = "indices",
+    width: WidthOption = 1.0,
     inference: Annotated[bool, typer.Option("--inference", help="Forward in evaluation mode, no training.")] = False,
-    engine: Annotated[str, typer.Option(metavar="layers|fused", help="What computes the step.")] = "layers",
-    precision: Annotated[
-        str, typer.Option(metavar="|".join(RUNG_OF_PRECISION), help="Of the fused engine.")
-    ] = "float32",
+    engine: Annotated[str, choice(("layers", "fused"), "What computes the step.")] = "layers",
+    precision: PrecisionOption = "float32",
     counts: Annotated[
         bool, typer.Option("--counts", help="Compute nothing: operations, bytes, memory, launches, registers.")
     ] = False,
@@ -48,7 +58,7 @@ def profile(
     passes: Annotated[int | None, typer.Option(min=1, help="Timed repetitions; cuda 20, numpy 5, host 2.")] = None,
     arch: Annotated[
         list[str] | None,
-        typer.Option(metavar="sm_NN|all", help="GPUs whose registers and occupancy are shown; again for each."),
+        choice(("all", *ARCHITECTURES), "GPUs whose registers and occupancy are shown; again for each."),
     ] = None,
     json: JsonOption = None,
     picture: Annotated[
@@ -66,12 +76,8 @@ def profile(
 
     Times are medians on the device's own clock; ceilings (a large copy, a large product) are measured in the same run.
     """
-    if model not in MODELS:
-        raise ConfigError(f"--model {model}: expected one of {', '.join(MODELS)}")
-    if engine not in ("layers", "fused"):
-        raise ConfigError(f"--engine {engine}: expected layers or fused")
-    if precision not in RUNG_OF_PRECISION or (precision != "float32" and engine == "layers"):
-        raise ConfigError(f"--precision {precision}: expected {', '.join(RUNG_OF_PRECISION)}, with --engine fused")
+    if precision != "float32" and engine == "layers":
+        raise ConfigError(f"--precision {precision}: it is the fused engine's; add --engine fused")
     if counts and (picture or timeline):
         raise ConfigError("--roofline and --trace show times, which --counts does not take; leave it out")
     if picture is not None:
@@ -79,7 +85,7 @@ def profile(
     with console.status("starting") as status:
         chosen = CountingDevice() if counts else get_device(device)
         images, pixels, usual = DEFAULTS[chosen.name]
-        how = How(passes or usual, _architectures(arch or []), nvtx, status.update)
+        how = How(passes or usual, ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ()), nvtx, status.update)
         if op is not None:
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
         else:
@@ -94,13 +100,6 @@ def profile(
         trace.write(timeline, found.spans, found.title)
 
 
-def _architectures(names: list[str]) -> tuple[str, ...]:
-    for name in names:
-        if name not in (*ARCHITECTURES, "all"):
-            raise ConfigError(f"--arch {name}: expected all, or one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES if "all" in names else tuple(names)
-
-
 def _shape(text: str | None, device: str) -> tuple[int, int, int, int]:
     if text is None:
         return SHAPES[device]
@@ -111,3 +110,84 @@ def _shape(text: str | None, device: str) -> tuple[int, int, int, int]:
     if min(n, h, w, c) < 1:
         raise ConfigError(f"--shape {text}: expected four numbers of at least 1")
     return n, h, w, c
+
+
+@app.command()
+def tune(
+    device: DeviceOption = "auto",
+    batch: BatchOption = 16,
+    size: ImageSizeOption = "224",
+    model: ModelOption = "segnet",
+    width: WidthOption = 1.0,
+    precision: PrecisionOption = "bf16",
+) -> None:
+    """Measure the tiles of the tensor-core convolutions on this GPU, and use the fastest from now on.
+
+    Example: segnet tune --batch 8 --size 360x480
+
+    For the shapes of one batch size and image size, training and inference. The choices lie in the cache folder, apart
+    for each GPU and each version of the kernels. Convolutions keep their bits; batch norm's sums may round otherwise.
+    """
+    network, sides = NETWORKS[model], parse_size(size)
+    with console.status("starting") as status:
+        choices, path = measure_tiles(
+            *(get_device(device), network.blocks_of(width), batch, sides, precision, network.classifier_kernel),
+            lambda done, total: status.update(f"convolution {done + 1} of {total}"),
+        )
+    console.print(_tiles_table(choices))
+    console.print(f"kept in {path}")
+
+
+def _tiles_table(choices: list[Choice]) -> Table:
+    names = list(dict.fromkeys(name for found in choices for name in found.seconds))
+    table = Table(title="microseconds with each tile; in brackets the one that the shape suggests")
+    table.add_column("convolution")
+    for name in names:
+        table.add_column(name, justify="right")
+    for found in choices:
+        cells = {name: f"{1e6 * seconds:.1f}" for name, seconds in found.seconds.items()}
+        if found.default in cells:
+            cells[found.default] = f"({cells[found.default]})"
+        cells[found.fastest] = f"[bold]{cells[found.fastest]}[/bold]"
+        table.add_row(found.key, *(cells.get(name, "") for name in names))
+    return table
+
+
+@app.command()
+def memory(
+    batch: BatchOption = 16,
+    size: ImageSizeOption = "224",
+    model: ModelOption = "segnet",
+    width: WidthOption = 1.0,
+    classes: Annotated[int, typer.Option(min=1, max=255, help="Outputs of the classifier.")] = 21,
+    precision: PrecisionOption = "bf16",
+    json: JsonOption = None,
+) -> None:
+    """Count what a training step keeps in memory: the fused engine, this project's layers, PyTorch on paper.
+
+    Example: segnet memory --batch 8 --size 360x480
+
+    Maps, indices and workspaces; parameters, gradients and momenta, which all have, are left out. Nothing is allocated.
+    """
+    sides = parse_size(size)
+    network = NETWORKS[model]
+    rung = RUNG_OF_PRECISION[precision]
+    found = accounts(network.blocks_of(width), classes, batch, sides, rung, network.classifier_kernel)
+    console.print(
+        _memory_table(found, f"{model}, width {width:g}, {batch} images of {sides[0]}x{sides[1]}, {precision}, MiB")
+    )
+    write_json(json, {account.name: account.entries | {"peak": account.peak} for account in found})
+
+
+def _memory_table(found: list[Account], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("at the fullest moment")
+    for account in found:
+        table.add_column(account.name, justify="right")
+    for kind in dict.fromkeys(kind for account in found for kind in account.entries):
+        cells = (account.entries.get(kind) for account in found)
+        table.add_row(kind, *("-" if nbytes is None else f"{nbytes / MEBIBYTE:,.1f}" for nbytes in cells))
+    table.add_section()
+    table.add_row("together", *(f"{account.peak / MEBIBYTE:,.1f}" for account in found), style="bold")
+    table.add_row("fused is", *(f"{found[0].peak / account.peak:.2f} of it" for account in found))
+    return table
