@@ -13,8 +13,9 @@ from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchE
 from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE
 from segnet_scratch.lab.proof.parts.gate import refusal_problems
 from segnet_scratch.runtime.devices import HostDevice
-from segnet_scratch.runtime.gate import MAX_GRID, MAX_SHARED
+from segnet_scratch.runtime.gate import MAX_GRID
 from segnet_scratch.runtime.launch import ElementTypes, Launch, find_kernel, launch, shipped_kernels
+from segnet_scratch.runtime.multiprocessor import MAX_SHARED
 from segnet_scratch.runtime.signature import without_linkage
 from segnet_scratch.runtime.source import read_source
 

@@ -19,7 +19,6 @@ from segnet_scratch.lab.profile import ceilings, kernels, ladder, measure, trace
 from segnet_scratch.lab.profile.ceilings import Ceilings
 from segnet_scratch.lab.profile.counting import CountingDevice
 from segnet_scratch.lab.profile.measure import How
-from segnet_scratch.lab.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
 from segnet_scratch.lab.profile.record import OpRun, Recorder
 from segnet_scratch.lab.profile.step import Step, Work, count
 from segnet_scratch.lab.profile.summary import Profile, Summary
@@ -33,7 +32,7 @@ from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel
-from segnet_scratch.runtime.resources import ARCHITECTURES
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, MULTIPROCESSORS, Occupancy, occupancy
 from segnet_scratch.segnet import DECODERS, SegNetBasic, segnet_blocks
 
 SMALL = Work("segnet", "indices", 1 / 16, 2, (32, 48))
@@ -410,7 +409,7 @@ def test_occupancy_by_hand(architecture, threads, registers, shared, expected):
 
 
 def test_every_compiled_architecture_has_limits():
-    assert tuple(MULTIPROCESSORS) == ARCHITECTURES
+    assert set(ARCHITECTURES) <= set(MULTIPROCESSORS)
 
 
 def some_launches():

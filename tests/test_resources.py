@@ -16,10 +16,10 @@ from segnet_scratch.lab.proof.compare import run_guarded
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.budget import SHIPPED, Budget, Exemption, read_budget
-from segnet_scratch.runtime.gate import MAX_SHARED, SHARED_OF
 from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, largest_shared, max_threads
 from segnet_scratch.runtime.ptxas import Usage, parse_log, remarks
-from segnet_scratch.runtime.resources import ARCHITECTURES, Compilation, compile_all
+from segnet_scratch.runtime.resources import Compilation, compile_all
 
 # As NVRTC 13.5 wrote it: a spilling kernel with shared memory, a kernel that calls a function with an array of its own.
 LOG_SM_90 = """ptxas info    : 0 bytes gmem
@@ -90,7 +90,7 @@ class TestLog:
         ("registers", "threads"), [(0, 1024), (32, 1024), (64, 1024), (65, 896), (128, 512), (129, 480), (255, 256)]
     )
     def test_the_largest_block_that_the_register_file_holds(self, registers, threads):
-        assert replace(CLEAN, registers=registers).max_threads == threads
+        assert max_threads(registers) == threads
 
 
 class TestBudget:
@@ -344,7 +344,8 @@ class TestShippedKernels:
             threads = block[0] * block[1] * block[2]
             for architecture in filter(kernel.source.compiles_for, ARCHITECTURES):
                 usage = usages[kernel.name, types.name, architecture]
-                assert threads <= usage.max_threads, f"{kernel.name}: {threads} threads, {usage}"
+                assert threads <= max_threads(usage.registers), f"{kernel.name}: {threads} threads, {usage}"
                 assert usage.shared <= 48 * 1024, f"{kernel.name}: {usage}"
-                limit = SHARED_OF.get(architecture, MAX_SHARED)
-                assert usage.shared + shared <= limit, f"{kernel.name}: {shared} dynamic bytes, {usage}"
+                assert usage.shared + shared <= largest_shared(architecture), (
+                    f"{kernel.name}: {shared} dynamic bytes, {usage}"
+                )

@@ -13,7 +13,8 @@ from support import FULL
 from support.machine_code import loops_of, main_loops, needs_disassembler, sass_of
 
 from segnet_scratch.runtime.launch import find_kernel, shipped_kernels
-from segnet_scratch.runtime.resources import ARCHITECTURES, compile_all
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
+from segnet_scratch.runtime.resources import compile_all
 
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))

@@ -20,7 +20,7 @@ from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
 from segnet_scratch.runtime.devices import get_device
-from segnet_scratch.runtime.resources import ARCHITECTURES
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
 from segnet_scratch.segnet import ARCHITECTURES as NETWORKS
 from segnet_scratch.segnet import DECODERS
 

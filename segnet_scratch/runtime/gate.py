@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.runtime.multiprocessor import largest_shared
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
@@ -18,10 +19,6 @@ from segnet_scratch.runtime.tensor_map import TensorMap
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
-# Bytes of shared memory that a GPU grants one block which asks for it, by architecture; 48 KiB need no asking.
-SHARED_OF = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_120": 99, "sm_121": 99}
-SHARED_OF = {architecture: kib * 1024 for architecture, kib in SHARED_OF.items()}
-MAX_SHARED = 227 * 1024  # of all others, from sm_90 on, and of the host device
 
 
 class ArrayHome(Protocol):
@@ -100,7 +97,7 @@ def _check_geometry(kernel: Kernel, grid: Sequence[int], block: Sequence[int]) -
 
 
 def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None:
-    limit = SHARED_OF.get(architecture or "", MAX_SHARED)
+    limit = largest_shared(architecture)
     if type(shared) is not int or not 0 <= shared <= limit:
         raise LaunchError(
             f"{kernel.name}: {shared!r} bytes of dynamic shared memory; expected an integer, 0 to {limit}"

@@ -39,12 +39,6 @@ class Usage:
     shared: int = 0  # bytes of static shared memory for each block
     barriers: int = 0
 
-    @property
-    def max_threads(self) -> int:
-        """The largest block that the register file holds: 65536 registers, handed out 8 at a time to whole warps."""
-        per_thread = -(-max(self.registers, 1) // 8) * 8
-        return min(1024, 65536 // (per_thread * 32) * 32)
-
 
 def parse_log(log: str, element: str) -> list[Usage]:
     """The kernels of a log, in its order. LogError where the log is not what this file expects."""

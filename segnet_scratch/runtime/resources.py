@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.compilation import Progress, no_progress, on_all_cores
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
 from segnet_scratch.runtime.nvrtc import compile_cubin, compiler_options, cubin_path, nvrtc_version
 from segnet_scratch.runtime.ptxas import LogError, Usage, parse_log, remarks
 from segnet_scratch.runtime.signature import ElementTypes, parse_kernels
 from segnet_scratch.runtime.source import Source, shipped_sources
-
-# Turing to Blackwell: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.doctor.findings import Diagnosis, Finding, install_extra
 from segnet_scratch.runtime.budget import read_budget
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, max_threads
 from segnet_scratch.runtime.nvrtc import nvrtc_version, supported_architectures
 from segnet_scratch.runtime.ptxas import Usage
-from segnet_scratch.runtime.resources import ARCHITECTURES, Compilation, compile_all
+from segnet_scratch.runtime.resources import Compilation, compile_all
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class KernelReport:
             row = list(group)
             marks = ["!" if usage.spill_stores + usage.spill_loads + usage.stack else "" for usage in row]
             cells = "".join(f"{f'{usage.registers}{mark}':>8}" for usage, mark in zip(row, marks, strict=True))
-            shared, threads = max(usage.shared for usage in row), min(usage.max_threads for usage in row)
+            shared, threads = max(usage.shared for usage in row), min(max_threads(usage.registers) for usage in row)
             lines.append((f"{kernel:34}{element:8}{cells}{shared:8}{threads:8}", "bold red" if any(marks) else ""))
         legend = "shared: static bytes for each block; threads: the largest block that the registers allow"
         lines.append((f"{legend}; !: spills, or has a stack", "dim"))
@@ -62,7 +63,7 @@ class KernelReport:
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        kernels = [{**asdict(usage), "max_threads": usage.max_threads} for usage in self.usages]
+        kernels = [{**asdict(usage), "max_threads": max_threads(usage.registers)} for usage in self.usages]
         return {
             "passed": self.passed,
             "nvrtc": self.nvrtc,

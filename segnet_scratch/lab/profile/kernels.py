@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.profile.occupancy import MULTIPROCESSORS, Occupancy, occupancy
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, Occupancy, occupancy
 from segnet_scratch.runtime.nvrtc import supported_architectures
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.ptxas import LogError, Usage
@@ -60,7 +60,7 @@ def kernel_figures(
         known = supported_architectures()
     except CompileError as error:
         return [], f"no registers and no occupancy: {error}"
-    wanted = [a for a in architectures if a in known and a in MULTIPROCESSORS]
+    wanted = [a for a in architectures if a in known and a in ARCHITECTURES]
     left_out = [a for a in architectures if a not in wanted]
     message = f"no registers and no occupancy for {', '.join(left_out)}: not known here" if left_out else ""
     sources = list({kernel.source.path: kernel.source for kernel, *_ in counts}.values())

@@ -16,8 +16,9 @@ import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.runtime.devices import Device, NumpyDevice
-from segnet_scratch.runtime.gate import MAX_BLOCK, MAX_GRID, MAX_SHARED
+from segnet_scratch.runtime.gate import MAX_BLOCK, MAX_GRID
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch, launch
+from segnet_scratch.runtime.multiprocessor import MAX_SHARED
 from segnet_scratch.runtime.signature import Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
 

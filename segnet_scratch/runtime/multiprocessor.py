@@ -1,4 +1,4 @@
-"""How many blocks of a kernel a multiprocessor holds at once, and what limits them: NVIDIA's occupancy calculation.
+"""What a multiprocessor of each GPU holds, and how many blocks of a kernel at once: NVIDIA's occupancy calculation.
 
 The limits are those of the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -18,19 +18,35 @@ class Multiprocessor:
     threads: int
     blocks: int
     shared: int  # bytes
-    shared_unit: int  # bytes: portions of shared memory
-    shared_reserved: int  # bytes that the system takes of each block's
+    shared_unit: int = 128  # bytes: portions of shared memory
+    shared_reserved: int = 1024  # bytes that the system takes of each block's
 
 
+# Turing to Blackwell: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50. Kernels are compiled for these.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 MULTIPROCESSORS = {
     "sm_75": Multiprocessor(1024, 16, 64 * 1024, 256, 0),
-    "sm_80": Multiprocessor(2048, 32, 164 * 1024, 128, 1024),
-    "sm_86": Multiprocessor(1536, 16, 100 * 1024, 128, 1024),
-    "sm_89": Multiprocessor(1536, 24, 100 * 1024, 128, 1024),
-    "sm_90": Multiprocessor(2048, 32, 228 * 1024, 128, 1024),
-    "sm_100": Multiprocessor(2048, 32, 228 * 1024, 128, 1024),
-    "sm_120": Multiprocessor(1536, 24, 100 * 1024, 128, 1024),
+    "sm_80": Multiprocessor(2048, 32, 164 * 1024),
+    "sm_86": Multiprocessor(1536, 16, 100 * 1024),
+    "sm_87": Multiprocessor(1536, 16, 164 * 1024),
+    "sm_89": Multiprocessor(1536, 24, 100 * 1024),
+    "sm_90": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_100": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_120": Multiprocessor(1536, 24, 100 * 1024),
+    "sm_121": Multiprocessor(1536, 24, 100 * 1024),
 }
+MAX_SHARED = 227 * 1024  # bytes for one block, of GPUs that are not named here and of the host device
+
+
+def largest_shared(architecture: str | None) -> int:
+    """Bytes of shared memory that a GPU grants one block which asks for it; 48 KiB need no asking."""
+    limits = MULTIPROCESSORS.get(architecture or "")
+    return limits.shared - limits.shared_reserved if limits else MAX_SHARED
+
+
+def max_threads(registers: int) -> int:
+    """The largest block that the register file holds, with so many a thread, handed out 8 at a time to whole warps."""
+    return min(1024, REGISTERS // (_rounded(max(registers, 1), 8) * WARP) * WARP)
 
 
 @dataclass(frozen=True)
