@@ -17,11 +17,8 @@ from support.kernels import FLOAT32, needs_compiler
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.profile import ceilings, kernels, ladder, measure, trace
 from segnet_scratch.lab.profile.ceilings import Ceilings
-from segnet_scratch.lab.profile.counting import CountingDevice
-from segnet_scratch.lab.profile.measure import How
-from segnet_scratch.lab.profile.record import OpRun, Recorder
-from segnet_scratch.lab.profile.step import Step, Work, count
-from segnet_scratch.lab.profile.summary import Profile, Summary
+from segnet_scratch.lab.profile.measure import CountingDevice, How, Step, Work, count
+from segnet_scratch.lab.profile.record import OpRun, Profile, Recorder, Summary
 from segnet_scratch.nn.autograd import tensor
 from segnet_scratch.nn.functions import conv2d, relu
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
@@ -582,9 +579,9 @@ def test_ranges_are_made_for_nsight(monkeypatch):
         (["relu", "--shape", "1,2,3"], 2, "four numbers, N,H,W,C"),
         (["relu", "--shape", "1,2,3,0"], 2, "of at least 1"),
         (["--model", "unet"], 2, "--model unet: expected one of segnet, segnet-basic"),
-        (["--decoder", "unet", "--counts"], 2, "decoder 'unet'"),
+        (["--decoder", "unet", "--counts"], 2, "--decoder unet: expected one of indices"),
         (["--size", "16"], 2, "at least 32"),
-        (["--arch", "sm_70", "--counts"], 2, "--arch sm_70: expected all, or one of sm_75"),
+        (["--arch", "sm_70", "--counts"], 2, "--arch sm_70: expected one of all, sm_75"),
         (["--counts", "--trace", "t.json"], 2, "--counts does not take"),
         (
             ["max_unpool", "--device", "numpy", "--shape", "1,4,4,1", "--passes", "1", "--roofline", "r.png"],

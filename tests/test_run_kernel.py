@@ -15,10 +15,11 @@ from support.fake_cupy import FakeCupy
 from support.kernels import FLOAT32, Recorder, needs_compiler, parse
 
 from segnet_scratch import cli
+from segnet_scratch.cli import options
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError, DTypeError, LaunchError, ShapeError
 from segnet_scratch.lab.proof.compare import run_guarded
 from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.workbench import options, run_kernel
+from segnet_scratch.lab.workbench import run_kernel
 from segnet_scratch.lab.workbench.reference import deviation
 from segnet_scratch.lab.workbench.setup import load_kernel, make_setup
 from segnet_scratch.ops.cases import empty_outputs

@@ -1,16 +1,19 @@
 """`segnet run`, `doctor`: kernels, and what this machine can do with them."""
 
+from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
+from segnet_scratch.cli import options
 from segnet_scratch.cli.common import JsonOption, app, console, say
 from segnet_scratch.display import write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
-from segnet_scratch.lab.workbench import options, run_kernel
-from segnet_scratch.lab.workbench.display import show
+from segnet_scratch.lab.workbench import KernelRun, run_kernel
 from segnet_scratch.progress import watched
 
 
@@ -90,7 +93,7 @@ def run_command(
         orders=orders,
         sanitize=sanitize,
     )
-    show(console, result)
+    _show(result)
     write_json(json, result.to_json())
     if output is not None:
         console.print(f"{len(result.save(output))} arrays saved in {output}", soft_wrap=True)
@@ -122,3 +125,49 @@ def doctor(
     write_json(json, report.to_json())
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _show(run: KernelRun) -> None:
+    """Prints a run."""
+    s = run.setup
+    shared = f", {s.shared} bytes of dynamic shared memory" if s.shared else ""
+    console.print(
+        f"{s.kernel.name} ({s.kernel.source.path.name}:{s.kernel.line}) on {run.device}, {s.types.name}: "
+        f"grid {_size(s.grid)}, block {_size(s.block)}{shared}",
+        soft_wrap=True,
+    )
+    if s.scalars:
+        console.print("  " + ", ".join(f"{k} = {v}" for k, v in s.scalars.items()), soft_wrap=True)
+    console.print(_arrays(run))
+    meaning = "on the CPU: it says nothing about a GPU" if run.device == "host" else "from launch to completion"
+    time = f"{run.seconds * 1e3:.3g} ms ({meaning})" if run.seconds else "did not finish"
+    console.print(f"{s.blocks * prod(s.block)} threads: {time}", soft_wrap=True)
+    for check in run.checks:
+        verdict = Text("ok    ", "green") if check.passed else Text("FAILED", "bold red")
+        first, *others = check.message.split("\n")
+        console.print(verdict, f"{check.name}: {first}", soft_wrap=True)
+        for line in others:
+            console.print(f"       {line}", soft_wrap=True)
+
+
+def _size(size: tuple[int, ...]) -> str:
+    while len(size) > 1 and size[-1] == 1:
+        size = size[:-1]
+    return " x ".join(map(str, size))
+
+
+def _arrays(run: KernelRun) -> Table:
+    table = Table()
+    for column in ("array", "role", "type", "shape"):
+        table.add_column(column, no_wrap=True)
+    for column in ("min", "max", "mean", "NaN"):
+        table.add_column(column, justify="right")
+    for row in run.statistics():
+        shape = "null" if row["shape"] is None else ",".join(map(str, row["shape"]))
+        numbers = [_number(row[key]) for key in ("min", "max", "mean")]
+        table.add_row(row["name"], row["role"], row["dtype"], shape, *numbers, str(row["nan"] or "-"))
+    return table
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

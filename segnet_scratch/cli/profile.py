@@ -12,10 +12,8 @@ from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.profile import roofline, trace
-from segnet_scratch.lab.profile.counting import CountingDevice
 from segnet_scratch.lab.profile.ladder import SHAPES
-from segnet_scratch.lab.profile.measure import How, count_step, profile_op, profile_step
-from segnet_scratch.lab.profile.step import DEFAULTS, Work
+from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Work, count_step, profile_op, profile_step
 from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles

@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from segnet_scratch.cli import options
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, problems, say
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
@@ -21,8 +22,7 @@ from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.problems import Chosen
 from segnet_scratch.lab.proof.verify import verify as run_verify
 from segnet_scratch.lab.proof.work import FULL, QUICK
-from segnet_scratch.lab.workbench import options
-from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.lab.workbench.sanitizers import read_reports, sanitized_environment
 from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import ORDERS, HostOptions

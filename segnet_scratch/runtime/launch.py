@@ -12,7 +12,7 @@ from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
-__all__ = ["ElementTypes", "Kernel", "KernelDevice", "Launch", "find_kernel", "launch", "shipped_kernels"]
+__all__ = ["ElementTypes", "Kernel", "KernelDevice", "Launch", "find_kernel", "launch", "shipped_kernels", "three"]
 
 
 class KernelDevice(ArrayHome, Protocol):

@@ -1,24 +1,157 @@
-"""The measurement itself: warm up, count, time several passes, measure ceilings, compile for figures."""
+"""The measurement itself: of a standard step, SegNet on random images, or of one op of the table.
+
+Warm up, count, time several passes, measure ceilings, compile for figures. Or count alone, on a device that allocates
+and launches without computing: a step's work and memory, at any size, in a moment.
+"""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from segnet_scratch.engine.inference import FusedInference
+from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.extras import require
 from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings
-from segnet_scratch.lab.profile.counting import CountingDevice
 from segnet_scratch.lab.profile.kernels import kernel_figures
-from segnet_scratch.lab.profile.record import RangeOf, Recorder
-from segnet_scratch.lab.profile.step import Step, Work, count
-from segnet_scratch.lab.profile.summary import Profile
-from segnet_scratch.runtime.devices import Device
+from segnet_scratch.lab.profile.record import Profile, RangeOf, Recorder
+from segnet_scratch.nn.autograd import Tensor, no_grad
+from segnet_scratch.runtime.devices import Array, Device, NumpyDevice
+from segnet_scratch.runtime.launch import Launch
+from segnet_scratch.runtime.observe import observe
+from segnet_scratch.segnet import ARCHITECTURES
+from segnet_scratch.step import TrainingStep
 
 CACHE_BYTES = 256 << 20  # more than any GPU's second-level cache
 DEFAULT_ARCHITECTURE = "sm_90"
 Progress = Callable[[str], None]
+CLASSES = 21  # VOC's
+# (batch, size, passes) unless given: what each device does in seconds, and what GPUs are compared by.
+DEFAULTS = {"cuda": (16, 224, 20), "numpy": (1, 224, 5), "host": (1, 32, 2), "counting": (16, 224, 1)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which network is profiled, and on what."""
+
+    model: str = "segnet"
+    decoder: str = "indices"
+    width: float = 1.0
+    batch: int = 1
+    size: tuple[int, int] = (224, 224)
+    inference: bool = False  # forward in evaluation mode, else a training step
+    engine: str = "layers"
+    precision: str = "float32"  # of the fused engine
+
+    def __str__(self) -> str:
+        kind = "inference" if self.inference else "training step"
+        height, width = self.size
+        what = f"{kind} of {self.model}, decoder {self.decoder}, width {self.width:g}"
+        if self.engine == "fused":
+            what += f", fused engine in {self.precision}"
+        return f"{what}, {self.batch} image{'s' if self.batch > 1 else ''} of {height}x{width}"
+
+
+class CountingDevice(NumpyDevice):
+    """Says yes to every launch and carries none out. Arrays are address space that is never touched.
+
+    `live` and `peak` are the bytes of arrays that ops and models hold, now and at most.
+    """
+
+    name = "counting"
+    runs_kernels = True
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        return self._counted(np.empty(tuple(shape), dtype))
+
+    def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        return self._counted(np.zeros(tuple(shape), dtype))
+
+    def upload(self, array: np.ndarray) -> Array:
+        return self._counted(np.array(array, order="C"))
+
+    def _counted(self, array: np.ndarray) -> np.ndarray:
+        nbytes = prod(array.shape) * array.itemsize
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(array, self._release, nbytes)
+        return array
+
+    def _release(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+    def execute(self, launch: Launch) -> None:
+        pass
+
+
+class Step:
+    """One step, ready to be made again and again."""
+
+    def __init__(self, work: Work, device: Device) -> None:
+        self.work, self.device = work, device
+        rng = np.random.default_rng(0)
+        self.model = ARCHITECTURES[work.model](CLASSES, work.width, device, decoder=work.decoder)
+        self.model.train(not work.inference)
+        self.parameters = sum(p.data.size for p in self.model.parameters())
+        shape = (work.batch, *work.size)
+        images = rng.standard_normal((*shape, 3)).astype(np.float32)
+        labels = rng.integers(0, CLASSES, shape).astype(np.uint8)
+        self._training: TrainingStep | None = None
+        self._fused: FusedInference | None = None
+        if not work.inference:
+            self._training = TrainingStep(self.model, work.engine, work.precision)
+            self._training.write(images, labels, 1e-3)
+            return
+        self._images = Tensor(device.upload(images), device)
+        if work.engine == "fused":
+            rung = RUNG_OF_PRECISION[work.precision]
+            self._fused = FusedInference(self.model, work.batch, work.size, rung)
+
+    def run(self, recorder: Recorder) -> None:
+        """Makes the step under the eyes of a recorder."""
+        recorder.begin_pass()
+        with observe(recorder):
+            if self._training is not None:
+                self._training.walk(recorder.enter)
+            elif self._fused is not None:
+                self._fused.run(recorder.enter)
+            else:
+                recorder.enter("forward")
+                with no_grad():
+                    self.model(self._images)
+
+
+def count(work: Work) -> tuple[Recorder, dict[str, int], int]:
+    """(recorder, bytes of memory by what for, number of parameters) of a step that is planned and not computed."""
+    device = CountingDevice()
+    step, recorder = Step(work, device), _Watcher(device)
+    before = device.live
+    step.run(recorder)
+    memory = {"weights, momenta and batch": before}
+    if recorder.at_backward:
+        memory["kept for backward"] = recorder.at_backward - before
+    return recorder, {**memory, "peak": device.peak}, step.parameters
+
+
+class _Watcher(Recorder):
+    """Also notes what is alive when backward begins."""
+
+    def __init__(self, device: CountingDevice) -> None:
+        super().__init__()
+        self._device, self.at_backward = device, 0
+
+    def enter(self, phase: str) -> None:
+        super().enter(phase)
+        if phase == "backward":
+            self.at_backward = self._device.live
 
 
 @dataclass(frozen=True)

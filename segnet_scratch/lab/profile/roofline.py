@@ -12,7 +12,7 @@ import numpy as np
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.extras import require
 from segnet_scratch.files import write_durably
-from segnet_scratch.lab.profile.summary import Profile, Summary
+from segnet_scratch.lab.profile.record import Profile, Summary
 
 LARGEST, SMALLEST = 260, 14  # areas of points, in square points of print
 

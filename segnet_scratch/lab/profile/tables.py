@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segnet_scratch.lab.profile.kernels import KernelFigures
-from segnet_scratch.lab.profile.summary import Profile, Summary
+from segnet_scratch.lab.profile.record import Profile, Summary
 
 SLOWEST = 20  # ops that are listed one by one
 
@@ -24,19 +24,33 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
     """Prints what was found: by op (or by rung), by layer where there are layers, kernels, ceilings and messages."""
     where = "counted, not computed" if profile.device == "counting" else f"on {profile.device}"
     console.print(f"{profile.title}, {where}", style="bold", soft_wrap=True)
+    total = profile.total
+    counts = ["launches"] * (total.launches > 0) + ["barriers"] * (total.barriers > 0)
+    timed = total.seconds is not None
+    times = ["ms", "share", "GFLOP/s", "GB/s", "of ceiling"] if timed else []
+    columns = [*counts, "GFLOP", "MB", "FLOP/B", *times]
     if by_layer:
-        _print(console, _sums("op", profile.by(lambda run: run.name), profile))
-        _print(console, _layers(profile))
-        if profile.total.seconds is not None:
-            _print(console, _slowest(profile))
+        ops = sorted(profile.by(lambda run: run.name), key=_longest_first)
+        _print(console, _sums(profile, ops, "op", ["runs", *columns], total))
+        layers = profile.by(lambda run: run.layer)
+        halves = ["forward ms", "backward ms", "share", "of ceiling"] if timed else []
+        _print(console, _sums(profile, layers, "layer", ["GFLOP", "MB", *halves]))
+        if timed:
+            each = sorted((Summary(run.name, (run,)) for run in profile.runs), key=_longest_first)[:SLOWEST]
+            _print(console, _sums(profile, each, "slowest ops", ["layer", "phase", "GFLOP", "MB", *times]))
     else:
-        _print(console, _sums("op and rung", profile.by(lambda run: run.layer), profile, total=False))
+        rungs = profile.by(lambda run: run.layer)  # in the order of the ladder
+        _print(console, _sums(profile, rungs, "op and rung", ["passes" if timed else "runs", *columns]))
     if profile.kernels:
         _print(console, _kernels(profile.kernels))
     for line in _footnotes(profile):
         console.print(line, style="dim", soft_wrap=True)
     for message in profile.messages:
         console.print(message, style="yellow", soft_wrap=True)
+
+
+def _longest_first(summary: Summary) -> float:
+    return -(summary.seconds or summary.flops)
 
 
 def _table(*columns: str) -> Table:
@@ -46,73 +60,40 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _sums(first: str, summaries: Sequence[Summary], profile: Profile, total: bool = True) -> Table:
-    timed, host = profile.total.seconds is not None, profile.total.barriers > 0
-    table = _table(
-        *(first, "runs"),
-        *(("launches",) if profile.total.launches else ()),
-        *(("barriers",) if host else ()),
-        *("GFLOP", "MB", "FLOP/B"),
-        *(("ms", "share", "GFLOP/s", "GB/s", "of ceiling") if timed else ()),
-    )
-
-    def add(summary: Summary, style: str = "") -> None:
-        runs = max(len(run.times) for run in summary.runs) if not total and timed else len(summary.runs)
-        table.add_row(
-            *(summary.key, str(runs)),
-            *((str(summary.launches),) if profile.total.launches else ()),
-            *((f"{summary.barriers}",) if host else ()),
-            *(f"{summary.flops / 1e9:.3f}", f"{summary.bytes / 1e6:.1f}", f"{summary.intensity:.2f}"),
-            *_times(summary, profile),
-            style=style,
-        )
-
-    # In a step what takes longest stands first; rungs stand in the order of the ladder.
-    ordered = sorted(summaries, key=lambda s: -(s.seconds or s.flops)) if total else summaries
-    for summary in ordered:
-        add(summary)
-    if total:
+def _sums(
+    profile: Profile, summaries: Sequence[Summary], first: str, columns: Sequence[str], total: Summary | None = None
+) -> Table:
+    table = _table(first, *("runs" if column == "passes" else column for column in columns))
+    for summary in summaries:
+        table.add_row(summary.key, *(_cell(summary, column, profile) for column in columns))
+    if total is not None:
         table.add_section()
-        add(profile.total, "bold")
+        table.add_row(total.key, *(_cell(total, column, profile) for column in columns), style="bold")
     return table
 
 
-def _times(summary: Summary, profile: Profile) -> list[str]:
-    seconds, whole = summary.seconds, profile.total.seconds
-    if seconds is None or not whole:
-        return []
-    reached = summary.of_ceiling(profile.ceilings)
-    return [
-        *(f"{1e3 * seconds:.3f}", f"{100 * seconds / whole:.1f} %"),
-        *(f"{summary.flops / seconds / 1e9:.1f}", f"{summary.bytes / seconds / 1e9:.1f}"),
-        "-" if reached is None else f"{100 * reached:.0f} %",
-    ]
-
-
-def _layers(profile: Profile) -> Table:
-    """Forward and everything after it side by side."""
-    timed = profile.total.seconds is not None
-    table = _table("layer", "GFLOP", "MB", *(("forward ms", "backward ms", "share", "of ceiling") if timed else ()))
-    for layer in profile.by(lambda run: run.layer):
-        cells = [layer.key, f"{layer.flops / 1e9:.3f}", f"{layer.bytes / 1e6:.1f}"]
-        if timed:
-            forward = Summary("", tuple(run for run in layer.runs if run.phase == "forward")).seconds or 0.0
-            seconds, whole = layer.seconds or 0.0, profile.total.seconds or 1.0
-            reached = layer.of_ceiling(profile.ceilings)
-            cells += [f"{1e3 * forward:.3f}", f"{1e3 * (seconds - forward):.3f}", f"{100 * seconds / whole:.1f} %"]
-            cells.append("-" if reached is None else f"{100 * reached:.0f} %")
-        table.add_row(*cells)
-    return table
-
-
-def _slowest(profile: Profile) -> Table:
-    """The ops that take longest, each at its place: what must move at least beside what it takes."""
-    table = _table("slowest ops", "layer", "phase", "GFLOP", "MB", "ms", "share", "GFLOP/s", "GB/s", "of ceiling")
-    for run in sorted(profile.runs, key=lambda run: -(run.seconds or 0.0))[:SLOWEST]:
-        one = Summary(run.name, (run,))
-        work = f"{run.flops / 1e9:.3f}", f"{run.bytes / 1e6:.1f}"
-        table.add_row(run.name, run.layer, run.phase, *work, *_times(one, profile))
-    return table
+def _cell(s: Summary, column: str, profile: Profile) -> str:
+    """What stands in a column of this name."""
+    seconds, reached = s.seconds or 0.0, s.of_ceiling(profile.ceilings)
+    forward = Summary("", tuple(run for run in s.runs if run.phase == "forward")).seconds or 0.0
+    return {
+        "runs": lambda: str(len(s.runs)),
+        "passes": lambda: str(max(len(run.times) for run in s.runs)),
+        "layer": lambda: s.runs[0].layer,
+        "phase": lambda: s.runs[0].phase,
+        "launches": lambda: str(s.launches),
+        "barriers": lambda: str(s.barriers),
+        "GFLOP": lambda: f"{s.flops / 1e9:.3f}",
+        "MB": lambda: f"{s.bytes / 1e6:.1f}",
+        "FLOP/B": lambda: f"{s.intensity:.2f}",
+        "ms": lambda: f"{1e3 * seconds:.3f}",
+        "forward ms": lambda: f"{1e3 * forward:.3f}",
+        "backward ms": lambda: f"{1e3 * (seconds - forward):.3f}",  # everything after it
+        "share": lambda: f"{100 * seconds / (profile.total.seconds or 1.0):.1f} %",
+        "GFLOP/s": lambda: f"{s.flops / seconds / 1e9:.1f}" if seconds else "-",
+        "GB/s": lambda: f"{s.bytes / seconds / 1e9:.1f}" if seconds else "-",
+        "of ceiling": lambda: "-" if reached is None else f"{100 * reached:.0f} %",
+    }[column]()
 
 
 def _kernels(kernels: Sequence[KernelFigures]) -> Table:

@@ -14,10 +14,9 @@ from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.proof.compare import Problem
 from segnet_scratch.lab.proof.misuse import Recorder
 from segnet_scratch.lab.workbench.execution import Executor
-from segnet_scratch.lab.workbench.races import find_race
+from segnet_scratch.lab.workbench.races import describe_writers, find_race
 from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
 from segnet_scratch.lab.workbench.setup import Setup
-from segnet_scratch.lab.workbench.writers import describe_writers
 from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device, HostDevice

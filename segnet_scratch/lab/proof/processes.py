@@ -24,7 +24,7 @@ from segnet_scratch.lab.proof.compare import ARRAYS_MARK
 from segnet_scratch.lab.proof.parts.base import CASE_MARK
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.lab.workbench.guards import Region
-from segnet_scratch.lab.workbench.reports import read_reports, sanitized_environment
+from segnet_scratch.lab.workbench.sanitizers import read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
 AHEAD = 4  # pieces of work for each core of the others that a GPU may be behind them: their results lie on the disk

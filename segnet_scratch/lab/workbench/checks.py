@@ -1,16 +1,25 @@
 """What two runs with unlike fills (see guards.py) say about a kernel's use of memory."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.workbench.execution import Executor, Outcome
-from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, OTHER_SHARED, SECOND, Fill
-from segnet_scratch.lab.workbench.result import Check
+from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, OTHER_SHARED, SECOND, bits
 from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.runtime.host import VARIABLES, HostOptions
 from segnet_scratch.runtime.precision import is_floating
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of the run: did it hold, and what was seen."""
+
+    name: str
+    passed: bool
+    message: str
 
 
 def check_memory(
@@ -50,18 +59,13 @@ def check_variables(executor: Executor) -> list[Check]:
         zero, pattern = (executor.run(FIRST, HostOptions(workers=1, variables=v)) for v in VARIABLES)
     except CompileError:
         return []
-    unlike = [n for n in executor.setup.of_role("output", "updated") if _unlike(zero, pattern, n).any()]
     reports = [
-        f"{name}: {_unlike(zero, pattern, name).sum()} of {zero.array(name).size} elements depend on a local variable "
+        f"{name}: {zero.unlike(pattern, name).sum()} of {zero.array(name).size} elements depend on a local variable "
         "that is read before it has a value"
-        for name in unlike
-        if zero.fault is None and pattern.fault is None
+        for name in executor.setup.of_role("output", "updated")
+        if zero.fault is None and pattern.fault is None and zero.unlike(pattern, name).any()
     ]
     return [Check("variables", not reports, "\n".join(reports) or "every local variable has a value before it is read")]
-
-
-def _unlike(one: Outcome, other: Outcome, name: str) -> np.ndarray:
-    return _bits(one.array(name)) != _bits(other.array(name))
 
 
 def _changed(setup: Setup, name: str, outcome: Outcome) -> bool:
@@ -69,19 +73,12 @@ def _changed(setup: Setup, name: str, outcome: Outcome) -> bool:
     return content is not None and outcome.array(name).tobytes() != content.tobytes()
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
-
-
-def _is_fill(array: np.ndarray, fill: Fill) -> np.ndarray:
-    return _bits(array) == _bits(fill.of(array.dtype).reshape(1))
-
-
 def _untouched(setup: Setup, name: str, first: Outcome, second: Outcome) -> np.ndarray:
     """Which elements of an output hold the fill after both runs."""
     if setup.role(name) != "output":
         return np.zeros(1, bool)
-    return _is_fill(first.array(name), FIRST) & _is_fill(second.array(name), SECOND)
+    one, other = (fill.of(setup.dtype(name)).reshape(1) for fill in (FIRST, SECOND))
+    return (bits(first.array(name)) == bits(one)) & (bits(second.array(name)) == bits(other))
 
 
 def _unwritten(setup: Setup, first: Outcome, second: Outcome) -> list[str]:
@@ -107,12 +104,12 @@ def _dependent(executor: Executor, first: Outcome, second: Outcome) -> list[str]
     reports = []
     others: list[Outcome] = []
     for name in setup.of_role("output", "updated"):
-        unlike = _unlike(first, second, name)
+        unlike = first.unlike(second, name)
         unlike &= ~_untouched(setup, name, first, second)
         if not unlike.any():
             continue
         others = others or [executor.run(OTHER_GUARDS), executor.run(OTHER_SHARED)]
-        of_guards, of_shared = (_unlike(first, other, name).any() for other in others)
+        of_guards, of_shared = (first.unlike(other, name).any() for other in others)
         why = (
             "an array is read outside its bounds"
             if of_guards

@@ -19,14 +19,13 @@ import numpy as np
 
 from segnet_scratch import errors
 from segnet_scratch.errors import ConfigError, SegnetError
-from segnet_scratch.lab.workbench.guards import FIRST, Fill
-from segnet_scratch.lab.workbench.memory import place
+from segnet_scratch.lab.workbench.guards import FIRST, Fill, bits, place
 from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.runtime.devices import Array, Device, HostDevice, NumpyDevice
 from segnet_scratch.runtime.host import HostOptions, prepare
 from segnet_scratch.runtime.launch import launch
 
-_ALONE = HostOptions(workers=1)  # one thread of the operating system: the same order of blocks every time
+ASCENDING = HostOptions(workers=1)  # one thread of the operating system: the same order of blocks every time
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Outcome:
         assert array is not None
         return array.reshape(-1)
 
+    def unlike(self, other: "Outcome", name: str) -> np.ndarray:
+        """Which elements of an array have other bits than after another run."""
+        return bits(self.array(name)) != bits(other.array(name))
+
 
 class Executor:
     """Runs one setup, again and again, each time on fresh arrays."""
@@ -53,7 +56,7 @@ class Executor:
             raise ConfigError(f"the {device.name} device runs no kernels; use host or cuda")
         self.setup, self.device = setup, device
 
-    def run(self, fill: Fill, options: HostOptions = _ALONE) -> Outcome:
+    def run(self, fill: Fill, options: HostOptions = ASCENDING) -> Outcome:
         """One run; `options` say how the host device goes about it. Errors of gate and compiler are raised."""
         fault = None
         if self.device.name == "host":
@@ -105,11 +108,16 @@ def _in_child(work: Callable[[], float]) -> tuple[float, str | None]:
     with warnings.catch_warnings():
         # The child calls only the kernel's library, which needs none of the locks that other threads may hold.
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Ctrl-C waits until there is somebody to end the child; Python's own work after a fork would swallow it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _report(work, write_end)
-    os.close(write_end)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(write_end)
         with os.fdopen(read_end, "rb") as pipe:
             text = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -127,7 +135,6 @@ def _in_child(work: Callable[[], float]) -> tuple[float, str | None]:
 
 def _report(work: Callable[[], float], pipe: int) -> None:
     """The child's part; it never returns, so that nothing of the parent (tests, buffers, threads) runs twice."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.disable()  # the parent tells what a crash means
     report: dict[str, object] = {"seconds": 0.0, "error": None, "message": None}
     try:

@@ -1,5 +1,8 @@
 """Guard zones: memory of known contents before and after an array, so that an access outside of it shows.
 
+A kernel is run twice, with two fills. An element that holds the fill both times was never written. One that holds
+something else, but not the same both times, depends on what lay there before or beside it.
+
 A write is seen afterwards in the bytes. No two elements of the zones are alike, and the zones of no two arrays: what a
 kernel without a bounds check copies from beside one array to beside another is not what lay there. A read is seen
 because two runs have unlike zones; under AddressSanitizer the zones are out of bounds as well, and it stops at the line
@@ -10,9 +13,12 @@ import ctypes
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
+from segnet_scratch.errors import LaunchError
+from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.runtime.devices import Array, Device, HostDevice
 from segnet_scratch.runtime.precision import is_floating
 
@@ -86,10 +92,10 @@ class GuardedArrays:
         """A device array with these contents, or with the fill."""
         size = int(np.prod(shape))
         elements = self.allocate((size + 2 * GUARD) * dtype.itemsize).view(dtype)
-        bits = _bits(elements)  # an assignment of NaN or of booleans may change their bits
-        bits[:GUARD], bits[GUARD + size :] = _bits(self.fill.zones(name, dtype))
+        held = bits(elements)  # an assignment of NaN or of booleans may change their bits
+        held[:GUARD], held[GUARD + size :] = bits(self.fill.zones(name, dtype))
         if contents is None:
-            bits[GUARD : GUARD + size] = _bits(self.fill.of(dtype).reshape(1))
+            held[GUARD : GUARD + size] = bits(self.fill.of(dtype).reshape(1))
         else:
             inside(elements, shape)[...] = contents
         self._buffers[name] = self.device.upload(elements)
@@ -114,12 +120,12 @@ class GuardedArrays:
     def _damage(self, name: str, buffer: np.ndarray) -> list[str]:
         reports = []
         size = buffer.size - 2 * GUARD
-        before, after = _bits(self.fill.zones(name, buffer.dtype))
+        before, after = bits(self.fill.zones(name, buffer.dtype))
         for where, zone, was in (
             ("before its start", buffer[:GUARD], before),
             ("past its end", buffer[-GUARD:], after),
         ):
-            hit = (_bits(zone) != was).nonzero()[0]
+            hit = (bits(zone) != was).nonzero()[0]
             if hit.size == 0:
                 continue
             nearest = int(hit[-1]) - GUARD if where == "before its start" else int(hit[0]) + size
@@ -133,12 +139,32 @@ class GuardedArrays:
         return len(self._buffers)
 
 
+def place(
+    setup: Setup, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] | None = None
+) -> tuple[GuardedArrays, dict[str, Array | None]]:
+    """The guarded arrays of a setup, and the arrays themselves by name; None for a null pointer."""
+    guarded = GuardedArrays(device, fill, *([allocate] if allocate else []))
+    arrays: dict[str, Array | None] = {}
+    for name, shape in setup.shapes.items():
+        dtype = setup.dtype(name)
+        if name in setup.contents and setup.contents[name] is None:
+            arrays[name] = None
+            continue
+        try:
+            arrays[name] = guarded.add(name, setup.contents.get(name), shape, dtype)
+        except (MemoryError, OSError, OverflowError, ValueError) as error:
+            size = (prod(shape) + 2 * GUARD) * dtype.itemsize
+            raise LaunchError(f"{setup.kernel.name}: no memory for {name} {shape}, {size} bytes: {error}") from error
+    return guarded, arrays
+
+
 def inside(buffer: Array, shape: tuple[int, ...]) -> Array:
     """The array between its guard zones, on any device; a view."""
     return buffer[GUARD:-GUARD].reshape(shape)
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits(array: np.ndarray) -> np.ndarray:
+    """The elements as integers: NaN equals NaN, and 0 is not -0."""
     return array.view(f"u{array.dtype.itemsize}")
 
 

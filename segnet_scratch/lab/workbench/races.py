@@ -4,21 +4,29 @@ The host device runs the threads of a block one after the other between two barr
 race their order makes no difference, so every order must give the same bits. Where one does not, more runs find out who
 disturbs whom: the orders of threads and of blocks are changed one at a time, and the shared arrays compared at every
 barrier. `x[0] += 1` by all threads is a race too, and yet right in every order when one thread runs after the other:
-it shows when some of the threads are left out (see writers.py). Inside a block with barriers nobody can be left out:
+it shows when some of the threads are left out. Inside a block with barriers nobody can be left out:
 there a race whose outcome is the same in every order stays hidden.
+
+Who writes an element is found out so, too. Work is numbered: by thread of the grid, or by block for kernels whose
+threads meet at barriers, because a block with threads missing would wait for ever. Any two unlike numbers differ in at
+least one bit; so for each bit the work is cut into the half with a 0 there and the half with a 1, each run alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
-from segnet_scratch.lab.workbench.execution import Executor, Outcome, shared_bytes
-from segnet_scratch.lab.workbench.guards import FIRST
+from segnet_scratch.lab.workbench.execution import ASCENDING, Executor, Outcome, shared_bytes
+from segnet_scratch.lab.workbench.guards import FIRST, bits
 from segnet_scratch.lab.workbench.setup import Setup
-from segnet_scratch.lab.workbench.writers import describe_writers, element_name, find_conflict
 from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.signature import blank_comments
 
-_ASCENDING = HostOptions(workers=1)
+Part = tuple[int, int]  # mask and value: the numbers n with n & mask == value
+
+_DESCENDING = HostOptions("descending", workers=1)
 _TRACE = 1 << 20  # hashes; what happens after them is not compared
 
 
@@ -30,9 +38,6 @@ class Difference:
     element: int  # counted without regard to the shape
     count: int  # elements that differ
     values: tuple[str, str]
-
-
-_DESCENDING = HostOptions("descending", workers=1)
 
 
 def order_dependence(executor: Executor, first: Outcome) -> str | None:
@@ -51,7 +56,7 @@ def order_dependence(executor: Executor, first: Outcome) -> str | None:
 
 def find_race(executor: Executor, shuffles: int) -> str | None:
     """A report on a race; None where ascending, descending and so many shuffled orders give the same bits."""
-    first = executor.run(FIRST, _ASCENDING)
+    first = executor.run(FIRST, ASCENDING)
     shuffled = [HostOptions("shuffled", seed, workers=1) for seed in range(1, shuffles + 1)]
     for order in [_DESCENDING, *shuffled]:
         other = executor.run(FIRST, order)
@@ -72,16 +77,11 @@ def find_race(executor: Executor, shuffles: int) -> str | None:
 def _difference(setup: Setup, one: Outcome, other: Outcome) -> Difference | None:
     for name in setup.of_role("output", "updated"):
         a, b = one.array(name), other.array(name)
-        unlike = (_bytes(a) != _bytes(b)).any(axis=1).nonzero()[0]
+        unlike = one.unlike(other, name).nonzero()[0]
         if unlike.size:
             element = int(unlike[0])
             return Difference(name, element, unlike.size, (str(a[element]), str(b[element])))
     return None
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """(elements, bytes of each)."""
-    return array.reshape(-1, 1).view(np.uint8)
 
 
 def _report(executor: Executor, first: Outcome, order: HostOptions, d: Difference) -> str:
@@ -110,7 +110,7 @@ def _inside_a_block(executor: Executor, order: HostOptions) -> list[str]:
     if not executor.setup.kernel.cooperative:
         return []
     trace = shared_bytes(8 * _TRACE).view(np.uint64)
-    executor.run(FIRST, replace(_ASCENDING, trace=trace))
+    executor.run(FIRST, replace(ASCENDING, trace=trace))
     fault = executor.run(FIRST, replace(order, trace=trace, compare_trace=True)).fault
     if fault is None:
         return ["at every barrier the shared arrays are the same: the threads meet after the last one, or in an output"]
@@ -121,3 +121,87 @@ def _inside_a_block(executor: Executor, order: HostOptions) -> list[str]:
 
 def _name(order: HostOptions) -> str:
     return f"shuffled (seed {order.seed})" if order.order == "shuffled" else order.order
+
+
+def find_conflict(executor: Executor, whole: Outcome) -> tuple[str, int] | None:
+    """(array, element) of an element that two threads write, and not the same value; `whole` is a complete run.
+
+    None as well for a file with atomic operations, which allow exactly that.
+    """
+    setup = executor.setup
+    if "atomic" in blank_comments(setup.kernel.source.text):
+        return None
+    for bit in range(_bits(setup)):
+        halves = [executor.run(FIRST, replace(ASCENDING, part=(1 << bit, value << bit))) for value in (0, 1)]
+        if any(half.fault for half in halves):
+            return None
+        for name in setup.of_role("output", "updated"):
+            a, b = (half.array(name) for half in halves)
+            both = _written(setup, name, a) & _written(setup, name, b)
+            both &= halves[0].unlike(halves[1], name) | halves[0].unlike(whole, name)
+            if both.any():
+                return name, int(both.argmax())
+    return None
+
+
+def describe_writers(executor: Executor, array: str, element: int) -> list[str]:
+    """Names one writer of an element, or two where there are several; nothing where they cannot be told."""
+    setup = executor.setup
+
+    def writes(part: Part) -> bool:
+        outcome = executor.run(FIRST, replace(ASCENDING, part=part))
+        return outcome.fault is None and bool(_written(setup, array, outcome.array(array))[element])
+
+    width, name = _bits(setup), element_name(setup, array, element)
+    first = _writer(writes, (0, 0), width)
+    if first is None:
+        return []
+    for bit in range(width):
+        other_half = (1 << bit, ~first & 1 << bit)
+        if writes(other_half):
+            second = _writer(writes, other_half, width)
+            if second is not None:
+                return [f"{name} is written by {_who(setup, first)} and by {_who(setup, second)}"]
+    return [f"{name} is written by {_who(setup, first)} alone"]
+
+
+def element_name(setup: Setup, array: str, element: int) -> str:
+    """`y[1, 0, 3]`."""
+    index = np.unravel_index(element, setup.shapes[array])
+    return f"{array}[{', '.join(str(int(i)) for i in index)}]"
+
+
+def _writer(writes: Callable[[Part], bool], part: Part, width: int) -> int | None:
+    """The number of one thread or block of the part that writes; None where only several together do."""
+    mask, value = part
+    for bit in reversed(range(width)):
+        if mask & 1 << bit:
+            continue
+        mask |= 1 << bit
+        if not writes((mask, value)):
+            value |= 1 << bit
+    return value if writes((mask, value)) else None
+
+
+def _bits(setup: Setup) -> int:
+    work = setup.blocks if setup.kernel.cooperative else setup.blocks * prod(setup.block)
+    return (work - 1).bit_length()
+
+
+def _written(setup: Setup, name: str, array: np.ndarray) -> np.ndarray:
+    """Which elements do not hold what they held before."""
+    content = setup.contents.get(name)
+    before = np.broadcast_to(FIRST.of(array.dtype), array.shape) if content is None else content.reshape(-1)
+    return bits(array) != bits(np.ascontiguousarray(before))
+
+
+def _who(setup: Setup, number: int) -> str:
+    if setup.kernel.cooperative:
+        return f"block {_place(number, setup.grid)}"
+    block, thread = divmod(number, prod(setup.block))
+    return f"thread {_place(thread, setup.block)} of block {_place(block, setup.grid)}"
+
+
+def _place(number: int, size: tuple[int, ...]) -> str:
+    x, y, _ = size
+    return f"({number % x}, {number // x % y}, {number // x // y})"

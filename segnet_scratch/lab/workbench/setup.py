@@ -16,7 +16,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.runtime.geometry import declared_geometry, declared_threads
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, three
 from segnet_scratch.runtime.signature import Parameter, parse_kernels, without_linkage
 from segnet_scratch.runtime.source import Source, read_source
 
@@ -229,7 +229,7 @@ def _geometry(
     declared = declared_geometry(kernel, integers) if grid is None or block is None else None
     if block is None:
         block = declared[1] if declared else declared_threads(kernel)
-    block = _three(block)
+    block = three(_as_shape(block))
     if grid is None and declared:
         grid = declared[0]
     if grid is None:
@@ -239,9 +239,4 @@ def _geometry(
             )
         written = [prod(shapes[name]) for name, p in arrays.items() if not p.const]
         grid = -(-max(written or [prod(shape) for shape in shapes.values()] or [1]) // block[0])
-    return _three(grid), block
-
-
-def _three(size: Sequence[int] | int) -> Shape:
-    shape = _as_shape(size)
-    return shape + (1,) * (3 - len(shape))
+    return three(_as_shape(grid)), block
