@@ -96,7 +96,7 @@ def main(device: CudaDevice, seconds: float) -> dict[str, object]:
     table = rows_on(device, ROWS)
     able = {name for name, kernel in shipped_kernels().items() if kernel.source.compiles_for(str(device.architecture))}
     began, cases = monotonic(), 0
-    with noting_launches(device) as launched:
+    with noting_launches() as launched:
         for row, case in cases_for(table):
             if cases >= len(table) and able <= set(launched) and monotonic() - began > seconds:
                 break
