@@ -21,7 +21,7 @@
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
 #include "common/block_below.cuh"
-#include "common/implicit_gemm.cuh"
+#include "common/gathered_gemm.cuh"
 
 // The tile of a block in shared memory, as it is stored, where the stages of the main loop were. A thread looks after the
 // piece of columns from `column()` on, of every LANES-th row from `lane()` on.
@@ -33,7 +33,7 @@ struct StoredTile {
     float* lanes;        // (LANES, COLUMNS): what each thread has summed up
     float* means;        // (COLUMNS)
     static_assert(Block::ROWS * STRIDE * sizeof(storage_t) + (LANES + 1) * Block::COLUMNS * sizeof(float) <=
-                      STAGES * Block::STAGE_BYTES, "no room");
+                      Block::SHARED, "no room");
 
     __device__ static int column() { return (int)threadIdx.x % ACROSS * PIECE; }
     __device__ static int lane() { return (int)threadIdx.x / ACROSS; }
@@ -144,6 +144,16 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
     }
 }
 
+// The sums of a block's tile, by the main loop that the tile is made for.
+template <class Block>
+__device__ void multiply(typename Block::Tile& tile, const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
+                         const Convolution& g, const RowOrder& order) {
+    if constexpr (Block::GATHERED)
+        block_gather_forward<Block>(tile, x, weight, g, order);
+    else
+        block_multiply_forward<Block>(tile, x, weight, g, order);
+}
+
 // How many of the rows of this block exist.
 template <class Block>
 __device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
@@ -151,14 +161,14 @@ __device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
     return (int)(left < Block::ROWS ? left : Block::ROWS);
 }
 
-template <class Block, class Source>
+template <class Block>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
                         accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes, const Convolution& g,
                         bool with_relu) {
     const RowOrder order(g, pool_codes != nullptr);
     typename Block::Tile tile;
-    block_multiply_forward<Block, Source>(tile, x, weight, g, order);
+    multiply<Block>(tile, x, weight, g, order);
     const StoredTile<Block> stored(tile, bias, g.o);
     const int count = rows_of_block<Block>(g, order);
     if (pool_codes) {
@@ -174,14 +184,14 @@ struct __align__(2 * sizeof(accumulate_t)) Sums {
 };
 
 // Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
-template <class Block, class Source>
+template <class Block>
 __device__ void split(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                       accumulate_t* __restrict__ partials, const Convolution& g, int64 rows, bool by_windows,
                       int parts_per_chunk) {
     typedef typename Block::Tile Tile;
     Tile tile;
     const RowOrder order(g, by_windows);
-    block_multiply_forward<Block, Source>(tile, x, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
+    block_multiply_forward<Block>(tile, x, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
 #pragma unroll
     for (int i = 0; i < 2 * Tile::M; ++i) {
         const int64 row = (int64)blockIdx.x * Block::ROWS + Block::row0() + Tile::row(i / 2, i % 2 * 2);
@@ -226,7 +236,7 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
                               accumulate_t* __restrict__ partials, const Convolution& g) {
     const RowOrder order(g, unpool_codes != nullptr);
     typename Block::Tile tile;
-    block_multiply_forward<Block, DensePieces>(tile, dy, flipped, g, order);
+    block_multiply_forward<Block>(tile, dy, flipped, g, order);
     const StoredTile<Block> stored(tile, nullptr, g.o);
     store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
 }
@@ -242,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 128, 2>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 128, 2>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -256,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 64, 2>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -270,11 +280,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 32, 4>, DensePieces>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 32, 4>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_elements(
+extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -284,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>, DenseElements>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -355,5 +365,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
     int chunks, int parts_per_chunk) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    split<BlockTile<128, 64, 2>, DensePieces>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
+    split<BlockTile<128, 64, 2>>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
 }

@@ -1,4 +1,5 @@
-// dgrad of the fused engine on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64; bfloat16.
+// dgrad of the fused engine on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64, outputs too, or
+// pieces of less than 64 (a classifier's); bfloat16.
 // Element types: bf16; sm_90a only.
 //
 //   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes

@@ -1,4 +1,5 @@
-// wgrad on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64; bfloat16, summed up in float.
+// wgrad on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64, outputs too, or pieces of less than 64
+// (a classifier's, the rest of whose tile is zeros); bfloat16, summed up in float.
 // Element types: bf16; sm_90a only.
 //
 //   partials[part][o][r][s][c] = sum over the pixels p of a part of  dy[p, o] * x[p + (r, s) - (1, 1), c]
@@ -29,7 +30,7 @@ struct __align__(2 * sizeof(accumulate_t)) SumPair {
 
 typedef Ring<WEIGHT_STAGES, ATOM_BYTES + HALO_PLACE> Blocks;
 
-// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps; grid (c / 64 * o / 64, parts)
+// Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps; grid (c / 64 * ceil(o / 64), parts)
 extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_backward_weight(
     const __grid_constant__ TensorMap x,   // of (n, h, w, c)
     const __grid_constant__ TensorMap dy,  // of (n, h, w, o)
@@ -81,6 +82,7 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
 #pragma unroll
     for (int j = 0; j < 96; j += 2) {
         const int row = output + wgmma_row(j), column = wgmma_column(j), tap = warpgroup_index() * 3 + column / 64;
+        if (row >= o) continue;
         accumulate_t* const to = partials + (((int64)blockIdx.y * o + row) * TAPS + tap) * c + channel + column % 64;
         *(SumPair*)to = {sums[j], sums[j + 1]};
     }

@@ -7,12 +7,12 @@
 //
 // Over rung 2: a warp multiplies 16 x 8 x (32 bytes of depth) in one instruction; copies from global to shared memory
 // are asynchronous, 16 bytes each. The main loops, their shapes and thread mapping: common/implicit_gemm.cuh. This file
-// writes their results. For channels that are no multiple of a piece (3 of an image, 21 of a classifier) the kernels
-// named "elements" copy number by number.
+// writes their results. For channels that are no multiple of a piece (3 of an image, 21 of a classifier) there are kernels
+// named "elements": common/gathered_gemm.cuh.
 //
 // Determinism: each result is one sum in a fixed order. Between GPUs of different generations the order inside an
 // instruction may differ.
-#include "common/implicit_gemm.cuh"
+#include "common/gathered_gemm.cuh"
 
 // y[pixel, output] = sum + bias[output] of a warp's tile. A thread holds pairs of neighbouring outputs, the four threads
 // of a row 8 of them: with PAIRS (o even, so that pairs are aligned and never cut) they write whole sectors of 32 bytes.
@@ -46,17 +46,23 @@ __device__ void store_tile(const WarpTile<ROWS, COLUMNS>& tile, storage_t* __res
     }
 }
 
-template <class Block, class Source>
-__device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
-                        const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
-    typename Block::Tile tile;
-    block_multiply_forward<Block, Source>(tile, x, weight, g, RowOrder(g, false));
+template <class Block>
+__device__ void store(const typename Block::Tile& tile, const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
+                      const Convolution& g) {
     const int64 pixel0 = (int64)blockIdx.x * Block::ROWS + Block::row0();
     const int output0 = blockIdx.y * Block::COLUMNS + Block::column0();
     if (g.o % 2 == 0)
         store_tile<true>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
     else
         store_tile<false>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
+}
+
+template <class Block>
+__device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
+                        const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
+    typename Block::Tile tile;
+    block_multiply_forward<Block>(tile, x, weight, g, RowOrder(g, false));
+    store<Block>(tile, bias, y, g);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -66,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 128, 2>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 128, 2>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -76,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 64, 2>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 64, 2>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -86,17 +92,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 32, 4>, DensePieces>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 32, 4>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_elements(
+extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_forward_mma_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 64, 2>, DenseElements>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
+    GatherTile<128, 64>::Tile tile;
+    block_gather_forward<GatherTile<128, 64>>(tile, x, weight, g, RowOrder(g, false));
+    store<GatherTile<128, 64>>(tile, bias, y, g);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -106,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 128, 2>, DensePieces>(
+    block_backward_weight<BlockTile<128, 128, 2>>(
         x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
@@ -117,17 +126,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_we
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 64, 2>, DensePieces>(
+    block_backward_weight<BlockTile<128, 64, 2>>(
         x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_elements(
+extern "C" __global__ void __launch_bounds__(THREADS, GATHER_WEIGHT_BLOCKS) conv2d_backward_weight_mma_elements(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 64, 2>, DenseElements>(
+    block_gather_backward_weight<GatherTile<32, 64>>(
         x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }

@@ -22,6 +22,7 @@
 
 #define TILE_ROWS 128
 #define TILE_COLUMNS 64
+#define MERGE_THREADS 256
 #define TILE_DEPTH 16
 #define THREADS 128
 #define PAD 4  // shifts the rows of a tile against each other, so that storing one column meets different banks
@@ -176,13 +177,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
     }
 }
 
+// Launch: block (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
+// lanes-th chunk, which are added in their order.
 extern "C" __global__ void conv2d_backward_weight_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, count)
     accumulate_t* __restrict__ dweight,         // (count)
     int64 count, int chunks) {
-    FOR_EACH_INDEX(i, count) {
+    SHARED_ARRAY(accumulate_t, lanes, [MERGE_THREADS]);
+    for (int64 first = (int64)blockIdx.x * blockDim.x; first < count; first += (int64)gridDim.x * blockDim.x) {
+        const int64 i = first + threadIdx.x;
         accumulate_t sum = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk) sum += partials[chunk * count + i];
-        dweight[i] = sum;
+        if (i < count)
+            for (int chunk = threadIdx.y; chunk < chunks; chunk += (int)blockDim.y) sum += partials[chunk * count + i];
+        if (blockDim.y > 1) {
+            lanes[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+            __syncthreads();
+            for (int lane = 1; lane < (int)blockDim.y; ++lane) sum += lanes[lane * blockDim.x + threadIdx.x];
+            __syncthreads();  // the next results write `lanes` again
+        }
+        if (i < count && threadIdx.y == 0) dweight[i] = sum;
     }
 }

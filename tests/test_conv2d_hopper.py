@@ -103,7 +103,8 @@ class TestRule:
         [
             (geometry(1, 8, 8, 64, 64, 7), "3x3 kernels, not 7x7"),
             (geometry(1, 8, 8, 3, 64), "multiples of 64, not 3 to 64"),
-            (geometry(1, 8, 8, 64, 24), "multiples of 64, not 64 to 24"),
+            (geometry(1, 8, 8, 64, 21), "multiples of 64, not 64 to 21"),
+            (geometry(1, 8, 8, 64, 72), "multiples of 64, not 64 to 72"),
             (geometry(2**17, 128, 128, 64, 64), "less than 2^31 pixels"),
             (Geometry.of((1, 8, 8, 64), (64, 3, 3, 64), 2, 1), "stride 1 and padding 1, not 2 and 1"),
         ],
@@ -117,11 +118,12 @@ class TestRule:
         for x, weight in (
             ((1, 8, 8, 3), (64, 3, 3, 3)),
             ((1, 8, 8, 64), (64, 7, 7, 64)),
-            ((1, 8, 8, 64), (24, 3, 3, 64)),
+            ((1, 8, 8, 64), (72, 3, 3, 64)),
         ):
             assert type(kernels.forward(spec(x, BFLOAT16), spec(weight, BFLOAT16))) is FusedForward
             assert kernels.needs_flipped(weight)
         assert not kernels.needs_flipped((64, 3, 3, 64))
+        assert not kernels.needs_flipped((24, 3, 3, 64)), "a classifier"
         # An image alone leaves so few tiles that the depth is split.
         deep = spec((1, 14, 14, 512), BFLOAT16), spec((512, 3, 3, 512), BFLOAT16)
         assert type(kernels.forward(*deep, bias=True)) is FusedForward

@@ -19,6 +19,7 @@ from segnet_scratch.ops.convolution.conv2d_mma import (
     ELEMENTS,
     MEDIUM,
     NARROW,
+    WEIGHT_ELEMENTS,
     WIDE,
     Chunks,
     forward_tile,
@@ -44,11 +45,11 @@ class TestPlan:
         [
             (64, 512, 4, WIDE, WIDE),
             (64, 64, 2, MEDIUM, MEDIUM),
-            (64, 33, 4, MEDIUM, ELEMENTS),
-            (64, 21, 4, NARROW, ELEMENTS),  # the classifier
-            (3, 64, 4, ELEMENTS, ELEMENTS),  # the first layer
+            (64, 33, 4, MEDIUM, WEIGHT_ELEMENTS),
+            (64, 21, 4, NARROW, WEIGHT_ELEMENTS),  # the classifier
+            (3, 64, 4, ELEMENTS, WEIGHT_ELEMENTS),  # the first layer
             (4, 64, 4, MEDIUM, MEDIUM),
-            (4, 64, 2, ELEMENTS, ELEMENTS),  # half a piece of bfloat16
+            (4, 64, 2, ELEMENTS, WEIGHT_ELEMENTS),  # half a piece of bfloat16
         ],
     )
     def test_tiles(self, c, o, itemsize, forward, weight):
@@ -57,7 +58,7 @@ class TestPlan:
         assert weight_tile(g, itemsize) is weight
 
     def test_tiles_fit_into_the_gpus_with_the_least_shared_memory(self):
-        for tile in (WIDE, MEDIUM, NARROW, ELEMENTS):
+        for tile in (WIDE, MEDIUM, NARROW, ELEMENTS, WEIGHT_ELEMENTS):
             assert tile.shared <= 98 * 1024  # of 99 KiB on sm_86, sm_89, sm_120; the rest is static
 
     @pytest.mark.parametrize(
@@ -97,7 +98,28 @@ class TestPlan:
             for rows, columns in ((128, 64), (128, 128)):
                 chunks = Chunks.of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
                 assert (chunks.count - 1) * chunks.pixels < pixels <= chunks.count * chunks.pixels
-                assert chunks.count <= Chunks.MAX_CHUNKS
+                assert chunks.count <= Chunks.WANTED_BLOCKS
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunks", [1, 31, 32, 45])
+def test_partial_results_are_added_in_their_order(chunks):
+    """Many chunks by lanes, every 8th each, whose sums are added in their order: float32 to the bit."""
+    rng = np.random.default_rng(chunks)
+    x, weight = spec((1, 1, 64, 3), F32), spec((5, 3, 3, 3), F32)
+    partials, dweight = rng.standard_normal((chunks, *weight.shape)).astype(F32), np.empty(weight.shape, F32)
+    Conv2dBackwardWeight.plan(x, weight, 1, 1, "tf32").launch_merge(get_device("host"), partials, dweight)
+    lanes = 8 if chunks >= 32 else 1
+    of_lanes = []
+    for lane in range(lanes):
+        own = np.zeros(weight.shape, F32)
+        for part in partials[lane::lanes]:
+            own += part
+        of_lanes.append(own)
+    expected = of_lanes[0]
+    for own in of_lanes[1:]:
+        expected = expected + own
+    np.testing.assert_array_equal(dweight, expected)
 
 
 @needs_compiler

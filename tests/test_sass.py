@@ -25,14 +25,11 @@ TILES = {
     "conv2d_forward_mma_128x128": (64, 64, 128, 128),
     "conv2d_forward_mma_128x64": (64, 32, 128, 64),
     "conv2d_forward_mma_128x32": (32, 32, 128, 32),
-    "conv2d_forward_mma_elements": (64, 32, 128, 64),
     "conv2d_backward_weight_mma_128x128": (64, 64, 128, 128),
     "conv2d_backward_weight_mma_128x64": (64, 32, 128, 64),
-    "conv2d_backward_weight_mma_elements": (64, 32, 128, 64),
     "conv2d_fused_forward_128x128": (64, 64, 128, 128),
     "conv2d_fused_forward_128x64": (64, 32, 128, 64),
     "conv2d_fused_forward_128x32": (32, 32, 128, 32),
-    "conv2d_fused_forward_elements": (64, 32, 128, 64),
     "conv2d_fused_split_128x64": (64, 32, 128, 64),
     "conv2d_fused_backward_data_128x128": (64, 64, 128, 128),
     "conv2d_fused_backward_data_128x64": (64, 32, 128, 64),
@@ -91,14 +88,34 @@ def test_main_loop(kernel, element, architecture):
         assert loop["LDS"] == 0
 
     # Copies: 16 bytes each, past the registers. Nothing else comes from global memory.
-    if kernel.endswith("elements"):
-        assert count("LDG.E.U16" if element == "bf16" else "LDGSTS.E") > 0
-    else:
-        assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
-        assert count("LDG.") == count("STS.U") == 0
+    assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
+    assert count("LDG.") == count("STS.U") == 0
 
     assert count("BAR") == 1, "one barrier a stage"
     assert count("LDL") == count("STL") == 0, "local memory"
+
+
+GATHERED = ("conv2d_forward_mma_elements", "conv2d_backward_weight_mma_elements", "conv2d_fused_forward_elements")
+
+
+def body_of(kernel, element, architecture):
+    """The machine code of one kernel."""
+    text = re.split(r"^\.text\.", sass_of(find_kernel(kernel).source, element, architecture), flags=re.MULTILINE)
+    (own,) = (body for body in text if body.startswith(f"{kernel}:"))
+    return own
+
+
+@needs_disassembler
+@pytest.mark.parametrize("element", SOURCE.elements)
+@pytest.mark.parametrize(("kernel", "architecture"), [(k, a) for k in GATHERED for a in chosen_for(k)])
+def test_few_channels(kernel, element, architecture):
+    """A step of 32 x 64 results a warp: its numbers are loaded before the first product, and stay in registers."""
+    body = body_of(kernel, element, architecture)
+    assert len(re.findall(r"\bHMMA\.", body)) == 16 * (3 if element == "tf32x3" else 1)
+    loads = r"\bLDG\.E\.U16" if element == "bf16" else r"\bLDG\.E\b"
+    before = re.findall(loads, body[: body.index("HMMA.")])
+    assert len(before) >= (16 if element == "bf16" else 8)
+    assert not re.search(r"\b(?:LDL|STL)\b", body), "local memory"
 
 
 # What the fused engine's kernels store beside whole pieces of maps: floats of partial sums, codes (a byte or two).
@@ -123,8 +140,7 @@ def test_maps_move_in_pieces_of_16_bytes(kernel, architecture):
     """Left to itself the compiler splits them into words where they come out of branches or arithmetic."""
     source = find_kernel(kernel).source
     for element in source.elements:
-        body = re.split(r"^\.text\.", sass_of(source, element, architecture), flags=re.MULTILINE)
-        (own,) = (text for text in body if text.startswith(f"{kernel}:"))
+        own = body_of(kernel, element, architecture)
         stores = set(re.findall(r"\bSTG\.E\.?(\w*)", own))
         assert stores - {"128"} <= OTHER_STORES[kernel], element
         assert "128" in stores, element
@@ -136,6 +152,7 @@ def test_maps_move_in_pieces_of_16_bytes(kernel, architecture):
 HOPPER = {
     "conv2d_hopper_forward_halo_256x128": (128, 72, "", {"3D", "4D"}),
     "conv2d_hopper_forward_halo_256x64": (64, 72, "", {"3D", "4D"}),
+    "conv2d_hopper_forward_halo_256x32": (32, 72, "", {"3D", "4D"}),
     "conv2d_hopper_forward_halo_128x128": (128, 36, "", {"3D", "4D"}),
     "conv2d_hopper_forward_columns_256x128": (128, 72, "", {"3D", "4D.IM2COL"}),
     "conv2d_hopper_forward_columns_128x128": (128, 36, "", {"3D", "4D.IM2COL"}),
@@ -160,10 +177,9 @@ def test_on_hopper(name):
     source = find_kernel(kernels[0]).source
     (compiled,) = compile_all([source], ["sm_90"], ["bf16"])  # first: it keeps the machine code, too
     assert compiled.remarks == ()  # as (C7510): products that are serialised
-    body = re.split(r"^\.text\.", sass_of(source, "bf16", "sm_90"), flags=re.MULTILINE)
     for kernel in kernels:
         columns, products, transposed, boxes = HOPPER[kernel]
-        (own,) = (text for text in body if text.startswith(f"{kernel}:"))
+        own = body_of(kernel, "bf16", "sm_90")
         multiplied = re.findall(r"\bHGMMA\.(\S+)([^;]*);", own)
         assert [shape for shape, _ in multiplied] == [f"64x{columns}x16.F32.BF16"] * products, kernel
         for _, operands in multiplied:

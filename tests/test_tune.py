@@ -126,10 +126,11 @@ class TestTune:
             if wide:
                 assert choice.fastest == ("halo_128x128" if "windows" in key else "columns_128x128")
             else:
-                assert set(choice.seconds) == {"halo_256x64"}
+                few = "->32" in key and "forward" in key  # outputs, that a tile of their own would suit
+                assert set(choice.seconds) == {"halo_256x64"} | ({"halo_256x32"} if few else set())
         program = training_program(SegNet.blocks_of(0.25), 2, (32, 32), Convolutions.on(device, "bf16"), Objective(21))
         taken = {step.op.tile.name for step in program.steps if step.op.name == "conv2d_hopper_forward"}
-        assert taken == {"columns_128x128", "halo_256x64"}
+        assert taken - {"halo_256x32"} == {"columns_128x128", "halo_256x64"}
 
     def test_without_a_gpu_it_says_so(self):
         with pytest.raises(DeviceError, match=r"measured on a GPU, and the device is numpy"):

@@ -1,5 +1,6 @@
 // 3x3 convolution (stride 1, padding 1) on Hopper's tensor cores: the main loop that fprop and dgrad share, and the way
-// out of its sums. Channels in and out are multiples of 64; maps are bfloat16, sums float.
+// out of its sums. Maps are bfloat16, sums float. Channels of x are a multiple of 64, outputs too, or pieces of less than 64
+// (a classifier's): what the TMA finds beyond the last of them is zeros.
 //
 //   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
 //   dgrad  dx[p, c] = sum over taps t, outputs o of   dy[p + t, o] * weight[o, 8 - t, c]    columns are channels of x
@@ -53,6 +54,11 @@ struct Convolution {
     int depth;    // channels of the map that is read
     int columns;  // channels of the map that is made
 };
+
+template <int COLUMNS>
+__device__ int tiles_across(const Convolution& g) {
+    return (g.columns + COLUMNS - 1) / COLUMNS;
+}
 
 // The first multiple of 1024 in dynamic shared memory, which is asked for with 1024 bytes to spare.
 __device__ inline char* align_stages(char* memory) { return memory + (0u - shared_address(memory)) % 1024; }
@@ -249,7 +255,7 @@ struct Layout {
 // The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
 template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
 __device__ void produce(Maps maps, Taps taps, const TensorMap& map, const TensorMap& weight, const Convolution& g, int tiles) {
-    const int across = g.columns / COLUMNS;
+    const int across = tiles_across<COLUMNS>(g);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
         for (int channel = 0; channel < g.depth; channel += DEPTH)
             for (int tap = 0; tap < TAPS; ++tap) {
@@ -307,14 +313,15 @@ __device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::T
 }
 
 // The sums as they are stored, two neighbouring columns in a register: of each 64 columns the TILES of 64 pixels. `bias`, of
-// the tile's columns, may be null.
-template <int TILES, int COLUMNS>
-__device__ void round_sums(unsigned (&pairs)[COLUMNS / 64 * TILES][PAIRS], const Accumulators<COLUMNS> (&sums)[TILES],
-                           const accumulate_t* bias) {
+// the `columns` from the tile's first one on, may be null.
+template <int TILES, int COLUMNS, int PARTS>
+__device__ void round_sums(unsigned (&pairs)[PARTS][PAIRS], const Accumulators<COLUMNS> (&sums)[TILES],
+                           const accumulate_t* bias, int columns) {
 #pragma unroll
     for (int j = 0; j < COLUMNS / 2; j += 2) {
         const int column = wgmma_column(j);
-        const float shifts[2] = {bias ? bias[column] : 0, bias ? bias[column + 1] : 0};
+        const bool shifted = bias && column < columns;
+        const float shifts[2] = {shifted ? bias[column] : 0, shifted ? bias[column + 1] : 0};
 #pragma unroll
         for (int i = 0; i < TILES; ++i)
             pairs[j / 2 / PAIRS * TILES + i][j / 2 % PAIRS] = bfloat16_pair(sums[i][j] + shifts[0], sums[i][j + 1] + shifts[1]);
@@ -368,7 +375,7 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         mbarrier_init_fence();
     }
     __syncthreads();
-    const int across = g.columns / COLUMNS, tiles = row_tiles * across;
+    const int across = tiles_across<COLUMNS>(g), tiles = row_tiles * across;
     if (warpgroup_index() == CONSUMERS) {
         setmaxnreg_decrease<PRODUCER_REGISTERS>();
         if (warpgroup_thread() == 0) produce<Source, Weights, COLUMNS>(maps, taps, map, weight, g, tiles);
@@ -378,11 +385,11 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     WayOut way_out(stages + Place::Maps::BYTES + Place::Taps::BYTES);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int column = tile % across * COLUMNS;
-        unsigned pairs[Source::TILES * COLUMNS / 64][PAIRS];
+        unsigned pairs[Source::TILES * ((COLUMNS + 63) / 64)][PAIRS] = {};
         {
             Accumulators<COLUMNS> sums[Source::TILES];
             multiply<Source, Weights, COLUMNS>(sums, maps, taps, g.depth);
-            round_sums(pairs, sums, bias ? bias + column : nullptr);
+            round_sums(pairs, sums, bias ? bias + column : nullptr, g.columns - column);
         }
         leave_tile<Source>(way_out, pairs, leave, g, tile / across, column);
     }

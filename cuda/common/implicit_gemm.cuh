@@ -7,12 +7,8 @@
 // of 128 bytes of depth (32 float32 or 64 bfloat16), copied two stages ahead of the arithmetic, so that the latency of
 // global memory is hidden. How operands lie in shared memory and reach the registers: warp_tile.cuh.
 //
-// The patches come from a source:
-//
-//   DensePieces    16 bytes at a time by asynchronous copies; the channels are a multiple of PIECE
-//   DenseElements  any channels (3 of an image), number by number
-//
-// and in fprop the pixels come in one of two orders (RowOrder): one after the other, or window by window.
+// Patches are copied 16 bytes at a time, so the channels are a multiple of PIECE; others: gathered_gemm.cuh. In fprop the
+// pixels come in one of two orders (RowOrder): one after the other, or window by window.
 //
 // In fprop, thread t copies piece t % 8 of every 16th patch and weight row from t / 8 on; in wgrad, where the contiguous
 // dimension is no depth, a fixed piece of every pixel that is its turn.
@@ -92,48 +88,18 @@ struct Tap {
         }
     }
     __device__ unsigned bits() const { return 1u << ky | 1u << (16 + kx); }  // of Patch::taps
+    __device__ int offset(const Convolution& g) const { return (ky * g.w + kx) * g.c + channel; }  // from Patch::offset on
 };
 
 __device__ inline void copy_piece(char* to, const storage_t* from, const storage_t* array, bool inside) {
     cp_async_16(to, inside ? from : array, inside ? PIECE_BYTES : 0);
 }
 
-// Two bytes are too few for an asynchronous copy: bfloat16 passes by a register. What a stage receives early is safe,
-// since nobody reads it before the barrier after its wait.
-__device__ inline void copy_element(char* to, const storage_t* from, const storage_t* array, bool inside) {
-    if constexpr (sizeof(storage_t) == 4)
-        cp_async_4(to, inside ? from : array, inside ? 4 : 0);
-    else
-        *(storage_t*)to = inside ? *from : storage_t(0);
+__device__ inline Patch patch_of(const Convolution& g, const Pixel& pixel) {
+    const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
+    const unsigned rows = Patch::taps_inside(y, g.h, g.kh), columns = Patch::taps_inside(x, g.w, g.kw);
+    return {((pixel.image * g.h + y) * g.w + x) * g.c, pixel.exists ? rows | columns << 16 : 0};
 }
-
-// The source of patches: that of a pixel, the tap of a stage, and the copy from a patch.
-template <bool PIECES_>
-struct Dense {
-    static constexpr bool PIECES = PIECES_;
-    const storage_t *x, *images, *shifted = nullptr;
-    unsigned bits = 0;
-
-    __device__ Dense(const Convolution& g, const storage_t* map, int first_image)
-        : x(map), images(map + (int64)first_image * g.h * g.w * g.c) {}
-    __device__ static Patch patch(const Convolution& g, const Pixel& pixel) {
-        const int y = pixel.y - g.pad_y, x = pixel.x - g.pad_x;
-        const unsigned rows = Patch::taps_inside(y, g.h, g.kh), columns = Patch::taps_inside(x, g.w, g.kw);
-        return {((pixel.image * g.h + y) * g.w + x) * g.c, pixel.exists ? rows | columns << 16 : 0};
-    }
-    __device__ void take_tap(const Convolution& g, const Tap& tap) {
-        shifted = images + ((tap.ky * g.w + tap.kx) * g.c + tap.channel);
-        bits = tap.bits();
-    }
-    __device__ void copy(char* to, const Patch& patch) const {
-        if constexpr (PIECES)
-            copy_piece(to, shifted + patch.offset, x, patch.inside(bits));
-        else
-            copy_element(to, shifted + patch.offset, x, patch.inside(bits));
-    }
-};
-using DensePieces = Dense<true>;
-using DenseElements = Dense<false>;
 
 // The pipeline: STAGES - 1 stages are under way while one is multiplied. `begin(i, stage)` starts the copies of the i-th
 // part of the depth, `multiply(stage)` adds a stage's product.
@@ -162,7 +128,8 @@ struct BlockTile {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_DOWN = WARPS_DOWN_;
     static constexpr int WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
     static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
-    static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * DEPTH_BYTES;
+    static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * DEPTH_BYTES, SHARED = STAGES * STAGE_BYTES;
+    static constexpr bool GATHERED = false;  // gathered_gemm.cuh
     typedef WarpTile<WARP_ROWS, WARP_COLUMNS> Tile;
     // Where the part of this thread's warp begins.
     __device__ static int row0() { return warp_index() % WARPS_DOWN * WARP_ROWS; }
@@ -175,49 +142,42 @@ struct ForwardOperands {
 
 // The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on. Of the
 // depth, the stages from `first_part` on, at most `most_parts`.
-template <class Block, class Source>
+template <class Block>
 __device__ void block_multiply_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
                                        const storage_t* __restrict__ weight, const Convolution& g,
                                        const RowOrder& order, int first_part = 0, int most_parts = 1 << 30) {
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [Block::ROWS]);
-    // A piece, or one number, of every LANES-th row.
-    constexpr bool PIECES = Source::PIECES;
-    constexpr int ACROSS = PIECES ? DEPTH / PIECE : DEPTH, LANES = THREADS / ACROSS, COUNT = Block::ROWS / LANES;
-    constexpr int UNROLL = PIECES ? COUNT : 4;
+    constexpr int ACROSS = DEPTH / PIECE, LANES = THREADS / ACROSS;  // a thread copies a piece of every LANES-th row
 
     const int64 first_row = (int64)blockIdx.x * Block::ROWS, rows = (int64)g.n * order.rows_of_image();
     const int first_image = (int)(first_row / order.rows_of_image());
     const int first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int row = threadIdx.x; row < Block::ROWS; row += THREADS) {
         const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
-        patches[row] = Source::patch(g, order.at(within, first_row + row < rows));
+        patches[row] = patch_of(g, order.at(within, first_row + row < rows));
     }
     __syncthreads();
 
-    Source source(g, x, first_image);
-    const int part = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
-    const int start = PIECES ? part * PIECE : part;
-    const int piece = start / PIECE, within = start % PIECE * (int)sizeof(storage_t);
-    int k = first_part * DEPTH + start;
+    const storage_t* const images = x + (int64)first_image * g.h * g.w * g.c;
+    const int piece = threadIdx.x % ACROSS, lane = threadIdx.x / ACROSS;
+    int k = first_part * DEPTH + piece * PIECE;
     Tap tap(g, k);
-    auto left = [&](int i, int stage) {
-        return stages + stage * Block::STAGE_BYTES + DepthContiguous::offset(lane + i * LANES, piece) + within;
-    };
     auto begin = [&](int, int stage) {
-        source.take_tap(g, tap);
-#pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.copy(left(i, stage), patches[lane + i * LANES]);
-        char* const right = stages + stage * Block::STAGE_BYTES + Block::ROWS * DEPTH_BYTES;
-#pragma unroll UNROLL
-        for (int i = 0; i < Block::COLUMNS / LANES; ++i) {
-            const int column = lane + i * LANES, output = first_channel + column;
-            char* const to = right + DepthContiguous::offset(column, piece) + within;
-            const storage_t* const from = weight + (int64)output * depth + k;
-            if constexpr (PIECES)
-                copy_piece(to, from, weight, k < depth && output < g.o);
-            else
-                copy_element(to, from, weight, k < depth && output < g.o);
+        char* const left = stages + stage * Block::STAGE_BYTES;
+        const storage_t* const shifted = images + tap.offset(g);
+        const unsigned bits = tap.bits();
+#pragma unroll
+        for (int row = lane; row < Block::ROWS; row += LANES) {
+            const Patch patch = patches[row];
+            copy_piece(left + DepthContiguous::offset(row, piece), shifted + patch.offset, x, patch.inside(bits));
+        }
+        char* const right = left + Block::ROWS * DEPTH_BYTES;
+#pragma unroll
+        for (int column = lane; column < Block::COLUMNS; column += LANES) {
+            const int output = first_channel + column;
+            copy_piece(right + DepthContiguous::offset(column, piece), weight + (int64)output * depth + k, weight,
+                       k < depth && output < g.o);
         }
         k += DEPTH;
         tap.advance(g, DEPTH);
@@ -234,64 +194,66 @@ struct WeightOperands {
     typedef DepthDown<COLUMNS> Right;
 };
 
-// wgrad of the pixels of chunk blockIdx.z: rows are positions of kh kw c, columns outputs, the depth is pixels.
-template <class Block, class Source>
+// The pixels of chunk blockIdx.z.
+struct WeightChunk {
+    int64 first_pixel;
+    int count, first_image, first;  // first: its first pixel, counted from the first image that it touches
+    __device__ WeightChunk(const Convolution& g, int64 pixels_per_chunk) : first_pixel(blockIdx.z * pixels_per_chunk) {
+        const int64 left = g.pixels() - first_pixel;
+        count = (int)(pixels_per_chunk < left ? pixels_per_chunk : left);
+        first_image = (int)(first_pixel / (g.oh * g.ow));
+        first = (int)(first_pixel - (int64)first_image * (g.oh * g.ow));
+    }
+    __device__ int parts() const { return (count + DEPTH - 1) / DEPTH; }
+    __device__ Patch patch(const Convolution& g, int pixel) const {
+        return patch_of(g, RowOrder(g, false).at(first + min(pixel, count - 1), pixel < count));
+    }
+};
+
+// wgrad of a chunk: rows are positions of kh kw c, columns outputs, the depth is pixels.
+template <class Block>
 __device__ void block_backward_weight(const storage_t* __restrict__ x, const storage_t* __restrict__ dy,
                                       accumulate_t* __restrict__ partials, const Convolution& g, int64 pixels_per_chunk) {
     constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS;
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);  // of the pixels of a part of the depth, a part ahead of the copies
-    // Of every LANES-th pixel this thread copies one piece or number of the patches, another of dy.
-    constexpr bool PIECES = Source::PIECES;
-    constexpr int UNIT = PIECES ? PIECE : 1, UNROLL = PIECES ? DEPTH : 4;
-    constexpr int LEFT_LANES = THREADS * UNIT / ROWS, RIGHT_LANES = THREADS * UNIT / COLUMNS;
-    constexpr int COUNT = DEPTH / LEFT_LANES;
+    // Of every LANES-th pixel this thread copies one piece of the patches, another of dy.
+    constexpr int LEFT_LANES = THREADS * PIECE / ROWS, RIGHT_LANES = THREADS * PIECE / COLUMNS;
 
-    const RowOrder order(g, false);
-    const int64 pixels = g.pixels(), first_pixel = blockIdx.z * pixels_per_chunk;
-    const int first_image = (int)(first_pixel / (g.oh * g.ow));
-    const int count = (int)(first_pixel + pixels_per_chunk < pixels ? pixels_per_chunk : pixels - first_pixel);
-    const int parts = (count + DEPTH - 1) / DEPTH, first = (int)(first_pixel - (int64)first_image * (g.oh * g.ow));
+    const WeightChunk chunk(g, pixels_per_chunk);
     const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_channel = blockIdx.y * COLUMNS;
     auto find_patches = [&](int part, int slot) {
-        for (int i = threadIdx.x; i < DEPTH; i += THREADS) {
-            const int pixel = part * DEPTH + i;
-            patches[slot][i] = Source::patch(g, order.at(first + min(pixel, count - 1), pixel < count));
-        }
+        for (int i = threadIdx.x; i < DEPTH; i += THREADS) patches[slot][i] = chunk.patch(g, part * DEPTH + i);
     };
 #pragma unroll
     for (int part = 0; part < STAGES; ++part) find_patches(part, part);
     __syncthreads();
 
-    const int left_number = threadIdx.x * UNIT % ROWS, right_number = threadIdx.x * UNIT % COLUMNS;
-    const int left_lane = threadIdx.x * UNIT / ROWS, right_lane = threadIdx.x * UNIT / COLUMNS;
+    const int left_number = threadIdx.x * PIECE % ROWS, right_number = threadIdx.x * PIECE % COLUMNS;
     const int output = first_channel + right_number;
-    const storage_t* const gradients = dy + first_pixel * g.o + output;
-    Source source(g, x, first_image);
-    source.take_tap(g, Tap(g, first_row + left_number));
-    auto left = [&](int i, int stage) {
-        return stages + stage * Block::STAGE_BYTES + DepthDown<ROWS>::offset(left_lane + i * LEFT_LANES, left_number / PIECE) +
-               left_number % PIECE * (int)sizeof(storage_t);
-    };
+    const Tap tap(g, first_row + left_number);
+    const unsigned bits = tap.bits();
+    const storage_t* const shifted = x + (int64)chunk.first_image * g.h * g.w * g.c + tap.offset(g);
+    const storage_t* const gradients = dy + chunk.first_pixel * g.o + output;
     auto begin = [&](int part, int stage) {
-#pragma unroll UNROLL
-        for (int i = 0; i < COUNT; ++i) source.copy(left(i, stage), patches[stage][left_lane + i * LEFT_LANES]);
-        char* const right = stages + stage * Block::STAGE_BYTES + ROWS * DEPTH_BYTES;
-#pragma unroll UNROLL
-        for (int i = 0; i < DEPTH / RIGHT_LANES; ++i) {
-            const int row = right_lane + i * RIGHT_LANES, pixel = part * DEPTH + row;
-            char* const to = right + DepthDown<COLUMNS>::offset(row, right_number / PIECE) + right_number % PIECE * (int)sizeof(storage_t);
-            const storage_t* const from = gradients + (int64)pixel * g.o;
-            if constexpr (PIECES)
-                copy_piece(to, from, dy, pixel < count && output < g.o);
-            else
-                copy_element(to, from, dy, pixel < count && output < g.o);
+        char* const left = stages + stage * Block::STAGE_BYTES;
+#pragma unroll
+        for (int i = threadIdx.x * PIECE / ROWS; i < DEPTH; i += LEFT_LANES) {
+            const Patch patch = patches[stage][i];
+            copy_piece(left + DepthDown<ROWS>::offset(i, left_number / PIECE), shifted + patch.offset, x, patch.inside(bits));
+        }
+        char* const right = left + ROWS * DEPTH_BYTES;
+#pragma unroll
+        for (int i = threadIdx.x * PIECE / COLUMNS; i < DEPTH; i += RIGHT_LANES) {
+            const int pixel = part * DEPTH + i;
+            copy_piece(right + DepthDown<COLUMNS>::offset(i, right_number / PIECE), gradients + (int64)pixel * g.o, dy,
+                       pixel < chunk.count && output < g.o);
         }
         // Into the slot that was read STAGES - 1 parts and at least a barrier ago; it is read next after another barrier.
         if (part + 1 >= STAGES) find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);
     };
     typename Block::Tile tile;
-    run_pipeline(parts, begin, [&](int stage) {
+    run_pipeline(chunk.parts(), begin, [&](int stage) {
         const char* const operands = stages + stage * Block::STAGE_BYTES;
         add_stage<WeightOperands<COLUMNS>>(tile, operands, operands + ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
     });

@@ -13,7 +13,6 @@ from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, 
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.nn.modules import ConvUnit
-from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
@@ -56,7 +55,7 @@ def inference_program(
     shape = (padded(classes, rung), classifier_kernel, classifier_kernel, blocks[-1].out_channels)
     weight = program.give(f"{CLASSIFIER}.weight", Spec(shape, dtype))
     bias = program.give(f"{CLASSIFIER}.bias", vector(shape[0]))
-    classify = Conv2dForward.plan(program.spec_of(x), Spec(shape, dtype), 1, classifier_kernel // 2, rung)
+    classify = convolutions.forward(program.spec_of(x), Spec(shape, dtype), bias=True)
     program.add(CLASSIFIER, classify, x=x, weight=weight, bias=bias, y="logits")
     return program
 

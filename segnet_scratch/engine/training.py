@@ -17,7 +17,7 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, Layer, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
-from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias, Conv2dForward
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
@@ -105,7 +105,7 @@ class _Builder:
             self._block_forward(layer, x)
             x = self._output(layer)
         weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
-        op = Conv2dForward.plan(self.spec_of(x), self.spec_of(weight), 1, self.classifier_weight[1] // 2, self.rung)
+        op = self.convolutions.forward(self.spec_of(x), self.spec_of(weight), bias=True)
         self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
 
     def _block_forward(self, layer: Layer, x: str) -> None:

@@ -193,9 +193,16 @@ class Conv2dBackwardWeight(_ConvOp):
             self.kernel(device, "conv2d_backward_weight_tiled", grid, TILE_THREADS, *arguments)
         else:
             mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b.x, b.dy, b.partials)
-        count = b.dweight.size
-        arguments = (b.partials, b.dweight, count, self.chunks.count)
-        self.kernel(device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *arguments)
+        self.launch_merge(device, b.partials, b.dweight)
+
+    def launch_merge(self, device: Device, partials: Array, dweight: Array) -> None:
+        """dweight = the sum of partials (chunks, *dweight.shape)."""
+        chunks, count = partials.shape[0], dweight.size
+        lanes = 8 if chunks >= 32 else 1  # from the shape alone: they decide the order of the sum
+        block = ELEMENT_THREADS // lanes, lanes
+        types = ElementTypes.of(self.inputs["x"].dtype)
+        grid = element_grid(count * lanes)
+        self.kernel(device, "conv2d_backward_weight_merge", grid, block, partials, dweight, count, chunks, types=types)
 
     def reference(self, b: Buffers) -> None:
         for ky, kx, patch in _taps(self.geometry, _padded(self.geometry, b.x)):

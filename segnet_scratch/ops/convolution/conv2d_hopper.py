@@ -19,13 +19,14 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.signature import ElementTypes
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 
 CHANNELS = 64  # of which maps have a multiple: rows of 128 bytes
+PIECE = 8  # of which they have one where there are fewer: distances in a tensor map are multiples of 16 bytes
 SIDE = 8  # pixels of a block
 CONSUMERS = 2  # warpgroups that multiply
 THREADS = 128 * (CONSUMERS + 1)
@@ -71,7 +72,8 @@ class Tile:
 
     def fits(self, columns: int, windows: bool) -> bool:
         """Can it compute so many columns; and 2x2 windows, if there are any? They lie within a block of 8x8."""
-        return columns % self.columns == 0 and (self.halo or not windows)
+        whole = self.columns >= CHANNELS and columns % self.columns == 0
+        return (whole or columns <= self.columns <= CHANNELS) and (self.halo or not windows)
 
     def map(self, array: Array) -> TensorMap:
         """How the kernel reads a map (n, h, w, c)."""
@@ -83,6 +85,7 @@ class Tile:
 TILES = (
     Tile("halo_256x128", 256, 128, True, 2, 5),
     Tile("halo_256x64", 256, 64, True, 2, 9),
+    Tile("halo_256x32", 256, 32, True, 2, 9),  # fprop of a classifier
     Tile("halo_128x128", 128, 128, True, 2, 6),
     Tile("columns_256x128", 256, 128, False, 4, 4),
     Tile("columns_128x128", 128, 128, False, 6, 6),
@@ -95,8 +98,9 @@ def misfit_of_weight(weight: tuple[int, ...]) -> str | None:
     o, kh, kw, c = weight
     if (kh, kw) != (3, 3):
         return f"takes 3x3 kernels, not {kh}x{kw}"
-    if c % CHANNELS or o % CHANNELS:
-        return f"takes channels in multiples of {CHANNELS}, not {c} to {o}"
+    if c % CHANNELS or o % (CHANNELS if o > CHANNELS else PIECE):
+        few = f"below {CHANNELS} outputs in multiples of {PIECE}"
+        return f"takes channels in multiples of {CHANNELS}, not {c} to {o} ({few})"
     return None
 
 
@@ -174,7 +178,7 @@ def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
     ones where the larger ones would leave many more multiprocessors of an H100 without work in their last round.
     """
     if columns % 128:
-        return NAMED["halo_256x64"]
+        return NAMED["halo_256x32" if columns <= 32 else "halo_256x64"]
     within = h * w / (-(-h // SIDE) * -(-w // SIDE) * SIDE**2)
     if within < 0.9 and not windows:
         return NAMED["columns_128x128"]
@@ -253,7 +257,7 @@ class HopperForward(FusedForward, _Tiled):
         self.kernel(
             device,
             f"{self.name}_{tile.name}",
-            _persistent(device, rows * (g.o // tile.columns)),
+            _persistent(device, rows * -(-g.o // tile.columns)),
             THREADS,
             *(tile.map(b.x), TensorMap(_taps(b.weight), (tile.columns, 1, CHANNELS)), *optional),
             *(*g.x, g.o, *self.out[1:3], rows, int(self.relu)),
@@ -332,7 +336,7 @@ class Parts:
     def of(g: Geometry) -> "Parts":
         """For tiles of 64 outputs x 64 channels."""
         blocks = g.n * -(-g.h // SIDE) * -(-g.w // SIDE)
-        wanted = max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * (g.o // CHANNELS))))
+        wanted = max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * -(-g.o // CHANNELS))))
         each = -(-blocks // wanted)
         return Parts(-(-blocks // each), each)
 
@@ -358,23 +362,19 @@ class HopperBackwardWeight(Conv2dBackwardWeight):
         return ElementTypes.named("bf16")
 
     def launch(self, device: Device, b: Buffers) -> None:
-        g, parts, count = self.geometry, self.parts, b.dweight.size
+        g, parts = self.geometry, self.parts
         partials = b.partials if self.workspace else b.dweight
         self.kernel(
             device,
             self.name,
-            (g.c // CHANNELS * (g.o // CHANNELS), parts.count),
+            (g.c // CHANNELS * -(-g.o // CHANNELS), parts.count),
             self.THREADS,
             *(TensorMap(b.x, HALO), TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS)), partials),
             *(*g.x, g.o, parts.count, parts.blocks),
             shared=self.SHARED,
         )
         if self.workspace:
-            merge = (partials, b.dweight, count, parts.count)
-            types = ElementTypes.of(BFLOAT16)
-            self.kernel(
-                device, "conv2d_backward_weight_merge", element_grid(count), ELEMENT_THREADS, *merge, types=types
-            )
+            self.launch_merge(device, b.partials, b.dweight)
 
 
 def _expect_fit(op: str, g: Geometry) -> None:

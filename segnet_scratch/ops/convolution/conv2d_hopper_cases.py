@@ -51,6 +51,11 @@ SHAPES = [
     _case("images that do not end with a tile", (3, 9, 10), "columns_256x128"),
     _case("three tiles: a block goes on to a second one", (3, 9, 10), "columns_128x128"),
 ]
+# Fewer outputs than a tile has: the rest of it is zeros.
+CLASSIFIERS = [
+    fused_case("21 classes in whole pieces", (1, 9, 11), CHANNELS, 24, tile="halo_256x32"),
+    fused_case("a piece less than a chunk", (1, 5, 9), CHANNELS, 56, tile="halo_256x64"),
+]
 
 
 class HopperRow(FusedRow):
@@ -67,10 +72,14 @@ class HopperRow(FusedRow):
             halo = NAMED[case["tile"]].halo
             fitting = [options for options in self.options if halo or not self._with_windows(options)]
             found.append(Case(case.reason, {**case.sizes, **fitting[i % len(fitting)]}))
-        return found + [
+        return [*found, *self.classifiers()] + [
             _case(f"odd edges {number}", (1, 9, 11), "halo_256x64", **options)
             for number, options in enumerate(self.options)
         ]
+
+    def classifiers(self) -> list[Case]:
+        """Cases of few outputs."""
+        return [Case(case.reason, {**case.sizes, **self.options[0]}) for case in CLASSIFIERS]
 
     def _with_windows(self, options: dict[str, Any]) -> bool:
         """Do options ask for 2x2 windows? Only halo tiles have them."""
@@ -124,6 +133,11 @@ class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
     """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
 
     op = HopperBackwardData
+
+    def classifiers(self) -> list[Case]:
+        # What a case calls channels and outputs are those of dgrad's product: dy has few.
+        few = [fused_case(case.reason, case["x"][:3], case["o"], CHANNELS, tile="halo_256x64") for case in CLASSIFIERS]
+        return [Case(case.reason, {**case.sizes, **self.options[0]}) for case in few]
 
     def _with_windows(self, options: dict[str, Any]) -> bool:
         return bool(options["unpool"])

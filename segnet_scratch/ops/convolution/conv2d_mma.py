@@ -35,8 +35,9 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: the stages of the pipeline."""
-        return self.STAGES * (self.rows + self.columns) * self.DEPTH_BYTES
+        """Bytes of dynamic shared memory: the stages of the pipeline, or what kernels without patches in them need."""
+        stages = 2 if self.name == "elements" else self.STAGES
+        return stages * (self.rows + self.columns) * self.DEPTH_BYTES
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Blocks that cover so many rows and columns."""
@@ -44,7 +45,8 @@ class Tile:
 
 
 WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile("128x32", 128, 32)
-ELEMENTS = Tile("elements", 128, 64)  # copies number by number: for channels that are no multiple of a 16-byte piece
+# For channels that are no multiple of a 16-byte piece: fprop, wgrad.
+ELEMENTS, WEIGHT_ELEMENTS = Tile("elements", 128, 64), Tile("elements", 32, 64)
 
 
 def forward_tile(g: Geometry, itemsize: int) -> Tile:
@@ -68,7 +70,7 @@ def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile) -> 
 def weight_tile(g: Geometry, itemsize: int) -> Tile:
     """The tile of wgrad: rows are positions of kh kw c, columns outputs."""
     if g.c * itemsize % 16 or g.o * itemsize % 16:
-        return ELEMENTS
+        return WEIGHT_ELEMENTS
     return MEDIUM if g.o <= MEDIUM.columns else WIDE
 
 
@@ -80,14 +82,13 @@ class Chunks:
     pixels: int  # of each; the last may have fewer
 
     MIN_PIXELS: ClassVar[int] = 2048  # so that adding the partial results stays small beside making them
-    MAX_CHUNKS: ClassVar[int] = 64
     WANTED_BLOCKS: ClassVar[int] = 512  # enough to fill a large GPU
 
     @staticmethod
     def of(g: Geometry, rows: int, columns: int) -> "Chunks":
         """For tiles of so many rows and columns."""
         tiles = -(-g.depth // rows) * -(-g.o // columns)
-        wanted = min(Chunks.MAX_CHUNKS, -(-Chunks.WANTED_BLOCKS // tiles), -(-g.pixels // Chunks.MIN_PIXELS))
+        wanted = min(-(-Chunks.WANTED_BLOCKS // tiles), -(-g.pixels // Chunks.MIN_PIXELS))
         pixels = -(-g.pixels // wanted)
         return Chunks(-(-g.pixels // pixels), pixels)
 

@@ -1,0 +1,181 @@
+// The products of implicit_gemm.cuh for channels that are no whole pieces (3 of an image, 21 of a classifier): numbers of
+// patches go one by one from global memory into the fragments of the tensor cores, without a copy in shared memory.
+//
+// Such a number is 2 or 4 bytes, which no asynchronous copy takes; and an image of few channels, read 9 times over, comes
+// from the L1 cache. What bounds the first layer is the map of 64 channels, not the image:
+//
+//   16x224x224, 3 -> 64, bfloat16   fprop                          wgrad
+//   bytes                           5 read, 103 written            108 read
+//   at 80 % of an H200's 4.25 TB/s  32 us                          32 us
+//   tensor cores (m16n8k16)         3.3 GFLOP, 5 us                3.3 GFLOP, 5 us
+//   numbers gathered                32 of a pixel: 0.8 M loads     the same
+//     at 4 clocks of an L1 a load   14 us on 132 multiprocessors   14 us
+//   instructions (estimated)        700 a thread of a tile: 20 us  400 a thread and 64 pixels: 6 us
+//
+// So the depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is
+// gathered once; and blocks are small enough for several on a multiprocessor, so that one loads while another stores.
+#pragma once
+#include "implicit_gemm.cuh"
+
+#define GATHER_BLOCKS (MULTIPLY == TF32X3 ? 3 : 4)  // on a multiprocessor; three where 128 registers do not suffice
+#define GATHER_WEIGHT_BLOCKS 3
+#define WORD_NUMBERS (4 / (int)sizeof(storage_t))   // in a register of a fragment
+
+template <int ROWS, int COLUMNS>
+struct GatherTile : BlockTile<ROWS, COLUMNS, THREADS / WARP> {
+    static constexpr bool GATHERED = true;
+    static constexpr int SHARED = 2 * BlockTile<ROWS, COLUMNS, THREADS / WARP>::STAGE_BYTES;
+};
+
+// A position of the depth: how far its number lies from where a patch begins, and which taps must lie inside the image.
+struct Position {
+    int offset;
+    unsigned taps;
+    __device__ static Position at(const Convolution& g, int k) {
+        const Tap tap(g, k);
+        return {tap.offset(g), tap.bits()};
+    }
+    __device__ storage_t number(const storage_t* images, const Patch& patch) const {
+        return patch.inside(taps) ? images[patch.offset + offset] : storage_t(0);
+    }
+};
+
+// A register of a fragment from the numbers number(0), number(1) of bfloat16, or from number(0) of tf32.
+template <class Number>
+__device__ unsigned fragment_word(Number number) {
+    if constexpr (WORD_NUMBERS == 1)
+        return __float_as_uint(number(0));
+    else
+        return number(0).bits | (unsigned)number(1).bits << 16;
+}
+
+// fprop: as block_multiply_forward. The weights pass through shared memory, a stage of the depth at a time.
+template <class Block>
+__device__ void block_gather_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
+                                     const storage_t* __restrict__ weight, const Convolution& g, const RowOrder& order) {
+    typedef typename Block::Tile Tile;
+    SHARED_DYNAMIC(char, stage);
+    SHARED_ARRAY(Position, positions, [DEPTH]);
+    static_assert(Block::COLUMNS * DEPTH_BYTES <= Block::SHARED, "no room");
+
+    const int64 first_row = (int64)blockIdx.x * Block::ROWS, rows = (int64)g.n * order.rows_of_image();
+    const int first_image = (int)(first_row / order.rows_of_image());
+    const storage_t* const images = x + (int64)first_image * g.h * g.w * g.c;
+    Patch patches[2 * Tile::M];
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::M; ++i) {
+        const int row = Block::row0() + Tile::row(i / 2, i % 2 * 2);
+        const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
+        patches[i] = patch_of(g, order.at(within, first_row + row < rows));
+    }
+
+    constexpr int LANES = THREADS / STEP_DEPTH;
+    const int lane = threadIdx.x / STEP_DEPTH, first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
+    for (int k0 = 0; k0 < depth; k0 += DEPTH) {
+        const int end = min(DEPTH, (depth - k0 + STEP_DEPTH - 1) / STEP_DEPTH * STEP_DEPTH);
+        __syncthreads();  // the stage before has been read
+        if (threadIdx.x < DEPTH) positions[threadIdx.x] = Position::at(g, k0 + threadIdx.x);
+        for (int k = threadIdx.x % STEP_DEPTH; k < end; k += STEP_DEPTH)
+#pragma unroll
+            for (int column = lane; column < Block::COLUMNS; column += LANES) {
+                const int output = first_channel + column;
+                storage_t* const to = (storage_t*)(stage + DepthContiguous::offset(column, k / PIECE)) + k % PIECE;
+                *to = k0 + k < depth && output < g.o ? weight[(int64)output * depth + k0 + k] : storage_t(0);
+            }
+        __syncthreads();
+#pragma unroll 1
+        for (int step = 0; step * STEP_DEPTH < end; ++step) {
+            typename Tile::Step f;
+            const Position* const own = positions + step * STEP_DEPTH + warp_lane() % 4 * WORD_NUMBERS;
+#pragma unroll
+            for (int i = 0; i < 4 * Tile::M; ++i)
+                f.a[i / 4][i % 4] = fragment_word([&](int j) {
+                    return own[i % 4 / 2 * (STEP_DEPTH / 2) + j].number(images, patches[i / 4 * 2 + i % 2]);
+                });
+#pragma unroll
+            for (int n = 0; n < Tile::N; n += 2) DepthContiguous::load_right(f.b[n], f.b[n + 1], stage, 8 * n, step);
+            tile.add_product(f);
+        }
+    }
+}
+
+// A stage of dy: the pixels of a chunk from `pixel0` on, UNIT numbers at a time, a piece or a single one. Two bytes are too few
+// for an asynchronous copy; what a stage receives early is safe, since nobody reads it before the barrier after its wait.
+template <int UNIT, int COLUMNS>
+__device__ void copy_gradients(char* stage, const storage_t* __restrict__ dy, const Convolution& g, const WeightChunk& chunk,
+                               int pixel0, int first_channel) {
+    constexpr int LANES = THREADS * UNIT / COLUMNS;
+    const int number = threadIdx.x * UNIT % COLUMNS, output = first_channel + number;
+#pragma unroll 8
+    for (int i = threadIdx.x * UNIT / COLUMNS; i < DEPTH; i += LANES) {
+        char* const to = stage + DepthDown<COLUMNS>::offset(i, number / PIECE);
+        const storage_t* const from = dy + (chunk.first_pixel + pixel0 + i) * g.o + output;
+        const bool exists = pixel0 + i < chunk.count && output < g.o;
+        if constexpr (UNIT == PIECE)
+            copy_piece(to, from, dy, exists);
+        else
+            ((storage_t*)to)[number % PIECE] = exists ? *from : storage_t(0);
+    }
+}
+
+// wgrad of the pixels of chunk blockIdx.z: as block_backward_weight. dy passes through shared memory in the stages of the
+// pipeline; of the pixels of a stage each warp takes one step. At the end the warps add their sums in their order.
+template <class Block>
+__device__ void block_gather_backward_weight(const storage_t* __restrict__ x, const storage_t* __restrict__ dy,
+                                             accumulate_t* __restrict__ partials, const Convolution& g,
+                                             int64 pixels_per_chunk) {
+    constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS, STAGE_BYTES = COLUMNS * DEPTH_BYTES, STRIDE = ROWS + 1;
+    typedef WarpTile<ROWS, COLUMNS> Tile;
+    typedef DepthDown<COLUMNS> Right;
+    static_assert(STAGES * STAGE_BYTES <= Block::SHARED && COLUMNS * STRIDE * sizeof(float) <= Block::SHARED, "no room");
+    static_assert(THREADS / WARP * STEP_BYTES == DEPTH_BYTES, "a step for each warp");
+    SHARED_DYNAMIC(char, stages);
+    SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);
+
+    const WeightChunk chunk(g, pixels_per_chunk);
+    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_channel = blockIdx.y * COLUMNS;
+    const storage_t* const images = x + (int64)chunk.first_image * g.h * g.w * g.c;
+    Position positions[2 * Tile::M];
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::M; ++i) positions[i] = Position::at(g, first_row + Tile::row(i / 2, i % 2 * 2));
+
+    auto begin = [&](int part, int stage) {
+        for (int i = threadIdx.x; i < DEPTH; i += THREADS) patches[stage][i] = chunk.patch(g, part * DEPTH + i);
+        char* const to = stages + stage * STAGE_BYTES;
+        if (g.o % PIECE == 0)
+            copy_gradients<PIECE, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_channel);
+        else
+            copy_gradients<1, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_channel);
+    };
+    Tile tile;
+    run_pipeline(chunk.parts(), begin, [&](int stage) {
+        typename Tile::Step f;
+        const Patch* const own = patches[stage] + warp_index() * STEP_DEPTH + warp_lane() % 4 * WORD_NUMBERS;
+#pragma unroll
+        for (int i = 0; i < 4 * Tile::M; ++i)
+            f.a[i / 4][i % 4] = fragment_word(
+                [&](int j) { return positions[i / 4 * 2 + i % 2].number(images, own[i % 4 / 2 * (STEP_DEPTH / 2) + j]); });
+#pragma unroll
+        for (int n = 0; n < Tile::N; n += 2)
+            Right::load_right(f.b[n], f.b[n + 1], stages + stage * STAGE_BYTES, 8 * n, warp_index());
+        tile.add_product(f);
+    });
+
+    float* const sums = (float*)stages;  // (COLUMNS, ROWS)
+    for (int warp = 0; warp < THREADS / WARP; ++warp) {
+        __syncthreads();  // the last stage has been read, or the sums of the warp before are there
+        if (warp_index() == warp)
+#pragma unroll
+            for (int i = 0; i < 4 * Tile::M * Tile::N; ++i) {
+                const int m = i / 4 / Tile::N, n = i / 4 % Tile::N;
+                float* const sum = sums + Tile::column(n, i % 4) * STRIDE + Tile::row(m, i % 4);
+                *sum = (warp == 0 ? 0 : *sum) + tile.sums[m][n][i % 4];
+            }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
+        const int row = first_row + i % ROWS, column = first_channel + i / ROWS;
+        if (row < depth && column < g.o)
+            partials[((int64)blockIdx.z * g.o + column) * depth + row] = sums[i / ROWS * STRIDE + i % ROWS];
+    }
+}
