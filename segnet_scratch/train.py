@@ -428,28 +428,34 @@ class Trainer:
 
 
 class Throughput:
-    """Images per second over the last steps, and the share of time spent waiting for data."""
+    """Seconds a step over the last ones, and the share of them spent waiting for data."""
 
     def __init__(self, loader: Loader, window: int = 20) -> None:
         self._loader, self._window = loader, window
-        self._marks: list[tuple[float, float]] = []  # (time, seconds waited so far)
-        self.tick()
+        self._spans: list[tuple[float, float]] = []  # of each step: seconds, and those waited for data
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes now is no training, to the end of the next step: a validation, a checkpoint, compiling."""
+        self._last: tuple[float, float] | None = None
 
     def tick(self) -> None:
         """A step has ended."""
-        self._marks = [*self._marks[-self._window :], (perf_counter(), self._loader.waited)]
+        now, last = (perf_counter(), self._loader.waited), self._last
+        if last is not None:
+            self._spans = [*self._spans[1 - self._window :], (now[0] - last[0], now[1] - last[1])]
+        self._last = now
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over the window; NaN before the first step."""
-        steps = len(self._marks) - 1
-        return (self._marks[-1][0] - self._marks[0][0]) / steps if steps else math.nan
+        """Mean over the window; NaN before the second step."""
+        return sum(seconds for seconds, _ in self._spans) / len(self._spans) if self._spans else math.nan
 
     @property
     def waiting(self) -> float:
         """Share of the window's time that training waited for data, 0 to 1."""
-        elapsed = self._marks[-1][0] - self._marks[0][0]
-        return (self._marks[-1][1] - self._marks[0][1]) / elapsed if elapsed else 0.0
+        elapsed = sum(seconds for seconds, _ in self._spans)
+        return sum(waited for _, waited in self._spans) / elapsed if elapsed else 0.0
 
 
 def _fingerprint(dataset: VOCDataset) -> str:
