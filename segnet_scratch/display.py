@@ -144,16 +144,28 @@ class TrainingDisplay(Listener):
             self._last_line = perf_counter()
             self._say(f"step {trainer.step}/{trainer.total_steps}  {status}")
 
+    def compiling(self, done: int, total: int) -> None:
+        self._beside("compile", total).update(done, total)
+        if done == total:
+            self._resume()
+
     def validating(self, images: int) -> None:
+        self._beside("validate", self._scored).advance(images)
+
+    def _beside(self, what: str, total: int) -> Watch:
+        """The bar of what is no training."""
         if self._watch is None:
             self._throughput.pause()
-            self._watch = Watch(self._console, self._progress, "validate", self._scored)
-        self._watch.advance(images)
+            self._watch = Watch(self._console, self._progress, what, total)
+        return self._watch
 
-    def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def _resume(self) -> None:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+
+    def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        self._resume()
         best = " (best)" if trainer.best_miou == evaluation.scores.miou else ""
         self._say(
             f"step {trainer.step}: validation loss {evaluation.loss:.4f}, mIoU {100 * evaluation.scores.miou:.1f} %, "
