@@ -118,11 +118,13 @@ def evaluate(
     advance: Callable[[int], None] = lambda images: None,
     inference: Inference | None = None,
     boundary: Boundary | None = None,
+    skip_bad: bool = False,
 ) -> Evaluation:
     """Scores a model on every image of a data set; `advance` is told how many images each batch had.
 
     `inference` averages several predictions; `boundary` asks for boundary F1 too. The model is left in the mode it was
-    in. DataError where the model's classes are not the data set's (`check_classes`), ConfigError where `inference`
+    in. With `skip_bad` images that cannot be read are left out, each with a warning. DataError where none can be, where
+    the model's classes are not the data set's (`check_classes`), ConfigError where `inference`
     does not fit the model.
     """
     check_classes(model, dataset)
@@ -134,7 +136,7 @@ def evaluate(
     model.eval()
     try:
         with no_grad():
-            for samples in _batches(dataset, EvalTransform(size), batch, workers):
+            for samples in _batches(dataset, EvalTransform(size), batch, workers, skip_bad):
                 labels, sums = _predict(model, samples, size, inference)
                 loss_sums += sums
                 for sample, prediction in zip(samples, labels, strict=True):
@@ -194,18 +196,32 @@ def _loss_sums(model: SegNet, logits: Array, labels: np.ndarray) -> np.ndarray:
     return model.device.download(op(model.device, logits=flat, labels=labels, class_weights=None).sums)
 
 
-def _batches(dataset: VOCDataset, transform: EvalTransform, batch: int, workers: int) -> Iterator[list[_Sample]]:
+def _batches(
+    dataset: VOCDataset, transform: EvalTransform, batch: int, workers: int, skip_bad: bool
+) -> Iterator[list[_Sample]]:
     rng = np.random.default_rng(0)  # an EvalTransform draws nothing from it
 
-    def prepare(index: int) -> _Sample:
-        image, mask, name = dataset.sample(index)
+    def prepare(index: int) -> _Sample | None:
+        try:
+            image, mask, name = dataset.sample(index)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            log.warning("left out of %s: %s", dataset.split, error)
+            return None
         return _Sample(name, image, mask, *transform(image, mask, rng))
 
     samples: list[_Sample] = []
+    found = False
     for sample in ordered_map(prepare, range(len(dataset)), workers, ahead=2 * batch):
+        if sample is None:
+            continue
+        found = True
         samples.append(sample)
         if len(samples) == batch:
             yield samples
             samples = []
     if samples:
         yield samples
+    if not found:
+        raise DataError(f"{dataset.root}: not one image of split '{dataset.split}' can be read; see segnet data verify")

@@ -22,6 +22,7 @@ from segnet_scratch.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.segnet-tmp")
+_LITTER = re.compile(r"\._.*|\.DS_Store|thumbs\.db|ehthumbs\.db|desktop\.ini", re.IGNORECASE)
 _NAME_KEPT = 40  # characters: a temporary of a name as long as the file system takes must not be longer than that
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
@@ -50,6 +51,19 @@ def reason(error: OSError) -> str:
     said = error.strerror or str(error) or type(error).__name__
     fix = _FIXES.get(error.errno or 0)
     return f"{said}; {fix}" if fix else said
+
+
+def left_by_system(name: str) -> bool:
+    """Whether a file name is of a file that nobody put there: hidden ones (`._x`, `.DS_Store`), Thumbs.db, desktop.ini.
+
+    macOS writes a `._NAME` beside every file on a disk that is not its own, and into archives.
+    """
+    return name.startswith(".") or name.lower() in ("thumbs.db", "ehthumbs.db", "desktop.ini")
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder, sorted by name, without those `left_by_system`."""
+    return sorted(path for path in folder.iterdir() if not left_by_system(path.name) and path.is_file())
 
 
 def expect_apart(target: Path | None, *sources: Path) -> None:
@@ -128,15 +142,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` to fill, which becomes `target` when the block ends without an exception.
 
     Else it is removed; what a killed program left is removed by the next that makes the same target. Raises DataError
-    where `target` holds something already, and OSError where the system refuses.
+    where `target` holds something already, other than what a file browser leaves, and OSError where the system refuses.
     """
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+    there = list(target.iterdir()) if target.is_dir() else []
+    litter = [path for path in there if path.is_file() and _LITTER.fullmatch(path.name)]
+    if target.is_symlink() or (target.exists() and not target.is_dir()) or len(litter) < len(there):
         raise DataError(f"{target}: is there already, and is left as it is; choose a new or an empty folder.")
     with scratch_folder(target) as temporary:
         yield temporary
         # Some ten thousand files: one sync of everything costs less than one for each. Before the rename, or a power
         # failure could leave a whole folder of empty files.
         os.sync()
+        for path in litter:
+            path.unlink(missing_ok=True)
         temporary.rename(target)
         directory = os.open(target.parent, os.O_RDONLY)
         try:

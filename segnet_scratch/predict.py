@@ -14,10 +14,9 @@ from PIL import Image
 
 from segnet_scratch.data import indexed_picture, read_image
 from segnet_scratch.data.drawing import Style, heat_map
-from segnet_scratch.data.folders import left_by_system, visible_files
 from segnet_scratch.data.pictures import label_counts
-from segnet_scratch.errors import DataError
-from segnet_scratch.files import reason, write_durably
+from segnet_scratch.errors import DataError, DeviceMemoryError
+from segnet_scratch.files import left_by_system, reason, visible_files, write_durably
 from segnet_scratch.inference import Inference, Segmentation, segment
 from segnet_scratch.segnet import SegNet
 
@@ -92,10 +91,18 @@ def predict_files(
     for path, files in zip(images, targets, strict=True):
         try:
             image = read_image(path, for_prediction=True)
-        except DataError as error:
+            result = segment(model, image, size, inference, with_logits)
+        except (DataError, DeviceMemoryError) as error:
             yield Prediction(path, {}, {}, str(error))
             continue
-        result = segment(model, image, size, inference, with_logits)
+        except MemoryError:
+            yield Prediction(
+                path,
+                {},
+                {},
+                f"{path}: memory is too short for this image; pass --window, a smaller --size, or end other programs",
+            )
+            continue
         try:
             for kind, file in files.items():
                 write_durably(file, [_content(kind, image, result, style)])

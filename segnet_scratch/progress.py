@@ -20,18 +20,15 @@ SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
 _NARROW = 80  # columns below which the bar gives way to the numbers
 
 
-def bar(console: Console, *more: ProgressColumn, transient: bool = True, left: bool = True) -> Progress:
-    """A bar with its numbers in a terminal, nothing elsewhere. `more` are columns in the place of the count.
-
-    Without `left` the status says how much time is left.
-    """
+def bar(console: Console, *more: ProgressColumn, transient: bool = True) -> Progress:
+    """A bar with its numbers in a terminal, nothing elsewhere. `more` are columns in the place of the count."""
     drawn = [BarColumn(bar_width=24)] if console.width >= _NARROW else []
     return Progress(
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         *drawn,
         *(more or (MofNCompleteColumn(table_column=Column(no_wrap=True)),)),
         TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
-        *([TimeRemainingColumn(table_column=Column(no_wrap=True))] if left else []),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
         transient=transient,
         disable=not console.is_terminal,
@@ -54,6 +51,10 @@ class Watch:
     def advance(self, count: int) -> None:
         """So many more are done."""
         self.update(self._done + count, self._total)
+
+    def say(self, status: str) -> None:
+        """One thing more is done of nobody knows how many, and this one has begun."""
+        self.update(self._done + 1, None, status)
 
     def update(self, done: int, total: int | None, status: str = "") -> None:
         """So many are done in all, of `total`, where that is known."""

@@ -110,10 +110,10 @@ def predict_video(
                         break
             except KeyboardInterrupt:
                 interrupted = True
-            except SegnetError as error:
+            except (SegnetError, MemoryError) as error:
                 if not done:
                     raise
-                problem = str(error)
+                problem = str(error) or f"{video.name}: memory is short after {done} frames; end other programs"
             if not done:
                 if interrupted:
                     raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from PIL import Image
 from support.commands import assert_error, plain, process, train_arguments
 
 import segnet_scratch
-from segnet_scratch import cli
+from segnet_scratch import cli, predict
 from segnet_scratch.config import describe
 from segnet_scratch.lab.proof.gradcheck import gradcheck
 from segnet_scratch.runtime.devices import cuda_missing
@@ -468,6 +468,36 @@ def test_memory_that_is_short_is_explained(segnet, sample, checkpoint, monkeypat
 
     monkeypatch.setattr(cli.evaluation, "evaluate", greedy)
     assert_error(segnet("eval", checkpoint, "--data", sample), 1, "memory", "smaller size or batch")
+
+
+def test_a_result_is_not_written_over_an_input(segnet, sample, checkpoint, tmp_path):
+    before = checkpoint.read_bytes()
+    finished = segnet("eval", checkpoint, "--data", sample, "--json", checkpoint)
+    assert_error(finished, 2, "no earlier result", "choose another name")
+    assert_error(segnet("data", "verify", sample, "--json", sample / "labels.txt"), 2, "no earlier result")
+    (tmp_path / "old.csv").write_text("name,price\n")
+    arguments = "eval", checkpoint, "--data", sample, "--per-image"
+    assert_error(segnet(*arguments, tmp_path / "old.csv"), 2, "no earlier result")
+    assert checkpoint.read_bytes() == before
+    for _ in range(2):  # an earlier result is replaced
+        finished = segnet(*arguments, tmp_path / "new.csv", "--json", tmp_path / "new.json")
+        assert finished.code == 0, finished.err
+
+
+def test_memory_that_is_short_for_one_picture_is_not_the_end(segnet, sample, checkpoint, tmp_path, monkeypatch):
+    whole = predict.segment
+    calls = []
+
+    def short(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(predict, "segment", short)
+    finished = segnet("predict", checkpoint, *sorted(sample.glob("JPEGImages/*"))[:3], "--out", tmp_path / "out")
+    assert_error(finished, 1, "memory is too short for this image", "1 of 3 inputs had problems")
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 2
 
 
 def test_ctrl_c_ends_any_command_with_130(segnet, sample, checkpoint, monkeypatch):

@@ -6,14 +6,20 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
+from support.kernels import needs_compiler
 
 from segnet_scratch import progress
 from segnet_scratch.cli.data_tables import statistics_table
+from segnet_scratch.cli.kernels import _arrays
 from segnet_scratch.cli.output import Output
+from segnet_scratch.cli.profile import _memory_table
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, class_statistics
 from segnet_scratch.display import scores_table
+from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.evaluate import Evaluation
+from segnet_scratch.lab.workbench import run_kernel
 from segnet_scratch.metrics import scores
+from segnet_scratch.segnet import SegNet
 
 
 class Broken(io.StringIO):
@@ -92,10 +98,20 @@ def test_tables_keep_their_numbers_in_a_narrow_terminal(sample, width):
     console = Console(file=out, width=width)
     console.print(scores_table(found))
     console.print(statistics_table(class_statistics(VOCDataset(sample, "train")), "train"))
+    console.print(_memory_table(accounts(SegNet.blocks_of(1.0), 21, 16, (224, 224), "bf16"), "MiB"))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text
     assert text.count("4.8") >= classes  # the share of every class, whole
+
+
+@needs_compiler
+def test_the_arrays_of_a_kernel_fit_60_columns():
+    out = io.StringIO()
+    result = run_kernel("relu_forward", shapes={"x": (2, 1000), "y": (2, 1000)}, arguments={"count": 2000})
+    Console(file=out, width=60).print(_arrays(result))
+    assert "\u2026" not in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 60
 
 
 def test_colons_stay_colons(monkeypatch):

@@ -72,6 +72,21 @@ def test_an_image_that_cannot_be_read_saves_first_and_can_be_left_out(data, tmp_
     assert steps(out) == list(range(1, 13))
 
 
+def test_a_validation_image_that_cannot_be_read_can_be_left_out(sample, tmp_path, caplog):
+    shutil.copytree(sample, tmp_path / "data")
+    for line in (tmp_path / "data/ImageSets/Segmentation/val.txt").read_text().split()[1:]:
+        (tmp_path / f"data/SegmentationClass/{line}.png").write_bytes(b"no PNG")
+    with pytest.raises(DataError, match="SegmentationClass"):
+        trainer(tmp_path / "data", tmp_path / "a", steps=2).run()
+    assert trainer(tmp_path / "data", tmp_path / "b", steps=2, bad_samples='"skip"').run()
+    assert f"left out of val: {tmp_path / 'data'}" in caplog.text
+    for path in (tmp_path / "data/SegmentationClass").glob("*.png"):
+        if path.stem in (tmp_path / "data/ImageSets/Segmentation/val.txt").read_text().split():
+            path.write_bytes(b"no PNG")
+    with pytest.raises(DataError, match="not one image of split 'val' can be read"):
+        trainer(tmp_path / "data", tmp_path / "c", steps=2, bad_samples='"skip"').run()
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), OSError(5, "Input/output error"), ZeroDivisionError(), DataError("x")]
 )

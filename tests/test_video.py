@@ -166,9 +166,9 @@ def test_an_error_leaves_no_file(model, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", pictures(3, 32, 48))
 
     def fail(done, frames, rate):
-        raise MemoryError
+        raise ZeroDivisionError
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         run(model, clip, tmp_path / "out", watch=fail)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -398,19 +398,27 @@ def test_damaged_packets_are_passed_over_and_counted(model, tmp_path):
         assert film.damaged == 1
 
 
-def test_what_breaks_a_film_keeps_the_frames_before_it(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("clip: breaks off: Input/output error"), "clip: breaks off: Input/output error"),
+        (MemoryError(), "memory is short after 4 frames"),
+    ],
+)
+def test_what_breaks_a_film_keeps_the_frames_before_it(model, tmp_path, monkeypatch, error, said):
     clip = write_clip(tmp_path / "clip.mp4", pictures(7, 32, 48))
     whole = Film.frames
 
     def broken(self):
         for number, frame in enumerate(whole(self)):
             if number == 4:
-                raise DataError("clip: breaks off: Input/output error")
+                raise error
             yield frame
 
     monkeypatch.setattr(Film, "frames", broken)
     done = run(model, clip, tmp_path / "out")
-    assert (done.frames, done.problem) == (4, "clip: breaks off: Input/output error")
+    assert done.frames == 4
+    assert said in done.problem
     assert len(read_clip(done.overlay)) == 4
 
 

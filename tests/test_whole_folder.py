@@ -32,6 +32,23 @@ def test_it_appears_at_the_end(tmp_path):
     assert names(target) == ["file"]
 
 
+def test_what_a_file_browser_leaves_is_nothing(tmp_path):
+    litter = [".DS_Store", "._file", "Thumbs.db", "desktop.ini"]
+    for name in litter:
+        (tmp_path / name).write_text("")
+    with whole_folder(tmp_path) as folder:
+        (folder / "file").write_text("content")
+        assert names(tmp_path) == sorted(litter)  # as long as nothing takes its place
+    assert names(tmp_path) == ["file"]
+    for name in (".gitignore", "._"):  # somebody's; a folder
+        target = tmp_path / f"b{name}"
+        target.mkdir()
+        (target / name).mkdir() if name == "._" else (target / name).write_text("")
+        with pytest.raises(DataError, match="is there already"), whole_folder(target):
+            pass
+        assert names(target) == [name]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_nothing(tmp_path, error):
     def fill():

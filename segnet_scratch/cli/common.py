@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
@@ -59,9 +59,31 @@ DeviceOption = Annotated[
         "without a GPU. auto: cuda where CuPy sees a GPU, else numpy.",
     ),
 ]
+
+
+def replaceable(*beginnings: str) -> Callable[[Path | None], Path | None]:
+    """Refuses a file for results that holds something else now: an input, most often."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                start = file.read(max(map(len, beginnings)))
+            if not start.startswith(tuple(beginning.encode() for beginning in beginnings)):
+                raise typer.BadParameter(f"{path} is there already and no earlier result; choose another name")
+        return path
+
+    return check
+
+
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write the result to this file.", metavar="FILE", dir_okay=False),
+    typer.Option(
+        "--json",
+        help="Also write the result to this file.",
+        metavar="FILE",
+        dir_okay=False,
+        callback=replaceable("{", "["),
+    ),
 ]
 SizeOption = Annotated[
     str | None, typer.Option(help="Network input, N or HxW; as in training unless given.", metavar="N|HxW")

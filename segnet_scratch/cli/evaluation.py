@@ -18,6 +18,7 @@ from segnet_scratch.cli.common import (
     console,
     fail,
     input_size,
+    replaceable,
     say,
     sides,
 )
@@ -30,7 +31,7 @@ from segnet_scratch.display import (
     write_json,
     write_per_image,
 )
-from segnet_scratch.errors import ConfigError, DataError
+from segnet_scratch.errors import ConfigError, DataError, DeviceMemoryError
 from segnet_scratch.evaluate import evaluate
 from segnet_scratch.inference import Inference
 from segnet_scratch.predict import find_images, predict_files
@@ -89,7 +90,13 @@ BoundaryOption = Annotated[
     ),
 ]
 PerImageOption = Annotated[
-    Path | None, typer.Option(help="Also the scores of each image, as CSV.", metavar="FILE.csv", dir_okay=False)
+    Path | None,
+    typer.Option(
+        help="Also the scores of each image, as CSV.",
+        metavar="FILE.csv",
+        dir_okay=False,
+        callback=replaceable("id,miou"),
+    ),
 ]
 
 
@@ -242,8 +249,10 @@ def predict(
             try:
                 with video_progress(console, video.name) as watch:
                     written = predict_video(model, video, target, input_sides, style, inference, frames, watch)
-            except DataError as error:
-                failed.append(str(error))
+            except (DataError, DeviceMemoryError, MemoryError) as error:
+                failed.append(
+                    str(error) or f"{video.name}: memory is short; pass a smaller --size or end other programs"
+                )
                 results.append({"video": video.name, "problem": str(error)})
                 continue
             failed += [written.problem] if written.problem else []

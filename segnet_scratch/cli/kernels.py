@@ -10,7 +10,7 @@ from rich.text import Text
 
 from segnet_scratch.cli import options
 from segnet_scratch.cli.common import JsonOption, app, console, say
-from segnet_scratch.display import write_json
+from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.workbench import KernelRun, run_kernel
@@ -157,15 +157,12 @@ def _size(size: tuple[int, ...]) -> str:
 
 
 def _arrays(run: KernelRun) -> Table:
-    table = Table()
-    for column in ("array", "role", "type", "shape"):
-        table.add_column(column, no_wrap=True)
-    for column in ("min", "max", "mean", "NaN"):
-        table.add_column(column, justify="right")
+    table = numbers_table("array", "min", "max", "mean", "NaN")
     for row in run.statistics():
         shape = "null" if row["shape"] is None else ",".join(map(str, row["shape"]))
         numbers = [_number(row[key]) for key in ("min", "max", "mean")]
-        table.add_row(row["name"], row["role"], row["dtype"], shape, *numbers, str(row["nan"] or "-"))
+        what = f"{row['name']}: {row['role']}, {row['dtype']}, {shape}"
+        table.add_row(what, *numbers, str(row["nan"] or "-"))
     return table
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, parse_size
-from segnet_scratch.display import write_json
+from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import ConfigError
@@ -17,6 +17,7 @@ from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Wo
 from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
+from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
 from segnet_scratch.segnet import ARCHITECTURES as NETWORKS
@@ -80,10 +81,10 @@ def profile(
         raise ConfigError("--roofline and --trace show times, which --counts does not take; leave it out")
     if picture is not None:
         roofline.load()
-    with console.status("starting") as status:
+    with watched(console, "profile") as watch:
         chosen = CountingDevice() if counts else get_device(device)
         images, pixels, usual = DEFAULTS[chosen.name]
-        how = How(passes or usual, ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ()), nvtx, status.update)
+        how = How(passes or usual, ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ()), nvtx, watch.say)
         if op is not None:
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
         else:
@@ -127,10 +128,10 @@ def tune(
     for each GPU and each version of the kernels. Convolutions keep their bits; batch norm's sums may round otherwise.
     """
     network, sides = NETWORKS[model], parse_size(size)
-    with console.status("starting") as status:
+    with watched(console, "convolution") as watch:
         choices, path = measure_tiles(
             *(get_device(device), network.blocks_of(width), batch, sides, precision, network.classifier_kernel),
-            lambda done, total: status.update(f"convolution {done + 1} of {total}"),
+            watch.update,
         )
     console.print(_tiles_table(choices))
     console.print(f"kept in {path}")
@@ -138,10 +139,8 @@ def tune(
 
 def _tiles_table(choices: list[Choice]) -> Table:
     names = list(dict.fromkeys(name for found in choices for name in found.seconds))
-    table = Table(title="microseconds with each tile; in brackets the one that the shape suggests")
-    table.add_column("convolution")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = numbers_table("convolution", *names)
+    table.title = "microseconds with each tile; in brackets the one that the shape suggests"
     for found in choices:
         cells = {name: f"{1e6 * seconds:.1f}" for name, seconds in found.seconds.items()}
         if found.default in cells:
@@ -178,10 +177,8 @@ def memory(
 
 
 def _memory_table(found: list[Account], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("at the fullest moment")
-    for account in found:
-        table.add_column(account.name, justify="right")
+    table = numbers_table("at the fullest moment", *(account.name for account in found))
+    table.title = title
     for kind in dict.fromkeys(kind for account in found for kind in account.entries):
         cells = (account.entries.get(kind) for account in found)
         table.add_row(kind, *("-" if nbytes is None else f"{nbytes / MEBIBYTE:,.1f}" for nbytes in cells))

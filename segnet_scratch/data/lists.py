@@ -5,8 +5,8 @@ from pathlib import Path
 
 from segnet_scratch.data.colours import Colour, name_and_colour
 from segnet_scratch.data.findings import Finding
-from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.palette import VOC_CLASSES, VOID
+from segnet_scratch.files import visible_files
 
 _BYTE_ORDER_MARK = "\ufeff"
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data.folders import left_by_system
 from segnet_scratch.data.loader import sample_rng
 from segnet_scratch.data.palette import VOID, save_indexed_png
 from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
 from segnet_scratch.errors import DataError
-from segnet_scratch.files import reason
+from segnet_scratch.files import left_by_system, reason
 
 SAMPLE_CLASSES = ("background", "circle", "square", "triangle", "star", "ring")
 """Names of the classes, by label."""

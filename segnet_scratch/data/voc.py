@@ -14,11 +14,11 @@ import numpy as np
 
 from segnet_scratch.data.colours import Colour
 from segnet_scratch.data.findings import Finding
-from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
 from segnet_scratch.data.palette import class_palette
 from segnet_scratch.data.pictures import mask_colours, read_image, read_mask
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import visible_files
 
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
 IMAGE_FOLDER = "JPEGImages"

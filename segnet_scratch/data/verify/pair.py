@@ -11,7 +11,6 @@ from PIL import Image
 
 from segnet_scratch.data.annotations import ANNOTATION_FOLDER, annotation_file, read_annotation
 from segnet_scratch.data.findings import Finding, FoundError
-from segnet_scratch.data.folders import visible_files
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.pictures import (
     Role,
@@ -24,6 +23,7 @@ from segnet_scratch.data.pictures import (
     wrong_labels,
 )
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file, sizes_differ
+from segnet_scratch.files import visible_files
 
 _SMALL = 32  # five 2x2 pools leave one position of a 32-pixel side
 _PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
