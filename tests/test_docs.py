@@ -44,6 +44,20 @@ def test_every_command_exists_with_its_options(page):
             pytest.fail(f"{line}: {error}")
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "cuda" / "README.md"], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_every_link_to_a_file_leads_to_one(page):
+    links = re.findall(r"\]\(([^)#\s]+)", re.sub(r"(?ms)^ *```.*?```", "", page.read_text(encoding="utf-8")))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"({page})" not in index} == set()
+
+
 def test_commands_are_found_and_wrong_ones_are_noticed():
     text = "`segnet recipes`\n```\nsegnet eval A --data B \\\n    --flip  # a word\nother\n```\n"
     assert commands_of(text) == ["segnet eval A --data B --flip  # a word", "segnet recipes VALUE"]
