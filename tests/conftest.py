@@ -73,6 +73,6 @@ def segnet(monkeypatch, capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return Finished(ended.value.code or 0, *capfd.readouterr())
+        return Finished(int(ended.value.code or 0), *capfd.readouterr())
 
     return run

@@ -154,7 +154,7 @@ def test_transforms_do_not_change_their_input():
         (lambda: TrainTransform((5, 5), scale=(2, 1)), DataError),
         (lambda: TrainTransform((5, 5), scale=(0, 1)), DataError),
         (lambda: TrainTransform((5, 5), scale=(float("nan"), 1)), DataError),
-        (lambda: EvalTransform((5,)), DataError),
+        (lambda: EvalTransform((5,)), DataError),  # type: ignore[arg-type]
         (lambda: normalise(np.zeros((4, 4, 3), np.float32)), DTypeError),
         (lambda: normalise(np.zeros((4, 4), np.uint8)), ShapeError),
         (lambda: resize_image(np.zeros((4, 4, 4), np.uint8), (2, 2)), ShapeError),

@@ -45,7 +45,7 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "segnet_scratch":
-            module = node.module.removeprefix("segnet_scratch").removeprefix(".")
+            module = str(node.module).removeprefix("segnet_scratch").removeprefix(".")
             below = {f"{module}.{alias.name}".removeprefix(".") for alias in node.names}
             names |= {name if name in MODULES else module or "__init__" for name in below}
         elif isinstance(node, ast.Import):

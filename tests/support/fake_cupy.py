@@ -367,7 +367,7 @@ class FakeCupy(types.ModuleType):
         self._count_allocation(nbytes)
         return PinnedMemory(b"\xff" * nbytes)
 
-    def _allocate(self, shape: Any, dtype: Any, order: str = "C") -> ndarray:
+    def _allocate(self, shape: Any, dtype: Any, order: Any = "C") -> ndarray:
         block = self.cuda.get_allocator()(prod(shape) * np.dtype(dtype).itemsize)
         return ndarray(self, np.ndarray(shape, dtype, block.buffer, order=order), block=block)
 
