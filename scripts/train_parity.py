@@ -23,6 +23,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,21 +34,18 @@ from torch.nn import functional
 from torch_segnet import VOID, TorchSegNet, TorchSegNetBasic, loss_of, parameter_groups
 
 from segnet_scratch import no_grad
-from segnet_scratch.config import MEDIAN_FREQUENCY, Config, load_config
+from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import (
     Batch,
-    ColourJitter,
     EvalTransform,
     Loader,
-    TrainTransform,
     VOCDataset,
-    class_statistics,
 )
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.files import write_durably
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
-from segnet_scratch.step import TrainingStep
+from segnet_scratch.train import class_weights_of, training_step, transform_of
 from segnet_scratch.weights import initialise
 
 PERTURBATION = 1e-7
@@ -87,17 +85,8 @@ class Ours:
 
     def __init__(self, config: Config, model: SegNet, class_weights: np.ndarray | None) -> None:
         self.model = model
-        self._step = TrainingStep(
-            model,
-            momentum=config.momentum,
-            decay=config.decay,
-            bias_lr=config.bias_lr,
-            multipliers={"encoder": config.encoder_lr},
-            clip_norm=config.clip_norm,
-            class_weights=class_weights,
-            normalisation=config.loss_normalisation,
-            smoothing=config.label_smoothing,
-        )
+        resolved = replace(config, engine="layers", precision="float32")
+        self._step = training_step(resolved, model, [] if class_weights is None else list(class_weights))
 
     def step(self, batch: Batch, lr: float) -> float:
         self._step(batch.images, batch.labels, lr)
@@ -222,26 +211,29 @@ def chance(differences: Sequence[float]) -> float:
     return float((np.abs(sums) >= abs(values.sum()) * (1 - 1e-12)).mean())
 
 
+def begin(
+    config: Config, seed: int, data: VOCDataset, device: str, start: Path | str | None
+) -> tuple[Loader, SegNet, str]:
+    """The batches and the weights of a seed, and what these are."""
+    loader = Loader(data, transform_of(config), config.batch, seed, drop_last=True, workers=config.workers)
+    model = ARCHITECTURES[config.model](data.classes, config.width, device, decoder=config.decoder, seed=seed)
+    return loader, model, initialise(model, start) if start else "He initialisation"
+
+
 def compared(
     config: Config,
     seed: int,
     data: VOCDataset,
-    transform: TrainTransform,
-    classes: int,
     device: str,
     start: Path | str | None,
     steps: int,
     weights: np.ndarray | None,
 ) -> float:
     """The mean loss of ours minus that of the perturbed twin, from the weights and on the batches of a seed."""
-    loader = Loader(data, transform, config.batch, seed, drop_last=True, workers=config.workers)
-    model = ARCHITECTURES[config.model](classes, config.width, device, decoder=config.decoder, seed=seed)
-    if start:
-        initialise(model, start)
-    state = model.state_dict()
+    loader, model, _ = begin(config, seed, data, device, start)
     pair: dict[str, Contender] = {
         "ours": Ours(config, model, weights),
-        "torch": Torch(config, classes, state, weights, PERTURBATION, seed),
+        "torch": Torch(config, data.classes, model.state_dict(), weights, PERTURBATION, seed),
     }
     losses = [row["ours"] - row["torch"] for _, row in train(pair, config, loader, steps)]
     return float(np.mean(losses))
@@ -265,20 +257,10 @@ def main() -> int:
     if options.seeds < 8:
         parser.error("--seeds: fewer than 8 cannot tell a fault from chance at 1 %")
     dataset, val = (VOCDataset(options.data, split) for split in (config.train_split, config.val_split))
-    jitter = ColourJitter(config.brightness, config.contrast, config.saturation, config.hue)
-    side = (config.short_side[0], config.short_side[1]) if config.short_side else None
-    transform = TrainTransform(config.image_size, config.scale, config.flip, side, jitter)
-    counted = config.class_weights == MEDIAN_FREQUENCY
-    numbers = class_statistics(dataset, config.workers).weights if counted else config.class_weights
-    weights = np.array(numbers, np.float32) if len(numbers) else None
-    loader = Loader(dataset, transform, config.batch, config.seed, drop_last=True, workers=config.workers)
-    steps = config.steps or (config.epochs or 0) * loader.batches_per_epoch
-    model = ARCHITECTURES[config.model](
-        *(dataset.classes, config.width, options.device), decoder=config.decoder, seed=config.seed
-    )
+    weights = np.array(class_weights_of(config, dataset), np.float32) if config.class_weights else None
     start = options.init or config.init
-    initialised = initialise(model, start) if start else "He initialisation"
-    state = model.state_dict()
+    loader, model, initialised = begin(config, config.seed, dataset, options.device, start)
+    steps, state = config.steps or (config.epochs or 0) * loader.batches_per_epoch, model.state_dict()
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: Ours(config, model, weights),
         "torch": lambda: Torch(config, dataset.classes, state, weights),
@@ -318,7 +300,7 @@ def main() -> int:
             print(f"{name}: " + ", ".join(f"{key} {value:.2e}" for key, value in other.items()))
         result |= others
         differences = [
-            compared(config, seed, dataset, transform, dataset.classes, options.device, start, steps, weights)
+            compared(config, seed, dataset, options.device, start, steps, weights)
             for seed in range(config.seed, config.seed + options.seeds)
         ]
         result["seeds"], result["p"] = differences, chance(differences)

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from segnet_scratch.ops.loss.cross_entropy import check_labels
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.devices import get_device
-from segnet_scratch.segnet import ARCHITECTURES
+from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import Outcome, TrainingStep, resolve
 from segnet_scratch.weights import initialise
 
@@ -95,7 +95,7 @@ class Trainer:
                 f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
             )
         drop_last, skip_bad = len(self.train_set) >= config.batch, config.bad_samples == "skip"
-        source = self.train_set, _transform(config), config.batch
+        source = self.train_set, transform_of(config), config.batch
         self.loader: Loader
         if config.cache == "device":
             self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last, skip_bad)
@@ -133,10 +133,10 @@ class Trainer:
         else:
             for finding in look_over(self.train_set, config.workers):
                 log.warning("%s: %s", finding.path, finding.detail)
-            self.class_weights = _class_weights(config, self.train_set)
+            self.class_weights = class_weights_of(config, self.train_set)
             if config.init:
                 self.initialised = self.init = initialise(self.model, config.init, self.train_set.names)
-        self.training = self._training_step()
+        self.training = training_step(config, self.model, self.class_weights)
         if saved is not None:
             self._load(*saved[:2])
         if self.step > self.total_steps:
@@ -255,22 +255,6 @@ class Trainer:
     def _heed_stop(self) -> None:
         if self._stop.is_set():
             raise _Stopped
-
-    def _training_step(self) -> TrainingStep:
-        config = self.config
-        return TrainingStep(
-            *(self.model, config.engine, config.precision),
-            momentum=config.momentum,
-            decay=config.decay,
-            bias_lr=config.bias_lr,
-            multipliers={"encoder": config.encoder_lr},
-            clip_norm=config.clip_norm,
-            class_weights=np.array(self.class_weights, np.float32) if self.class_weights else None,
-            normalisation=config.loss_normalisation,
-            smoothing=config.label_smoothing,
-            parts=config.accumulate,
-            seed=config.seed,
-        )
 
     @property
     def _begun(self) -> int:
@@ -429,6 +413,23 @@ class Trainer:
             raise CheckpointError(f"{self.folder.last}: {error}") from error
 
 
+def training_step(config: Config, model: SegNet, class_weights: Sequence[float]) -> TrainingStep:
+    """The step that the settings ask for, their engine and precision resolved; without `class_weights` all are 1."""
+    return TrainingStep(
+        *(model, config.engine, config.precision),
+        momentum=config.momentum,
+        decay=config.decay,
+        bias_lr=config.bias_lr,
+        multipliers={"encoder": config.encoder_lr},
+        clip_norm=config.clip_norm,
+        class_weights=np.array(class_weights, np.float32) if class_weights else None,
+        normalisation=config.loss_normalisation,
+        smoothing=config.label_smoothing,
+        parts=config.accumulate,
+        seed=config.seed,
+    )
+
+
 class Throughput:
     """Images per second over the last steps, and the share of time spent waiting for data."""
 
@@ -460,14 +461,14 @@ def _fingerprint(dataset: VOCDataset) -> str:
     return f"{len(dataset)} images with ids of SHA-256 {digest[:12]}"
 
 
-def _transform(config: Config) -> TrainTransform:
+def transform_of(config: Config) -> TrainTransform:
     """How training samples are cut out and coloured."""
     jitter = ColourJitter(config.brightness, config.contrast, config.saturation, config.hue)
     side = (config.short_side[0], config.short_side[1]) if config.short_side else None
     return TrainTransform(config.image_size, config.scale, config.flip, side, jitter)
 
 
-def _class_weights(config: Config, train_set: VOCDataset) -> list[float]:
+def class_weights_of(config: Config, train_set: VOCDataset) -> list[float]:
     """The weights that the settings ask for, counted in the training masks where they are asked for by name."""
     if config.class_weights == MEDIAN_FREQUENCY:
         return [float(weight) for weight in class_statistics(train_set, config.workers).weights]

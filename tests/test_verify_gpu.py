@@ -18,7 +18,7 @@ from support.kernels import needs_compiler
 from segnet_scratch.lab.proof import processes, verify
 from segnet_scratch.lab.proof.parts import compute_sanitizer, learning
 from segnet_scratch.lab.proof.parts.learning import Learning
-from segnet_scratch.lab.proof.parts.reference import Reference, _load, _save
+from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
 from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
@@ -93,6 +93,15 @@ class TestParts:
         tally = prove(Learning(), get_device("numpy"))
         assert (tally.failures == []) is bool(passed)
         assert "4 synthetic images" in tally.notes[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("row", "equal"), [("relu_forward", True), ("conv2d_forward_tiled", False)])
+def test_other_bits_than_the_host_s_are_noticed(row, equal):
+    """NumPy adds in another order than the kernel."""
+    tally = HostBits().prove(row_named(row), Work("host bits", "numpy", row, 0, 12), NumpyDevice())
+    assert (tally.failures == []) is equal
+    assert equal or "y: other bits than on the host device" in tally.failures[0].message
 
 
 class TestComputeSanitizer:
