@@ -106,6 +106,64 @@ class TestPrefetch:
         dry_cupy.timeline.finish()
 
 
+class TestBranches:
+    """Two streams in one recording."""
+
+    @pytest.fixture
+    def device(self, dry_cupy):
+        self.cupy = dry_cupy
+        device = CudaDevice()
+        self.memory = device.zeros((90,), np.float32)
+        launch(device, "relu_forward", 1, 32, (self.memory[:30], self.memory[30:60], 30), FLOAT32)  # loads it
+        return device
+
+    def beside(self, device, first, second, join=True):
+        """A graph of three launches x -> y, two of which are beside each other."""
+
+        def relu(x, y):
+            launch(device, "relu_forward", 1, 32, (self.memory[x : x + 15], self.memory[y : y + 15], 15), FLOAT32)
+
+        def step():
+            relu(0, 15)
+            with device.beside():
+                relu(*first)
+            relu(*second)
+            if join:
+                device.join()
+            relu(0, 15)
+
+        return device.capture(step)
+
+    @pytest.mark.parametrize(("first", "second"), [((15, 30), (15, 45)), ((0, 30), (45, 60))])
+    def test_branches_that_do_not_touch(self, device, first, second):
+        replay = self.beside(device, first, second)
+        for _ in range(3):
+            replay()
+        self.cupy.timeline.finish()
+
+    @pytest.mark.parametrize(("first", "second"), [((15, 30), (30, 45)), ((0, 30), (60, 44)), ((15, 31), (0, 20))])
+    def test_branches_that_race(self, device, first, second):
+        with pytest.raises(Race, match=r"relu_forward on stream \d+ (reads|writes) what stream \d+ may still be using"):
+            self.beside(device, first, second)()
+
+    def test_a_branch_that_nobody_waits_for(self, device):
+        with pytest.raises(AssertionError, match="StreamCaptureUnjoined"):
+            self.beside(device, (15, 30), (15, 45), join=False)
+
+    def test_a_branch_that_does_not_wait(self, device, monkeypatch):
+        wait = Stream.wait_event
+        waits = []  # the first one is the branch's: without it, it is no part of the recording
+
+        def wait_but_once(stream, event):
+            waits.append(stream)
+            if len(waits) > 1:
+                wait(stream, event)
+
+        monkeypatch.setattr(Stream, "wait_event", wait_but_once)
+        with pytest.raises(Race, match="may still be using"):
+            self.beside(device, (15, 30), (15, 45))()
+
+
 def read(device, count):
     """Launches a kernel on each batch, as a training step does."""
     y = device.empty((2, 3, 5), np.float32)

@@ -190,6 +190,43 @@ class TestStep:
         np.testing.assert_array_equal(on_cuda.losses(batches, 0.01), on_host.losses(batches, 0.01))
 
 
+class TestBranches:
+    """Weight gradients on a second stream, against the stand-in for CuPy, which knows which bytes who may still use."""
+
+    def test_a_step_has_the_same_bits_and_no_race(self, cupy, monkeypatch):
+        rng = np.random.default_rng(11)
+        plain = Fused("segnet-basic", HostDevice(), "bf16")
+        batches = [batch(rng, plain.size) for _ in range(3)]  # runs, then twice from the graph
+        expected = plain.losses(batches, 0.01)
+        monkeypatch.setenv("SEGNET_BRANCHES", "1")
+        np.testing.assert_array_equal(Fused("segnet-basic", CudaDevice(), "bf16").losses(batches, 0.01), expected)
+        assert len(cupy.timeline.streams) > 3, "the default stream, the recorded one, its branch, branches of replays"
+
+    @pytest.mark.parametrize("blocks", [SegNet.blocks_of(0.25), SegNetBasic.blocks_of(0.5)], ids=["segnet", "basic"])
+    def test_nothing_beside_a_branch_is_given_its_memory(self, blocks):
+        program = training_program(blocks, 2, (32, 32), Convolutions("bf16"), Objective(CLASSES), branches=True)
+        arena = Arena.plan(program.lifetimes())
+        places = {
+            name: (arena.offsets[name], arena.offsets[name] + life.nbytes) for name, life in arena.lifetimes.items()
+        }
+        aside = [number for number, step in enumerate(program.steps) if step.aside]
+        assert len(aside) > len(blocks)
+        for number in aside:
+            own = {name for name in program.steps[number].arrays.values() if name in places}
+            beside = [step for step in program.steps[number + 1 : program.join_of(number)] if not step.aside]
+            for step in beside:
+                for name in step.written & places.keys() - own:
+                    start, end = places[name]
+                    overlapping = [a for a in own if places[a][0] < end and start < places[a][1]]
+                    assert overlapping == [], (program.steps[number].op.name, step.op.name)
+
+    def test_an_unknown_switch(self, monkeypatch):
+        monkeypatch.setenv("SEGNET_BRANCHES", "yes")
+        step = Fused("segnet-basic", HostDevice(), "bf16")
+        with pytest.raises(ConfigError, match=r"SEGNET_BRANCHES is 'yes'; expected 1 \(weight gradients on a second"):
+            step.losses([batch(np.random.default_rng(0), step.size)], 0.01)
+
+
 class TestInference:
     @pytest.mark.parametrize("folded", [False, True])
     @pytest.mark.parametrize("device", DEVICES)

@@ -1,9 +1,13 @@
 """A program: ops on named arrays, one after the other, described before any array exists.
 
 What an array is (its Spec) comes from the plan of the op that makes it; how long it lives from the steps that touch it.
+
+Steps that are `aside` are a branch: on a GPU they run beside the steps after them, on a second stream, until the step
+that `Program.join_of` names. What they touch lives until then, so that no step beside them is given its memory.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from segnet_scratch.engine.arena import Lifetime
@@ -22,6 +26,13 @@ class Step:
     layer: str
     phase: str
     arrays: Mapping[str, str]
+    aside: bool = False
+
+    @property
+    def written(self) -> set[str]:
+        """The arrays that it changes."""
+        inputs = self.op.inputs.keys() - set(self.op.updates)
+        return {name for key, name in self.arrays.items() if key not in inputs}
 
 
 @dataclass
@@ -35,6 +46,7 @@ class Program:
     made: dict[str, Spec] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     phase: str = "forward"  # of the steps that are added
+    aside: bool = False
 
     def give(self, name: str, spec: Spec) -> str:
         """Declares an array that somebody else owns."""
@@ -61,7 +73,7 @@ class Program:
         for key, spec in op.workspace.items():
             arrays[key] = f"workspace.{len(self.steps)}.{key}"
             self.made[arrays[key]] = spec
-        self.steps.append(Step(op, layer, self.phase, arrays))
+        self.steps.append(Step(op, layer, self.phase, arrays, self.aside))
 
     def spec_of(self, array: str) -> Spec:
         """What an array is."""
@@ -81,17 +93,40 @@ class Program:
         """When each array that is made is touched first and last; those in `kept` live to the end."""
         touched: dict[str, list[int]] = {}
         for number, step in enumerate(self.steps):
+            over = self.join_of(number) - 1 if step.aside else number
             for name in step.arrays.values():
-                touched.setdefault(name, []).append(number)
+                touched.setdefault(name, []).extend((number, over))
         ends = {name: len(self.steps) - 1 for name in kept}
         return {
-            name: Lifetime(spec, touched[name][0], ends.get(name, touched[name][-1]))
+            name: Lifetime(spec, touched[name][0], ends.get(name, max(touched[name])))
             for name, spec in self.made.items()
         }
 
+    def join_of(self, number: int) -> int:
+        """The step before which the others wait for a step that is aside; the number of steps where none needs to.
+
+        That is where another branch begins, so that memory is soon free again, or a step that needs what the branch
+        makes, or changes what it touches.
+        """
+        last = number
+        while last + 1 < len(self.steps) and self.steps[last + 1].aside:
+            last += 1
+        first = last
+        while first and self.steps[first - 1].aside:
+            first -= 1
+        branch = self.steps[first : last + 1]
+        touched = {name for step in branch for name in step.arrays.values()}
+        written = {name for step in branch for name in step.written}
+        for later in range(last + 1, len(self.steps)):
+            step = self.steps[later]
+            if step.aside or step.written & touched or written & set(step.arrays.values()):
+                return later
+        return len(self.steps)
+
     def bind(self, arrays: Mapping[str, Array]) -> "BoundProgram":
         """The program on arrays that exist."""
-        return BoundProgram([(step, self._buffers(step, arrays)) for step in self.steps])
+        joins = {self.join_of(number) for number, step in enumerate(self.steps) if step.aside}
+        return BoundProgram([(step, self._buffers(step, arrays)) for step in self.steps], joins)
 
     def _buffers(self, step: Step, arrays: Mapping[str, Array]) -> Buffers:
         absent: dict[str, Array | None] = dict.fromkeys(step.op.optional)
@@ -101,8 +136,8 @@ class Program:
 class BoundProgram:
     """A program whose arrays are all in place: to run it allocates nothing and waits for nothing."""
 
-    def __init__(self, steps: list[tuple[Step, Buffers]]) -> None:
-        self._steps = steps
+    def __init__(self, steps: list[tuple[Step, Buffers]], joins: Container[int] = ()) -> None:
+        self._steps, self._joins = steps, joins
         self._compiled = False
 
     def compile(self, device: Device, progress: Progress = no_progress) -> None:
@@ -119,9 +154,13 @@ class BoundProgram:
         """Carries out every step; `enter` is told when another phase begins."""
         self.compile(device)
         phase = ""
-        for step, buffers in self._steps:
+        for number, (step, buffers) in enumerate(self._steps):
             if step.phase != phase:
                 phase = step.phase
                 enter(phase)
-            with scope(step.layer):
+            if number in self._joins:
+                device.join()
+            with scope(step.layer), device.beside() if step.aside else nullcontext():
                 carry_out(step.op, lambda op=step.op, b=buffers: op.run(device, b))  # type: ignore[misc]
+        if len(self._steps) in self._joins:
+            device.join()

@@ -6,7 +6,8 @@ soon as the next convolution has read it, and is made again where wgrad needs it
 another time, to make it takes one pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,6 +34,7 @@ from segnet_scratch.ops.normalisation.norm_relu import (
 from segnet_scratch.ops.op import Op, Spec, spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.machine import switch
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
 
@@ -51,9 +53,15 @@ class _Builder:
     """Appends the steps of each layer. Arrays are called `<layer>.<what>`; `d<what>` is the gradient of <what>."""
 
     def __init__(
-        self, layers: Sequence[Layer], convolutions: Convolutions, objective: Objective, classifier_kernel: int
+        self,
+        layers: Sequence[Layer],
+        convolutions: Convolutions,
+        objective: Objective,
+        classifier_kernel: int,
+        branches: bool,
     ) -> None:
         self.program, self.layers, self.convolutions, self.objective = Program(), layers, convolutions, objective
+        self.branches = branches
         rung = self.rung = convolutions.rung
         self.type = storage(rung)
         # By layer: the size, and the codes, of the unpool that follows it.
@@ -170,8 +178,9 @@ class _Builder:
         weights = {"class_weights": "class_weights"} if objective.weighted else {}
         self.add("loss", loss, logits="logits", labels="labels", **weights, loss="loss", dlogits="dlogits")
         self.program.phase = "backward"
-        self.add(CLASSIFIER, Conv2dBackwardBias.plan(self.logits), dy="dlogits", dbias=bias)
-        self._weight_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", f"{last.name}.z", "dlogits")
+        with self._aside():
+            self.add(CLASSIFIER, Conv2dBackwardBias.plan(self.logits), dy="dlogits", dbias=bias)
+            self._weight_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", f"{last.name}.z", "dlogits")
         self._below_gradient(CLASSIFIER, f"{CLASSIFIER}.weight", "dlogits", last, None, None)
         for position in reversed(range(len(self.layers))):
             below = self.layers[position - 1] if position else None
@@ -192,11 +201,19 @@ class _Builder:
         else:
             dy = f"d{name}.r"  # in place
             self.add(name, NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
+        with self._aside():
+            x = self._output(below, ".again") if below else self.first_input
+            self._weight_gradient(name, weight, x, dy)
         if below is None:
-            self._weight_gradient(name, weight, self.first_input, dy)
             return
-        self._weight_gradient(name, weight, self._output(below, ".again"), dy)
         self._below_gradient(name, weight, dy, below, layer.unpool, layer.codes)
+
+    @contextmanager
+    def _aside(self) -> Generator[None]:
+        """Weight gradients lie on nobody's way: they may run beside what comes after them."""
+        self.program.aside = self.branches
+        yield
+        self.program.aside = False
 
     def _weight_gradient(self, name: str, weight: str, x: str, dy: str) -> None:
         of_weight = self.spec_of(weight)
@@ -233,9 +250,13 @@ def training_program(
     convolutions: Convolutions,
     objective: Objective,
     classifier_kernel: int = 3,
+    branches: bool = False,
 ) -> Program:
-    """Forward, loss and backward of a network for images (batch, *size, 3); nothing is allocated."""
-    builder = _Builder(layers_of(blocks, batch, *size), convolutions, objective, classifier_kernel)
+    """Forward, loss and backward of a network for images (batch, *size, 3); nothing is allocated.
+
+    `branches`: weight gradients, and the maps that are made again for them, are aside.
+    """
+    builder = _Builder(layers_of(blocks, batch, *size), convolutions, objective, classifier_kernel, branches)
     builder.forward()
     builder.backward()
     return builder.program
@@ -262,7 +283,13 @@ class FusedTraining:
         objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
         batch, *size = shape
         self.program = training_program(
-            model.blocks, batch, (size[0], size[1]), weights.convolutions, objective, model.classifier_kernel
+            model.blocks,
+            batch,
+            (size[0], size[1]),
+            weights.convolutions,
+            objective,
+            model.classifier_kernel,
+            switch("SEGNET_BRANCHES", False, "weight gradients on a second stream", "one stream"),
         )
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)

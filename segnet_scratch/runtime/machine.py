@@ -1,8 +1,10 @@
-"""The memory of this machine."""
+"""The memory of this machine, and switches of its environment."""
 
 import contextlib
 import os
 from pathlib import Path
+
+from segnet_scratch.errors import ConfigError
 
 _CGROUPS = (  # limit and use, of version 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
@@ -12,6 +14,14 @@ _CGROUPS = (  # limit and use, of version 2 and 1
         "total_inactive_file",
     ),
 )
+
+
+def switch(name: str, default: bool, on: str, off: str) -> bool:
+    """What an environment variable says, 1 or 0, for `on` and `off`. ConfigError for anything else."""
+    asked = os.environ.get(name, "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"{name} is {asked!r}; expected 1 ({on}), 0 ({off}) or nothing")
+    return asked == "1" if asked else default
 
 
 def available_memory() -> int | None:

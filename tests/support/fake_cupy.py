@@ -197,7 +197,7 @@ class ndarray:
         pinned = pinned_memory_of(out)
         assert blocking == (pinned is None), "only into pinned memory does a copy go on by itself"
         stream, contents = self._cupy.timeline.current_stream(), np.empty_like(out)
-        assert stream.nodes is None, "the current stream is capturing, so D2H transfers are disallowed"
+        assert stream.capture is None, "the current stream is capturing, so D2H transfers are disallowed"
         self._cupy.work("copy to the host", [self], [False], lambda source: np.copyto(contents, source))
         if blocking:
             stream.synchronize()
@@ -387,10 +387,10 @@ class FakeCupy(types.ModuleType):
 
         def run(on: Stream) -> None:
             stamp = on.tick()
-            for (reference, from_outside), write in zip(blocks, writes, strict=True):
+            for (reference, from_outside), write, part in zip(blocks, writes, values, strict=True):
                 block = reference()
                 if block is not None:
-                    block.access(on, stamp, write, what)
+                    block.access(on, stamp, write, what, part)
                 elif from_outside:
                     raise Race(f"{what} is replayed on memory that has been freed")
             carry_out(*values)
@@ -399,7 +399,7 @@ class FakeCupy(types.ModuleType):
 
     def copy_in(self, target: ndarray, values: np.ndarray, stream: Stream) -> None:
         """From the host. Only from pinned memory does a copy go on by itself; other memory has been read by now."""
-        if stream.nodes is not None:
+        if stream.capture is not None:
             raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
         self.work("copy to the GPU", [target], [True], lambda t: np.copyto(t, values), stream)
         pinned = pinned_memory_of(values)
@@ -428,7 +428,7 @@ class FakeCupy(types.ModuleType):
     def asnumpy(self, array: ndarray) -> np.ndarray:
         assert isinstance(array, ndarray)
         stream = self.timeline.current_stream()
-        assert stream.nodes is None, "the current stream is capturing, so D2H transfers are disallowed"
+        assert stream.capture is None, "the current stream is capturing, so D2H transfers are disallowed"
         result = np.empty(array.shape, array.dtype)
         self.work("copy to the host", [array], [False], lambda source: np.copyto(result, source))
         stream.synchronize()

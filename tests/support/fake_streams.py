@@ -2,8 +2,9 @@
 
 Work is carried out at once, in the order in which it is asked for. What a GPU might have done in another order is found
 by clocks instead (Lamport's happened-before, as race detectors for threads have it): every stream and the host have a
-vector clock; an event carries the clock of its stream to whoever waits for it. An access to memory that an earlier
-access of another stream may still overlap is a Race, however it turned out here.
+vector clock; an event carries the clock of its stream to whoever waits for it. An access to bytes that an earlier
+access of another stream may still overlap is a Race, however it turned out here. A recording may have branches: streams
+that wait for an event of it; each replay carries them out on streams of their own.
 """
 
 import threading
@@ -89,12 +90,12 @@ class Timeline:
 
 
 class Stream:
-    """A queue of work. While it is recorded, work goes into `nodes`."""
+    """A queue of work. While it is recorded, by itself or as a branch of another, work goes into `capture`."""
 
     def __init__(self, timeline: Timeline, number: int) -> None:
         self._timeline, self.number = timeline, number
         self.clock = Clock()
-        self.nodes: list[Callable[[Stream], None]] | None = None
+        self.capture: Capture | None = None
 
     def __enter__(self) -> "Stream":
         current = self._timeline.current
@@ -106,8 +107,8 @@ class Stream:
 
     def run(self, work: "Callable[[Stream], None]") -> None:
         """Carries work out, or records it."""
-        if self.nodes is not None:
-            self.nodes.append(work)
+        if self.capture is not None:
+            self.capture.add(self, work)
             return
         recording = self._timeline.recording
         assert recording is None or self.number != DEFAULT, "work on the default stream while another is recorded"
@@ -126,23 +127,68 @@ class Stream:
         return self.number, self.clock.get(self.number, 0)
 
     def synchronize(self) -> None:
-        assert self.nodes is None, "cudaErrorStreamCaptureUnsupported: waiting for a stream that is recorded"
+        assert self.capture is None, "cudaErrorStreamCaptureUnsupported: waiting for a stream that is recorded"
         self._timeline.host_learns(self.clock)
 
     def wait_event(self, event: "Event") -> None:
+        if event.capture is not None and not event.capture.ended:
+            event.capture.wait(self, event)
+            return
+        assert self.capture is None, "cudaErrorStreamCaptureIsolation: an event from outside of the recording"
         with self._timeline.lock:
             self.clock.learn(event.clock)
+
+    def record(self, event: "Event") -> None:
+        event.record(self)
 
     def begin_capture(self) -> None:
         assert self.number != DEFAULT, "cannot capture on the default (legacy) stream"
         assert self._timeline.recording is None
-        self.nodes, self._timeline.recording = [], self
+        self.capture, self._timeline.recording = Capture(self), self
         self._timeline.recorder = threading.get_ident()
 
     def end_capture(self) -> "Graph":
-        assert self.nodes is not None
-        nodes, self.nodes, self._timeline.recording = self.nodes, None, None
-        return Graph(self._timeline, nodes)
+        capture, self._timeline.recording = self.capture, None
+        assert capture is not None
+        return Graph(self._timeline, capture.end())
+
+
+class Capture:
+    """What is recorded: work, marks and waits for them, each with the number of its stream."""
+
+    def __init__(self, origin: Stream) -> None:
+        self.streams = [origin]
+        self.nodes: list[tuple[int, Callable[[Stream, dict[object, Clock]], None]]] = []
+        self.clocks: dict[int, Clock] = {origin.number: Clock()}  # to see whether all branches are joined
+        self.ended = False
+
+    def add(self, stream: Stream, work: Callable[[Stream], None]) -> None:
+        own = self.clocks[stream.number]
+        own[stream.number] = own.get(stream.number, 0) + 1
+        self.nodes.append((stream.number, lambda line, marks: work(line)))
+
+    def record(self, stream: Stream, event: "Event") -> None:
+        mark = event.mark = object()
+        event.capture, event.clock = self, Clock(self.clocks[stream.number])
+        self.nodes.append((stream.number, lambda line, marks: marks.update({mark: Clock(line.clock)})))
+
+    def wait(self, stream: Stream, event: "Event") -> None:
+        if stream.capture is None:
+            assert stream.number != DEFAULT, "the default stream cannot be a branch of a recording"
+            stream.capture = self
+            self.streams.append(stream)
+        mark = event.mark
+        self.clocks.setdefault(stream.number, Clock()).learn(event.clock)
+        self.nodes.append((stream.number, lambda line, marks: line.clock.learn(marks[mark])))
+
+    def end(self) -> list[tuple[int, Callable[[Stream, dict[object, Clock]], None]]]:
+        origin, *branches = (stream.number for stream in self.streams)
+        joined = all(self.clocks[origin].knows(k, self.clocks[k].get(k, 0)) for k in branches)
+        self.ended = True
+        for stream in self.streams:
+            stream.capture = None
+        assert joined, "cudaErrorStreamCaptureUnjoined: work of a branch that the recorded stream does not wait for"
+        return self.nodes
 
 
 class Event:
@@ -152,11 +198,16 @@ class Event:
         self._timeline, self.timed = timeline, not disable_timing
         self.clock = Clock()
         self.time: float | None = None  # when it was recorded; work is done at once here
+        self.capture: Capture | None = None  # it belongs to a recording
+        self.mark: object = None
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self._timeline.current_stream()
+        if stream.capture is not None:
+            stream.capture.record(stream, self)
+            return
         with self._timeline.lock:
-            self.clock = Clock(stream.clock)
+            self.capture, self.clock = None, Clock(stream.clock)
             self.time = perf_counter()
 
     @property
@@ -172,14 +223,18 @@ class Event:
 class Graph:
     """Recorded work."""
 
-    def __init__(self, timeline: Timeline, nodes: list[Callable[[Stream], None]]) -> None:
+    def __init__(self, timeline: Timeline, nodes: list[tuple[int, Any]]) -> None:
         self._timeline, self.nodes = timeline, nodes
 
     def launch(self) -> None:
         stream = self._timeline.current_stream()
-        assert stream.nodes is None
-        for work in self.nodes:
-            work(stream)
+        assert stream.capture is None
+        origin = self.nodes[0][0] if self.nodes else DEFAULT
+        lines, marks = {origin: stream}, {}
+        for number, work in self.nodes:
+            if number not in lines:
+                lines[number] = self._timeline.new_stream(non_blocking=True)
+            work(lines[number], marks)
 
 
 class Block:
@@ -192,38 +247,46 @@ class Block:
         stream = timeline.current_stream()
         self.timeline, self.buffer, self.pool = timeline, buffer, pool
         # Earlier work of the stream may still use what is given out now.
-        self._accesses: Accesses = [stream.last, Clock()]
+        self._accesses: Accesses = [(0, max(1, buffer.nbytes), stream.last, Clock())]
         weakref.finalize(self, _end_block, timeline, stream, self._accesses, buffer, pool).atexit = False
 
-    def access(self, stream: Stream, stamp: tuple[int, int], writes: bool, what: str) -> None:
-        """Race where earlier work of another stream may not be over."""
+    def access(self, stream: Stream, stamp: tuple[int, int], writes: bool, what: str, part: np.ndarray) -> None:
+        """Race where earlier work of another stream on these bytes may not be over."""
+        first, end = (address - self.buffer.ctypes.data for address in np.lib.array_utils.byte_bounds(part))
         with self.timeline.lock:
-            write, reads = self._accesses
-            for number, tick in (write, *(reads.items() if writes else ())):
-                if not stream.clock.knows(number, tick):
-                    raise Race(
-                        f"{what} on stream {stream.number} {'writes' if writes else 'reads'} what stream {number} may "
-                        "still be using: wait for an event"
-                    )
-            if writes:
-                self._accesses[:] = stamp, Clock()
-            else:
-                reads.learn(Clock([stamp]))
+            pieces: Accesses = []
+            for start, stop, write, reads in self._accesses:
+                below, above = max(start, first), min(stop, end)
+                if below >= above:
+                    pieces.append((start, stop, write, reads))
+                    continue
+                for number, tick in (write, *(reads.items() if writes else ())):
+                    if not stream.clock.knows(number, tick):
+                        raise Race(
+                            f"{what} on stream {stream.number} {'writes' if writes else 'reads'} what stream {number} "
+                            "may still be using: wait for an event"
+                        )
+                pieces += [(a, b, write, reads) for a, b in ((start, below), (above, stop)) if a < b]
+                now = Clock() if writes else Clock(reads)
+                if not writes:
+                    now.learn(Clock([stamp]))
+                pieces.append((below, above, stamp if writes else write, now))
+            self._accesses[:] = pieces
 
 
-Accesses = list  # the last write (stream, tick) and, since then, the last read of each stream
+# (first byte, last byte + 1, the last write (stream, tick) and, since then, the last read of each stream)
+Accesses = list[tuple[int, int, tuple[int, int], Clock]]
 
 
 def _end_block(timeline: Timeline, stream: Stream, accesses: Accesses, buffer: np.ndarray, pool: Any) -> None:
     if pool is not None and not pool.common:  # nobody else ever gets it
         pool.give_back(buffer)
         return
-    write, reads = accesses
     known = Clock(timeline.host)
     known.learn(stream.clock)
-    for number, tick in (write, *reads.items()):
-        if not known.knows(number, tick):
-            timeline.problems.append(f"memory of stream {stream.number} is freed while stream {number} may use it")
+    stamps = {stamp for _, _, write, reads in accesses for stamp in (write, *reads.items())}
+    for number in {number for number, tick in stamps if not known.knows(number, tick)}:
+        timeline.problems.append(f"memory of stream {stream.number} is freed while stream {number} may use it")
     if pool is not None:
         pool.give_back(buffer)
 

@@ -7,20 +7,20 @@ it is.
 The rule of what they take stands in `misfit`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 
-from segnet_scratch.errors import ConfigError, ShapeError
+from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect
 from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.machine import switch
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.signature import ElementTypes
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
@@ -121,11 +121,8 @@ def tiles_on(device: Device) -> TileTable | None:
     They are for sm_90, and not for newer GPUs, which lack the instructions. The host device has them for proofs: it
     takes them where the environment says SEGNET_HOPPER=1; with SEGNET_HOPPER=0 an sm_90 does without.
     """
-    asked = os.environ.get("SEGNET_HOPPER", "")
-    if asked not in ("", "0", "1"):
-        raise ConfigError(f"SEGNET_HOPPER is {asked!r}; expected 1 (Hopper's kernels), 0 (mma.sync) or nothing")
     able = device.runs_kernels and device.architecture in (None, "sm_90")
-    wanted = asked == "1" if asked else device.architecture == "sm_90"
+    wanted = switch("SEGNET_HOPPER", device.architecture == "sm_90", "Hopper's kernels", "mma.sync")
     return table_of(device) if able and wanted else None
 
 

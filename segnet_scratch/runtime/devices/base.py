@@ -1,6 +1,7 @@
 """What every device offers: memory, execution of kernels, and the two ways to keep a GPU busy."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,6 +103,16 @@ class Device:
         """
         for item in items:
             yield item, tuple(self.upload(array) for array in arrays_of(item))
+
+    def beside(self) -> AbstractContextManager[None]:
+        """What is launched inside runs after all before it, and may run beside all after it, until `join`.
+
+        A device with a single line of work runs it at once.
+        """
+        return nullcontext()
+
+    def join(self) -> None:
+        """What is launched from here on runs after all that was launched `beside`."""
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """What does the same as calling `function` again and again, at less cost on a GPU.

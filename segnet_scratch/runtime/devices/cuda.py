@@ -1,6 +1,7 @@
 """The device of an NVIDIA GPU, through CuPy: its memory pool, its current stream, its modules."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,6 +45,7 @@ class CudaDevice(Device):
         self.multiprocessors = int(properties["multiProcessorCount"])
         name = properties["name"]
         self.gpu: str = name.decode() if isinstance(name, bytes) else str(name)
+        self._branch: tuple[Any, Any, Any] | None = None  # its stream; where it begins, where it ends
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
 
@@ -109,6 +111,22 @@ class CudaDevice(Device):
         self, items: Iterator[Item], arrays_of: Callable[[Item], Sequence[np.ndarray]]
     ) -> Generator[tuple[Item, tuple[Array, ...]], None, None]:
         return Prefetcher(self._cupy, self.empty).run(items, arrays_of)
+
+    @contextmanager
+    def beside(self) -> Generator[None]:
+        if self._branch is None:
+            events = (self._cupy.cuda.Event(disable_timing=True) for _ in range(2))
+            self._branch = self._cupy.cuda.Stream(non_blocking=True), *events
+        stream, begun, ended = self._branch
+        begun.record(self._cupy.cuda.get_current_stream())
+        stream.wait_event(begun)
+        with stream:
+            yield
+        ended.record(stream)
+
+    def join(self) -> None:
+        if self._branch is not None:
+            self._cupy.cuda.get_current_stream().wait_event(self._branch[2])
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         self._expect_no_recording("capture once more")
