@@ -27,8 +27,8 @@ extern "C" __global__ void batch_norm_partial_statistics(
     int64 rows, int c, int chunks, int64 rows_per_chunk) {
     SHARED_ARRAY(Moments, lanes, [ROW_LANES][COLUMN_LANES]);
     const ColumnSlice slice(rows, rows_per_chunk);
-    lanes[threadIdx.y][threadIdx.x] =
-        slice.channel < c ? moments_of(x, slice.first_row, slice.end_row, ROW_LANES, slice.channel, c) : Moments{0, 0, 0};
+    const int64 end = slice.channel < c ? slice.end_row : 0;  // no rows beyond the last channel
+    lanes[threadIdx.y][threadIdx.x] = moments_of(x, slice.first_row, end, ROW_LANES, slice.channel, c);
     __syncthreads();
     if (threadIdx.y != 0 || slice.channel >= c) return;
     Moments moments = lanes[0][threadIdx.x];
@@ -74,12 +74,12 @@ extern "C" __global__ void batch_norm_evaluation_statistics(
 
 // Launch: grid ((c + 31) / 32, (rows + rows_per_chunk - 1) / rows_per_chunk), block (32, 8)
 extern "C" __global__ void batch_norm_forward(
-    const storage_t* __restrict__ x,         // (rows, c)
+    const storage_t* __restrict__ x,           // (rows, c)
     const accumulate_t* __restrict__ mean,     // (c)
     const accumulate_t* __restrict__ inv_std,  // (c)
-    const storage_t* __restrict__ weight,    // (c)
-    const storage_t* __restrict__ bias,      // (c)
-    storage_t* __restrict__ y,               // (rows, c)
+    const storage_t* __restrict__ weight,      // (c)
+    const storage_t* __restrict__ bias,        // (c)
+    storage_t* __restrict__ y,                 // (rows, c)
     int64 rows, int c, int64 rows_per_chunk) {
     const ColumnSlice slice(rows, rows_per_chunk);
     if (slice.channel >= c) return;

@@ -14,7 +14,8 @@ extern "C" __global__ void conv2d_backward_bias_partial(
     const ColumnSlice slice(rows, rows_per_chunk);
     accumulate_t sum = 0;
     if (slice.channel < o)
-        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) sum += (accumulate_t)dy[row * o + slice.channel];
+        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES)
+            sum += (accumulate_t)dy[row * o + slice.channel];
     lanes[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y != 0 || slice.channel >= o) return;

@@ -58,7 +58,8 @@ extern "C" __global__ void conv2d_backward_data_direct(
                 if (left < 0 || left % stride || left / stride >= ow) continue;
                 const storage_t* const source = image + ((int64)(above / stride) * ow + left / stride) * o;
                 const storage_t* const taps = weight + ((int64)ky * kw + kx) * c + channel;
-                for (int k = 0; k < o; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)taps[(int64)k * kh * kw * c], sum);
+                for (int k = 0; k < o; ++k)
+                    sum = fma((accumulate_t)source[k], (accumulate_t)taps[(int64)k * kh * kw * c], sum);
             }
         }
         dx[i] = sum;

@@ -53,7 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) conv2d_forward_mma_plai
             const Piece zeros = {};
             *(Piece*)&patches[row][column] =
                 inside ? load_piece(x + (pixel / ow / oh * h * w + (int64)iy * w + ix) * c + k % c) : zeros;
-            *(Piece*)&weights[row][column] = k < depth && output < o ? load_piece(weight + (int64)output * depth + k) : zeros;
+            *(Piece*)&weights[row][column] =
+                k < depth && output < o ? load_piece(weight + (int64)output * depth + k) : zeros;
         }
         __syncthreads();
         for (int k = 0; k < DEPTH; k += 16) {
@@ -66,8 +67,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) conv2d_forward_mma_plai
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int row = row0 + 16 * i + g;
-                const unsigned a[4] = {pair(&patches[row][k + 2 * t]), pair(&patches[row + 8][k + 2 * t]),
-                                       pair(&patches[row][k + 2 * t + 8]), pair(&patches[row + 8][k + 2 * t + 8])};
+                const unsigned a[4] = {
+                    pair(&patches[row][k + 2 * t]), pair(&patches[row + 8][k + 2 * t]),
+                    pair(&patches[row][k + 2 * t + 8]), pair(&patches[row + 8][k + 2 * t + 8])};
                 mma_m16n8k16_bf16(sums[i], a, b);
             }
         }

@@ -40,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_pipelined(
     for (int i = 0; i < ROWS / 32; ++i) {
         const int64 pixel = first_pixel + copied_row + 32 * i;
         image[i] = pixel / ow / oh * h * w * c;
-        top[i] = pixel < pixels ? (int)(pixel / ow % oh) - pad_y : -(1 << 30);  // beyond the last pixel: above any image
+        top[i] =
+            pixel < pixels ? (int)(pixel / ow % oh) - pad_y : -(1 << 30);  // beyond the last pixel: above any image
         left[i] = (int)(pixel % ow) - pad_x;
     }
 

@@ -32,9 +32,9 @@ extern "C" __global__ void max_pool_forward(
 }
 
 extern "C" __global__ void max_pool_backward(
-    const storage_t* __restrict__ dy,   // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c)
-    storage_t* __restrict__ dx,         // (n, h, w, c)
+    const storage_t* __restrict__ dy,  // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ codes,   // (n, (h + 1) / 2, (w + 1) / 2, c)
+    storage_t* __restrict__ dx,        // (n, h, w, c)
     int n, int h, int w, int c) {
     const int64 count = (int64)n * ((h + 1) / 2) * ((w + 1) / 2) * c;
     FOR_EACH_INDEX(i, count) scatter_window(dy, codes, dx, i, h, w, c);

@@ -29,6 +29,7 @@ extern "C" __global__ void max_unpool_forward_pieces(
             chosen |= (window.holds(code) ? code : 0) << 2 * k;
         }
         for (int code = 0; code < 4; ++code)
-            if (window.holds(code)) store_piece(y + PIECE * window.at(code, w, pieces), at_position(piece, chosen, code));
+            if (window.holds(code))
+                store_piece(y + PIECE * window.at(code, w, pieces), at_position(piece, chosen, code));
     }
 }

@@ -30,12 +30,12 @@
 
 // Launch: grid (c + 7) / 8, block (8, 64)
 extern "C" __global__ void norm_merge_statistics(
-    const float* __restrict__ partials,         // (tiles, 2, c): mean, M2
-    const int* __restrict__ OPTIONAL counts,    // (tiles): rows of each
-    float* __restrict__ mean,                   // (c)
-    float* __restrict__ inv_std,                // (c)
-    float* __restrict__ running_mean,           // (c)
-    float* __restrict__ running_var,            // (c)
+    const float* __restrict__ partials,       // (tiles, 2, c): mean, M2
+    const int* __restrict__ OPTIONAL counts,  // (tiles): rows of each
+    float* __restrict__ mean,                 // (c)
+    float* __restrict__ inv_std,              // (c)
+    float* __restrict__ running_mean,         // (c)
+    float* __restrict__ running_var,          // (c)
     int64 rows, int c, int tiles, double eps, double momentum) {
     const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
     double sums[3] = {0, 0, 0};  // of distances, of their squares, of M2
@@ -81,8 +81,9 @@ extern "C" __global__ void norm_merge_gradients(
 struct Norm {
     Values mean, scale, bias;
     bool relu;
-    __device__ Norm(const float* means, const float* inv_stds, const float* weights, const float* biases, int64 channel,
-                    bool with_relu)
+    __device__ Norm(
+        const float* means, const float* inv_stds, const float* weights, const float* biases, int64 channel,
+        bool with_relu)
         : relu(with_relu) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
@@ -107,7 +108,8 @@ struct WindowPieces {
     Piece at[4];
     __device__ WindowPieces(const storage_t* map, const Window& window, int w, int c) {
 #pragma unroll
-        for (int code = 0; code < 4; ++code) at[code] = load_piece_here(map + window.at(window.holds(code) ? code : 0, w, c));
+        for (int code = 0; code < 4; ++code)
+            at[code] = load_piece_here(map + window.at(window.holds(code) ? code : 0, w, c));
     }
 };
 
@@ -173,8 +175,9 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_
 // dy of a piece.
 struct NormBackward {
     Values mean, inv_std, gain, mean_dr, mean_dr_xhat;
-    __device__ NormBackward(const float* means, const float* inv_stds, const float* weights, const float* dweights,
-                            const float* dbiases, int64 channel, int64 rows) {
+    __device__ NormBackward(
+        const float* means, const float* inv_stds, const float* weights, const float* dweights, const float* dbiases,
+        int64 channel, int64 rows) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             mean.of[i] = means[channel + i];
@@ -240,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_ba
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))
-                    store_piece(dy + window.at(code, w, c), norm.of(pieces.at[code], at_position(gradient, chosen, code)));
+                    store_piece(
+                        dy + window.at(code, w, c), norm.of(pieces.at[code], at_position(gradient, chosen, code)));
         }
     }
 }

@@ -38,10 +38,12 @@ extern "C" __global__ void resize_bilinear_forward(
         const storage_t* const image = x + pixel / ow / y_rows * x_rows * w * c + channel;
         const storage_t* const above = image + (int64)(row.low - x_first) * w * c;
         const storage_t* const below = image + (int64)(row.high - x_first) * w * c;
-        const accumulate_t top = above[(int64)column.low * c] +
-                                 column.fraction * ((accumulate_t)above[(int64)column.high * c] - above[(int64)column.low * c]);
-        const accumulate_t bottom = below[(int64)column.low * c] +
-                                    column.fraction * ((accumulate_t)below[(int64)column.high * c] - below[(int64)column.low * c]);
+        const accumulate_t top =
+            above[(int64)column.low * c] +
+            column.fraction * ((accumulate_t)above[(int64)column.high * c] - above[(int64)column.low * c]);
+        const accumulate_t bottom =
+            below[(int64)column.low * c] +
+            column.fraction * ((accumulate_t)below[(int64)column.high * c] - below[(int64)column.low * c]);
         y[i] = top + row.fraction * (bottom - top);
     }
 }

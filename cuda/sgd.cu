@@ -54,7 +54,9 @@ extern "C" __global__ void keep_finite(
     const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
     const bool failed = scale[0] != scale[0];
     for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        if (failed) array[i] = kept[i];
-        else kept[i] = array[i];
+        if (failed)
+            array[i] = kept[i];
+        else
+            kept[i] = array[i];
     }
 }

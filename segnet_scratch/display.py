@@ -99,7 +99,7 @@ class TrainingDisplay(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = bar(console, transient=False)
+        self._progress = bar(console, transient=False, left=False)
         self._last_line = perf_counter()
 
     def __enter__(self) -> "TrainingDisplay":
@@ -130,30 +130,44 @@ class TrainingDisplay(Listener):
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
         self._throughput.tick()
-        rate = trainer.config.batch / self._throughput.seconds_per_step
-        status = f"loss {loss:.4f} lr {lr:.2g} {rate:.1f}/s"
-        if not self._console.is_terminal or self._console.width >= _WIDE:
-            waiting = 100 * self._throughput.waiting
-            status = f"loss {loss:.4f}  lr {lr:.2g}  {rate:.1f} images/s  waiting {waiting:.0f}%"
+        each = self._throughput.seconds_per_step
+        left = remaining((trainer.total_steps - trainer.step) * each)
+        if self._console.is_terminal and self._console.width < _WIDE:
+            parts = [f"loss {loss:.4f} lr {lr:.2g} {trainer.config.batch / each:.1f}/s", left]
+        else:
+            waiting = f"waiting {100 * self._throughput.waiting:.0f}%"
+            parts = [f"loss {loss:.4f}", f"lr {lr:.2g}", f"{trainer.config.batch / each:.1f} images/s", waiting, left]
+        status = "  ".join(part for part in parts if part and "nan" not in part)
         self._progress.update(self._task, completed=trainer.step, status=status)
         finished = trainer.step == trainer.total_steps
         if not self._console.is_terminal and (finished or perf_counter() - self._last_line > SECONDS_BETWEEN_LINES):
             self._last_line = perf_counter()
-            left = (trainer.total_steps - trainer.step) * self._throughput.seconds_per_step
-            self._say(f"step {trainer.step}/{trainer.total_steps}  {status}  {remaining(left)}")
+            self._say(f"step {trainer.step}/{trainer.total_steps}  {status}")
+
+    def compiling(self, done: int, total: int) -> None:
+        self._beside("compile", total).update(done, total)
+        if done == total:
+            self._resume()
 
     def validating(self, images: int) -> None:
-        if self._watch is None:
-            self._watch = Watch(self._console, self._progress, "validate", self._scored)
-        self._watch.advance(images)
+        self._beside("validate", self._scored).advance(images)
 
-    def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def _beside(self, what: str, total: int) -> Watch:
+        """The bar of what is no training."""
+        if self._watch is None:
+            self._throughput.pause()
+            self._watch = Watch(self._console, self._progress, what, total)
+        return self._watch
+
+    def _resume(self) -> None:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+
+    def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        self._resume()
         best = " (best)" if trainer.best_miou == evaluation.scores.miou else ""
         self._say(
             f"step {trainer.step}: validation loss {evaluation.loss:.4f}, mIoU {100 * evaluation.scores.miou:.1f} %, "
             f"global accuracy {100 * evaluation.scores.global_accuracy:.1f} %{best}"
         )
-        self._throughput = Throughput(trainer.loader)  # validation is no part of the training rate

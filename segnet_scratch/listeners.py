@@ -31,6 +31,10 @@ class Listeners(Listener):
         for listener in self._listeners:
             listener.stepped(trainer, loss, lr)
 
+    def compiling(self, done: int, total: int) -> None:
+        for listener in self._listeners:
+            listener.compiling(done, total)
+
     def validating(self, images: int) -> None:
         for listener in self._listeners:
             listener.validating(images)

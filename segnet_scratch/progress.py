@@ -20,15 +20,18 @@ SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
 _NARROW = 80  # columns below which the bar gives way to the numbers
 
 
-def bar(console: Console, *more: ProgressColumn, transient: bool = True) -> Progress:
-    """A bar with its numbers in a terminal, nothing elsewhere. `more` are columns in the place of the count."""
+def bar(console: Console, *more: ProgressColumn, transient: bool = True, left: bool = True) -> Progress:
+    """A bar with its numbers in a terminal, nothing elsewhere. `more` are columns in the place of the count.
+
+    Without `left` the status says how much time is left.
+    """
     drawn = [BarColumn(bar_width=24)] if console.width >= _NARROW else []
     return Progress(
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         *drawn,
         *(more or (MofNCompleteColumn(table_column=Column(no_wrap=True)),)),
         TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        *([TimeRemainingColumn(table_column=Column(no_wrap=True))] if left else []),
         console=console,
         transient=transient,
         disable=not console.is_terminal,

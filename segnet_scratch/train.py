@@ -34,11 +34,13 @@ from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryErro
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.foresight import check_memory
+from segnet_scratch.inference import segment
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.run_folder import RunFolder
+from segnet_scratch.runtime.compilation import compile_for, launched_by
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import Outcome, TrainingStep, resolve
@@ -58,6 +60,9 @@ class Listener:
 
     def stepped(self, trainer: "Trainer", loss: float, lr: float) -> None:
         """A step has been made."""
+
+    def compiling(self, done: int, total: int) -> None:
+        """So many of the kernels that training and validation need are compiled, before the first step."""
 
     def validating(self, images: int) -> None:
         """So many more images of the validation split have been evaluated."""
@@ -161,6 +166,7 @@ class Trainer:
         with self._alone(), _stop_requests() as self._stop:
             try:
                 listener.started(self)
+                self._compile(listener)
                 if self._validation_due:
                     self._validate_and_save(listener)
                 while self.step < self.total_steps and not self.gave_up:
@@ -172,6 +178,22 @@ class Trainer:
                 self._rescue(error)
                 raise
         return True
+
+    def _compile(self, listener: Listener) -> None:
+        """Compiles what this run launches, on all cores: one by one, each when it is first met, takes a minute."""
+        if self.model.device.runs_kernels:
+            with self._advice():
+                kernels = launched_by(self._rehearse)
+            compile_for(self.model.device, kernels, listener.compiling)
+
+    def _rehearse(self) -> None:
+        """A step, and a prediction of a validation, as far as launches go."""
+        shape = self.config.batch, *self.config.image_size
+        self.training.write(np.zeros((*shape, 3), self.model.dtype), np.zeros(shape, np.uint8), 0.0)
+        self.training.walk()
+        if self.val_set is not None:
+            self.model.eval()
+            segment(self.model, np.zeros((8, 8, 3), np.uint8), self.config.image_size)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -206,8 +228,7 @@ class Trainer:
 
     def _train_epoch(self, listener: Listener) -> None:
         """The rest of the epoch that the next step belongs to."""
-        batches = self._batches(self._begun)
-        try:
+        with self._advice(), closing(self._batches(self._begun)) as batches:
             for batch in batches:
                 self._begin_step(batch)
                 self._settle(listener, AHEAD if self._begun < self._next_stop else 0)
@@ -218,10 +239,14 @@ class Trainer:
                 if self._stop.is_set():
                     self._settle(listener, 0)
                 self._heed_stop()
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """What to try where memory does not suffice."""
+        try:
+            yield
         except DeviceMemoryError as error:
             raise DeviceMemoryError(f"{error}; {self._smaller()}", error.asked, error.free) from error
-        finally:
-            batches.close()
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         """The batches of an epoch, on the device, from that of a step on."""
@@ -431,28 +456,34 @@ def training_step(config: Config, model: SegNet, class_weights: Sequence[float])
 
 
 class Throughput:
-    """Images per second over the last steps, and the share of time spent waiting for data."""
+    """Seconds a step over the last ones, and the share of them spent waiting for data."""
 
     def __init__(self, loader: Loader, window: int = 20) -> None:
         self._loader, self._window = loader, window
-        self._marks: list[tuple[float, float]] = []  # (time, seconds waited so far)
-        self.tick()
+        self._spans: list[tuple[float, float]] = []  # of each step: seconds, and those waited for data
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes now is no training, to the end of the next step: a validation, a checkpoint, compiling."""
+        self._last: tuple[float, float] | None = None
 
     def tick(self) -> None:
         """A step has ended."""
-        self._marks = [*self._marks[-self._window :], (perf_counter(), self._loader.waited)]
+        now, last = (perf_counter(), self._loader.waited), self._last
+        if last is not None:
+            self._spans = [*self._spans[1 - self._window :], (now[0] - last[0], now[1] - last[1])]
+        self._last = now
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over the window; NaN before the first step."""
-        steps = len(self._marks) - 1
-        return (self._marks[-1][0] - self._marks[0][0]) / steps if steps else math.nan
+        """Mean over the window; NaN before the second step."""
+        return sum(seconds for seconds, _ in self._spans) / len(self._spans) if self._spans else math.nan
 
     @property
     def waiting(self) -> float:
         """Share of the window's time that training waited for data, 0 to 1."""
-        elapsed = self._marks[-1][0] - self._marks[0][0]
-        return (self._marks[-1][1] - self._marks[0][1]) / elapsed if elapsed else 0.0
+        elapsed = sum(seconds for seconds, _ in self._spans)
+        return sum(waited for _, waited in self._spans) / elapsed if elapsed else 0.0
 
 
 def _fingerprint(dataset: VOCDataset) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support.kernels import needs_compiler
 
+from segnet_scratch.config import Config
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.errors import CompileError
@@ -13,6 +14,7 @@ from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
 from segnet_scratch.runtime.ptxas import LogError
 from segnet_scratch.segnet import SegNet
+from segnet_scratch.train import Listener, Trainer
 
 F32 = ElementTypes.of(np.dtype(np.float32))
 
@@ -58,6 +60,38 @@ def test_what_a_run_launches_is_listed_and_nothing_runs():
     assert launched_by(run) == [(find_kernel("relu_forward"), F32)]
     assert (y == 7).all()
     compile_for(device, launched_by(run))
+
+
+@needs_compiler
+@pytest.mark.parametrize("engine", ["layers", "fused"])
+def test_what_a_run_needs_is_compiled_before_its_first_step(sample, tmp_path, engine):
+    compiled, late, told = [], [], []
+
+    class Watched(HostDevice):
+        def compile(self, kernel, types):
+            compiled.append((kernel.source.path.name, types.name))
+            super().compile(kernel, types)
+
+        def execute(self, launch):
+            if compiled:
+                late.append((launch.kernel.source.path.name, launch.types.name))
+            super().execute(launch)
+
+    class Told(Listener):
+        def compiling(self, done, total):
+            assert late == []
+            told.append((done, total))
+
+    settings = {"size": 32, "width": 1 / 8, "batch": 2, "steps": 1, "workers": 0, "engine": engine}
+    Trainer(Config(model="segnet-basic", **settings), sample, tmp_path, Watched()).run(Told())
+    assert told == [(n + 1, len(compiled)) for n in range(len(compiled))]
+    assert len(set(compiled)) == len(compiled) > 5
+    # Scores take little, and are left to their first launch.
+    assert {name for name, _ in set(late) - set(compiled)} <= {"confusion.cu", "cross_entropy.cu"}
+    host = Trainer(Config(model="segnet-basic", **settings), sample, tmp_path / "host", "host")
+    host._compile = lambda listener: None
+    host.run()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "host" / "metrics.jsonl").read_bytes()
 
 
 def test_an_error_ends_it_and_names_the_kernel():

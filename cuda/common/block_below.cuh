@@ -25,7 +25,8 @@ struct Below {
         const bool right = column + 1 < w, lower = row + 1 < h;
         if (right) chosen = either(chosen, at_position(load_piece(first + channels), codes, 1));
         if (lower) chosen = either(chosen, at_position(load_piece(first + (int64)w * channels), codes, 2));
-        if (right && lower) chosen = either(chosen, at_position(load_piece(first + (int64)(w + 1) * channels), codes, 3));
+        if (right && lower)
+            chosen = either(chosen, at_position(load_piece(first + (int64)(w + 1) * channels), codes, 3));
         return chosen;
     }
 };

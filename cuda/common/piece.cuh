@@ -89,7 +89,8 @@ __device__ inline Piece piece_of_exact(const Values& values) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(storage_t) == 2)
-            piece.words[i] = __float_as_uint(values.of[2 * i]) >> 16 | (__float_as_uint(values.of[2 * i + 1]) & 0xFFFF0000u);
+            piece.words[i] =
+                __float_as_uint(values.of[2 * i]) >> 16 | (__float_as_uint(values.of[2 * i + 1]) & 0xFFFF0000u);
         else
             piece.words[i] = __float_as_uint(values.of[i]);
     }

@@ -28,7 +28,8 @@ __device__ void block_add_lanes(double (&sums)[COUNT]) {
     for (int half = LANES / 2; half > 0; half /= 2) {
         if (threadIdx.y < half)
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) lanes[i][threadIdx.y][threadIdx.x] += lanes[i][threadIdx.y + half][threadIdx.x];
+            for (int i = 0; i < COUNT; ++i)
+                lanes[i][threadIdx.y][threadIdx.x] += lanes[i][threadIdx.y + half][threadIdx.x];
         __syncthreads();
     }
 #pragma unroll

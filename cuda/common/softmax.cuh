@@ -38,7 +38,10 @@ struct LogitGradient {
     double share, all_weights;  // of every class, where labels are smoothed
 
     __device__ LogitGradient(const T* class_weights, int classes, double scale, double smoothing)
-        : class_weights(class_weights), scale(scale), smoothing(smoothing), share(scale * smoothing / classes),
+        : class_weights(class_weights),
+          scale(scale),
+          smoothing(smoothing),
+          share(scale * smoothing / classes),
           all_weights(smoothing > 0 ? sum_of_weights(class_weights, classes) : 0) {}
 
     // What a pixel's own label weighs.

@@ -30,12 +30,12 @@ typedef unsigned long long uint64;
 //   SHARED_DYNAMIC(float, scratch);        the size is given at the launch
 #ifndef SEGNET_HOST
 #define SHARED_ARRAY(type, name, dimensions) __shared__ __align__(16) type name dimensions
-#define SHARED_DYNAMIC(type, name)                                   \
+#define SHARED_DYNAMIC(type, name)                                  \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
 // Grid-stride loop: any grid covers any count.
-#define FOR_EACH_INDEX(index, count)                                               \
+#define FOR_EACH_INDEX(index, count)                                                  \
     for (int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x; index < (count); \
          index += (int64)gridDim.x * blockDim.x)

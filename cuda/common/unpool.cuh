@@ -9,8 +9,9 @@
 
 // y (n, h, w, c) of the windows of a share: make(x[window]) at the coded position, 0 at the others.
 template <class Make>
-__device__ void unpool_share(const storage_t* __restrict__ x, const uint8* __restrict__ codes, storage_t* __restrict__ y,
-                             const Share& share, int n, int h, int w, int c, Make make) {
+__device__ void unpool_share(
+    const storage_t* __restrict__ x, const uint8* __restrict__ codes, storage_t* __restrict__ y, const Share& share,
+    int n, int h, int w, int c, Make make) {
     for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
         const int64 element = walk.index * c + share.channel;
         const unsigned chosen = piece_codes(codes, element);

@@ -29,22 +29,24 @@ struct Window {
         right = 2 * column + 1 < w;
         below = 2 * row + 1 < h;
     }
-    __device__ bool holds(int code) const { return code >= 0 && code < 4 && (right || !(code & 1)) && (below || !(code & 2)); }
+    __device__ bool holds(int code) const {
+        return code >= 0 && code < 4 && (right || !(code & 1)) && (below || !(code & 2));
+    }
     __device__ int64 at(int code, int w, int channels) const {
         return element + ((code & 2) ? (int64)w * channels : 0) + ((code & 1) ? channels : 0);
     }
 };
 
-__device__ inline void scatter_window(const storage_t* values, const uint8* codes, storage_t* map, int64 index, int h, int w,
-                                      int channels) {
+__device__ inline void scatter_window(
+    const storage_t* values, const uint8* codes, storage_t* map, int64 index, int h, int w, int channels) {
     const Window window(index, h, w, channels);
     const int chosen = window.holds(codes[index]) ? codes[index] : 0;
     for (int code = 0; code < 4; ++code)
         if (window.holds(code)) map[window.at(code, w, channels)] = code == chosen ? values[index] : storage_t(0);
 }
 
-__device__ inline void gather_window(const storage_t* map, const uint8* codes, storage_t* values, int64 index, int h, int w,
-                                     int channels) {
+__device__ inline void gather_window(
+    const storage_t* map, const uint8* codes, storage_t* values, int64 index, int h, int w, int channels) {
     const Window window(index, h, w, channels);
     values[index] = map[window.at(window.holds(codes[index]) ? codes[index] : 0, w, channels)];
 }

@@ -9,6 +9,7 @@ errors of mixed sign make it sqrt(K) in practice (section 2.8), so that is what 
 for the other roundings on the way. An op without sums has bound 0: every bit must be right.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,16 @@ class Row:
         """Plans that must fail, beside what fails for every row: other element types, calls unlike the plan."""
         return []
 
+    def refused(self, plain: Mapping[str, Any], wrong: Mapping[str, tuple[Any, ...]]) -> list[Refusal]:
+        """Plans of `plain` arguments, some of them replaced: by reason the words of the message and what is replaced.
+
+        The error is a ShapeError, unless it is the third item.
+        """
+        return [
+            Refusal(reason, functools.partial(self.op, **{**plain, **replaced}), (*error, ShapeError)[0], message)
+            for reason, (message, replaced, *error) in wrong.items()
+        ]
+
     def hostile(self, rng: np.random.Generator) -> Hostile | None:
         """Random hostile inputs; None where no input that fits the plan is hostile."""
         return None
@@ -236,5 +247,5 @@ class MapRow(Row):
         return self.op.plan(spec(case["x"], dtype), *self.options)
 
     def refusals(self) -> list[Refusal]:
-        empty = spec((2, 0), np.float32)
-        return [Refusal("empty", lambda: self.op.plan(empty, *self.options), ShapeError, "empty")]
+        empty = functools.partial(self.op.plan, spec((2, 0)), *self.options)
+        return [Refusal("empty", empty, ShapeError, "empty")]

@@ -46,7 +46,7 @@ class Spec:
         return Spec(shape, self.dtype)
 
 
-def spec(shape: Sequence[int], dtype: DTypeLike) -> Spec:
+def spec(shape: Sequence[int], dtype: DTypeLike = np.float32) -> Spec:
     """A Spec from any shape and dtype."""
     return Spec(tuple(int(n) for n in shape), np.dtype(dtype))
 

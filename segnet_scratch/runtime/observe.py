@@ -73,6 +73,11 @@ def observe(listener: Listener) -> Iterator[None]:
         _listener.set(previous)
 
 
+def listener() -> Listener | None:
+    """Who is told, if anybody."""
+    return _listener.get()
+
+
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
     """Within this context what is computed belongs to the layer of this name."""

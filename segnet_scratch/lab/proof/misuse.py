@@ -5,9 +5,10 @@ name. NOT_APPLICABLE holds the kinds that not every kernel can be misused by, wi
 """
 
 import ctypes
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -61,9 +62,20 @@ class Call:
         """The pointer parameters and their arrays."""
         return [(p, a) for p, a in zip(self.kernel.parameters, self.arguments, strict=True) if p.pointer]
 
-    def scalars(self, kinds: str) -> list[Parameter]:
-        """The scalar parameters whose type is of these kinds ("i", "u", "f")."""
-        return [p for p in self.kernel.parameters if p.scalar and p.dtype(self.types).kind in kinds]
+    @property
+    def scalars(self) -> list[tuple[Parameter, np.dtype]]:
+        """The scalar parameters and their types."""
+        return [(p, p.dtype(self.types)) for p in self.kernel.parameters if p.scalar]
+
+    @property
+    def integers(self) -> list[tuple[Parameter, np.dtype]]:
+        """Those of integer types."""
+        return [(p, dtype) for p, dtype in self.scalars if dtype.kind in "iu"]
+
+    @property
+    def floats(self) -> list[tuple[Parameter, np.dtype]]:
+        """Those of floating-point types."""
+        return [(p, dtype) for p, dtype in self.scalars if dtype.kind == "f"]
 
     @property
     def maps(self) -> list[tuple[Parameter, TensorMap]]:
@@ -113,11 +125,184 @@ MISUSES: dict[str, Callable[[Call], Iterator[Attempt]]] = {}
 
 def misuse(kind: str) -> Callable[[Callable[[Call], Iterator[Attempt]]], None]:
     """Registers a function that turns a right call into wrong ones."""
+    return functools.partial(MISUSES.__setitem__, kind)
 
-    def register(attempts: Callable[[Call], Iterator[Attempt]]) -> None:
-        MISUSES[kind] = attempts
+
+def instead_of(arguments: str, kind: str, error: type[SegnetError]) -> Callable[[Callable[..., Sequence[Any]]], None]:
+    """Registers a function that gives what may stand, wrongly, in the place of each of the `arguments` of a call.
+
+    It gets the parameter, and the right array or tensor map, or the element type of a number.
+    """
+
+    def register(wrong: Callable[..., Sequence[Any]]) -> None:
+        MISUSES[kind] = lambda call: (
+            (call.put(p.name, value), error, p.name)
+            for p, right in getattr(call, arguments)
+            for value in wrong(p, right)
+        )
 
     return register
+
+
+def _as(a: np.ndarray, *others: Any) -> list[np.ndarray]:
+    """Ones of other element types."""
+    return [np.ones(a.shape, other) for other in others if np.dtype(other) != a.dtype]
+
+
+def _shifted(a: np.ndarray, alignment: int, by: int) -> np.ndarray:
+    """An array like this at an address so many bytes after a multiple of the alignment."""
+    memory = sentinel_array(a.nbytes + 2 * alignment, np.uint8)
+    start = -memory.ctypes.data % alignment + by
+    return memory[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+
+
+def _alike(a: np.ndarray, *more: str) -> SimpleNamespace:
+    """What another library's array would look like."""
+    names = ("dtype", "shape", "size", "nbytes", "strides", "flags", "ctypes", *more)
+    return SimpleNamespace(**{name: getattr(a, name) for name in names})
+
+
+@instead_of("arrays", "an element type of another width or kind", DTypeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return _as(a, np.int8, np.int16, np.float16, np.complex64, np.bool_, object, a.dtype.newbyteorder())
+
+
+@instead_of("arrays", "float64 for float32", DTypeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return _as(a, np.float64) * (a.dtype == np.float32)
+
+
+@instead_of("arrays", "signed for unsigned and back", DTypeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return _as(a, f"i{a.itemsize}", f"u{a.itemsize}") * (a.dtype.kind in "iu")
+
+
+@instead_of("arrays", "every second element of an array", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [sentinel_array(2 * a.size, a.dtype)[::2]] * (a.size > 1)
+
+
+@instead_of("arrays", "an array backwards", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [a.reshape(-1)[::-1]] * (a.size > 1)
+
+
+@instead_of("arrays", "a transposed array", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [a.reshape(2, -1).T] if a.size % 2 == 0 and a.size > 2 else []
+
+
+@instead_of("arrays", "an array at an address that is no multiple of its element size", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [_shifted(a, a.itemsize, 1)] * (a.itemsize > 1)
+
+
+@instead_of("arrays", "a read-only output", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape)] * (not p.const)
+
+
+@instead_of("arrays", "None for an array", LaunchError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [None] * (not p.optional)
+
+
+@instead_of("arrays", "an empty array", ShapeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [np.empty(shape, a.dtype) for shape in ((0,), (4, 0, 4))]
+
+
+@instead_of("arrays", "an array one element short", ShapeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [sentinel_array(a.size - 1, a.dtype)] * (p.extent is not None)
+
+
+@instead_of("arrays", "an array one element long", ShapeError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [sentinel_array(a.size + 1, a.dtype)] * (p.extent is not None)
+
+
+@instead_of("arrays", "a list for an array", DeviceError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [a.tolist()]
+
+
+@instead_of("arrays", "an array of another library", DeviceError)
+def _(p: Parameter, a: np.ndarray) -> list[Any]:
+    return [
+        a.view(np.uint8).data,  # Python's buffers know no bfloat16
+        _alike(a, "__array_interface__"),
+        *((ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]),
+    ]
+
+
+@instead_of("scalars", "None for a number", DTypeError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [None]
+
+
+@instead_of("scalars", "an array for a number", DTypeError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [np.ones(1, dtype), np.array(4, dtype), [4]]
+
+
+@instead_of("scalars", "a bool for a number", DTypeError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [True, np.True_]
+
+
+@instead_of("scalars", "text for a number", DTypeError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return ["4", b"4"]
+
+
+@instead_of("integers", "a float for an integer", DTypeError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j]
+
+
+@instead_of("integers", "an integer over 2^31, or over 2^63 for int64", LaunchError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [np.iinfo(dtype).max + 1, np.iinfo(dtype).min - 1, 2**64, -(2**64)]
+
+
+@instead_of("integers", "a 64-bit NumPy integer out of range", LaunchError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [np.uint64(np.iinfo(dtype).max + 1), *(np.int64(-(2**31) - 1) for _ in range(dtype.itemsize == 4))]
+
+
+@instead_of("floats", "a float that becomes infinite", LaunchError)
+def _(p: Parameter, dtype: np.dtype) -> list[Any]:
+    return [10**400, -(10**400), *[1e39, np.float64(-1e39)] * (dtype == np.float32)]
+
+
+@instead_of("maps", "something else for a tensor map", DTypeError)
+def _(p: Parameter, m: TensorMap) -> list[Any]:
+    return [m.array, None, 4, m.host_bytes(), m.array.tobytes()]
+
+
+@instead_of("maps", "a tensor map of another element type", DTypeError)
+def _(p: Parameter, m: TensorMap) -> list[Any]:
+    return [_map_of(sentinel_array(m.array.shape, np.float32))]
+
+
+@instead_of("maps", "a tensor map of an array of another shape", ShapeError)
+def _(p: Parameter, m: TensorMap) -> list[Any]:
+    return [
+        _map_of(sentinel_array((*shape[:-1], 8), m.array.dtype))
+        for shape in (m.array.shape[::-1], (2, *m.array.shape[1:]), (1, *m.array.shape)[-4:])
+        if p.extent is not None and shape != m.array.shape
+    ]
+
+
+@instead_of("maps", "a tensor map of an array of another library", DeviceError)
+def _(p: Parameter, m: TensorMap) -> list[Any]:
+    return [_map_of(_alike(m.array, "itemsize"))]
+
+
+@instead_of("maps", "a tensor map of an array at an address that is no multiple of 16", LaunchError)
+def _(p: Parameter, m: TensorMap) -> list[Any]:
+    return [_map_of(_shifted(m.array, 16, m.array.itemsize))]
 
 
 @misuse("too few arguments")
@@ -132,110 +317,13 @@ def _(call: Call) -> Iterator[Attempt]:
         yield replace(call, arguments=(*call.arguments, extra)), LaunchError, call.kernel.parameters[-1].name
 
 
-@misuse("an element type of another width or kind")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        for dtype in (np.int8, np.int16, np.float16, np.complex64, np.bool_, object, a.dtype.newbyteorder()):
-            if np.dtype(dtype) != a.dtype:
-                yield call.put(p.name, np.ones(a.shape, dtype)), DTypeError, p.name
-
-
-@misuse("float64 for float32")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.dtype == np.float32:
-            yield call.put(p.name, a.astype(np.float64)), DTypeError, p.name
-
-
 @misuse("float32 for float64")
 def _(call: Call) -> Iterator[Attempt]:
-    if "float64" not in call.kernel.source.elements:
-        return
-    call = valid_call(call.kernel, FLOAT64)
-    for p, a in call.arrays:
-        if a.dtype == np.float64:
-            yield call.put(p.name, np.ones(a.shape, np.float32)), DTypeError, p.name
-
-
-@misuse("signed for unsigned and back")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.dtype.kind in "iu":
-            other = np.dtype(f"{'iu'[a.dtype.kind == 'i']}{a.dtype.itemsize}")
-            yield call.put(p.name, a.view(other)), DTypeError, p.name
-
-
-@misuse("every second element of an array")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.size > 1:
-            yield call.put(p.name, sentinel_array(2 * a.size, a.dtype)[::2]), LaunchError, p.name
-
-
-@misuse("an array backwards")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.size > 1:
-            yield call.put(p.name, a.reshape(-1)[::-1]), LaunchError, p.name
-
-
-@misuse("a transposed array")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.size % 2 == 0 and a.size > 2:
-            yield call.put(p.name, a.reshape(2, -1).T), LaunchError, p.name
-
-
-@misuse("an array at an address that is no multiple of its element size")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if a.itemsize > 1:
-            shifted = np.frombuffer(bytearray(a.nbytes + 1), np.uint8)[1:].view(a.dtype)
-            assert shifted.flags.c_contiguous
-            yield call.put(p.name, shifted), LaunchError, p.name
-
-
-@misuse("a read-only output")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if not p.const:
-            frozen = a.copy()
-            frozen.flags.writeable = False
-            yield call.put(p.name, frozen), LaunchError, p.name
-
-
-@misuse("None for an array")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, _ in call.arrays:
-        if not p.optional:
-            yield call.put(p.name, None), LaunchError, p.name
-
-
-@misuse("None for a number")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iuf"):
-        yield call.put(p.name, None), DTypeError, p.name
-
-
-@misuse("an empty array")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        for shape in ((0,), (4, 0, 4)):
-            yield call.put(p.name, np.empty(shape, a.dtype)), ShapeError, p.name
-
-
-@misuse("an array one element short")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if p.extent is not None:
-            yield call.put(p.name, sentinel_array(a.size - 1, a.dtype)), ShapeError, p.name
-
-
-@misuse("an array one element long")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        if p.extent is not None:
-            yield call.put(p.name, sentinel_array(a.size + 1, a.dtype)), ShapeError, p.name
+    if "float64" in call.kernel.source.elements:
+        call = valid_call(call.kernel, FLOAT64)
+        for p, a in call.arrays:
+            if a.dtype == np.float64:
+                yield call.put(p.name, np.ones(a.shape, np.float32)), DTypeError, p.name
 
 
 @misuse("sizes of which an even number is negative")
@@ -249,136 +337,28 @@ def _(call: Call) -> Iterator[Attempt]:
 @misuse("a size of zero")
 def _(call: Call) -> Iterator[Attempt]:
     used = " ".join(p.extent for p in call.kernel.parameters if p.extent)
-    for p in call.scalars("iu"):
+    for p, _ in call.integers:
         if re.search(rf"\b{p.name}\b", used):
             yield call.put(p.name, 0), ShapeError, "expected"
-
-
-@misuse("a list for an array")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        yield call.put(p.name, a.tolist()), DeviceError, p.name
-
-
-@misuse("an array of another library")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.arrays:
-        alike = SimpleNamespace(
-            **{name: getattr(a, name) for name in ("dtype", "shape", "size", "nbytes", "strides", "flags", "ctypes")},
-            __array_interface__=a.__array_interface__,
-        )
-        memory = a.view(np.uint8).data  # Python's buffers know no bfloat16
-        for foreign in (memory, alike, (ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]):
-            yield call.put(p.name, foreign), DeviceError, p.name
-
-
-@misuse("an array for a number")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iuf"):
-        for value in (np.ones(1, p.dtype(call.types)), np.array(4, p.dtype(call.types)), [4]):
-            yield call.put(p.name, value), DTypeError, p.name
-
-
-@misuse("a float for an integer")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iu"):
-        for value in (4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j):
-            yield call.put(p.name, value), DTypeError, p.name
-
-
-@misuse("a bool for a number")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iuf"):
-        for value in (True, np.True_):
-            yield call.put(p.name, value), DTypeError, p.name
-
-
-@misuse("text for a number")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iuf"):
-        for value in ("4", b"4"):
-            yield call.put(p.name, value), DTypeError, p.name
-
-
-@misuse("an integer over 2^31, or over 2^63 for int64")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iu"):
-        limits = np.iinfo(p.dtype(call.types))
-        for value in (limits.max + 1, limits.min - 1, 2**64, -(2**64)):
-            yield call.put(p.name, value), LaunchError, p.name
-
-
-@misuse("a 64-bit NumPy integer out of range")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("iu"):
-        limits = np.iinfo(p.dtype(call.types))
-        for value in (np.uint64(limits.max + 1), *([np.int64(limits.min - 1)] if limits.bits < 64 else [])):
-            yield call.put(p.name, value), LaunchError, p.name
-
-
-@misuse("a float that becomes infinite")
-def _(call: Call) -> Iterator[Attempt]:
-    for p in call.scalars("f"):
-        for value in (10**400, -(10**400)) + ((1e39, np.float64(-1e39)) if p.dtype(call.types) == np.float32 else ()):
-            yield call.put(p.name, value), LaunchError, p.name
 
 
 @misuse("an output that overlaps another array")
 def _(call: Call) -> Iterator[Attempt]:
     for (p, a), (q, b) in itertools.permutations(call.arrays, 2):
-        if p.const:
-            continue
         for start in sorted({0, (a.nbytes - 1) // 8 * 8}):  # the same beginning; the last element only
-            memory = sentinel_array(start + a.nbytes + b.nbytes, np.uint8)
-            both = call.put(p.name, memory[: a.nbytes].view(a.dtype))
-            yield both.put(q.name, memory[start : start + b.nbytes].view(b.dtype)), LaunchError, p.name
-            yield both.put(q.name, memory[start : start + b.nbytes].view(b.dtype)), LaunchError, q.name
-
-
-@misuse("something else for a tensor map")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.maps:
-        for other in (a.array, None, 4, a.host_bytes(), a.array.tobytes()):
-            yield call.put(p.name, other), DTypeError, p.name
-
-
-@misuse("a tensor map of another element type")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.maps:
-        yield call.put(p.name, _map_of(sentinel_array(a.array.shape, np.float32))), DTypeError, p.name
-
-
-@misuse("a tensor map of an array of another shape")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.maps:
-        if p.extent is not None:
-            for shape in (a.array.shape[::-1], (2, *a.array.shape[1:]), (1, *a.array.shape)[-4:]):
-                if shape != a.array.shape:
-                    yield call.put(p.name, _map_of(sentinel_array((*shape[:-1], 8), a.array.dtype))), ShapeError, p.name
-
-
-@misuse("a tensor map of an array of another library")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.maps:
-        names = ("dtype", "shape", "size", "itemsize", "nbytes", "strides", "flags", "ctypes")
-        alike = SimpleNamespace(**{name: getattr(a.array, name) for name in names})
-        yield call.put(p.name, _map_of(alike)), DeviceError, p.name
-
-
-@misuse("a tensor map of an array at an address that is no multiple of 16")
-def _(call: Call) -> Iterator[Attempt]:
-    for p, a in call.maps:
-        memory = sentinel_array(a.array.nbytes + 32, np.uint8)
-        start = -memory.ctypes.data % 16 + a.array.itemsize
-        shifted = memory[start : start + a.array.nbytes].view(a.array.dtype).reshape(a.array.shape)
-        yield call.put(p.name, _map_of(shifted)), LaunchError, p.name
+            if not p.const:
+                memory = sentinel_array(start + a.nbytes + b.nbytes, np.uint8)
+                both = call.put(p.name, memory[: a.nbytes].view(a.dtype))
+                both = both.put(q.name, memory[start : start + b.nbytes].view(b.dtype))
+                yield both, LaunchError, p.name
+                yield both, LaunchError, q.name
 
 
 @misuse("an output that overlaps the array of a tensor map")
 def _(call: Call) -> Iterator[Attempt]:
-    for (p, a), (q, b) in itertools.product(call.maps, call.arrays):
-        if not q.const and b.nbytes <= a.array.nbytes:
-            yield call.put(q.name, a.array.view(np.uint8).reshape(-1)[: b.nbytes].view(b.dtype)), LaunchError, p.name
+    for (p, m), (q, b) in itertools.product(call.maps, call.arrays):
+        if not q.const and b.nbytes <= m.array.nbytes:
+            yield call.put(q.name, m.array.view(np.uint8).reshape(-1)[: b.nbytes].view(b.dtype)), LaunchError, p.name
 
 
 @misuse("a grid of zero, negative or too many blocks")

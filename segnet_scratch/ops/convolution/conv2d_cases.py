@@ -1,11 +1,12 @@
 """Rows of the convolutions: fprop, dgrad and wgrad of each rung, and the gradient of the bias."""
 
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
+from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.cases import (
     COLUMN_MAPS,
     Bounds,
@@ -25,7 +26,7 @@ from segnet_scratch.ops.convolution.conv2d import (
     Conv2dBackwardWeight,
     Conv2dForward,
 )
-from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.runtime.precision import BFLOAT16
 
 
@@ -133,34 +134,28 @@ class Conv2dRow(Row):
         return {output: terms}
 
     def refusals(self) -> list[Refusal]:
-        def refusal(
-            reason: str,
-            message: str,
-            x: tuple[int, ...] = (1, 4, 5, 3),
-            weight: tuple[int, ...] = (2, 3, 3, 3),
-            stride: int = 1,
-            padding: int = 0,
-            error: type[SegnetError] = ShapeError,
-            weights: DTypeLike = self.elements[0],
-            rung: str = self.rung,
-        ) -> Refusal:
-            specs = spec(x, self.elements[0]), spec(weight, weights)
-            return Refusal(reason, lambda: self.op(*specs, stride, padding, rung), error, message)  # type: ignore[call-arg]
+        def x(*shape: int) -> dict[str, Spec]:
+            return {"x": spec(shape, self.elements[0])}
 
-        refusals = [
-            refusal("three dimensions", "channels last", x=(4, 5, 3)),
-            refusal("empty", "empty", x=(0, 4, 5, 3)),
-            refusal("channels", "has 2 channels", x=(1, 4, 5, 2)),
-            refusal("weight of three dimensions", "expected (o, kh, kw, c)", weight=(2, 3, 3)),
-            refusal("stride 0", "stride 0", stride=0),
-            refusal("padding below 0", "padding -1", padding=-1),
-            refusal("kernel too large", "larger than the padded image 4x5", weight=(2, 7, 3, 3)),
-            refusal("unknown rung", "expected one of direct, tiled", rung="fast"),
-            refusal("two element types", "weight has element type float64", error=DTypeError, weights=np.float64),
-        ]
+        def weight(*shape: int, dtype: DTypeLike = self.elements[0]) -> dict[str, Spec]:
+            return {"weight": spec(shape, dtype)}
+
+        wrong: dict[str, tuple[Any, ...]] = {
+            "three dimensions": ("channels last", x(4, 5, 3)),
+            "empty": ("empty", x(0, 4, 5, 3)),
+            "channels": ("has 2 channels", x(1, 4, 5, 2)),
+            "weight of three dimensions": ("expected (o, kh, kw, c)", weight(2, 3, 3)),
+            "stride 0": ("stride 0", {"stride": 0}),
+            "padding below 0": ("padding -1", {"padding": -1}),
+            "kernel too large": ("larger than the padded image 4x5", weight(2, 7, 3, 3)),
+            "unknown rung": ("expected one of direct, tiled", {"rung": "fast"}),
+            "two element types": ("weight has element type float64", weight(2, 3, 3, 3, dtype=np.float64), DTypeError),
+        }
         if self.rung != "direct":
-            refusals.append(refusal("stride 2", "use 'direct'", stride=2))
-        return refusals
+            wrong["stride 2"] = "use 'direct'", {"stride": 2}
+        return self.refused(
+            {**x(1, 4, 5, 3), **weight(2, 3, 3, 3), "stride": 1, "padding": 0, "rung": self.rung}, wrong
+        )
 
 
 def _largest_neighbour(a: np.ndarray) -> np.ndarray:
@@ -191,14 +186,8 @@ class Conv2dBackwardBiasRow(Row):
         return {"dbias": 2 * eps * sqrt(b.dy.size / b.dbias.size) * of_magnitudes(op, b).dbias}
 
     def refusals(self) -> list[Refusal]:
-        flat = spec((4, 5, 3), np.float32)
-        return [Refusal("three dimensions", lambda: Conv2dBackwardBias(flat), ShapeError, "channels last")]
+        return self.refused({}, {"three dimensions": ("channels last", {"dy": spec((4, 5, 3))})})
 
 
-def conv_rows(rung: str) -> list[Row]:
-    """fprop, dgrad and wgrad of a rung."""
-    return [
-        Conv2dRow(Conv2dForward, rung),
-        Conv2dRow(Conv2dBackwardData, rung),
-        Conv2dRow(Conv2dBackwardWeight, rung),
-    ]
+OPS = (Conv2dForward, Conv2dBackwardData, Conv2dBackwardWeight)
+ROWS: tuple[Row, ...] = (*(Conv2dRow(op, rung) for rung in ("direct", "tiled") for op in OPS), Conv2dBackwardBiasRow())

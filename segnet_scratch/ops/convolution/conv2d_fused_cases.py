@@ -240,7 +240,6 @@ class FusedBackwardDataRow(FusedRow):
         return {"dr": error, "partials": partials}
 
 
-def fused_conv_rows() -> list[Row]:
-    """Every fused convolution in every rung."""
-    rows = FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow
-    return [row(rung) for rung in ELEMENTS_OF_RUNG for row in rows]
+ROWS = tuple(
+    row(rung) for rung in ELEMENTS_OF_RUNG for row in (FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow)
+)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row, of_magnitudes
+from segnet_scratch.ops.cases import Bounds, Case, Refusal, of_magnitudes
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_fused_cases import (
     FusedBackwardDataRow,
@@ -169,11 +169,9 @@ class HopperBackwardWeightRow(HopperRow):
         return {"dweight": self.growth(g.pixels, eps) * of_magnitudes(op, b).dweight}
 
 
-def hopper_rows() -> list[Row]:
-    """Every convolution of this rung."""
-    return [
-        HopperForwardRow("conv2d_hopper_forward"),
-        HopperInferenceRow("conv2d_hopper_inference"),
-        HopperBackwardDataRow("conv2d_hopper_backward_data"),
-        HopperBackwardWeightRow("conv2d_hopper_backward_weight"),
-    ]
+ROWS = (
+    HopperForwardRow("conv2d_hopper_forward"),
+    HopperInferenceRow("conv2d_hopper_inference"),
+    HopperBackwardDataRow("conv2d_hopper_backward_data"),
+    HopperBackwardWeightRow("conv2d_hopper_backward_weight"),
+)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row, in_whole_pieces
+from segnet_scratch.ops.cases import Bounds, Case, Refusal, in_whole_pieces
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, TILES, Conv2dRow, conv_case
 from segnet_scratch.ops.convolution.conv2d_lessons import LESSONS, Conv2dLesson
@@ -61,6 +61,4 @@ class LessonRow(Conv2dRow):
         return refusals
 
 
-def lesson_rows() -> list[Row]:
-    """A row for each lesson."""
-    return [LessonRow(lesson) for lesson in LESSONS]
+ROWS = tuple(map(LessonRow, LESSONS))

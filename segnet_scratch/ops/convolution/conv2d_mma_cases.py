@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.ops.cases import MAPS, Bounds, Case, Row, maps, random_map
-from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, Conv2dRow, conv_case
+from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, OPS, Conv2dRow, conv_case
 from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Buffers, Op, spec
@@ -96,11 +95,8 @@ class CastRow(Row):
         return self.plan(case, np.float32)
 
 
-def tensor_core_rows() -> list[Row]:
-    """fprop, dgrad and wgrad of every tensor-core rung, and the conversions."""
-    ops = Conv2dForward, Conv2dBackwardData, Conv2dBackwardWeight
-    return [
-        *(TensorCoreRow(op, rung) for rung in ELEMENTS_OF_RUNG for op in ops),
-        CastRow("cast_to_bfloat16", np.float32),
-        CastRow("cast_from_bfloat16", BFLOAT16),
-    ]
+ROWS: tuple[Row, ...] = (
+    *(TensorCoreRow(op, rung) for rung in ELEMENTS_OF_RUNG for op in OPS),
+    CastRow("cast_to_bfloat16", np.float32),
+    CastRow("cast_from_bfloat16", BFLOAT16),
+)

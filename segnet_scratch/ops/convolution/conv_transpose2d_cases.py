@@ -66,10 +66,9 @@ class ConvTranspose2dRow(Row):
         return {output: 2 * eps * sqrt(self.terms(op)) * getattr(of_magnitudes(op, b), output)}
 
 
-def conv_transpose_rows(rung: str) -> list[Row]:
-    """Forward and both gradients in a rung of conv2d."""
-    return [
-        ConvTranspose2dRow(ConvTranspose2dForward, rung, lambda op: 4 * op.x.shape[3]),
-        ConvTranspose2dRow(ConvTranspose2dBackwardData, rung, lambda op: 16 * op.y.shape[3]),
-        ConvTranspose2dRow(ConvTranspose2dBackwardWeight, rung, lambda op: op.x.size // op.x.shape[3]),
-    ]
+_TERMS: dict[type[Op], Callable[[Any], int]] = {
+    ConvTranspose2dForward: lambda op: 4 * op.x.shape[3],
+    ConvTranspose2dBackwardData: lambda op: 16 * op.y.shape[3],
+    ConvTranspose2dBackwardWeight: lambda op: op.x.size // op.x.shape[3],
+}
+ROWS = tuple(ConvTranspose2dRow(op, rung, terms) for rung in ("direct", "tiled") for op, terms in _TERMS.items())

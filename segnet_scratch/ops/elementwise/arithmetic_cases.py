@@ -1,6 +1,7 @@
 """Rows of arithmetic with broadcasting."""
 
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -18,7 +19,7 @@ from segnet_scratch.ops.cases import (
     random_map,
     values,
 )
-from segnet_scratch.ops.elementwise.arithmetic import Arithmetic, Elementwise, SumBackward, SumForward
+from segnet_scratch.ops.elementwise.arithmetic import BINARY, UNARY, Arithmetic, Elementwise, SumBackward, SumForward
 from segnet_scratch.ops.op import Buffers, Op, spec
 
 ROUNDINGS = {"power": 16, "exp": 4, "log": 4}  # of CUDA's pow, exp and log (Programming Guide, 17.1); else one
@@ -70,15 +71,14 @@ class ArithmeticRow(Row):
         return {"y": ROUNDINGS.get(self.operation, 1) * eps * np.abs(b.y)}
 
     def refusals(self) -> list[Refusal]:
-        x, apart = spec((2, 3, 4), np.float32), spec((1, 3, 1), np.float32)
-        attempts = [
-            ("repeated along axes apart", lambda: Arithmetic(x, apart, self.operation), ShapeError, "axes apart"),
-            ("misfit", lambda: Arithmetic(x, spec((3,), np.float32), self.operation), ShapeError, "do not fit"),
-            ("empty", lambda: Arithmetic(x, spec((0, 1, 1), np.float32), self.operation), ShapeError, "do not fit"),
-            ("two types", lambda: Arithmetic(x, spec((4,), np.float64), self.operation), DTypeError, "convert one"),
-            ("unknown", lambda: Arithmetic(x, x, "modulo"), ShapeError, "'modulo'"),
-        ]
-        return [Refusal(*attempt) for attempt in attempts]
+        wrong: dict[str, tuple[Any, ...]] = {
+            "repeated along axes apart": ("axes apart", {"b": spec((1, 3, 1))}),
+            "misfit": ("do not fit", {"b": spec((3,))}),
+            "empty": ("do not fit", {"b": spec((0, 1, 1))}),
+            "two types": ("convert one", {"b": spec((4,), np.float64)}, DTypeError),
+            "unknown": ("'modulo'", {"operation": "modulo"}),
+        }
+        return self.refused({"a": spec((2, 3, 4)), "b": spec((2, 3, 4)), "operation": self.operation}, wrong)
 
 
 class ElementwiseRow(MapRow):
@@ -148,3 +148,6 @@ class SumRow(Row):
             Refusal("flat", lambda: self.op.plan(flat, *options), ShapeError, "expected (outer, "),
             Refusal("empty", lambda: self.op.plan(empty, *options), ShapeError, "expected (outer, "),
         ]
+
+
+ROWS = (*map(ArithmeticRow, BINARY), *map(ElementwiseRow, UNARY), SumRow(SumForward), SumRow(SumBackward))

@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.cases import MAPS, Bounds, Case, Hostile, Inputs, MapRow, Refusal, Shape, random_map, values
+from segnet_scratch.ops.elementwise.add import AddForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
@@ -68,11 +68,13 @@ class DropoutRow(MapRow):
         return {"y": 2 * eps * np.abs(b.y)}
 
     def refusals(self) -> list[Refusal]:
-        x, vector = spec((1, 4, 5, 3), np.float32), spec((4,), np.float32)
-        range_ = "expected 0 <= p < 1"
-        return [
-            Refusal("p = 1", lambda: DropoutForward(x, 1.0, 0), ShapeError, range_),
-            Refusal("p below 0", lambda: DropoutForward(x, -0.1, 0), ShapeError, range_),
-            Refusal("p is NaN", lambda: DropoutForward(x, np.nan, 0), ShapeError, "p is nan"),
-            Refusal("one dimension", lambda: DropoutForward(vector, 0.5, 0), ShapeError, "expected (n, ...)"),
-        ]
+        wrong = {
+            "p = 1": ("expected 0 <= p < 1", {"p": 1.0}),
+            "p below 0": ("expected 0 <= p < 1", {"p": -0.1}),
+            "p is NaN": ("p is nan", {"p": np.nan}),
+            "one dimension": ("expected (n, ...)", {"x": spec((4,))}),
+        }
+        return self.refused({"x": spec((1, 4, 5, 3)), "p": 0.5, "layer": 0}, wrong)
+
+
+ROWS = (AddRow(AddForward), ReluRow(ReluForward), ReluRow(ReluBackward), DropoutRow(DropoutForward))

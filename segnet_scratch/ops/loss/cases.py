@@ -1,6 +1,5 @@
 """Rows of the loss, and of what counts right and wrong pixels."""
 
-import functools
 from collections.abc import Mapping
 from math import prod, sqrt
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.cases import (
     MAPS,
@@ -26,7 +24,7 @@ from segnet_scratch.ops.cases import (
 )
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.loss.confusion import ConfusionAccumulate
-from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -55,9 +53,8 @@ class CrossEntropyRow(Row):
             "most classes": (100, 255),
             "more pixels than the grid has threads": (262145, 2),
         }
-        cases = [self._case(reason, *size, weighted=i % 2 == 1) for i, (reason, size) in enumerate(sizes.items())]
         return [
-            *cases,
+            *(self._case(reason, *size, weighted=i % 2 == 1) for i, (reason, size) in enumerate(sizes.items())),
             self._case("void alone", 300, 4, void=1.0, weighted=True),
             self._case("no void", 300, 4, void=0.0),
             self._case("logits of +-1e4", 500, 21, scale=1e4),
@@ -67,7 +64,7 @@ class CrossEntropyRow(Row):
             self._case("smoothed labels, logits of +-1e4", 500, 21, scale=1e4, smoothing=0.1),
         ]
 
-    def _case(self, reason: str, pixels: int, classes: int, **options: float) -> Case:
+    def _case(self, reason: str, pixels: int, classes: int, **options: Any) -> Case:
         defaults = {"void": 0.2, "scale": 3.0, "weighted": False, "smoothing": 0.0}
         return Case(reason, {"pixels": pixels, "classes": classes, **defaults, **options})
 
@@ -79,9 +76,8 @@ class CrossEntropyRow(Row):
         void: float = 0.25,
         smoothing: float = 0.0,
     ) -> Case:
-        options = {"weighted": bool(weighted), "void": void, "smoothing": smoothing}
-        case = self._case("chosen", prod(logits[:-1]), logits[-1], **options)
-        return Case(case.reason, {**case.sizes, "normalisation": normalisation})
+        options = {"normalisation": normalisation, "weighted": bool(weighted), "void": void, "smoothing": smoothing}
+        return self._case("chosen", prod(logits[:-1]), logits[-1], **options)
 
     def arguments(self, case: Case, arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {**case.sizes, **arrays, "labels": arrays["labels"].reshape(arrays["logits"].shape[:-1])}
@@ -101,12 +97,12 @@ class CrossEntropyRow(Row):
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         logits, classes = op.inputs["logits"], case["classes"]
-        labels = rng.integers(0, classes, case["pixels"], np.uint8)
-        labels[rng.random(case["pixels"]) < case["void"]] = VOID
-        weights = rng.uniform(0.1, 3, classes).astype(logits.dtype) if case["weighted"] else None
-        x = np.clip(values(rng, logits, integers) * case["scale"], -1e4, 1e4).astype(logits.dtype)
+        labels = rng.integers(0, classes, op.inputs["labels"].shape, np.uint8)
+        labels[rng.random(labels.shape) < case["void"]] = VOID
+        weights = rng.uniform(0.1, 3, classes).astype(op.inputs["class_weights"].dtype) if case["weighted"] else None
+        x = np.clip(values(rng, logits, integers).astype(np.float64) * case["scale"], -1e4, 1e4).astype(logits.dtype)
         arrays: Inputs = {"logits": x, "labels": labels, "class_weights": weights}
-        if self.op is CrossEntropyForward:
+        if "sums" not in op.inputs:
             return arrays
         forward = CrossEntropyForward.plan(logits, self.normalisation)
         sums = Buffers(**arrays, **empty_outputs(forward))
@@ -151,13 +147,13 @@ class CrossEntropyRow(Row):
         return {"dlogits": factor * ((1 - smoothing) * of_label + share)}
 
     def refusals(self) -> list[Refusal]:
-        x, many, few = (spec(shape, np.float32) for shape in ((1, 4, 5, 3), (3, 256), (3, 2)))
-        return [
-            Refusal("four dimensions", lambda: self.op(x), ShapeError, "expected (pixels, classes)"),  # type: ignore[call-arg]
-            Refusal("256 classes", lambda: self.op(many), ShapeError, "at most 255"),  # type: ignore[call-arg]
-            Refusal("normalisation", lambda: self.op(few, "sum"), ShapeError, "'sum'"),  # type: ignore[call-arg]
-            Refusal("smoothing", lambda: self.op(few, smoothing=1.0), ShapeError, "smoothing 1.0"),  # type: ignore[call-arg]
-        ]
+        wrong = {
+            "four dimensions": ("expected (pixels, classes)", {"logits": spec((1, 4, 5, 3))}),
+            "256 classes": ("at most 255", {"logits": spec((3, 256))}),
+            "normalisation": ("'sum'", {"normalisation": "sum"}),
+            "smoothing": ("smoothing 1.0", {"smoothing": 1.0}),
+        }
+        return self.refused({"logits": spec((3, 2))}, wrong)
 
 
 class SoftmaxCrossEntropyRow(CrossEntropyRow):
@@ -174,14 +170,6 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
         logits = spec((1, 1, case["pixels"], -(-classes // 8) * 8), dtype)
         return SoftmaxCrossEntropy.plan(logits, classes, self.normalisation, case["smoothing"])
 
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        logits = op.inputs["logits"]
-        labels = rng.integers(0, case["classes"], op.inputs["labels"].shape, np.uint8)
-        labels[rng.random(labels.shape) < case["void"]] = VOID
-        weights = rng.uniform(0.1, 3, case["classes"]).astype(np.float32) if case["weighted"] else None
-        x = np.clip(values(rng, logits, integers).astype(np.float32) * case["scale"], -1e4, 1e4).astype(logits.dtype)
-        return {"logits": x, "labels": labels, "class_weights": weights}
-
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         classes = op.classes  # type: ignore[attr-defined]
         logits = np.ascontiguousarray(b.logits[..., :classes].reshape(-1, classes))
@@ -197,18 +185,15 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
         return {"loss": loss, "dlogits": dlogits}
 
     def refusals(self) -> list[Refusal]:
-        def refusal(reason: str, message: str, shape: tuple[int, ...], classes: int, *options: Any) -> Refusal:
-            attempt = functools.partial(SoftmaxCrossEntropy, spec(shape, np.float32), classes, *options)
-            return Refusal(reason, attempt, ShapeError, message)
-
-        return [
-            refusal("two dimensions", "channels last", (3, 8), 5),
-            refusal("half a piece", "use a width", (1, 2, 3, 6), 5),
-            refusal("more classes than channels", "9 classes in 8 channels", (1, 2, 3, 8), 9),
-            refusal("256 classes", "expected 1 to 255", (1, 2, 3, 256), 256),
-            refusal("normalisation", "'sum'", (1, 2, 3, 8), 5, "sum"),
-            refusal("smoothing", "smoothing 1.0", (1, 2, 3, 8), 5, "valid", 1.0),
-        ]
+        wrong = {
+            "two dimensions": ("channels last", {"logits": spec((3, 8))}),
+            "half a piece": ("use a width", {"logits": spec((1, 2, 3, 6))}),
+            "more classes than channels": ("9 classes in 8 channels", {"classes": 9}),
+            "256 classes": ("expected 1 to 255", {"logits": spec((1, 2, 3, 256)), "classes": 256}),
+            "normalisation": ("'sum'", {"normalisation": "sum"}),
+            "smoothing": ("smoothing 1.0", {"smoothing": 1.0}),
+        }
+        return self.refused({"logits": spec((1, 2, 3, 8)), "classes": 5}, wrong)
 
 
 class ArgmaxRow(MapRow):
@@ -223,11 +208,11 @@ class ArgmaxRow(MapRow):
         return Hostile(ArgmaxForward.plan(spec_of(logits)), {"logits": logits}, {"labels": by_hand.argmax(logits)})
 
     def refusals(self) -> list[Refusal]:
-        vector, many = spec((4,), np.float32), spec((4, 257), np.float32)
-        return [
-            Refusal("one dimension", lambda: ArgmaxForward(vector), ShapeError, "expected (..., classes)"),
-            Refusal("257 classes", lambda: ArgmaxForward(many), ShapeError, "at most 256"),
-        ]
+        wrong = {
+            "one dimension": ("expected (..., classes)", {"logits": spec((4,))}),
+            "257 classes": ("at most 256", {"logits": spec((4, 257))}),
+        }
+        return self.refused({}, wrong)
 
 
 class ConfusionRow(Row):
@@ -267,7 +252,13 @@ class ConfusionRow(Row):
         }
 
     def refusals(self) -> list[Refusal]:
-        return [
-            Refusal("256 classes", lambda: ConfusionAccumulate(5, 256), ShapeError, "256 classes"),
-            Refusal("no pixels", lambda: ConfusionAccumulate(0, 5), ShapeError, "0 pixels"),
-        ]
+        wrong = {"256 classes": ("256 classes", {"classes": 256}), "no pixels": ("0 pixels", {"pixels": 0})}
+        return self.refused({"pixels": 5, "classes": 5}, wrong)
+
+
+ROWS = (
+    *(CrossEntropyRow(CrossEntropyForward, how) for how in (*NORMALISATIONS, "none")),
+    *(CrossEntropyRow(CrossEntropyBackward, how) for how in (*NORMALISATIONS, "none")),
+    *map(SoftmaxCrossEntropyRow, NORMALISATIONS),
+    *(ArgmaxRow(ArgmaxForward), ConfusionRow()),
+)

@@ -6,7 +6,7 @@ import numpy as np
 
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.cases import MAPS, Bounds, Case, Inputs, MapRow, Refusal, maps, values
-from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxBackward, LogSoftmaxForward
 from segnet_scratch.ops.op import Buffers, Op, spec
 
 
@@ -45,3 +45,6 @@ class LogSoftmaxRow(MapRow):
         return [
             Refusal("no classes", lambda: self.op.plan(spec((3, 0), np.float32)), ShapeError, "no side of it empty")
         ]
+
+
+ROWS = LogSoftmaxRow(LogSoftmaxForward), LogSoftmaxRow(LogSoftmaxBackward)

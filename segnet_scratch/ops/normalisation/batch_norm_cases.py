@@ -5,7 +5,6 @@ from math import sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.cases import COLUMN_MAPS, Bounds, Case, Inputs, Refusal, Row, Shape, maps, random_map
 from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormBackward,
@@ -24,13 +23,10 @@ class BatchNormRow(Row):
     def cases(self) -> list[Case]:
         return [
             *maps(COLUMN_MAPS, offset=1.0, scale=1.0),
-            Case(
-                "mean 1000 times the deviation: E[x^2] - E[x]^2 would cancel",
-                {"x": (2, 9, 9, 7), "offset": 1e3, "scale": 1.0},
-            ),
-            Case("constant channels: variance 0", {"x": (2, 5, 5, 3), "offset": 3.0, "scale": 0.0}),
-            Case("variance far below eps", {"x": (2, 5, 5, 3), "offset": 0.0, "scale": 1e-4}),
-            Case("large values", {"x": (1, 6, 5, 4), "offset": 1.0, "scale": 1e4}),
+            *maps({"mean 1000 times the deviation: E[x^2] - E[x]^2 would cancel": (2, 9, 9, 7)}, offset=1e3, scale=1.0),
+            *maps({"constant channels: variance 0": (2, 5, 5, 3)}, offset=3.0, scale=0.0),
+            *maps({"variance far below eps": (2, 5, 5, 3)}, offset=0.0, scale=1e-4),
+            *maps({"large values": (1, 6, 5, 4)}, offset=1.0, scale=1e4),
         ]
 
     def chosen(self, x: Shape, training: int = 1) -> Case:
@@ -62,8 +58,8 @@ class BatchNormRow(Row):
         return arrays
 
     def refusals(self) -> list[Refusal]:
-        flat = Case("two dimensions", {"x": (4, 3)})
-        return [Refusal(flat.reason, lambda: self.plan(flat, np.float32), ShapeError, "channels last")]
+        plain = {"training": True} if self.op is BatchNormBackward else {}
+        return self.refused(plain, {"two dimensions": ("channels last", {"x": spec((4, 3))})})
 
 
 class BatchNormTrainingRow(BatchNormRow):
@@ -95,9 +91,10 @@ class BatchNormTrainingRow(BatchNormRow):
         }
 
     def refusals(self) -> list[Refusal]:
-        one = spec((1, 1, 1, 3), np.float32)
-        single = Refusal("one value a channel", lambda: BatchNormTrainingForward(one), ShapeError, "n*h*w > 1")
-        return [*super().refusals(), single]
+        return [
+            *super().refusals(),
+            *self.refused({}, {"one value a channel": ("n*h*w > 1", {"x": spec((1, 1, 1, 3))})}),
+        ]
 
 
 class BatchNormEvaluationRow(BatchNormRow):
@@ -107,10 +104,8 @@ class BatchNormEvaluationRow(BatchNormRow):
     op, training = BatchNormEvaluationForward, False
 
     def cases(self) -> list[Case]:
-        return [
-            *maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0),
-            *super().cases(),
-        ]
+        single = maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0)
+        return [*single, *super().cases()]
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         normalised = np.abs(b.x - b.mean) * b.inv_std * np.abs(b.weight)
@@ -152,11 +147,7 @@ class BatchNormLessonRow(BatchNormTrainingRow):
         return BatchNormLesson.plan(spec(case["x"], dtype), self.rung)
 
 
-def batch_norm_rows() -> list[Row]:
-    """A row for each mode, direction and rung."""
-    return [
-        *(BatchNormLessonRow(rung) for rung in ("thread", "block")),
-        BatchNormTrainingRow(),
-        BatchNormEvaluationRow(),
-        *(BatchNormBackwardRow(training) for training in (True, False)),
-    ]
+ROWS: tuple[Row, ...] = (
+    *map(BatchNormLessonRow, ("thread", "block")),
+    *(BatchNormTrainingRow(), BatchNormEvaluationRow(), BatchNormBackwardRow(True), BatchNormBackwardRow(False)),
+)

@@ -6,11 +6,11 @@ be right. With other numbers the kernels are compared, bit by bit, with those of
 """
 
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, Refusal, Row, maps, random_map, values
 from segnet_scratch.ops.normalisation.norm_relu import (
@@ -71,9 +71,8 @@ class MergeRow(Row):
         return -(-case["rows"] // TILE_ROWS), 2, case["c"]
 
     def refusals(self) -> list[Refusal]:
-        flat = spec((2, 8), np.float32)
-        rows = () if self.op is NormMergeGradients else (2,)
-        return [Refusal("two dimensions", lambda: self.op.plan(flat, *rows), ShapeError, "expected (tiles, 2, c)")]
+        plain = {"rows": 2} if self.op is NormMergeStatistics else {}
+        return self.refused(plain, {"two dimensions": ("expected (tiles, 2, c)", {"partials": spec((2, 8))})})
 
 
 class MergeStatisticsRow(MergeRow):
@@ -116,12 +115,8 @@ class MergeStatisticsRow(MergeRow):
         }
 
     def refusals(self) -> list[Refusal]:
-        one = spec((1, 2, 8), np.float32)
-        return [
-            *super().refusals(),
-            Refusal("one row", lambda: NormMergeStatistics.plan(one, 1), ShapeError, "n*h*w > 1"),
-            Refusal("tiles", lambda: NormMergeStatistics.plan(one, 129), ShapeError, "129 rows are 2 tiles"),
-        ]
+        wrong = {"one row": ("n*h*w > 1", {"rows": 1}), "tiles": ("129 rows are 2 tiles", {"rows": 129})}
+        return [*super().refusals(), *self.refused({"partials": spec((1, 2, 8))}, wrong)]
 
 
 class MergeGradientsRow(MergeRow):
@@ -179,15 +174,12 @@ class NormRow(Row):
 
     def refusals(self) -> list[Refusal]:
         element = self.elements[0]
-
-        def refusal(reason: str, message: str, shape: tuple[int, ...]) -> Refusal:
-            return Refusal(reason, lambda: self.op.plan(spec(shape, element), *self.options), ShapeError, message)
-
-        return [
-            refusal("half a piece", "use a width", (1, 4, 5, 6)),
-            refusal("three dimensions", "channels last", (4, 5, 8)),
-            refusal("empty", "empty", (0, 4, 5, 8)),
-        ]
+        wrong = {
+            "half a piece": ("use a width", {"y": spec((1, 4, 5, 6), element)}),
+            "three dimensions": ("channels last", {"y": spec((4, 5, 8), element)}),
+            "empty": ("empty", {"y": spec((0, 4, 5, 8), element)}),
+        }
+        return self.refused({}, wrong)
 
 
 class NormForwardRow(NormRow):
@@ -253,9 +245,9 @@ class UnpoolRow(NormRow):
         return Hostile(op, inputs, {output: by_hand.scatter(x, codes, size)})
 
     def refusals(self) -> list[Refusal]:
-        pooled = spec((1, 2, 3, 8), self.elements[0])
-        plan = lambda: self.op.plan(pooled, (5, 6), *self.options)  # noqa: E731
-        return [Refusal("another size", plan, ShapeError, "a pool of a map of size (5, 6)")]
+        pooled = "x" if self.op is UnpoolPacked else "y"
+        plain = {pooled: spec((1, 2, 3, 8), self.elements[0])}
+        return self.refused(plain, {"another size": ("a pool of a map of size (5, 6)", {"size": (5, 6)})})
 
 
 class NormBackwardRow(NormRow):
@@ -303,24 +295,11 @@ def special(rng: np.random.Generator, s: Spec) -> np.ndarray:
     return rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], s.shape).astype(s.dtype)
 
 
-def norm_rows() -> list[Row]:
-    """Every op of norm_relu.cu, and unpool_packed.cu."""
-    return [
-        MergeStatisticsRow(),
-        MergeGradientsRow(),
-        *(
-            row(*arguments)
-            for element in (FLOAT32, BFLOAT16)
-            for row, *arguments in (
-                (NormForwardRow, NormReluForward, element, True),
-                (NormForwardRow, NormReluForward, element, False),
-                (NormPoolRow, NormReluPoolForward, element, True),
-                (NormPoolRow, NormReluPoolForward, element, False),
-                (NormBackwardRow, NormReluBackward, element),
-                (NormBackwardRow, NormReluPoolBackward, element),
-                (UnpoolRow, NormReluUnpoolForward, element, True),
-                (UnpoolRow, NormReluUnpoolForward, element, False),
-                (UnpoolRow, UnpoolPacked, element),
-            )
-        ),
-    ]
+_MAP_ROWS: tuple[tuple[Any, ...], ...] = (
+    *((NormForwardRow, NormReluForward, relu) for relu in (True, False)),
+    *((NormPoolRow, NormReluPoolForward, relu) for relu in (True, False)),
+    *((NormBackwardRow, NormReluBackward), (NormBackwardRow, NormReluPoolBackward), (UnpoolRow, UnpoolPacked)),
+    *((UnpoolRow, NormReluUnpoolForward, relu) for relu in (True, False)),
+)
+_OF_MAPS = [row(op, element, *relu) for element in (FLOAT32, BFLOAT16) for row, op, *relu in _MAP_ROWS]
+ROWS: tuple[Row, ...] = (MergeStatisticsRow(), MergeGradientsRow(), *_OF_MAPS)

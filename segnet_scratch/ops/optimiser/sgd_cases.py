@@ -1,9 +1,13 @@
 """Rows of the optimiser: its step, and the norm of the gradients that it clips by."""
 
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row
+from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row, Shape
 from segnet_scratch.ops.op import Buffers, Op, expect_float, spec
 from segnet_scratch.ops.optimiser.array_table import CHUNK, chunks_of
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
@@ -17,24 +21,23 @@ class SgdOp(Op):
     """SgdStep for three parameters behind the face of an Op, so that the table can treat it like all others."""
 
     name = "sgd_step"
-    updates = ("w0", "w1", "w2", "m0", "m1", "m2")
+    updates: ClassVar[tuple[str, ...]] = ("w0", "w1", "w2", "m0", "m1", "m2")
     RATES, DECAYS, MOMENTUM = (1.0, 2.0, 0.5), (5e-4, 0.0, 1e-2), 0.9
 
-    def __init__(self, sizes: tuple[int, int, int], dtype: DTypeLike) -> None:
-        self.inputs = {f"{kind}{i}": spec((size,), dtype) for kind in "wgm" for i, size in enumerate(sizes)}
+    def __init__(self, sizes: Sequence[int | Shape], dtype: DTypeLike) -> None:
+        shapes = [size if isinstance(size, tuple) else (size,) for size in sizes]
+        self.inputs = {f"{kind}{i}": spec(shape, dtype) for kind in "wgm" for i, shape in enumerate(shapes)}
         self.inputs |= {"lr": spec((1,), np.float64), "scale": spec((1,), np.float64)}
-        self.outputs = {}
-        self.workspace = {}
-        self.flops = 7 * sum(sizes)
+        self.outputs, self.workspace, self.flops = {}, {}, 7 * sum(prod(shape) for shape in shapes)
 
     def run(self, device: Device, b: Buffers) -> None:
         w, g, m = self._arrays(b)
         SgdStep(device, w, m, self.RATES, self.DECAYS, self.MOMENTUM)(g, b.lr, b.scale)
 
     def reference(self, b: Buffers) -> None:
+        if np.isnan(b.scale[0]):
+            return
         for w, g, m, rate, decay in zip(*self._arrays(b), self.RATES, self.DECAYS, strict=True):
-            if np.isnan(b.scale[0]):
-                continue
             m[...] = self.MOMENTUM * m + b.scale[0] * g + decay * w
             w[...] = w - rate * b.lr[0] * m
 
@@ -53,96 +56,91 @@ SIZES = {
 }
 
 
-def _random_sizes(rng: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(k) for k in rng.integers(1, 3 * CHUNK, 3))
+class ArraysRow(Row):
+    """Three arrays of the optimiser, of `sizes`, with a few numbers beside them; `usual` are those of a plain case."""
+
+    typed = False  # what is behind the op looks at the arrays itself
+    usual: ClassVar[dict[str, float]] = {"scale": 1.0}
+    more: ClassVar[dict[str, tuple[tuple[int, ...], dict[str, float]]]] = {}  # further cases: sizes, numbers
+
+    def cases(self) -> list[Case]:
+        every = {reason: (sizes, dict[str, float]()) for reason, sizes in SIZES.items()} | self.more
+        return [Case(reason, {"sizes": sizes, **self.usual, **numbers}) for reason, (sizes, numbers) in every.items()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        sizes = tuple(int(k) for k in rng.integers(1, 3 * CHUNK, 3))
+        return Case("random", {"sizes": sizes, **self.random_numbers(rng)})
+
+    def random_numbers(self, rng: np.random.Generator) -> dict[str, float]:
+        """Those of a random case."""
+        raise NotImplementedError
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op(case["sizes"], dtype)  # type: ignore[call-arg]
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        numbers = {name: np.array([case.sizes.get(name, 1.0)]) for name in ("lr", "scale") if name in op.inputs}
+        return {**super().inputs(op, case, rng, integers), **numbers}
 
 
-class SgdRow(Row):
+class SgdRow(ArraysRow):
     """A step over parameters of different sizes."""
 
     name = "sgd_step"
-    op = SgdOp
-    typed = False  # SgdStep, which is no Op, looks at the arrays themselves
+    op: type[Op] = SgdOp
+    usual: ClassVar = {"lr": 0.1, "scale": 1.0}
+    more: ClassVar = {
+        "gradients scaled": ((5, 300, 7), {"scale": 0.3}),
+        "gradients that are not finite": ((5, 300, 7), {"scale": np.nan}),
+    }
 
-    def cases(self) -> list[Case]:
-        cases = [Case(reason, {"sizes": s, "lr": 0.1, "scale": 1.0}) for reason, s in SIZES.items()]
-        more = {"gradients scaled": 0.3, "gradients that are not finite": np.nan}
-        return [
-            *cases,
-            *(Case(reason, {"sizes": (5, 300, 7), "lr": 0.1, "scale": scale}) for reason, scale in more.items()),
-        ]
-
-    def random_case(self, rng: np.random.Generator) -> Case:
-        sizes, scale = _random_sizes(rng), float(rng.choice([1.0, rng.uniform(0, 1)]))
-        return Case("random", {"sizes": sizes, "lr": float(10 ** rng.uniform(-5, 0)), "scale": scale})
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return SgdOp(case["sizes"], dtype)
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        numbers = {name: np.array([case[name]]) for name in ("lr", "scale")}
-        return {**super().inputs(op, case, rng, integers), **numbers}
+    def random_numbers(self, rng: np.random.Generator) -> dict[str, float]:
+        scale = float(rng.choice([1.0, rng.uniform(0, 1)]))
+        return {"lr": float(10 ** rng.uniform(-5, 0)), "scale": scale}
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         bounds: Bounds = {}
         for i, (rate, decay) in enumerate(zip(SgdOp.RATES, SgdOp.DECAYS, strict=True)):
             w, g, m = (np.abs(getattr(b, f"{kind}{i}")) for kind in "wgm")
-            g = np.nan_to_num(b.scale[0]) * g
-            bounds[f"m{i}"] = 4 * eps * (m + g + decay * w)
-            bounds[f"w{i}"] = 4 * eps * (w + rate * b.lr[0] * (m + g + decay * w))
+            moved = m + np.nan_to_num(b.scale[0]) * g + decay * w
+            bounds |= {f"m{i}": 4 * eps * moved, f"w{i}": 4 * eps * (w + rate * b.lr[0] * moved)}
         return bounds
 
 
-class SgdPackOp(Op):
+def flipped(w: np.ndarray) -> np.ndarray:
+    """The weight (o, kh, kw, c) of the backward convolution: (c, kh, kw, o), turned by half a circle."""
+    return w[:, ::-1, ::-1].transpose(3, 1, 2, 0)
+
+
+class SgdPackOp(SgdOp):
     """SgdPackStep for a weight with copies, a vector and a weight with a flipped copy alone, as an Op."""
 
     name = "sgd_pack_step"
-    updates = ("w0", "w1", "w2", "m0", "m1", "m2", "copy0", "flipped0", "flipped2")
-    RATES, DECAYS, MOMENTUM = SgdOp.RATES, SgdOp.DECAYS, SgdOp.MOMENTUM
+    updates = (*SgdOp.updates, "copy0", "flipped0", "flipped2")
 
-    def __init__(self, o: int, kernel: int, c: int, padding: int, storage: DTypeLike) -> None:
-        # For the reference everything is float64.
-        self.storage = np.dtype(storage)
-        master = np.float64 if storage == np.float64 else np.float32
-        shapes = (o, kernel, kernel, c), (o,), (c, kernel, kernel, o)
-        self.inputs = {f"{kind}{i}": spec(shape, master) for kind in "wgm" for i, shape in enumerate(shapes)}
-        self.inputs |= {
-            "copy0": spec((o + padding, kernel, kernel, c), storage),
-            "flipped0": spec((c, kernel, kernel, o + padding), storage),
-            "flipped2": spec((o, kernel, kernel, c), storage),
-            "lr": spec((1,), np.float64),
-            "scale": spec((1,), np.float64),
-        }
-        self.outputs, self.workspace, self.flops = {}, {}, 7 * sum(int(np.prod(shape)) for shape in shapes)
+    def __init__(self, o: int, k: int, c: int, padding: int, storage: DTypeLike) -> None:
+        self.storage = np.dtype(storage)  # for the reference everything is float64
+        super().__init__([(o, k, k, c), (o,), (c, k, k, o)], np.float64 if storage == np.float64 else np.float32)
+        copies = {"copy0": (o + padding, k, k, c), "flipped0": (c, k, k, o + padding), "flipped2": (o, k, k, c)}
+        self.inputs = {**self.inputs, **{name: spec(shape, storage) for name, shape in copies.items()}}
 
     def run(self, device: Device, b: Buffers) -> None:
-        w, g, m = SgdOp._arrays(b)
+        w, g, m = self._arrays(b)
         copies = (b.copy0, None, None), (b.flipped0, None, b.flipped2)
         step = SgdPackStep(device, w, m, self.RATES, self.DECAYS, self.MOMENTUM, *copies, self.storage)
         step(g, b.lr, b.scale)
 
     def reference(self, b: Buffers) -> None:
-        w, g, m = SgdOp._arrays(b)
-        if np.isnan(b.scale[0]):
-            return
-        for i in range(3):
-            m[i][...] = self.MOMENTUM * m[i] + b.scale[0] * g[i] + self.DECAYS[i] * w[i]
-            w[i][...] = w[i] - self.RATES[i] * b.lr[0] * m[i]
-        o, k = len(w[0]), w[0].shape[1]
-        b.copy0[:o] = w[0]
-        for y in range(k):
-            for x in range(k):
-                b.flipped0[:, k - 1 - y, k - 1 - x, :o] = w[0][:, y, x].T
-                b.flipped2[:, k - 1 - y, k - 1 - x] = w[2][:, y, x].T
+        super().reference(b)
+        if not np.isnan(b.scale[0]):
+            b.copy0[: len(b.w0)], b.flipped0[..., : len(b.w0)], b.flipped2[...] = b.w0, flipped(b.w0), flipped(b.w2)
 
 
-class SgdPackRow(Row):
+class SgdPackRow(SgdRow):
     """A step with copies in float32 or bfloat16. What lies beyond the outputs stays as it was."""
 
-    name = "sgd_pack_step"
-    op = SgdPackOp
+    name, op = "sgd_pack_step", SgdPackOp
     elements = (np.dtype(np.float32), BFLOAT16)
-    typed = False
 
     def cases(self) -> list[Case]:
         sizes = {
@@ -153,13 +151,12 @@ class SgdPackRow(Row):
             "whole tiles": (32, 1, 64, 0),
             "many tiles": (65, 3, 70, 7),
             "SegNet-Basic": (4, 7, 3, 4),
+            "gradients that are not finite": (33, 3, 4, 7),
         }
+        scales = {"gradients that are not finite": np.nan}
         return [
-            *(
-                Case(reason, {"weight": s, "lr": 0.1, "scale": 1.0 - 0.1 * i})
-                for i, (reason, s) in enumerate(sizes.items())
-            ),
-            Case("gradients that are not finite", {"weight": (33, 3, 4, 7), "lr": 0.1, "scale": np.nan}),
+            Case(reason, {"weight": s, "lr": 0.1, "scale": scales.get(reason, 1.0 - 0.1 * i)})
+            for i, (reason, s) in enumerate(sizes.items())
         ]
 
     def random_case(self, rng: np.random.Generator) -> Case:
@@ -167,21 +164,13 @@ class SgdPackRow(Row):
         return Case("random", {"weight": (o, int(rng.choice([1, 3, 5])), c, padding), "lr": 0.01, "scale": 0.5})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        o, kernel, c, padding = case["weight"]
-        return SgdPackOp(o, kernel, c, padding, dtype)
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        numbers = {name: np.array([case[name]]) for name in ("lr", "scale")}
-        return {**super().inputs(op, case, rng, integers), **numbers}
+        return SgdPackOp(*case["weight"], dtype)  # type: ignore[call-arg]
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        bounds = SgdRow().bound(op, b, eps)
-        o = len(b.w0)
-        w0, w2 = np.asarray(bounds["w0"]), np.asarray(bounds["w2"])
-        copy0, flipped0 = np.zeros(b.copy0.shape), np.zeros(b.flipped0.shape)
-        copy0[:o] = w0
-        flipped0[..., :o] = w0[:, ::-1, ::-1].transpose(3, 1, 2, 0)
-        return {**bounds, "copy0": copy0, "flipped0": flipped0, "flipped2": w2[:, ::-1, ::-1].transpose(3, 1, 2, 0)}
+        bounds, copies = super().bound(op, b, eps), {n: np.zeros(s.shape) for n, s in op.inputs.items()}
+        w0, w2, o = np.asarray(bounds["w0"]), np.asarray(bounds["w2"]), len(b.w0)
+        copies["copy0"][:o], copies["flipped0"][..., :o] = w0, flipped(w0)
+        return {**bounds, "copy0": copies["copy0"], "flipped0": copies["flipped0"], "flipped2": flipped(w2)}
 
 
 class GradientNormOp(Op):
@@ -190,7 +179,7 @@ class GradientNormOp(Op):
     name = "gradient_norm"
     updates = ("scale",)
 
-    def __init__(self, sizes: tuple[int, int, int], largest: float, dtype: DTypeLike) -> None:
+    def __init__(self, sizes: Sequence[int], largest: float, dtype: DTypeLike) -> None:
         self.largest = largest
         self.inputs = {f"g{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
         for name, gradient in self.inputs.items():
@@ -201,58 +190,50 @@ class GradientNormOp(Op):
         self.flops = 2 * sum(sizes)
 
     def run(self, device: Device, b: Buffers) -> None:
-        gradients = self._arrays(b)
+        gradients = [b.g0, b.g1, b.g2]
         # The numpy device takes no workspace, and a call that allocates its arrays gives it none.
         partials = b.partials if hasattr(b, "partials") else device.empty(self.workspace["partials"].shape, np.float64)
         outputs = {"squares": b.squares, "norm": b.norm, "scale": b.scale, "partials": partials}
         GradientNorm(device, gradients, self.largest, **outputs)(gradients)
 
     def reference(self, b: Buffers) -> None:
-        b.squares[...] = [(g.astype(np.float64) ** 2).sum() for g in self._arrays(b)]
+        b.squares[...] = [(g.astype(np.float64) ** 2).sum() for g in (b.g0, b.g1, b.g2)]
         b.norm[...] = np.sqrt(b.squares.sum())
         b.scale[...] = min(1, self.largest / b.norm[0]) if b.norm[0] > 0 else 1
 
-    @staticmethod
-    def _arrays(b: Buffers) -> list[Array]:
-        return [b.g0, b.g1, b.g2]
 
-
-class GradientNormRow(Row):
+class GradientNormRow(ArraysRow):
     """Gradients of different sizes, clipped and not. Squares of integers add up exactly."""
 
-    name = "gradient_norm"
-    op = GradientNormOp
-    exact = True
+    name, op, exact, typed = "gradient_norm", GradientNormOp, True, True
+    usual: ClassVar = {"largest": 10.0, "magnitude": 1.0}
+    more: ClassVar = {
+        "nothing to clip": ((5, 300, 7), {"largest": 1e9}),
+        "all zero": ((5, 300, 7), {"largest": 1.0, "magnitude": 0.0}),
+        "squares beyond float32": ((5, 300, 7), {"largest": 1.0, "magnitude": 1e25}),
+        "squares below float32": ((5, 300, 7), {"largest": 1e-25, "magnitude": 1e-25}),
+    }
 
-    def cases(self) -> list[Case]:
-        cases = [Case(reason, {"sizes": s, "largest": 10.0, "magnitude": 1.0}) for reason, s in SIZES.items()]
-        return [
-            *cases,
-            Case("nothing to clip", {"sizes": (5, 300, 7), "largest": 1e9, "magnitude": 1.0}),
-            Case("all zero", {"sizes": (5, 300, 7), "largest": 1.0, "magnitude": 0.0}),
-            Case("squares beyond float32", {"sizes": (5, 300, 7), "largest": 1.0, "magnitude": 1e25}),
-            Case("squares below float32", {"sizes": (5, 300, 7), "largest": 1e-25, "magnitude": 1e-25}),
-        ]
-
-    def random_case(self, rng: np.random.Generator) -> Case:
-        largest, size = (float(10 ** rng.uniform(-3, 3)) for _ in range(2))
-        return Case("random", {"sizes": _random_sizes(rng), "largest": largest, "magnitude": size})
+    def random_numbers(self, rng: np.random.Generator) -> dict[str, float]:
+        return {name: float(10 ** rng.uniform(-3, 3)) for name in ("largest", "magnitude")}
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return GradientNormOp(case["sizes"], case["largest"], dtype)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        size = 1 if integers else case["magnitude"]
-        gradients = super().inputs(op, case, rng, integers)
-        scaled = {name: g * g.dtype.type(size) for name, g in gradients.items() if g is not None}
+        size, arrays = 1 if integers else case["magnitude"], super().inputs(op, case, rng, integers)
+        scaled = {name: g * g.dtype.type(size) for name, g in arrays.items() if g is not None}
         return {**scaled, "scale": np.ones(1)}
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         # The outputs are doubles whatever the gradients are. Terms of one sign: relative errors add up at most.
-        double = float(np.finfo(np.float64).eps)
-        squares = double * np.array([b.g0.size, b.g1.size, b.g2.size]) * b.squares
-        relative = double * (b.g0.size + b.g1.size + b.g2.size + 2)
-        return {"squares": squares, "norm": relative * b.norm, "scale": (relative + double) * b.scale}
+        double, sizes = float(np.finfo(np.float64).eps), np.array([b.g0.size, b.g1.size, b.g2.size])
+        relative = double * (sizes.sum() + 2)
+        return {
+            "squares": double * sizes * b.squares,
+            "norm": relative * b.norm,
+            "scale": (relative + double) * b.scale,
+        }
 
 
 class KeepFiniteOp(Op):
@@ -261,7 +242,7 @@ class KeepFiniteOp(Op):
     name = "keep_finite"
     updates = ("a0", "a1", "a2")
 
-    def __init__(self, sizes: tuple[int, int, int], dtype: DTypeLike) -> None:
+    def __init__(self, sizes: Sequence[int], dtype: DTypeLike) -> None:
         self.inputs = {f"a{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
         self.inputs["scale"] = spec((1,), np.float64)
         self.outputs = {f"kept{i}": spec((size,), dtype) for i, size in enumerate(sizes)}
@@ -277,29 +258,19 @@ class KeepFiniteOp(Op):
             device.write(target, kept)
 
     def reference(self, b: Buffers) -> None:
-        for i in range(3):
-            array, kept = getattr(b, f"a{i}"), getattr(b, f"kept{i}")
+        for array, kept in ((b.a0, b.kept0), (b.a1, b.kept1), (b.a2, b.kept2)):
             kept[...] = array if np.isnan(b.scale[0]) else 0
             array[...] = kept
 
 
-class KeepFiniteRow(Row):
+class KeepFiniteRow(ArraysRow):
     """Arrays of different sizes after a step that went well, and after one that did not."""
 
-    name = "keep_finite"
-    op = KeepFiniteOp
-    exact = True
-    typed = False
+    name, op, exact = "keep_finite", KeepFiniteOp, True
+    more: ClassVar = {"gradients that are not finite": ((5, CHUNK + 1, 7), {"scale": np.nan})}
 
-    def cases(self) -> list[Case]:
-        cases = [Case(reason, {"sizes": s, "scale": 1.0}) for reason, s in SIZES.items()]
-        return [*cases, Case("gradients that are not finite", {"sizes": (5, CHUNK + 1, 7), "scale": np.nan})]
+    def random_numbers(self, rng: np.random.Generator) -> dict[str, float]:
+        return {"scale": float(rng.choice([0.5, np.nan]))}
 
-    def random_case(self, rng: np.random.Generator) -> Case:
-        return Case("random", {"sizes": _random_sizes(rng), "scale": float(rng.choice([0.5, np.nan]))})
 
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return KeepFiniteOp(case["sizes"], dtype)
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        return {**super().inputs(op, case, rng, integers), "scale": np.array([case["scale"]])}
+ROWS = SgdRow(), SgdPackRow(), GradientNormRow(), KeepFiniteRow()

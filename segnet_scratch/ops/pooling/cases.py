@@ -35,8 +35,7 @@ class MaxPoolRow(MapRow):
         return Hostile(self.op.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
 
     def refusals(self) -> list[Refusal]:
-        flat = spec((4, 5, 3), np.float32)
-        return [Refusal("three dimensions", lambda: MaxPoolForward(flat), ShapeError, "channels last")]
+        return self.refused({}, {"three dimensions": ("channels last", {"x": spec((4, 5, 3))})})
 
 
 class WindowRow(MapRow):
@@ -76,24 +75,21 @@ class WindowRow(MapRow):
         return Hostile(op, {name: values, "codes": codes}, {output: result})
 
     def refusals(self) -> list[Refusal]:
-        x, windows, codes = spec((1, 4, 5, 3), np.float32), spec((1, 2, 3, 3), np.float32), Spec((1, 2, 3, 3), CODE)
-        flat = spec((2, 3), np.float32)
-        if self.op is MaxPoolBackward:
-            return [
-                Refusal("two dimensions", lambda: MaxPoolBackward(flat, (4, 5)), ShapeError, "channels last"),
-                Refusal("another size", lambda: MaxPoolBackward(windows, (5, 5)), ShapeError, "do not fit"),
-            ]
+        windows, two_dimensions = spec((1, 2, 3, 3)), ("channels last", {"dy": spec((2, 3))})
         if self.op is MaxUnpoolBackward:
-            return [Refusal("two dimensions", lambda: MaxUnpoolBackward(flat), ShapeError, "channels last")]
-        other = "pass the codes of the pool"
-        return [
-            Refusal("another size", lambda: MaxUnpoolForward(windows, codes, (4, 7)), ShapeError, "do not fit"),
-            Refusal("size 0", lambda: MaxUnpoolForward(windows, codes, (0, 0)), ShapeError, "do not fit"),
-            Refusal("codes of another pool", lambda: MaxUnpoolForward(x, codes, (4, 5)), ShapeError, other),
-        ]
+            return self.refused({}, {"two dimensions": two_dimensions})
+        if self.op is MaxPoolBackward:
+            wrong = {"two dimensions": two_dimensions, "another size": ("do not fit", {"size": (5, 5)})}
+            return self.refused({"dy": windows, "size": (4, 5)}, wrong)
+        wrong = {
+            "another size": ("do not fit", {"size": (4, 7)}),
+            "size 0": ("do not fit", {"size": (0, 0)}),
+            "codes of another pool": ("pass the codes of the pool", {"x": spec((1, 4, 5, 3))}),
+        }
+        return self.refused({"x": windows, "codes": Spec(windows.shape, CODE), "size": (4, 5)}, wrong)
 
 
-class _InPieces(MapRow):
+class PiecesRow(MapRow):
     """A rung that moves four channels at once."""
 
     channels = 4
@@ -115,19 +111,16 @@ class _InPieces(MapRow):
         return [Refusal(odd.reason, lambda: self.plan(odd, np.float32), ShapeError, "multiples of 4, not 6")]
 
 
-class MaxPoolPiecesRow(_InPieces, MaxPoolRow):
+class MaxPoolPiecesRow(PiecesRow, MaxPoolRow):
     """Pooled values and positions."""
 
 
-class UnpoolPiecesRow(_InPieces, WindowRow):
+class UnpoolPiecesRow(PiecesRow, WindowRow):
     """Values at their positions."""
 
 
-def pool_rows() -> list[MapRow]:
-    """A row for each direction and rung."""
-    return [
-        MaxPoolRow(MaxPoolForward),
-        MaxPoolPiecesRow(MaxPoolPieces),
-        *(WindowRow(op) for op in (MaxPoolBackward, MaxUnpoolForward, MaxUnpoolBackward)),
-        UnpoolPiecesRow(MaxUnpoolPieces),
-    ]
+ROWS = (
+    *(MaxPoolRow(MaxPoolForward), MaxPoolPiecesRow(MaxPoolPieces)),
+    *map(WindowRow, (MaxPoolBackward, MaxUnpoolForward, MaxUnpoolBackward)),
+    UnpoolPiecesRow(MaxUnpoolPieces),
+)

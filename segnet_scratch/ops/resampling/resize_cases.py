@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.cases import Bounds, Case, Refusal, Row, Shape, random_map, size_of_result
 from segnet_scratch.ops.op import Buffers, Op, spec
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearBackward, ResizeBilinearForward
@@ -45,11 +44,12 @@ class ResizeRow(Row):
         return {"y": 4 * eps * positions * np.abs(b.x).max((1, 2), keepdims=True)}
 
     def refusals(self) -> list[Refusal]:
-        x, flat = spec((1, 4, 5, 3), np.float32), spec((4, 5, 3), np.float32)
-        return [
-            Refusal("size 0", lambda: ResizeBilinearForward(x, (0, 4)), ShapeError, "positive"),
-            Refusal("three dimensions", lambda: ResizeBilinearForward(flat, (4, 4)), ShapeError, "channels last"),
-        ]
+        forward = self.op is ResizeBilinearForward
+        wrong = {
+            "size 0": ("positive", {"size": (0, 4)}),
+            "three dimensions": ("channels last", {"x" if forward else "dy": spec((4, 5, 3))}),
+        }
+        return self.refused({"x" if forward else "dy": spec((1, 4, 5, 3)), "size": (4, 4)}, wrong)
 
 
 class ResizeBackwardRow(ResizeRow):
@@ -67,3 +67,6 @@ class ResizeBackwardRow(ResizeRow):
         (h, w), (oh, ow) = b.dx.shape[1:3], b.dy.shape[1:3]
         terms = (2 * oh / h + 2) * (2 * ow / w + 2)
         return {"dx": 4 * eps * (1 + h + w) * terms * np.abs(b.dy).max((1, 2), keepdims=True)}
+
+
+ROWS = ResizeRow(), ResizeBackwardRow()
