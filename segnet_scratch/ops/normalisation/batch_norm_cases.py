@@ -1,6 +1,8 @@
 """Rows of batch norm."""
 
+from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,6 +21,7 @@ class BatchNormRow(Row):
     """What the three ops share. `offset` is the mean of x in units of its standard deviation."""
 
     constants = ("running_mean", "running_var")
+    options: Mapping[str, Any] = {}  # of the plan
 
     def cases(self) -> list[Case]:
         return [
@@ -41,7 +44,7 @@ class BatchNormRow(Row):
         return Case("random", {"x": (n + 1, h, w, c), "offset": float(rng.choice([0, 1, 30])), "scale": 1.0})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return self.op.plan(spec(case["x"], dtype))
+        return self.op.plan(spec(case["x"], dtype), **self.options)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -58,8 +61,7 @@ class BatchNormRow(Row):
         return arrays
 
     def refusals(self) -> list[Refusal]:
-        plain = {"training": True} if self.op is BatchNormBackward else {}
-        return self.refused(plain, {"two dimensions": ("channels last", {"x": spec((4, 3))})})
+        return self.refused(self.options, {"two dimensions": ("channels last", {"x": spec((4, 3))})})
 
 
 class BatchNormTrainingRow(BatchNormRow):
@@ -91,10 +93,8 @@ class BatchNormTrainingRow(BatchNormRow):
         }
 
     def refusals(self) -> list[Refusal]:
-        return [
-            *super().refusals(),
-            *self.refused({}, {"one value a channel": ("n*h*w > 1", {"x": spec((1, 1, 1, 3))})}),
-        ]
+        single = {"one value a channel": ("n*h*w > 1", {"x": spec((1, 1, 1, 3))})}
+        return [*super().refusals(), *self.refused(self.options, single)]
 
 
 class BatchNormEvaluationRow(BatchNormRow):
@@ -118,11 +118,8 @@ class BatchNormBackwardRow(BatchNormRow):
     op = BatchNormBackward
 
     def __init__(self, training: bool) -> None:
-        self.training = training
+        self.options = {"training": training}
         self.name = f"batch_norm_backward_{'training' if training else 'evaluation'}"
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return BatchNormBackward.plan(spec(case["x"], dtype), self.training)
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         rows, axes = b.x.size / b.mean.size, (0, 1, 2)
@@ -130,7 +127,7 @@ class BatchNormBackwardRow(BatchNormRow):
         unit = 4 * eps * sqrt(rows)
         sum_dy, sum_dy_xhat = dy.sum(axes), (dy * xhat).sum(axes)
         dx = 4 * eps * dy
-        if self.training:
+        if self.options["training"]:
             dx = dx + unit * (sum_dy + xhat * sum_dy_xhat) / rows
         return {"dx": np.abs(b.weight) * b.inv_std * dx, "dweight": unit * sum_dy_xhat, "dbias": unit * sum_dy}
 
@@ -141,10 +138,7 @@ class BatchNormLessonRow(BatchNormTrainingRow):
     op, function = BatchNormLesson, ""
 
     def __init__(self, rung: str) -> None:
-        self.rung, self.name = rung, f"{BatchNormTrainingForward.name}_{rung}"
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return BatchNormLesson.plan(spec(case["x"], dtype), self.rung)
+        self.rung, self.name, self.options = rung, f"{BatchNormTrainingForward.name}_{rung}", {"rung": rung}
 
 
 ROWS: tuple[Row, ...] = (
