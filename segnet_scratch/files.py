@@ -27,29 +27,25 @@ _NAME_KEPT = 40  # characters: a temporary of a name as long as the file system 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 _FIXES = {
-    errno.ENOSPC: "make room on that disk",
-    errno.EDQUOT: "your quota there is used up; make room",
-    errno.EFBIG: "files there may not be that large: raise ulimit -f, or use another file system",
-    errno.EACCES: "correct the permissions, or choose another place",
-    errno.EPERM: "correct the permissions, or choose another place",
-    errno.EROFS: "that file system can only be read; choose another place",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "check the path",
-    errno.EEXIST: "choose another name",
-    errno.ENOTEMPTY: "choose another name",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EMFILE: "close other files, or raise ulimit -n",
-    errno.ENFILE: "the system has too many open files; close other programs",
-    errno.EIO: "the disk reports a fault; check it",
-    errno.ESTALE: "the file server has lost it; mount it anew",
+    "make room on that disk": (errno.ENOSPC,),
+    "your quota there is used up; make room": (errno.EDQUOT,),
+    "files there may not be that large: raise ulimit -f, or use another file system": (errno.EFBIG,),
+    "correct the permissions, or choose another place": (errno.EACCES, errno.EPERM),
+    "that file system can only be read; choose another place": (errno.EROFS,),
+    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    "choose another name": (errno.EEXIST, errno.ENOTEMPTY),
+    "choose a shorter name": (errno.ENAMETOOLONG,),
+    "close other files, or raise ulimit -n": (errno.EMFILE,),
+    "the system has too many open files; close other programs": (errno.ENFILE,),
+    "the disk reports a fault; check it": (errno.EIO,),
+    "the file server has lost it; mount it anew": (errno.ESTALE,),
 }
 
 
 def reason(error: OSError) -> str:
     """What the system said, and what mends just that: `No space left on device; make room on that disk`."""
     said = error.strerror or str(error) or type(error).__name__
-    fix = _FIXES.get(error.errno or 0)
+    fix = next((fix for fix, numbers in _FIXES.items() if error.errno in numbers), "")
     return f"{said}; {fix}" if fix else said
 
 

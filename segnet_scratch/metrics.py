@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.data.palette import VOID
 from segnet_scratch.errors import DataError, TrainingError
 from segnet_scratch.files import reason, write_durably
 
@@ -63,21 +62,12 @@ class Scores:
                 f"class names: expected {len(self.iou)} different names, got {len(names)}: "
                 f"{', '.join(names)}; pass the names of the data set that was scored."
             )
-        by_class = {
-            "iou": self.iou,
-            "accuracy": self.accuracy,
-            "precision": self.precision,
-            "class_pixels": self.class_pixels,
+        found: dict[str, Any] = {
+            name: getattr(self, name) for name in ("miou", "global_accuracy", "class_accuracy", "pixels")
         }
-        scores = {
-            "miou": self.miou,
-            "global_accuracy": self.global_accuracy,
-            "class_accuracy": self.class_accuracy,
-            "pixels": self.pixels,
-            **{what: dict(zip(names, values.tolist(), strict=True)) for what, values in by_class.items()},
-            "confusion": self.confusion.tolist(),
-        }
-        return {name: _finite_or_none(value) for name, value in scores.items()}
+        for what in ("iou", "accuracy", "precision", "class_pixels"):
+            found[what] = dict(zip(names, getattr(self, what).tolist(), strict=True))
+        return _finite_or_none(found | {"confusion": self.confusion.tolist()})
 
 
 def scores(confusion: np.ndarray) -> Scores:
@@ -86,13 +76,8 @@ def scores(confusion: np.ndarray) -> Scores:
     Sum the matrices of all images first: VOC scores the whole set at once, not the mean over images. Raises
     DataError for anything but a square matrix of integers that are not negative.
     """
-    if (
-        confusion.ndim != 2
-        or confusion.shape[0] != confusion.shape[1]
-        or not confusion.size
-        or not np.issubdtype(confusion.dtype, np.integer)
-        or confusion.min() < 0
-    ):
+    square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1] and confusion.size > 0
+    if not square or not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
         raise DataError(
             "confusion matrix: expected a square matrix of pixel counts that are not negative, got "
             f"{confusion.dtype} {confusion.shape}; pass the sum of the matrices of the images."
@@ -112,25 +97,6 @@ def scores(confusion: np.ndarray) -> Scores:
         precision=_ratio(right, prediction),
         confusion=confusion,
     )
-
-
-def confusion_reference(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """The confusion matrix (classes, classes), int64, of two label arrays, without the pixels of void truth.
-
-    Raises DataError for a prediction of another shape than the truth, labels that are no integers, a truth
-    outside 0..classes-1 that is not void, and a prediction outside 0..classes-1 at any pixel, void or not, as
-    the VOC development kit refuses them.
-    """
-    if truth.shape != prediction.shape:
-        raise DataError(
-            f"prediction: expected the shape of the ground truth {truth.shape}, got {prediction.shape}; "
-            "resize the logits to the ground truth before taking the class."
-        )
-    _check_labels("ground truth", truth, classes, void=True)
-    _check_labels("prediction", prediction, classes, void=False)
-    valid = truth != VOID
-    pairs = truth[valid].astype(np.int64) * classes + prediction[valid].astype(np.int64)
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
 
 
 class MetricsLog:
@@ -240,22 +206,6 @@ def mean_of_numbers(values: np.ndarray) -> float:
     """The mean of what is not NaN; NaN where nothing is left."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if numbers.size else math.nan
-
-
-def _check_labels(name: str, labels: np.ndarray, classes: int, *, void: bool) -> None:
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{name}: expected integer labels, got {labels.dtype}; pass class indices.")
-    wrong = (labels < 0) | (labels >= classes)
-    allowed = f"0 to {classes - 1}"
-    if void:
-        wrong &= labels != VOID
-        allowed += f" or void {VOID}"
-    if wrong.any():
-        place = tuple(int(index) for index in np.argwhere(wrong)[0])
-        raise DataError(
-            f"{name}: expected labels {allowed}, got {int(labels[place])} at {place} and "
-            f"{int(wrong.sum()) - 1} more; check the number of classes and that the mask is an indexed PNG."
-        )
 
 
 def _has_step(row: Any) -> bool:

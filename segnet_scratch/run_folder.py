@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from segnet_scratch.config import AUTO, Config, check_resume, load_config, toml_value
@@ -10,31 +10,15 @@ from segnet_scratch.errors import TrainingError
 from segnet_scratch.files import held, reason
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The files of a run."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The settings, with comments."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        """One row a step and a row a validation."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def last(self) -> Path:
-        """Weights and momenta to go on from."""
-        return self.path / "last.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """Weights of the best validation."""
-        return self.path / "best.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"  # the settings, with comments
+        self.metrics = path / "metrics.jsonl"  # one row a step and a row a validation
+        self.last = path / "last.safetensors"  # weights and momenta to go on from
+        self.best = path / "best.safetensors"  # weights of the best validation
 
     @property
     def state(self) -> tuple[tuple[int, int] | None, ...]:

@@ -108,7 +108,6 @@ class TestLogs:
     @pytest.fixture(autouse=True)
     def compiler(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path))
-        monkeypatch.setattr(resources, "nvrtc_version", lambda: (13, 0))
         monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
         self.logs = []
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 from PIL import Image
-from support.evaluation import bilinear, network, softmax
+from support.evaluation import bilinear, confusion_of, network, softmax
 
 from segnet_scratch import SegNet, get_device, tensor
 from segnet_scratch.boundary import Boundary, boundary_f1
@@ -15,7 +15,7 @@ from segnet_scratch.data import VOID, VOCDataset, normalise, resize_image, resiz
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import evaluate
 from segnet_scratch.inference import Inference, classify, resize
-from segnet_scratch.metrics import confusion_reference, scores
+from segnet_scratch.metrics import scores
 
 SIZE = (40, 56)
 
@@ -185,7 +185,7 @@ def test_averages_score_as_worked_out_slowly(mixed, device):
                 logits = model(normalise(resize_image(image[:, ::step], (height, width)))[None]).numpy()[0]
                 total = total + softmax(bilinear(logits, *mask.shape)[:, ::step])
         prediction = total.argmax(axis=2)
-        confusion += confusion_reference(mask, prediction, 6)
+        confusion += confusion_of(mask, prediction, 6)
         contours.append(np.mean(list(boundary_f1(mask, prediction).values())))
     expected = scores(confusion)
     np.testing.assert_allclose(found.scores.iou, expected.iou, atol=2e-3)

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 from support import ROOT
+from support.evaluation import confusion_of
 
 from segnet_scratch.errors import DataError, TrainingError
-from segnet_scratch.metrics import MetricsLog, confusion_reference, scores
+from segnet_scratch.metrics import MetricsLog, scores
 
 
 class TestScores:
@@ -31,7 +32,7 @@ class TestScores:
         truth = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 6, np.uint8)
         prediction = truth.copy()
         prediction[4:, 4:7] = 0
-        confusion = confusion_reference(truth, prediction, 2)
+        confusion = confusion_of(truth, prediction, 2)
         np.testing.assert_array_equal(confusion, [[24, 0], [6, 18]])
         result = scores(confusion)
         assert result.iou.tolist() == [24 / 30, 18 / 24]
@@ -106,7 +107,7 @@ class TestScores:
             prediction = np.where(generator.random((40, 50)) < 0.6, truth, generator.integers(0, classes, (40, 50)))
             void = generator.random((40, 50)) < 0.1
             kept = truth[~void], prediction[~void]
-            confusion = confusion_reference(np.where(void, 255, truth).astype(np.uint8), prediction, classes)
+            confusion = confusion_of(np.where(void, 255, truth).astype(np.uint8), prediction, classes)
             labels = list(range(classes))
             np.testing.assert_array_equal(confusion, oracle.confusion_matrix(*kept, labels=labels))
             result = scores(confusion)
@@ -118,50 +119,6 @@ class TestScores:
             np.testing.assert_allclose(result.accuracy, oracle.recall_score(*kept, **by_class), rtol=1e-12)
             np.testing.assert_allclose(result.precision, oracle.precision_score(*kept, **by_class), rtol=1e-12)
             assert result.class_pixels.tolist() == np.bincount(kept[0], minlength=classes).tolist()
-
-
-class TestConfusionReference:
-    def test_rows_are_truth_and_void_is_left_out(self):
-        truth = np.array([[0, 1, 255], [2, 2, 255]], np.uint8)
-        prediction = np.array([[0, 2, 1], [2, 0, 0]], np.uint8)
-        confusion = confusion_reference(truth, prediction, 3)
-        assert confusion.dtype == np.int64
-        np.testing.assert_array_equal(confusion, [[1, 0, 0], [0, 0, 1], [1, 0, 1]])
-
-    @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64])
-    def test_small_types_do_not_overflow(self, dtype):
-        labels = np.full(10, 20, dtype)
-        assert confusion_reference(labels, labels, 21)[20, 20] == 10
-
-    def test_all_void_and_no_pixels(self):
-        for shape in ((2, 3), (0, 3)):
-            confusion = confusion_reference(np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8), 2)
-            np.testing.assert_array_equal(confusion, np.zeros((2, 2)))
-
-    @pytest.mark.parametrize("wrong", [3, 21, 254, -1, 256])
-    def test_labels_out_of_range(self, wrong):
-        sound = np.zeros((2, 3), np.int64)
-        bad = sound.copy()
-        bad[1, 2] = wrong
-        with pytest.raises(
-            DataError, match=rf"ground truth: expected labels 0 to 2 or void 255, got {wrong} at \(1, 2\)"
-        ):
-            confusion_reference(bad, sound, 3)
-        with pytest.raises(DataError, match=rf"prediction: expected labels 0 to 2, got {wrong} at \(1, 2\)"):
-            confusion_reference(sound, bad, 3)
-
-    def test_void_in_the_prediction(self):
-        void = np.full((2, 3), 255, np.uint8)
-        with pytest.raises(DataError, match="prediction: expected labels 0 to 2, got 255"):
-            confusion_reference(void, void, 3)
-
-    def test_shape_and_type(self):
-        with pytest.raises(
-            DataError, match=r"prediction: expected the shape of the ground truth \(2, 3\), got \(3, 2\)"
-        ):
-            confusion_reference(np.zeros((2, 3), int), np.zeros((3, 2), int), 3)
-        with pytest.raises(DataError, match="prediction: expected integer labels, got float64"):
-            confusion_reference(np.zeros((2, 3), int), np.zeros((2, 3)), 3)
 
 
 class TestMetricsLog:

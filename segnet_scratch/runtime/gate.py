@@ -21,8 +21,8 @@ MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 
-class ArrayHome(Protocol):
-    """What the gate must know of a device: which arrays are its own, and where they lie."""
+class KernelDevice(Protocol):
+    """What a launch must know of a device: which arrays are its own, where they lie, and how a kernel is run there."""
 
     name: str
     architecture: str | None  # "sm_90"; None where there is no GPU
@@ -33,8 +33,11 @@ class ArrayHome(Protocol):
     def address(self, array: Any) -> int:
         """The address of its first element."""
 
+    def execute(self, launch: Launch) -> None:
+        """Runs a kernel with arguments that the gate has checked."""
 
-def check_launch(home: ArrayHome, launch: Launch) -> list[Any]:
+
+def check_launch(home: KernelDevice, launch: Launch) -> list[Any]:
     """The arguments ready to be passed: arrays (or None) for pointers, TensorMaps, NumPy scalars of the declared type.
 
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
@@ -104,7 +107,7 @@ def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None
         )
 
 
-def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: ElementTypes, array: Any) -> None:
+def _check_array(home: KernelDevice, kernel: Kernel, parameter: Parameter, types: ElementTypes, array: Any) -> None:
     what = f"{kernel.name}: argument {parameter.name}"
     if array is None:
         if parameter.optional:
@@ -129,7 +132,9 @@ def _check_array(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: E
         raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
 
 
-def _check_tensor_map(home: ArrayHome, kernel: Kernel, parameter: Parameter, types: ElementTypes, argument: Any) -> int:
+def _check_tensor_map(
+    home: KernelDevice, kernel: Kernel, parameter: Parameter, types: ElementTypes, argument: Any
+) -> int:
     """The address of its array."""
     what = f"{kernel.name}: argument {parameter.name}"
     if not isinstance(argument, TensorMap):

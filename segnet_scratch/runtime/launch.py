@@ -3,23 +3,16 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.runtime import observe
-from segnet_scratch.runtime.gate import ArrayHome, check_launch
+from segnet_scratch.runtime.gate import KernelDevice, check_launch
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
 __all__ = ["ElementTypes", "Kernel", "KernelDevice", "Launch", "find_kernel", "launch", "shipped_kernels", "three"]
-
-
-class KernelDevice(ArrayHome, Protocol):
-    """A device that executes kernels: host or cuda."""
-
-    def execute(self, launch: Launch) -> None:
-        """Runs a kernel with arguments that the gate has checked."""
 
 
 @functools.cache

@@ -152,14 +152,14 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return data.raw
 
 
-def cubin_path(source: Source, types: ElementTypes, architecture: str) -> Path:
-    """Where the cache has the cubin of a source, or would have it.
+def cache_path(folder: str, ending: str, source: Source, types: ElementTypes, architecture: str) -> Path:
+    """Where the cache has what came of compiling a source, or would have it: `cuda`, `.cubin`.
 
     The key is what the compiler sees, not where it lies: clones share their cubins. Line information then names the
     file of the clone that compiled first, which reads the same.
     """
     key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
-    return cache_directory() / "cuda" / f"{source.path.stem}-{types.name}-{architecture}-{key}.cubin"
+    return cache_directory() / folder / f"{source.path.stem}-{types.name}-{architecture}-{key}{ending}"
 
 
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
@@ -170,4 +170,4 @@ def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path
         source.check_unchanged()
         return cubin
 
-    return kept(cubin_path(source, types, architecture), compiled)
+    return kept(cache_path("cuda", ".cubin", source, types, architecture), compiled)

@@ -5,10 +5,10 @@ stack, shared memory. What is accepted stands in budget.toml (see budget.py).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
+from segnet_scratch.runtime.cache import kept
 from segnet_scratch.runtime.compilation import Progress, no_progress, on_all_cores
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
-from segnet_scratch.runtime.nvrtc import compile_cubin, compiler_options, cubin_path, nvrtc_version
+from segnet_scratch.runtime.nvrtc import cache_path, compile_cubin
 from segnet_scratch.runtime.ptxas import LogError, Usage, parse_log, remarks
 from segnet_scratch.runtime.signature import ElementTypes, parse_kernels
 from segnet_scratch.runtime.source import Source, shipped_sources
@@ -77,15 +77,14 @@ def _usages(log: str, source: Source, element: str, architecture: str) -> tuple[
 
 def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     """What the compilers said about a source, now or when it was compiled before; LogError where that is too little."""
-    key = cache_key(source.digest, compiler_options(types, architecture), nvrtc_version())
-    path = cache_directory() / "resources" / f"{source.path.stem}-{types.name}-{architecture}-{key}.log"
+    what = source, types, architecture
 
     def compiled() -> bytes:
         log: list[str] = []
-        cubin = compile_cubin(source, types, architecture, log)
+        cubin = compile_cubin(*what, log)
         source.check_unchanged()
-        kept(cubin_path(source, types, architecture), lambda: cubin)  # it has cost most of the time: not again
+        kept(cache_path("cuda", ".cubin", *what), lambda: cubin)  # it has cost most of the time: not again
         _usages(log[0], source, types.name, architecture)  # what cannot be read is not kept
         return log[0].encode()
 
-    return kept(path, compiled).read_text(encoding="utf-8")
+    return kept(cache_path("resources", ".log", *what), compiled).read_text(encoding="utf-8")

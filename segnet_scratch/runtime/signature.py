@@ -22,33 +22,20 @@ from segnet_scratch.runtime.source import Source
 
 # C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes. (`long` has
 # 4 bytes on some systems and 8 on others.)
-_FIXED_TYPES = {
-    "bool": np.bool_,
-    "char": np.int8,
-    "signed char": np.int8,
-    "int8_t": np.int8,
-    "uint8": np.uint8,
-    "uint8_t": np.uint8,
-    "unsigned char": np.uint8,
-    "short": np.int16,
-    "int16_t": np.int16,
-    "unsigned short": np.uint16,
-    "uint16_t": np.uint16,
-    "int": np.int32,
-    "int32_t": np.int32,
-    "unsigned": np.uint32,
-    "unsigned int": np.uint32,
-    "uint32_t": np.uint32,
-    "int64": np.int64,
-    "int64_t": np.int64,
-    "long long": np.int64,
-    "uint64": np.uint64,
-    "uint64_t": np.uint64,
-    "unsigned long long": np.uint64,
-    "size_t": np.uint64,
-    "float": np.float32,
-    "double": np.float64,
+_NAMES = {
+    np.bool_: ("bool",),
+    np.int8: ("char", "signed char", "int8_t"),
+    np.uint8: ("uint8", "uint8_t", "unsigned char"),
+    np.int16: ("short", "int16_t"),
+    np.uint16: ("unsigned short", "uint16_t"),
+    np.int32: ("int", "int32_t"),
+    np.uint32: ("unsigned", "unsigned int", "uint32_t"),
+    np.int64: ("int64", "int64_t", "long long"),
+    np.uint64: ("uint64", "uint64_t", "unsigned long long", "size_t"),
+    np.float32: ("float",),
+    np.float64: ("double",),
 }
+_FIXED_TYPES = {name: kind for kind, names in _NAMES.items() for name in names}
 TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh
 _ATTRIBUTES = r"(?:__\w+__\s*(?:\((?:[^()]|\([^()]*\))*\)\s*)?)*"  # __global__ __launch_bounds__(256)
 _FUNCTION = re.compile(rf'(extern\s+"C"\s+)?({_ATTRIBUTES})\bvoid\s+({_ATTRIBUTES})(\w+)\s*\(')

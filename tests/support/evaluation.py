@@ -43,3 +43,10 @@ def softmax(logits):
     """float64, over the last axis."""
     powers = np.exp(np.asarray(logits, float) - np.max(logits, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def confusion_of(truth, prediction, classes):
+    """The confusion matrix of two label maps, pixel by pixel: rows the truth, without its void (255)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (truth[truth != 255], prediction[truth != 255]), 1)
+    return counts
