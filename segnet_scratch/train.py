@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -130,7 +130,7 @@ class Trainer:
         self._validation_due = False  # a stop request came before the validation of this step was done
         self._stop = threading.Event()
         self.initialised = self.init = "He initialisation"  # how this session and how the run began
-        self._open: deque[_Step] = deque()  # steps whose losses have not been looked at
+        self._open: deque[tuple[Outcome, float]] = deque()  # steps, with lr, whose losses are to be looked at
         self._seen = self.folder.state
         saved = weights.read(self.folder.last) if resume and self.folder.last.exists() else None
         if saved is not None:
@@ -294,7 +294,7 @@ class Trainer:
             *(config.lr_steps, config.lr_gamma),
         )
         self.training(batch.images, batch.labels, lr, number)
-        self._open.append(_Step(self.training.read(), lr))
+        self._open.append((self.training.read(), lr))
 
     def _settle(self, listener: Listener, ahead: int, rescuing: bool = False) -> None:
         """Looks at losses and norms that have come, in order; waits until at most `ahead` steps are left open.
@@ -302,14 +302,14 @@ class Trainer:
         A step that was not finite, and all after it, have changed nothing on the device: TrainingError. To rescue what
         was trained, a row of metrics.jsonl that cannot be written is let go.
         """
-        while self._open and (len(self._open) > ahead or self._open[0].outcome.ready):
-            loss, norm = self._open[0].outcome.get()
+        while self._open and (len(self._open) > ahead or self._open[0][0].ready):
+            outcome, lr = self._open[0]
+            loss, norm = outcome.get()
             if not math.isfinite(loss):
                 raise _NotFinite(self._not_finite(loss))
             # One element of a gradient that is not finite makes the norm so.
             if not math.isfinite(norm):
                 raise _NotFinite(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
-            lr = self._open[0].lr
             try:
                 self.log.append({"step": self.step + 1, "loss": loss, "lr": lr})
             except TrainingError as error:
@@ -504,14 +504,6 @@ def class_weights_of(config: Config, train_set: VOCDataset) -> list[float]:
     if config.class_weights == MEDIAN_FREQUENCY:
         return [float(weight) for weight in class_statistics(train_set, config.workers).weights]
     return [float(weight) for weight in config.class_weights]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step that the device has been given."""
-
-    outcome: Outcome
-    lr: float
 
 
 class _NotFinite(TrainingError):

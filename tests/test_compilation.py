@@ -12,7 +12,7 @@ from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.compilation import compile_for, launched_by, on_all_cores
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
-from segnet_scratch.runtime.ptxas import LogError
+from segnet_scratch.runtime.resources import LogError
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.train import Listener, Trainer
 

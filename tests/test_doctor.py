@@ -19,8 +19,7 @@ from segnet_scratch.lab.doctor.findings import first_lines, guarded, install_ext
 from segnet_scratch.lab.doctor.gpu import Facts
 from segnet_scratch.lab.doctor.kernels import KernelReport
 from segnet_scratch.runtime import nvrtc
-from segnet_scratch.runtime.ptxas import Usage
-from segnet_scratch.runtime.resources import Compilation
+from segnet_scratch.runtime.resources import Compilation, Usage
 
 H100 = {"name": "NVIDIA H100", "capability": (9, 0), "bytes": 80 * 2**30}
 CUPY = {"version": "14.2.0", "runtime": 13020, "driver": 13000, "problem": "", "gpus": [H100]}

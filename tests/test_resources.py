@@ -18,8 +18,7 @@ from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.budget import SHIPPED, Budget, Exemption, read_budget
 from segnet_scratch.runtime.launch import shipped_kernels
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, largest_shared, max_threads
-from segnet_scratch.runtime.ptxas import Usage, parse_log, remarks
-from segnet_scratch.runtime.resources import Compilation, compile_all
+from segnet_scratch.runtime.resources import Compilation, Usage, compile_all, parse_log, remarks
 
 # As NVRTC 13.5 wrote it: a spilling kernel with shared memory, a kernel that calls a function with an array of its own.
 LOG_SM_90 = """ptxas info    : 0 bytes gmem

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
+from segnet_scratch.config import MINIMUM_SIZE
 from segnet_scratch.errors import CheckpointError, ConfigError
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
@@ -108,10 +109,10 @@ def input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, 
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """(height, width) of `--size N` or `--size HxW`; ConfigError for anything else, or below 32 pixels."""
+    """(height, width) of `--size N` or `--size HxW`; ConfigError for anything else, or below the smallest side."""
     height, width = sides("--size", size)
-    if min(height, width) < 32:
-        raise ConfigError(f"--size {size}: expected at least 32 pixels on each side")
+    if min(height, width) < MINIMUM_SIZE:
+        raise ConfigError(f"--size {size}: expected at least {MINIMUM_SIZE} pixels on each side")
     return height, width
 
 

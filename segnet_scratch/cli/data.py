@@ -8,7 +8,6 @@ import typer
 
 from segnet_scratch.cli.common import JsonOption, app, choice, console, fail, say
 from segnet_scratch.cli.data_tables import (
-    counted,
     facts_table,
     finding_lines,
     labels_table,
@@ -26,6 +25,7 @@ from segnet_scratch.data.verify import verify as run_verify
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import write_durably
+from segnet_scratch.progress import watched
 
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -85,8 +85,8 @@ def verify(
 
     Each finding has a code that never changes, such as mask-rgb or split-overlap. Warnings are legal, but seldom meant.
     """
-    with counted(console, "verify") as progress:
-        report = run_verify(directory, split or (), progress=progress)
+    with watched(console, "verify") as watch:
+        report = run_verify(directory, split or (), progress=watch.update)
     console.print(facts_table(report))
     console.print(labels_table(report))
     for line, style in finding_lines(report):
@@ -114,8 +114,8 @@ def stats(
     Void counts in neither. A class that does not occur gets weight 1.
     """
     dataset = VOCDataset(directory, split)
-    with counted(console, "count") as progress:
-        statistics = class_statistics(dataset, progress=progress)
+    with watched(console, "count") as watch:
+        statistics = class_statistics(dataset, progress=watch.update)
     console.print(statistics_table(statistics, split))
     write_json(json, {"split": split, **statistics.to_json()})
     if toml is not None:
@@ -175,6 +175,6 @@ def convert_masks_command(
         table = parse_relabelling(relabel, class_names(find_root(directory)))
     else:
         table = {"voc": lambda: None, "camvid": camvid_colours}.get(colours, lambda: read_colours(colours))()
-    with counted(console, "convert") as progress:
-        masks = convert_masks(directory, out, table, progress=progress)
+    with watched(console, "convert") as watch:
+        masks = convert_masks(directory, out, table, progress=watch.update)
     say(f"{masks} masks in {find_root(out)}")

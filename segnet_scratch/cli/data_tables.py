@@ -12,17 +12,10 @@ from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.statistics import ClassStatistics
 from segnet_scratch.data.verify import Report
 from segnet_scratch.display import numbers_table
-from segnet_scratch.progress import Watch, bar, watched
+from segnet_scratch.progress import Watch, bar
 
 _EXAMPLES = 3  # of each code
 _SIZES = 3  # the commonest
-
-
-@contextmanager
-def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress; gives a function that is told how many of how many are done."""
-    with watched(console, what) as watch:
-        yield watch.update
 
 
 @contextmanager

@@ -59,23 +59,24 @@ def check_launch(home: KernelDevice, launch: Launch) -> list[Any]:
     scalars: dict[str, int] = {}
     ranges: list[tuple[int, int, Parameter]] = []
     for parameter, argument in zip(kernel.parameters, arguments, strict=True):
+        what = f"{kernel.name}: argument {parameter.name}"
         if parameter.pointer:
-            _check_array(home, kernel, parameter, types, argument)
+            _check_array(home, what, parameter, types, argument)
             values.append(argument)
             if argument is not None:
                 start = home.address(argument)
                 if start % argument.itemsize != 0:
                     raise LaunchError(
-                        f"{kernel.name}: argument {parameter.name} lies at address {start:#x}, expected a multiple of "
-                        f"its element size, {argument.itemsize} bytes; copy it"
+                        f"{what} lies at address {start:#x}, expected a multiple of its element size, "
+                        f"{argument.itemsize} bytes; copy it"
                     )
                 ranges.append((start, start + argument.nbytes, parameter))
         elif parameter.tensor_map:
-            start = _check_tensor_map(home, kernel, parameter, types, argument)
+            start = _check_tensor_map(home, what, types, argument)
             values.append(argument)
             ranges.append((start, start + argument.array.nbytes, parameter))
         else:
-            value = _scalar(kernel, parameter, types, argument)
+            value = _scalar(what, parameter, types, argument)
             values.append(value)
             if value.dtype.kind in "iu":
                 scalars[parameter.name] = int(value)
@@ -107,8 +108,7 @@ def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None
         )
 
 
-def _check_array(home: KernelDevice, kernel: Kernel, parameter: Parameter, types: ElementTypes, array: Any) -> None:
-    what = f"{kernel.name}: argument {parameter.name}"
+def _check_array(home: KernelDevice, what: str, parameter: Parameter, types: ElementTypes, array: Any) -> None:
     if array is None:
         if parameter.optional:
             return
@@ -132,11 +132,8 @@ def _check_array(home: KernelDevice, kernel: Kernel, parameter: Parameter, types
         raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
 
 
-def _check_tensor_map(
-    home: KernelDevice, kernel: Kernel, parameter: Parameter, types: ElementTypes, argument: Any
-) -> int:
+def _check_tensor_map(home: KernelDevice, what: str, types: ElementTypes, argument: Any) -> int:
     """The address of its array."""
-    what = f"{kernel.name}: argument {parameter.name}"
     if not isinstance(argument, TensorMap):
         raise DTypeError(f"{what} is a {type(argument).__name__}; expected a TensorMap of an array")
     if not home.owns(argument.array):
@@ -151,8 +148,7 @@ def _check_tensor_map(
     return address
 
 
-def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: Any) -> np.generic:
-    what = f"{kernel.name}: argument {parameter.name}"
+def _scalar(what: str, parameter: Parameter, types: ElementTypes, value: Any) -> np.generic:
     dtype = parameter.dtype(types)
     if dtype.kind == "b":
         if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, int) and value in (0, 1)):
@@ -174,6 +170,7 @@ def _scalar(kernel: Kernel, parameter: Parameter, types: ElementTypes, value: An
 
 
 def _check_extent(kernel: Kernel, parameter: Parameter, array: Any, scalars: dict[str, int]) -> None:
+    what = f"{kernel.name}: argument {parameter.name}"
     try:
         expected = parameter.extent_shape(scalars)
     except NameError as error:
@@ -184,23 +181,19 @@ def _check_extent(kernel: Kernel, parameter: Parameter, array: Any, scalars: dic
     except ZeroDivisionError as error:
         values = ", ".join(f"{name}={value}" for name, value in scalars.items())
         raise ShapeError(
-            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent}, "
-            f"which divides by zero with {values}"
+            f"{what} should have the shape {parameter.extent}, which divides by zero with {values}"
         ) from error
     if any(n < 1 for n in expected):
-        raise ShapeError(
-            f"{kernel.name}: argument {parameter.name} should have the shape {parameter.extent} = {expected}; "
-            "expected positive sizes"
-        )
+        raise ShapeError(f"{what} should have the shape {parameter.extent} = {expected}; expected positive sizes")
     if parameter.tensor_map and tuple(array.shape) != expected:
         raise ShapeError(
-            f"{kernel.name}: argument {parameter.name} describes an array of shape {tuple(array.shape)}; expected "
-            f"{expected}, {parameter.extent}; reshape it"
+            f"{what} describes an array of shape {tuple(array.shape)}; expected {expected}, {parameter.extent}; "
+            "reshape it"
         )
     if array.size != prod(expected):
         raise ShapeError(
-            f"{kernel.name}: argument {parameter.name} has {array.size} elements, shape {array.shape}; "
-            f"expected {prod(expected)}, {parameter.extent} = {expected}"
+            f"{what} has {array.size} elements, shape {array.shape}; expected {prod(expected)}, {parameter.extent} = "
+            f"{expected}"
         )
 
 

@@ -10,8 +10,7 @@ from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, Occupancy, occupancy
 from segnet_scratch.runtime.nvrtc import supported_architectures
 from segnet_scratch.runtime.observe import Launch
-from segnet_scratch.runtime.ptxas import LogError, Usage
-from segnet_scratch.runtime.resources import compile_all
+from segnet_scratch.runtime.resources import LogError, Usage, compile_all
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,8 @@ def _expect_complete(
     example = [f"--shape {name}=1000" for name in no_shape] + [
         f"--arg {name}={value}" for name, value in values.items()
     ]
-    in_python = []
-    if no_shape:
-        in_python.append(f"shapes={dict.fromkeys(no_shape, 1000)}")
-    if no_value:
-        in_python.append(f"arguments={values}")
+    settings = {"shapes": dict.fromkeys(no_shape, 1000), "arguments": values}
+    in_python = [f"{name}={given}" for name, given in settings.items() if given]
     raise ConfigError(
         f"{kernel.name}: missing: {', '.join(missing)}; for example {' '.join(example)} "
         f"(in Python {', '.join(in_python)}); the kernel is {kernel.signature}"
