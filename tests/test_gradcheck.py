@@ -414,10 +414,10 @@ class TestCommand:
             (("relu", "--shape", "x"), "expected NAME=VALUE"),
             (("relu", "--shape", "x=0,3"), "expected positive sizes"),
             (("relu", "--input", "x=random"), "expected FILE.npy or a number"),
-            (("relu", "--dtype", "float16"), "expected float32 or float64"),
+            (("relu", "--dtype", "float16"), "--dtype float16: expected one of float64, float32"),
             (("relu", "--device", "numpy", "--order", "descending"), "work on the host device, not on numpy"),
             (("relu", "--device", "numpy", "--sanitize"), "works on the host device, not on numpy"),
-            (("relu", "--order", "backwards"), "there is no order 'backwards'"),
+            (("relu", "--order", "backwards"), "--order backwards: expected one of ascending"),
         ],
     )
     def test_wrong_usage(self, segnet, arguments, message):

@@ -577,7 +577,7 @@ def test_ranges_are_made_for_nsight(monkeypatch):
         (["conv3d"], 2, "there is no op 'conv3d'; did you mean conv2d?"),
         (["zzz"], 2, "expected one of add, argmax"),
         (["relu", "--shape", "1,2,3"], 2, "four numbers, N,H,W,C"),
-        (["relu", "--shape", "1,2,3,0"], 2, "of at least 1"),
+        (["relu", "--shape", "1,2,3,0"], 2, "expected positive sizes"),
         (["--model", "unet"], 2, "--model unet: expected one of segnet, segnet-basic"),
         (["--decoder", "unet", "--counts"], 2, "--decoder unet: expected one of indices"),
         (["--size", "16"], 2, "at least 32"),

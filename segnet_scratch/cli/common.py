@@ -32,7 +32,7 @@ console = Console(file=cast(TextIO, output), markup=False, highlight=False, emoj
 problems = Console(file=cast(TextIO, errors), markup=False, highlight=False, emoji=False)
 
 
-def choice(names: Iterable[str], meaning: str) -> Any:
+def choice(names: Iterable[str], meaning: str, *flags: str) -> Any:
     """An option whose value is one of these words; ConfigError for any other."""
     known = tuple(names)
 
@@ -42,7 +42,7 @@ def choice(names: Iterable[str], meaning: str) -> Any:
                 raise ConfigError(f"{option.opts[0]} {word}: expected one of {', '.join(known)}")
         return value
 
-    return typer.Option(metavar="|".join(known), callback=check, help=meaning)
+    return typer.Option(*flags, metavar="|".join(known), callback=check, help=meaning)
 
 
 DataOption = Annotated[

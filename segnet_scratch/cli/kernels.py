@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import JsonOption, app, console, say
+from segnet_scratch.cli.common import JsonOption, app, choice, console, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
@@ -64,7 +64,7 @@ def run_command(
     grid: Annotated[str | None, typer.Option(help="Blocks, X or X,Y or X,Y,Z; else they cover the output.")] = None,
     block: Annotated[str | None, typer.Option(help="Threads of a block; else __launch_bounds__, or 256.")] = None,
     shared: Annotated[int, typer.Option(min=0, help="Bytes of dynamic shared memory.")] = 0,
-    type_: Annotated[str, typer.Option("--type", metavar="float32|float64", help="What storage_t is.")] = "float32",
+    type_: Annotated[str, choice(("float32", "float64"), "What storage_t is.", "--type")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Save every array as DIR/NAME.npy.", metavar="DIR")] = None,
     json: JsonOption = None,
@@ -85,7 +85,7 @@ def run_command(
         grid=None if grid is None else options.shape("--grid", grid),
         block=None if block is None else options.shape("--block", block),
         shared=shared,
-        dtype=options.element_type("--type", type_),
+        dtype=type_,
         seed=seed,
         reference=reference,
         rtol=rtol,

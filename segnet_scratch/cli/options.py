@@ -61,10 +61,3 @@ def contents(option: str, text: str) -> Contents:
         return np.asarray(np.load(Path(text), allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{option}: cannot read {text}: {error}") from error
-
-
-def element_type(option: str, text: str) -> np.dtype:
-    """float32 or float64."""
-    if text not in ("float32", "float64"):
-        raise ConfigError(f"{option} {text}: expected float32 or float64")
-    return np.dtype(text)

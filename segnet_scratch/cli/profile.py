@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from segnet_scratch.cli import options
 from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, parse_size
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
@@ -102,13 +103,10 @@ def profile(
 def _shape(text: str | None, device: str) -> tuple[int, int, int, int]:
     if text is None:
         return SHAPES[device]
-    try:
-        n, h, w, c = (int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--shape {text}: expected four numbers, N,H,W,C, for example 4,56,56,64") from None
-    if min(n, h, w, c) < 1:
-        raise ConfigError(f"--shape {text}: expected four numbers of at least 1")
-    return n, h, w, c
+    sizes = options.shape(f"--shape {text}", text)
+    if len(sizes) != 4:
+        raise ConfigError(f"--shape {text}: expected four numbers, N,H,W,C, for example 4,56,56,64")
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 @app.command()

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from math import inf
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, console, fail, problems, say
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, fail, problems, say
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.gradcheck import Result
@@ -30,19 +31,8 @@ from segnet_scratch.runtime.host import ORDERS, HostOptions
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
 
 
-def _known_order(name: str) -> str:
-    if name not in ORDERS:
-        raise typer.BadParameter(f"there is no order {name!r}; expected one of {', '.join(ORDERS)}")
-    return name
-
-
 OrderOption = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(ORDERS),
-        callback=_known_order,
-        help="In which order the host device runs threads and blocks; shuffled goes by --seed.",
-    ),
+    str, choice(ORDERS, "In which order the host device runs threads and blocks; shuffled goes by --seed.")
 ]
 SanitizeOption = Annotated[
     bool, typer.Option("--sanitize", help="Kernels of the host device with AddressSanitizer and UBSan.")
@@ -73,9 +63,9 @@ def gradcheck(
     ] = False,
     dtype: Annotated[
         str,
-        typer.Option(
-            metavar="float64|float32",
-            help="What backward computes in; numeric gradients are taken in float64 at the same point.",
+        choice(
+            ("float64", "float32"),
+            "What backward computes in; numeric gradients are taken in float64 at the same point.",
         ),
     ] = "float64",
     directions: Annotated[
@@ -113,7 +103,7 @@ def gradcheck(
         _device(device, order, seed, sanitize),
         seed,
         cases,
-        dtype=options.element_type("--dtype", dtype),
+        dtype=np.dtype(dtype),
         directions=directions,
         chosen=chosen,
     )
