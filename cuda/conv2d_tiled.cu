@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
     }
 }
 
-// Launch: block (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
+// Blocks are (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
 // lanes-th chunk, which are added in their order.
 extern "C" __global__ void conv2d_backward_weight_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, count)
