@@ -226,8 +226,10 @@ def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
     path = Path(path)
     try:
         # Also keeps a named pipe from being opened, which would wait for ever.
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder; name a file in it, such as {path / 'best.safetensors'}.")
         if path.exists() and not path.is_file():
-            raise ValueError("a directory or a device")
+            raise ValueError("a device")
         with path.open("rb") as file:
             yield _File(file)
     except OSError as error:

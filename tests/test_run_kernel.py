@@ -123,6 +123,16 @@ class TestVectorAddition:
         undetermined = "c: 1 of 1000 elements are not determined, the first is c[999]"
         assert failed(run) == {"reads": f"{undetermined}: an array is read outside its bounds"}
 
+    @pytest.mark.parametrize("name", ["max_next", "int_next", "shared_max"])
+    def test_a_maximum_and_a_comparison_do_not_hide_what_was_read(self, name):
+        """A maximum passes over NaN, and a comparison gives 0 or 1, whatever number lies outside."""
+        shapes = {"a": 1000, "c": 4 if name == "shared_max" else 1000}
+        for seed in (0, 1, 2):
+            run = user(f"silent:{name}", shapes=shapes, arguments={"n": 1000}, grid=4, block=256, seed=seed)
+            found = failed(run)["reads"]
+            assert "1 of" in found
+            assert ("shared memory is read" if name == "shared_max" else "is read outside its bounds") in found
+
     def test_an_input_that_is_not_const(self, tmp_path):
         (tmp_path / "add.cu").write_text(
             (USER / "add.cu").read_text().replace("vector_add(const float* a", "vector_add(float* a")

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO, cast
@@ -147,6 +148,7 @@ def _main(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
+    warnings.filterwarnings("ignore", module="PIL")  # what is odd in a picture is said by segnet data verify
     logging.basicConfig(level=level, format="%(message)s", handlers=[_Lines()])
 
 

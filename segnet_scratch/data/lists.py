@@ -6,7 +6,7 @@ from pathlib import Path
 from segnet_scratch.data.colours import Colour, name_and_colour
 from segnet_scratch.data.findings import Finding
 from segnet_scratch.data.palette import VOC_CLASSES, VOID
-from segnet_scratch.files import visible_files
+from segnet_scratch.files import reason, visible_files
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -128,7 +128,9 @@ def _read(path: Path, code: str) -> tuple[str | None, list[Finding]]:
     try:
         # Bytes, because reading as text would hide the line ends.
         return path.read_bytes().decode("utf-8"), []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        return None, [Finding(code, path, f"cannot be read: {reason(error)}.")]
+    except UnicodeDecodeError as error:
         return None, [Finding(code, path, f"cannot be read as UTF-8 text ({error}); save it as plain text.")]
 
 

@@ -27,7 +27,7 @@ GUARD = 1024  # elements before and after every array
 _NAN_BITS = {2: 0x7FD5, 4: 0x7FE5EED5, 8: 0x7FFC5EED5EED5EED}
 _NUMBER = 0.73582345  # of the size of others, so that sums with it show
 _INTEGER_BYTES = 0xA5, 0x5A
-_SHARED_BYTES = 0xFF, 0x3C  # NaN in every format, and an ordinary number
+_SHARED_BYTES = 0xFF, 0x7B  # NaN in every format, and a number so large that no maximum passes over both
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,17 @@ class Fill:
         return np.array(_NAN_BITS[dtype.itemsize], f"u{dtype.itemsize}").view(dtype)
 
     def zones(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """The zones (2, GUARD) before and after the array of this name: NaN of many kinds, or numbers near 1.
+        """The zones (2, GUARD) before and after the array of this name: NaN of many kinds, or large numbers.
 
-        Integers are small: a kernel that takes one for an index goes astray no further than it must.
+        A maximum passes over NaN, but not over large numbers. Integers are small, since a kernel that takes one for an
+        index goes astray no further than it must, and on either side of what inputs hold, so that comparisons differ.
         """
         rng = np.random.default_rng([self.guards, zlib.crc32(name.encode())])
         if not is_floating(dtype):
-            integers = rng.integers(2, 127 if dtype.kind == "i" else 255, (2, GUARD))
-            return integers.astype(f"u{dtype.itemsize}").view(dtype)
+            low, high = (64, 128) if not self.guards else (-128, -64) if dtype.kind == "i" else (0, 4)
+            return rng.integers(low, high, (2, GUARD)).astype(dtype)
         if self.guards:
-            return rng.uniform(0.5, 2, (2, GUARD)).astype(dtype)
+            return (2.0**100 * rng.uniform(0.5, 2, (2, GUARD))).astype(dtype)
         fraction = rng.integers(1, {2: 2**6, 4: 2**22, 8: 2**51}[dtype.itemsize], (2, GUARD))
         quiet = {2: 0x7FC0, 4: 0x7FC00000, 8: 0x7FF8000000000000}[dtype.itemsize]
         return (fraction + quiet).astype(f"u{dtype.itemsize}").view(dtype)
