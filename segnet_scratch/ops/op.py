@@ -9,7 +9,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -62,10 +62,10 @@ class Op:
     name: ClassVar[str]  # "max_pool_forward": op and direction
     inputs: Mapping[str, Spec]
     outputs: Mapping[str, Spec]
-    workspace: Mapping[str, Spec]
+    workspace: Mapping[str, Spec] = MappingProxyType({})
     updates: ClassVar[tuple[str, ...]] = ()  # inputs that are changed in place
     optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
-    flops: int
+    flops = 0
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -166,6 +166,12 @@ def expect_float(op: str, name: str, s: Spec) -> None:
     """DTypeError unless the element type is float32 or float64."""
     if s.dtype not in (np.float32, np.float64):
         raise DTypeError(f"{op}: {name} has element type {s.dtype}; expected float32 or float64; convert with astype")
+
+
+def expect_elements(op: str, name: str, s: Spec) -> None:
+    """An array of any shape, checked: float32 or float64, not empty."""
+    expect_float(op, name, s)
+    expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
 
 
 ELEMENT_THREADS = 256

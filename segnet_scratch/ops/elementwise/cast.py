@@ -20,8 +20,6 @@ class Cast(Op):
         expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
         self.inputs = {"x": x}
         self.outputs = {"y": Spec(x.shape, np.dtype(np.float32) if x.dtype == BFLOAT16 else BFLOAT16)}
-        self.workspace = {}
-        self.flops = 0
 
     @property
     def types(self) -> ElementTypes:

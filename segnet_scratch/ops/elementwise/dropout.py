@@ -3,15 +3,7 @@
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import (
-    ELEMENT_THREADS,
-    Buffers,
-    Op,
-    Spec,
-    element_grid,
-    expect,
-    expect_float,
-)
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float
 from segnet_scratch.runtime.devices import Device
 
 STATE = Spec((2,), np.dtype(np.uint64))  # seed, step
@@ -31,7 +23,6 @@ class DropoutForward(Op):
         self.per_sample = x.size // x.shape[0]
         self.inputs = {"x": x, "state": STATE}
         self.outputs = {"y": x}
-        self.workspace = {}
         self.flops = 2 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -61,11 +52,6 @@ def philox(groups: np.ndarray, sample: int, layer: int, step: int, seed: int) ->
     for _ in range(10):
         product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         high0, high1 = product0 >> np.uint64(32), product1 >> np.uint64(32)
-        c0, c1, c2, c3 = (
-            high1 ^ c1 ^ np.uint64(key0),
-            product1 & mask,
-            high0 ^ c3 ^ np.uint64(key1),
-            product0 & mask,
-        )
+        c0, c1, c2, c3 = (high1 ^ c1 ^ np.uint64(key0), product1 & mask, high0 ^ c3 ^ np.uint64(key1), product0 & mask)
         key0, key1 = key0 + 0x9E3779B9 & low32, key1 + 0xBB67AE85 & low32
     return np.stack([c0, c1, c2, c3], axis=1).reshape(-1)

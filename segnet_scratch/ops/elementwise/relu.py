@@ -3,15 +3,7 @@
 import numpy as np
 
 from segnet_scratch.ops.elementwise import fast as activation
-from segnet_scratch.ops.op import (
-    ELEMENT_THREADS,
-    Buffers,
-    Op,
-    Spec,
-    element_grid,
-    expect,
-    expect_float,
-)
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_elements
 from segnet_scratch.runtime.devices import Device
 
 
@@ -21,11 +13,9 @@ class ReluForward(Op):
     name = "relu_forward"
 
     def __init__(self, x: Spec) -> None:
-        expect_float(self.name, "x", x)
-        expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
+        expect_elements(self.name, "x", x)
         self.inputs = {"x": x}
         self.outputs = {"y": x}
-        self.workspace = {}
         self.flops = x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -45,11 +35,9 @@ class ReluBackward(Op):
     name = "relu_backward"
 
     def __init__(self, y: Spec) -> None:
-        expect_float(self.name, "y", y)
-        expect(y.size > 0, f"{self.name}: y is empty: shape {y.shape}")
+        expect_elements(self.name, "y", y)
         self.inputs = {"y": y, "dy": y}
         self.outputs = {"dx": y}
-        self.workspace = {}
         self.flops = y.size
 
     def launch(self, device: Device, b: Buffers) -> None:

@@ -35,13 +35,7 @@ class BatchNormTrainingForward(Op):
         )
         vector = x.with_shape(c)
         self.eps, self.momentum = eps, momentum
-        self.inputs = {
-            "x": x,
-            "weight": vector,
-            "bias": vector,
-            "running_mean": vector,
-            "running_var": vector,
-        }
+        self.inputs = {"x": x, "weight": vector, "bias": vector, "running_mean": vector, "running_var": vector}
         self.outputs = {"y": x, "mean": vector, "inv_std": vector}
         self.workspace = {"partials": Spec((self.columns.chunks, 2, c), DOUBLE)}
         self.flops = 7 * x.size
@@ -101,15 +95,8 @@ class BatchNormEvaluationForward(Op):
         self.columns = _columns(self.name, x)
         vector = x.with_shape(self.columns.channels)
         self.eps = eps
-        self.inputs = {
-            "x": x,
-            "weight": vector,
-            "bias": vector,
-            "running_mean": vector,
-            "running_var": vector,
-        }
+        self.inputs = {"x": x, "weight": vector, "bias": vector, "running_mean": vector, "running_var": vector}
         self.outputs = {"y": x, "mean": vector, "inv_std": vector}
-        self.workspace = {}
         self.flops = 3 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:

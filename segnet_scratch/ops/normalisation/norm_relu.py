@@ -35,7 +35,6 @@ class _Merge(Op):
         self.tiles, _, self.channels = partials.shape
         self.vector = Spec((self.channels,), partials.dtype)
         self.inputs = {"partials": partials}
-        self.workspace = {}
         self.flops = 4 * partials.size
 
     @property
@@ -57,10 +56,7 @@ class NormMergeStatistics(_Merge):
         self, partials: Spec, rows: int, eps: float = EPS, momentum: float = MOMENTUM, counted: bool = False
     ) -> None:
         super().__init__(partials)
-        expect(
-            rows > 1,
-            f"{self.name}: one value a channel; training needs n*h*w > 1: use a larger image or batch",
-        )
+        expect(rows > 1, f"{self.name}: one value a channel; training needs n*h*w > 1: use a larger image or batch")
         expect(
             counted or tiles_of(rows) == self.tiles,
             f"{self.name}: {rows} rows are {tiles_of(rows)} tiles of {TILE_ROWS}, partials have {self.tiles}",
@@ -117,7 +113,6 @@ class _OnMaps(Op):
         self.vector = Spec((c,), ElementTypes.of(y.dtype).accumulate)
         self.inputs = {"y": y}
         self.outputs = {}
-        self.workspace = {}
         self.flops = 4 * y.size
 
     def _launch(self, device: Device, share: Share, *arguments: Any) -> None:

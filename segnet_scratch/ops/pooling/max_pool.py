@@ -2,15 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import (
-    ELEMENT_THREADS,
-    Buffers,
-    Op,
-    Spec,
-    element_grid,
-    expect,
-    expect_map,
-)
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
 from segnet_scratch.ops.pooling.windows import (
     CODE,
@@ -32,7 +24,6 @@ class MaxPoolForward(Op):
         windows = windows_of(*expect_map(self.name, "x", x))
         self.inputs = {"x": x}
         self.outputs = {"y": x.with_shape(*windows), "codes": Spec(windows, CODE)}
-        self.workspace = {}
         self.flops = 3 * self.outputs["y"].size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -81,8 +72,6 @@ class MaxPoolBackward(Op):
         expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
         self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
-        self.workspace = {}
-        self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = element_grid(b.dy.size)

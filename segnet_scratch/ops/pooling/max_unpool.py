@@ -24,8 +24,6 @@ class MaxUnpoolForward(Op):
         expect_codes("max_unpool", codes, x.shape, size)
         self.inputs = {"x": x, "codes": Spec(x.shape, CODE)}
         self.outputs = {"y": x.with_shape(n, *size, c)}
-        self.workspace = {}
-        self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = element_grid(b.x.size)
@@ -59,8 +57,6 @@ class MaxUnpoolBackward(Op):
         windows = windows_of(*expect_map(self.name, "dy", dy))
         self.inputs = {"dy": dy, "codes": Spec(windows, CODE)}
         self.outputs = {"dx": dy.with_shape(*windows)}
-        self.workspace = {}
-        self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = element_grid(b.dx.size)

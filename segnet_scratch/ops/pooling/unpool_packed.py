@@ -17,8 +17,6 @@ class UnpoolPacked(Op):
         self.size = size
         self.inputs = {"x": x, "codes": packed_codes(x.shape)}
         self.outputs = {"y": unpooled(self.name, x, size)}
-        self.workspace = {}
-        self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = Share.of_windows(b.x, resident=4).grid(device)

@@ -38,7 +38,6 @@ class AugmentForward(Op):
             "channels": tones.with_shape(2, 3),
         }
         self.outputs = {"y": tones.with_shape(n, *size, 3), "labels": Spec((n, *size), np.dtype(np.uint8))}
-        self.workspace = {}
         self.flops = 10 * max(self.outputs["y"].size, 3 * pixels)  # every pixel of what is seen is weighted once
 
     @property

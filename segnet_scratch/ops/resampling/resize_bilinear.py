@@ -56,7 +56,6 @@ class ResizeBilinearForward(Op):
         self.size = size
         self.inputs = {"x": x}
         self.outputs = {"y": x.with_shape(n, rows.count, size[1], c)}
-        self.workspace = {}
         self.flops = 6 * self.outputs["y"].size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -91,7 +90,6 @@ class ResizeBilinearBackward(Op):
         self.size = size
         self.inputs = {"dy": dy}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
-        self.workspace = {}
         self.flops = 8 * dy.size  # an element goes to four others: a multiplication and an addition each
 
     def launch(self, device: Device, b: Buffers) -> None:
