@@ -16,7 +16,7 @@ from bench.cases import SMALL, Case
 from bench.contenders import set_precision
 from bench.timing import Clock, CudaClock, in_turn
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, storage
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, padded, storage
 from segnet_scratch.lab.profile.tune import random_buffers
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, HopperForward
@@ -50,6 +50,9 @@ def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> It
     shapes = dict.fromkeys(
         (layer.full, layer.weight) for layer in layers_of(SegNet.blocks_of(1.0), case.batch, *case.size)
     )
+    # The classifier: 21 classes in whole pieces, 64 channels.
+    outputs = padded(21, RUNG_OF_PRECISION[case.precision])
+    shapes[(case.batch, *case.size, outputs), (outputs, 3, 3, 64)] = None
     share = seconds / (3 * len(shapes))
     for full, weight in shapes:
         for direction in ("fprop", "dgrad", "wgrad"):
