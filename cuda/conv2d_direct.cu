@@ -18,11 +18,11 @@ extern "C" __global__ void conv2d_forward_direct(
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int stride, int padding) {
     const int64 count = (int64)n * oh * ow * o;
     FOR_EACH_INDEX(i, count) {
-        const int channel = (int)(i % o);
+        const int output = (int)(i % o);
         const int64 pixel = i / o;
         const int ox = (int)(pixel % ow), oy = (int)(pixel / ow % oh);
         const storage_t* const image = x + pixel / ow / oh * h * w * c;
-        accumulate_t sum = bias ? (accumulate_t)bias[channel] : 0;
+        accumulate_t sum = bias ? (accumulate_t)bias[output] : 0;
         for (int ky = 0; ky < kh; ++ky) {
             const int iy = oy * stride - padding + ky;
             if (iy < 0 || iy >= h) continue;
@@ -30,7 +30,7 @@ extern "C" __global__ void conv2d_forward_direct(
                 const int ix = ox * stride - padding + kx;
                 if (ix < 0 || ix >= w) continue;
                 const storage_t* const source = image + ((int64)iy * w + ix) * c;
-                const storage_t* const taps = weight + (((int64)channel * kh + ky) * kw + kx) * c;
+                const storage_t* const taps = weight + (((int64)output * kh + ky) * kw + kx) * c;
                 for (int k = 0; k < c; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)taps[k], sum);
             }
         }

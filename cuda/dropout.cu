@@ -43,11 +43,11 @@ extern "C" __global__ void dropout_forward(
     const double threshold = (double)p * 4294967296.0;
     FOR_EACH_INDEX(group, (per_sample + 3) / 4) {
         const Philox random((unsigned)group, sample, (unsigned)layer, step, (unsigned)seed, (unsigned)(seed >> 32));
-        for (int lane = 0; lane < 4; ++lane) {
-            const int64 element = group * 4 + lane;
+        for (int word = 0; word < 4; ++word) {
+            const int64 element = group * 4 + word;
             if (element >= per_sample) break;
             const int64 i = sample * per_sample + element;
-            y[i] = (double)random.words[lane] < threshold ? storage_t(0) : storage_t(x[i] * scale);
+            y[i] = (double)random.words[word] < threshold ? storage_t(0) : storage_t(x[i] * scale);
         }
     }
 }

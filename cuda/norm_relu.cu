@@ -42,8 +42,8 @@ extern "C" __global__ void norm_merge_statistics(
     const double pivot = channel < c ? partials[channel] : 0;
     if (channel < c)
         for (int tile = threadIdx.y; tile < tiles; tile += MERGE_LANES) {
-            const int64 left = rows - (int64)tile * TILE_ROWS;
-            const double count = counts ? counts[tile] : left < TILE_ROWS ? left : TILE_ROWS;
+            const int64 remaining = rows - (int64)tile * TILE_ROWS;
+            const double count = counts ? counts[tile] : remaining < TILE_ROWS ? remaining : TILE_ROWS;
             const double distance = partials[(int64)tile * 2 * c + channel] - pivot;
             sums[0] += count * distance;
             sums[1] += count * distance * distance;
