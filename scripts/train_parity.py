@@ -33,7 +33,6 @@ import torch
 from torch.nn import functional
 from torch_segnet import VOID, TorchSegNet, TorchSegNetBasic, loss_of, parameter_groups
 
-from segnet_scratch import no_grad
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import (
     Batch,
@@ -43,6 +42,7 @@ from segnet_scratch.data import (
 )
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.files import write_durably
+from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.train import class_weights_of, training_step, transform_of
@@ -87,15 +87,14 @@ class Ours:
         self.model = model
         resolved = replace(config, engine="layers", precision="float32")
         self._step = training_step(resolved, model, [] if class_weights is None else list(class_weights))
+        self._inference = InferenceStep(model)
 
     def step(self, batch: Batch, lr: float) -> float:
         self._step(batch.images, batch.labels, lr)
         return self._step.read().get()[0]
 
     def logits(self, image: np.ndarray) -> np.ndarray:
-        self.model.eval()
-        with no_grad():
-            return self.model(image[None]).numpy()[0]
+        return self.model.device.download(self._inference(image[None]))[0]
 
 
 class Torch:

@@ -32,6 +32,8 @@ _SAFE_ON_RESUME |= {"bad_samples"}
 MEDIAN_FREQUENCY = "median-frequency"
 NO_VALIDATION = "none"
 AUTO = "auto"  # engine and precision that suit network and device; a run keeps what it began with
+ENGINES = (AUTO, "layers", "fused")
+PRECISIONS = (AUTO, "float32", "tf32", "bf16")
 
 
 class _Rule(NamedTuple):
@@ -132,14 +134,14 @@ class Config:
     )
     engine: str = _setting(
         AUTO,
-        _one_of(AUTO, "layers", "fused"),
+        _one_of(*ENGINES),
         "what computes a training step: layers, one op after the other; or fused, few large kernels on one arena "
         "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80); auto: fused on a GPU where "
         "it can, else layers",
     )
     precision: str = _setting(
         AUTO,
-        _one_of(AUTO, "float32", "tf32", "bf16"),
+        _one_of(*PRECISIONS),
         "how convolutions multiply: as exactly as float32, or by tensor cores in tf32 or, with the fused engine, "
         "bfloat16; auto: bf16 with the fused engine on a GPU, else float32",
     )

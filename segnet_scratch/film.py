@@ -131,6 +131,7 @@ class FilmWriter:
     def __init__(self, file: BinaryIO, target: Path, style: Style, rate: Fraction) -> None:
         self._file, self._target, self._style, self._rate = file, target, style, rate
         self._container: Any = None
+        self.frames = 0  # that have been written
         self._canvas = np.empty((0, 0, 3), np.uint8)  # the legend, and room for the image
 
     def write(self, image: np.ndarray, labels: np.ndarray, time: Fraction) -> None:
@@ -148,6 +149,7 @@ class FilmWriter:
         picture = pyav().VideoFrame.from_ndarray(canvas, format="rgb24")
         picture.pts, picture.time_base = round(time / _TICK), _TICK
         self._encode(picture)
+        self.frames += 1
 
     def close(self) -> None:
         """Writes what the encoder still holds, and the end of the file."""

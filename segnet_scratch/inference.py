@@ -1,26 +1,36 @@
 """How a network is applied to an image: once at its input size, or many times with the results averaged."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 
-from segnet_scratch.config import MINIMUM_SIZE
-from segnet_scratch.data import normalise, resize_image
+from segnet_scratch.config import AUTO, MINIMUM_SIZE
+from segnet_scratch.data import normalise, ordered_map, resize_image
 from segnet_scratch.data.drawing import row_blocks
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.nn.autograd import no_grad
-from segnet_scratch.nn.modules import dropout_sampling
-from segnet_scratch.ops.elementwise.dropout import STATE
+from segnet_scratch.inference_step import InferenceStep
+from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
-from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.devices import Array, Reading
+from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.workers import CHUNK_VALUES, parallel_slices, worker_count
 from segnet_scratch.segnet import SegNet
+from segnet_scratch.step import resolve
 
+BYTES_AHEAD = 1 << 28  # of decoded images, and of results, that may wait for their turn
 _BLOCK = 8 << 20  # logits in the size of the image that are held at a time
+_WINDOW_PIXELS = 1 << 18  # of windows that go through the network together, on a CPU; a GPU takes four times as many
+
+Item = TypeVar("Item")
+What = TypeVar("What")
+Segmented = tuple[What, np.ndarray, "Segmentation"]  # what an item is, its image, what was found in it
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Inference:
 
     @property
     def single(self) -> bool:
-        """Whether one pass is all: nothing is averaged."""
+        """Whether one pass over the image at the network's input size is all: nothing is averaged."""
         return self == Inference()
 
     def check(self, model: SegNet, size: tuple[int, int]) -> None:
@@ -99,14 +109,197 @@ class Segmentation:
     """What a network makes of one image (h, w).
 
     labels: uint8 (h, w).
-    logits: float32 (h, w, classes) where they were asked for; of an average, the logarithm of the mean probabilities,
-        whose softmax are these probabilities again.
+    logits: float32 (h, w, classes) where they were asked for; of an average over scales, mirror images or samples, the
+        logarithm of the mean probabilities, whose softmax are these probabilities again.
     uncertainty: float32 (h, w) where samples were drawn: the variance of the softmax over them, mean over the classes.
     """
 
     labels: np.ndarray
     logits: np.ndarray | None = None
     uncertainty: np.ndarray | None = None
+
+
+class Segmenter:
+    """A network made ready to segment images: its inference step, its input size, what is averaged.
+
+    `batch` images go through the network together where nothing is averaged. The model is put into evaluation mode;
+    the fused engine takes the weights as they are now. For one thread at a time. `watch` is told of the windows of an
+    image that are done, and of how many there are. ConfigError where `inference` or the engine does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: SegNet,
+        size: tuple[int, int],
+        inference: Inference | None = None,
+        engine: str = AUTO,
+        precision: str = AUTO,
+        batch: int | None = None,
+    ) -> None:
+        self.model, self.device, self.size, self.inference = model, model.device, size, inference or Inference()
+        self.inference.check(model, size)
+        engine, precision = resolve(model, engine, precision, training=self.inference.samples > 0)
+        self.step = InferenceStep(model, engine, precision)
+        self._on_gpu = self.device.architecture is not None
+        self.batch = batch or (4 if self._on_gpu else 1)
+        self.workers = min(8, worker_count())  # threads that decode and resize, and as many that encode
+        self.watch: Callable[[int, int], None] = lambda done, windows: None
+        self.images = 0  # that have gone through the network so far
+        self._timer, self._seconds = self.device.timer(), 0.0
+        self._marks: deque[tuple[Any, Any]] = deque()  # before and after each pass
+
+    def __str__(self) -> str:
+        return f"{self.step.engine} engine in {self.step.precision} on {self.device.name}"
+
+    def __call__(self, image: np.ndarray, with_logits: bool = False) -> Segmentation:
+        """Segments an RGB image, uint8 (h, w, 3)."""
+        height, width = image.shape[:2]
+        self.images += 1
+        if self.inference.single:
+            return self._read(self._whole(image, 1.0, False, None), with_logits)()
+        samples = range(self.inference.samples) if self.inference.samples else (None,)
+        views = [[self._view(image, *view, sample) for view in self.inference.views] for sample in samples]
+        self._done, self._windows = 0, sum(view.windows for of_sample in views for view in of_sample)
+        if len(views) == len(views[0]) == 1:
+            return self._read(views[0][0], with_logits)()
+        labels = np.empty((height, width), np.uint8)
+        logits = np.empty((height, width, self.model.classes), np.float32) if with_logits else None
+        uncertainty = np.empty((height, width), np.float32) if self.inference.samples else None
+        for rows in self._row_blocks((height, width)):
+            mean, variance = self._mean(views, rows.start, rows.stop - rows.start)
+            labels[rows] = mean.argmax(axis=2)
+            if logits is not None:
+                logits[rows] = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
+            if uncertainty is not None:
+                uncertainty[rows] = variance
+        return Segmentation(labels, logits, uncertainty)
+
+    def stream(
+        self,
+        items: Iterable[Item],
+        load: Callable[[Item], tuple[What, np.ndarray]],
+        workers: int | None = None,
+        weigh: Callable[[Item], int] = lambda item: 0,
+        with_logits: bool = False,
+        watch: Callable[[Sequence[What], Array], None] = lambda whats, logits: None,
+    ) -> Generator[Segmented[What], None, None]:
+        """(what, image, segmentation) of every item, in order; a GPU works on the next batch while one is read back.
+
+        `load` says what an item is, and gives its image; threads call it ahead, for images of BYTES_AHEAD as `weigh`
+        tells their bytes. `watch` is shown the logits (n, *size, channels) of each batch, where nothing is
+        averaged.
+        """
+
+        def prepare(item: Item) -> tuple[What, np.ndarray, np.ndarray]:
+            what, image = load(item)
+            return what, image, self._pixels(image, self.size) if self.inference.single else image
+
+        threads = self.workers if workers is None else workers
+        with closing(ordered_map(prepare, items, threads, 2 * self.batch, weigh, BYTES_AHEAD)) as ready:
+            if not self.inference.single:
+                for what, image, _ in ready:
+                    yield what, image, self(image, with_logits)
+                return
+            groups = iter(lambda: list(islice(ready, self.batch)), [])
+            waiting: list[tuple[What, np.ndarray, Callable[[], Segmentation]]] = []
+            with closing(self.device.prefetch(groups, lambda g: [np.concatenate([p for _, _, p in g])])) as batches:
+                try:
+                    for batch, (pixels,) in batches:
+                        logits = self.forward(pixels)
+                        watch([what for what, _, _ in batch], logits)
+                        self.images += len(batch)
+                        begun = []
+                        for k, (what, image, _) in enumerate(batch):
+                            view = _Whole(self, logits[k : k + 1], image.shape, False)
+                            begun.append((what, image, self._read(view, with_logits)))
+                        if self._on_gpu:  # which works on this batch while the one before goes on
+                            waiting, begun = begun, waiting
+                        yield from ((what, image, read()) for what, image, read in begun)
+                except Exception:
+                    yield from ((what, image, read()) for what, image, read in waiting)
+                    raise
+                yield from ((what, image, read()) for what, image, read in waiting)
+
+    @property
+    def seconds(self) -> float:
+        """That the network alone has taken so far, on the device's clock."""
+        self._take_time(0)
+        return self._seconds
+
+    def seen(self, windows: int) -> None:
+        """So many more windows of this image have gone through the network."""
+        self._done += windows
+        self.watch(self._done, self._windows)
+
+    def _take_time(self, left: int) -> None:
+        while len(self._marks) > left:
+            self._seconds += self._timer.seconds(*self._marks.popleft())
+
+    def _read(self, view: "_View", with_logits: bool) -> Callable[[], Segmentation]:
+        """The classes of a view's largest logits, on their way to the host; logits, if any, are there at once."""
+        labels = np.empty(view.size, np.uint8)
+        logits = np.empty((*view.size, self.model.classes), np.float32) if with_logits else None
+        parts = []
+        for rows in self._row_blocks(view.size):
+            found = view.rows(rows.start, rows.stop - rows.start)
+            parts.append((rows, self.device.read([classify(self.model, found)])))
+            if logits is not None:
+                logits[rows] = self.device.download(found)[0, ..., : self.model.classes]
+
+        def get() -> Segmentation:
+            for rows, reading in parts:
+                labels[rows] = reading.get()[0][0]
+            return Segmentation(labels, logits)
+
+        return get
+
+    def _row_blocks(self, size: tuple[int, int]) -> Iterator[slice]:
+        return row_blocks(size, _BLOCK // self.step.channels)
+
+    def _mean(self, views: "list[list[_View]]", first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mean probabilities (count, w, classes) of some rows, and their variance (count, w) where there are samples.
+
+        The variance is from the summed squared deviations from the mean, by Welford's recurrence.
+        """
+        mean = squares = np.zeros((1, 1, 1), np.float32)
+        for sample, of_sample in enumerate(views):
+            total = np.zeros((1, 1, 1), np.float32)
+            for view in of_sample:
+                logits = self.device.download(view.rows(first, count))[0, ..., : self.model.classes]
+                total = total + softmax(logits[:, ::-1] if view.flip else logits)
+            probabilities = total / np.float32(len(of_sample))
+            if len(views) == 1:
+                return probabilities, None
+            deviation = probabilities - mean
+            mean = mean + deviation / np.float32(sample + 1)
+            squares = squares + deviation * (probabilities - mean)
+        return mean, squares.mean(axis=2) / np.float32(len(views))
+
+    def _view(self, image: np.ndarray, scale: float, flip: bool, sample: int | None) -> "_View":
+        image = image[:, ::-1] if flip else image
+        if self.inference.window is not None:
+            return _Windows(self, image, scaled(image.shape, scale), flip, sample)
+        view = self._whole(image, scale, flip, sample)
+        view.logits = self.device.copy(view.logits)  # the next view's step overwrites them
+        return view
+
+    def _whole(self, image: np.ndarray, scale: float, flip: bool, sample: int | None) -> "_Whole":
+        pixels = self._pixels(image, scaled(self.size, scale))
+        return _Whole(self, self.forward(pixels, sample), image.shape, flip)
+
+    def _pixels(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """An image as a batch for the network, (1, *size, 3)."""
+        return normalise(resize_image(image, size)).astype(self.model.dtype, copy=False)[None]
+
+    def forward(self, pixels: Array, sample: int | None = None) -> Array:
+        """Logits (n, h, w, channels) of normalised pixels (n, h, w, 3), not in bfloat16."""
+        begun = self._timer.mark()
+        logits = self.step(pixels, sample)
+        self._marks.append((begun, self._timer.mark()))
+        self._take_time(16)
+        if logits.dtype == BFLOAT16:
+            logits = Cast.plan(spec_of(logits))(self.device, x=logits).y
+        return logits
 
 
 def segment(
@@ -116,41 +309,8 @@ def segment(
     inference: Inference | None = None,
     with_logits: bool = False,
 ) -> Segmentation:
-    """Segments an RGB image, uint8 (h, w, 3), by a model in evaluation mode whose input size is `size`.
-
-    ConfigError where `inference` does not fit the model.
-    """
-    inference = inference or Inference()
-    inference.check(model, size)
-    height, width = image.shape[:2]
-    labels = np.empty((height, width), np.uint8)
-    logits = np.empty((height, width, model.classes), np.float32) if with_logits else None
-    uncertainty = np.empty((height, width), np.float32) if inference.samples else None
-    with no_grad():
-        views = [
-            [_view(model, image, size, scale, flip, sample, inference) for scale, flip in inference.views]
-            for sample in (range(inference.samples) if inference.samples else (None,))
-        ]
-        for rows in row_blocks((height, width), _BLOCK // model.classes):
-            count = rows.stop - rows.start
-            if inference.single:
-                found = views[0][0].rows(rows.start, count)
-                labels[rows] = model.device.download(classify(model, found))[0]
-                if logits is not None:
-                    logits[rows] = model.device.download(found)[0]
-                continue
-            mean, variance = _mean(model, views, rows.start, count)
-            labels[rows] = mean.argmax(axis=2)
-            if logits is not None:
-                logits[rows] = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
-            if uncertainty is not None:
-                uncertainty[rows] = variance
-    return Segmentation(labels, logits, uncertainty)
-
-
-def resize(model: SegNet, logits: Array, size: tuple[int, ...]) -> Array:
-    """Logits (1, height, width, classes) resized bilinearly to `size`."""
-    return ResizeBilinearForward.plan(spec_of(logits), (size[0], size[1]))(model.device, x=logits).y
+    """Segments one RGB image, uint8 (h, w, 3); for many a `Segmenter` is faster."""
+    return Segmenter(model, size, inference)(image, with_logits)
 
 
 def classify(model: SegNet, logits: Array) -> Array:
@@ -168,60 +328,18 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), max(0, length - window)]
 
 
-def _mean(model: SegNet, views: list[list["_View"]], first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean probabilities (count, w, classes) of some rows, and their variance (count, w) where there are samples."""
-    mean = squares = np.zeros((1, 1, 1), np.float32)  # summed squared deviations from the mean, by Welford's recurrence
-    for sample, of_sample in enumerate(views):
-        total = np.zeros((1, 1, 1), np.float32)
-        for view in of_sample:
-            logits = model.device.download(view.rows(first, count))[0]
-            total = total + _softmax(logits[:, ::-1] if view.flip else logits)
-        probabilities = total / np.float32(len(of_sample))
-        if len(views) == 1:
-            return probabilities, None
-        deviation = probabilities - mean
-        mean = mean + deviation / np.float32(sample + 1)
-        squares = squares + deviation * (probabilities - mean)
-    return mean, squares.mean(axis=2) / np.float32(len(views))
-
-
-class _View(Protocol):
-    """The network's logits for one look at an image, rows at a time and from top to bottom."""
-
-    flip: bool  # whether they are mirrored
-
-    def rows(self, first: int, count: int) -> Array:
-        """Logits (1, count, w, classes) of some rows, in the size of the image."""
-
-
-def _view(
-    model: SegNet,
-    image: np.ndarray,
-    size: tuple[int, int],
-    scale: float,
-    flip: bool,
-    sample: int | None,
-    inference: Inference,
-) -> _View:
-    image = image[:, ::-1] if flip else image
-    if inference.window is not None and inference.stride is not None:
-        return _Windows(model, image, scaled(image.shape, scale), inference.window, inference.stride, flip, sample)
-    logits = _forward(model, normalise(resize_image(image, scaled(size, scale))), sample)
-    return _Whole(model, logits, (image.shape[0], image.shape[1]), flip)
-
-
-@dataclass
 class _Whole:
-    """The image as a whole, in the network's input size."""
+    """One look at the whole of an image (h, w, 3), mirrored or not: logits (1, ., ., channels)."""
 
-    model: SegNet
-    logits: Array  # (1, ., ., classes)
-    size: tuple[int, int]  # of the image
-    flip: bool
+    windows = 0  # it has been through the network
+
+    def __init__(self, segmenter: Segmenter, logits: Array, shape: tuple[int, ...], flip: bool) -> None:
+        self.segmenter, self.logits, self.size, self.flip = segmenter, logits, (shape[0], shape[1]), flip
 
     def rows(self, first: int, count: int) -> Array:
+        """Logits (1, count, w, channels) of some rows, in the size of the image; asked for from top to bottom."""
         rows = Rows(first, count, 0, self.logits.shape[1])
-        return ResizeBilinearForward.plan(spec_of(self.logits), self.size, rows)(self.model.device, x=self.logits).y
+        return ResizeBilinearForward.plan(spec_of(self.logits), self.size, rows)(self.segmenter.device, x=self.logits).y
 
 
 class _Windows:
@@ -232,39 +350,39 @@ class _Windows:
     """
 
     def __init__(
-        self,
-        model: SegNet,
-        image: np.ndarray,
-        size: tuple[int, int],
-        window: tuple[int, int],
-        stride: tuple[int, int],
-        flip: bool,
-        sample: int | None,
+        self, segmenter: Segmenter, image: np.ndarray, size: tuple[int, int], flip: bool, sample: int | None
     ) -> None:
-        self._model, self._window, self._sample = model, window, sample
-        self._image_size = image.shape[0], image.shape[1]
-        self.flip = flip
+        self._segmenter, self._sample, self.flip = segmenter, sample, flip
+        self.size = image.shape[0], image.shape[1]
         self._pixels = image if size == image.shape[:2] else resize_image(np.ascontiguousarray(image), size)
+        window, stride = segmenter.inference.window, segmenter.inference.stride
+        assert window is not None
+        assert stride is not None
+        self._window, self._dtype = window, segmenter.model.dtype
         lengths = max(size[0], window[0]), max(size[1], window[1])
         self._tops, self._lefts = map(window_starts, lengths, window, stride)
+        pixels = _WINDOW_PIXELS * (4 if segmenter.device.architecture else 1)
+        self._together = max(1, pixels // (window[0] * window[1]))
+        self.windows = len(self._tops) * len(self._lefts)
         # How many windows see a row, and a column: their product is how many see a pixel.
         self._in_rows, self._in_columns = map(_coverage, lengths, window, (self._tops, self._lefts))
         self._first = 0  # the row that the sums begin with
-        self._sums = np.zeros((0, max(size[1], window[1]), model.classes), model.dtype)
+        self._sums = np.zeros((0, lengths[1], segmenter.step.channels), self._dtype)
 
     def rows(self, first: int, count: int) -> Array:
+        """As `_Whole.rows`."""
         height, width = self._pixels.shape[:2]
-        same = (height, width) == self._image_size
-        low, high = (first, first + count) if same else source_rows(first, count, self._image_size[0], height)
+        same = (height, width) == self.size
+        low, high = (first, first + count) if same else source_rows(first, count, self.size[0], height)
         while self._tops and self._tops[0] < high:
             self._add_windows(self._tops.pop(0), low)
         part = slice(low - self._first, high - self._first)
         seen = self._in_rows[low:high, None, None] * self._in_columns[:width, None]
-        logits = self._model.device.upload((self._sums[part, :width] / seen.astype(self._model.dtype))[None])
+        logits = self._segmenter.device.upload((self._sums[part, :width] / seen.astype(self._dtype))[None])
         if same:
             return logits
         rows = Rows(first, count, low, height)
-        return ResizeBilinearForward.plan(spec_of(logits), self._image_size, rows)(self._model.device, x=logits).y
+        return ResizeBilinearForward.plan(spec_of(logits), self.size, rows)(self._segmenter.device, x=logits).y
 
     def _add_windows(self, top: int, low: int) -> None:
         """The windows of one row, from `top` on; the sums above `low` are needed no more."""
@@ -273,12 +391,29 @@ class _Windows:
         fresh = np.zeros((missing, *self._sums.shape[1:]), self._sums.dtype)
         self._sums = np.concatenate([self._sums[max(0, low - self._first) :], fresh])
         self._first = max(self._first, low)
-        for left in self._lefts:
-            pixels = self._pixels[top : top + height, left : left + width]
-            padded = np.zeros((height, width, 3), np.float32)  # 0 is the mean colour
-            padded[: pixels.shape[0], : pixels.shape[1]] = normalise(pixels)
-            logits = self._model.device.download(_forward(self._model, padded, self._sample))[0]
-            self._sums[top - self._first : top - self._first + height, left : left + width] += logits
+        sums = self._sums[top - self._first : top - self._first + height]
+        earlier: tuple[Sequence[int], Reading] | None = None
+        for begin in range(0, len(self._lefts), self._together):
+            lefts = self._lefts[begin : begin + self._together]
+            windows = np.zeros((len(lefts), height, width, 3), self._dtype)  # 0 is the mean colour
+            for window, left in zip(windows, lefts, strict=True):
+                pixels = self._pixels[top : top + height, left : left + width]
+                window[: pixels.shape[0], : pixels.shape[1]] = normalise(pixels)
+            reading = self._segmenter.device.read([self._segmenter.forward(windows, self._sample)])
+            if earlier:  # a GPU computes these windows while those before are added
+                self._add(sums, *earlier)
+            earlier = lefts, reading
+        if earlier:
+            self._add(sums, *earlier)
+
+    def _add(self, sums: np.ndarray, lefts: Sequence[int], reading: Reading) -> None:
+        (found,) = reading.get()
+        for left, logits in zip(lefts, found, strict=True):
+            sums[:, left : left + self._window[1]] += logits
+        self._segmenter.seen(len(lefts))
+
+
+_View = _Whole | _Windows
 
 
 def _coverage(length: int, side: int, starts: Sequence[int]) -> np.ndarray:
@@ -289,21 +424,17 @@ def _coverage(length: int, side: int, starts: Sequence[int]) -> np.ndarray:
     return seen
 
 
-def _forward(model: SegNet, pixels: np.ndarray, sample: int | None) -> Array:
-    """Logits (1, h, w, classes) of normalised pixels (h, w, 3); with a sample under its dropout masks."""
-    with _sampling(model, sample) if sample is not None else nullcontext():
-        return model(np.ascontiguousarray(pixels[None], dtype=model.dtype)).data
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, float32, over the last axis of logits (rows, w, classes)."""
+    powers = np.empty(logits.shape, np.float32)
 
+    def body(rows: slice) -> None:
+        part = powers[rows]
+        np.exp(logits[rows] - logits[rows].max(axis=-1, keepdims=True), out=part, dtype=np.float32)
+        part /= part.sum(axis=-1, keepdims=True)
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, float32, over the last axis."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float32)
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def _sampling(model: SegNet, sample: int) -> AbstractContextManager[None]:
-    """Within it dropout drops although the model is in evaluation mode; batch norm keeps its running statistics."""
-    return dropout_sampling(model.device.upload(np.array([0, sample], STATE.dtype)))
+    parallel_slices(len(logits), max(1, CHUNK_VALUES // logits[0].size), body)
+    return powers
 
 
 def _sides(size: tuple[int, int]) -> str:

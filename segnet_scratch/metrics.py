@@ -99,6 +99,16 @@ def scores(confusion: np.ndarray) -> Scores:
     )
 
 
+def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """Counts (classes, classes), int64, of pixels: rows the truth, columns the prediction, a class everywhere.
+
+    Pixels whose truth is no class, void (255) among them, are not counted.
+    """
+    counted = truth < classes
+    pairs = truth[counted].astype(np.int64) * classes + prediction[counted]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
 class MetricsLog:
     """The figures of a run, metrics.jsonl: one JSON object a line, each with an integer `step`.
 

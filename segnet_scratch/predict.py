@@ -5,6 +5,7 @@ import glob
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data import indexed_picture, read_image
+from segnet_scratch.data import indexed_picture, ordered_map, read_image
 from segnet_scratch.data.drawing import Style, heat_map
-from segnet_scratch.data.pictures import label_counts
+from segnet_scratch.data.pictures import label_counts, picture_bytes
 from segnet_scratch.errors import DataError, DeviceMemoryError
 from segnet_scratch.files import left_by_system, reason, visible_files, write_durably
-from segnet_scratch.inference import Inference, Segmentation, segment
-from segnet_scratch.segnet import SegNet
+from segnet_scratch.inference import BYTES_AHEAD, Segmentation, Segmented, Segmenter
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -65,56 +65,71 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class _Job:
+    image: Path
+    files: dict[str, Path]
+    problem: str = ""
+
+
 def predict_files(
-    model: SegNet,
-    images: Sequence[Path],
-    out: Path,
-    size: tuple[int, int],
-    style: Style,
-    with_logits: bool = False,
-    inference: Inference | None = None,
+    segmenter: Segmenter, images: Sequence[Path], out: Path, style: Style, with_logits: bool = False
 ) -> Iterator[Prediction]:
     """Writes `NAME.png` (indexed, palette of the style) and `NAME_overlay.png` into `out` for each image.
 
     With samples also `NAME_uncertainty.png`; with logits `NAME.npy`, float32 (height, width, classes), at the image's
     own size (`Segmentation`), and `NAME_uncertainty.npy`, float32 (height, width). Each file appears whole or not at
     all. NAME is that of the image without its suffix, or with it where results would have the same name. A file that is
-    no image is a Prediction with a problem, and the others go on. DataError, before anything is written, for an image
-    that does not exist, and where a result would overwrite another result or one of the images; later where a file
-    cannot be written.
+    no image is a Prediction with a problem, and the others go on. Threads read and write beside the network, of large
+    images one at a time. DataError, before anything is written, for an image that does not exist, and where a result
+    would overwrite another result or one of the images; later where a file cannot be written.
     """
-    inference = inference or Inference()
-    inference.check(model, size)
     _refuse_missing(images)
-    targets = plan_targets(images, out, _endings(with_logits, inference.samples > 0))
+    targets = plan_targets(images, out, _endings(with_logits, segmenter.inference.samples > 0))
     out.mkdir(parents=True, exist_ok=True)
-    for path, files in zip(images, targets, strict=True):
+
+    def load(job: _Job) -> tuple[_Job, np.ndarray]:
         try:
-            image = read_image(path, for_prediction=True)
-            result = segment(model, image, size, inference, with_logits)
-        except (DataError, DeviceMemoryError) as error:
-            yield Prediction(path, {}, {}, str(error))
-            continue
-        except MemoryError:
-            yield Prediction(
-                path,
-                {},
-                {},
-                f"{path}: memory is too short for this image; pass --window, a smaller --size, or end other programs",
-            )
-            continue
+            return job, read_image(job.image, for_prediction=True)
+        except DataError as error:
+            return _Job(job.image, {}, str(error)), np.zeros((1, 1, 3), np.uint8)  # goes the way of all the others
+
+    def write(result: Segmented[_Job]) -> Prediction:
+        job, image, found = result
+        if job.problem:
+            return Prediction(job.image, {}, {}, job.problem)
         try:
-            for kind, file in files.items():
-                write_durably(file, [_content(kind, image, result, style)])
+            for kind, file in job.files.items():
+                write_durably(file, [_content(kind, image, found, style)])
         except OSError as error:
+            problem = f"{error.filename}: could not be written: {reason(error)}"
             if error.errno != errno.ENAMETOOLONG:
-                raise DataError(f"{error.filename}: could not be written: {reason(error)}") from error
-            yield Prediction(path, {}, {}, f"{error.filename}: could not be written: {reason(error)}")
-            continue
-        counts = label_counts(result.labels)
+                raise DataError(problem) from error
+            return Prediction(job.image, {}, {}, problem)
+        counts = label_counts(found.labels)
         order = np.argsort(-counts[: len(style.names)], kind="stable")
-        shares = {style.names[k]: float(counts[k] / result.labels.size) for k in order if counts[k]}
-        yield Prediction(path, files, shares)
+        shares = {style.names[k]: float(counts[k] / found.labels.size) for k in order if counts[k]}
+        return Prediction(job.image, job.files, shares)
+
+    jobs = [_Job(path, files) for path, files in zip(images, targets, strict=True)]
+    ahead = segmenter.workers, _bytes_of, BYTES_AHEAD
+    while jobs:
+        results = segmenter.stream(jobs, load, weigh=lambda job: picture_bytes(job.image), with_logits=with_logits)
+        try:
+            with closing(results), closing(ordered_map(write, results, segmenter.workers, *ahead)) as predictions:
+                for prediction in predictions:
+                    jobs = jobs[1:]
+                    yield prediction
+        except (DeviceMemoryError, MemoryError) as error:  # the others go on
+            short = "memory is too short for this image; pass --window, a smaller --size, or end other programs"
+            yield Prediction(jobs[0].image, {}, {}, str(error) or f"{jobs[0].image}: {short}")
+            jobs = jobs[1:]
+
+
+def _bytes_of(result: Segmented[_Job]) -> int:
+    _, image, found = result
+    arrays = image, found.labels, found.logits, found.uncertainty
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str]) -> list[dict[str, Path]]:

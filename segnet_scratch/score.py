@@ -10,8 +10,7 @@ from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import VOCDataset, ordered_map, read_mask
 from segnet_scratch.data.pictures import decode, mask_labels
 from segnet_scratch.errors import DataError
-from segnet_scratch.evaluate import Evaluation, Tally
-from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.evaluate import Evaluation, ImageScore, Tally
 
 _NAMED_AT_MOST = 5
 
@@ -36,15 +35,16 @@ def score(
             f"{predictions}: {len(missing)} of {len(files)} predictions are missing:{named}{more}\n"
             f"Name the folder that holds ID.png for every id of the list {dataset.split}."
         )
-    tally = Tally(dataset.names, get_device("numpy"), boundary)
+    tally = Tally(dataset.names, boundary)
 
-    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def measure(index: int) -> tuple[ImageScore, np.ndarray]:
         truth = read_mask(dataset.mask_path(index), dataset.classes)
-        return truth, _read_prediction(files[index], truth.shape, dataset.classes)
+        prediction = _read_prediction(files[index], truth.shape, dataset.classes)
+        return tally.measure(dataset.ids[index], truth, prediction)
 
-    with closing(ordered_map(read, range(len(files)), workers, ahead=8)) as pairs:
-        for name, (truth, prediction) in zip(dataset.ids, pairs, strict=True):
-            tally.add(name, truth, prediction)
+    with closing(ordered_map(measure, range(len(files)), workers, ahead=8)) as measured:
+        for image, counts in measured:
+            tally.add(image, counts)
             advance(1)
     return tally.evaluation()
 

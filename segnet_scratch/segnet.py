@@ -351,7 +351,9 @@ class SegNetBasic(SegNet):
 ARCHITECTURES: dict[str, type[SegNet]] = {cls.architecture: cls for cls in (SegNet, SegNetBasic)}
 
 
-def build(description: Mapping[str, Any], device: "str | Device" = "auto", seed: int = 0) -> SegNet:
+def build(
+    description: Mapping[str, Any], device: "str | Device" = "auto", seed: int = 0, rung: str | None = None
+) -> SegNet:
     """The network that `describe` described, with fresh weights. CheckpointError where it cannot be understood."""
     try:
         architecture = ARCHITECTURES[description["architecture"]]
@@ -365,7 +367,7 @@ def build(description: Mapping[str, Any], device: "str | Device" = "auto", seed:
             f"({' or '.join(ARCHITECTURES)}), classes, width, dropout, decoder ({' or '.join(DECODERS)}) "
             f"and pooling ({' or '.join(POOLINGS)})"
         ) from error
-    return architecture(classes, width, device, dropout=dropout, decoder=decoder, pooling=pooling, seed=seed)
+    return architecture(classes, width, device, dropout=dropout, decoder=decoder, pooling=pooling, seed=seed, rung=rung)
 
 
 def to_file_layout(array: np.ndarray) -> np.ndarray:

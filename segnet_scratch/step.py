@@ -1,4 +1,4 @@
-"""One training step and one inference step as objects, for whoever makes steps: trainer, benchmarks, profiler, proofs.
+"""One training step as an object, for whoever makes steps: trainer, benchmarks, profiler, proofs.
 
     step = TrainingStep(model, "fused", "bf16", class_weights=weights)
     step(images, labels, lr)            # waits for nothing
@@ -35,12 +35,12 @@ from segnet_scratch.segnet import SegNet
 Enter = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
 
 
-def _nobody(phase: str) -> None:
+def nobody(phase: str) -> None:
     """Nobody wants to know."""
 
 
-def resolve(model: SegNet, engine: str, precision: str, parts: int = 1) -> tuple[str, str]:
-    """The engine and the precision of training that settings with "auto" in them stand for.
+def resolve(model: SegNet, engine: str, precision: str, parts: int = 1, training: bool = True) -> tuple[str, str]:
+    """The engine and the precision, of training or of inference, that settings with "auto" in them stand for.
 
     The fused engine on a GPU of sm_80 or newer, where it can compute the network, and there in bfloat16; the layers in
     float32 everywhere else. bfloat16 is the fused engine's alone, whatever the device.
@@ -50,12 +50,14 @@ def resolve(model: SegNet, engine: str, precision: str, parts: int = 1) -> tuple
     on_gpu = model.device.architecture is not None and has_tensor_cores(model.device)
     if engine == AUTO:
         rung = RUNG_OF_PRECISION["bf16" if precision == AUTO else precision]
-        fits = parts == 1 and misfit(model, rung, training=True) is None
-        engine = "fused" if precision == "bf16" or (on_gpu and fits) else "layers"
+        fits = on_gpu and parts == 1 and misfit(model, rung, training) is None
+        engine = "fused" if precision == "bf16" or fits else "layers"
     if precision == AUTO:
         precision = "bf16" if engine == "fused" and on_gpu else "float32"
     if engine == "fused":
-        check(model, RUNG_OF_PRECISION[precision])
+        check(model, RUNG_OF_PRECISION[precision], training)
+    elif precision == "bf16":
+        raise ConfigError('precision "bf16": the layers compute in float32 or tf32; take the fused engine')
     return engine, precision
 
 
@@ -73,7 +75,7 @@ class Pass(Protocol):
     def prepare(self, number: int, labels: Array) -> None:
         """Everything else that differs from step to step, before step `number`; `labels` as they were given."""
 
-    def run(self, enter: Enter = _nobody, hold: list[Array] | None = None) -> None:
+    def run(self, enter: Enter = nobody, hold: list[Array] | None = None) -> None:
         """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more)."""
 
 
@@ -123,7 +125,7 @@ class LayersTraining:
         whole = sum(weighs) or 1.0  # where all is void, loss and gradients are 0 whatever they are multiplied by
         return [weight / whole for weight in weighs]
 
-    def run(self, enter: Enter = _nobody, hold: list[Array] | None = None) -> None:
+    def run(self, enter: Enter = nobody, hold: list[Array] | None = None) -> None:
         self.model.zero_grad()
         self.losses = []
         for part, cut in enumerate(self._cuts):
@@ -231,7 +233,7 @@ class TrainingStep:
         for parameter, gradient in zip(self.optimiser.parameters.values(), gradients, strict=True):
             parameter.grad = gradient  # a graph's own, where steps of another shape or op by op came between
 
-    def walk(self, enter: Enter = _nobody) -> None:
+    def walk(self, enter: Enter = nobody) -> None:
         """The same op by op, for whoever watches; `enter` is told of forward, backward and update."""
         with self._whole():
             self._unit(self._pass, enter)
@@ -244,7 +246,7 @@ class TrainingStep:
             self.optimiser.take_back()
             raise
 
-    def _unit(self, current: Pass, enter: Enter = _nobody) -> tuple[list[Array], list[Array]]:
+    def _unit(self, current: Pass, enter: Enter = nobody) -> tuple[list[Array], list[Array]]:
         """A step; the losses and gradients that it leaves."""
         current.run(enter)
         enter("update")

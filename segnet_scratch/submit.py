@@ -2,6 +2,7 @@
 
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from enum import StrEnum
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -10,10 +11,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, read_image, voc_palette
+from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, ordered_map, read_image, voc_palette
 from segnet_scratch.errors import ConfigError, DataError
 from segnet_scratch.files import scratch_folder
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Segmented, Segmenter
 from segnet_scratch.segnet import SegNet
 
 _Mode = Literal["w", "w:gz"]
@@ -28,12 +29,10 @@ class Competition(StrEnum):
 
 
 def submit(
-    model: SegNet,
+    segmenter: Segmenter,
     dataset: VOCDataset,
     out: Path,
-    size: tuple[int, int],
     competition: Competition,
-    inference: Inference | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> PurePosixPath:
     """Segments every image of a split and writes `results/VOC2012/Segmentation/COMPETITION_SPLIT_cls/ID.png`.
@@ -42,12 +41,9 @@ def submit(
     was written and checked (`check_results`) before it appears under its name. The data set needs no masks. Returns the
     path of the folder within `out`.
 
-    Raises DataError for a model or data set of other classes than VOC's, and for an `out` that holds results already;
-    ConfigError where `inference` does not fit the model.
+    Raises DataError for a model or data set of other classes than VOC's, and for an `out` that holds results already.
     """
-    _check_classes(model, dataset)
-    inference = inference or Inference()
-    inference.check(model, size)
+    _check_classes(segmenter.model, dataset)
     folder = PurePosixPath("results", "VOC2012", "Segmentation", f"{competition.value}_{dataset.split}_cls")
     mode = next((mode for ending, mode in _ARCHIVES.items() if out.name.lower().endswith(ending)), None)
     if mode is None and out.suffix and not out.is_dir():
@@ -58,12 +54,21 @@ def submit(
     with scratch_folder(final) as scratch:
         target = scratch / folder
         target.mkdir(parents=True)
-        sizes = {}
-        for index, name in enumerate(dataset.ids):
-            image = read_image(dataset.image_path(index))
-            sizes[name] = image.shape[:2]
-            indexed_picture(segment(model, image, size, inference).labels).save(target / f"{name}.png", format="PNG")
-            advance(1)
+
+        def load(index: int) -> tuple[str, np.ndarray]:
+            return dataset.ids[index], read_image(dataset.image_path(index))
+
+        def save(result: Segmented[str]) -> tuple[str, tuple[int, ...]]:
+            name, _, found = result
+            indexed_picture(found.labels).save(target / f"{name}.png", format="PNG")
+            return name, found.labels.shape
+
+        sizes, threads = {}, segmenter.workers
+        results = segmenter.stream(range(len(dataset.ids)), load)
+        with closing(results), closing(ordered_map(save, results, threads, ahead=2 * threads)) as saved:
+            for name, shape in saved:
+                sizes[name] = shape
+                advance(1)
         if mode is None:
             check_results({path.stem: path.read_bytes() for path in target.iterdir()}, sizes, target)
             (scratch / "results").replace(final)

@@ -34,7 +34,7 @@ from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryErro
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.foresight import check_memory
-from segnet_scratch.inference import segment
+from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels
@@ -187,13 +187,20 @@ class Trainer:
             compile_for(self.model.device, kernels, listener.compiling)
 
     def _rehearse(self) -> None:
-        """A step, and a prediction of a validation, as far as launches go."""
+        """A step, and predictions of a validation, as far as launches go."""
         shape = self.config.batch, *self.config.image_size
         self.training.write(np.zeros((*shape, 3), self.model.dtype), np.zeros(shape, np.uint8), 0.0)
         self.training.walk()
         if self.val_set is not None:
-            self.model.eval()
-            segment(self.model, np.zeros((8, 8, 3), np.uint8), self.config.image_size)
+            batch, images = self.config.batch, len(self.val_set)
+            some = range(min(batch, images) + images % batch)  # of both shapes: the last batch may be a smaller one
+            for _ in self._segmenter().stream(some, lambda item: (item, np.zeros((8, 8, 3), np.uint8)), workers=0):
+                pass
+
+    def _segmenter(self) -> Segmenter:
+        """The network as it is now, as validation applies it."""
+        config = self.config
+        return Segmenter(self.model, config.image_size, None, config.engine, config.precision, config.batch)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -383,9 +390,8 @@ class Trainer:
             listener.validating(images)
             self._heed_stop()  # a validation can take minutes, and whoever asked to stop may not wait that long
 
-        reading = config.image_size, config.batch, config.workers
         skip_bad = config.bad_samples == "skip"
-        evaluation = evaluate(self.model, self.val_set, *reading, advance, skip_bad=skip_bad)
+        evaluation = evaluate(self._segmenter(), self.val_set, None, config.workers, advance, skip_bad)
         miou = evaluation.scores.miou
         self.log.append({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
         self._validations_since_best += 1

@@ -3,19 +3,23 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
+from segnet_scratch.data import in_background, ordered_map
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import DataError, SegnetError
 from segnet_scratch.files import reason, whole_file
 from segnet_scratch.film import FilmWriter, opened_film, pyav
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Segmented, Segmenter
 from segnet_scratch.predict import plan_targets
-from segnet_scratch.segnet import SegNet
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")
+_AHEAD = 2  # frames that are decoded, and that wait to be encoded, while the network works
 _CAMERA = re.compile(r"camera(?::(\d+))?")
 
 
@@ -43,6 +47,7 @@ class VideoPrediction:
     overlay: Path
     frames: int
     frames_per_second: float  # at which frames were read, segmented and written
+    network_frames_per_second: float  # that the network alone would have had, on the device's clock
     interrupted: bool  # by Ctrl-C; the video holds the frames up to there
     problem: str = ""  # what was wrong with the source, or ended it early
 
@@ -53,14 +58,17 @@ def find_video(argument: str) -> Video | None:
     `camera` and `camera:0` are the first camera, `camera:1` the second one. A file of such a name comes first.
     """
     path = Path(argument)
-    camera = _CAMERA.fullmatch(argument)
-    if camera and not path.exists():
-        number = camera[1] or "0"
-        location, interface = (number, "avfoundation") if sys.platform == "darwin" else (f"/dev/video{number}", "v4l2")
-        return Video(f"camera {number}", f"camera{number}", location, interface)
+    if (camera := _CAMERA.fullmatch(argument)) and not path.exists():
+        return camera_video(int(camera[1] or 0))
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return Video(str(path), path.stem, str(path), path=path)
     return None
+
+
+def camera_video(number: int) -> Video:
+    """The camera of a number, as this system names it."""
+    location, interface = (str(number), "avfoundation") if sys.platform == "darwin" else (f"/dev/video{number}", "v4l2")
+    return Video(f"camera {number}", f"camera{number}", location, interface)
 
 
 def plan_videos(videos: Sequence[Video], out: Path) -> list[Path]:
@@ -72,26 +80,22 @@ def plan_videos(videos: Sequence[Video], out: Path) -> list[Path]:
 
 
 def predict_video(
-    model: SegNet,
+    segmenter: Segmenter,
     video: Video,
     target: Path,
-    size: tuple[int, int],
     style: Style,
-    inference: Inference | None = None,
     limit: int | None = None,
     watch: Callable[[int, int, float], None] = lambda done, frames, rate: None,
 ) -> VideoPrediction:
     """Writes a video (H.264 in MP4, no sound) of the frames with class colours over them and a legend of all classes.
 
     It ends with the source, after `limit` frames, by Ctrl-C, or where the source breaks off; what there is by then is
-    kept, and `problem` says why. `watch` is told frames done, frames in all (0: not known) and frames per second. The
-    file appears when it is complete. DataError for a source of which nothing can be read, or where nothing can be
-    written.
+    kept, and `problem` says why. Threads decode, resize, draw and encode beside the network. `watch` is told frames
+    done, frames in all (0: not known) and frames per second. The file appears when it is complete. DataError for a
+    source of which nothing can be read, or where nothing can be written.
     """
-    inference = inference or Inference()
-    inference.check(model, size)
     target.parent.mkdir(parents=True, exist_ok=True)
-    done, interrupted, rate, problem = 0, False, 0.0, ""
+    interrupted, rate, problem = False, 0.0, ""
     try:
         with (
             opened_film(video.name, video.path, video.location, video.format) as film,
@@ -99,22 +103,31 @@ def predict_video(
             open(descriptor, "wb", closefd=False) as file,
         ):
             writer = FilmWriter(file, target, style, film.rate)
-            began = perf_counter()
+
+            def write(result: Segmented[Fraction]) -> int:
+                time, image, found = result
+                writer.write(image, found.labels, time)
+                return writer.frames
+
+            before, began = (segmenter.images, segmenter.seconds), perf_counter()
             try:
-                for image, time in film.frames():
-                    writer.write(image, segment(model, image, size, inference).labels, time)
-                    done += 1
-                    rate = done / (perf_counter() - began)
-                    watch(done, limit or film.length, rate)
-                    if done == limit:
-                        break
+                with (
+                    closing(in_background(islice(film.frames(), limit), _AHEAD)) as frames,
+                    closing(segmenter.stream(frames, lambda frame: (frame[1], frame[0]))) as results,
+                    closing(ordered_map(write, results, 1, _AHEAD)) as written,
+                ):
+                    for done in written:
+                        rate = done / (perf_counter() - began)
+                        watch(done, limit or film.length, rate)
             except KeyboardInterrupt:
                 interrupted = True
             except (SegnetError, MemoryError) as error:
-                if not done:
+                if not writer.frames:
                     raise
-                problem = str(error) or f"{video.name}: memory is short after {done} frames; end other programs"
-            if not done:
+                problem = (
+                    str(error) or f"{video.name}: memory is short after {writer.frames} frames; end other programs"
+                )
+            if not writer.frames:
                 if interrupted:
                     raise KeyboardInterrupt
                 raise DataError(f"{video.name}: not one frame could be read; copy the file from the source again")
@@ -123,4 +136,5 @@ def predict_video(
             writer.close()
     except OSError as error:
         raise DataError(f"{target}: could not be written: {reason(error)}") from error
-    return VideoPrediction(video.name, target, done, rate, interrupted, problem)
+    alone = (segmenter.images - before[0]) / (segmenter.seconds - before[1])
+    return VideoPrediction(video.name, target, writer.frames, rate, alone, interrupted, problem)

@@ -43,13 +43,14 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
     return weights, momenta, loaded.metadata
 
 
-def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False) -> SegNet:
+def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False, rung: str | None = None) -> SegNet:
     """The model of a checkpoint, in evaluation mode; `model.metadata` has its class names and image size.
 
     With `fold` batch norm becomes a part of the convolutions: the same logits to rounding, faster, inference only.
+    `rung` is how the layers multiply: "tf32" by tensor cores.
     """
     weights, _, metadata = read(path)
-    model = build(metadata["model"], device)
+    model = build(metadata["model"], device, rung=rung)
     try:
         model.load_state_dict(weights)
     except CheckpointError as error:

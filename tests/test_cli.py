@@ -14,8 +14,9 @@ from PIL import Image
 from support.commands import assert_error, plain, process, train_arguments
 
 import segnet_scratch
-from segnet_scratch import cli, predict
+from segnet_scratch import cli
 from segnet_scratch.config import describe
+from segnet_scratch.inference import Segmenter
 from segnet_scratch.lab.proof.gradcheck import gradcheck
 from segnet_scratch.runtime.devices import cuda_missing
 from segnet_scratch.runtime.source import cuda_directory
@@ -485,7 +486,7 @@ def test_a_result_is_not_written_over_an_input(segnet, sample, checkpoint, tmp_p
 
 
 def test_memory_that_is_short_for_one_picture_is_not_the_end(segnet, sample, checkpoint, tmp_path, monkeypatch):
-    whole = predict.segment
+    whole = Segmenter.forward
     calls = []
 
     def short(*arguments, **options):
@@ -494,7 +495,7 @@ def test_memory_that_is_short_for_one_picture_is_not_the_end(segnet, sample, che
             raise MemoryError
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(predict, "segment", short)
+    monkeypatch.setattr(Segmenter, "forward", short)
     finished = segnet("predict", checkpoint, *sorted(sample.glob("JPEGImages/*"))[:3], "--out", tmp_path / "out")
     assert_error(finished, 1, "memory is too short for this image", "1 of 3 inputs had problems")
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 2
@@ -534,7 +535,9 @@ def test_output_to_a_pipe_is_plain_and_keeps_brackets_and_long_lines(sample, tmp
         trained.stdout,
     )
     assert [line for line in scored.stdout.splitlines() if "circle" in line and re.search(r"\d+\.\d", line)]
-    assert predicted.stdout.startswith(f"{out / 'p' / 'sample_00000_overlay.png'}: ")
+    said, result = predicted.stdout.splitlines()
+    assert said == "layers engine in float32 on numpy, input 32x32"
+    assert result.startswith(f"{out / 'p' / 'sample_00000_overlay.png'}: ")
     assert refused.stderr == f"error: {out} already holds a run; continue it with --resume, or choose another --out\n"
     assert trained.stderr == scored.stderr == predicted.stderr == ""
 

@@ -84,10 +84,11 @@ def test_what_a_run_needs_is_compiled_before_its_first_step(sample, tmp_path, en
 
     settings = {"size": 32, "width": 1 / 8, "batch": 2, "steps": 1, "workers": 0, "engine": engine}
     Trainer(Config(model="segnet-basic", **settings), sample, tmp_path, Watched()).run(Told())
-    assert told == [(n + 1, len(compiled)) for n in range(len(compiled))]
-    assert len(set(compiled)) == len(compiled) > 5
+    needed = set(compiled)  # validation asks for its own again, which are there by then
+    assert told == [(n + 1, len(needed)) for n in range(len(needed))]
+    assert set(compiled[: len(needed)]) == needed
     # Scores take little, and are left to their first launch.
-    assert {name for name, _ in set(late) - set(compiled)} <= {"confusion.cu", "cross_entropy.cu"}
+    assert {name for name, _ in set(late) - set(compiled)} <= {"cross_entropy.cu"}
     host = Trainer(Config(model="segnet-basic", **settings), sample, tmp_path / "host", "host")
     host._compile = lambda listener: None
     host.run()

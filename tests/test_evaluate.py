@@ -14,10 +14,16 @@ from segnet_scratch.boundary import Boundary, boundary_f1
 from segnet_scratch.data import VOID, VOCDataset, normalise, resize_image, resize_mask
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.inference import Inference, classify, resize
+from segnet_scratch.inference import Inference, Segmenter, classify
 from segnet_scratch.metrics import scores
+from segnet_scratch.ops.op import spec_of
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 
 SIZE = (40, 56)
+
+
+def resize(model, logits, size):
+    return ResizeBilinearForward.plan(spec_of(logits), tuple(size))(model.device, x=logits).y
 
 
 def slow_evaluation(model, dataset, size):
@@ -58,7 +64,7 @@ def mixed(sample, tmp_path_factory):
 @pytest.mark.parametrize("device", ["numpy", "host"])
 def test_scores_are_those_of_a_slow_evaluation(mixed, device):
     model = network(device=device)
-    found = evaluate(model, mixed, SIZE, batch=3)
+    found = evaluate(Segmenter(model, SIZE, batch=3), mixed)
     iou, global_accuracy, class_accuracy, loss = slow_evaluation(network(), mixed, SIZE)
     # A pixel whose two best logits are equal to rounding may go either way.
     np.testing.assert_allclose(found.scores.iou, iou, atol=2e-3)
@@ -73,12 +79,11 @@ def test_scores_are_those_of_a_slow_evaluation(mixed, device):
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
 def test_the_batch_size_does_not_change_the_scores(mixed, batch):
     told = []
-    found = evaluate(network(), mixed, SIZE, batch, workers=0, advance=told.append)
-    reference = evaluate(network(), mixed, SIZE, batch=4)
+    found = evaluate(Segmenter(network(), SIZE, batch=batch), mixed, workers=0, advance=told.append)
+    reference = evaluate(Segmenter(network(), SIZE, batch=4), mixed)
     np.testing.assert_allclose(found.scores.iou, reference.scores.iou, atol=1e-3)
     assert found.loss == pytest.approx(reference.loss, rel=1e-5)
-    assert sum(told) == 4
-    assert max(told) == min(batch, 4)
+    assert told == [1] * 4
 
 
 def test_it_is_repeatable_and_leaves_the_model_alone(mixed):
@@ -86,7 +91,7 @@ def test_it_is_repeatable_and_leaves_the_model_alone(mixed):
     before = {name: array.copy() for name, array in model.state_dict().items()}
     for training in (True, False):
         model.train(training)
-        results = [evaluate(model, mixed, SIZE) for _ in range(2)]
+        results = [evaluate(Segmenter(model, SIZE), mixed) for _ in range(2)]
         assert results[0].to_json() == results[1].to_json()
         assert model.training == model.classifier.training == training
     for name, array in model.state_dict().items():
@@ -111,7 +116,9 @@ class Oracle:
         return self
 
     def __call__(self, images):
-        grey = np.rint((images[..., 0] * 0.229 + 0.485) * 255 / 20).astype(int)  # class k is drawn in the grey 20 k
+        grey = np.rint((images.numpy()[..., 0] * 0.229 + 0.485) * 255 / 20).astype(
+            int
+        )  # class k is drawn in the grey 20 k
         if self.mistaken:
             grey = np.where(grey == 2, 1, grey)
         return tensor(10 * (np.arange(self.classes) == grey[..., None]).astype(np.float32), "numpy")
@@ -134,7 +141,7 @@ def flat(tmp_path):
 
 
 def test_perfect_predictions_score_one(flat):
-    found = evaluate(Oracle(4), flat, (32, 40))
+    found = evaluate(Segmenter(Oracle(4), (32, 40)), flat)
     assert found.scores.miou == found.scores.global_accuracy == found.scores.class_accuracy == 1.0
     assert found.loss < 1e-3
     assert np.isnan(found.scores.iou[3])
@@ -142,7 +149,7 @@ def test_perfect_predictions_score_one(flat):
 
 
 def test_mistakes_score_as_worked_out_by_hand(flat):
-    found = evaluate(Oracle(4, mistaken=True), flat, (32, 40))
+    found = evaluate(Segmenter(Oracle(4, mistaken=True), (32, 40)), flat)
     truth = np.concatenate([flat.sample(k)[1].reshape(-1) for k in range(2)])
     a, b, c = (int((truth == k).sum()) for k in range(3))
     assert min(a, b, c) > 0
@@ -154,14 +161,14 @@ def test_mistakes_score_as_worked_out_by_hand(flat):
 
 def test_another_number_of_classes_is_refused(mixed):
     with pytest.raises(DataError, match="has 6 classes, the model 21") as raised:
-        evaluate(network(classes=21), mixed, SIZE)
+        evaluate(Segmenter(network(classes=21), SIZE), mixed)
     assert str(mixed.root) in str(raised.value)
 
 
 def test_logits_of_nan_score_but_are_no_json_number(mixed):
     model = network()
     model.classifier.bias.data[...] = np.nan
-    found = evaluate(model, mixed, SIZE).to_json()
+    found = evaluate(Segmenter(model, SIZE), mixed).to_json()
     assert found["loss"] is None
     assert 0 <= found["global_accuracy"] <= 1
 
@@ -172,9 +179,7 @@ def test_logits_of_nan_score_but_are_no_json_number(mixed):
 @pytest.mark.parametrize("device", ["numpy", "host"])
 def test_averages_score_as_worked_out_slowly(mixed, device):
     """Flip and two scales: softmax of logits at the image's size, the mean of four, its largest class."""
-    found = evaluate(
-        network(device=device), mixed, SIZE, inference=Inference((0.8, 1.0), flip=True), boundary=Boundary.csurka
-    )
+    found = evaluate(Segmenter(network(device=device), SIZE, Inference((0.8, 1.0), flip=True)), mixed, Boundary.csurka)
     model = network()
     confusion, contours = np.zeros((6, 6), np.int64), []
     for index in range(len(mixed)):
@@ -193,14 +198,14 @@ def test_averages_score_as_worked_out_slowly(mixed, device):
     assert found.boundary_f1 == pytest.approx(np.mean(contours), abs=3e-3)
     assert found.to_json()["boundary_f1"] == found.boundary_f1
     assert found.to_json()["loss"] is None  # an average has no logits at the network's size
-    plain = evaluate(network(), mixed, SIZE)
+    plain = evaluate(Segmenter(network(), SIZE), mixed)
     assert np.abs(plain.scores.confusion - confusion).sum() > 0.01 * confusion.sum()  # it makes a difference
 
 
 def test_the_confusion_matrix_is_that_of_scikit_learn(mixed):
     oracle = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle").confusion_matrix
     model = network()
-    found = evaluate(model, mixed, SIZE)
+    found = evaluate(Segmenter(model, SIZE), mixed)
     truth, prediction = [], []
     for index in range(len(mixed)):
         image, mask, _ = mixed.sample(index)
@@ -214,16 +219,16 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(mixed):
 
 
 def test_every_image_has_its_scores(mixed):
-    found = evaluate(network(), mixed, SIZE, batch=3, boundary=Boundary.csurka)
+    found = evaluate(Segmenter(network(), SIZE, batch=3), mixed, Boundary.csurka)
     assert [image.id for image in found.per_image] == list(mixed.ids)
     for index, image in enumerate(found.per_image):
-        alone = evaluate(network(), OneImage(mixed, index), SIZE, boundary=Boundary.csurka)
+        alone = evaluate(Segmenter(network(), SIZE), OneImage(mixed, index), Boundary.csurka)
         assert image.miou == pytest.approx(alone.scores.miou, abs=2e-3)
         assert image.global_accuracy == pytest.approx(alone.scores.global_accuracy, abs=2e-3)
         assert image.pixels == alone.scores.pixels
         assert image.boundary_f1 == pytest.approx(alone.boundary_f1, abs=5e-3)
     assert found.boundary_f1 == pytest.approx(np.mean([image.boundary_f1 for image in found.per_image]))
-    assert all(image.boundary_f1 is None for image in evaluate(network(), mixed, SIZE).per_image)
+    assert all(image.boundary_f1 is None for image in evaluate(Segmenter(network(), SIZE), mixed).per_image)
 
 
 class OneImage:
@@ -245,7 +250,7 @@ def test_an_image_without_a_contour_does_not_count_for_boundary_f1(flat):
     mask = np.array(Image.open(path))
     mask[:] = 1
     Image.fromarray(mask).save(path)
-    found = evaluate(Oracle(4), flat, (32, 40), boundary=Boundary.csurka)
+    found = evaluate(Segmenter(Oracle(4), (32, 40)), flat, Boundary.csurka)
     assert np.isnan(found.per_image[1].boundary_f1)
     assert found.boundary_f1 == found.per_image[0].boundary_f1 > 0.5
 
@@ -297,6 +302,6 @@ def test_classes_are_taken_after_resizing():
 
 
 def test_segnet_evaluates_too(mixed):
-    found = evaluate(network(cls=SegNet), mixed, (33, 47))
+    found = evaluate(Segmenter(network(cls=SegNet), (33, 47)), mixed)
     assert 0 <= found.scores.miou <= 1
     assert found.names == mixed.names

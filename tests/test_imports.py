@@ -17,7 +17,7 @@ LAYERS = [
     {"data"},
     {"engine"},  # the same networks in few large kernels
     {"optim"},
-    {"step"},  # one training step, whichever engine computes it
+    {"step", "inference_step"},  # one training step and one inference step, whichever engine computes it
     {"metrics", "boundary"},
     {"inference", "evaluate", "score", "submit", "predict", "film", "video"},
     {"train", "foresight"},

@@ -303,6 +303,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(monkeypatch, way):
 def test_memory_does_not_grow_with_classes_times_the_image(monkeypatch, way):
     model, image = network(), np.zeros((700, 1000, 3), np.uint8)
     monkeypatch.setattr(inference_module, "_BLOCK", 1 << 18)
+    monkeypatch.setattr(inference_module, "_WINDOW_PIXELS", 1)  # one window at a time
     inference = WAYS[way] if way != "windows" else Inference(window=(96, 256), stride=(96, 256))
     segment(model, image[:200], SIZE, inference)
     tracemalloc.start()

@@ -15,7 +15,7 @@ from segnet_scratch.data import drawing, normalise, resize_image
 from segnet_scratch.data.drawing import Style, heat_colours, heat_map
 from segnet_scratch.data.palette import class_palette
 from segnet_scratch.errors import DataError
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Inference, Segmenter, segment
 from segnet_scratch.predict import find_images, predict_files
 
 NAMES = ("background", "circle", "square", "triangle", "star", "ring")
@@ -40,7 +40,7 @@ def save(path, array, **options):
 
 
 def run(model, paths, out, with_logits=True, names=NAMES):
-    return list(predict_files(model, paths, out, SIZE, Style(names), with_logits))
+    return list(predict_files(Segmenter(model, SIZE), paths, out, Style(names), with_logits))
 
 
 def test_the_three_files_of_an_image(model, tmp_path):
@@ -256,7 +256,8 @@ def test_samples_write_an_uncertainty_map(tmp_path):
     image = noise(50, 70)
     path = save(tmp_path / "a.png", image)
     inference = Inference(samples=3)
-    (done,) = predict_files(bayesian, [path], tmp_path / "out", SIZE, Style(NAMES), True, inference)
+    segmenter = Segmenter(bayesian, SIZE, inference)
+    (done,) = predict_files(segmenter, [path], tmp_path / "out", Style(NAMES), True)
     expected = segment(bayesian, image, SIZE, inference, True)
     np.testing.assert_array_equal(np.load(done.files["uncertainty_array"]), expected.uncertainty)
     np.testing.assert_array_equal(np.load(done.files["logits"]), expected.logits)
@@ -267,7 +268,7 @@ def test_samples_write_an_uncertainty_map(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("a.npy", "a.png", "a_overlay.png", "a_uncertainty.npy", "a_uncertainty.png")
     ]
-    (done,) = predict_files(bayesian, [path], tmp_path / "other", SIZE, Style(NAMES), False, inference)
+    (done,) = predict_files(segmenter, [path], tmp_path / "other", Style(NAMES))
     assert sorted(done.files) == ["labels", "overlay", "uncertainty"]
 
 

@@ -8,6 +8,7 @@ from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError, TrainingError
 from segnet_scratch.evaluate import evaluate
+from segnet_scratch.inference import Segmenter
 from segnet_scratch.nn.modules import BatchNorm2d
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.train import Trainer
@@ -108,7 +109,7 @@ def test_the_command_makes_a_checkpoint_that_scores_again(segnet, sample, traine
     assert "new.safetensors: batch-norm statistics of 6 images of train" in done.out  # 8 images: 2 batches of 3
     val = VOCDataset(sample, "val")
     losses = {
-        name: evaluate(load(trained / name, "numpy"), val, (32, 32)).loss
+        name: evaluate(Segmenter(load(trained / name, "numpy"), (32, 32)), val).loss
         for name in ("lost.safetensors", "new.safetensors", "run/best.safetensors")
     }
     assert losses["new.safetensors"] < 1.2 * losses["run/best.safetensors"] < 0.5 * losses["lost.safetensors"]

@@ -21,7 +21,7 @@ from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError, MissingLibraryError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.inference import segment
+from segnet_scratch.inference import Segmenter, segment
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report import write_report
 from segnet_scratch.report.curves import smooth, thinned
@@ -110,7 +110,9 @@ def test_ids_are_unique_and_references_lead_somewhere(page):
 
 def test_it_says_the_scores_of_the_best_network(page, run, sample):
     evaluation = evaluate(
-        weights.load(run / "best.safetensors", "numpy"), VOCDataset(sample, "val"), (32, 32), boundary=Boundary.csurka
+        Segmenter(weights.load(run / "best.safetensors", "numpy"), (32, 32)),
+        VOCDataset(sample, "val"),
+        Boundary.csurka,
     )
     words = Contents(page).words
     scores = evaluation.scores
@@ -164,7 +166,7 @@ def picture(attributes):
 
 def test_best_and_worst_predictions_stand_beside_the_truth(page, run, sample):
     model, dataset = weights.load(run / "best.safetensors", "numpy"), VOCDataset(sample, "val")
-    ranked = sorted(evaluate(model, dataset, (32, 32)).per_image, key=lambda image: -image.miou)
+    ranked = sorted(evaluate(Segmenter(model, (32, 32)), dataset).per_image, key=lambda image: -image.miou)
     images = Contents(page).all("img")
     shown = [attributes["alt"].removeprefix("image ") for attributes in images[::4]]
     # Of four images the two best, the best one first, and the two worst, the worst one first.

@@ -542,13 +542,6 @@ class TestShippedKernels:
         assert run.passed, failed(run)
         assert (run.setup.grid, run.setup.block) == ((2, 2, 1), (128, 1, 1))
 
-    def test_confusion_counts_with_atomics(self):
-        """Many threads add to one count, in every order, and with some of them left out."""
-        numbers = {"pixels": 600, "classes": 4}
-        run = run_kernel("confusion_accumulate", arguments=numbers, inputs={"counts": 0}, orders=1)
-        assert run.passed, failed(run)
-        assert run.outputs["counts"].sum() == 600
-
     def test_a_null_pointer(self):
         settings = {"arguments": CONVOLUTION, "inputs": {"bias": None}, "reference": references.convolution}
         run = run_kernel("conv2d_forward_tiled", **settings)

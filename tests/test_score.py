@@ -13,7 +13,7 @@ from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import SAMPLE_CLASSES, VOCDataset, save_indexed_png
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import check_classes, evaluate
-from segnet_scratch.inference import segment
+from segnet_scratch.inference import Segmenter, segment
 from segnet_scratch.score import score
 
 SIZE = (40, 56)
@@ -35,7 +35,7 @@ def test_files_score_as_the_network_that_made_them(predicted, boundary):
     if boundary is Boundary.authors:
         pytest.importorskip("scipy")
     dataset, model, folder = predicted
-    found, expected = score(folder, dataset, boundary), evaluate(model, dataset, SIZE, boundary=boundary)
+    found, expected = score(folder, dataset, boundary), evaluate(Segmenter(model, SIZE), dataset, boundary)
     assert found.per_image == expected.per_image
     assert {**found.to_json(), "loss": 0} == {**expected.to_json(), "loss": 0}
     assert found.to_json()["loss"] is None
@@ -79,7 +79,7 @@ def test_classes_that_change_places_are_refused_and_other_names_are_asked_about(
     assert not caplog.records
     model.metadata["classes"] = ["background", "disc", *SAMPLE_CLASSES[2:]]
     with caplog.at_level(logging.WARNING):
-        evaluate(model, dataset, SIZE)
+        evaluate(Segmenter(model, SIZE), dataset)
     assert (
         "class 1 is 'circle', for the checkpoint 'disc' (1 of 6 classes differ); do they mean the same?" in caplog.text
     )
@@ -87,7 +87,7 @@ def test_classes_that_change_places_are_refused_and_other_names_are_asked_about(
     swapped[1:3] = swapped[2:0:-1]
     model.metadata["classes"] = swapped
     with pytest.raises(DataError, match=r"class 1 is 'circle', for the checkpoint 'square' \(2 of 6.*change places"):
-        evaluate(model, dataset, SIZE)
+        evaluate(Segmenter(model, SIZE), dataset)
 
 
 def test_a_start_from_other_classes_leaves_the_classifier(tmp_path):

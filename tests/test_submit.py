@@ -11,7 +11,7 @@ from support.evaluation import network
 
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, voc_palette
 from segnet_scratch.errors import ConfigError, DataError
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Inference, Segmenter, segment
 from segnet_scratch.submit import Competition, check_results, submit
 
 SIZE = (32, 48)
@@ -59,7 +59,7 @@ def verify(read, model, images, inference=None):
 def test_an_archive_holds_what_the_server_expects(model, images, tmp_path, ending):
     out = tmp_path / "new" / f"results.{ending}"
     told = []
-    folder = submit(model, images, out, SIZE, Competition.comp5, advance=told.append)
+    folder = submit(Segmenter(model, SIZE), images, out, Competition.comp5, advance=told.append)
     assert str(folder) == "results/VOC2012/Segmentation/comp5_test_cls"
     assert sum(told) == 3
     with tarfile.open(out) as archive:
@@ -71,7 +71,7 @@ def test_an_archive_holds_what_the_server_expects(model, images, tmp_path, endin
 def test_a_folder_holds_the_same(model, images, tmp_path):
     out = tmp_path / "out"
     inference = Inference(flip=True)
-    folder = submit(model, images, out, SIZE, Competition.comp6, inference)
+    folder = submit(Segmenter(model, SIZE, inference), images, out, Competition.comp6)
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == [
         f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png" for name in IDS
     ]
@@ -81,24 +81,24 @@ def test_a_folder_holds_the_same(model, images, tmp_path):
 
 def test_the_same_results_give_the_same_bytes(model, images, tmp_path):
     for name in ("a.tar", "b.tar"):
-        submit(model, images, tmp_path / name, SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), images, tmp_path / name, Competition.comp6)
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
 def test_results_that_are_there_are_kept(model, images, tmp_path):
     (tmp_path / "a.tar").write_text("mine")
     with pytest.raises(DataError, match=r"a\.tar: is there already"):
-        submit(model, images, tmp_path / "a.tar", SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), images, tmp_path / "a.tar", Competition.comp6)
     assert (tmp_path / "a.tar").read_text() == "mine"
-    submit(model, images, tmp_path / "out", SIZE, Competition.comp6)
+    submit(Segmenter(model, SIZE), images, tmp_path / "out", Competition.comp6)
     with pytest.raises(DataError, match="results: is there already"):
-        submit(model, images, tmp_path / "out", SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), images, tmp_path / "out", Competition.comp6)
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.bz2", "results.7z"])
 def test_an_archive_that_the_server_does_not_take_is_refused(model, images, tmp_path, name):
     with pytest.raises(ConfigError, match="takes a tar archive"):
-        submit(model, images, tmp_path / name, SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), images, tmp_path / name, Competition.comp6)
     assert not (tmp_path / name).exists()
 
 
@@ -106,7 +106,7 @@ def test_an_error_in_between_leaves_nothing(model, images, tmp_path):
     (images.root / "JPEGImages" / f"{IDS[2]}.jpg").write_bytes(b"no picture")
     for out in (tmp_path / "x" / "a.tar", tmp_path / "y"):
         with pytest.raises(DataError, match=IDS[2]):
-            submit(model, images, out, SIZE, Competition.comp6)
+            submit(Segmenter(model, SIZE), images, out, Competition.comp6)
     assert list((tmp_path / "x").iterdir()) == list((tmp_path / "y").iterdir()) == []
 
 
@@ -114,28 +114,27 @@ def test_other_classes_than_voc_s_are_refused(model, images, tmp_path):
     out = tmp_path / "a.tar"
     other = network(classes=6)
     with pytest.raises(DataError, match="the checkpoint has 6 classes, VOC 21"):
-        submit(other, images, out, SIZE, Competition.comp6)
+        submit(Segmenter(other, SIZE), images, out, Competition.comp6)
     other.metadata = {"classes": ["sky", "building", "pole", "road", "tree", "car"]}
     with pytest.raises(DataError, match=r"the checkpoint has 6 classes \(sky, building, pole, \.\.\.\); VOC's server"):
-        submit(other, images, out, SIZE, Competition.comp6)
+        submit(Segmenter(other, SIZE), images, out, Competition.comp6)
     renamed = network(classes=21)
     renamed.metadata = {"classes": ["sky", *VOC_CLASSES[1:]]}  # as many, but not VOC's
     with pytest.raises(DataError, match="the checkpoint has 21 classes"):
-        submit(renamed, images, out, SIZE, Competition.comp6)
+        submit(Segmenter(renamed, SIZE), images, out, Competition.comp6)
     (images.root / "labels.txt").write_text("\n".join(reversed(VOC_CLASSES)))
     with pytest.raises(DataError, match=r"VOC2012: the data set has 21 classes \(tvmonitor"):
-        submit(model, VOCDataset(images.root, "test", with_masks=False), out, SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), VOCDataset(images.root, "test", with_masks=False), out, Competition.comp6)
     with pytest.raises(ConfigError, match="no dropout"):
-        submit(model, images, out, SIZE, Competition.comp6, Inference(samples=4))
+        submit(Segmenter(model, SIZE, Inference(samples=4)), images, out, Competition.comp6)
     assert not out.exists()
 
 
 def test_a_validation_split_with_masks_works_too(model, images, tmp_path):
     (images.root / "SegmentationClass").mkdir()
     shutil.copy(images.root / "ImageSets/Segmentation/test.txt", images.root / "ImageSets/Segmentation/val.txt")
-    folder = submit(
-        model, VOCDataset(images.root, "val", with_masks=False), tmp_path / "a.tar", SIZE, Competition.comp6
-    )
+    dataset = VOCDataset(images.root, "val", with_masks=False)
+    folder = submit(Segmenter(model, SIZE), dataset, tmp_path / "a.tar", Competition.comp6)
     assert folder.name == "comp6_val_cls"
 
 
@@ -238,5 +237,5 @@ def test_what_was_written_wrongly_never_appears(model, images, tmp_path, monkeyp
     monkeypatch.setattr("segnet_scratch.submit.indexed_picture", colour_picture)
     out = tmp_path / "new" / f"out.{ending}".rstrip(".")
     with pytest.raises(DataError, match="is of mode RGB"):
-        submit(model, images, out, SIZE, Competition.comp6)
+        submit(Segmenter(model, SIZE), images, out, Competition.comp6)
     assert not out.exists() or list(out.iterdir()) == []

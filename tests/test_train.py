@@ -92,7 +92,7 @@ def test_what_a_run_leaves(sample, tmp_path):
 def test_best_is_the_best_validation_and_not_the_last(sample, tmp_path, monkeypatch):
     mious = iter([0.3, 0.5, 0.4, 0.5])
 
-    def judged(*arguments):
+    def judged(*arguments, **options):
         return Evaluation(replace(scores(np.eye(6, dtype=int)), miou=next(mious)), 1.0, 4, ("",) * 6)
 
     monkeypatch.setattr("segnet_scratch.train.evaluate", judged)
@@ -523,7 +523,7 @@ def judge_as(monkeypatch, *mious):
     """Validations with these mIoUs in turn."""
     left = iter(mious)
 
-    def judged(*arguments):
+    def judged(*arguments, **options):
         return Evaluation(replace(scores(np.eye(6, dtype=int)), miou=next(left)), 1.0, 4, ("",) * 6)
 
     monkeypatch.setattr("segnet_scratch.train.evaluate", judged)

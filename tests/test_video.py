@@ -16,7 +16,7 @@ from segnet_scratch import files
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
 from segnet_scratch.film import Film, _Clock, opened_film, upright
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Inference, Segmenter, segment
 from segnet_scratch.video import Video, find_video, plan_videos, predict_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'segnet_scratch[video]'")
@@ -63,10 +63,10 @@ def blocks(picture, side=8):
     return picture[:height, :width].reshape(height // side, side, width // side, side, 3).mean(axis=(1, 3))
 
 
-def run(model, path, out, **options):
+def run(model, path, out, inference=None, **options):
     video = find_video(str(path))
     (target,) = plan_videos([video], out)
-    return predict_video(model, video, target, SIZE, Style(NAMES), **options)
+    return predict_video(Segmenter(model, SIZE, inference), video, target, Style(NAMES), **options)
 
 
 def test_a_video_is_on_the_disk_before_it_has_its_name(model, tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_ctrl_c_keeps_the_frames_so_far(model, tmp_path):
 
     done = run(model, clip, tmp_path / "out", watch=stop)
     assert done.interrupted
-    assert done.frames == len(read_clip(done.overlay)) == 4
+    assert 4 <= done.frames == len(read_clip(done.overlay)) < 7  # some were being encoded
 
 
 def test_an_error_leaves_no_file(model, tmp_path):
@@ -203,15 +203,15 @@ def test_a_camera_runs_until_it_is_stopped(model, tmp_path):
         if done == 3:
             raise KeyboardInterrupt
 
-    done = predict_video(model, camera, tmp_path / "camera0_overlay.mp4", SIZE, Style(NAMES), watch=stop)
-    assert (done.frames, done.interrupted) == (3, True)
-    assert len(read_clip(done.overlay)) == 3
+    done = predict_video(Segmenter(model, SIZE), camera, tmp_path / "camera0_overlay.mp4", Style(NAMES), watch=stop)
+    assert done.interrupted
+    assert 3 <= done.frames == len(read_clip(done.overlay)) <= 8
 
 
 def test_a_camera_that_is_not_there_is_explained(model, tmp_path):
     camera = Video("camera 9", "camera9", "/dev/video99", "v4l2")
     with pytest.raises(DataError, match=r"camera 9: .*expected a camera at /dev/video99"):
-        predict_video(model, camera, tmp_path / "out.mp4", SIZE, Style(NAMES))
+        predict_video(Segmenter(model, SIZE), camera, tmp_path / "out.mp4", Style(NAMES))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,7 +356,11 @@ def test_names_that_mean_something_to_ffmpeg_are_names(model, tmp_path, monkeypa
     write_clip(tmp_path / "plain.mp4", pictures(2, 32, 48)).rename(name)
     video = find_video(name)
     (target,) = plan_videos([video], Path("out:put"))
-    assert predict_video(model, video, target, SIZE, Style(NAMES)).frames == len(read_clip(target.absolute())) == 2
+    assert (
+        predict_video(Segmenter(model, SIZE), video, target, Style(NAMES)).frames
+        == len(read_clip(target.absolute()))
+        == 2
+    )
 
 
 @pytest.mark.skipif(not hasattr(av.stream, "Disposition"), reason="this PyAV does not tell covers")
@@ -436,5 +440,5 @@ def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(av, "open", full)
         with pytest.raises(DataError, match=r"clip_overlay\.mp4: could not be written: No space left.*make room"):
-            predict_video(model, video, folder / "clip_overlay.mp4", SIZE, Style(NAMES))
+            predict_video(Segmenter(model, SIZE), video, folder / "clip_overlay.mp4", Style(NAMES))
     assert list(folder.iterdir()) == []

@@ -17,13 +17,10 @@ from torch_segnet import TorchSegNet, gradients_of, loss_of, parameter_groups
 
 from bench.cases import CLASSES, DECAY, LR, MOMENTUM, Arrays, Case, initial_state
 from bench.run import INPUTS, Maker
-from segnet_scratch.engine.inference import FusedInference
-from segnet_scratch.engine.network import RUNG_OF_PRECISION
-from segnet_scratch.nn.autograd import Tensor as OurTensor
-from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.segnet import SegNet, to_file_layout
-from segnet_scratch.step import Replayed, TrainingStep
+from segnet_scratch.step import TrainingStep
 
 State = Mapping[str, np.ndarray]
 WAYS = ("eager", "graph", "compile", "max-autotune")
@@ -39,25 +36,10 @@ class Ours:
         self.device = device
         self.model = SegNet(CLASSES, case.width, device, rung="tf32" if case.precision == "tf32" else None)
         self.model.load_state_dict(state)
-        self._infer: Callable[[Array], object]
         if case.task == "training":
             self._step = TrainingStep(self.model, engine, case.precision, momentum=MOMENTUM, decay=DECAY)
-        elif engine == "fused":
-            rung = RUNG_OF_PRECISION[case.precision]
-            self._infer = FusedInference(self.model.eval(), case.batch, case.size, rung)
         else:
-            self.model.eval()
-            self._images = device.zeros((case.batch, *case.size, 3), np.float32)
-            self._replayed = Replayed(device, self._forward)
-            self._infer = self._infer_by_layers
-
-    def _forward(self) -> None:
-        with no_grad():
-            self.model(OurTensor(self._images, self.device))
-
-    def _infer_by_layers(self, images: Array) -> None:
-        self.device.write(self._images, images)
-        self._replayed()
+            self._infer = InferenceStep(self.model, engine, case.precision)
 
     def call(self, images: Array, labels: Array | None) -> None:
         """A training step, or inference where there are no labels."""

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
-from segnet_scratch.config import MINIMUM_SIZE
+from segnet_scratch.config import ENGINES, MINIMUM_SIZE, PRECISIONS
 from segnet_scratch.errors import CheckpointError, ConfigError
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
@@ -60,6 +60,18 @@ DeviceOption = Annotated[
         "cuda: the kernels on a GPU. host: the same kernels on the CPU, for checking. numpy: NumPy, for training "
         "without a GPU. auto: cuda where CuPy sees a GPU, else numpy.",
     ),
+]
+EngineOption = Annotated[
+    str,
+    choice(
+        ENGINES,
+        "fused: a few large kernels for tensor cores. layers: one kernel an op. auto: fused on a GPU of sm_80 or newer "
+        "where the network fits, else layers.",
+    ),
+]
+PrecisionOption = Annotated[
+    str,
+    choice(PRECISIONS, "How convolutions multiply. auto: bf16 with the fused engine on a GPU, else float32."),
 ]
 
 

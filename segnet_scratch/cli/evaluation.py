@@ -1,6 +1,9 @@
 """`segnet eval`, `predict`, `submit`, `report`: what is done with a trained network."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,9 @@ from segnet_scratch.cli.common import (
     CheckpointArgument,
     DataOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
+    PrecisionOption,
     SizeOption,
     app,
     console,
@@ -22,6 +27,7 @@ from segnet_scratch.cli.common import (
     say,
     sides,
 )
+from segnet_scratch.config import AUTO
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.display import (
@@ -33,53 +39,97 @@ from segnet_scratch.display import (
 )
 from segnet_scratch.errors import ConfigError, DataError, DeviceMemoryError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.inference import Inference
+from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
+from segnet_scratch.progress import watched
 from segnet_scratch.report import write_report
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.score import score
 from segnet_scratch.segnet import SegNet
 from segnet_scratch.submit import Competition, submit
-from segnet_scratch.video import find_video, plan_videos, predict_video
+from segnet_scratch.video import camera_video, find_video, plan_videos, predict_video
+
+Network = Callable[[], Segmenter]
 
 _AVERAGING = "Averaging of several predictions"
-FlipOption = Annotated[
-    bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=_AVERAGING)
-]
-ScalesOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B,...",
-        help="Average over the input size times each of these, for example 0.75,1,1.25.",
-        rich_help_panel=_AVERAGING,
-    ),
-]
-WindowOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|HxW",
-        help="Do not resize the image (but for --scales): slide a window of this size over it. For images much larger "
-        "than those of training.",
-        rich_help_panel=_AVERAGING,
-    ),
-]
-StrideOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|HxW",
-        help="From one window to the next; three quarters of a window unless given.",
-        rich_help_panel=_AVERAGING,
-    ),
-]
-SamplesOption = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Average N passes with dropout on, of a network trained with dropout=true (Bayesian SegNet).",
-        rich_help_panel=_AVERAGING,
-    ),
-]
+
+
+def _network(
+    *,
+    checkpoint: CheckpointArgument,
+    device: DeviceOption = "auto",
+    engine: EngineOption = AUTO,
+    precision: PrecisionOption = AUTO,
+    size: SizeOption = None,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=_AVERAGING)
+    ] = False,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Average over the input size times each of these, for example 0.75,1,1.25.",
+            rich_help_panel=_AVERAGING,
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Do not resize the image (but for --scales): slide a window of this size over it. For images much "
+            "larger than those of training.",
+            rich_help_panel=_AVERAGING,
+        ),
+    ] = None,
+    stride: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="From one window to the next; three quarters of a window unless given.",
+            rich_help_panel=_AVERAGING,
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Average N passes with dropout on, of a network trained with dropout=true (Bayesian SegNet).",
+            rich_help_panel=_AVERAGING,
+        ),
+    ] = 0,
+) -> Segmenter:
+    """The network that the options of a command mean, and how it is applied; says so."""
+    inference = Inference(
+        _numbers("--scales", scales) if scales is not None else (1.0,),
+        flip,
+        None if window is None else sides("--window", window),
+        None if stride is None else sides("--stride", stride),
+        samples,
+    )
+    rung = "tf32" if precision == "tf32" else None
+    model = weights.load(checkpoint, get_device(device), fold=True, rung=rung)
+    segmenter = Segmenter(model, input_size(checkpoint, model, size), inference, engine, precision)
+    say(f"{segmenter}, input {segmenter.size[0]}x{segmenter.size[1]}")
+    return segmenter
+
+
+def _applies_network(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `_network`; it gets the checkpoint's path, and what makes the network ready."""
+    own = [p for p in signature(command).parameters.values() if p.name not in ("checkpoint", "network")]
+    first, *options = signature(_network).parameters.values()
+    named = {option.name for option in (first, *options)}
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: value for name, value in values.items() if name in named}
+        rest = {name: value for name, value in values.items() if name not in named}
+        command(checkpoint=values["checkpoint"], network=partial(_network, **given), **rest)
+
+    merged = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (first, *own, *options)]
+    run.__signature__ = Signature(merged)  # type: ignore[attr-defined]
+    return run
+
 
 BoundaryOption = Annotated[
     Boundary | None,
@@ -100,17 +150,6 @@ PerImageOption = Annotated[
 ]
 
 
-def _inference(flip: bool, scales: str | None, window: str | None, stride: str | None, samples: int) -> Inference:
-    """The options of averaging as one object; ConfigError for text that is no number."""
-    return Inference(
-        _numbers("--scales", scales) if scales is not None else (1.0,),
-        flip,
-        None if window is None else sides("--window", window),
-        None if stride is None else sides("--stride", stride),
-        samples,
-    )
-
-
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -125,19 +164,15 @@ def _style(model: SegNet, opacity: float) -> Style:
 
 
 @app.command(name="eval")
+@_applies_network
 def evaluate_command(
-    checkpoint: CheckpointArgument,
+    *,
+    checkpoint: Path,
+    network: Network,
     data: DataOption,
     split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time, where nothing is averaged.")] = 4,
     boundary: BoundaryOption = None,
-    flip: FlipOption = False,
-    scales: ScalesOption = None,
-    window: WindowOption = None,
-    stride: StrideOption = None,
-    samples: SamplesOption = 0,
     per_image: PerImageOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -149,14 +184,10 @@ def evaluate_command(
 
     IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
     """
-    inference = _inference(flip, scales, window, stride, samples)
-    model = weights.load(checkpoint, get_device(device), fold=True)
-    dataset = VOCDataset(data, split)
-    input_sides = input_size(checkpoint, model, size)
+    segmenter, dataset = network(), VOCDataset(data, split)
+    segmenter.batch = batch
     with evaluation_progress(console, len(dataset)) as advance:
-        evaluation = evaluate(
-            model, dataset, input_sides, batch, advance=advance, inference=inference, boundary=boundary
-        )
+        evaluation = evaluate(segmenter, dataset, boundary, advance=advance)
     console.print(scores_table(evaluation))
     write_per_image(per_image, evaluation)
     write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
@@ -188,17 +219,23 @@ def score_command(
 
 
 @app.command()
+@_applies_network
 def predict(
-    checkpoint: CheckpointArgument,
+    *,
+    checkpoint: Path,
+    network: Network,
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="IMAGES",
             help="Images, folders of images, patterns in quotes ('photos/*.jpg'), videos, or camera (camera:1: the "
             "second one).",
         ),
-    ],
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)],
+    camera: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Also the camera of this number, 0 the first, until Ctrl-C.")
+    ] = None,
     logits: Annotated[
         bool,
         typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes), and the uncertainty as an array."),
@@ -209,13 +246,6 @@ def predict(
     opacity: Annotated[
         float, typer.Option(min=0, max=1, help="Of the class colours over the image in overlays, 0 to 1.")
     ] = 0.55,
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
-    flip: FlipOption = False,
-    scales: ScalesOption = None,
-    window: WindowOption = None,
-    stride: StrideOption = None,
-    samples: SamplesOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Segment images: NAME.png (class indices and a palette) and NAME_overlay.png (with a legend), in the image's size.
@@ -224,31 +254,37 @@ def predict(
 
     With --samples also NAME_uncertainty.png: where the samples disagree.
 
-    Of a video or camera NAME_overlay.mp4. That needs PyAV: pip install 'segnet_scratch\\[video]'.
+    Of a video or camera NAME_overlay.mp4, and the frames per second: of all that is done, and of the network alone.
+    That needs PyAV: pip install 'segnet_scratch\\[video]'.
     """
-    inference = _inference(flip, scales, window, stride, samples)
-    videos = [video for argument in inputs if (video := find_video(argument))]
-    images = find_images([argument for argument in inputs if not find_video(argument)])
+    named = [(argument, find_video(argument)) for argument in inputs or ()]
+    videos = [video for _, video in named if video] + ([camera_video(camera)] if camera is not None else [])
+    if not named and not videos:
+        raise typer.BadParameter("missing argument IMAGES: name images, folders or videos, or give --camera")
+    images = find_images([argument for argument, video in named if not video])
     targets = plan_videos(videos, out)
-    model = weights.load(checkpoint, get_device(device), fold=True)
-    style, input_sides = _style(model, opacity), input_size(checkpoint, model, size)
+    segmenter = network()
+    style = _style(segmenter.model, opacity)
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     stopped = False
     try:
-        for prediction in predict_files(model, images, out, input_sides, style, logits, inference):
-            if prediction.problem:
-                failed.append(prediction.problem)
-                results.append({"image": str(prediction.image), "problem": prediction.problem})
-                continue
-            shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-            say(f"{prediction.files['overlay']}: {shares}")
-            files = {kind: str(path) for kind, path in prediction.files.items()}
-            results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
+        with watched(console, "windows") as watch:
+            segmenter.watch = watch.update
+            for prediction in predict_files(segmenter, images, out, style, logits):
+                if prediction.problem:
+                    failed.append(prediction.problem)
+                    results.append({"image": str(prediction.image), "problem": prediction.problem})
+                    continue
+                shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
+                say(f"{prediction.files['overlay']}: {shares}")
+                files = {kind: str(path) for kind, path in prediction.files.items()}
+                results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
         for video, target in zip(videos, targets, strict=True):
             try:
-                with video_progress(console, video.name) as watch:
-                    written = predict_video(model, video, target, input_sides, style, inference, frames, watch)
+                with video_progress(console, video.name) as show:
+                    segmenter.watch = lambda done, windows: None
+                    written = predict_video(segmenter, video, target, style, frames, show)
             except (DataError, DeviceMemoryError, MemoryError) as error:
                 failed.append(
                     str(error) or f"{video.name}: memory is short; pass a smaller --size or end other programs"
@@ -257,13 +293,17 @@ def predict(
                 continue
             failed += [written.problem] if written.problem else []
             cut = ", stopped by Ctrl-C" if written.interrupted else ", not all of it" if written.problem else ""
-            say(f"{target}: {written.frames} frames, {written.frames_per_second:.1f} frames/s{cut}")
+            rates = (
+                f"{written.frames_per_second:.1f} frames/s, the network alone {written.network_frames_per_second:.1f}"
+            )
+            say(f"{target}: {written.frames} frames, {rates}{cut}")
             results.append(
                 {
                     "video": written.source,
                     "overlay": str(target),
                     "frames": written.frames,
                     "frames_per_second": written.frames_per_second,
+                    "network_frames_per_second": written.network_frames_per_second,
                 }
             )
             stopped = written.interrupted and not video.is_camera  # a camera has no other end
@@ -282,8 +322,11 @@ def predict(
 
 
 @app.command(name="submit")
+@_applies_network
 def submit_command(
-    checkpoint: CheckpointArgument,
+    *,
+    checkpoint: Path,
+    network: Network,
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="The archive, NAME.tar or NAME.tgz, or a folder.")],
     split: Annotated[
@@ -292,13 +335,6 @@ def submit_command(
     competition: Annotated[
         Competition, typer.Option(help="comp5: trained on VOC2012's own data alone. comp6: on other data too.")
     ] = Competition.comp6,
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
-    flip: FlipOption = False,
-    scales: ScalesOption = None,
-    window: WindowOption = None,
-    stride: StrideOption = None,
-    samples: SamplesOption = 0,
 ) -> None:
     """Write the results archive that VOC2012's evaluation server takes, and check it.
 
@@ -307,12 +343,9 @@ def submit_command(
 
     Example: segnet submit runs/voc/best.safetensors --data VOC2012 --out results.tar --flip
     """
-    inference = _inference(flip, scales, window, stride, samples)
-    model = weights.load(checkpoint, get_device(device), fold=True)
-    dataset = VOCDataset(data, split, with_masks=False)
-    input_sides = input_size(checkpoint, model, size)
+    segmenter, dataset = network(), VOCDataset(data, split, with_masks=False)
     with evaluation_progress(console, len(dataset), "segment") as advance:
-        folder = submit(model, dataset, out, input_sides, competition, inference, advance)
+        folder = submit(segmenter, dataset, out, competition, advance)
     say(f"{out}: {len(dataset)} results in {folder}, checked")
 
 
@@ -329,6 +362,8 @@ def report(
         Path | None, typer.Option("--out", help="The page; RUN/report.html unless given.", dir_okay=False)
     ] = None,
     device: DeviceOption = "auto",
+    engine: EngineOption = AUTO,
+    precision: PrecisionOption = AUTO,
 ) -> None:
     """Write one HTML page of a run: curves, scores by class, confusion matrix, best and worst predictions, settings.
 
@@ -339,6 +374,7 @@ def report(
     page = out or run / "report.html"
     with ExitStack() as bars:
         complete = write_report(
-            run, page, data, device, lambda images: bars.enter_context(evaluation_progress(console, images))
+            *(run, page, data, device, engine, precision),
+            lambda images: bars.enter_context(evaluation_progress(console, images)),
         )
     say(f"{page}" if complete else f"{page}: without predictions; --data DIR adds them")

@@ -5,7 +5,7 @@ Also here, each imported by its own name: `verify`, `download`, `convert_masks`,
 
 from segnet_scratch.data.annotations import read_annotation
 from segnet_scratch.data.cache import open_dataset
-from segnet_scratch.data.loader import Batch, Loader, epoch_order, ordered_map, sample_rng
+from segnet_scratch.data.loader import Batch, Loader, epoch_order, in_background, ordered_map, sample_rng
 from segnet_scratch.data.palette import VOC_CLASSES, VOID, colourise, indexed_picture, save_indexed_png, voc_palette
 from segnet_scratch.data.pictures import read_image, read_mask
 from segnet_scratch.data.sample import SAMPLE_CLASSES, draw_sample, write_sample
@@ -40,6 +40,7 @@ __all__ = [
     "draw_sample",
     "epoch_order",
     "find_root",
+    "in_background",
     "indexed_picture",
     "normalise",
     "open_dataset",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat, takewhile
 from time import perf_counter
 from typing import Protocol, TypeVar
 
@@ -69,27 +70,54 @@ def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int,
+    weigh: Callable[[Item], int] = lambda item: 0,
+    most: int = 0,
 ) -> Generator[Result, None, None]:
     """function(item) for every item, in order, computed by threads up to `ahead` items in advance.
 
-    With workers 0 everything runs in the calling thread. An exception of `function` is raised where its
-    result would have come. Closing the iterator drops what has not begun and waits for what has.
+    What items weigh bounds them too: those in advance weigh `most` together, or there is one. With workers 0 everything
+    runs in the calling thread. An exception of `function` or of `items` is raised where its result would have come.
+    Closing the iterator drops what has not begun and waits for what has.
     """
     if workers == 0:
         yield from map(function, items)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="segnet-data")
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Future[Result], int]] = deque()
+    held, fault = 0, None
+    iterator = iter(items)
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            except Exception as error:  # what was asked for before it comes first
+                fault = error
+                break
+            pending.append((pool.submit(function, item), weigh(item)))
+            held += pending[-1][1]
+            while len(pending) > ahead or (held > most and len(pending) > 1):
+                done, weight = pending.popleft()
+                held -= weight
+                yield done.result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
+        if fault is not None:
+            raise fault
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_background(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]:
+    """The items, taken from their iterator by a thread, up to `ahead` of them in advance."""
+    end = object()
+    with closing(ordered_map(lambda _: next(items, end), repeat(None), 1, ahead)) as taken:
+        yield from takewhile(lambda item: item is not end, taken)
 
 
 class Loader:

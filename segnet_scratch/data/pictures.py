@@ -71,6 +71,15 @@ def read_image(path: str | Path, *, for_prediction: bool = False) -> np.ndarray:
     return rgb_pixels(picture)
 
 
+def picture_bytes(path: Path) -> int:
+    """What a picture takes when it is decoded, as its header says; 0 where nothing can be read."""
+    try:
+        with Image.open(path, formats=_PREDICTION_FORMATS) as picture:
+            return 3 * picture.width * picture.height
+    except Exception:  # reading it says what is wrong
+        return 0
+
+
 def orientation(picture: Image.Image) -> tuple[int, str]:
     """EXIF's orientation, 1 (upright) to 8, and what is wrong with the EXIF data: nothing, if it can be read.
 

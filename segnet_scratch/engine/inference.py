@@ -9,9 +9,8 @@ import numpy as np
 
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import CLASSIFIER, check, layers_of, padded, storage, vector
+from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, layers_of, padded, storage, vector
 from segnet_scratch.engine.program import Program
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.nn.modules import ConvUnit
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
@@ -19,6 +18,8 @@ from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
+
+LOWEST = -1e30  # and bfloat16 has it
 
 
 def inference_program(
@@ -60,58 +61,49 @@ def inference_program(
     return program
 
 
-class FusedInference:
-    """Logits of a SegNet, in evaluation mode, for batches of one shape.
+class FoldedWeights:
+    """Weights and biases of a network's convolutions as they are now, in the element type of a rung.
 
-    Takes the weights as they are now, batch norm folded into them in double and rounded once; the model may already be
-    folded, and is left as it is. `rung` is "tf32x3", "tf32" or "bf16".
+    Batch norm is folded into them in double and rounded once; the model may already be folded, and is left as it is.
+    The classifier has outputs beyond the classes, up to whole pieces: their logits are LOWEST, which neither a softmax
+    nor an argmax sees.
     """
 
-    def __init__(self, model: SegNet, batch: int, size: tuple[int, int], rung: str) -> None:
+    def __init__(self, model: SegNet, rung: str) -> None:
         check(model, rung, training=False)
-        self.device, self.classes = model.device, model.classes
-        kernels = Convolutions.on(self.device, rung)
-        self.program = inference_program(model.blocks, model.classes, batch, size, kernels, model.classifier_kernel)
+        self.convolutions, self.channels = Convolutions.on(model.device, rung), padded(model.classes, rung)
+        classifier = np.zeros((self.channels, *model.classifier.weight.shape[1:]))
+        classifier[: model.classes] = model.classifier.weight.numpy()
+        bias = np.full(self.channels, LOWEST)
+        bias[: model.classes] = model.classifier.bias.numpy()
+        given = {CLASSIFIER: (classifier, bias)}
+        given |= {name: unit.folded() for name, unit in model.named_modules(ConvUnit).items()}
+        self.arrays: dict[str, Array] = {}
+        for name, (weight, bias) in given.items():
+            self.arrays[f"{name}.weight"] = model.device.upload(weight.astype(storage(rung)))
+            self.arrays[f"{name}.bias"] = model.device.upload(bias.astype(np.float32))
+
+    @classmethod
+    def of(cls, model: SegNet, precision: str) -> "FoldedWeights":
+        """For one of the settings of `precision`: float32, tf32, bf16."""
+        return cls(model, RUNG_OF_PRECISION[precision])
+
+
+class FusedInference:
+    """Logits of a SegNet, in evaluation mode, for batches of one shape: images (batch, *size, 3) float32."""
+
+    def __init__(self, model: SegNet, weights: FoldedWeights, batch: int, size: tuple[int, int]) -> None:
+        self.device = model.device
+        self.program = inference_program(
+            model.blocks, model.classes, batch, size, weights.convolutions, model.classifier_kernel
+        )
         self.arena = Arena.plan(self.program.lifetimes(kept=("logits",)))
-        arrays = self._weights(model) | self.arena.allocate(self.device)
-        arrays["images"] = self.device.zeros(self.program.given["images"].shape, np.float32)
-        self._images, self._logits = arrays["images"], arrays["logits"]
+        arrays = weights.arrays | self.arena.allocate(self.device)
+        self.images = arrays["images"] = self.device.zeros((batch, *size, 3), np.float32)
+        self._logits = arrays["logits"]
         self._bound = self.program.bind(arrays)
-        self._replay: Callable[[], None] | None = None
 
-    def _weights(self, model: SegNet) -> dict[str, Array]:
-        given: dict[str, np.ndarray] = {
-            f"{CLASSIFIER}.weight": model.classifier.weight.numpy(),
-            f"{CLASSIFIER}.bias": model.classifier.bias.numpy(),
-        }
-        for name, unit in model.named_modules(ConvUnit).items():
-            given[f"{name}.weight"], given[f"{name}.bias"] = unit.folded()
-        arrays = {}
-        for name, values in given.items():
-            target = self.program.given[name]
-            whole = np.zeros(target.shape, target.dtype)  # outputs beyond the classes stay 0
-            whole[: len(values)] = values
-            arrays[name] = self.device.upload(whole)
-        return arrays
-
-    def run(self, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """One pass over what the images hold, op by op."""
+    def run(self, enter: Callable[[str], None] = lambda phase: None) -> Array:
+        """Logits (batch, *size, channels) of what the images hold, op by op; the same array every time."""
         self._bound.run(self.device, enter)
-
-    def __call__(self, images: Array) -> Array:
-        """Logits (batch, *size, channels) of images (batch, *size, 3), float32, on the device. Waits for nothing.
-
-        The first `classes` channels are the logits, in the rung's element type; the same array every time.
-        """
-        if tuple(images.shape) != tuple(self._images.shape) or images.dtype != np.float32:
-            raise ShapeError(
-                f"fused engine: images are {tuple(images.shape)} {images.dtype}, expected {tuple(self._images.shape)} "
-                "float32: it was planned for one shape"
-            )
-        self.device.write(self._images, images)
-        if self._replay is None:
-            self.run()  # loads the kernels, which a graph cannot
-            self._replay = self.device.capture(self.run)
-        else:
-            self._replay()
         return self._logits

@@ -12,13 +12,13 @@ import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.boundary import Boundary
-from segnet_scratch.config import NO_VALIDATION, Config, describe, difference, load_config
+from segnet_scratch.config import AUTO, NO_VALIDATION, Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.extras import require
 from segnet_scratch.files import write_durably
-from segnet_scratch.inference import segment
+from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve
 from segnet_scratch.report.pictures import Example, example
@@ -47,6 +47,8 @@ def write_report(
     out: Path,
     data: Path | None = None,
     device: str = "auto",
+    engine: str = AUTO,
+    precision: str = AUTO,
     progress: Callable[[int], Callable[[int], None]] = lambda images: lambda done: None,
 ) -> bool:
     """Writes the page of a run folder; whether it shows scores by class and predictions, which need the data set.
@@ -69,7 +71,7 @@ def write_report(
     sessions = read_sessions(run)
     data = data or _recorded_data(sessions)
     scored = data if config.val_split != NO_VALIDATION else None
-    validation = None if scored is None else _validate(folder, config, scored, device, progress)
+    validation = None if scored is None else _validate(folder, config, scored, (device, engine, precision), progress)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -126,13 +128,20 @@ def _content(
 
 
 def _validate(
-    folder: RunFolder, config: Config, data: Path, device: str, progress: Callable[[int], Callable[[int], None]]
+    folder: RunFolder,
+    config: Config,
+    data: Path,
+    how: tuple[str, str, str],
+    progress: Callable[[int], Callable[[int], None]],
 ) -> Validation:
     """Scores the best network, and segments the images it does best and worst once more, for their pictures."""
-    model = weights.load(folder.best if folder.best.is_file() else folder.last, get_device(device))
+    device, engine, precision = how
+    checkpoint = folder.best if folder.best.is_file() else folder.last
+    model = weights.load(checkpoint, get_device(device), rung="tf32" if precision == "tf32" else None)
     dataset = VOCDataset(data, config.val_split)
     began = perf_counter()
-    evaluation = evaluate(model, dataset, config.image_size, advance=progress(len(dataset)), boundary=Boundary.csurka)
+    segmenter = Segmenter(model, config.image_size, engine=engine, precision=precision, batch=4)
+    evaluation = evaluate(segmenter, dataset, Boundary.csurka, advance=progress(len(dataset)))
     seconds = perf_counter() - began
     scored = [index for index, image in enumerate(evaluation.per_image) if math.isfinite(image.miou)]
     ranked = sorted(scored, key=lambda index: evaluation.per_image[index].miou)
@@ -142,7 +151,7 @@ def _validate(
         examples = []
         for index in indices:
             image, mask, _ = dataset.sample(index)
-            found = segment(model, image, config.image_size).labels
+            found = segmenter(image).labels
             examples.append(example(evaluation.per_image[index], image, mask, found, dataset.palette))
         return examples
 

@@ -189,6 +189,7 @@ def parse_kernels(source: Source) -> tuple[Kernel, ...]:
         declaration = _line(text, d.parameters.start), source.text[d.parameters], text[d.parameters]
         cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[d.body]))
         cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
+        cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
         kernels[d.name] = Kernel(d.name, source, line, declaration, cooperative)
     return tuple(kernels.values())
 

@@ -13,14 +13,12 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.engine.inference import FusedInference
-from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.extras import require
+from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings
 from segnet_scratch.lab.profile.kernels import kernel_figures
 from segnet_scratch.lab.profile.record import Profile, RangeOf, Recorder
-from segnet_scratch.nn.autograd import Tensor, no_grad
 from segnet_scratch.runtime.devices import Array, Device, NumpyDevice
 from segnet_scratch.runtime.launch import Launch
 from segnet_scratch.runtime.observe import observe
@@ -104,29 +102,19 @@ class Step:
         shape = (work.batch, *work.size)
         images = rng.standard_normal((*shape, 3)).astype(np.float32)
         labels = rng.integers(0, CLASSES, shape).astype(np.uint8)
-        self._training: TrainingStep | None = None
-        self._fused: FusedInference | None = None
-        if not work.inference:
-            self._training = TrainingStep(self.model, work.engine, work.precision)
-            self._training.write(images, labels, 1e-3)
-            return
-        self._images = Tensor(device.upload(images), device)
-        if work.engine == "fused":
-            rung = RUNG_OF_PRECISION[work.precision]
-            self._fused = FusedInference(self.model, work.batch, work.size, rung)
+        self._step: TrainingStep | InferenceStep
+        if work.inference:
+            self._step = InferenceStep(self.model, work.engine, work.precision)
+            self._step.write(images)
+        else:
+            self._step = TrainingStep(self.model, work.engine, work.precision)
+            self._step.write(images, labels, 1e-3)
 
     def run(self, recorder: Recorder) -> None:
         """Makes the step under the eyes of a recorder."""
         recorder.begin_pass()
         with observe(recorder):
-            if self._training is not None:
-                self._training.walk(recorder.enter)
-            elif self._fused is not None:
-                self._fused.run(recorder.enter)
-            else:
-                recorder.enter("forward")
-                with no_grad():
-                    self.model(self._images)
+            self._step.walk(recorder.enter)
 
 
 def count(work: Work) -> tuple[Recorder, dict[str, int], int]:

@@ -23,7 +23,6 @@ from segnet_scratch.ops.cases import (
     values,
 )
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
-from segnet_scratch.ops.loss.confusion import ConfusionAccumulate
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
@@ -215,50 +214,9 @@ class ArgmaxRow(MapRow):
         return self.refused({}, wrong)
 
 
-class ConfusionRow(Row):
-    """Counts of pairs; labels that are no class, void among them, are not counted."""
-
-    name = "confusion_accumulate"
-    op = ConfusionAccumulate
-    exact = True
-    typed = False
-
-    def cases(self) -> list[Case]:
-        sizes = {
-            "size 1": (1, 1),
-            "a pixel less than a block": (255, 21),
-            "a block": (256, 21),
-            "a pixel more": (257, 11),
-            "most classes": (4099, 255),
-            "few classes: many threads add to one count": (5000, 2),
-        }
-        return [Case(reason, {"pixels": p, "classes": k}) for reason, (p, k) in sizes.items()]
-
-    def random_case(self, rng: np.random.Generator) -> Case:
-        pixels, classes = rng.integers(1, (10000, 256))
-        return Case("random", {"pixels": int(pixels), "classes": int(classes)})
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return ConfusionAccumulate.plan(case["pixels"], case["classes"])
-
-    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        pixels, classes = case["pixels"], case["classes"]
-        truth, prediction = rng.integers(0, min(256, classes + 2), (2, pixels)).astype(np.uint8)
-        truth[rng.random(pixels) < 0.1] = VOID
-        return {
-            "truth": truth,
-            "prediction": prediction,
-            "counts": rng.integers(0, 2**40, (classes, classes), np.uint64),
-        }
-
-    def refusals(self) -> list[Refusal]:
-        wrong = {"256 classes": ("256 classes", {"classes": 256}), "no pixels": ("0 pixels", {"pixels": 0})}
-        return self.refused({"pixels": 5, "classes": 5}, wrong)
-
-
 ROWS = (
     *(CrossEntropyRow(CrossEntropyForward, how) for how in (*NORMALISATIONS, "none")),
     *(CrossEntropyRow(CrossEntropyBackward, how) for how in (*NORMALISATIONS, "none")),
     *map(SoftmaxCrossEntropyRow, NORMALISATIONS),
-    *(ArgmaxRow(ArgmaxForward), ConfusionRow()),
+    ArgmaxRow(ArgmaxForward),
 )

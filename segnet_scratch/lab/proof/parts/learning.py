@@ -13,10 +13,10 @@ import numpy as np
 
 from segnet_scratch import recipes
 from segnet_scratch.data import EvalTransform, VOCDataset, write_sample
+from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.steps import StepPart
 from segnet_scratch.lab.proof.work import Tally
-from segnet_scratch.metrics import Scores, scores
-from segnet_scratch.nn.autograd import no_grad
+from segnet_scratch.metrics import Scores, confusion_matrix, scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet
@@ -60,12 +60,8 @@ class Learning(StepPart):
 
 def scores_of(model: SegNet, images: object, labels: np.ndarray) -> Scores:
     """Of images that are on the device."""
-    model.eval()
-    with no_grad():
-        predicted = model(images).numpy().argmax(-1)
-    k, valid = model.classes, labels < model.classes
-    pairs = k * labels[valid].astype(np.int64) + predicted[valid]
-    return scores(np.bincount(pairs, minlength=k * k).reshape(k, k))
+    predicted = model.device.download(InferenceStep(model)(images)).argmax(-1)
+    return scores(confusion_matrix(labels, predicted, model.classes))
 
 
 class Demo(StepPart):

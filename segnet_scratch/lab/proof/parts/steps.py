@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.engine.inference import FusedInference
+from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part, device_of
 from segnet_scratch.lab.proof.parts.repeats import hash_of
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.nn.autograd import no_grad
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic
@@ -165,11 +164,9 @@ class Engine(StepPart):
     def _logits(self, model: SegNet, size: tuple[int, int]) -> float:
         """The largest difference of the fused logits from the layers', relative to the largest logit."""
         images = np.random.default_rng(5).standard_normal((2, *size, 3), np.float32)
-        with no_grad():
-            expected = model(images).numpy()
-        engine = FusedInference(model, 2, size, "tf32x3")
+        steps = InferenceStep(model), InferenceStep(model, "fused", "float32")
         for _ in range(2):  # the second from the graph
-            logits = model.device.download(engine(model.device.upload(images)))[..., :CLASSES]
+            expected, logits = (model.device.download(step(images))[..., :CLASSES] for step in steps)
         return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
