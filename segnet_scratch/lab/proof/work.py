@@ -11,36 +11,42 @@ from segnet_scratch.errors import SegnetError
 
 @dataclass(frozen=True)
 class Effort:
-    """How many of everything. Shapes of ops are random ones, beside the fixed cases of each row."""
+    """How many of everything; quick unless given. Shapes of ops are random ones, beside the fixed cases of each row."""
 
-    shapes: int  # of each op, float32, against the reference
-    doubles: int  # the same in float64
-    integers: int  # shapes of each op that is exact for integers
-    gradients: int  # shapes of each op; 0: as many as suit it
-    kinds: int  # of whole networks
-    networks: int  # seeds of each of them
-    directions: int  # along which the gradient of each of its parameters is taken
-    ordered: int  # shapes of each op, in every order of threads
-    shuffles: int  # orders beside ascending and descending
-    variables: int  # shapes of each op, in builds with unlike automatic variables
-    sanitized: int  # shapes of each op under the sanitizers
-    hostile: int  # inputs of each op that takes hostile ones
-    repeats: int  # of each op
-    steps: int  # of training
-    runs: int  # of these steps
+    shapes: int = 8  # of each op, float32, against the reference
+    doubles: int = 2  # the same in float64
+    integers: int = 5  # shapes of each op that is exact for integers
+    gradients: int = 0  # shapes of each op; 0: as many as suit it
+    kinds: int = 2  # of whole networks
+    networks: int = 1  # seeds of each of them
+    directions: int = 1  # along which the gradient of each of its parameters is taken
+    ordered: int = 2  # shapes of each op, in every order of threads
+    shuffles: int = 2  # orders beside ascending and descending
+    variables: int = 2  # shapes of each op, in builds with unlike automatic variables
+    sanitized: int = 2  # shapes of each op under the sanitizers
+    hostile: int = 25  # inputs of each op that takes hostile ones
+    repeats: int = 10  # of each op
+    steps: int = 3  # of training
+    runs: int = 2  # of these steps
 
 
-QUICK = Effort(
-    *(8, 2, 5),  # values
-    *(0, 2, 1, 1),  # gradients
-    *(2, 2, 2, 2),  # orders, builds
-    *(25, 10, 3, 2),  # hostile inputs, repeats
-)
+QUICK = Effort()
 FULL = Effort(
-    *(500, 100, 100),
-    *(50, 7, 3, 5),
-    *(50, 6, 100, 100),
-    *(200, 250, 50, 3),
+    shapes=500,
+    doubles=100,
+    integers=100,
+    gradients=50,
+    kinds=7,
+    networks=3,
+    directions=5,
+    ordered=50,
+    shuffles=6,
+    variables=100,
+    sanitized=100,
+    hostile=200,
+    repeats=250,
+    steps=50,
+    runs=3,
 )
 
 
