@@ -28,7 +28,7 @@
 template <class Block>
 struct StoredTile {
     static constexpr int STRIDE = Block::COLUMNS + 8;  // 8 rows that a warp writes at once then lie in all banks
-    static constexpr int ACROSS = Block::COLUMNS / PIECE, LANES = THREADS / ACROSS;
+    static constexpr int ACROSS = Block::COLUMNS / PIECE, LANES = Block::THREADS_OF_BLOCK / ACROSS;
     storage_t* numbers;  // (ROWS, STRIDE)
     float* lanes;        // (LANES, COLUMNS): what each thread has summed up
     float* means;        // (COLUMNS)
@@ -242,7 +242,7 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_forward_128x128(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 128, 2>>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 128>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64, 2>>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 64>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -280,11 +280,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
     int tiles, int relu) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 32, 4>>(x, weight, bias, y, partials, pool_codes, g, relu);
+    forward<BlockTile<128, 32>>(x, weight, bias, y, partials, pool_codes, g, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_fuse
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_backward_data_128x128(
     const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
     const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     int below_h, int below_w, int below_relu) {
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 128, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
+    backward_data<BlockTile<128, 128>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     int below_h, int below_w, int below_relu) {
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 64, 2>>(dy, flipped, below, unpool_codes, dr, partials, g);
+    backward_data<BlockTile<128, 64>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     int below_h, int below_w, int below_relu) {
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 32, 4>>(dy, flipped, below, unpool_codes, dr, partials, g);
+    backward_data<BlockTile<128, 32>>(dy, flipped, below, unpool_codes, dr, partials, g);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -365,5 +365,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
     int chunks, int parts_per_chunk) {
     const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    split<BlockTile<128, 64, 2>>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
+    split<BlockTile<128, 64>>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
 }

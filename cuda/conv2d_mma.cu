@@ -66,13 +66,13 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_forward_mma_128x128(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 128, 2>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 128>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 64, 2>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 64>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
@@ -92,11 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, oh, ow, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 32, 4>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+    forward<BlockTile<128, 32>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_forward_mma_elements(
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_forward_mma_elements(
     const storage_t* __restrict__ x,                 // (n, h, w, c)
     const storage_t* __restrict__ weight,            // (o, kh, kw, c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
@@ -109,29 +109,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, GATHER_BLOCKS) conv2d_forw
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x128(
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x128(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 128, 2>>(
+    block_backward_weight<BlockTile<128, 128>>(
         x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_backward_weight_mma_128x64(
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x64(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
     int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 64, 2>>(
+    block_backward_weight<BlockTile<128, 64>>(
         x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, GATHER_WEIGHT_BLOCKS) conv2d_backward_weight_mma_elements(
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_WEIGHT_BLOCKS) conv2d_backward_weight_mma_elements(
     const storage_t* __restrict__ x,      // (n, h, w, c)
     const storage_t* __restrict__ dy,     // (n, oh, ow, o)
     accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)

@@ -23,6 +23,7 @@ from support.kernels import (
     valid_call,
     written_kernel,
 )
+from support.tensor_core import multiply_add
 
 from segnet_scratch.errors import CompileError, DTypeError, KernelFault, LaunchError, ShapeError
 from segnet_scratch.lab.proof.misuse import MISUSES
@@ -103,8 +104,7 @@ def test_products_of_random_descriptors(a_mn, b_mn, options):
         for case in range(cases):
             a = operand(image, *numbers[case, :3], a_mn, 64)
             b = operand(image, *numbers[case, 3:], b_mn, n)
-            for k in range(16):  # one by one, k ascending
-                expected[case] += a[:, k, None] * b[None, :, k]
+            expected[case] = multiply_add(a, b.T, expected[case])
         name = f"products_{'km'[a_mn]}{'km'[b_mn]}"
         run(
             *(name, image.view(np.uint8), numbers, accumulate, sums, cases, IMAGE, n),

@@ -20,22 +20,26 @@ SOURCE = find_kernel("conv2d_forward_mma_128x128").source
 ALL = tuple(filter(SOURCE.compiles_for, ARCHITECTURES))
 CHOSEN = ALL if FULL else ("sm_80", "sm_90", "sm_120")
 FUSED_CHOSEN = ALL if FULL else ("sm_90",)  # large: a quarter of a minute for each
-# The rows and columns of a warp's tile, and of its block's.
-TILES = {
-    "conv2d_forward_mma_128x128": (64, 64, 128, 128),
-    "conv2d_forward_mma_128x64": (64, 32, 128, 64),
-    "conv2d_forward_mma_128x32": (32, 32, 128, 32),
-    "conv2d_backward_weight_mma_128x128": (64, 64, 128, 128),
-    "conv2d_backward_weight_mma_128x64": (64, 32, 128, 64),
-    "conv2d_fused_forward_128x128": (64, 64, 128, 128),
-    "conv2d_fused_forward_128x64": (64, 32, 128, 64),
-    "conv2d_fused_forward_128x32": (32, 32, 128, 32),
-    "conv2d_fused_split_128x64": (64, 32, 128, 64),
-    "conv2d_fused_backward_data_128x128": (64, 64, 128, 128),
-    "conv2d_fused_backward_data_128x64": (64, 32, 128, 64),
-    "conv2d_fused_backward_data_128x32": (32, 32, 128, 32),
+COLUMNS = {  # of a block's tile, whose rows are 128
+    "conv2d_forward_mma_128x128": 128,
+    "conv2d_forward_mma_128x64": 64,
+    "conv2d_forward_mma_128x32": 32,
+    "conv2d_backward_weight_mma_128x128": 128,
+    "conv2d_backward_weight_mma_128x64": 64,
+    "conv2d_fused_forward_128x128": 128,
+    "conv2d_fused_forward_128x64": 64,
+    "conv2d_fused_forward_128x32": 32,
+    "conv2d_fused_split_128x64": 64,
+    "conv2d_fused_backward_data_128x128": 128,
+    "conv2d_fused_backward_data_128x64": 64,
+    "conv2d_fused_backward_data_128x32": 32,
 }
-STEPS, THREADS = 4, 128  # instructions deep is a stage; threads of a block
+# Rows and columns of a warp's tile, by those columns and the threads of a block.
+WARP_TILES = {
+    (128, 128): (64, 64), (64, 128): (64, 32), (32, 128): (32, 32),
+    (128, 256): (64, 32), (64, 256): (32, 32), (32, 256): (16, 32),
+}  # fmt: skip
+STEPS, STEPS_OF_PART = 4, 2  # instructions deep is a stage, is what tensor cores add up of float32
 
 
 LOOP = """
@@ -64,31 +68,36 @@ def chosen_for(kernel):
 
 @needs_disassembler
 @pytest.mark.parametrize("element", SOURCE.elements)
-@pytest.mark.parametrize(("kernel", "architecture"), [(k, a) for k in TILES for a in chosen_for(k)])
+@pytest.mark.parametrize(("kernel", "architecture"), [(k, a) for k in COLUMNS for a in chosen_for(k)])
 def test_main_loop(kernel, element, architecture):
     loop = Counter(loops_of(find_kernel(kernel).source, element, architecture)[kernel])
-    rows, columns, block_rows, block_columns = TILES[kernel]
+    threads = 256 if element == "tf32x3" else 128
+    rows, columns = WARP_TILES[COLUMNS[kernel], threads]
+    strict = element == "tf32x3"
+    steps = STEPS_OF_PART if strict else STEPS  # of float32 a stage is a loop
 
     def count(prefix):
         return sum(n for name, n in loop.items() if name.startswith(prefix))
 
     # Every product of the stage, unrolled, on tensor cores.
-    products = rows // 16 * columns // 8 * STEPS * (3 if element == "tf32x3" else 1)
+    products = rows // 16 * columns // 8 * steps * (3 if strict else 1)
     assert count("HMMA") == products
     assert loop["HMMA.16816.F32.BF16" if element == "bf16" else "HMMA.1688.F32.TF32"] == products
 
-    # Fragments: four matrices a load; tf32 with its depth running down is loaded number by number, without conflicts.
+    # Fragments: four matrices, or of tf32 with its depth running down four numbers, a load.
     fragments = rows // 16 * 4 + columns // 8 * 2
     if "weight" in kernel and element != "bf16":
         assert count("LDSM") == 0
-        assert loop["LDS"] == fragments * STEPS
+        assert loop["LDS.128"] == fragments // 4 * steps
     else:
-        assert loop["LDSM.16.MT88.4" if "weight" in kernel else "LDSM.16.M88.4"] == fragments // 4 * STEPS
-        assert count("LDSM") == fragments // 4 * STEPS
-        assert loop["LDS"] == 0
+        assert loop["LDSM.16.MT88.4" if "weight" in kernel else "LDSM.16.M88.4"] == fragments // 4 * steps
+        assert count("LDSM") == fragments // 4 * steps
+    assert loop["LDS"] == 0
+    # The small part of every number, and the sums that ordinary additions take over.
+    assert loop["FADD"] == (fragments * steps + rows * columns // 32 if strict else 0)
 
     # Copies: 16 bytes each, past the registers. Nothing else comes from global memory.
-    assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (block_rows + block_columns) * 8 // THREADS
+    assert count("LDGSTS") == loop["LDGSTS.E.BYPASS.128"] == (128 + COLUMNS[kernel]) * 8 // threads
     assert count("LDG.") == count("STS.U") == 0
 
     assert count("BAR") == 1, "one barrier a stage"

@@ -25,10 +25,10 @@ from segnet_scratch.lab.proof.problems import NETWORKS
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import FULL, QUICK, Tally, Work
-from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions, sanitizer_runtime
 from segnet_scratch.runtime.launch import shipped_kernels
+from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 from segnet_scratch.runtime.source import shipped_sources
 
 pytestmark = needs_compiler

@@ -6,6 +6,7 @@ The layouts of the fragments are written down here a second time, from NVIDIA's 
 import numpy as np
 import pytest
 from support.kernels import line_of, needs_compiler, run
+from support.tensor_core import multiply_add
 
 from segnet_scratch.errors import KernelFault
 from segnet_scratch.runtime import host
@@ -140,9 +141,30 @@ class TestProducts:
             a, b = representable(rng, (16, 8 * pack), pack), representable(rng, (8 * pack, width), pack)
             d = rng.standard_normal((16, width)).astype(F32)
             got = self.multiply(a, b, d, pack, **options)
+            np.testing.assert_array_equal(got, multiply_add(a, b, d))
             a, b, d = (m.astype(np.float64) for m in (a, b, d))
-            bound = (8 * pack + 1) * np.finfo(F32).eps / 2 * (np.abs(a) @ np.abs(b) + np.abs(d))
+            bound = (8 * pack + 1) * np.finfo(F32).eps * (np.abs(a) @ np.abs(b) + np.abs(d))
             assert (np.abs(got - (a @ b + d)) <= bound).all()
+
+    @pytest.mark.parametrize("pack", [1, 2], ids=["tf32", "bf16"])
+    def test_bits_are_cut_off_as_measured(self, pack):
+        """What was published of an H100: 25 bits below the largest term, of a product as of the sum; then 23."""
+        depth, unit = 8 * pack, np.ldexp(F32(1), -23)
+
+        def total(d, *factors):
+            a, b, sums = np.zeros((16, depth), F32), np.zeros((depth, 8), F32), np.full((16, 8), d, F32)
+            for k, (left, right) in enumerate(factors):
+                a[:, k], b[k] = left, right
+            return self.multiply(a, b, sums, pack)[0, 0]
+
+        tiny = (F32(2.0**-12), F32(2.0**-13))  # a product of 2^-25: a quarter of a unit of 1
+        assert total(1, *[tiny] * 3) == 1
+        assert total(1, *[tiny] * 4) == 1 + unit, "three bits are there until the total is cut off"
+        assert total(1, *[(tiny[0], tiny[1] / 2)] * depth) == 1, "what lies below is not"
+        assert total(-1, *[(-tiny[0], tiny[1])] * 7) == -1 - unit, "towards zero, whatever the sign"
+        assert total(0, (1, 1), *[(tiny[0], tiny[1] / 2)] * 7) == 1, "a product as the largest term"
+        assert total(0, (1.5, 1.5), (tiny[0] * 2, tiny[1] / 2)) == 2.25, "2.25 as a product has the exponent of 1"
+        assert total(-1, (1, 1), tiny) == tiny[0] * tiny[1], "what cancels leaves the bits below"
 
     @pytest.mark.parametrize("pack", [1, 2], ids=["tf32", "bf16"])
     def test_one_number_at_a_time(self, pack):

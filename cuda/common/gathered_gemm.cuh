@@ -17,14 +17,15 @@
 #pragma once
 #include "implicit_gemm.cuh"
 
+#define GATHER_THREADS 128
 #define GATHER_BLOCKS (MULTIPLY == TF32X3 ? 3 : 4)  // on a multiprocessor; three where 128 registers do not suffice
-#define GATHER_WEIGHT_BLOCKS 3
+#define GATHER_WEIGHT_BLOCKS (MULTIPLY == TF32X3 ? 2 : 3)
 #define WORD_NUMBERS (4 / (int)sizeof(storage_t))   // in a register of a fragment
 
 template <int ROWS, int COLUMNS>
-struct GatherTile : BlockTile<ROWS, COLUMNS, THREADS / WARP> {
+struct GatherTile : BlockTile<ROWS, COLUMNS, GATHER_THREADS, 1> {
     static constexpr bool GATHERED = true;
-    static constexpr int SHARED = 2 * BlockTile<ROWS, COLUMNS, THREADS / WARP>::STAGE_BYTES;
+    static constexpr int SHARED = 2 * BlockTile<ROWS, COLUMNS>::STAGE_BYTES;
 };
 
 // A position of the depth: how far its number lies from where a patch begins, and which taps must lie inside the image.
@@ -69,7 +70,7 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
         patches[i] = patch_of(g, order.at(within, first_row + row < rows));
     }
 
-    constexpr int LANES = THREADS / STEP_DEPTH;
+    constexpr int LANES = GATHER_THREADS / STEP_DEPTH;
     const int lane = threadIdx.x / STEP_DEPTH, first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int k0 = 0; k0 < depth; k0 += DEPTH) {
         const int end = min(DEPTH, (depth - k0 + STEP_DEPTH - 1) / STEP_DEPTH * STEP_DEPTH);
@@ -92,9 +93,8 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
                 f.a[i / 4][i % 4] = fragment_word([&](int j) {
                     return own[i % 4 / 2 * (STEP_DEPTH / 2) + j].number(images, patches[i / 4 * 2 + i % 2]);
                 });
-#pragma unroll
-            for (int n = 0; n < Tile::N; n += 2) DepthContiguous::load_right(f.b[n], f.b[n + 1], stage, 8 * n, step);
-            tile.add_product(f);
+            DepthContiguous::load(f.b, stage, 0, step);
+            tile.add_step(f);
         }
     }
 }
@@ -104,11 +104,11 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
 template <int UNIT, int COLUMNS>
 __device__ void copy_gradients(char* stage, const storage_t* __restrict__ dy, const Convolution& g, const WeightChunk& chunk,
                                int pixel0, int first_channel) {
-    constexpr int LANES = THREADS * UNIT / COLUMNS;
+    constexpr int LANES = GATHER_THREADS * UNIT / COLUMNS;
     const int number = threadIdx.x * UNIT % COLUMNS, output = first_channel + number;
 #pragma unroll 8
     for (int i = threadIdx.x * UNIT / COLUMNS; i < DEPTH; i += LANES) {
-        char* const to = stage + DepthDown<COLUMNS>::offset(i, number / PIECE);
+        char* const to = stage + DepthDown<COLUMNS, COLUMNS>::offset(i, number / PIECE);
         const storage_t* const from = dy + (chunk.first_pixel + pixel0 + i) * g.o + output;
         const bool exists = pixel0 + i < chunk.count && output < g.o;
         if constexpr (UNIT == PIECE)
@@ -126,9 +126,9 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
                                              int64 pixels_per_chunk) {
     constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS, STAGE_BYTES = COLUMNS * DEPTH_BYTES, STRIDE = ROWS + 1;
     typedef WarpTile<ROWS, COLUMNS> Tile;
-    typedef DepthDown<COLUMNS> Right;
+    typedef DepthDown<COLUMNS, COLUMNS> Right;
     static_assert(STAGES * STAGE_BYTES <= Block::SHARED && COLUMNS * STRIDE * sizeof(float) <= Block::SHARED, "no room");
-    static_assert(THREADS / WARP * STEP_BYTES == DEPTH_BYTES, "a step for each warp");
+    static_assert(GATHER_THREADS / WARP * STEP_BYTES == DEPTH_BYTES, "a step for each warp");
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);
 
@@ -140,7 +140,7 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
     for (int i = 0; i < 2 * Tile::M; ++i) positions[i] = Position::at(g, first_row + Tile::row(i / 2, i % 2 * 2));
 
     auto begin = [&](int part, int stage) {
-        for (int i = threadIdx.x; i < DEPTH; i += THREADS) patches[stage][i] = chunk.patch(g, part * DEPTH + i);
+        for (int i = threadIdx.x; i < DEPTH; i += GATHER_THREADS) patches[stage][i] = chunk.patch(g, part * DEPTH + i);
         char* const to = stages + stage * STAGE_BYTES;
         if (g.o % PIECE == 0)
             copy_gradients<PIECE, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_channel);
@@ -155,25 +155,23 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
         for (int i = 0; i < 4 * Tile::M; ++i)
             f.a[i / 4][i % 4] = fragment_word(
                 [&](int j) { return positions[i / 4 * 2 + i % 2].number(images, own[i % 4 / 2 * (STEP_DEPTH / 2) + j]); });
-#pragma unroll
-        for (int n = 0; n < Tile::N; n += 2)
-            Right::load_right(f.b[n], f.b[n + 1], stages + stage * STAGE_BYTES, 8 * n, warp_index());
-        tile.add_product(f);
+        Right::load(f.b, stages + stage * STAGE_BYTES, 0, warp_index());
+        tile.add_step(f);
     });
 
     float* const sums = (float*)stages;  // (COLUMNS, ROWS)
-    for (int warp = 0; warp < THREADS / WARP; ++warp) {
+    for (int warp = 0; warp < GATHER_THREADS / WARP; ++warp) {
         __syncthreads();  // the last stage has been read, or the sums of the warp before are there
         if (warp_index() == warp)
 #pragma unroll
             for (int i = 0; i < 4 * Tile::M * Tile::N; ++i) {
                 const int m = i / 4 / Tile::N, n = i / 4 % Tile::N;
-                float* const sum = sums + Tile::column(n, i % 4) * STRIDE + Tile::row(m, i % 4);
+                float* const sum = sums + Right::template column<Tile::N>(n, i % 4) * STRIDE + Tile::row(m, i % 4);
                 *sum = (warp == 0 ? 0 : *sum) + tile.sums[m][n][i % 4];
             }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += THREADS) {
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += GATHER_THREADS) {
         const int row = first_row + i % ROWS, column = first_channel + i / ROWS;
         if (row < depth && column < g.o)
             partials[((int64)blockIdx.z * g.o + column) * depth + row] = sums[i / ROWS * STRIDE + i % ROWS];

@@ -2,9 +2,10 @@
 //
 // The sums of a warpgroup leave its threads with the first product that adds to them, and come back with the wait that
 // covers the last one; in between the threads hold NaN. A product is computed at that wait: then it reads its operands.
-// Products of bfloat16 are exact in float; they are added one by one, k ascending, each sum rounded to nearest.
+// How products are added: host_tensor_core.h.
 #pragma once
 #include "host_hopper.h"
+#include "host_tensor_core.h"
 
 namespace host {
 
@@ -89,13 +90,10 @@ void compute(const Product& product) {
     load_operand(product.b, product.place, b);
     float* const sums = product.sums->values.data();
     if (!product.accumulate) std::memset(sums, 0, sizeof(float) * 64 * N);
-    typedef float Row __attribute__((vector_size(32), aligned(4)));
     for (int row = 0; row < 64; ++row)
         for (int column = 0; column < N; column += 8) {
             Row& sum = *reinterpret_cast<Row*>(sums + row * N + column);
-            Row value = sum;
-            for (int k = 0; k < 16; ++k) value += a[k * 64 + row] * *reinterpret_cast<const Row*>(b + k * N + column);
-            sum = value;
+            sum = tensor_core_sum<16>(sum, a + row, 64, b + column, N);
         }
 }
 

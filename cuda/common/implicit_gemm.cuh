@@ -3,7 +3,7 @@
 //   fprop  y (pixels, o)          = patches (pixels, kh kw c)  x  weight^T (kh kw c, o)
 //   wgrad  dweight^T (kh kw c, o) = patches^T (kh kw c, pixels)  x  dy (pixels, o), the pixels split into chunks
 //
-// A block of 128 threads, four warps, computes a tile of the product. Both factors pass through shared memory in stages
+// A block of four warps (eight in float32) computes a tile of the product. Both factors pass through shared memory in stages
 // of 128 bytes of depth (32 float32 or 64 bfloat16), copied two stages ahead of the arithmetic, so that the latency of
 // global memory is hidden. How operands lie in shared memory and reach the registers: warp_tile.cuh.
 //
@@ -18,9 +18,11 @@
 #include "piece.cuh"
 #include "warp_tile.cuh"
 
-#define THREADS 128
+// A warp's tile is at most 64 x 64 (128 sums a thread), and half of that in float32, which needs registers for parts of sums.
+constexpr int THREADS = MULTIPLY == TF32X3 ? 256 : 128;
+constexpr int BLOCKS = 2;  // on a multiprocessor: more have no room for their stages, so registers need not be saved for them
+constexpr int WIDE_BLOCKS = 256 / THREADS;  // of 128 x 128, and of wgrad
 #define STAGES 3
-#define BLOCKS 2  // on a multiprocessor: more have no room for their stages, so registers need not be saved for them
 
 struct Convolution {
     int n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x;
@@ -123,10 +125,11 @@ __device__ void run_pipeline(int parts, Begin begin, Multiply multiply) {
 }
 
 // How the tile of a block is dealt to its warps.
-template <int ROWS_, int COLUMNS_, int WARPS_DOWN_>
+template <int ROWS_, int COLUMNS_, int THREADS_ = THREADS, int MOST_ACROSS = THREADS_ / 64>
 struct BlockTile {
-    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_DOWN = WARPS_DOWN_;
-    static constexpr int WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, THREADS_OF_BLOCK = THREADS_;
+    static constexpr int WARPS_ACROSS = COLUMNS / 32 < MOST_ACROSS ? COLUMNS / 32 : MOST_ACROSS;
+    static constexpr int WARPS_DOWN = THREADS_ / WARP / WARPS_ACROSS;
     static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * DEPTH_BYTES, SHARED = STAGES * STAGE_BYTES;
     static constexpr bool GATHERED = false;  // gathered_gemm.cuh
@@ -138,6 +141,7 @@ struct BlockTile {
 
 struct ForwardOperands {
     typedef DepthContiguous Left, Right;
+    static constexpr bool MOVED = false;
 };
 
 // The product of fprop: rows are pixels from blockIdx.x * ROWS on, columns outputs from blockIdx.y * COLUMNS on. Of the
@@ -188,10 +192,11 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
     });
 }
 
-template <int COLUMNS>
+template <class Block>
 struct WeightOperands {
-    typedef DepthDown<128> Left;
-    typedef DepthDown<COLUMNS> Right;
+    typedef DepthDown<Block::ROWS, Block::WARP_ROWS> Left;
+    typedef DepthDown<Block::COLUMNS, Block::WARP_COLUMNS> Right;
+    static constexpr bool MOVED = true;
 };
 
 // The pixels of chunk blockIdx.z.
@@ -215,6 +220,8 @@ template <class Block>
 __device__ void block_backward_weight(const storage_t* __restrict__ x, const storage_t* __restrict__ dy,
                                       accumulate_t* __restrict__ partials, const Convolution& g, int64 pixels_per_chunk) {
     constexpr int ROWS = Block::ROWS, COLUMNS = Block::COLUMNS;
+    typedef typename WeightOperands<Block>::Left Left;
+    typedef typename WeightOperands<Block>::Right Right;
     SHARED_DYNAMIC(char, stages);
     SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);  // of the pixels of a part of the depth, a part ahead of the copies
     // Of every LANES-th pixel this thread copies one piece of the patches, another of dy.
@@ -240,13 +247,13 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
 #pragma unroll
         for (int i = threadIdx.x * PIECE / ROWS; i < DEPTH; i += LEFT_LANES) {
             const Patch patch = patches[stage][i];
-            copy_piece(left + DepthDown<ROWS>::offset(i, left_number / PIECE), shifted + patch.offset, x, patch.inside(bits));
+            copy_piece(left + Left::offset(i, left_number / PIECE), shifted + patch.offset, x, patch.inside(bits));
         }
         char* const right = left + ROWS * DEPTH_BYTES;
 #pragma unroll
         for (int i = threadIdx.x * PIECE / COLUMNS; i < DEPTH; i += RIGHT_LANES) {
             const int pixel = part * DEPTH + i;
-            copy_piece(right + DepthDown<COLUMNS>::offset(i, right_number / PIECE), gradients + (int64)pixel * g.o, dy,
+            copy_piece(right + Right::offset(i, right_number / PIECE), gradients + (int64)pixel * g.o, dy,
                        pixel < chunk.count && output < g.o);
         }
         // Into the slot that was read STAGES - 1 parts and at least a barrier ago; it is read next after another barrier.
@@ -255,22 +262,28 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
     typename Block::Tile tile;
     run_pipeline(chunk.parts(), begin, [&](int stage) {
         const char* const operands = stages + stage * Block::STAGE_BYTES;
-        add_stage<WeightOperands<COLUMNS>>(tile, operands, operands + ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
+        add_stage<WeightOperands<Block>>(tile, operands, operands + ROWS * DEPTH_BYTES, Block::row0(), Block::column0());
     });
 
-    accumulate_t* const partial = partials + (int64)blockIdx.z * g.o * depth;
+    constexpr int M = Block::Tile::M, N = Block::Tile::N;
 #pragma unroll
-    for (int n = 0; n < tile.N; ++n)
+    for (int k = 0; k < 2 * N; ++k) {
+        const int n = k / 2, j = k % 2, column = first_channel + Block::column0() + Right::template column<N>(n, j);
+        if (column >= g.o) continue;
+        accumulate_t* const partial = partials + ((int64)blockIdx.z * g.o + column) * depth;
+        auto sum = [&](int m, int i) { return tile.sums[m][n][2 * i + j]; };
+        auto row = [&](int m, int i) { return first_row + Block::row0() + Left::template row<M>(m, 2 * i); };
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int column = first_channel + Block::column0() + tile.column(n, j);
-            if (column >= g.o) continue;
+        for (int m = 0; m < M; m += 2)
+            if constexpr (Left::ADJACENT) {
+                const Values four = {{sum(m, 0), sum(m, 1), sum(m + 1, 0), sum(m + 1, 1)}};
+                if (row(m, 0) < depth) store_piece((storage_t*)partial + row(m, 0), piece_of(four));
+            } else {
 #pragma unroll
-            for (int i = 0; i < 2 * tile.M; ++i) {
-                const int row = first_row + Block::row0() + tile.row(i / 2, i % 2 * 2);
-                if (row < depth) partial[(int64)column * depth + row] = tile.sums[i / 2][n][i % 2 * 2 + j];
+                for (int i = 0; i < 4; ++i)
+                    if (row(m + i / 2, i % 2) < depth) partial[row(m + i / 2, i % 2)] = sum(m + i / 2, i % 2);
             }
-        }
+    }
 }
 
 struct __align__(2 * sizeof(storage_t)) Pair {

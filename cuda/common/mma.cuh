@@ -19,10 +19,8 @@
 //       Of 32-bit numbers a row holds four, and the lane receives (row g, column t): a and b of tf32.
 //   ldmatrix_x4_trans   the same of the transposed matrices: lane l receives (rows 2t, 2t + 1, column g), 16 bits only
 //
-// Products are exact (11 x 11 or 8 x 8 bits). In which order and with how many bits a tensor core adds them to d is not
-// documented; measurements (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021) found
-// sums of aligned, truncated terms. The host adds them one by one, k ascending, each sum rounded to nearest. Results of
-// host and GPU therefore differ within the error bound of a float32 sum, which is the same for every order.
+// Products are exact (11 x 11 or 8 x 8 bits). They are added to d with bits cut off, not rounded, in a way that is not
+// documented and differs between generations of GPUs; the host does what was measured of one (host_tensor_core.h).
 #pragma once
 #include "warp.cuh"
 
@@ -42,6 +40,7 @@ __device__ inline unsigned to_tf32(float value) {
 #endif
 
 #ifdef SEGNET_HOST
+#include "host_tensor_core.h"
 
 namespace host {
 
@@ -57,8 +56,6 @@ float operand(unsigned bits, int i) {
     return __uint_as_float(PACK == 1 ? bits & 0xFFFFE000 : i == 0 ? bits << 16 : bits & 0xFFFF0000);
 }
 
-typedef float Row __attribute__((vector_size(32)));  // 8 columns: loops over them are not always vectorised
-
 // Gathers the fragments of 32 lanes, multiplies, scatters. PACK numbers lie in a register; N fragments b meet one a.
 template <int PACK, int N>
 void multiply(Product* const* lanes) {
@@ -70,15 +67,17 @@ void multiply(Product* const* lanes) {
             a[row][column] = operand<PACK>(lanes[lane]->a[i / PACK], i % PACK);
         }
     for (int n = 0; n < N; ++n) {
-        Row b[DEPTH], d[16];
+        float b[DEPTH][8], d[16][8];
         for (int lane = 0; lane < 32; ++lane) {
             const int g = lane / 4, t = lane % 4;
             for (int i = 0; i < 2 * PACK; ++i)
                 b[PACK * (t + i / PACK * 4) + i % PACK][g] = operand<PACK>(lanes[lane]->b[n][i / PACK], i % PACK);
             for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = lanes[lane]->d[n][i];
         }
-        for (int row = 0; row < 16; ++row)
-            for (int k = 0; k < DEPTH; ++k) d[row] += a[row][k] * b[k];  // exact products: as if fused
+        for (auto& row : d) {
+            Row& sums = *reinterpret_cast<Row*>(row);
+            sums = tensor_core_sum<DEPTH>(sums, a[&row - d], 1, b[0], 8);
+        }
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) lanes[lane]->d[n][i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
     }

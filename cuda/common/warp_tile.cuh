@@ -5,8 +5,9 @@
 //
 //   TF32    float32 rounded to tf32, 11 significant bits: a relative error of up to 2^-11 for each factor
 //   TF32X3  a float32 is the sum of two tf32, big and small, but for 2^-22 of it; of the four products of a pair the
-//           three larger ones are added: nearly float32's accuracy for three instructions instead of one. (An infinite
-//           factor gives NaN, since its small part is infinity - infinity.)
+//           three larger ones are added: float32's accuracy for three instructions instead of one. (An infinite factor
+//           gives NaN, since its small part is infinity - infinity.) Tensor cores add with bits cut off, which over
+//           4608 terms would cost 30 times what roundings do: they add 16 terms of a sum, ordinary additions the rest.
 //   BF16    bfloat16 as stored
 //
 // All three consume 32 bytes of depth an instruction, 8 float32 or 16 bfloat16, and hold the same number of registers,
@@ -38,6 +39,7 @@ struct WarpTile {
     __device__ static int row(int m, int i) { return 16 * m + warp_lane() / 4 + i / 2 * 8; }
     __device__ static int column(int n, int i) { return 8 * n + 2 * (warp_lane() % 4) + i % 2; }
 
+    template <bool MOVED = false>  // do the numbers change their registers when they are rounded?
     __device__ void add_product(Step& f) {
         if constexpr (MULTIPLY == TF32X3) {
             unsigned small_b[N][2];
@@ -54,9 +56,9 @@ struct WarpTile {
             }
         } else if constexpr (MULTIPLY == TF32) {
 #pragma unroll
-            for (int i = 0; i < 4 * M; ++i) f.a[i / 4][i % 4] = to_tf32(__uint_as_float(f.a[i / 4][i % 4]));
+            for (int i = 0; i < 4 * M; ++i) f.a[i / 4][i % 4] = rounded<MOVED>(f.a[i / 4][i % 4]);
 #pragma unroll
-            for (int i = 0; i < 2 * N; ++i) f.b[i / 2][i % 2] = to_tf32(__uint_as_float(f.b[i / 2][i % 2]));
+            for (int i = 0; i < 2 * N; ++i) f.b[i / 2][i % 2] = rounded<MOVED>(f.b[i / 2][i % 2]);
 #pragma unroll
             for (int m = 0; m < M; ++m) mma_m16n8k8_tf32(sums[m], f.a[m], f.b);
         } else {
@@ -65,102 +67,191 @@ struct WarpTile {
         }
     }
 
+    // The product of a step by itself, its sum taken over at once where tensor cores are not to add up more.
+    __device__ void add_step(Step& f) {
+        if constexpr (MULTIPLY == TF32X3) {
+            WarpTile part;
+            part.add_product(f);
+            add(part);
+        } else {
+            add_product(f);
+        }
+    }
+    __device__ void add(const WarpTile& other) {
+#pragma unroll
+        for (int i = 0; i < M * N * 4; ++i) sums[i / 4 / N][i / 4 % N][i % 4] += other.sums[i / 4 / N][i / 4 % N][i % 4];
+    }
+
 private:
-    // float32 in, its big part out.
+    // To tf32, of which the tensor core ignores the low bits. to_tf32 is an addition in place, under a predicate; what
+    // must move as well, as pieces of wgrad do, is there with a sum of two.
+    template <bool MOVED>
+    __device__ static unsigned rounded(unsigned bits) {
+        const float number = __uint_as_float(bits);
+        return MOVED ? bits + (number == number ? 0x1000 : 0) : to_tf32(number);
+    }
+    // float32 in, its big part out. Of the small part, 12 bits and a sign, the tensor core takes the first 11. A NaN need
+    // not be one in its big part, since it is one in its small part.
     template <int COUNT>
     __device__ static void split(unsigned (&numbers)[COUNT], unsigned (&small)[COUNT]) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const float number = __uint_as_float(numbers[i]);
-            numbers[i] = to_tf32(number);
-            small[i] = to_tf32(number - __uint_as_float(numbers[i]));
+            numbers[i] = (numbers[i] + 0x1000) & 0xFFFFE000;
+            small[i] = __float_as_uint(number - __uint_as_float(numbers[i]));
         }
     }
 };
 
 #define STEP_BYTES 32                                     // of depth: one instruction
 #define STEP_DEPTH (STEP_BYTES / (int)sizeof(storage_t))  // numbers
+#define STEPS_OF_PART 2                                   // of float32: what tensor cores add up
 #define DEPTH_BYTES 128                                   // of depth: one stage of the pipeline
 #define DEPTH (DEPTH_BYTES / (int)sizeof(storage_t))      // numbers
 
-// An operand with its depth contiguous: rows of 128 bytes, the 8 pieces of each exchanged by the row's number, so that
-// 8 threads that write a row, and the 8 rows of a matrix that ldmatrix reads, lie in all 32 banks.
+// How an operand lies in shared memory, and which of its rows (columns, of the right factor) a thread holds:
+//
+//   load(a, operand, row, step)      fragments a of M times 16 rows from `row` on, in `step` of the stage
+//   load(b, operand, column, step)   fragments b of N times 8 columns
+//   row(m, i), column<N>(n, i)       of sums[m][n][i], in the warp's tile
+
+// The depth is contiguous: rows of 128 bytes, the 8 pieces of each exchanged by the row's number, so that 8 threads that
+// write a row, and the 8 rows of a matrix that ldmatrix reads, lie in all 32 banks.
 struct DepthContiguous {
     __device__ static int offset(int row, int piece) { return row * DEPTH_BYTES + ((piece ^ (row & 7)) * PIECE_BYTES); }
 
-    // Fragment a of 16 rows from `row` on (left) or fragments b of two times 8 (right), in `step` of the stage.
-    __device__ static void load_left(unsigned (&a)[4], const char* operand, int row, int step) {
+    template <int M>
+    __device__ static void load(unsigned (&a)[M][4], const char* operand, int row, int step) {
         const int lane = warp_lane();
-        ldmatrix_x4(a[0], a[1], a[2], a[3], operand + offset(row + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+            ldmatrix_x4(a[m][0], a[m][1], a[m][2], a[m][3], operand + offset(row + 16 * m + lane % 16, 2 * step + lane / 16));
     }
-    __device__ static void load_right(unsigned (&first)[2], unsigned (&second)[2], const char* operand, int row, int step) {
+    template <int N>
+    __device__ static void load(unsigned (&b)[N][2], const char* operand, int row, int step) {
         const int lane = warp_lane();
-        ldmatrix_x4(first[0], first[1], second[0], second[1],
-                    operand + offset(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+        for (int n = 0; n < N; n += 2)
+            ldmatrix_x4(b[n][0], b[n][1], b[n + 1][0], b[n + 1][1],
+                        operand + offset(row + 8 * n + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
     }
 };
 
-// An operand with its depth running down: WIDTH numbers of one depth are contiguous. bfloat16 is transposed by ldmatrix.
-// tf32 is loaded number by number (ldmatrix would part its halves): the lanes of a warp read 4 depths of 8 numbers.
-template <int WIDTH>
-struct DepthDown {
+// The depth runs down: WIDTH numbers of one depth are contiguous, of which a warp multiplies WARP_WIDTH.
+template <int WIDTH, int WARP_WIDTH, bool WORDS = sizeof(storage_t) == 4>
+struct DepthDown;
+
+// Of bfloat16, which ldmatrix transposes.
+template <int WIDTH, int WARP_WIDTH>
+struct DepthDown<WIDTH, WARP_WIDTH, false> {
+    static constexpr bool ADJACENT = false;
     __device__ static int offset(int depth, int piece) {
-        const int exchange = MULTIPLY == BF16 ? depth & 7 : (depth & 3) << 1;
+        return depth * WIDTH * (int)sizeof(storage_t) + ((piece ^ (depth & 7)) * PIECE_BYTES);
+    }
+    template <int M>
+    __device__ static void load(unsigned (&a)[M][4], const char* operand, int column, int step) {
+        const int lane = warp_lane();
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+            ldmatrix_x4_trans(a[m][0], a[m][1], a[m][2], a[m][3],
+                              operand + offset(STEP_DEPTH * step + lane / 16 * 8 + lane % 8, column / PIECE + 2 * m + lane / 8 % 2));
+    }
+    template <int N>
+    __device__ static void load(unsigned (&b)[N][2], const char* operand, int column, int step) {
+        const int lane = warp_lane();
+#pragma unroll
+        for (int n = 0; n < N; n += 2)
+            ldmatrix_x4_trans(b[n][0], b[n][1], b[n + 1][0], b[n + 1][1],
+                              operand + offset(STEP_DEPTH * step + lane % 16, column / PIECE + n + lane / 16));
+    }
+    template <int M>
+    __device__ static int row(int m, int i) {
+        return 16 * m + warp_lane() / 4 + i / 2 * 8;
+    }
+    template <int N>
+    __device__ static int column(int n, int i) {
+        return 8 * n + 2 * (warp_lane() % 4) + i % 2;
+    }
+};
+
+// Of float32, which ldmatrix.trans would tear into halves. Which row of the tile is which of an instruction is free to
+// choose: a thread takes neighbouring ones, 2 M rows or N columns, so that one load of 16 bytes brings four numbers. Eight
+// lanes at a time are served such a load, four depths of two neighbouring runs of one piece or two: pieces are exchanged so
+// that these lie in all banks.
+template <int WIDTH, int WARP_WIDTH>
+struct DepthDown<WIDTH, WARP_WIDTH, true> {
+    static constexpr bool ADJACENT = true;  // the four rows of sums[m] and sums[m + 1], m even
+    __device__ static int offset(int depth, int piece) {
+        const int exchange = WARP_WIDTH == 64 ? (depth & 1) | (depth & 2) << 1 : (depth & 3) << 1;
         return depth * WIDTH * (int)sizeof(storage_t) + ((piece ^ exchange) * PIECE_BYTES);
     }
-
-    __device__ static void load_left(unsigned (&a)[4], const char* operand, int column, int step) {
-        const int lane = warp_lane();
-        if constexpr (MULTIPLY == BF16) {
-            ldmatrix_x4_trans(a[0], a[1], a[2], a[3],
-                              operand + offset(STEP_DEPTH * step + lane / 16 * 8 + lane % 8, column / PIECE + lane / 8 % 2));
-        } else {
+    template <int M>
+    __device__ static void load(unsigned (&a)[M][4], const char* operand, int column, int step) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = number(operand, column + i % 2 * 8, step, i / 2);
+        for (int i = 0; i < M; ++i) {
+            const int half = i % 2, m = i - half;
+            const Piece piece = piece_at(operand, column, m / 2, step, half);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) a[m + j / 2][j % 2 + 2 * half] = piece.words[j];
         }
     }
-    __device__ static void load_right(unsigned (&first)[2], unsigned (&second)[2], const char* operand, int column, int step) {
-        const int lane = warp_lane();
-        if constexpr (MULTIPLY == BF16) {
-            ldmatrix_x4_trans(first[0], first[1], second[0], second[1],
-                              operand + offset(STEP_DEPTH * step + lane % 16, column / PIECE + lane / 16));
-        } else {
+    template <int N>
+    __device__ static void load(unsigned (&b)[N][2], const char* operand, int column, int step) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                first[i] = number(operand, column, step, i);
-                second[i] = number(operand, column + 8, step, i);
-            }
+        for (int i = 0; i < N / 2; ++i) {
+            const int half = i % 2, n = 4 * (i / 2);
+            const Piece piece = piece_at(operand, column, i / 2, step, half);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) b[n + j][half] = piece.words[j];
         }
+    }
+    template <int M>
+    __device__ static int row(int m, int i) {
+        return warp_lane() / 4 * 2 * M + 2 * m + i / 2;
+    }
+    template <int N>
+    __device__ static int column(int n, int i) {
+        return (2 * (warp_lane() % 4) + i % 2) * N + n;
     }
 
 private:
-    // Of the 8 columns from `column` on and the 4 depths of a half step, the number that this lane holds.
-    __device__ static unsigned number(const char* operand, int column, int step, int half) {
+    // Of the thread's run, piece `i` at its depth in a half of the step.
+    __device__ static Piece piece_at(const char* operand, int column, int i, int step, int half) {
         const int g = warp_lane() / 4, t = warp_lane() % 4;
-        const int bytes = offset(STEP_DEPTH * step + 4 * half + t, (column + g) / PIECE) + g % PIECE * (int)sizeof(storage_t);
-        return *(const unsigned*)(operand + bytes);
+        const char* const from = operand + offset(STEP_DEPTH * step + 4 * half + t, (column + g * (WARP_WIDTH / 8)) / PIECE + i);
+        return load_piece((const storage_t*)from);
     }
 };
 
 // Adds to a warp's tile the product of a stage: `left` and `right` are its operands, in which the warp's part begins at
-// `row` and `column`. The fragments of the next step are loaded while the tensor cores work on this one.
+// `row` and `column`.
 template <class Operands, int ROWS, int COLUMNS>
 __device__ void add_stage(WarpTile<ROWS, COLUMNS>& tile, const char* left, const char* right, int row, int column) {
-    typedef typename Operands::Left Left;
-    typedef typename Operands::Right Right;
+    typedef WarpTile<ROWS, COLUMNS> Tile;
     constexpr int STEPS = DEPTH_BYTES / STEP_BYTES;
-    typename WarpTile<ROWS, COLUMNS>::Step fragments[2];
-    auto load = [&](int step) {
-        auto& f = fragments[step % 2];
-#pragma unroll
-        for (int m = 0; m < ROWS / 16; ++m) Left::load_left(f.a[m], left, row + 16 * m, step);
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n += 2) Right::load_right(f.b[n], f.b[n + 1], right, column + 8 * n, step);
+    auto load = [&](typename Tile::Step& f, int step) {
+        Operands::Left::load(f.a, left, row, step);
+        Operands::Right::load(f.b, right, column, step);
     };
-    load(0);
+    if constexpr (MULTIPLY == TF32X3) {
+#pragma unroll 1
+        for (int first = 0; first < STEPS; first += STEPS_OF_PART) {
+            Tile part;
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        if (step + 1 < STEPS) load(step + 1);
-        tile.add_product(fragments[step % 2]);
+            for (int i = 0; i < STEPS_OF_PART; ++i) {
+                typename Tile::Step fragments;
+                load(fragments, first + i);
+                part.add_product(fragments);
+            }
+            tile.add(part);
+        }
+    } else {  // the fragments of the next step are loaded while the tensor cores work on this one
+        typename Tile::Step fragments[2];
+        load(fragments[0], 0);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            if (step + 1 < STEPS) load(fragments[(step + 1) % 2], step + 1);
+            tile.template add_product<Operands::MOVED>(fragments[step % 2]);
+        }
     }
 }

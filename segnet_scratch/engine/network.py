@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG, has_tensor_cores
+from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores, without_tensor_cores
 from segnet_scratch.ops.op import Spec
 from segnet_scratch.ops.pieces import piece_of
 from segnet_scratch.ops.pooling.windows import windows_of
+from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 from segnet_scratch.segnet import Block, SegNet
 
 CLASSIFIER = "classifier"
@@ -62,6 +63,8 @@ def layers_of(blocks: Sequence[Block], batch: int, height: int, width: int) -> l
 
 def misfit(model: SegNet, rung: str, training: bool) -> str | None:
     """Why the fused engine cannot compute a network; None where it can."""
+    if rung == "tf32x3" and without_tensor_cores():
+        return "multiplies float32 on tensor cores, and SEGNET_FMA=1 asks for it without"
     if model.decoder_kind != "indices":
         return f"unpools by pooling indices, and the decoder of this network is {model.decoder_kind!r}"
     if model.pooling != "ceil":

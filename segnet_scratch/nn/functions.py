@@ -61,8 +61,10 @@ class Conv2d(Function):
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         self.x, self.weight, self.has_bias = x, weight, bias is not None
-        self.options = (self.stride, self.padding, rung_for(self.device, x.dtype, self.rung))
-        op = Conv2dForward.plan(spec_of(x), spec_of(weight), *self.options)
+        specs = spec_of(x), spec_of(weight)
+        geometry = Conv2dForward.plan(*specs, self.stride, self.padding, self.rung).geometry
+        self.options = (self.stride, self.padding, rung_for(self.device, geometry, x.dtype, self.rung))
+        op = Conv2dForward.plan(*specs, *self.options)
         return op(self.device, x=x, weight=weight, bias=bias).y
 
     def backward(self, dy: Array) -> tuple[Array | None, ...]:
@@ -323,6 +325,9 @@ class ConvTranspose2d(Function):
 
     def forward(self, x: Array, weight: Array) -> Array:
         self.x, self.weight = x, weight
+        size, rung = self.options
+        op = ConvTranspose2dForward.plan(spec_of(x), spec_of(weight), size, rung)
+        self.options = size, rung_for(self.device, op.conv.geometry, x.dtype, rung)
         op = ConvTranspose2dForward.plan(spec_of(x), spec_of(weight), *self.options)
         return op(self.device, x=x, weight=weight).y
 

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# How tensor cores multiply (cuda/common/warp_tile.cuh), and the arrays that such kernels read.
+ELEMENTS_OF_RUNG = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
 BFLOAT16_ROUNDING = 2.0**-8  # half a unit of its 8 significant bits, relative
 
 

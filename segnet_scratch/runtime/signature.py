@@ -17,7 +17,7 @@ from types import CodeType
 import numpy as np
 
 from segnet_scratch.errors import CompileError, DTypeError
-from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 from segnet_scratch.runtime.source import Source
 
 # C types by the name they have in a signature, with `storage_t` and `accumulate_t` left to ElementTypes. (`long` has
@@ -46,17 +46,13 @@ _SYNCHRONISES = re.compile(
 )
 
 
-# How tensor-core kernels multiply (cuda/common/warp_tile.cuh), and what they read.
-_MULTIPLY = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
-
-
 @dataclass(frozen=True)
 class ElementTypes:
     """What `storage_t` and `accumulate_t` stand for in one compilation, and how tensor cores multiply, if they do."""
 
     storage: np.dtype
     accumulate: np.dtype
-    multiply: str = ""  # "tf32", "tf32x3", "bf16", or nothing
+    multiply: str = ""  # a rung of tensor cores (precision.py), or nothing
 
     @staticmethod
     def of(dtype: np.dtype) -> "ElementTypes":
@@ -67,8 +63,8 @@ class ElementTypes:
     @staticmethod
     def named(name: str) -> "ElementTypes":
         """Of "float32", "float64", "bfloat16", or of a way to multiply; the inverse of `name`."""
-        if name in _MULTIPLY:
-            return ElementTypes(_MULTIPLY[name], np.dtype(np.float32), name)
+        if name in ELEMENTS_OF_RUNG:
+            return ElementTypes(ELEMENTS_OF_RUNG[name], np.dtype(np.float32), name)
         return ElementTypes.of(BFLOAT16 if name == BFLOAT16.name else np.dtype(name))
 
     @property

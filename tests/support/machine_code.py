@@ -34,8 +34,8 @@ needs_disassembler = pytest.mark.skipif(bool(missing()), reason=missing() or "it
 
 
 def main_loops(sass):
-    """The instructions of every kernel's innermost loop that holds HMMA: {kernel: ["LDSM.16.M88.4", ...]}."""
-    loops, labels, kernel, code = {}, {}, None, []
+    """The instructions of every kernel's loop that holds HMMA, with loops inside: {kernel: ["LDSM.16.M88.4", ...]}."""
+    loops, labels, kernel, code, begin = {}, {}, None, [], {}
     for line in sass.splitlines():
         if section := re.match(r"\.text\.(\w+):", line):
             kernel, labels, code = section[1], {}, []
@@ -50,8 +50,8 @@ def main_loops(sass):
             if target and target[1] in labels:
                 body = code[labels[target[1]] :]
                 if any(name.startswith("HMMA") for name in body):
-                    assert kernel not in loops, f"{kernel} has two loops with HMMA"
-                    loops[kernel] = body
+                    assert labels[target[1]] <= begin.get(kernel, len(code)), f"{kernel} has two loops with HMMA"
+                    loops[kernel], begin[kernel] = body, labels[target[1]]
     return loops
 
 

@@ -81,7 +81,7 @@ def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
     elif isinstance(op, FusedBackwardData):
         yield of_mma("fused_backward_data", op.geometry.mirrored, op.default_tile)
     elif isinstance(op, Conv2dForward):
-        yield of_mma("forward", op.geometry, mma.forward_tile(op.geometry, op.inputs["x"].dtype.itemsize))
+        yield of_mma("forward", op.geometry, mma.forward_tile(op.geometry, rung))
 
 
 def tune(

@@ -5,11 +5,11 @@ Kernels come in rungs of a ladder (docs/kernels.md), chosen by name:
     direct   any shape, one thread an element; float32 and float64
     tiled    stride 1, implicit GEMM with tiles in shared memory and registers; float32, float64 and bfloat16
     tf32     the same on tensor cores, factors rounded to tf32; float32
-    tf32x3   the same, factors split in two: nearly float32's accuracy; float32
+    tf32x3   the same, factors split in two: float32's accuracy; float32
     bf16     the same of bfloat16 maps and weights
 
-None takes "tiled" ("direct" for a stride), and "bf16" for bfloat16. The tensor-core rungs for float32 are taken by name
-only, until they have been measured on a GPU.
+None takes "tiled" ("direct" for a stride), and "bf16" for bfloat16; for layers on a GPU with tensor cores "tf32x3"
+(`rung_for`). "tf32" is taken by name only.
 
 With bfloat16 maps and weights the bias and the gradients of weight and bias are float32: they are sums over all pixels,
 and what an optimiser adds up.
@@ -37,11 +37,11 @@ from segnet_scratch.ops.op import (
 )
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
 log = logging.getLogger(__name__)
 
-RUNGS = ("direct", "tiled", *mma.ELEMENTS_OF_RUNG)
+RUNGS = ("direct", "tiled", *ELEMENTS_OF_RUNG)
 # The tiles of cuda/conv2d_tiled.cu.
 TILE_ROWS, TILE_COLUMNS, TILE_THREADS = 128, 64, 128
 
@@ -54,10 +54,10 @@ def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
         return "tiled" if g.stride == 1 or dtype == BFLOAT16 else "direct"
     if rung not in RUNGS:
         raise ShapeError(f"conv2d: there is no rung {rung!r}; expected one of {', '.join(RUNGS)}")
-    if rung in mma.ELEMENTS_OF_RUNG:
-        if dtype != mma.ELEMENTS_OF_RUNG[rung]:
+    if rung in ELEMENTS_OF_RUNG:
+        if dtype != ELEMENTS_OF_RUNG[rung]:
             raise DTypeError(
-                f"conv2d: rung {rung!r} takes {mma.ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it, or use 'tiled'"
+                f"conv2d: rung {rung!r} takes {ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it, or use 'tiled'"
             )
         reason = mma.misfit(g)
         expect(reason is None, f"conv2d: rung {rung!r} {reason}; use {'tiled' if g.stride == 1 else 'direct'!r}")
@@ -173,8 +173,8 @@ class Conv2dBackwardWeight(_ConvOp):
         self.inputs = {"x": x, "dy": x.with_shape(*g.y)}
         self.outputs = {"dweight": Spec(weight.shape, self.accumulated)}
         rows, columns = TILE_ROWS, TILE_COLUMNS
-        if self.rung in mma.ELEMENTS_OF_RUNG:
-            tile = mma.weight_tile(g, x.dtype.itemsize)
+        if self.rung in ELEMENTS_OF_RUNG:
+            tile = mma.weight_tile(g, self.rung)
             rows, columns = tile.rows, tile.columns
         self.chunks = mma.Chunks.of(g, rows, columns)
         if self.rung != "direct":
@@ -280,10 +280,15 @@ def _tell_fallback(architecture: str, rung: str) -> None:
     log.warning("conv2d: rung %r needs sm_80 or newer, this GPU is %s; rung 'tiled' is used", rung, architecture)
 
 
-def rung_for(device: Device, dtype: np.dtype, rung: str | None) -> str | None:
-    """The rung, or "tiled", with one message, on a GPU whose tensor cores are too old for it."""
+def rung_for(device: Device, g: Geometry, dtype: np.dtype, rung: str | None) -> str | None:
+    """The rung for a device: what is float32 multiplies on the tensor cores of a GPU, unless SEGNET_FMA=1.
+
+    "tiled", with one message, on a GPU whose tensor cores are too old for the rung.
+    """
+    if rung is None and dtype == np.float32 and device.architecture is not None and mma.has_tensor_cores(device):
+        return "tf32x3" if mma.misfit(g) is None and not mma.without_tensor_cores() else None
     wanted = "bf16" if rung is None and dtype == BFLOAT16 else rung
-    if wanted not in mma.ELEMENTS_OF_RUNG or mma.has_tensor_cores(device):
+    if wanted not in ELEMENTS_OF_RUNG or mma.has_tensor_cores(device):
         return rung
     _tell_fallback(str(device.architecture), str(wanted))
     return "tiled"

@@ -22,7 +22,7 @@ from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packe
 from segnet_scratch.ops.pooling.windows import CODE, windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import round_to_tf32
+from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG, round_to_tf32
 
 Size = tuple[int, int]
 
@@ -37,12 +37,10 @@ class _FusedConv(Op):
         dtype = map_.dtype
         if weight.dtype != dtype:
             raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, the map {dtype}; convert one")
-        if rung not in mma.ELEMENTS_OF_RUNG:
-            raise DTypeError(
-                f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(mma.ELEMENTS_OF_RUNG)}"
-            )
-        if dtype not in (mma.ELEMENTS_OF_RUNG[rung], np.float64):
-            raise DTypeError(f"{self.name}: rung {rung!r} takes {mma.ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it")
+        if rung not in ELEMENTS_OF_RUNG:
+            raise DTypeError(f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(ELEMENTS_OF_RUNG)}")
+        if dtype not in (ELEMENTS_OF_RUNG[rung], np.float64):
+            raise DTypeError(f"{self.name}: rung {rung!r} takes {ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it")
         self.geometry = Geometry.of(full, weight.shape, 1, weight.shape[1] // 2)
         reason = mma.misfit(self.geometry)
         expect(reason is None, f"{self.name}: {reason}")
@@ -63,7 +61,7 @@ class _FusedConv(Op):
         return ElementTypes.named(self.rung)
 
     def _expect_pieces(self, **channels: int) -> None:
-        expect_pieces(self.name, mma.ELEMENTS_OF_RUNG[self.rung], **channels)
+        expect_pieces(self.name, ELEMENTS_OF_RUNG[self.rung], **channels)
 
     def _factor(self, array: np.ndarray) -> np.ndarray:
         """What the rung multiplies."""
@@ -145,7 +143,7 @@ class FusedForward(_FusedConv):
             self.outputs["partials"] = self._partials(g.pixels, g.o)
         if pool:
             self.outputs["pool_codes"] = packed_codes(windows)
-        self.default_tile = mma.forward_tile(g, x.dtype.itemsize)
+        self.default_tile = mma.forward_tile(g, rung)
 
     def launch(self, device: Device, b: Buffers) -> None:
         if self.split is not None:
@@ -158,7 +156,7 @@ class FusedForward(_FusedConv):
             device,
             f"conv2d_fused_forward_{tile.name}",
             tile.grid(self.rows, g.o),
-            tile.THREADS,
+            tile.threads(self.rung),
             *(b.x, b.weight, *optional),
             *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(self.rows), int(self.relu)),
             shared=tile.shared,
@@ -170,7 +168,7 @@ class FusedForward(_FusedConv):
             device,
             f"conv2d_fused_split_{tile.name}",
             (*tile.grid(self.rows, g.o), split.chunks),
-            tile.THREADS,
+            tile.threads(self.rung),
             *(b.x, b.weight, b.sums),
             *(*g.gemm_arguments(g.pads), self.rows, int(self.pool), split.chunks, split.parts),
             shared=tile.shared,
@@ -253,7 +251,7 @@ class FusedBackwardData(_FusedConv):
         self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
         self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
         self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
-        self.default_tile = mma.forward_tile(g.mirrored, dy.dtype.itemsize)
+        self.default_tile = mma.forward_tile(g.mirrored, rung)
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
@@ -264,7 +262,7 @@ class FusedBackwardData(_FusedConv):
             device,
             f"conv2d_fused_backward_data_{tile.name}",
             tile.grid(self.rows, g.c),
-            tile.THREADS,
+            tile.threads(self.rung),
             *(b.dy, b.flipped, b.below_y, b.mean, b.inv_std, b.bn_weight, b.bn_bias, *codes, b.dr, b.partials),
             *(*mirrored.gemm_arguments(g.mirrored_pads), *self.out[1:3], tiles_of(self.rows)),
             *(*self.below.y.shape[1:3], int(self.below.relu)),

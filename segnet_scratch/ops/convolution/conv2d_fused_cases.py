@@ -21,13 +21,12 @@ from segnet_scratch.ops.convolution.conv2d_fused import (
     FusedForward,
     plain_forward,
 )
-from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
 from segnet_scratch.ops.normalisation.norm_relu_cases import packed
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.ops.pieces import TILE_ROWS
 from segnet_scratch.ops.pooling.packed_codes import gather_at
 from segnet_scratch.ops.pooling.windows import windows_of
-from segnet_scratch.runtime.precision import BFLOAT16_ROUNDING, round_to_tf32
+from segnet_scratch.runtime.precision import BFLOAT16_ROUNDING, ELEMENTS_OF_RUNG, round_to_tf32
 
 
 def fused_case(reason: str, size: tuple[int, int, int], c: int, o: int, kernel: int = 3, **options: Any) -> Case:

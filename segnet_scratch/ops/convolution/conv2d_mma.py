@@ -3,19 +3,18 @@
 Rungs and how they multiply (cuda/common/warp_tile.cuh): "tf32" and "tf32x3" float32 arrays, "bf16" bfloat16 arrays.
 """
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
+from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.op import Op
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 
-ELEMENTS_OF_RUNG = {"tf32": np.dtype(np.float32), "tf32x3": np.dtype(np.float32), "bf16": BFLOAT16}
 OLDEST = 80  # compute capability: asynchronous copies, tf32, bfloat16
 MAX_KERNEL = 15  # rows or columns of taps: they travel as bits
 MAX_OFFSET = 2**31
@@ -29,7 +28,6 @@ class Tile:
     rows: int
     columns: int
 
-    THREADS: ClassVar[int] = 128
     STAGES: ClassVar[int] = 3
     DEPTH_BYTES: ClassVar[int] = 128  # of a row or column in a stage
 
@@ -38,6 +36,10 @@ class Tile:
         """Bytes of dynamic shared memory: the stages of the pipeline, or what kernels without patches in them need."""
         stages = 2 if self.name == "elements" else self.STAGES
         return stages * (self.rows + self.columns) * self.DEPTH_BYTES
+
+    def threads(self, rung: str) -> int:
+        """Of a block: float32 needs registers for parts of sums, so that a warp computes half as many of them."""
+        return 256 if rung == "tf32x3" and self.name != "elements" else 128
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Blocks that cover so many rows and columns."""
@@ -49,11 +51,22 @@ WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile(
 ELEMENTS, WEIGHT_ELEMENTS = Tile("elements", 128, 64), Tile("elements", 32, 64)
 
 
-def forward_tile(g: Geometry, itemsize: int) -> Tile:
-    """The tile of fprop, and of dgrad with `g.mirrored`, for arrays of this element size, by shape alone."""
-    if g.c * itemsize % 16:
+def pieces_fit(rung: str, *channels: int) -> bool:
+    """Do so many channels divide into pieces of 16 bytes?"""
+    return not any(c * ELEMENTS_OF_RUNG[rung].itemsize % 16 for c in channels)
+
+
+def forward_tile(g: Geometry, rung: str) -> Tile:
+    """The tile of fprop, and of dgrad with `g.mirrored`, by shape alone.
+
+    In float32 never the widest: of the next two blocks fit a multiprocessor, and three products for one leave the L2
+    cache the time for their copies.
+    """
+    if not pieces_fit(rung, g.c):
         return ELEMENTS
-    return next(tile for tile in (NARROW, MEDIUM, WIDE) if g.o <= tile.columns or tile is WIDE)
+    if g.o <= NARROW.columns:
+        return NARROW
+    return MEDIUM if g.o <= MEDIUM.columns or rung == "tf32x3" else WIDE
 
 
 def candidates(default: Tile) -> tuple[Tile, ...]:
@@ -67,9 +80,9 @@ def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile) -> 
     return next((tile for tile in candidates(default) if tile.name == name), default)
 
 
-def weight_tile(g: Geometry, itemsize: int) -> Tile:
+def weight_tile(g: Geometry, rung: str) -> Tile:
     """The tile of wgrad: rows are positions of kh kw c, columns outputs."""
-    if g.c * itemsize % 16 or g.o * itemsize % 16:
+    if not pieces_fit(rung, g.c, g.o):
         return WEIGHT_ELEMENTS
     return MEDIUM if g.o <= MEDIUM.columns else WIDE
 
@@ -119,6 +132,14 @@ def has_tensor_cores(device: Device) -> bool:
     return device.architecture is None or int(device.architecture.removeprefix("sm_").rstrip("af")) >= OLDEST
 
 
+def without_tensor_cores() -> bool:
+    """Does the environment ask for float32 by multiply-adds, SEGNET_FMA=1? ConfigError where it is neither 0 nor 1."""
+    asked = os.environ.get("SEGNET_FMA", "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"SEGNET_FMA is {asked!r}; expected 1 (float32 without tensor cores), 0 or nothing")
+    return asked == "1"
+
+
 def launch_forward(
     op: Op,
     device: Device,
@@ -131,12 +152,12 @@ def launch_forward(
     y: Array,
 ) -> None:
     """The implicit GEMM of fprop, and of dgrad with other arguments."""
-    tile = chosen(device, "forward", rung, g, forward_tile(g, x.dtype.itemsize))
+    tile = chosen(device, "forward", rung, g, forward_tile(g, rung))
     op.kernel(
         device,
         f"conv2d_forward_mma_{tile.name}",
         tile.grid(g.pixels, g.o),
-        tile.THREADS,
+        tile.threads(rung),
         *(x, weight, bias, y, *g.gemm_arguments(pads)),
         types=ElementTypes.named(rung),
         shared=tile.shared,
@@ -147,12 +168,12 @@ def launch_backward_weight(
     op: Op, device: Device, rung: str, g: Geometry, chunks: Chunks, x: Array, dy: Array, partials: Array
 ) -> None:
     """The partial sums of wgrad, one for each chunk."""
-    tile = weight_tile(g, x.dtype.itemsize)
+    tile = weight_tile(g, rung)
     op.kernel(
         device,
         f"conv2d_backward_weight_mma_{tile.name}",
         (*tile.grid(g.depth, g.o), chunks.count),
-        tile.THREADS,
+        tile.threads(rung),
         *(x, dy, partials, *g.gemm_arguments(g.pads), chunks.count, chunks.pixels),
         types=ElementTypes.named(rung),
         shared=tile.shared,

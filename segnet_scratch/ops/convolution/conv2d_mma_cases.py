@@ -13,10 +13,9 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.ops.cases import MAPS, Bounds, Case, Row, maps, random_map
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, OPS, Conv2dRow, conv_case
-from segnet_scratch.ops.convolution.conv2d_mma import ELEMENTS_OF_RUNG
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Buffers, Op, spec
-from segnet_scratch.runtime.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
 # Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 128 bytes of depth: 32 float32 or 64 bfloat16, in pieces
 # of 4 or 8 numbers. Rows, columns, depth are (pixels, o, kernel c) in fprop, (pixels, c, kernel o) in dgrad and

@@ -20,7 +20,7 @@ KERNEL = 4  # the smallest one that can interpolate bilinearly by 2, which is ho
 class _ConvTransposeOp(Op):
     """One direction and the 2x2 convolution that does its work. x (n, h', w', c) goes with y of `size` = (h, w)."""
 
-    conv: Op
+    conv: Conv2dForward | Conv2dBackwardData | Conv2dBackwardWeight
 
     def __init__(self, x: Spec, weight: Spec, size: tuple[int, int], rung: str | None = None) -> None:
         n, rows, columns, c = expect_map(self.name, "x", x)

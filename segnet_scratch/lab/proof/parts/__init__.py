@@ -3,6 +3,7 @@
     base.py          what a part is; the parts that go over the cases of the rows
     compilation.py   every kernel compiles, for the host and for every GPU
     reference.py     results against the reference, guard zones, memory of any contents; integers; the host's bits
+    accuracy.py      errors of float32 sums beside a chain's
     gradients.py     gradient checks of ops and networks
     orders.py        orders of threads and blocks
     variables.py     reads of variables that have no value yet
@@ -19,6 +20,7 @@
 `segnet verify` runs them all (lab/proof/verify.py), the tests run the same ones at smaller figures.
 """
 
+from segnet_scratch.lab.proof.parts.accuracy import Accuracy
 from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, GpuBuilds, HostBuilds
 from segnet_scratch.lab.proof.parts.compute_sanitizer import ComputeSanitizer
@@ -40,7 +42,7 @@ PARTS: dict[str, Part] = {
     part.name: part
     for part in (
         *(HostBuilds(), CudaBuilds(), GpuBuilds(), Gate(), Refusals()),
-        *(Reference(), Integers(), HostileInputs(), Losses(), HostBits()),
+        *(Reference(), Integers(), HostileInputs(), Losses(), HostBits(), Accuracy()),
         *(OtherDevices(), Graphs(), Engine(), Uploads()),
         *(Gradients(), Networks()),
         *(Orders(), Variables(), Sanitizers()),

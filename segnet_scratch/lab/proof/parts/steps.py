@@ -6,7 +6,7 @@ Where there is no GPU the same runs at smaller sizes, so that the proof itself c
 from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Steps:
 class StepPart(Part):
     """One piece of work on a device, whatever the rows."""
 
-    devices = ("cuda",)
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         if rows is ROWS:

@@ -1,0 +1,78 @@
+"""How exactly the rungs of convolutions add in float32, beside a chain of multiply-adds: one term after the other.
+
+What tensor cores cut off shows here, on a GPU, and on the host device as its emulation predicts it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from segnet_scratch.lab.proof.parts.steps import StepPart
+from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.ops.cases import Row
+from segnet_scratch.ops.convolution import conv2d_mma as mma
+from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.op import spec
+from segnet_scratch.runtime.devices import Array, Device
+
+F32 = np.dtype(np.float32)
+DEPTHS = 576, 1152, 2304, 4608  # of SegNet's 3x3 convolutions of 64 to 512 channels
+RESULTS = 64, 32
+LIMIT = 1.0  # of a chain's error, for all but tf32, whose factors are rounded
+
+
+class Accuracy(StepPart):
+    """fprop, dgrad and wgrad as bare matrix products, with positive left factors, as a ReLU leaves them."""
+
+    name = "accuracy"
+    proves = "float32 errs no more than a chain of multiply-adds, on tensor cores too"
+    devices = ("host", "cuda")
+
+    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+        if any(row.op is Conv2dForward for row in rows):
+            yield Work(self.name, device, "conv2d", seed=seed, effort=effort)
+
+    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+        tally.notes.append(f"errors of sums of {', '.join(map(str, DEPTHS))} terms, of a chain's")
+        for rung in ("tiled", "tf32x3", "tf32") if mma.has_tensor_cores(device) else ("tiled",):
+            for direction in ("fprop", "dgrad", "wgrad"):
+                ratios = [error_beside_a_chain(device, rung, direction, depth) for depth in DEPTHS]
+                tally.counts["products"] += len(ratios)
+                tally.notes.append(f"{rung} {direction} {' '.join(f'{ratio:.3g}' for ratio in ratios)}")
+                if rung != "tf32" and not max(ratios) <= LIMIT:
+                    errs = f"errs {max(ratios):.3g} times as much as a chain"
+                    yield f"{rung} {direction} {errs}; expected at most {LIMIT:g}"
+
+
+def error_beside_a_chain(device: Device, rung: str, direction: str, depth: int) -> float:
+    """The root-mean-square error of a rung's sums of so many terms against float64, by that of a chain in float32."""
+    rng = np.random.default_rng(depth)
+    left = np.maximum(rng.standard_normal((RESULTS[0], depth), np.float32), 0)
+    right = rng.standard_normal((depth, RESULTS[1]), np.float32)
+    exact = left.astype(np.float64) @ right
+    chain = np.zeros(exact.shape, np.float32)
+    for k in range(depth):  # the product is exact in float64: as if fused
+        chain[...] = chain + left[:, k, None].astype(np.float64) * right[k]
+    error = _product(device, rung, direction, left, right) - exact
+    return float(np.sqrt((error**2).mean() / ((chain - exact) ** 2).mean()))
+
+
+def _product(device: Device, rung: str, direction: str, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left (m, k) times right (k, n) as a 1x1 convolution of m pixels, or as the gradients of one."""
+    (m, k), n = left.shape, right.shape[1]
+
+    def upload(array: np.ndarray, *shape: int) -> Array:
+        return device.upload(np.ascontiguousarray(array).reshape(shape))
+
+    result: Array
+    if direction == "fprop":
+        fprop = Conv2dForward.plan(spec((1, 1, m, k), F32), spec((n, 1, 1, k), F32), 1, 0, rung)
+        result = fprop(device, x=upload(left, 1, 1, m, k), weight=upload(right.T, n, 1, 1, k), bias=None).y
+    elif direction == "dgrad":
+        dgrad = Conv2dBackwardData.plan(spec((1, 1, m, n), F32), spec((k, 1, 1, n), F32), 1, 0, rung)
+        result = dgrad(device, dy=upload(left, 1, 1, m, k), weight=upload(right, k, 1, 1, n)).dx
+    else:
+        wgrad = Conv2dBackwardWeight.plan(spec((1, 1, k, n), F32), spec((m, 1, 1, n), F32), 1, 0, rung)
+        result = wgrad(device, x=upload(right, 1, 1, k, n), dy=upload(left.T, 1, 1, k, m)).dweight
+    return device.download(result).reshape(m, n).astype(np.float64)
