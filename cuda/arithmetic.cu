@@ -29,11 +29,20 @@ extern "C" __global__ void arithmetic(
     FOR_EACH_INDEX(i, count) {
         const storage_t p = a[source_of(i, times_a, inner_a)], q = b[source_of(i, times_b, inner_b)];
         switch (operation) {
-            case 0: y[i] = p + q; break;
-            case 1: y[i] = p - q; break;
-            case 2: y[i] = p * q; break;
-            case 3: y[i] = p / q; break;
-            default: y[i] = pow(p, q);
+            case 0:
+                y[i] = p + q;
+                break;
+            case 1:
+                y[i] = p - q;
+                break;
+            case 2:
+                y[i] = p * q;
+                break;
+            case 3:
+                y[i] = p / q;
+                break;
+            default:
+                y[i] = pow(p, q);
         }
     }
 }
