@@ -34,6 +34,12 @@ def cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
 
 
 @pytest.fixture
+def multiply_adds(monkeypatch):
+    """float32 without tensor cores on a GPU, so that its layers have the bits of the host device's."""
+    monkeypatch.setenv("SEGNET_FMA", "1")
+
+
+@pytest.fixture
 def dry_cupy(monkeypatch, tmp_path) -> Iterator[FakeCupy]:
     """One that validates and notes launches without compiling and executing them."""
     fake = FakeCupy(dry=True).install(monkeypatch, tmp_path)

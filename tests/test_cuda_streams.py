@@ -250,6 +250,7 @@ class Steps:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("multiply_adds")
 class TestCapture:
     def test_replays_are_the_steps(self, cupy):
         eager = Steps(HostDevice())
@@ -396,12 +397,13 @@ class TestTraining:
         monkeypatch.setattr("segnet_scratch.runtime.devices._shared_device", lambda name: CudaDevice())
 
     @needs_compiler
+    @pytest.mark.usefixtures("multiply_adds")
     def test_batches_are_copied_beside_compute(self, cupy, cuda, sample, tmp_path):
         trainer = self.trainer(sample, tmp_path / "cuda", epochs=None, steps=2, dropout=True)
         before = len(cupy.copies)
         trainer.run()
         streams = [pinned for stream, pinned in cupy.copies[before:] if stream]
-        assert streams == [True] * 4  # images and labels of two batches
+        assert streams == [True] * 6  # images and labels of two batches; images of a rehearsal and of the validation
         host = Trainer(trainer.config, sample, tmp_path / "host", "host")
         host.run()
         for name in ("metrics.jsonl", "last.safetensors"):

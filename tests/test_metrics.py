@@ -9,7 +9,7 @@ from support import ROOT
 from support.evaluation import confusion_of
 
 from segnet_scratch.errors import DataError, TrainingError
-from segnet_scratch.metrics import MetricsLog, scores
+from segnet_scratch.metrics import MetricsLog, confusion_matrix, scores
 
 
 class TestScores:
@@ -119,6 +119,13 @@ class TestScores:
             np.testing.assert_allclose(result.accuracy, oracle.recall_score(*kept, **by_class), rtol=1e-12)
             np.testing.assert_allclose(result.precision, oracle.precision_score(*kept, **by_class), rtol=1e-12)
             assert result.class_pixels.tolist() == np.bincount(kept[0], minlength=classes).tolist()
+
+
+def test_the_confusion_matrix_pixel_by_pixel():
+    generator = np.random.default_rng(11)
+    truth, prediction = generator.integers(0, 5, (2, 30, 40)).astype(np.uint8)
+    truth[generator.random(truth.shape) < 0.2] = 255
+    np.testing.assert_array_equal(confusion_matrix(truth, prediction, 5), confusion_of(truth, prediction, 5))
 
 
 class TestMetricsLog:

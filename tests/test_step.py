@@ -99,6 +99,7 @@ def test_walked_and_run_it_is_the_same_step(engine, precision):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("multiply_adds")
 def test_loss_and_gradients_are_those_of_the_step_whatever_came_between(cupy):
     """On a GPU later steps are replayed into arrays of the graph, and other steps leave theirs in the same place."""
     (cuda, ours), (host, expected) = ((where, []) for where in (CudaDevice(), HostDevice()))
@@ -215,6 +216,7 @@ def run(data, out, device, listener=None, **settings):
 class TestAheadOfTheHost:
     """On the stand-in for a GPU, where a result has come only when somebody waits for it."""
 
+    @pytest.mark.usefixtures("multiply_adds")
     @pytest.mark.parametrize(("engine", "precision"), ENGINES[::2])
     def test_the_run_is_that_of_the_host_device(self, sample, tmp_path, cupy, engine, precision):
         settings = {"engine": engine, "precision": precision, "steps": 12, "validate_every": 12, "checkpoint_every": 10}
