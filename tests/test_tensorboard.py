@@ -7,6 +7,7 @@ from support.training import Recorder
 
 from segnet_scratch.config import Config
 from segnet_scratch.errors import MissingLibraryError
+from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.tensorboard import TensorBoard
@@ -57,7 +58,7 @@ def test_event_files_hold_what_the_log_holds(sample, tmp_path):
         ("mean_IoU", "miou"),
     ):
         assert found[name] == pytest.approx({row["step"]: row[key] for row in rows if key in row}, rel=1e-6)
-    evaluations = {2: told[4], 4: told[-1]}
+    evaluations = dict(zip((2, 4), [event for event in told if isinstance(event, Evaluation)], strict=True))
     assert list(found["accuracy/global"]) == list(evaluations)
     for step, evaluation in evaluations.items():
         assert found["accuracy/global"][step] == pytest.approx(evaluation.scores.global_accuracy, rel=1e-6)

@@ -62,6 +62,7 @@ class HopperRow(FusedRow):
     """What the rows share."""
 
     channels = CHANNELS
+    fewest_columns = 0
 
     def __init__(self, name: str) -> None:
         self.name, self.rung, self.elements = name, "bf16", (BFLOAT16,)
@@ -87,7 +88,11 @@ class HopperRow(FusedRow):
 
     def random_case(self, rng: np.random.Generator) -> Case:
         options = self.options[rng.integers(len(self.options))]
-        fitting = [tile.name for tile in TILES if tile.halo or not self._with_windows(options)]
+        fitting = [
+            tile.name
+            for tile in TILES
+            if (tile.halo or not self._with_windows(options)) and tile.columns >= self.fewest_columns
+        ]
         size = int(rng.integers(1, 3)), int(rng.integers(1, 12)), int(rng.integers(1, 12))
         return _case("random", size, fitting[rng.integers(len(fitting))], **options)
 
@@ -133,6 +138,7 @@ class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
     """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
 
     op = HopperBackwardData
+    fewest_columns = CHANNELS  # they are channels of x
 
     def classifiers(self) -> list[Case]:
         # What a case calls channels and outputs are those of dgrad's product: dy has few.
