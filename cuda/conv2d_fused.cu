@@ -13,7 +13,7 @@
 //                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
 //
 // In brackets: by option. Unpooled maps are written once and read by the convolution like any other (unpool_packed.cu,
-// norm_relu.cu): to expand codes on the way in costs more than the product (docs/kernels.md). Their gradients are never
+// norm_relu.cu): to expand codes on the way in costs more than the product (docs/explanation/kernels.md). Their gradients are never
 // written: the rows of a tile come window by window, and the tile is gathered on the way out. z = relu(bn(y)) of the
 // block below is not kept; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
 //

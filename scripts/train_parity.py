@@ -6,7 +6,7 @@
 
 Contenders: `ours`; `torch`, the twin written from the paper (torch_segnet.py) in NCHW; `torch+1e-7`, `torch+1e-7b`, the
 same twin with its initial weights off by a relative 1e-7. Rounding alone lets two runs of SegNet part
-(docs/numerics.md), so the last ones say how far apart two right implementations may be.
+(docs/explanation/numerics.md), so the last ones say how far apart two right implementations may be.
 
 Both sides take the same settings: one that a side would ignore is refused. Everybody takes the loader's batches in
 turn, so all see the same pixels in the same order. At the end each is scored on the val split by the same code, which

@@ -2,7 +2,7 @@
 
 The measure is that of Csurka, Larlus and Perronnin, "What is a good evaluation measure for semantic segmentation?"
 (BMVC 2013), with SegNet's tolerance; and what the script of SegNet's authors makes of it, for a comparison with their
-figures. docs/metrics.md defines both and works a small case by hand.
+figures. docs/reference/metrics.md defines both and works a small case by hand.
 """
 
 from enum import StrEnum

@@ -20,7 +20,7 @@ from segnet_scratch.files import reason, write_durably
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one confusion matrix of K classes. docs/metrics.md works a case by hand.
+    """The scores of one confusion matrix of K classes. docs/reference/metrics.md works a case by hand.
 
     iou: (K,) float64, TP / (TP + FP + FN) of each class; NaN for a class that occurs neither in the ground
         truth nor in the prediction. A class that is predicted but never true scores 0, as in the VOC

@@ -1,4 +1,4 @@
-"""Boundary F1 against the case worked by hand in docs/metrics.md, a brute-force implementation and SciPy."""
+"""Boundary F1 against the case worked by hand in docs/reference/metrics.md, a brute-force implementation and SciPy."""
 
 from math import hypot, sqrt
 
@@ -63,7 +63,7 @@ def blobs(rng, height, width, classes):
 def test_the_case_of_the_documentation():
     f1 = boundary_f1(TRUTH, PREDICTION, RADIUS_OF_1_5)
     assert f1 == pytest.approx({0: 10 / 13, 1: 5 / 7}, rel=1e-12)
-    text = (ROOT / "docs" / "metrics.md").read_text()
+    text = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     for figure in (
         "5/7",
         "10/13",
@@ -90,7 +90,7 @@ def largest_matching(first, second, radius):
 
 
 def brute_authors(truth, prediction, tolerance):
-    """By the description in docs/metrics.md: squares of four pixels one by one, pairs by augmenting paths."""
+    """By the description in docs/reference/metrics.md: squares of four pixels one by one, pairs by augmenting paths."""
     height, width = truth.shape
     radius = tolerance * hypot(height, width)
 
@@ -115,7 +115,7 @@ def test_the_case_of_the_documentation_as_the_authors_compute_it():
     pytest.importorskip("scipy")
     f1 = authors_boundary_f1(TRUTH, PREDICTION, RADIUS_OF_1_5)
     assert f1 == pytest.approx({0: 2 / 3, 1: 2 / 3}, rel=1e-12)
-    assert "F1 = 2 · 5 / (6 + 9) = 2/3" in (ROOT / "docs" / "metrics.md").read_text()
+    assert "F1 = 2 · 5 / (6 + 9) = 2/3" in (ROOT / "docs" / "reference" / "metrics.md").read_text()
 
 
 def test_small_cases_of_the_authors_measure():

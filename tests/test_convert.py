@@ -13,7 +13,7 @@ from segnet_scratch.errors import CheckpointError, ConfigError
 from segnet_scratch.nn.modules import ConvUnit
 from segnet_scratch.segnet import VGG16_STAGES
 
-DOCS = Path(__file__).parents[1] / "docs" / "pytorch.md"
+DOCS = Path(__file__).parents[1] / "docs" / "how-to" / "pytorch.md"
 IMAGES = np.random.default_rng(0).standard_normal((1, 45, 35, 3)).astype(np.float32)
 
 

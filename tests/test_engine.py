@@ -139,7 +139,7 @@ class TestTraining:
         np.testing.assert_allclose(fused, layers, rtol=1e-4)
 
     def test_twenty_steps_of_segnet_stay_as_close_as_rounding_lets_them(self):
-        """SegNet parts from itself where weights differ by 1e-7 (docs/numerics.md); the engine may not part further."""
+        """SegNet parts from itself if weights differ by 1e-7 (docs/explanation/numerics.md); the engine no further."""
         layers, fused = self.run(Layers("segnet")), self.run(Fused("segnet"))
         apart = [np.abs(self.run(Layers("segnet", noise=1e-7, seed=seed)) - layers).max() for seed in range(3)]
         assert np.abs(fused - layers).max() <= 3 * max(apart)

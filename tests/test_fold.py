@@ -94,7 +94,7 @@ def spread(conv, x, variance, eps):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_logits_stay_within_the_bound_of_all_layers_together(seed):
-    # In float64, where no near tie of a pool is decided by rounding: see docs/numerics.md.
+    # In float64, where no near tie of a pool is decided by rounding: see docs/explanation/numerics.md.
     model, x = network(dtype=F64, seed=seed), images(dtype=F64)
     with no_grad():
         before = model(x).numpy()

@@ -39,7 +39,7 @@ class TestScores:
         assert result.miou == 0.775
         assert result.global_accuracy == result.class_accuracy == 0.875
         assert result.precision.tolist() == [0.8, 1.0]
-        text = (ROOT / "docs" / "metrics.md").read_text()
+        text = (ROOT / "docs" / "reference" / "metrics.md").read_text()
         for figure in ("[[24, 0], [6, 18]]", "24/30", "18/24", "0.775", "0.875"):
             assert figure in text
 

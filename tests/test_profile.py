@@ -252,8 +252,9 @@ def test_memory_of_a_step_by_hand():
 
 
 def decoder_figures():
-    """The table of docs/decoders.md: {decoder: the numbers of its row}."""
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs" / "decoders.md").read_text(), re.MULTILINE)
+    """The table of docs/explanation/decoders.md: {decoder: the numbers of its row}."""
+    text = (ROOT / "docs" / "explanation" / "decoders.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)
     return {name: [float(cell.replace(",", "")) for cell in cells.split("|")] for name, cells in rows}
 
 

@@ -1,4 +1,4 @@
-"""docs/python.md: what it shows works as it stands there."""
+"""docs/learn/python.md: what it shows works as it stands there."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from segnet_scratch.data import EvalTransform, Loader, VOCDataset, write_sample
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.optim import SGD
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+PAGE = Path(__file__).parents[1] / "docs" / "learn" / "python.md"
 
 
 @pytest.fixture(scope="module")

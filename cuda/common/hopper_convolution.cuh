@@ -25,7 +25,7 @@
 //
 // The order of a sum is: channels in chunks of 64; in each the nine taps; in each four steps of 16, which a tensor core
 // adds up at once. It depends on nothing else: not on the tile, not on the grid. It is that of the measured prototype
-// (docs/kernels.md), whose bits these kernels give, but for the sign of a zero: sums begin with 0 here.
+// (docs/explanation/kernels.md), whose bits these kernels give, but for the sign of a zero: sums begin with 0 here.
 //
 // The way out (WayOut): a consumer rounds 64 pixels x 64 columns to bfloat16, exchanges them in shared memory, and goes on
 // with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels

@@ -220,8 +220,8 @@ def verify(
     """Prove on this machine that every kernel is right, no GPU needed; exit code 1 where something does not hold.
 
     About a minute on two cores, and two more where kernels have to be compiled first. Each part is one property of
-    every row of the op table: docs/proof.md says which, and what they cannot show. The JSON file is written after each
-    part.
+    every row of the op table; docs/explanation/proof.md says which, and what they cannot show. The JSON file is
+    written after each part.
 
     Example: segnet verify --only orders --only sanitizers --row conv2d_forward_tiled
     """

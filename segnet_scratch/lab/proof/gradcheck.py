@@ -172,7 +172,7 @@ def gradchecks(
         if name == "segnet" and name not in known:
             raise ConfigError(
                 "gradcheck: a network cannot be checked in float32: rounding alone moves the maximum of pooling "
-                "windows (docs/numerics.md); use float64 for segnet"
+                "windows (docs/explanation/numerics.md); use float64 for segnet"
             )
     if chosen.sizes and len(wanted) != 1:
         raise ConfigError(f"gradcheck: shapes, options and contents are those of one op; got {len(wanted)} ops")

@@ -1,6 +1,6 @@
 """2-D convolution (cross-correlation, as every network means it) of NHWC maps with OHWI weights, and its gradients.
 
-Kernels come in rungs of a ladder (docs/kernels.md), chosen by name:
+Kernels come in rungs of a ladder (docs/explanation/kernels.md), chosen by name:
 
     direct   any shape, one thread an element; float32 and float64
     tiled    stride 1, implicit GEMM with tiles in shared memory and registers; float32, float64 and bfloat16

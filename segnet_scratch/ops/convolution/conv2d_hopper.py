@@ -169,7 +169,7 @@ class _Tiled(Op):
 
 
 def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
-    """The tile that the shape suggests, from measurements of a prototype (docs/kernels.md).
+    """The tile that the shape suggests, from measurements of a prototype (docs/explanation/kernels.md).
 
     Halo tiles where no more than a tenth of their pixels lies beyond the edges, or where there are windows; the smaller
     ones where the larger ones would leave many more multiprocessors of an H100 without work in their last round.

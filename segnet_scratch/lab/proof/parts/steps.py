@@ -22,7 +22,7 @@ from segnet_scratch.step import TrainingStep, resolve
 
 CLASSES, LR = 21, 1e-3
 OTHER_DEVICES_LIMIT = 1e-9
-# SegNet-Basic, since SegNet in float32 parts from itself (docs/numerics.md).
+# SegNet-Basic, since SegNet in float32 parts from itself (docs/explanation/numerics.md).
 ENGINE_LIMITS = {"float32": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
 LOGITS_LIMIT = 1e-4
 
