@@ -135,7 +135,7 @@ class LayersTraining:
             logits = self.model(Tensor(self.images[cut], self.device))
             with scope("loss"):
                 # Not the function: it would check labels once more.
-                loss = CrossEntropy(self.device, self.labels[cut], *self._objective)(logits)
+                loss = CrossEntropy.of(logits, self.labels[cut], *self._objective)
             if hold is not None:
                 hold.append(logits.data)
             del logits  # 21 floats a pixel: backward frees them as soon as it can

@@ -7,7 +7,7 @@ arrays and keeps what `backward` needs; `backward` turns the gradient of the out
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
 from segnet_scratch.ops.elementwise.arithmetic import Elementwise, compute, repeat_to, sum_to
-from segnet_scratch.ops.op import spec_of
+from segnet_scratch.ops.op import Op, spec_of
 from segnet_scratch.runtime.devices import Array, Device, get_device
 from segnet_scratch.runtime.observe import current_scope, scope
 from segnet_scratch.runtime.precision import is_floating
@@ -325,6 +325,41 @@ class Sum(Function):
 
     def backward(self, dy: Array) -> tuple[Array]:
         return (repeat_to(self.device, dy.reshape(self.kept), self.x_shape),)
+
+
+class OpFunction(Function):
+    """An op on tensors; backward runs the ops of its gradient, and what these read is kept for it, nothing else.
+
+    `given` are its inputs by name: tensors, and arrays (or None) that have no gradient.
+    """
+
+    def __init__(self, device: Device, op: Op, given: Mapping[str, Tensor | Array | None]) -> None:
+        super().__init__(device)
+        self.op, self.gradient = op, op.gradient()
+        self.output = next(iter(op.outputs))
+        self.tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
+        self.held = {name: value for name, value in given.items() if name not in self.tensors}
+
+    def forward(self, *arrays: Array) -> Array:
+        given = self.held | dict(zip(self.tensors, arrays, strict=True))
+        made = vars(self.op(self.device, **given))
+        read = {name for op in self.gradient for name in op.inputs}
+        self.held = {name: array for name, array in (given | made).items() if name in read}
+        return made[self.output]
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        held, found = self.held | {f"d{self.output}": dy}, dict[str, Array]()
+        wanted = {f"d{name}" for name, edge in zip(self.tensors, self.inputs, strict=True) if edge.requires_grad}
+        for op in self.gradient:
+            if wanted & op.outputs.keys():
+                found |= vars(op(self.device, **{name: held[name] for name in op.inputs}))
+        return tuple(found.get(f"d{name}") for name in self.tensors)
+
+
+def apply(op: Op, **given: Tensor | Array | None) -> Tensor:
+    """The first output of an op, for tensors and for arrays that need no gradient."""
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    return OpFunction(tensors[0].device, op, given)(*tensors)
 
 
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:

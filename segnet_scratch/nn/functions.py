@@ -1,7 +1,6 @@
-"""The differentiable functions: for each operation what forward keeps for backward, and backward by the chain rule.
+"""The differentiable functions on Tensors that users call.
 
-A pair each: the `Function`, whose methods plan and run ops on arrays, and the function on Tensors that users call.
-The ops themselves, with their kernels and references, are in `ops/`.
+The ops themselves, with their kernels and references, are in `ops/`; an op knows the ops that give its gradients.
 """
 
 from collections.abc import Sequence
@@ -10,72 +9,37 @@ from math import inf
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.nn.autograd import Function, Tensor, Unary
-from segnet_scratch.ops.convolution.conv2d import (
-    Conv2dBackwardBias,
-    Conv2dBackwardData,
-    Conv2dBackwardWeight,
-    Conv2dForward,
-    rung_for,
-)
-from segnet_scratch.ops.convolution.conv_transpose2d import (
-    ConvTranspose2dBackwardData,
-    ConvTranspose2dBackwardWeight,
-    ConvTranspose2dForward,
-)
+from segnet_scratch.nn.autograd import Function, OpFunction, Tensor, Unary, apply
+from segnet_scratch.ops.convolution.conv2d import Conv2dForward, rung_for
+from segnet_scratch.ops.convolution.conv_transpose2d import ConvTranspose2dForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
-from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
+from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.loss.cross_entropy import (
     NORMALISATIONS,
     REDUCTIONS,
     VOID,
-    CrossEntropyBackward,
     CrossEntropyForward,
     check_class_weights,
     check_labels,
     expect_one_of,
 )
-from segnet_scratch.ops.loss.log_softmax import LogSoftmaxBackward, LogSoftmaxForward
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
 from segnet_scratch.ops.normalisation.batch_norm import (
     EPS,
     MOMENTUM,
-    BatchNormBackward,
     BatchNormEvaluationForward,
     BatchNormTrainingForward,
 )
-from segnet_scratch.ops.op import Op, expect, spec_of
-from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward
+from segnet_scratch.ops.op import Op, Spec, expect, spec_of
+from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolForward
 from segnet_scratch.ops.pooling.windows import PoolCodes
-from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearBackward, ResizeBilinearForward
+from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.runtime.devices import Array, Device
 
 
-class Conv2d(Function):
-    """Saves x and the weight."""
-
-    def __init__(self, device: Device, stride: int, padding: int, rung: str | None, input_gradient: bool) -> None:
-        super().__init__(device)
-        self.stride, self.padding, self.rung = stride, padding, rung
-        self.input_gradient = input_gradient  # the first layer of a network needs none
-
-    def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        self.x, self.weight, self.has_bias = x, weight, bias is not None
-        specs = spec_of(x), spec_of(weight)
-        geometry = Conv2dForward.plan(*specs, self.stride, self.padding, self.rung).geometry
-        self.options = (self.stride, self.padding, rung_for(self.device, geometry, x.dtype, self.rung))
-        op = Conv2dForward.plan(*specs, *self.options)
-        return op(self.device, x=x, weight=weight, bias=bias).y
-
-    def backward(self, dy: Array) -> tuple[Array | None, ...]:
-        specs = spec_of(self.x), spec_of(self.weight)
-        dx = None
-        if self.input_gradient:
-            dx = Conv2dBackwardData.plan(*specs, *self.options)(self.device, dy=dy, weight=self.weight).dx
-        dweight = Conv2dBackwardWeight.plan(*specs, *self.options)(self.device, x=self.x, dy=dy).dweight
-        if not self.has_bias:
-            return dx, dweight
-        return dx, dweight, Conv2dBackwardBias.plan(spec_of(dy))(self.device, dy=dy).dbias
+def _spec(x: Tensor) -> Spec:
+    return spec_of(x.data)
 
 
 def conv2d(
@@ -87,35 +51,10 @@ def conv2d(
     rung: str | None = None,
 ) -> Tensor:
     """y (n, oh, ow, o) of x (n, h, w, c), weight (o, kh, kw, c), bias (o); oh = (h + 2 padding - kh) // stride + 1."""
-    function = Conv2d(x.device, stride, padding, rung, x.requires_grad)
-    return function(x, weight) if bias is None else function(x, weight, bias)
-
-
-class BatchNorm(Function):
-    """Saves x and two numbers a channel; x-hat is computed again in backward."""
-
-    def __init__(
-        self, device: Device, running_mean: Array, running_var: Array, training: bool, momentum: float, eps: float
-    ) -> None:
-        super().__init__(device)
-        self.running_mean, self.running_var, self.training = running_mean, running_var, training
-        self.momentum, self.eps = momentum, eps
-
-    def forward(self, x: Array, weight: Array, bias: Array) -> Array:
-        op: Op
-        if self.training:
-            op = BatchNormTrainingForward.plan(spec_of(x), self.eps, self.momentum)
-        else:
-            op = BatchNormEvaluationForward.plan(spec_of(x), self.eps)
-        running = {"running_mean": self.running_mean, "running_var": self.running_var}
-        out = op(self.device, x=x, weight=weight, bias=bias, **running)
-        self.x, self.weight, self.mean, self.inv_std = x, weight, out.mean, out.inv_std
-        return out.y
-
-    def backward(self, dy: Array) -> tuple[Array, Array, Array]:
-        saved = {"x": self.x, "mean": self.mean, "inv_std": self.inv_std, "weight": self.weight}
-        out = BatchNormBackward.plan(spec_of(dy), self.training)(self.device, dy=dy, **saved)
-        return out.dx, out.dweight, out.dbias
+    options = _spec(x), _spec(weight), stride, padding
+    geometry = Conv2dForward.plan(*options, rung).geometry
+    op = Conv2dForward.plan(*options, rung_for(x.device, geometry, x.dtype, rung))
+    return apply(op, x=x, weight=weight, bias=bias)
 
 
 def batch_norm(
@@ -134,88 +73,47 @@ def batch_norm(
     """
     expect(0 <= eps < inf, f"batch_norm: eps is {eps}; expected a number of at least 0")
     expect(0 <= momentum <= 1, f"batch_norm: momentum is {momentum}; expected 0 to 1")
-    return BatchNorm(x.device, running_mean, running_var, training, momentum, eps)(x, weight, bias)
-
-
-class Relu(Function):
-    """Saves the output alone: it says where the input was positive."""
-
-    def forward(self, x: Array) -> Array:
-        self.y = ReluForward.plan(spec_of(x))(self.device, x=x).y
-        return self.y
-
-    def backward(self, dy: Array) -> tuple[Array]:
-        return (ReluBackward.plan(spec_of(dy))(self.device, y=self.y, dy=dy).dx,)
+    op: Op = BatchNormEvaluationForward.plan(_spec(x), eps)
+    if training:
+        op = BatchNormTrainingForward.plan(_spec(x), eps, momentum)
+    return apply(op, x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), any shape."""
-    return Relu(x.device)(x)
-
-
-class MaxPool(Function):
-    """Saves the codes alone."""
-
-    def forward(self, x: Array) -> Array:
-        out = MaxPoolForward.plan(spec_of(x))(self.device, x=x)
-        self.codes = PoolCodes(out.codes, (x.shape[1], x.shape[2]))
-        return out.y
-
-    def backward(self, dy: Array) -> tuple[Array]:
-        op = MaxPoolBackward.plan(spec_of(dy), self.codes.size)
-        return (op(self.device, dy=dy, codes=self.codes.codes).dx,)
+    return apply(ReluForward.plan(_spec(x)), x=x)
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, PoolCodes]:
     """(y, codes) of a map (n, h, w, c); y is (n, ceil(h/2), ceil(w/2), c). Give the codes to `max_unpool`."""
-    function = MaxPool(x.device)
+    function = OpFunction(x.device, MaxPoolForward.plan(_spec(x)), {"x": x})
     y = function(x)
-    return y, function.codes
-
-
-class MaxUnpool(Function):
-    """Saves the codes, which the pool holds already."""
-
-    def __init__(self, device: Device, codes: PoolCodes) -> None:
-        super().__init__(device)
-        self.codes = codes
-
-    def forward(self, x: Array) -> Array:
-        op = MaxUnpoolForward.plan(spec_of(x), spec_of(self.codes.codes), self.codes.size)
-        return op(self.device, x=x, codes=self.codes.codes).y
-
-    def backward(self, dy: Array) -> tuple[Array]:
-        return (MaxUnpoolBackward.plan(spec_of(dy))(self.device, dy=dy, codes=self.codes.codes).dx,)
+    return y, PoolCodes(function.held["codes"], (x.shape[1], x.shape[2]))
 
 
 def max_unpool(x: Tensor, codes: PoolCodes) -> Tensor:
     """The map (n, h, w, c) of the size that the pool read; ShapeError where the codes are another pool's."""
-    return MaxUnpool(x.device, codes)(x)
+    return apply(MaxUnpoolForward.plan(_spec(x), spec_of(codes.codes), codes.size), x=x, codes=codes.codes)
 
 
-class CrossEntropy(Function):
-    """Saves the logits; the softmax is computed again in backward."""
+class CrossEntropy(OpFunction):
+    """Takes logits (..., classes) as rows of pixels."""
 
-    def __init__(
-        self, device: Device, labels: Array, class_weights: Array | None, normalisation: str, smoothing: float
-    ) -> None:
-        super().__init__(device)
-        self.labels, self.class_weights, self.options = labels, class_weights, (normalisation, smoothing)
+    @classmethod
+    def of(cls, logits: Tensor, labels: Array, class_weights: Array | None, *options: str | float) -> Tensor:
+        """The loss against labels (...) that have been checked; options are those of the op."""
+        op = CrossEntropyForward.plan(_spec(logits).with_shape(labels.size, logits.shape[-1]), *options)
+        given = {"logits": logits, "labels": labels.reshape(-1), "class_weights": class_weights}
+        return cls(logits.device, op, given)(logits)
 
     def forward(self, logits: Array) -> Array:
         self.shape = logits.shape
-        self.logits = logits.reshape(-1, logits.shape[-1])
-        self.labels = self.labels.reshape(-1)
-        op = CrossEntropyForward.plan(spec_of(self.logits), *self.options)
-        out = op(self.device, logits=self.logits, labels=self.labels, class_weights=self.class_weights)
-        self.sums = out.sums
-        return out.loss
+        return super().forward(logits.reshape(-1, logits.shape[-1]))
 
     def backward(self, dloss: Array) -> tuple[Array]:
-        op = CrossEntropyBackward.plan(spec_of(self.logits), *self.options)
-        arrays = {"logits": self.logits, "labels": self.labels, "class_weights": self.class_weights}
-        out = op(self.device, **arrays, sums=self.sums, dloss=dloss)
-        return (out.dlogits.reshape(self.shape),)
+        (dlogits,) = super().backward(dloss)
+        assert dlogits is not None
+        return (dlogits.reshape(self.shape),)
 
 
 def cross_entropy(
@@ -258,7 +156,7 @@ def cross_entropy(
     if reduction == "none":
         return _losses(logits, device.download(labels), class_weights, smoothing)
     divide = "none" if reduction == "sum" else normalisation
-    return CrossEntropy(device, labels, class_weights, divide, smoothing)(logits)
+    return CrossEntropy.of(logits, labels, class_weights, divide, smoothing)
 
 
 def _losses(logits: Tensor, labels: np.ndarray, class_weights: Array | None, smoothing: float) -> Tensor:
@@ -271,20 +169,9 @@ def _losses(logits: Tensor, labels: np.ndarray, class_weights: Array | None, smo
     return -(log_softmax(logits) * shares[labels]).sum(axis=-1)
 
 
-class LogSoftmax(Function):
-    """Saves the output alone."""
-
-    def forward(self, x: Array) -> Array:
-        self.y = LogSoftmaxForward.plan(spec_of(x))(self.device, x=x).y
-        return self.y
-
-    def backward(self, dy: Array) -> tuple[Array]:
-        return (LogSoftmaxBackward.plan(spec_of(dy))(self.device, y=self.y, dy=dy).dx,)
-
-
 def log_softmax(x: Tensor) -> Tensor:
     """The logarithm of `softmax`, exact where that is nearly 0."""
-    return LogSoftmax(x.device)(x)
+    return apply(LogSoftmaxForward.plan(_spec(x)), x=x)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -316,51 +203,17 @@ def dropout(x: Tensor, p: float, layer: int, state: Array) -> Tensor:
     return Dropout(x.device, p, layer, state)(x)
 
 
-class ConvTranspose2d(Function):
-    """Saves x and the weight."""
-
-    def __init__(self, device: Device, size: tuple[int, int], rung: str | None) -> None:
-        super().__init__(device)
-        self.options = size, rung
-
-    def forward(self, x: Array, weight: Array) -> Array:
-        self.x, self.weight = x, weight
-        size, rung = self.options
-        op = ConvTranspose2dForward.plan(spec_of(x), spec_of(weight), size, rung)
-        self.options = size, rung_for(self.device, op.conv.geometry, x.dtype, rung)
-        op = ConvTranspose2dForward.plan(spec_of(x), spec_of(weight), *self.options)
-        return op(self.device, x=x, weight=weight).y
-
-    def backward(self, dy: Array) -> tuple[Array, Array]:
-        arguments = spec_of(self.x), spec_of(self.weight), *self.options
-        dx = ConvTranspose2dBackwardData.plan(*arguments)(self.device, dy=dy, weight=self.weight).dx
-        return dx, ConvTranspose2dBackwardWeight.plan(*arguments)(self.device, x=self.x, dy=dy).dweight
-
-
 def conv_transpose2d(x: Tensor, weight: Tensor, size: tuple[int, int], rung: str | None = None) -> Tensor:
     """y (n, *size, o) of x (n, ceil(h/2), ceil(w/2), c), weight (c, 4, 4, o), `size` = (h, w); stride 2, padding 1."""
-    return ConvTranspose2d(x.device, size, rung)(x, weight)
-
-
-class ResizeBilinear(Function):
-    """Saves sizes alone."""
-
-    def __init__(self, device: Device, size: tuple[int, int]) -> None:
-        super().__init__(device)
-        self.size = size
-
-    def forward(self, x: Array) -> Array:
-        op = ResizeBilinearForward.plan(spec_of(x), self.size)
-        self.x_size = x.shape[1], x.shape[2]
-        return op(self.device, x=x).y
-
-    def backward(self, dy: Array) -> tuple[Array]:
-        return (ResizeBilinearBackward.plan(spec_of(dy), self.x_size)(self.device, dy=dy).dx,)
+    options = _spec(x), _spec(weight), size
+    geometry = ConvTranspose2dForward.plan(*options, rung).conv.geometry
+    op = ConvTranspose2dForward.plan(*options, rung_for(x.device, geometry, x.dtype, rung))
+    return apply(op, x=x, weight=weight)
 
 
 def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     """The map (n, h, w, c) resized to (n, *size, c)."""
-    return ResizeBilinear(x.device, size)(x)
+    return apply(ResizeBilinearForward.plan(_spec(x), size), x=x)
 
 
 def arithmetic(a: Tensor, b: Tensor | Array, operation: str) -> Tensor:

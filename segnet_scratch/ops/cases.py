@@ -114,15 +114,6 @@ class Row:
         """Can differences of float64 be compared with the gradient here?"""
         return True
 
-    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
-        """For an op without a `function`: the ops that give its gradients, planned for a case. () where there are none.
-
-        They go by names: of this op they take inputs and outputs as they are called here, and the gradient of the first
-        output `y` as `dy`; that of an input `x` they give as `dx`. Every floating-point input has one, but for those
-        that the op updates and those of `constants`.
-        """
-        return ()
-
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         """The largest allowed error of each output; an output that is not named must be exact.
 

@@ -95,6 +95,14 @@ class Op:
         """Computes with the fast NumPy of the chapter (`fast.py`) where there is one."""
         self.reference(b)
 
+    def gradient(self) -> "tuple[Op, ...]":
+        """The ops that give its gradients, planned; () where there are none.
+
+        They go by names: of this op they take inputs and outputs as they are called here, and the gradient of the first
+        output `y` as `dy`; that of an input `x` they give as `dx`.
+        """
+        return ()
+
     def run(self, device: Device, b: Buffers) -> None:
         """Does the work on given buffers."""
         if device.runs_kernels:

@@ -24,8 +24,9 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.problems import Chosen, Maker, Problem, differentiable, differentiables
-from segnet_scratch.nn.autograd import Function, Tensor
-from segnet_scratch.nn.functions import MaxPool, Relu
+from segnet_scratch.nn.autograd import Function, OpFunction, Tensor
+from segnet_scratch.ops.elementwise.relu import ReluForward
+from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.runtime.devices import Device, get_device
 
 STEPS = (1e-6, 1e-7, 1e-8)  # the first one, unless a kink lies between
@@ -338,10 +339,10 @@ def _pattern(y: Tensor, device: Device) -> Pattern:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        if isinstance(function, Relu):
-            pattern.append(("a ReLU at 0", device.download(function.y) > 0))
-        elif isinstance(function, MaxPool):
-            pattern.append(("a tie in a pooling window", device.download(function.codes.codes).copy()))
+        if isinstance(function, OpFunction) and isinstance(function.op, ReluForward):
+            pattern.append(("a ReLU at 0", device.download(function.held["y"]) > 0))
+        elif isinstance(function, OpFunction) and isinstance(function.op, MaxPoolForward):
+            pattern.append(("a tie in a pooling window", device.download(function.held["codes"]).copy()))
         stack.extend(edge.maker for edge in function.inputs if edge.maker)
     return pattern
 

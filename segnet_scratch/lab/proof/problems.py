@@ -1,7 +1,7 @@
 """What the gradient check differentiates: the functions of nn/functions.py, ops without one, and whole networks.
 
 Shapes, options and inputs are those of the rows of the op table: their fixed cases that are not too large, random ones
-after them, or what a user chooses. A row of an op that nn/functions.py does not know declares the ops of its backward.
+after them, or what a user chooses. An op that nn/functions.py does not know is applied as it is.
 """
 
 import difflib
@@ -16,10 +16,9 @@ import numpy as np
 from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
-from segnet_scratch.nn.autograd import Function, Tensor
+from segnet_scratch.nn.autograd import Tensor, apply
 from segnet_scratch.ops.cases import MAPS, Case, Row, Shape, random_map, size_of_result
 from segnet_scratch.ops.loss.cross_entropy import VOID
-from segnet_scratch.ops.op import Op
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES
@@ -206,9 +205,7 @@ class OfRows(Differentiable):
 
         function = _function(_function_of(row))
         if function is None:
-            backward = row.backward(case, make.storage)
-            ops = lambda: _OfOps(make.device, op, backward, fresh(), tuple(make.leaves))(*make.leaves.values())  # noqa: E731
-            return Problem(str(case), make.leaves, ops)
+            return Problem(str(case), make.leaves, lambda: apply(op, **fresh()))
         known = inspect.signature(function).parameters
         settings = {name: getattr(row, name) for name in known if hasattr(row, name)}
 
@@ -222,35 +219,6 @@ class OfRows(Differentiable):
 
         options = {name: value for name, value in taken().items() if not hasattr(value, "dtype") and name not in arrays}
         return Problem(_described(make.leaves, options), make.leaves, forward)
-
-
-class _OfOps(Function):
-    """One op and its backward ops, wired by the names of their arrays."""
-
-    def __init__(
-        self,
-        device: Device,
-        op: Op,
-        backward: tuple[Op, ...],
-        given: Mapping[str, Array | None],
-        leaves: tuple[str, ...],
-    ) -> None:
-        super().__init__(device)
-        self.op, self.backward_ops, self.given, self.leaves = op, backward, given, leaves
-
-    def forward(self, *arrays: Array) -> Array:
-        given = {**self.given, **dict(zip(self.leaves, arrays, strict=True))}
-        copies = {name: self.device.copy(given[name]) for name in self.op.updates}
-        outputs = vars(self.op(self.device, **{**given, **copies}))
-        self.held = {**given, **outputs}
-        return outputs[next(iter(self.op.outputs))]
-
-    def backward(self, dy: Array) -> tuple[Array | None, ...]:
-        held = {**self.held, f"d{next(iter(self.op.outputs))}": dy}
-        found: dict[str, Array] = {}
-        for op in self.backward_ops:
-            found |= vars(op(self.device, **{name: held[name] for name in op.inputs}))
-        return tuple(found.get(f"d{name}") for name in self.leaves)
 
 
 class Fit(Differentiable):
@@ -365,13 +333,13 @@ def _function(name: str) -> Callable[..., Any] | None:
 
 
 def functions_of(rows: Sequence[Row]) -> dict[str, OfRows]:
-    """What is differentiated on these rows, by name: functions of nn/functions.py, and ops of which a row says how."""
+    """What is differentiated on these rows, by name: functions of nn/functions.py, and other ops with a gradient."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if np.dtype(np.float64) in row.elements:
             if _function(_function_of(row)):
                 found.setdefault(_function_of(row), []).append(row)
-            elif row.backward(row.cases()[0], np.float64):
+            elif row.function is None and row.plan(row.cases()[0], np.float64).gradient():
                 found[row.name] = [row]
     return {name: OfRows(name, of_name) for name, of_name in found.items()}
 

@@ -122,6 +122,12 @@ class Conv2dForward(_ConvOp):
         for ky, kx, patch in _taps(self.geometry, _padded(self.geometry, b.x)):
             b.y += patch @ b.weight[:, ky, kx].T
 
+    def gradient(self) -> tuple[Op, ...]:
+        x, weight, *_ = self.inputs.values()
+        options = self.geometry.stride, self.geometry.padding, self.rung
+        of_bias = Conv2dBackwardBias.plan(self.outputs["y"])
+        return Conv2dBackwardData.plan(x, weight, *options), Conv2dBackwardWeight.plan(x, weight, *options), of_bias
+
     def numpy(self, b: Buffers) -> None:
         x, weight = self._factor(b.x), self._factor(b.weight)
         _into(b.y, lambda y: fast.forward(x, weight, b.bias, y, self.geometry.stride, self.geometry.padding))

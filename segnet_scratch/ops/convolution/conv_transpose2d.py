@@ -77,6 +77,10 @@ class ConvTranspose2dForward(_ConvTransposeOp):
         grid = element_grid(b.y.size)
         self.kernel(device, "conv_transpose2d_forward_interleave", grid, ELEMENT_THREADS, b.z, b.y, *b.y.shape)
 
+    def gradient(self) -> tuple[Op, ...]:
+        options = self.x, self.weight, self.y.shape[1:3], self.rung
+        return ConvTranspose2dBackwardData.plan(*options), ConvTranspose2dBackwardWeight.plan(*options)
+
     def reference(self, b: Buffers) -> None:
         spread = _spread(b.x, b.y)
         for ky, kx, pixels in _taps(spread, b.x):

@@ -109,6 +109,9 @@ class SumForward(Op):
         merge = (b.partials, b.y, outer, self.chunks, inner)
         self.kernel(device, "sum_merge", element_grid(b.y.size), ELEMENT_THREADS, *merge)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (SumBackward.plan(self.outputs["y"], self.inputs["x"].shape[1]),)
+
     def reference(self, b: Buffers) -> None:
         b.y[...] = b.x.sum(axis=1, dtype=np.float64)
 

@@ -131,10 +131,6 @@ class SumRow(Row):
             return SumForward.plan(spec((outer, prod(summed), inner), dtype))
         return SumBackward.plan(spec((outer, inner), dtype), prod(summed))
 
-    def backward(self, case: Case, dtype: DTypeLike) -> tuple[Op, ...]:
-        outer, *summed, inner = case["x"]
-        return (SumBackward.plan(spec((outer, inner), dtype), prod(summed)),) if self.op is SumForward else ()
-
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         if self.op is SumBackward:
             return {}

@@ -22,6 +22,9 @@ class ReluForward(Op):
         count = b.x.size
         self.kernel(device, "relu_forward", element_grid(count), ELEMENT_THREADS, b.x, b.y, count)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (ReluBackward.plan(self.outputs["y"]),)
+
     def reference(self, b: Buffers) -> None:
         b.y[...] = np.where(b.x <= 0, 0, b.x)
 

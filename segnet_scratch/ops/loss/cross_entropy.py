@@ -38,7 +38,7 @@ class CrossEntropyForward(Op):
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
         self.pixels, self.classes = _check(logits, normalisation, smoothing)
-        self.divisor, self.smoothing = _DIVISORS[normalisation], smoothing
+        self.normalisation, self.divisor, self.smoothing = normalisation, _DIVISORS[normalisation], smoothing
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
         self.inputs = _inputs(logits)
         self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
@@ -65,6 +65,9 @@ class CrossEntropyForward(Op):
         total = (1 - self.smoothing) * of_label + self.smoothing * of_all
         b.sums[...] = total.sum(dtype=np.float64), weights.sum(), len(labels)
         self._divide(b)
+
+    def gradient(self) -> tuple[Op, ...]:
+        return (CrossEntropyBackward.plan(self.inputs["logits"], self.normalisation, self.smoothing),)
 
     def numpy(self, b: Buffers) -> None:
         fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, self.smoothing, b.sums)

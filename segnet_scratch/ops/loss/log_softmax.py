@@ -23,6 +23,9 @@ class LogSoftmaxForward(Op):
         pixels = b.x.size // classes
         self.kernel(device, self.name, element_grid(pixels), ELEMENT_THREADS, b.x, b.y, pixels, classes)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (LogSoftmaxBackward.plan(self.outputs["y"]),)
+
     def reference(self, b: Buffers) -> None:
         shifted = b.x - b.x.max(axis=-1, keepdims=True)
         b.y[...] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -58,6 +58,9 @@ class BatchNormTrainingForward(Op):
         b.y[...] = (b.x - b.mean) * b.inv_std * b.weight + b.bias
         self._update_running(b, variance)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (BatchNormBackward.plan(self.inputs["x"], True),)
+
     def numpy(self, b: Buffers) -> None:
         variance = np.empty_like(b.mean)
         fast.training_forward(b.x, b.weight, b.bias, b.y, b.mean, b.inv_std, variance, self.eps)
@@ -105,6 +108,9 @@ class BatchNormEvaluationForward(Op):
             *(b.running_mean, b.running_var, b.mean, b.inv_std, self.columns.channels, self.eps),
         )
         _normalise(self, device, self.columns, b)
+
+    def gradient(self) -> tuple[Op, ...]:
+        return (BatchNormBackward.plan(self.inputs["x"], False),)
 
     def reference(self, b: Buffers) -> None:
         b.mean[...] = b.running_mean

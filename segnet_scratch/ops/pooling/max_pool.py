@@ -30,6 +30,9 @@ class MaxPoolForward(Op):
         grid = element_grid(b.y.size)
         self.kernel(device, "max_pool_forward", grid, ELEMENT_THREADS, b.x, b.y, b.codes, *b.x.shape)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (MaxPoolBackward.plan(self.outputs["y"], self.inputs["x"].shape[1:3]),)
+
     def reference(self, b: Buffers) -> None:
         b.codes[...] = 0
         b.y[...] = b.x[:, ::2, ::2]

@@ -29,6 +29,9 @@ class MaxUnpoolForward(Op):
         grid = element_grid(b.x.size)
         self.kernel(device, "max_unpool_forward", grid, ELEMENT_THREADS, b.x, b.codes, b.y, *b.y.shape)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (MaxUnpoolBackward.plan(self.outputs["y"]),)
+
     def reference(self, b: Buffers) -> None:
         scatter_reference(b.x, b.codes, b.y)
 

@@ -63,6 +63,9 @@ class ResizeBilinearForward(Op):
         places = self.rows.count, self.size[1], self.rows.x_first, self.rows.x_height, self.rows.first, self.size[0]
         self.kernel(device, "resize_bilinear_forward", grid, ELEMENT_THREADS, b.x, b.y, *b.x.shape, *places)
 
+    def gradient(self) -> tuple[Op, ...]:
+        return (ResizeBilinearBackward.plan(self.outputs["y"], self.inputs["x"].shape[1:3]),)
+
     def reference(self, b: Buffers) -> None:
         (rows, below, v), (columns, right, u) = self._row_taps(b.x.dtype), _taps(b.x.shape[2], self.size[1], b.x.dtype)
         u, v = u[:, None], v[:, None, None]
