@@ -15,7 +15,8 @@ from support.commands import assert_error, plain, process, train_arguments
 
 import segnet_scratch
 from segnet_scratch import cli
-from segnet_scratch.config import describe
+from segnet_scratch.config import describe, load_config
+from segnet_scratch.data import write_sample
 from segnet_scratch.inference import Segmenter
 from segnet_scratch.lab.proof.gradcheck import gradcheck
 from segnet_scratch.runtime.devices import cuda_missing
@@ -51,6 +52,7 @@ COMMANDS = {
     "convert": ["source", "target", "--to", "--map", "PyTorch"],
     "gradcheck": ["ops", "--device", "--seed", "--json", "exit code 1"],
     "data": ["sample"],
+    "demo": ["--out", "--steps", "--device", "two minutes"],
     "data sample": ["directory", "--train", "--val", "--seed", "segnet train"],
 }
 
@@ -134,6 +136,21 @@ def test_sample_train_evaluate_predict(segnet, tmp_path):
         assert np.load(entry["logits"]).shape == (96, 128, 6)
         assert sum(entry["shares"].values()) == pytest.approx(1)
         assert f"{entry['overlay']}: " in finished.out
+
+
+def test_the_demo_leaves_scores_and_pictures_and_goes_on(segnet, tmp_path, monkeypatch):
+    monkeypatch.setattr("segnet_scratch.cli.data.write_sample", lambda root, **_: write_sample(root, 4, 7, (48, 64)))
+    run = tmp_path / "new" / "run"
+    for _ in range(2):  # a run that ended is no obstacle
+        finished = segnet("demo", "--steps", 1, "--device", "numpy", "--out", run)
+        assert finished.code == 0, finished.err
+        assert f"scores:   {run}/eval.json" in finished.out
+    assert json.loads((run / "eval.json").read_text())["images"] == 7
+    assert len(list((run / "predictions").glob("*_overlay.png"))) == 6
+    assert load_config(run / "config.toml").steps == 1
+    assert (
+        len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    )  # a step and its validation: nothing was trained twice
 
 
 def test_the_sample_can_be_written_again_but_not_another_over_it(segnet, tmp_path):

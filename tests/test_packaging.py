@@ -2,11 +2,14 @@
 installed; and what pyproject.toml promises.
 """
 
+import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from support import ROOT
 from support.kernels import needs_compiler
 
+from segnet_scratch import __version__
 from segnet_scratch.runtime.launch import shipped_kernels
 
 pytest.importorskip("hatchling", reason="the wheel is built with hatchling, which the extra test brings")
@@ -84,8 +88,7 @@ class TestWheel:
             "lab/profile/ceilings_mma.cu",
             "cli/common.py",
             "report/page.html",
-            "lab/doctor/gpu.py",
-            "ops/convolution/conv2d.py",
+            "py.typed",
         ):
             assert f"segnet_scratch/{name}" in names
         # A file or folder at the top level of site-packages would belong to everybody: tests, scripts, cuda.
@@ -93,11 +96,38 @@ class TestWheel:
         assert not [name for name in names if "__pycache__" in name or "test" in Path(name).name]
         for extra in ("cuda12", "cuda13", "nvrtc", "compiler", "report", "tensorboard", "video"):
             assert f"Provides-Extra: {extra}" in text
+        assert f"\nVersion: {__version__}\n" in text
+        assert "\nLicense-Expression: MIT\nLicense-File: LICENSE\n" in text
 
     def test_every_python_file_of_the_tree_is_in_it(self, wheel):
         tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "segnet_scratch").rglob("*.py")}
         with zipfile.ZipFile(wheel) as archive:
             assert {name for name in archive.namelist() if name.endswith(".py")} == tree
+
+
+def test_the_source_archive_is_complete(wheel, tmp_path, monkeypatch):
+    """The wheel that is made of it is that of the tree; the tests and pages, what they need and CI are in it."""
+    from hatchling.build import build_sdist, build_wheel
+
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build_sdist(str(tmp_path))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("*/")
+    for name in (
+        "tests",
+        "docs/images/demo.png",
+        "scripts/demo.sh",
+        ".ci/run",
+        "benchmarks",
+        "CHANGELOG.md",
+        "mkdocs.yml",
+    ):
+        assert (unpacked / name).exists(), name
+    monkeypatch.chdir(unpacked)
+    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as again, zipfile.ZipFile(wheel) as first:
+        assert {(one.filename, one.CRC) for one in again.infolist()} == {
+            (one.filename, one.CRC) for one in first.infolist()
+        }
 
 
 class TestInstalledWheel:
@@ -134,7 +164,7 @@ class TestInstalledWheel:
     def test_the_program_as_a_module(self, segnet, installed):
         result = segnet("--version", program=[installed, "-m", "segnet_scratch"])
         assert result.returncode == 0
-        assert result.stdout.startswith("segnet_scratch ")
+        assert result.stdout == f"segnet_scratch {__version__}\n"
 
 
 class TestSourceTree:
@@ -172,3 +202,15 @@ def test_the_extras_bring_one_cuda_each():
         assert cupy.startswith(f"cupy-cuda{major}x>=")
         assert toolkit.startswith("cuda-toolkit[cudart,nvrtc]>=" + major)
         assert toolkit.endswith(f"<{int(major) + 1}")
+
+
+def test_the_release_notes_are_dated_and_know_this_version():
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", notes, re.MULTILINE)
+    releases = [heading for heading in headings if heading != "Unreleased"]
+    assert headings.index(releases[0]) <= 1
+    assert releases[0].startswith(f"{__version__}, ")
+    for heading in releases:
+        version, date = heading.split(", ")
+        assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+        datetime.date.fromisoformat(date)

@@ -3,12 +3,12 @@
 import errno
 
 # Each registers its commands, in the order in which the help shows them.
-from segnet_scratch.cli import common, data, evaluation, kernels, network, profile, proof
+from segnet_scratch.cli import common, data, demo, evaluation, kernels, network, profile, proof
 from segnet_scratch.cli.common import app, fail
 from segnet_scratch.errors import ConfigError, SegnetError
 from segnet_scratch.files import reason
 
-__all__ = ["common", "data", "evaluation", "kernels", "main", "network", "profile", "proof"]
+__all__ = ["common", "data", "demo", "evaluation", "kernels", "main", "network", "profile", "proof"]
 
 
 def main() -> None:

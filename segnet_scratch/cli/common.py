@@ -20,7 +20,7 @@ from segnet_scratch.segnet import SegNet
 
 app = typer.Typer(
     name="segnet",
-    help="SegNet without a deep learning framework. Start with: segnet data sample DIR, then segnet train.",
+    help="SegNet without a deep learning framework. Start with: segnet demo.",
     epilog="Exit codes: 0 done, 1 an error or a failed check, 2 wrong usage or settings, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
