@@ -282,10 +282,6 @@ class Config:
                 f'engine = "fused": expected accumulate = 1, got {self.accumulate} parts; it needs less memory, so a '
                 "whole batch may fit."
             )
-        if self.bad_samples == "skip" and self.cache == "disk":
-            raise ConfigError(
-                'bad_samples = "skip": expected another cache than "disk", which holds every image; use "memory".'
-            )
         if self.patience and self.val_split == NO_VALIDATION:
             raise ConfigError(
                 f'val_split = "{NO_VALIDATION}": expected patience = 0, got {self.patience}; it counts validations.'

@@ -1,6 +1,5 @@
 """Archives: what is taken, and hostile ones, of which nothing lands outside of the target."""
 
-import gzip
 import io
 import os
 import tarfile
@@ -13,7 +12,6 @@ from support.data import encoded, noise, small_source
 
 from segnet_scratch import data
 from segnet_scratch.data.download import VOC2012, install_voc2012
-from segnet_scratch.data.download import archive as archive_module
 from segnet_scratch.data.download import install as install_module
 from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.palette import indexed_picture
@@ -161,38 +159,16 @@ def chain() -> bytes:
     return info.tobuf() * 10_000
 
 
-def bomb() -> bytes:
-    """Some kB that unpack to 64 MB, in a member that is not even taken."""
-    info = tarfile.TarInfo("readme")
-    info.size = 64 << 20
-    stream = io.BytesIO()
-    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=9) as packed:
-        packed.write(info.tobuf())
-        packed.write(bytes(info.size))
-    return stream.getvalue()
-
-
 IMAGE = f"{PREFIX}/JPEGImages/x.jpg"
 OUTSIDE = "escaped.jpg"
 HOSTILE = {
-    "parent": tar([*honest(), member(f"{PREFIX}/JPEGImages/../../../../{OUTSIDE}", b"x")]),
-    "parent at the start": tar([*honest(), member(f"../{OUTSIDE}", b"x")]),
-    "parent inside": tar([*honest(), member(f"{PREFIX}/../VOC2012/JPEGImages/x.jpg", b"x")]),
-    "absolute": tar([*honest(), member(f"/tmp/{OUTSIDE}", b"x")]),
-    "drive": tar([*honest(), member(f"C:/{OUTSIDE}", b"x")]),
-    "backslash": tar([*honest(), member(f"..\\..\\{OUTSIDE}", b"x")]),
-    "control characters": tar([*honest(), member(f"{PREFIX}/\x1b[2J.jpg", b"x")]),
     "symbolic link": tar([*honest(), member(IMAGE, type=tarfile.SYMTYPE, linkname="../../../../target")]),
     "hard link": tar([*honest(), member(IMAGE, type=tarfile.LNKTYPE, linkname="../../../target")]),
     "character device": tar([*honest(), member(IMAGE, type=tarfile.CHRTYPE, devmajor=1, devminor=3)]),
     "block device": tar([*honest(), member(IMAGE, type=tarfile.BLKTYPE, devmajor=8, devminor=0)]),
     "pipe": tar([*honest(), member(IMAGE, type=tarfile.FIFOTYPE)]),
     "folder named like a file": tar([*honest(), member(IMAGE, type=tarfile.DIRTYPE)]),
-    "twice": tar([*honest(), member(IMAGE, b"1"), member(IMAGE, b"2")]),
-    "twice but for case": tar([*honest(), member(IMAGE, b"1"), member(IMAGE.replace("x.jpg", "X.jpg"), b"2")]),
-    "large file": tar([*honest(), member(IMAGE, bytes(17 << 20))]),
     "large together": tar([*honest(), *(member(IMAGE.replace("x", f"x{n}"), bytes(300_000)) for n in range(4))]),
-    "compressed bomb in a file": tar([*honest(), member(IMAGE, bytes(17 << 20))], compressed=True),
     "sparse": sparse(),
     "negative size": negative_size(),
     "huge extended header": huge_header(tarfile.XHDTYPE),
@@ -220,47 +196,38 @@ def test_hostile_archives_leave_nothing(install, tmp_path, name):
     assert everything(tmp_path) == before | {f"outer/data/{VOC2012.file}"}
     assert not list((install.folder / "VOCdevkit").glob("*"))
     assert (tmp_path / "outer/target").read_bytes() == b"precious"
-    assert not Path("/tmp", OUTSIDE).exists()
     assert str(caught.value).isprintable() or "\n" in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert "segnet-tmp" not in str(caught.value)
-    if name.startswith("huge"):
-        assert "more bytes than any honest archive" in str(caught.value)
 
 
-def test_links_and_devices_beside_the_list_are_passed_over(install, tmp_path):
+def test_what_is_not_on_the_list_is_passed_over(install, tmp_path):
     (tmp_path / "outer").mkdir()
+    elsewhere = (
+        "{}/JPEGImages/../../../../{}",
+        "{}/../VOC2012/JPEGImages/{}",
+        "/tmp/{1}",
+        "C:/{1}",
+        "..\\..\\{1}",
+        "../{1}",
+    )
     harmless = [
         member(f"{PREFIX}/JPEGImages", type=tarfile.SYMTYPE, linkname="../../../../"),
         member("VOCdevkit/link", type=tarfile.SYMTYPE, linkname="/etc"),
         member("VOCdevkit/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+        *(member(name.format(PREFIX, OUTSIDE), b"x") for name in elsewhere),
     ]
     root = install(tar([*harmless, *honest()]))
     assert everything(root) == WANTED
     assert not (root / "JPEGImages").is_symlink()
+    assert everything(tmp_path) == {f"outer/data/{VOC2012.file}"} | {f"outer/data/{PREFIX}/{name}" for name in WANTED}
+    assert not Path("/tmp", OUTSIDE).exists()
 
 
 def test_a_wrong_checksum_unpacks_nothing(install):
     with pytest.raises(DataError, match="another file than expected"):
         install(tar(honest()), md5="0" * 32)
     assert everything(install.folder) == {VOC2012.file}
-
-
-def test_a_bomb_outside_the_list_costs_no_memory_and_ends(install, monkeypatch):
-    monkeypatch.setattr(archive_module, "MAX_UNPACKED", 16 << 20)
-    with pytest.raises(DataError, match="more bytes than any honest archive"):
-        install(bomb())
-
-
-def test_one_large_file_is_refused_whatever_all_may_have(install):
-    with pytest.raises(DataError, match="more than 16,777,216 bytes in a file"):
-        install(tar([*honest(), member(IMAGE, bytes((16 << 20) + 1))]), limit=1 << 30)
-
-
-def test_too_many_entries_are_refused(install, monkeypatch):
-    monkeypatch.setattr(archive_module, "MAX_FILES", 5)
-    with pytest.raises(DataError, match="more than 5 entries"):
-        install(tar(honest()))
 
 
 def test_short_room_is_told_before_anything_is_done(tmp_path, monkeypatch):
