@@ -19,7 +19,7 @@ LAYERS = [
     {"optim"},
     {"step", "inference_step"},  # one training step and one inference step, whichever engine computes it
     {"metrics", "boundary"},
-    {"inference", "evaluate", "score", "submit", "predict", "film", "video"},
+    {"inference", "evaluate", "score", "submit", "predict", "film", "video", "export"},
     {"train", "foresight"},
     {"display", "listeners", "run_record", "tensorboard", "report"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest

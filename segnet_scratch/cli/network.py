@@ -1,4 +1,4 @@
-"""`segnet train`, `recipes`, `bn-recalibrate` and `convert`: where a trained network comes from."""
+"""`segnet train`, `recipes`, `bn-recalibrate`, `convert` and `export`: where a trained network comes from and goes."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,6 +30,7 @@ from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
 from segnet_scratch.evaluate import check_classes
+from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
 from segnet_scratch.files import expect_apart
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
@@ -207,3 +208,48 @@ def convert(
             )
     else:
         say(f"{target}: {to_pytorch(source, target, read_map(names), biases)} arrays, OIHW float32")
+
+
+@app.command(name="export")
+def export_command(
+    checkpoint: CheckpointArgument,
+    target: Annotated[Path, typer.Argument(help="The ONNX file.", metavar="FILE.onnx", dir_okay=False)],
+    inputs: Annotated[
+        str,
+        choice(
+            INPUTS,
+            "What `image` (n, 3, h, w) holds, RGB. normalised: float32 by ImageNet's mean and deviation. float: "
+            "float32 in [0, 1]. uint8: as pictures are stored.",
+            "--input",
+        ),
+    ] = "normalised",
+    result: Annotated[
+        str,
+        choice(
+            OUTPUTS,
+            "logits: float32 (n, classes, h, w). labels: the class of each pixel, uint8 (n, h, w).",
+            "--output",
+        ),
+    ] = "logits",
+    unpool: Annotated[
+        str,
+        choice(UNPOOLS, "indices: MaxPool's indices and MaxUnpool. codes: without these, for runtimes that lack them."),
+    ] = "indices",
+    keep_batch_norm: Annotated[
+        bool, typer.Option("--keep-batch-norm", help="As nodes of its own, not folded into the convolutions.")
+    ] = False,
+    float16: Annotated[bool, typer.Option("--float16", help="Weights and maps in half precision.")] = False,
+) -> None:
+    """Write a trained network as an ONNX file for other runtimes: any batch, height and width, dropout off.
+
+    The file is checked with onnxruntime before it is written. Needs pip install 'segnet_scratch\\[onnx]'.
+
+    Example: segnet export runs/voc/best.safetensors voc.onnx --input uint8 --output labels
+    """
+    expect_apart(target, checkpoint)
+    found = export(weights.load(checkpoint, "numpy"), target, inputs, result, unpool, keep_batch_norm, float16)
+    say(f"{target}: opset {OPSET}, {target.stat().st_size / 2**20:.1f} MiB")
+    say(
+        f"onnxruntime against the numpy device: logits differ by at most {found.error:.2g} (the largest is "
+        f"{found.largest:.3g}), {found.differing} of {found.pixels:,} pixels get another class"
+    )
