@@ -4,14 +4,11 @@ import weakref
 
 import numpy as np
 import pytest
-from support import FULL
 
 from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
 from segnet_scratch.config import Config, check_resume
 from segnet_scratch.convert import from_pytorch, to_pytorch
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError
-from segnet_scratch.lab.proof import problems
-from segnet_scratch.lab.proof.gradcheck import gradcheck
 from segnet_scratch.nn.autograd import no_grad
 from segnet_scratch.nn.functions import conv_transpose2d, cross_entropy, max_pool, resize_bilinear
 from segnet_scratch.ops.convolution.conv_transpose2d import bilinear_weight
@@ -141,58 +138,6 @@ def test_an_unknown_decoder_is_refused():
     assert build(description, "numpy").decoder_kind == "indices"
 
 
-@each_other
-@each_network
-def test_numpy_and_host_agree(network, decoder):
-    models = [network(5, NARROW, device, decoder=decoder, dtype=np.float64, seed=1) for device in ("numpy", "host")]
-    here, there = (one_pass(model) for model in models)
-    assert here.keys() == there.keys()
-    for name, array in here.items():
-        error = np.linalg.norm(array - there[name]) / np.linalg.norm(array)
-        assert error <= 1e-11, (name, error)
-
-
-@each_other
-@each_network
-def test_one_pass_against_pytorch(network, decoder):
-    torch = pytest.importorskip("torch")
-    from torch_segnet import TorchSegNet, TorchSegNetBasic
-
-    model = network(5, NARROW, "numpy", decoder=decoder, dtype=np.float64, seed=2)
-    rng = np.random.default_rng(2)
-    for block in model.blocks if decoder == "deconv" else ():  # away from the initial weights, which are symmetric
-        if block.unpool:
-            weight = model.decoder[block.stage]["up"].weight
-            weight.data += 0.1 * rng.standard_normal(weight.shape)
-    peer = {SegNet: TorchSegNet, SegNetBasic: TorchSegNetBasic}[network](5, NARROW, decoder)
-    state = {name: p.numpy() for name, p in model.named_parameters().items()}
-    state = {name: np.moveaxis(a, 3, 1) if a.ndim == 4 else a for name, a in state.items()}
-    peer = peer.double()
-    peer.load_state_dict({name: torch.tensor(a) for name, a in state.items()}, strict=False)
-    ours = one_pass(model)
-    logits = peer(torch.tensor(np.moveaxis(images(dtype=np.float64), 3, 1)))
-    labels = np.random.default_rng(0).integers(0, 5, (2, 33, 47))
-    torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
-    theirs = {"logits": logits.detach()} | {name: p.grad for name, p in peer.named_parameters()}
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        expected = np.moveaxis(expected.numpy(), 1, 3) if expected.ndim == 4 else expected.numpy()
-        error = np.linalg.norm(ours[name] - expected) / np.linalg.norm(expected)
-        assert error <= 1e-11, (name, error)
-
-
-@each_device
-@pytest.mark.parametrize("index", [i for i, n in enumerate(problems.NETWORKS) if n[3] != "indices"])
-def test_the_gradients_of_a_whole_network(index, device, monkeypatch):
-    network, *_, decoder = problems.NETWORKS[index]
-    if network == "segnet" and device == "host" and not FULL:
-        pytest.skip("half a minute; SEGNET_TEST_FULL=1 runs it")
-    monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[index : index + 1])
-    (result,) = gradcheck(["segnet"], device, cases=1, directions=2 if FULL else 1)
-    assert f"decoder {decoder}" in result.where.case
-    assert result.passed, str(result)
-
-
 @each_decoder
 def test_only_indices_outlive_their_pools(decoder, monkeypatch):
     model = SegNet(5, NARROW, "numpy", decoder=decoder).eval()
@@ -283,17 +228,3 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(sample, tmp_path, decoder
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     with pytest.raises(ConfigError, match=f"decoder .was '{decoder}', now 'indices'"):
         check_resume(config, Config(**settings, steps=6, checkpoint_every=3))
-
-
-@each_other
-def test_train_eval_and_predict(segnet, sample, tmp_path, decoder):
-    settings = ("model=segnet-basic", "width=0.0625", "size=32", "batch=2", "steps=2", f"decoder={decoder}")
-    run = tmp_path / "run"
-    options = [part for setting in settings for part in ("--set", setting)]
-    assert segnet("train", "--data", sample, "--out", run, "--device", "numpy", *options).code == 0
-    assert f'decoder = "{decoder}"' in (run / "config.toml").read_text()
-    checkpoint = run / "last.safetensors"
-    assert segnet("eval", checkpoint, "--data", sample, "--device", "numpy").code == 0
-    image = sample / "JPEGImages" / "sample_00000.jpg"
-    assert segnet("predict", checkpoint, image, "--out", tmp_path / "out", "--device", "numpy").code == 0
-    assert (tmp_path / "out" / "sample_00000.png").is_file()

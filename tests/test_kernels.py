@@ -278,54 +278,8 @@ class TestSignature:
             find_kernel("relu")
 
 
-def with_headers(path, seen=()):
-    """The texts of a source and of the headers that a GPU's compiler sees, each once."""
-    texts = [path.read_text()]
-    for name in re.findall(r'#include "([^"]+)"', texts[0]):
-        header = next(folder / name for folder in (path.parent, ROOT / "cuda") if (folder / name).is_file())
-        if header not in seen and header.suffix == ".cuh":
-            seen = (*seen, header)
-            texts += with_headers(header, seen)
-    return texts
-
-
-def names_that_meet(texts):
-    """(names, bodies): an oracle by another route than the parser's: the names that lead to a barrier or to shared
-    memory, through any number of functions and headers, whatever these are called; and all bodies by name."""
-    bodies: dict[str, str] = {}
-    for text in texts:
-        text = re.sub(r"//[^\n]*", "", text)
-        for match in re.finditer(r"(\w+)\([^(){};]*(?:\([^()]*\)[^(){};]*)*\)\s*(?:const\s*)?\{", text):
-            depth = 1
-            for end in range(match.end(), len(text)):
-                depth += {"{": 1, "}": -1}.get(text[end], 0)
-                if depth == 0:
-                    break
-            bodies[match.group(1)] = bodies.get(match.group(1), "") + text[match.end() : end]
-    meets = {"__syncthreads", "SHARED_ARRAY", "SHARED_DYNAMIC", "__shared__"}
-    while True:
-        more = {name for name, body in bodies.items() if meets & set(re.findall(r"\w+", body))} - meets
-        more -= {"for", "if", "while", "switch"}
-        if not more:
-            return meets, bodies
-        meets |= more
-
-
 class TestCooperative:
     """Kernels whose threads meet at barriers or share memory need fibers; a wrong guess either crashes or is slow."""
-
-    def test_shipped_kernels(self):
-        found = {}
-        for path in (ROOT / "cuda").glob("*.cu"):
-            kernels = [name for name, kernel in shipped_kernels().items() if kernel.source.path == path]
-            meets, bodies = names_that_meet(with_headers(path))
-            assert set(kernels) <= set(bodies)
-            found |= {name: name in meets for name in kernels}
-        assert found["conv2d_forward_tiled"]
-        assert found["cross_entropy_partial"]
-        assert found["batch_norm_partial_statistics"]
-        assert not found["relu_forward"]
-        assert {name: kernel.cooperative for name, kernel in shipped_kernels().items()} == found
 
     @pytest.mark.parametrize(
         ("before", "body", "expected"),

@@ -2,7 +2,6 @@
 layers' kernels, the gradients of PyTorch, any grid, packed codes, how wide the machine code's accesses are.
 """
 
-import functools
 from collections import Counter
 
 import numpy as np
@@ -16,7 +15,6 @@ from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, BatchNormTrainingForward
 from segnet_scratch.ops.normalisation.norm_relu import (
-    NormMergeGradients,
     NormMergeStatistics,
     NormReluBackward,
     NormReluForward,
@@ -35,7 +33,6 @@ from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.resources import compile_all
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-OPS = [NormReluForward, NormReluPoolForward, NormReluBackward, NormReluPoolBackward]
 MAPS = [(2, 6, 8, 16), (1, 5, 7, 8), (3, 1, 9, 24), (2, 9, 1, 64), (1, 1, 2, 8), (1, 3, 5, 2056)]
 
 each_map = pytest.mark.parametrize("shape", MAPS, ids=str)
@@ -57,20 +54,6 @@ def batch_norm(device, x, weight, bias):
 def max_pool(device, x):
     """y, codes by the layers' op."""
     return MaxPoolForward.plan(spec_of(x))(device, x=x)
-
-
-def partials_of(*terms):
-    """(tiles, 2, c): what `terms`, functions of the (rows, c) of a tile, make of two maps or of one."""
-    return lambda *maps: np.stack(
-        [
-            np.stack([term(*(m.reshape(-1, m.shape[-1])[start : start + TILE_ROWS] for m in maps)) for term in terms])
-            for start in range(0, maps[0].size // maps[0].shape[-1], TILE_ROWS)
-        ]
-    )
-
-
-statistics_of = partials_of(lambda y: y.mean(0), lambda y: ((y - y.mean(0)) ** 2).sum(0))
-sums_of = partials_of(lambda dr, xhat: dr.sum(0), lambda dr, xhat: (dr * xhat).sum(0))
 
 
 @needs_compiler
@@ -180,26 +163,6 @@ class TestAnyGrid:
 
 class TestMerges:
     @pytest.mark.parametrize("device", ["numpy", "host"])
-    @pytest.mark.parametrize("shape", [(2, 24, 32, 16), (1, 3, 43, 8), (1, 1, 2, 12), (5, 40, 41, 9)], ids=str)
-    def test_statistics_are_those_of_batch_norm(self, shape, device):
-        rng, device = np.random.default_rng(4), get_device(device)
-        y = (rng.standard_normal(shape) + 30 * rng.standard_normal(shape[3])).astype(F32)
-        rows = y.size // shape[3]
-        partials = statistics_of(y.astype(F64)).astype(F32)
-        running_mean, running_var = rng.uniform(1, 2, (2, shape[3])).astype(F32)
-        after = {"running_mean": running_mean.copy(), "running_var": running_var.copy()}
-        out = NormMergeStatistics.plan(spec_of(partials), rows)(device, partials=partials, **after)
-        expected = {"running_mean": running_mean.astype(F64), "running_var": running_var.astype(F64)}
-        ones = np.ones(shape[3])
-        wide = BatchNormTrainingForward.plan(spec(shape, F64))
-        layer = wide(get_device("numpy"), x=y.astype(F64), weight=ones, bias=ones, **expected)
-        # The tiles' means are rounded to float32 (relative to their size), and so is everything that is stored.
-        np.testing.assert_allclose(out.mean, layer.mean, rtol=3e-7, atol=0)
-        np.testing.assert_allclose(out.inv_std, layer.inv_std, rtol=3e-6)
-        for name in expected:  # a sum of two terms, which may cancel
-            np.testing.assert_allclose(after[name], expected[name], rtol=3e-6, atol=1e-6, err_msg=name)
-
-    @pytest.mark.parametrize("device", ["numpy", "host"])
     @pytest.mark.parametrize("constant", [True, False])
     def test_tiles_far_from_zero_that_hardly_differ(self, constant, device):
         """Their squares have more digits than a double: E[x^2] - E[x]^2 would be off by more than the variance."""
@@ -213,56 +176,6 @@ class TestMerges:
         distances = 0.25 * np.repeat(steps, [TILE_ROWS] * (tiles - 1) + [last], axis=0)
         np.testing.assert_array_equal(out.mean, (3e6 + distances.mean(0)).astype(F32))
         np.testing.assert_allclose(out.inv_std, 1 / np.sqrt(distances.var(0) + 1e-5), rtol=1e-6)
-
-    @pytest.mark.parametrize("device", ["numpy", "host"])
-    def test_gradients(self, device):
-        rng = np.random.default_rng(5)
-        partials = (rng.standard_normal((6272, 2, 3)) * 10.0 ** rng.integers(-3, 4, (6272, 1, 1))).astype(F32)
-        out = NormMergeGradients.plan(spec_of(partials))(get_device(device), partials=partials)
-        exact = partials.astype(np.longdouble).sum(0)
-        np.testing.assert_allclose(out.dbias, exact[0].astype(F64), rtol=1e-7)
-        np.testing.assert_allclose(out.dweight, exact[1].astype(F64), rtol=1e-7)
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 8, 8), (1, 13, 11, 4), (2, 1, 5, 8)], ids=str)
-@pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
-def test_gradients_are_pytorch_s(shape, pool, relu):
-    """All that lies between two convolutions, in float64, from partial sums to dy: of the references, no kernels."""
-    torch = pytest.importorskip("torch")
-    rng, device, c = np.random.default_rng(6), get_device("numpy"), shape[3]
-    y, norm = rng.standard_normal(shape), channels(rng, c, F64)
-    rows = y.size // c
-
-    theirs = {k: torch.tensor(a, requires_grad=True) for k, a in (("y", np.moveaxis(y, 3, 1).copy()), *norm.items())}
-    z = torch.nn.functional.batch_norm(theirs["y"], None, None, theirs["weight"], theirs["bias"], training=True)
-    z = torch.relu(z) if relu else z
-    z = torch.nn.functional.max_pool2d(z, 2, ceil_mode=True) if pool else z
-    dz = rng.standard_normal(np.moveaxis(z.detach().numpy(), 1, 3).shape)
-    z.backward(torch.tensor(np.moveaxis(dz, 3, 1).copy()))
-
-    running = {"running_mean": np.zeros(c), "running_var": np.ones(c)}
-    merge = NormMergeStatistics.plan(spec((-(-rows // TILE_ROWS), 2, c), F64), rows)
-    merged = merge(device, partials=statistics_of(y), **running)
-    numbers = {"mean": merged.mean, "inv_std": merged.inv_std}
-    if pool:
-        out = NormReluPoolForward.plan(spec_of(y), relu)(device, y=y, **numbers, **norm)
-        ours, at_codes = out.pooled, functools.partial(gather_at, packed=out.codes)
-    else:
-        ours, at_codes = NormReluForward.plan(spec_of(y), relu)(device, y=y, **numbers, **norm).z, np.copy
-    np.testing.assert_allclose(np.moveaxis(ours, 3, 1), z.detach().numpy(), rtol=1e-10, atol=1e-12)
-    dr = np.where(ours > 0, dz, 0) if relu else dz.copy()  # what dgrad's epilogue leaves, and its sums
-    partials = sums_of(dr, (at_codes(y) - merged.mean) * merged.inv_std)
-    sums = vars(NormMergeGradients.plan(spec_of(partials))(device, partials=partials))
-    arrays = {"y": y, "dr": dr, **numbers, "weight": norm["weight"], **sums}
-    if pool:
-        dy = NormReluPoolBackward.plan(spec_of(y))(device, codes=out.codes, **arrays).dy
-    else:
-        NormReluBackward.plan(spec_of(y))(device, **arrays)
-        dy = dr
-    np.testing.assert_allclose(np.moveaxis(dy, 3, 1), theirs["y"].grad.numpy(), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(sums["dweight"], theirs["weight"].grad.numpy(), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(sums["dbias"], theirs["bias"].grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
 class TestPackedCodes:

@@ -128,10 +128,6 @@ class TestTensor:
         with pytest.raises(ShapeError, match="rows of one length"):
             tensor([[1], [1, 2]], "numpy")
 
-    @pytest.mark.parametrize("values", [True, 3, np.float16(0.5), np.arange(3, dtype=np.int64), [1, 2]])
-    def test_other_numbers_become_float32(self, values):
-        assert tensor(values, "numpy").dtype == np.float32
-
 
 EMPTY = [(0, 4, 4, 2), (1, 0, 4, 2), (1, 4, 0, 2), (1, 4, 4, 0), (0,), ()]
 

@@ -514,30 +514,15 @@ def test_vgg16_does_not_fit_half_a_segnet_or_segnet_basic(vgg16):
 # Devices
 
 
-def on_both(cls, dtype, dropout=False):
-    device_models = []
-    for device in ("numpy", "host"):
-        model = narrow(cls, device=device, dtype=dtype, dropout=dropout)
-        model.set_random_state(3, 4)
-        device_models.append(model)
-    return device_models
-
-
 @pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
-def test_numpy_and_host_give_the_same_logits(cls):
-    x = images(2, 33, 47)
-    a, b = (model.eval()(x).numpy() for model in on_both(cls, np.float32))
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
-def test_numpy_and_host_give_the_same_gradients(cls, dropout):
+def test_numpy_and_host_give_the_same_gradients(cls):
+    """With dropout; without it both are held to PyTorch (test_torch_parity.py)."""
     # In float64: in float32 an argmax that rounding flips moves a whole gradient to its neighbour.
     x, y = images(2, 33, 47, dtype=np.float64), labels(2, 33, 47, classes=5)
-    models = on_both(cls, np.float64, dropout)
+    models = [narrow(cls, device=device, dtype=np.float64, dropout=True) for device in ("numpy", "host")]
     losses = []
     for model in models:
+        model.set_random_state(3, 4)
         loss = cross_entropy(model(x), y)
         loss.backward()
         losses.append(loss.item())
