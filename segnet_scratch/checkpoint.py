@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from segnet_scratch.errors import CheckpointError
 from segnet_scratch.files import reason, write_durably
+from segnet_scratch.torch_file import is_torch_file, read_state_dict
 
 FORMAT = "1"
 
@@ -31,8 +32,8 @@ _KEY = "segnet_scratch"
 _MAX_HEADER = 4 << 20
 # What other files that are taken for weights begin with.
 _NO_SAFETENSORS = {
-    b"PK\x03\x04": "a PyTorch file or another zip archive",
-    b"\x80\x02": "a pickle, as old PyTorch files are",
+    b"PK\x03\x04": "a PyTorch file or another zip archive, which segnet convert reads",
+    b"\x80\x02": "a pickle, as old PyTorch files are, which segnet convert reads",
     b"version ": "a pointer of Git LFS, whose file git lfs pull brings",
     b"<": "a web page or XML",
 }
@@ -77,7 +78,8 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 
 def load(path: _Path) -> Checkpoint:
     """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
-    with _opened(path) as file:
+    with _opened(path) as stream:
+        file = _File(stream)
         record, metadata = _our_metadata(file)
         tensors = file.tensors()
         if _record(metadata, tensors) != record:
@@ -87,29 +89,28 @@ def load(path: _Path) -> Checkpoint:
 
 def read_metadata(path: _Path) -> dict[str, Any]:
     """The metadata of a checkpoint from its header alone, so without the checksum; CheckpointError as in `load`."""
-    with _opened(path) as file:
-        return _our_metadata(file)[1]
+    with _opened(path) as stream:
+        return _our_metadata(_File(stream))[1]
 
 
 def load_foreign(path: _Path) -> dict[str, np.ndarray]:
-    """The tensors of any safetensors file, bfloat16 as float32; CheckpointError where missing, cut off, malformed."""
-    with _opened(path, _conversion(path)) as file:
-        return file.tensors()
+    """The tensors of a file as `read_foreign` reads it."""
+    return read_foreign(path)[0]
 
 
-def foreign_metadata(path: _Path) -> dict[str, str]:
-    """The metadata of any safetensors file, from its header alone; CheckpointError as in `load_foreign`."""
-    with _opened(path, _conversion(path)) as file:
-        return file.metadata
+def read_foreign(path: _Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of any safetensors file, or of a state dict that torch.save wrote (no metadata).
 
-
-def _conversion(path: _Path) -> str:
-    """How to come by a safetensors file where there is another."""
-    return (
-        "get it anew; a PyTorch file (.pth, .pt), which can run code when it is read, becomes one where PyTorch is "
-        'installed, by: python -c "import torch; from safetensors.torch import save_file; '
-        f"save_file(torch.load('{path}', weights_only=True), '{Path(path).stem}.safetensors')\""
-    )
+    bfloat16 as float32. CheckpointError where it is missing, cut off, malformed, or a pickle that would run code.
+    """
+    fix = "get it anew; of a PyTorch module, save the state dict alone: torch.save(model.state_dict(), 'weights.pth')"
+    with _opened(path, "safetensors or PyTorch", fix) as file:
+        start = file.read(4)
+        file.seek(0)
+        if is_torch_file(start):
+            return read_state_dict(file), {}
+        found = _File(file)
+        return found.tensors(), found.metadata
 
 
 def _to_disk_order(name: str, array: np.ndarray) -> np.ndarray:
@@ -221,8 +222,8 @@ def _place_of(name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
 
 
 @contextmanager
-def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
-    """The file, its header verified; what is wrong becomes a CheckpointError that tells damage from other causes."""
+def _opened(path: _Path, kind: str = "safetensors", fix: str = "") -> Iterator[BinaryIO]:
+    """The file; what is wrong with it becomes a CheckpointError that tells damage from other causes."""
     path = Path(path)
     try:
         # Also keeps a named pipe from being opened, which would wait for ever.
@@ -231,7 +232,7 @@ def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
         if path.exists() and not path.is_file():
             raise ValueError("a device")
         with path.open("rb") as file:
-            yield _File(file)
+            yield file
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {reason(error)}.") from None
     except MemoryError as error:
@@ -239,7 +240,7 @@ def _opened(path: _Path, fix: str = "") -> Iterator[_File]:
     except (ValueError, RecursionError) as error:
         # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
         got, fix = ascii(str(error))[1:-1][:300], fix or _way_out(path)
-        raise CheckpointError(f"{path}: expected a sound safetensors file, got: {got}; {fix}.") from None
+        raise CheckpointError(f"{path}: expected a sound {kind} file, got: {got}; {fix}.") from None
 
 
 def _way_out(path: Path) -> str:

@@ -34,6 +34,8 @@ NO_VALIDATION = "none"
 AUTO = "auto"  # engine and precision that suit network and device; a run keeps what it began with
 ENGINES = (AUTO, "layers", "fused")
 PRECISIONS = (AUTO, "float32", "tf32", "bf16")
+# Weights that `init` knows by name: torchvision's files, named by the first digits of their SHA-256, and their bytes.
+PRETRAINED = {"vgg16": ("vgg16-397923af.pth", 553_433_881), "vgg16-bn": ("vgg16_bn-6c64b313.pth", 553_507_836)}
 
 
 class _Rule(NamedTuple):
@@ -225,7 +227,8 @@ class Config:
     init: str = _setting(
         "",
         _Rule("the path of a file, in printable Unicode", str.isprintable),
-        "weights to start from: VGG16 under torchvision's names, or a checkpoint (--init); empty: at random",
+        'weights to start from (--init): a file of VGG16\'s under torchvision\'s names, "vgg16" or "vgg16-bn" to '
+        "download it, or a checkpoint; empty: at random",
     )
     train_split: str = _setting("train", _LIST, "list of the images to train on")
     val_split: str = _setting("val", _LIST, f'list of the images to validate on; "{NO_VALIDATION}": do not validate')
@@ -378,6 +381,11 @@ def check_resume(old: Config, new: Config) -> None:
             f"resume: expected the settings that the run started with, got other values of {listing}; "
             "resume with the old values or start a new run folder."
         )
+
+
+def init_setting(init: str | Path) -> str:
+    """What the setting `init` is for `--init`: a name of PRETRAINED, else the path from the root."""
+    return str(init) if str(init) in PRETRAINED else str(Path(init).resolve())
 
 
 def toml_value(value: Any) -> str:

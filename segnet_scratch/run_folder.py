@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from segnet_scratch.config import AUTO, Config, check_resume, load_config, toml_value
+from segnet_scratch.config import AUTO, Config, check_resume, init_setting, load_config, toml_value
 from segnet_scratch.errors import TrainingError
 from segnet_scratch.files import held, reason
 
@@ -31,7 +31,7 @@ class RunFolder:
             raise TrainingError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
 
     def resolve_config(
-        self, files: Sequence[Path], overrides: Sequence[str], resume: bool, init: Path | None = None
+        self, files: Sequence[Path], overrides: Sequence[str], resume: bool, init: str | Path | None = None
     ) -> Config:
         """The settings of this run: those given, the later over the earlier; on resume over those it was started with.
 
@@ -39,7 +39,7 @@ class RunFolder:
         resumed run would change. What a run left that never came to a checkpoint is no obstacle to a new one.
         """
         if init is not None:
-            overrides = [*overrides, f"init={toml_value(str(init.resolve()))}"]
+            overrides = [*overrides, f"init={toml_value(init_setting(init))}"]
         if not resume:
             self.expect_no_run()
             return load_config(files, overrides)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config
+from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config, init_setting
 from segnet_scratch.data import (
     Batch,
     ColourJitter,
@@ -28,6 +28,7 @@ from segnet_scratch.data import (
     open_dataset,
 )
 from segnet_scratch.data.cache import CacheMode
+from segnet_scratch.data.download import pretrained_file
 from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
@@ -88,7 +89,7 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         if init is not None:
-            config = replace(config, init=str(Path(init).resolve()))
+            config = replace(config, init=init_setting(init))
         self.config, self.folder = config, RunFolder(Path(out))
         on, mode = get_device(device), cast(CacheMode, "none" if config.cache == "device" else config.cache)
         self.train_set = open_dataset(data, config.train_split, mode)
@@ -140,7 +141,9 @@ class Trainer:
                 log.warning("%s: %s", finding.path, finding.detail)
             self.class_weights = class_weights_of(config, self.train_set)
             if config.init:
-                self.initialised = self.init = initialise(self.model, config.init, self.train_set.names)
+                self.initialised = self.init = initialise(
+                    self.model, pretrained_file(config.init), self.train_set.names
+                )
         self.training = training_step(config, self.model, self.class_weights)
         if saved is not None:
             self._load(*saved[:2])

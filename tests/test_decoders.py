@@ -191,7 +191,7 @@ def test_a_transposed_convolution_has_the_layout_of_pytorch_in_files(tmp_path):
     weight = model.decoder[2]["up"].weight
     weight.data += np.random.default_rng(0).standard_normal(weight.shape).astype(np.float32)
     weights.save(tmp_path / "m.safetensors", model, {})
-    to_pytorch(tmp_path / "m.safetensors", tmp_path / "t.safetensors", {})
+    to_pytorch(tmp_path / "m.safetensors", tmp_path / "t.safetensors")
     peer = torch.nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1, bias=False)
     state = safetensors.torch.load_file(tmp_path / "t.safetensors")
     peer.load_state_dict({"weight": state["decoder.2.up.weight"]})

@@ -13,7 +13,7 @@ LAYERS = [
     {"ops"},  # plan, run, reference and cases of every operation
     {"nn"},  # autograd, functions, modules
     {"segnet"},  # the networks as lists of blocks
-    {"checkpoint", "weights", "convert", "recalibrate", "nan_guard"},
+    {"torch_file", "checkpoint", "weights", "convert", "recalibrate", "nan_guard"},
     {"data"},
     {"engine"},  # the same networks in few large kernels
     {"optim"},

@@ -25,10 +25,13 @@ from segnet_scratch.cli.common import (
     say,
     sides,
 )
-from segnet_scratch.config import describe
+from segnet_scratch.cli.data_tables import transferred
+from segnet_scratch.config import PRETRAINED, describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
+from segnet_scratch.data.download import pretrained_file
 from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
+from segnet_scratch.errors import ConfigError
 from segnet_scratch.evaluate import check_classes
 from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
 from segnet_scratch.files import expect_apart
@@ -70,10 +73,11 @@ def train(
     ] = None,
     device: DeviceOption = "auto",
     init: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Initial weights: VGG16 as safetensors (torchvision's names), or a checkpoint.",
-            metavar="FILE",
+            help="Initial weights: VGG16's (a file with torchvision's names, or by name, to be downloaded once), or a "
+            "checkpoint.",
+            metavar=f"FILE|{'|'.join(PRETRAINED)}",
         ),
     ] = None,
     resume: Annotated[
@@ -90,7 +94,7 @@ def train(
 ) -> None:
     """Train a network, by default on the split train, and validate it on val (--set train_split=..., val_split=...).
 
-    Example: segnet train --data VOC2012 --init vgg16.safetensors --out runs/voc --set size=224 --set batch=8
+    Example: segnet train --data VOC2012 --init vgg16 --out runs/voc --set size=224 --set batch=8
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
@@ -98,6 +102,9 @@ def train(
     listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
     folder = RunFolder(out)
     resolved = folder.resolve_config([find_config(name) for name in config or ()], settings or [], resume, init)
+    if resolved.init in PRETRAINED and not resume:
+        with transferred(console) as progress:
+            pretrained_file(resolved.init, progress)
     trainer = Trainer(resolved, data, out, device, resume=resume)
     with listeners:
         finished = trainer.run(listeners)
@@ -165,9 +172,16 @@ def bn_recalibrate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A safetensors file: a PyTorch state dict, or our checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Where to write the result.")],
+    source: Annotated[Path, typer.Argument(help="A PyTorch state dict (.pth, .safetensors), or our checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Where to write the result, a safetensors file.")],
     to: Annotated[str, choice(("segnet", "pytorch"), "segnet: our checkpoint. pytorch: a state dict.")] = "segnet",
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="To PyTorch, with the names and arrays of this state dict, for load_state_dict(strict=True).",
+            metavar="FILE",
+        ),
+    ] = None,
     names: Annotated[
         Path | None,
         typer.Option(
@@ -178,36 +192,35 @@ def convert(
         str | None,
         choice(POOLINGS, "Of a network that is read: floor where it pools by MaxPool2d(2, 2)."),
     ] = None,
-    eps: Annotated[float, typer.Option(min=0, help="Of the batch norms of a network that is read.")] = EPS,
+    eps: Annotated[float, typer.Option(min=0, help="Of the batch norms of the PyTorch network.")] = EPS,
     labels: Annotated[
         Path | None, typer.Option(help="Class names of a network that is read, one a line.", metavar="FILE")
     ] = None,
     size: Annotated[
         str | None, typer.Option(help="Input size of a network that is read: S or HxW.", metavar="SIZE")
     ] = None,
-    biases: Annotated[
-        bool | None,
-        typer.Option("--biases/--no-biases", help="Write biases of 0 before batch norms; with a map unless told."),
-    ] = None,
 ) -> None:
     """Convert weights from and to PyTorch SegNets. The result of --to segnet works with eval, predict and --init.
 
-    Their tensor names are taken as ours (encoder.1.1.conv.weight ...) unless --map says otherwise.
+    Which array is which is found by itself where names, or order and shapes, tell; else --map tells.
     """
-    expect_apart(target, source)
-    if to == "segnet":
+    expect_apart(target, source, *([like] if like else []))
+    if to == "segnet" and like is None:
         classes = None if labels is None else labels.read_text(encoding="utf-8").split("\n")
         classes = classes and [name.strip() for name in classes if name.strip()]
         shape = None if size is None else sides("--size", size)
-        model = from_pytorch(source, target, read_map(names), pooling, eps, classes=classes, size=shape)
+        model = from_pytorch(source, target, read_map(names), pooling, eps, classes, shape, report=say)
         say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes, pooling {model.pooling}")
         if pooling is None and model.pooling == "ceil":
             say(
                 "Pools take the last row and column of odd maps (ceil mode), as the authors'. PyTorch's "
                 "MaxPool2d(2, 2) does not: if the network was trained so, convert it with --pooling floor"
             )
+    elif names and not like:
+        raise ConfigError("--map: names of another network are taken from a state dict of it; give one with --like")
     else:
-        say(f"{target}: {to_pytorch(source, target, read_map(names), biases)} arrays, OIHW float32")
+        count = to_pytorch(source, target, like, read_map(names), eps)
+        say(f"{target}: {count} arrays, for load_file of safetensors.torch")
 
 
 @app.command(name="export")

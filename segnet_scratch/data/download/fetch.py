@@ -41,13 +41,16 @@ class _MirrorError(Exception):
 def fetch(
     urls: Sequence[str],
     target: Path,
-    md5: str,
+    checksum: str,
     size: int,
     progress: Progress = lambda what, done, total: None,
     timeout: float = 30.0,
     pause: float = 2.0,
+    fix: str = "give another address with --mirror",
 ) -> None:
-    """Gets a file of `size` bytes with this MD5 to `target`, unless it is there.
+    """Gets a file of `size` bytes with this checksum, "md5:DIGITS" or "sha256:DIGITS", to `target`, unless it is there.
+
+    Of the digits as many count as are given. `fix` is what else can be done where no mirror delivers.
 
     Until it is whole and verified it is called `target`.part; another call goes on with that, from whichever mirror.
     timeout: seconds without a byte after which a connection counts as broken. pause: seconds before a second try,
@@ -59,10 +62,10 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             if target.stat().st_size >= size:
-                return _check_present(target, md5, size, progress)
+                return _check_present(target, checksum, size, progress)
             target.rename(part)  # what another program broke off under the final name
         with _locked(part) as stream:
-            _from_mirrors(urls, stream, target.name, md5, size, progress, timeout, pause)
+            _from_mirrors(urls, stream, target, checksum, size, progress, timeout, pause, fix)
             os.fsync(stream.fileno())
             part.rename(target)
     except OSError as error:
@@ -73,12 +76,13 @@ def fetch(
 def _from_mirrors(
     urls: Sequence[str],
     stream: BinaryIO,
-    name: str,
-    md5: str,
+    target: Path,
+    checksum: str,
     size: int,
     progress: Progress,
     timeout: float,
     pause: float,
+    fix: str,
 ) -> None:
     """Fills `stream` with the verified file, or raises DataError."""
     reasons = []
@@ -86,24 +90,24 @@ def _from_mirrors(
         try:
             from_start = stream.seek(0, os.SEEK_END) == 0
             _whole(url, stream, size, progress, timeout, pause)
-            got = _md5(stream, size, progress)
-            if got != md5 and not from_start:
+            got = _checksum(stream, size, checksum, progress)
+            if got != checksum and not from_start:
                 # Perhaps what was there before was at fault: once more, all from this mirror.
                 stream.truncate(0)
                 _whole(url, stream, size, progress, timeout, pause)
-                got = _md5(stream, size, progress)
-            if got == md5:
+                got = _checksum(stream, size, checksum, progress)
+            if got == checksum:
                 return
             stream.truncate(0)
-            reasons.append(f"  {url}: another file (md5 {got}, expected {md5})")
+            reasons.append(f"  {url}: another file ({got}, expected {checksum})")
         except _MirrorError as error:
             reasons.append(f"  {url}: {error}")
     kept = stream.seek(0, os.SEEK_END)
     lines = [
-        f"{name}: none of {len(urls)} mirrors delivered it:",
+        f"{target.name}: none of {len(urls)} mirrors delivered it:",
         *reasons,
-        f"{kept:,} of {size:,} bytes are kept. Run it again later, give another address with --mirror, or put the file "
-        "into the folder yourself.",
+        f"{kept:,} of {size:,} bytes are kept. Run it again later, {fix}, or get the file elsewhere and put it "
+        f"there yourself: {target}",
     ]
     raise DataError("\n".join(lines))
 
@@ -200,22 +204,25 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _check_present(target: Path, md5: str, size: int, progress: Progress) -> None:
+def _check_present(target: Path, checksum: str, size: int, progress: Progress) -> None:
     with target.open("rb") as stream:
-        got = _md5(stream, size, progress)
-    if got != md5:
-        raise DataError(f"{target}: another file than expected (md5 {got}, expected {md5}); move it away or delete it.")
+        got = _checksum(stream, size, checksum, progress)
+    if got != checksum:
+        raise DataError(
+            f"{target}: another file than expected ({got}, expected {checksum}); move it away or delete it."
+        )
 
 
-def _md5(stream: BinaryIO, size: int, progress: Progress) -> str:
-    # MD5 is what the publishers give. It guards against damage and mix-ups, and nobody can yet make another file to
-    # a given MD5; that two files with one MD5 can be made does not matter here.
-    digest = hashlib.md5(usedforsecurity=False)
+def _checksum(stream: BinaryIO, size: int, like: str, progress: Progress) -> str:
+    """The checksum of a stream, of the algorithm and with as many digits as `like`."""
+    # These are what the publishers give: VOC's and SBD's MD5, the first digits of SHA-256 in torchvision's file names.
+    # They guard against damage and mix-ups; that two files with one MD5 can be made does not matter for that.
+    digest = hashlib.new(like.partition(":")[0], usedforsecurity=False)
     stream.seek(0)
     while block := stream.read(_BLOCK):
         digest.update(block)
         progress("check", stream.tell(), size)
-    return digest.hexdigest()
+    return f"{digest.name}:{digest.hexdigest()}"[: len(like)]
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _archive(directory: Path, source: Source, mirrors: Sequence[str], progress: 
             f"{there / 1e9:.1f} that are there, {source.room / 1e9:.1f} for its files), got {free / 1e9:.1f} GB; "
             "make room, or choose a folder on another disk."
         )
-    fetch((*mirrors, *source.urls), archive, source.md5, source.size, progress)
+    fetch((*mirrors, *source.urls), archive, f"md5:{source.md5}", source.size, progress)
     return archive
 
 
