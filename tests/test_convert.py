@@ -181,7 +181,7 @@ def test_the_module_in_the_documentation_loads_our_weights(tmp_path):
     model = trained(classes=21)
     model_files.save(tmp_path / "ours.safetensors", model, {})
     to_pytorch(tmp_path / "ours.safetensors", tmp_path / "out.safetensors")
-    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL).group(1)
+    code = re.search(r"```python\n(import torch\.nn.*?)```", DOCS.read_text(), re.DOTALL).group(1)
     code = code.replace('"out.safetensors"', repr(str(tmp_path / "out.safetensors")))
     narrow = "((4, 4), (8, 8), (16,) * 3, (32,) * 3, (32,) * 3)"
     space = {}

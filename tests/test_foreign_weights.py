@@ -379,8 +379,6 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not(form, how, tmp_path):
     content = {"state_dict": {"w": torch.zeros(2) if form in FORMATS else 1}, "x": Evil(made, WAYS[how])}
     if form in FORMATS:
         torch.save(content, path, **FORMATS[form])
-        with pytest.raises(Exception, match=r"Weights only|weights_only"):
-            torch.load(path, weights_only=True)
     else:
         path.write_bytes(pickle.dumps(content, protocol=4 if form.endswith("4") else 2))
     for read in (checkpoint.load_foreign, lambda p: from_pytorch(p, tmp_path / "out", {})):
