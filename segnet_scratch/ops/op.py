@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.runtime.launch import ElementTypes, launch
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, launch
 from segnet_scratch.runtime.observe import carry_out
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -56,6 +56,14 @@ def spec_of(array: Array) -> Spec:
     return Spec(tuple(array.shape), np.dtype(array.dtype))
 
 
+ELEMENT_THREADS = 256
+
+
+def element_grid(count: int) -> int:
+    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, a few elements for each thread."""
+    return max(1, min(-(-count // ELEMENT_THREADS), 1 << 16))
+
+
 class Op:
     """One operation on arrays of fixed shapes. Subclasses fill in the plan in `__init__` and say how it is computed."""
 
@@ -66,6 +74,7 @@ class Op:
     updates: ClassVar[tuple[str, ...]] = ()  # inputs that are changed in place
     optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
     flops = 0
+    over: ClassVar[str] = ""  # the array with an element for each thread; the first output unless named
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -84,8 +93,8 @@ class Op:
         return sum(s.nbytes for s in (*self.inputs.values(), *self.outputs.values()))
 
     def launch(self, device: Device, b: Buffers) -> None:
-        """Launches the kernels."""
-        raise NotImplementedError
+        """Launches the kernels: unless written out, the one that has the op's name."""
+        self.kernel(device, self.name, b)
 
     def reference(self, b: Buffers) -> None:
         """Computes with plain NumPy: the definition, obviously right, slow. Independent of the kernels."""
@@ -114,14 +123,42 @@ class Op:
         self,
         device: Device,
         name: str,
-        grid: Any,
-        block: Any,
-        *arguments: Any,
+        b: Buffers,
+        grid: Any = None,
+        block: Any = ELEMENT_THREADS,
+        *,
         types: ElementTypes | None = None,
         shared: int = 0,
+        **given: Any,
     ) -> None:
-        """One launch, through the gate, with this op's element types unless others are given."""
-        launch(device, name, grid, block, arguments, types or self.types, shared)
+        """One launch, through the gate: of this op's element types, a thread for an element of `over`, unless given.
+
+        Arguments go by the names of the kernel's parameters: arrays (None where there is none) and numbers are `given`,
+        or lie in `b`, or are attributes of the op, or follow from the shapes of arrays by the comments behind these.
+        """
+        kernel = find_kernel(name)
+        if name not in self._numbers:
+            self._numbers[name] = self._numbers_of(kernel, vars(b) | given)
+        values = self._numbers[name] | given
+        arguments = [values[p.name] if p.name in values else getattr(b, p.name, None) for p in kernel.parameters]
+        if grid is None:
+            grid = element_grid(getattr(b, self.over or next(iter(self.outputs))).size)
+        launch(device, kernel, grid, block, arguments, types or self.types, shared)
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        """Of each kernel launched so far the numbers that attributes and shapes give: they are fixed with the plan."""
+        return {}
+
+    def _numbers_of(self, kernel: Kernel, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for p in kernel.parameters:
+            own, array = getattr(self, p.name, None), arrays.get(p.name)
+            if p.scalar and isinstance(own, int | float):
+                found[p.name] = int(own) if isinstance(own, bool) else own
+            elif not p.scalar and array is not None:
+                found = p.sizes(tuple((array.array if p.tensor_map else array).shape)) | found
+        return found
 
     def __call__(self, device: Device, **arrays: Array | None) -> Buffers:
         """Checks the inputs against the plan, allocates outputs and workspace, runs; returns the outputs."""
@@ -180,14 +217,6 @@ def expect_elements(op: str, name: str, s: Spec) -> None:
     """An array of any shape, checked: float32 or float64, not empty."""
     expect_float(op, name, s)
     expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
-
-
-ELEMENT_THREADS = 256
-
-
-def element_grid(count: int) -> int:
-    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, a few elements for each thread."""
-    return max(1, min(-(-count // ELEMENT_THREADS), 1 << 16))
 
 
 @dataclass(frozen=True)

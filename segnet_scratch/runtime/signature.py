@@ -12,6 +12,7 @@ import ast
 import functools
 import re
 from dataclasses import dataclass
+from math import prod
 from types import CodeType
 
 import numpy as np
@@ -116,6 +117,18 @@ class Parameter:
             return types.accumulate
         return np.dtype("V128" if self.tensor_map else _FIXED_TYPES[self.c_type])
 
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """The integers that an array of this shape gives by the shape comment; its leading axes may be one there."""
+        tree = ast.parse(self.extent or "()", mode="eval").body
+        dimensions = tree.elts if isinstance(tree, ast.Tuple) else [tree]
+        first = len(shape) - len(dimensions) + 1
+        if first < 0 or not dimensions:
+            return {}
+        sizes = list(zip(dimensions, (prod(shape[:first]), *shape[first:]), strict=True))
+        if any(isinstance(dimension, ast.Constant) and dimension.value != size for dimension, size in sizes):
+            return {}  # another array than the comment means: whoever launches gives the sizes
+        return {dimension.id: size for dimension, size in sizes if isinstance(dimension, ast.Name)}
+
     def extent_shape(self, scalars: dict[str, int]) -> tuple[int, ...]:
         """The shape that the comment promises, for these values of the integer parameters."""
         assert self.extent_code is not None
@@ -184,7 +197,6 @@ def parse_kernels(source: Source) -> tuple[Kernel, ...]:
             raise CompileError(f"{source.path}:{line}: the kernel {d.name} is defined twice, first at line {first}")
         declaration = _line(text, d.parameters.start), source.text[d.parameters], text[d.parameters]
         cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[d.body]))
-        cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
         cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
         kernels[d.name] = Kernel(d.name, source, line, declaration, cooperative)
     return tuple(kernels.values())

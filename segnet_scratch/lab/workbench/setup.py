@@ -4,7 +4,6 @@ Shape comments work in both directions: `// (n, h, w, c)` gives the shape when n
 the shape is known.
 """
 
-import ast
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,20 +148,13 @@ def _infer(
     kernel: Kernel, array: Parameter, shape: Shape, numbers: Mapping[str, Parameter], scalars: dict[str, int | float]
 ) -> None:
     """Adds the integers that a shape comment and a shape have in common."""
-    if array.extent is None:
-        return
-    tree = ast.parse(array.extent, mode="eval").body
-    dimensions = tree.elts if isinstance(tree, ast.Tuple) else [tree]
-    sizes = (prod(shape),) if len(dimensions) == 1 else shape
-    if len(dimensions) != len(sizes):
-        return  # other axes, perhaps the same size: the launch gate will tell
-    for dimension, size in zip(dimensions, sizes, strict=True):
-        if not isinstance(dimension, ast.Name) or dimension.id not in numbers:
+    for name, size in array.sizes(shape).items():
+        if name not in numbers:
             continue
-        if scalars.setdefault(dimension.id, size) != size:
+        if scalars.setdefault(name, size) != size:
             raise ConfigError(
-                f"{kernel.name}: {array.name} with shape {shape} makes {dimension.id} = {size}, but it is "
-                f"{scalars[dimension.id]} already; the signature says {array.name} is {array.extent}"
+                f"{kernel.name}: {array.name} with shape {shape} makes {name} = {size}, but it is "
+                f"{scalars[name]} already; the signature says {array.name} is {array.extent}"
             )
 
 

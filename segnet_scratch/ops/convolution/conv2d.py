@@ -18,6 +18,7 @@ and what an optimiser adds up.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from segnet_scratch.ops.op import (
     expect,
     expect_map,
 )
-from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
@@ -112,10 +113,9 @@ class Conv2dForward(_ConvOp):
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
         if self.rung == "direct":
-            arguments = (b.x, b.weight, b.bias, b.y, *g.direct_arguments)
-            self.kernel(device, "conv2d_forward_direct", element_grid(b.y.size), ELEMENT_THREADS, *arguments)
+            self.kernel(device, "conv2d_forward_direct", b, stride=g.stride, padding=g.padding)
         else:
-            _launch_gemm(self, device, g, g.pads, b.x, b.weight, b.bias, b.y)
+            _launch_gemm(self, device, g, g.pads, b)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = 0 if b.bias is None else b.bias
@@ -149,12 +149,11 @@ class Conv2dBackwardData(_ConvOp):
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
         if self.rung == "direct":
-            arguments = (b.dy, b.weight, b.dx, *g.direct_arguments)
-            self.kernel(device, "conv2d_backward_data_direct", element_grid(b.dx.size), ELEMENT_THREADS, *arguments)
+            self.kernel(device, "conv2d_backward_data_direct", b, stride=g.stride, padding=g.padding)
         else:
-            grid = element_grid(b.weight.size)
-            self.kernel(device, "conv2d_flip_weight", grid, ELEMENT_THREADS, b.weight, b.flipped, g.o, g.kh, g.kw, g.c)
-            _launch_gemm(self, device, g.mirrored, g.mirrored_pads, b.dy, b.flipped, None, b.dx)
+            self.kernel(device, "conv2d_flip_weight", b, element_grid(b.weight.size))
+            of_dgrad = Buffers(x=b.dy, weight=b.flipped, bias=None, y=b.dx)
+            _launch_gemm(self, device, g.mirrored, g.mirrored_pads, of_dgrad)
 
     def reference(self, b: Buffers) -> None:
         g = self.geometry
@@ -189,26 +188,23 @@ class Conv2dBackwardWeight(_ConvOp):
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
         if self.rung == "direct":
-            arguments = (b.x, b.dy, b.dweight, *g.direct_arguments)
-            elements = element_grid(b.dweight.size)
-            self.kernel(device, "conv2d_backward_weight_direct", elements, ELEMENT_THREADS, *arguments)
+            self.kernel(device, "conv2d_backward_weight_direct", b, stride=g.stride, padding=g.padding)
             return
         if self.rung == "tiled":
             grid = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks.count)
-            arguments = (b.x, b.dy, b.partials, *g.gemm_arguments(g.pads), self.chunks.count, self.chunks.pixels)
-            self.kernel(device, "conv2d_backward_weight_tiled", grid, TILE_THREADS, *arguments)
+            sizes = {**g.pads, "pixels_per_chunk": self.chunks.pixels}
+            self.kernel(device, "conv2d_backward_weight_tiled", b, grid, TILE_THREADS, **sizes)
         else:
-            mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b.x, b.dy, b.partials)
-        self.launch_merge(device, b.partials, b.dweight)
+            mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b)
+        self.launch_merge(device, b)
 
-    def launch_merge(self, device: Device, partials: Array, dweight: Array) -> None:
+    def launch_merge(self, device: Device, b: Buffers) -> None:
         """dweight = the sum of partials (chunks, *dweight.shape)."""
-        chunks, count = partials.shape[0], dweight.size
-        lanes = 8 if chunks >= 32 else 1  # from the shape alone: they decide the order of the sum
-        block = ELEMENT_THREADS // lanes, lanes
+        sizes: dict[str, Any] = {"chunks": b.partials.shape[0], "count": b.dweight.size}
+        lanes = 8 if sizes["chunks"] >= 32 else 1  # from the shape alone: they decide the order of the sum
+        grid, block = element_grid(sizes["count"] * lanes), (ELEMENT_THREADS // lanes, lanes)
         types = ElementTypes.of(self.inputs["x"].dtype)
-        grid = element_grid(count * lanes)
-        self.kernel(device, "conv2d_backward_weight_merge", grid, block, partials, dweight, count, chunks, types=types)
+        self.kernel(device, "conv2d_backward_weight_merge", b, grid, block, types=types, **sizes)
 
     def reference(self, b: Buffers) -> None:
         for ky, kx, patch in _taps(self.geometry, _padded(self.geometry, b.x)):
@@ -235,10 +231,8 @@ class Conv2dBackwardBias(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.columns
-        cut = (g.rows, g.channels, g.chunks, g.rows_per_chunk)
-        self.kernel(device, "conv2d_backward_bias_partial", g.grid, g.block, b.dy, b.partials, *cut)
-        merge = (b.partials, b.dbias, g.channels, g.chunks)
-        self.kernel(device, "conv2d_backward_bias_merge", g.merge_grid, ELEMENT_THREADS, *merge)
+        self.kernel(device, "conv2d_backward_bias_partial", b, g.grid, g.block, rows_per_chunk=g.rows_per_chunk)
+        self.kernel(device, "conv2d_backward_bias_merge", b, g.merge_grid)
 
     def reference(self, b: Buffers) -> None:
         b.dbias[...] = b.dy.sum((0, 1, 2))
@@ -247,23 +241,13 @@ class Conv2dBackwardBias(Op):
         fast.backward_bias(b.dy.astype(b.dbias.dtype, copy=False), b.dbias)
 
 
-def _launch_gemm(
-    op: _ConvOp,
-    device: Device,
-    g: Geometry,
-    pads: tuple[int, int],
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    y: Array,
-) -> None:
-    """The implicit GEMM of fprop, and of dgrad with other arguments. `pads` are rows and columns of zeros before x."""
+def _launch_gemm(op: _ConvOp, device: Device, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:
+    """The implicit GEMM of fprop, and of dgrad with other arguments."""
     if op.rung == "tiled":
         grid = (-(-g.pixels // TILE_ROWS), -(-g.o // TILE_COLUMNS))
-        arguments = (x, weight, bias, y, *g.gemm_arguments(pads))
-        op.kernel(device, "conv2d_forward_tiled", grid, TILE_THREADS, *arguments)
+        op.kernel(device, "conv2d_forward_tiled", b, grid, TILE_THREADS, **pads)
     else:
-        mma.launch_forward(op, device, op.rung, g, pads, x, weight, bias, y)
+        mma.launch_forward(op, device, op.rung, g, pads, b)
 
 
 def _padded(g: Geometry, x: np.ndarray) -> np.ndarray:

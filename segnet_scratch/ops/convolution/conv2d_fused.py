@@ -15,7 +15,7 @@ from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution import fast
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes
@@ -151,32 +151,17 @@ class FusedForward(_FusedConv):
             return
         g = self.geometry
         tile = mma.chosen(device, "fused_forward", self.rung, g, self.default_tile)
-        optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "pool_codes"))
-        self.kernel(
-            device,
-            f"conv2d_fused_forward_{tile.name}",
-            tile.grid(self.rows, g.o),
-            tile.threads(self.rung),
-            *(b.x, b.weight, *optional),
-            *(*g.gemm_arguments(g.pads), *self.out[1:3], tiles_of(self.rows), int(self.relu)),
-            shared=tile.shared,
-        )
+        sizes = {"oh": g.oh, "ow": g.ow, "tiles": tiles_of(self.rows), **g.pads}
+        tile.launch(self, device, "conv2d_fused_forward", self.rung, b, tile.grid(self.rows, g.o), **sizes)
 
     def _launch_split(self, device: Device, b: Buffers, split: Split) -> None:
         g, tile = self.geometry, mma.MEDIUM
-        self.kernel(
-            device,
-            f"conv2d_fused_split_{tile.name}",
-            (*tile.grid(self.rows, g.o), split.chunks),
-            tile.threads(self.rung),
-            *(b.x, b.weight, b.sums),
-            *(*g.gemm_arguments(g.pads), self.rows, int(self.pool), split.chunks, split.parts),
-            shared=tile.shared,
-        )
-        arrays = b.sums, b.bias, b.y, getattr(b, "pool_codes", None)
-        sizes = g.n, g.oh, g.ow, *self.out[1:3], g.o, self.rows, split.chunks, int(self.relu)
-        pieces = b.y.size // piece_of(self.dtype)
-        self.kernel(device, "conv2d_fused_merge", element_grid(pieces), ELEMENT_THREADS, *arrays, *sizes)
+        sizes = {"oh": g.oh, "ow": g.ow, "partials": b.sums}
+        grid = *tile.grid(self.rows, g.o), split.chunks
+        parts = {"by_windows": int(self.pool), "parts_per_chunk": split.parts, **g.pads}
+        tile.launch(self, device, "conv2d_fused_split", self.rung, b, grid, **sizes, **parts)
+        pieces = element_grid(b.y.size // piece_of(self.dtype))
+        self.kernel(device, "conv2d_fused_merge", b, pieces, with_relu=int(self.relu), **sizes)
 
     def reference(self, b: Buffers) -> None:
         self._compute(b, plain_forward)
@@ -255,19 +240,9 @@ class FusedBackwardData(_FusedConv):
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.geometry
-        mirrored = g.mirrored
-        tile = mma.chosen(device, "fused_backward_data", self.rung, mirrored, self.default_tile)
-        codes = getattr(b, "pool_codes", None), getattr(b, "unpool_codes", None)
-        self.kernel(
-            device,
-            f"conv2d_fused_backward_data_{tile.name}",
-            tile.grid(self.rows, g.c),
-            tile.threads(self.rung),
-            *(b.dy, b.flipped, b.below_y, b.mean, b.inv_std, b.bn_weight, b.bn_bias, *codes, b.dr, b.partials),
-            *(*mirrored.gemm_arguments(g.mirrored_pads), *self.out[1:3], tiles_of(self.rows)),
-            *(*self.below.y.shape[1:3], int(self.below.relu)),
-            shared=tile.shared,
-        )
+        tile = mma.chosen(device, "fused_backward_data", self.rung, g.mirrored, self.default_tile)
+        sizes = {"oh": g.h, "ow": g.w, "below_relu": int(self.below.relu), **g.mirrored_pads}
+        tile.launch(self, device, "conv2d_fused_backward_data", self.rung, b, tile.grid(self.rows, g.c), **sizes)
 
     def reference(self, b: Buffers) -> None:
         self._compute(b, plain_forward)

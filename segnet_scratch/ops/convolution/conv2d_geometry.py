@@ -1,6 +1,7 @@
 """The sizes of a convolution, derived in one place."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from segnet_scratch.ops.op import expect
 
@@ -74,25 +75,16 @@ class Geometry:
         return 2 * self.pixels * self.depth * self.o
 
     @property
-    def direct_arguments(self) -> tuple[int, ...]:
-        """The sizes as the kernels of conv2d_direct.cu take them."""
-        return (*self.x, self.oh, self.ow, self.o, self.kh, self.kw, self.stride, self.padding)
-
-    @property
     def mirrored(self) -> "Geometry":
         """dgrad (stride 1) as an fprop: of dy, with the flipped weight (c, kh, kw, o), padded by `mirrored_pads`."""
         return Geometry(self.n, self.oh, self.ow, self.o, self.h, self.w, self.c, self.kh, self.kw, 1, self.padding)
 
     @property
-    def pads(self) -> tuple[int, int]:
-        """Rows and columns of zeros before x."""
-        return self.padding, self.padding
+    def pads(self) -> dict[str, Any]:
+        """Rows and columns of zeros before x, as the implicit GEMMs take them."""
+        return {"pad_y": self.padding, "pad_x": self.padding}
 
     @property
-    def mirrored_pads(self) -> tuple[int, int]:
-        """Rows and columns of zeros before dy, in `mirrored`; negative where the padding was wider than the kernel."""
-        return self.kh - 1 - self.padding, self.kw - 1 - self.padding
-
-    def gemm_arguments(self, pads: tuple[int, int]) -> tuple[int, ...]:
-        """The sizes as the implicit GEMMs take them."""
-        return (*self.x, self.oh, self.ow, self.o, self.kh, self.kw, *pads)
+    def mirrored_pads(self) -> dict[str, Any]:
+        """Those before dy, in `mirrored`; negative where the padding was wider than the kernel."""
+        return {"pad_y": self.kh - 1 - self.padding, "pad_x": self.kw - 1 - self.padding}

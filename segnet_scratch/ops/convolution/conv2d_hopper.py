@@ -9,7 +9,7 @@ The rule of what they take stands in `misfit`; what does not fit goes to mma.syn
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -158,6 +158,11 @@ class _Tiled(Op):
         """What its choice of a tile belongs to."""
         return key_of(f"{self.kind}{'_windows' if self.has_windows else ''}", "bf16", self.geometry)
 
+    def _launch(self, device: Device, b: Buffers, rows: int, tiles: int, **given: Any) -> None:
+        """The kernel for this tile, on as many blocks as the GPU holds at once."""
+        name, grid = f"{self.name}_{self.tile.name}", min(tiles, device.multiprocessors if device.gpu else 2)
+        self.kernel(device, name, b, grid, THREADS, shared=self.tile.shared, row_tiles=rows, **given)
+
     def alternatives(self) -> dict[str, Self]:
         """The op in every tile that fits, by name."""
         return {tile.name: self.in_tile(tile) for tile in TILES if tile.fits(self.columns, self.has_windows)}
@@ -250,16 +255,8 @@ class HopperForward(FusedForward, _Tiled):
     def launch(self, device: Device, b: Buffers) -> None:
         g, tile = self.geometry, self.tile
         rows = tile.rows(g.n, g.h, g.w)
-        optional = (getattr(b, name, None) for name in ("bias", "y", "partials", "counts", "pool_codes"))
-        self.kernel(
-            device,
-            f"{self.name}_{tile.name}",
-            _persistent(device, rows * -(-g.o // tile.columns)),
-            THREADS,
-            *(tile.map(b.x), TensorMap(_taps(b.weight), (tile.columns, 1, CHANNELS)), *optional),
-            *(*g.x, g.o, *self.out[1:3], rows, int(self.relu)),
-            shared=tile.shared,
-        )
+        maps = {"x": tile.map(b.x), "weight": TensorMap(_taps(b.weight), (tile.columns, 1, CHANNELS))}
+        self._launch(device, b, rows, rows * -(-g.o // tile.columns), **maps)
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         super()._compute(b, convolve)
@@ -303,17 +300,8 @@ class HopperBackwardData(FusedBackwardData, _Tiled):
     def launch(self, device: Device, b: Buffers) -> None:
         g, tile = self.geometry, self.tile
         rows = tile.rows(g.n, g.h, g.w)
-        codes = getattr(b, "pool_codes", None), getattr(b, "unpool_codes", None)
-        self.kernel(
-            device,
-            f"{self.name}_{tile.name}",
-            _persistent(device, rows * (g.c // tile.columns)),
-            THREADS,
-            *(tile.map(b.dy), TensorMap(_taps(b.weight), (CHANNELS, 1, CHANNELS))),
-            *(b.below_y, b.mean, b.inv_std, b.bn_weight, b.bn_bias, *codes, b.dr, b.partials),
-            *(*g.x, g.o, *self.out[1:3], rows, *self.below.y.shape[1:3], int(self.below.relu)),
-            shared=tile.shared,
-        )
+        maps = {"dy": tile.map(b.dy), "weight": TensorMap(_taps(b.weight), (CHANNELS, 1, CHANNELS))}
+        self._launch(device, b, rows, rows * (g.c // tile.columns), **maps, below_relu=int(self.below.relu))
 
     def flipped(self, b: Buffers) -> np.ndarray:
         return np.ascontiguousarray(b.weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
@@ -360,18 +348,13 @@ class HopperBackwardWeight(Conv2dBackwardWeight):
 
     def launch(self, device: Device, b: Buffers) -> None:
         g, parts = self.geometry, self.parts
-        partials = b.partials if self.workspace else b.dweight
-        self.kernel(
-            device,
-            self.name,
-            (g.c // CHANNELS * -(-g.o // CHANNELS), parts.count),
-            self.THREADS,
-            *(TensorMap(b.x, HALO), TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS)), partials),
-            *(*g.x, g.o, parts.count, parts.blocks),
-            shared=self.SHARED,
-        )
+        arrays: dict[str, Any] = {"x": TensorMap(b.x, HALO), "dy": TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS))}
+        arrays["partials"] = b.partials if self.workspace else b.dweight
+        grid = g.c // CHANNELS * -(-g.o // CHANNELS), parts.count
+        arrays |= {"parts": parts.count, "blocks_of_part": parts.blocks}
+        self.kernel(device, self.name, b, grid, self.THREADS, shared=self.SHARED, **arrays)
         if self.workspace:
-            self.launch_merge(device, b.partials, b.dweight)
+            self.launch_merge(device, b)
 
 
 def _expect_fit(op: str, g: Geometry) -> None:
@@ -383,8 +366,3 @@ def _expect_tile(op: str, tile: Tile, columns: int, windows: bool) -> None:
     if not tile.fits(columns, windows):
         fitting = ", ".join(other.name for other in TILES if other.fits(columns, windows))
         raise ShapeError(f"{op}: the tile {tile.name} does not fit {columns} columns; expected one of {fitting}")
-
-
-def _persistent(device: Device, tiles: int) -> int:
-    """Blocks: one on each multiprocessor, which goes from tile to tile; on the host device few, so that one does."""
-    return min(tiles, device.multiprocessors if device.gpu else 2)

@@ -46,5 +46,4 @@ class Conv2dLesson(Conv2dForward):
     def launch(self, device: Device, b: Buffers) -> None:
         g, (rows, columns) = self.geometry, self.lesson.tile
         grid = (-(-g.pixels // rows), -(-g.o // columns))
-        arguments = (b.x, b.weight, b.bias, b.y, *g.gemm_arguments(g.pads))
-        self.kernel(device, f"conv2d_forward_{self.rung}", grid, self.lesson.block, *arguments)
+        self.kernel(device, f"conv2d_forward_{self.rung}", b, grid, self.lesson.block, **g.pads)

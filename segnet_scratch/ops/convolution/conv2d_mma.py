@@ -5,13 +5,13 @@ Rungs and how they multiply (cuda/common/warp_tile.cuh): "tf32" and "tf32x3" flo
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.tile_table import table_of
-from segnet_scratch.ops.op import Op
-from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 
@@ -44,6 +44,13 @@ class Tile:
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Blocks that cover so many rows and columns."""
         return -(-rows // self.rows), -(-columns // self.columns)
+
+    def launch(
+        self, op: Op, device: Device, name: str, rung: str, b: Buffers, grid: tuple[int, ...], **given: Any
+    ) -> None:
+        """The kernel of this name for this tile."""
+        how: dict[str, Any] = {"types": ElementTypes.named(rung), "shared": self.shared}
+        op.kernel(device, f"{name}_{self.name}", b, grid, self.threads(rung), **how, **given)
 
 
 WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile("128x32", 128, 32)
@@ -140,41 +147,15 @@ def without_tensor_cores() -> bool:
     return asked == "1"
 
 
-def launch_forward(
-    op: Op,
-    device: Device,
-    rung: str,
-    g: Geometry,
-    pads: tuple[int, int],
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    y: Array,
-) -> None:
+def launch_forward(op: Op, device: Device, rung: str, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:
     """The implicit GEMM of fprop, and of dgrad with other arguments."""
     tile = chosen(device, "forward", rung, g, forward_tile(g, rung))
-    op.kernel(
-        device,
-        f"conv2d_forward_mma_{tile.name}",
-        tile.grid(g.pixels, g.o),
-        tile.threads(rung),
-        *(x, weight, bias, y, *g.gemm_arguments(pads)),
-        types=ElementTypes.named(rung),
-        shared=tile.shared,
-    )
+    tile.launch(op, device, "conv2d_forward_mma", rung, b, tile.grid(g.pixels, g.o), **pads)
 
 
-def launch_backward_weight(
-    op: Op, device: Device, rung: str, g: Geometry, chunks: Chunks, x: Array, dy: Array, partials: Array
-) -> None:
+def launch_backward_weight(op: Op, device: Device, rung: str, g: Geometry, chunks: Chunks, b: Buffers) -> None:
     """The partial sums of wgrad, one for each chunk."""
     tile = weight_tile(g, rung)
-    op.kernel(
-        device,
-        f"conv2d_backward_weight_mma_{tile.name}",
-        (*tile.grid(g.depth, g.o), chunks.count),
-        tile.threads(rung),
-        *(x, dy, partials, *g.gemm_arguments(g.pads), chunks.count, chunks.pixels),
-        types=ElementTypes.named(rung),
-        shared=tile.shared,
-    )
+    grid = *tile.grid(g.depth, g.o), chunks.count
+    pixels = chunks.pixels
+    tile.launch(op, device, "conv2d_backward_weight_mma", rung, b, grid, **g.pads, pixels_per_chunk=pixels)

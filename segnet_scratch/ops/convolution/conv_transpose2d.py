@@ -10,7 +10,7 @@ import numpy as np
 
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Array, Device
 
@@ -45,14 +45,11 @@ class _ConvTransposeOp(Op):
 
     def pack(self, device: Device, b: Buffers) -> None:
         """b.packed from b.weight."""
-        c, _, _, o = b.weight.shape
-        grid = element_grid(b.weight.size)
-        self.kernel(device, "conv_transpose2d_pack_weight", grid, ELEMENT_THREADS, b.weight, b.packed, c, o)
+        self.kernel(device, "conv_transpose2d_pack_weight", b, element_grid(b.weight.size))
 
     def separate(self, device: Device, b: Buffers) -> None:
         """b.z, here the gradient of z, from b.dy."""
-        grid = element_grid(b.z.size)
-        self.kernel(device, "conv_transpose2d_backward_separate", grid, ELEMENT_THREADS, b.dy, b.z, *b.dy.shape)
+        self.kernel(device, "conv_transpose2d_backward_separate", b, element_grid(b.z.size), dz=b.z)
 
     def workspace_of_conv(self, b: Buffers) -> dict[str, Array]:
         """The convolution's own workspace, which is part of this op's."""
@@ -74,8 +71,7 @@ class ConvTranspose2dForward(_ConvTransposeOp):
     def launch(self, device: Device, b: Buffers) -> None:
         self.pack(device, b)
         self.conv.launch(device, Buffers(x=b.x, weight=b.packed, bias=None, y=b.z, **self.workspace_of_conv(b)))
-        grid = element_grid(b.y.size)
-        self.kernel(device, "conv_transpose2d_forward_interleave", grid, ELEMENT_THREADS, b.z, b.y, *b.y.shape)
+        self.kernel(device, "conv_transpose2d_forward_interleave", b)
 
     def gradient(self) -> tuple[Op, ...]:
         options = self.x, self.weight, self.y.shape[1:3], self.rung
@@ -138,9 +134,7 @@ class ConvTranspose2dBackwardWeight(_ConvTransposeOp):
     def launch(self, device: Device, b: Buffers) -> None:
         self.separate(device, b)
         self.conv.launch(device, Buffers(x=b.x, dy=b.z, dweight=b.dpacked, **self.workspace_of_conv(b)))
-        c, _, _, o = b.dweight.shape
-        grid = element_grid(b.dweight.size)
-        self.kernel(device, "conv_transpose2d_unpack_weight", grid, ELEMENT_THREADS, b.dpacked, b.dweight, c, o)
+        self.kernel(device, "conv_transpose2d_unpack_weight", b)
 
     def reference(self, b: Buffers) -> None:
         spread = _spread(b.x, b.dy)

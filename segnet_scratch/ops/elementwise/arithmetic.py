@@ -10,7 +10,7 @@ import numpy as np
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.elementwise.add import AddForward
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec_of
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, expect, expect_float, spec_of
 from segnet_scratch.runtime.devices import Array, Device
 
 Shape = tuple[int, ...]
@@ -32,7 +32,9 @@ class Arithmetic(Op):
         expect(operation in BINARY, f"{self.name}: operation {operation!r}; expected one of {', '.join(BINARY)}")
         shape = broadcast_shape(a.shape, b.shape)
         expect(prod(shape) > 0, f"{self.name}: y is empty: shape {shape}")
-        self.repeats = (*self._repeat("a", a, shape), *self._repeat("b", b, shape))
+        (self.count_a, self.inner_a), (self.count_b, self.inner_b) = (
+            self._repeat(name, s, shape) for name, s in (("a", a), ("b", b))
+        )
         self.operation = operation
         self.inputs = {"a": a, "b": b}
         self.outputs = {"y": a.with_shape(*shape)}
@@ -46,9 +48,7 @@ class Arithmetic(Op):
         return s.size, prod(shape[runs[0][-1] + 1 :]) if runs else 1
 
     def launch(self, device: Device, b: Buffers) -> None:
-        count = b.y.size
-        options = (count, *self.repeats, list(BINARY).index(self.operation))
-        self.kernel(device, "arithmetic", element_grid(count), ELEMENT_THREADS, b.a, b.b, b.y, *options)
+        self.kernel(device, "arithmetic", b, operation=list(BINARY).index(self.operation))
 
     def reference(self, b: Buffers) -> None:
         with np.errstate(all="ignore"):  # as the kernels: 1 / 0 is infinity
@@ -71,8 +71,7 @@ class Elementwise(Op):
         self.flops = x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        count, operation = b.y.size, list(UNARY).index(self.operation)
-        self.kernel(device, "elementwise", element_grid(count), ELEMENT_THREADS, b.x, b.y, count, operation)
+        self.kernel(device, "elementwise", b, operation=list(UNARY).index(self.operation))
 
     def reference(self, b: Buffers) -> None:
         with np.errstate(all="ignore"):
@@ -99,15 +98,12 @@ class SumForward(Op):
         self.flops = x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        outer, times, inner = b.x.shape
         if self.chunks == 1:
-            self.kernel(device, "sum_few", element_grid(b.y.size), ELEMENT_THREADS, b.x, b.y, outer, times, inner)
+            self.kernel(device, "sum_few", b)
             return
-        grid = (outer * -(-inner // ELEMENT_THREADS), self.chunks)
-        sizes = (outer, times, inner, self.chunks, self.rows_per_chunk)
-        self.kernel(device, "sum_partial", grid, ELEMENT_THREADS, b.x, b.partials, *sizes)
-        merge = (b.partials, b.y, outer, self.chunks, inner)
-        self.kernel(device, "sum_merge", element_grid(b.y.size), ELEMENT_THREADS, *merge)
+        outer, _, inner = b.x.shape
+        self.kernel(device, "sum_partial", b, (outer * -(-inner // ELEMENT_THREADS), self.chunks))
+        self.kernel(device, "sum_merge", b)
 
     def gradient(self) -> tuple[Op, ...]:
         return (SumBackward.plan(self.outputs["y"], self.inputs["x"].shape[1]),)
@@ -131,7 +127,7 @@ class SumBackward(Op):
         self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, "repeat", element_grid(b.dx.size), ELEMENT_THREADS, b.dy, b.dx, *b.dx.shape)
+        self.kernel(device, "repeat", b)
 
     def reference(self, b: Buffers) -> None:
         b.dx[...] = b.dy[:, None]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_float
 from segnet_scratch.runtime.devices import Device
 
 STATE = Spec((2,), np.dtype(np.uint64))  # seed, step
@@ -26,10 +26,8 @@ class DropoutForward(Op):
         self.flops = 2 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        n = b.x.shape[0]
-        grid = (element_grid(-(-self.per_sample // 4)), n)
-        arguments = (b.x, b.state, b.y, n, self.per_sample, self.layer, self.p)
-        self.kernel(device, "dropout_forward", grid, ELEMENT_THREADS, *arguments)
+        n = len(b.x)
+        self.kernel(device, self.name, b, (element_grid(-(-self.per_sample // 4)), n), n=n)
 
     def reference(self, b: Buffers) -> None:
         seed, step = int(b.state[0]), int(b.state[1])

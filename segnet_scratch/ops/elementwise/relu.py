@@ -3,8 +3,7 @@
 import numpy as np
 
 from segnet_scratch.ops.elementwise import fast as activation
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_elements
-from segnet_scratch.runtime.devices import Device
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_elements
 
 
 class ReluForward(Op):
@@ -17,10 +16,6 @@ class ReluForward(Op):
         self.inputs = {"x": x}
         self.outputs = {"y": x}
         self.flops = x.size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        count = b.x.size
-        self.kernel(device, "relu_forward", element_grid(count), ELEMENT_THREADS, b.x, b.y, count)
 
     def gradient(self) -> tuple[Op, ...]:
         return (ReluBackward.plan(self.outputs["y"]),)
@@ -42,10 +37,6 @@ class ReluBackward(Op):
         self.inputs = {"y": y, "dy": y}
         self.outputs = {"dx": y}
         self.flops = y.size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        count = b.y.size
-        self.kernel(device, "relu_backward", element_grid(count), ELEMENT_THREADS, b.y, b.dy, b.dx, count)
 
     def reference(self, b: Buffers) -> None:
         b.dx[...] = np.where(b.y > 0, b.dy, 0)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float
-from segnet_scratch.runtime.devices import Device
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_float
 
 
 class ArgmaxForward(Op):
@@ -23,11 +22,6 @@ class ArgmaxForward(Op):
         self.outputs = {"labels": Spec(logits.shape[:-1], np.dtype(np.uint8))}
         self.workspace = {}
         self.flops = logits.size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        pixels = b.labels.size
-        grid = element_grid(pixels)
-        self.kernel(device, "argmax_forward", grid, ELEMENT_THREADS, b.logits, b.labels, pixels, self.classes)
 
     def reference(self, b: Buffers) -> None:
         b.labels[...] = np.argmax(b.logits, axis=-1)

@@ -7,7 +7,6 @@ import numpy as np
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError
 from segnet_scratch.ops.loss import fast
 from segnet_scratch.ops.op import (
-    ELEMENT_THREADS,
     Buffers,
     Op,
     Spec,
@@ -46,11 +45,8 @@ class CrossEntropyForward(Op):
         self.flops = 4 * logits.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        sizes = (self.pixels, self.classes, self.blocks, self.smoothing)
-        arguments = (b.logits, b.labels, b.class_weights, b.partials, *sizes)
-        self.kernel(device, "cross_entropy_partial", self.blocks, ELEMENT_THREADS, *arguments)
-        merge = (b.partials, b.sums, b.loss, self.blocks, self.divisor)
-        self.kernel(device, "cross_entropy_merge", 1, 32, *merge)
+        self.kernel(device, "cross_entropy_partial", b, self.blocks)
+        self.kernel(device, "cross_entropy_merge", b, 1, 32)
 
     def reference(self, b: Buffers) -> None:
         valid = b.labels < self.classes
@@ -96,9 +92,7 @@ class CrossEntropyBackward(Op):
         self.flops = 6 * logits.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        arguments = (b.logits, b.labels, b.class_weights, b.sums, b.dloss, b.dlogits)
-        sizes = (self.pixels, self.classes, self.divisor, self.smoothing)
-        self.kernel(device, "cross_entropy_backward", element_grid(self.pixels), ELEMENT_THREADS, *arguments, *sizes)
+        self.kernel(device, self.name, b, element_grid(self.pixels))
 
     def reference(self, b: Buffers) -> None:
         valid = b.labels < self.classes

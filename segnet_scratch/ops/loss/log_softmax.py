@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_float
 from segnet_scratch.runtime.devices import Device
 
 
@@ -19,9 +19,7 @@ class LogSoftmaxForward(Op):
         self.flops = 4 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        classes = b.x.shape[-1]
-        pixels = b.x.size // classes
-        self.kernel(device, self.name, element_grid(pixels), ELEMENT_THREADS, b.x, b.y, pixels, classes)
+        self.kernel(device, self.name, b, element_grid(b.x.size // b.x.shape[-1]))
 
     def gradient(self) -> tuple[Op, ...]:
         return (LogSoftmaxBackward.plan(self.outputs["y"]),)
@@ -44,9 +42,7 @@ class LogSoftmaxBackward(Op):
         self.flops = 4 * y.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        classes = b.y.shape[-1]
-        pixels = b.y.size // classes
-        self.kernel(device, self.name, element_grid(pixels), ELEMENT_THREADS, b.y, b.dy, b.dx, pixels, classes)
+        self.kernel(device, self.name, b, element_grid(b.y.size // b.y.shape[-1]))
 
     def reference(self, b: Buffers) -> None:
         b.dx[...] = b.dy - np.exp(b.y) * b.dy.sum(axis=-1, keepdims=True)

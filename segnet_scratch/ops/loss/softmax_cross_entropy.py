@@ -4,7 +4,7 @@ import numpy as np
 
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pieces import expect_pieces, in_float32
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
@@ -50,16 +50,11 @@ class SoftmaxCrossEntropy(Op):
         self.flops = 10 * self.pixels * classes
 
     def launch(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, f"{self.name}_count", b, self.blocks, partials=b.counts)
         by_valid = int(self.normalisation == "valid")
-        count = (b.labels, b.class_weights, b.counts, self.pixels, self.classes, self.blocks)
-        self.kernel(device, "softmax_cross_entropy_count", self.blocks, ELEMENT_THREADS, *count)
-        normalise = (b.counts, b.reciprocal, self.blocks, by_valid)
-        self.kernel(device, "softmax_cross_entropy_normalise", 1, ELEMENT_THREADS, *normalise)
-        arrays = (b.logits, b.labels, b.class_weights, b.reciprocal, b.dlogits, b.partials)
-        sizes = (self.pixels, self.classes, self.padded, self.blocks, self.smoothing)
-        self.kernel(device, "softmax_cross_entropy", self.blocks, ELEMENT_THREADS, *arrays, *sizes)
-        merge = (b.partials, b.reciprocal, b.loss, self.blocks)
-        self.kernel(device, "softmax_cross_entropy_merge", 1, ELEMENT_THREADS, *merge)
+        self.kernel(device, f"{self.name}_normalise", b, 1, partials=b.counts, by_valid=by_valid)
+        self.kernel(device, self.name, b, self.blocks)
+        self.kernel(device, f"{self.name}_merge", b, 1)
 
     def reference(self, b: Buffers) -> None:
         logits, labels = b.logits[..., : self.classes].reshape(-1, self.classes), b.labels.reshape(-1)

@@ -1,5 +1,7 @@
 """Batch normalisation of (n, h, w, c) over n, h, w (Ioffe and Szegedy, arXiv 1502.03167)."""
 
+from typing import Any
+
 import numpy as np
 
 from segnet_scratch.ops.normalisation import fast
@@ -42,13 +44,10 @@ class BatchNormTrainingForward(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.columns
-        cut = (g.rows, g.channels, g.chunks, g.rows_per_chunk)
-        self.kernel(device, "batch_norm_partial_statistics", g.grid, g.block, b.x, b.partials, *cut)
-        self.kernel(
-            *(device, "batch_norm_merge_statistics", g.merge_grid, ELEMENT_THREADS),
-            *(b.partials, b.mean, b.inv_std, b.running_mean, b.running_var, *cut, self.eps, self.momentum),
-        )
-        _normalise(self, device, g, b)
+        cut: dict[str, Any] = {"rows": g.rows, "rows_per_chunk": g.rows_per_chunk}
+        self.kernel(device, "batch_norm_partial_statistics", b, g.grid, g.block, **cut)
+        self.kernel(device, "batch_norm_merge_statistics", b, g.merge_grid, **cut)
+        self.kernel(device, "batch_norm_forward", b, g.grid, g.block, **cut)
 
     def reference(self, b: Buffers) -> None:
         axes = (0, 1, 2)
@@ -83,10 +82,9 @@ class BatchNormLesson(BatchNormTrainingForward):
         self.rung, self.workspace = rung, {}
 
     def launch(self, device: Device, b: Buffers) -> None:
-        rows, c = self.columns.rows, self.columns.channels
+        c = self.columns.channels
         grid, block = {"thread": (-(-c // 32), 32), "block": (c, 256)}[self.rung]
-        arrays = (b.x, b.weight, b.bias, b.y, b.mean, b.inv_std, b.running_mean, b.running_var)
-        self.kernel(device, f"{self.name}_{self.rung}", grid, block, *arrays, rows, c, self.eps, self.momentum)
+        self.kernel(device, f"{self.name}_{self.rung}", b, grid, block)
 
 
 class BatchNormEvaluationForward(Op):
@@ -103,11 +101,9 @@ class BatchNormEvaluationForward(Op):
         self.flops = 3 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(
-            *(device, "batch_norm_evaluation_statistics", self.columns.merge_grid, ELEMENT_THREADS),
-            *(b.running_mean, b.running_var, b.mean, b.inv_std, self.columns.channels, self.eps),
-        )
-        _normalise(self, device, self.columns, b)
+        g = self.columns
+        self.kernel(device, "batch_norm_evaluation_statistics", b, g.merge_grid)
+        self.kernel(device, "batch_norm_forward", b, g.grid, g.block, rows_per_chunk=g.rows_per_chunk)
 
     def gradient(self) -> tuple[Op, ...]:
         return (BatchNormBackward.plan(self.inputs["x"], False),)
@@ -121,12 +117,6 @@ class BatchNormEvaluationForward(Op):
         b.mean[...] = b.running_mean
         b.inv_std[...] = 1 / np.sqrt(b.running_var + self.eps)
         fast.evaluation_forward(b.x, b.weight, b.bias, b.running_mean, b.running_var, b.y, self.eps)
-
-
-def _normalise(op: Op, device: Device, g: Columns, b: Buffers) -> None:
-    """The element-wise pass that training and evaluation share."""
-    arguments = (b.x, b.mean, b.inv_std, b.weight, b.bias, b.y, g.rows, g.channels, g.rows_per_chunk)
-    op.kernel(device, "batch_norm_forward", g.grid, g.block, *arguments)
 
 
 class BatchNormBackward(Op):
@@ -145,15 +135,12 @@ class BatchNormBackward(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         g = self.columns
-        cut = (g.rows, g.channels, g.chunks, g.rows_per_chunk)
-        sources = (b.x, b.dy, b.mean, b.inv_std)
-        self.kernel(device, "batch_norm_backward_partial", g.grid, g.block, *sources, b.partials, *cut)
-        self.kernel(
-            *(device, "batch_norm_backward_merge", g.merge_grid, ELEMENT_THREADS),
-            *(b.partials, b.dweight, b.dbias, g.channels, g.chunks),
-        )
-        arguments = (*sources, b.weight, b.dweight, b.dbias, b.dx, g.rows, g.channels, g.rows_per_chunk)
-        self.kernel(device, "batch_norm_backward", g.grid, g.block, *arguments, int(self.training))
+        for name, grid, block in (
+            ("batch_norm_backward_partial", g.grid, g.block),
+            ("batch_norm_backward_merge", g.merge_grid, ELEMENT_THREADS),
+            ("batch_norm_backward", g.grid, g.block),
+        ):
+            self.kernel(device, name, b, grid, block, rows_per_chunk=g.rows_per_chunk)
 
     def reference(self, b: Buffers) -> None:
         axes = (0, 1, 2)

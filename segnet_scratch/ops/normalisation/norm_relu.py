@@ -3,7 +3,7 @@
 Maps are float32 or bfloat16, numbers of channels float32. Maps and numbers of float64 are for the reference alone.
 """
 
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,10 +37,8 @@ class _Merge(Op):
         self.inputs = {"partials": partials}
         self.flops = 4 * partials.size
 
-    @property
-    def grid(self) -> int:
-        """Blocks of (MERGE_CHANNELS, MERGE_LANES) threads."""
-        return -(-self.channels // MERGE_CHANNELS)
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, self.name, b, -(-self.channels // MERGE_CHANNELS), (MERGE_CHANNELS, MERGE_LANES))
 
 
 class NormMergeStatistics(_Merge):
@@ -67,11 +65,6 @@ class NormMergeStatistics(_Merge):
             self.inputs["counts"] = Spec((self.tiles,), np.dtype(np.int32))
         self.outputs = {"mean": self.vector, "inv_std": self.vector}
 
-    def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.partials, getattr(b, "counts", None), b.mean, b.inv_std, b.running_mean, b.running_var)
-        options = (self.rows, self.channels, self.tiles, self.eps, self.momentum)
-        self.kernel(device, self.name, self.grid, (MERGE_CHANNELS, MERGE_LANES), *arrays, *options)
-
     def reference(self, b: Buffers) -> None:
         counts = np.full((self.tiles, 1), float(TILE_ROWS))
         counts[-1] = self.rows - TILE_ROWS * (self.tiles - 1)
@@ -95,16 +88,15 @@ class NormMergeGradients(_Merge):
         super().__init__(partials)
         self.outputs = {"dweight": self.vector, "dbias": self.vector}
 
-    def launch(self, device: Device, b: Buffers) -> None:
-        arguments = (b.partials, b.dweight, b.dbias, self.channels, self.tiles)
-        self.kernel(device, self.name, self.grid, (MERGE_CHANNELS, MERGE_LANES), *arguments)
-
     def reference(self, b: Buffers) -> None:
         b.dbias[...], b.dweight[...] = b.partials.sum(0, dtype=np.float64)
 
 
 class _OnMaps(Op):
-    """Passes over y (n, h, w, c), a piece of channels a thread."""
+    """Passes over y (n, h, w, c), a piece of channels a thread: of rows, or of the windows of `over`."""
+
+    windows: ClassVar[bool] = True
+    resident: ClassVar[int] = 3
 
     def __init__(self, y: Spec) -> None:
         n, h, w, c = expect_map(self.name, "y", y, bfloat16=True)
@@ -115,8 +107,9 @@ class _OnMaps(Op):
         self.outputs = {}
         self.flops = 4 * y.size
 
-    def _launch(self, device: Device, share: Share, *arguments: Any) -> None:
-        self.kernel(device, self.name, share.grid(device), Share.THREADS, *arguments)
+    def launch(self, device: Device, b: Buffers) -> None:
+        share = (Share.of_windows if self.windows else Share.of_rows)(getattr(b, self.over), self.resident)
+        self.kernel(device, self.name, b, share.grid(device), Share.THREADS)
 
     def _vectors(self, *names: str) -> None:
         self.inputs = {**self.inputs, **dict.fromkeys(names, self.vector)}
@@ -128,17 +121,13 @@ class _OnMaps(Op):
 class NormReluForward(_OnMaps):
     """z = relu((y - mean) inv_std weight + bias). y, z (n, h, w, c), the others (c); `relu` False leaves it out."""
 
-    name = "norm_relu_forward"
+    name, over, windows = "norm_relu_forward", "y", False
 
     def __init__(self, y: Spec, relu: bool = True) -> None:
         super().__init__(y)
         self.relu = relu
         self._vectors("mean", "inv_std", "weight", "bias")
         self.outputs = {"z": y}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        arguments = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.z, self.rows, self.channels, int(self.relu))
-        self._launch(device, Share.of_rows(b.y), *arguments)
 
     def reference(self, b: Buffers) -> None:
         b.z[...] = _normalised(b, self.relu)
@@ -147,7 +136,7 @@ class NormReluForward(_OnMaps):
 class NormReluPoolForward(_OnMaps):
     """`pooled` (n, ceil(h/2), ceil(w/2), c), the 2x2 max-pool of z (see NormReluForward), and its packed `codes`."""
 
-    name = "norm_relu_pool_forward"
+    name, over = "norm_relu_pool_forward", "pooled"
 
     def __init__(self, y: Spec, relu: bool = True) -> None:
         super().__init__(y)
@@ -155,10 +144,6 @@ class NormReluPoolForward(_OnMaps):
         self._vectors("mean", "inv_std", "weight", "bias")
         pooled = windows_of(*y.shape)
         self.outputs = {"pooled": y.with_shape(*pooled), "codes": packed_codes(pooled)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.y, b.mean, b.inv_std, b.weight, b.bias, b.pooled, b.codes)
-        self._launch(device, Share.of_windows(b.pooled), *arrays, *b.y.shape, int(self.relu))
 
     def reference(self, b: Buffers) -> None:
         z = rounded(_normalised(b, self.relu), self.inputs["y"].dtype)
@@ -173,7 +158,7 @@ class NormReluUnpoolForward(_OnMaps):
     y (n, ceil(h/2), ceil(w/2), c).
     """
 
-    name = "norm_relu_unpool_forward"
+    name, over = "norm_relu_unpool_forward", "y"
 
     def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True) -> None:
         super().__init__(y)
@@ -182,10 +167,6 @@ class NormReluUnpoolForward(_OnMaps):
         self._vectors("mean", "inv_std", "weight", "bias")
         self.outputs = {"unpooled": unpooled(self.name, y, size)}
 
-    def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.y, b.codes, b.mean, b.inv_std, b.weight, b.bias, b.unpooled)
-        self._launch(device, Share.of_windows(b.y), *arrays, *b.unpooled.shape, int(self.relu))
-
     def reference(self, b: Buffers) -> None:
         b.unpooled[...] = scatter_from(_normalised(b, self.relu), b.codes, self.size)
 
@@ -193,17 +174,13 @@ class NormReluUnpoolForward(_OnMaps):
 class NormReluBackward(_OnMaps):
     """`dr` (n, h, w, c), the gradient before the ReLU, becomes the gradient of y, in place."""
 
-    name = "norm_relu_backward"
+    name, over, windows, resident = "norm_relu_backward", "y", False, 2
     updates = ("dr",)
 
     def __init__(self, y: Spec) -> None:
         super().__init__(y)
         self.inputs = {**self.inputs, "dr": y}
         self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.y, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dr)
-        self._launch(device, Share.of_rows(b.y, resident=2), *arrays, self.rows, self.channels)
 
     def reference(self, b: Buffers) -> None:
         b.dr[...] = _backward(b, b.dr, self.rows)
@@ -212,7 +189,7 @@ class NormReluBackward(_OnMaps):
 class NormReluPoolBackward(_OnMaps):
     """dy (n, h, w, c) from the gradient `dr` before the ReLU of a pooled block, at the elements that `codes` names."""
 
-    name = "norm_relu_pool_backward"
+    name, over, resident = "norm_relu_pool_backward", "dr", 2
 
     def __init__(self, y: Spec) -> None:
         super().__init__(y)
@@ -220,10 +197,6 @@ class NormReluPoolBackward(_OnMaps):
         self.inputs = {**self.inputs, "codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
         self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
         self.outputs = {"dy": y}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        arrays = (b.y, b.codes, b.dr, b.mean, b.inv_std, b.weight, b.dweight, b.dbias, b.dy)
-        self._launch(device, Share.of_windows(b.dr, resident=2), *arrays, *b.y.shape)
 
     def reference(self, b: Buffers) -> None:
         b.dy[...] = _backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
 from segnet_scratch.ops.pooling.windows import (
     CODE,
@@ -25,10 +25,6 @@ class MaxPoolForward(Op):
         self.inputs = {"x": x}
         self.outputs = {"y": x.with_shape(*windows), "codes": Spec(windows, CODE)}
         self.flops = 3 * self.outputs["y"].size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.y.size)
-        self.kernel(device, "max_pool_forward", grid, ELEMENT_THREADS, b.x, b.y, b.codes, *b.x.shape)
 
     def gradient(self) -> tuple[Op, ...]:
         return (MaxPoolBackward.plan(self.outputs["y"], self.inputs["x"].shape[1:3]),)
@@ -56,8 +52,7 @@ class MaxPoolPieces(MaxPoolForward):
         expect_quarters(self.name, x)
 
     def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.y.size // 4)
-        self.kernel(device, "max_pool_forward_pieces", grid, ELEMENT_THREADS, b.x, b.y, b.codes, *b.x.shape)
+        self.kernel(device, "max_pool_forward_pieces", b, element_grid(b.y.size // 4))
 
 
 def expect_quarters(op: str, x: Spec) -> None:
@@ -68,17 +63,13 @@ def expect_quarters(op: str, x: Spec) -> None:
 class MaxPoolBackward(Op):
     """dx = dy at the position of each maximum, 0 elsewhere. `size` is the (h, w) of x."""
 
-    name = "max_pool_backward"
+    name, over = "max_pool_backward", "dy"
 
     def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
         n, _, _, c = expect_map(self.name, "dy", dy)
         expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
         self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.dy.size)
-        self.kernel(device, "max_pool_backward", grid, ELEMENT_THREADS, b.dy, b.codes, b.dx, *b.dx.shape)
 
     def reference(self, b: Buffers) -> None:
         scatter_reference(b.dy, b.codes, b.dx)

@@ -1,6 +1,6 @@
 """Max-unpool 2x2: each value goes back to where its pool found it (SegNet, section 3, figure 3)."""
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
 from segnet_scratch.ops.pooling.max_pool import expect_quarters
 from segnet_scratch.ops.pooling.windows import (
@@ -17,17 +17,13 @@ from segnet_scratch.runtime.devices import Device
 class MaxUnpoolForward(Op):
     """y = x at the coded position of each window, 0 elsewhere. x (n, ceil(h/2), ceil(w/2), c), `size` = (h, w)."""
 
-    name = "max_unpool_forward"
+    name, over = "max_unpool_forward", "x"
 
     def __init__(self, x: Spec, codes: Spec, size: tuple[int, int]) -> None:
         n, _, _, c = expect_map(self.name, "x", x)
         expect_codes("max_unpool", codes, x.shape, size)
         self.inputs = {"x": x, "codes": Spec(x.shape, CODE)}
         self.outputs = {"y": x.with_shape(n, *size, c)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.x.size)
-        self.kernel(device, "max_unpool_forward", grid, ELEMENT_THREADS, b.x, b.codes, b.y, *b.y.shape)
 
     def gradient(self) -> tuple[Op, ...]:
         return (MaxUnpoolBackward.plan(self.outputs["y"]),)
@@ -47,8 +43,7 @@ class MaxUnpoolPieces(MaxUnpoolForward):
         expect_quarters(self.name, x)
 
     def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.x.size // 4)
-        self.kernel(device, "max_unpool_forward_pieces", grid, ELEMENT_THREADS, b.x, b.codes, b.y, *b.y.shape)
+        self.kernel(device, "max_unpool_forward_pieces", b, element_grid(b.x.size // 4))
 
 
 class MaxUnpoolBackward(Op):
@@ -60,10 +55,6 @@ class MaxUnpoolBackward(Op):
         windows = windows_of(*expect_map(self.name, "dy", dy))
         self.inputs = {"dy": dy, "codes": Spec(windows, CODE)}
         self.outputs = {"dx": dy.with_shape(*windows)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.dx.size)
-        self.kernel(device, "max_unpool_backward", grid, ELEMENT_THREADS, b.dy, b.codes, b.dx, *b.dy.shape)
 
     def reference(self, b: Buffers) -> None:
         gather_reference(b.dy, b.codes, b.dx)

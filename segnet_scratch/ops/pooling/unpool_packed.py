@@ -19,8 +19,7 @@ class UnpoolPacked(Op):
         self.outputs = {"y": unpooled(self.name, x, size)}
 
     def launch(self, device: Device, b: Buffers) -> None:
-        grid = Share.of_windows(b.x, resident=4).grid(device)
-        self.kernel(device, self.name, grid, Share.THREADS, b.x, b.codes, b.y, *b.y.shape)
+        self.kernel(device, self.name, b, Share.of_windows(b.x, resident=4).grid(device), Share.THREADS)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = scatter_from(b.x, b.codes, self.size)

@@ -3,8 +3,7 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_float, spec
-from segnet_scratch.runtime.devices import Device
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_float, spec
 from segnet_scratch.runtime.launch import ElementTypes
 
 VOID = 255
@@ -19,7 +18,7 @@ class AugmentForward(Op):
     answers for them (`data.packed.pack` does): a start beyond the buffers would be read.
     """
 
-    name = "augment_forward"
+    name, over = "augment_forward", "labels"
 
     def __init__(self, n: int, pixels: int, size: tuple[int, int], dtype: DTypeLike = np.float32) -> None:
         expect(
@@ -43,11 +42,6 @@ class AugmentForward(Op):
     @property
     def types(self) -> ElementTypes:
         return ElementTypes.of(self.inputs["tones"].dtype)
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.labels.size)
-        arrays = [getattr(b, name) for name in (*self.inputs, *self.outputs)]
-        self.kernel(device, "augment_forward", grid, ELEMENT_THREADS, *arrays, self.pixels, self.n, *self.size)
 
     def reference(self, b: Buffers) -> None:
         b.y[...], b.labels[...] = 0, VOID

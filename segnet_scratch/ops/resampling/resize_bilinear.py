@@ -5,10 +5,11 @@ aligned, the pixels of a map twice as large would not lie where those of its poo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map
 from segnet_scratch.ops.resampling import fast
 from segnet_scratch.runtime.devices import Device
 
@@ -59,9 +60,13 @@ class ResizeBilinearForward(Op):
         self.flops = 6 * self.outputs["y"].size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        grid = element_grid(b.y.size)
-        places = self.rows.count, self.size[1], self.rows.x_first, self.rows.x_height, self.rows.first, self.size[0]
-        self.kernel(device, "resize_bilinear_forward", grid, ELEMENT_THREADS, b.x, b.y, *b.x.shape, *places)
+        places: dict[str, Any] = {
+            "x_first": self.rows.x_first,
+            "h": self.rows.x_height,
+            "y_first": self.rows.first,
+            "oh": self.size[0],
+        }
+        self.kernel(device, self.name, b, **places)
 
     def gradient(self) -> tuple[Op, ...]:
         return (ResizeBilinearBackward.plan(self.outputs["y"], self.inputs["x"].shape[1:3]),)
@@ -94,10 +99,6 @@ class ResizeBilinearBackward(Op):
         self.inputs = {"dy": dy}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
         self.flops = 8 * dy.size  # an element goes to four others: a multiplication and an addition each
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid, size = element_grid(b.dx.size), b.dy.shape[1:3]
-        self.kernel(device, "resize_bilinear_backward", grid, ELEMENT_THREADS, b.dy, b.dx, *b.dx.shape, *size)
 
     def reference(self, b: Buffers) -> None:
         (rows, below, v), (columns, right, u) = (
