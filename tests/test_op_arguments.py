@@ -7,8 +7,8 @@ from segnet_scratch import SegNet
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, SegnetError, ShapeError
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, tensor
-from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyForward
-from segnet_scratch.ops.op import spec
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward
+from segnet_scratch.ops.op import VOID, spec
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.step import TrainingStep
 

@@ -5,9 +5,9 @@ steps in which a block takes its pixels. Faults put into it: test_mutants.py.
 import numpy as np
 import pytest
 
-from segnet_scratch.ops.loss.cross_entropy import VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
-from segnet_scratch.ops.op import spec, spec_of
+from segnet_scratch.ops.op import VOID, spec, spec_of
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.precision import BFLOAT16
 

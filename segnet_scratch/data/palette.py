@@ -9,9 +9,7 @@ from PIL import Image
 
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason
-
-VOID = 255
-"""The label of pixels that belong to no class: object borders in VOC, padding in training crops."""
+from segnet_scratch.ops.op import VOID as VOID
 
 VOC_CLASSES = (
     "background",

@@ -17,7 +17,6 @@ from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.loss.cross_entropy import (
     NORMALISATIONS,
     REDUCTIONS,
-    VOID,
     CrossEntropyForward,
     check_class_weights,
     check_labels,
@@ -30,7 +29,7 @@ from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormEvaluationForward,
     BatchNormTrainingForward,
 )
-from segnet_scratch.ops.op import Op, Spec, expect, spec_of
+from segnet_scratch.ops.op import VOID, Op, Spec, expect, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolForward
 from segnet_scratch.ops.pooling.windows import PoolCodes

@@ -21,6 +21,9 @@ from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, lau
 from segnet_scratch.runtime.observe import carry_out
 from segnet_scratch.runtime.precision import BFLOAT16
 
+VOID = 255
+"""The label of pixels that belong to no class: object borders in VOC, padding in training crops."""
+
 Buffers = SimpleNamespace  # arrays by the names that the plan gives them
 
 

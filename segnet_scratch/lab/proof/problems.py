@@ -18,7 +18,7 @@ from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, apply
 from segnet_scratch.ops.cases import MAPS, Case, Row, Shape, random_map, size_of_result
-from segnet_scratch.ops.loss.cross_entropy import VOID
+from segnet_scratch.ops.op import VOID
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES

@@ -43,8 +43,8 @@ from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_t
 log = logging.getLogger(__name__)
 
 RUNGS = ("direct", "tiled", *ELEMENTS_OF_RUNG)
-# The tiles of cuda/conv2d_tiled.cu.
-TILE_ROWS, TILE_COLUMNS, TILE_THREADS = 128, 64, 128
+TILED = mma.Tile("tiled", 128, 64)  # of cuda/conv2d_tiled.cu
+TILED_THREADS = 128
 
 
 def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
@@ -177,11 +177,8 @@ class Conv2dBackwardWeight(_ConvOp):
         g = self.geometry
         self.inputs = {"x": x, "dy": x.with_shape(*g.y)}
         self.outputs = {"dweight": Spec(weight.shape, self.accumulated)}
-        rows, columns = TILE_ROWS, TILE_COLUMNS
-        if self.rung in ELEMENTS_OF_RUNG:
-            tile = mma.weight_tile(g, self.rung)
-            rows, columns = tile.rows, tile.columns
-        self.chunks = mma.Chunks.of(g, rows, columns)
+        tile = mma.weight_tile(g, self.rung) if self.rung in ELEMENTS_OF_RUNG else TILED
+        self.chunks = mma.Chunks.of(g, tile.rows, tile.columns)
         if self.rung != "direct":
             self.workspace = {"partials": Spec((self.chunks.count, *weight.shape), self.accumulated)}
 
@@ -191,9 +188,9 @@ class Conv2dBackwardWeight(_ConvOp):
             self.kernel(device, "conv2d_backward_weight_direct", b, stride=g.stride, padding=g.padding)
             return
         if self.rung == "tiled":
-            grid = (-(-g.depth // TILE_ROWS), -(-g.o // TILE_COLUMNS), self.chunks.count)
+            grid = *TILED.grid(g.depth, g.o), self.chunks.count
             sizes = {**g.pads, "pixels_per_chunk": self.chunks.pixels}
-            self.kernel(device, "conv2d_backward_weight_tiled", b, grid, TILE_THREADS, **sizes)
+            self.kernel(device, "conv2d_backward_weight_tiled", b, grid, TILED_THREADS, **sizes)
         else:
             mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b)
         self.launch_merge(device, b)
@@ -244,8 +241,7 @@ class Conv2dBackwardBias(Op):
 def _launch_gemm(op: _ConvOp, device: Device, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:
     """The implicit GEMM of fprop, and of dgrad with other arguments."""
     if op.rung == "tiled":
-        grid = (-(-g.pixels // TILE_ROWS), -(-g.o // TILE_COLUMNS))
-        op.kernel(device, "conv2d_forward_tiled", b, grid, TILE_THREADS, **pads)
+        op.kernel(device, "conv2d_forward_tiled", b, TILED.grid(g.pixels, g.o), TILED_THREADS, **pads)
     else:
         mma.launch_forward(op, device, op.rung, g, pads, b)
 

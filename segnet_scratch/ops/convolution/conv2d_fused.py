@@ -14,6 +14,7 @@ import numpy as np
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution import fast
+from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
 from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
@@ -274,17 +275,11 @@ class FusedBackwardData(_FusedConv):
         return tiles(map_, self.pixels_of_tile)
 
 
-def _patches(x: np.ndarray, kernel: int) -> list[tuple[int, int, np.ndarray]]:
-    """(ky, kx, the pixels (n, h, w, c) that the tap meets)."""
-    h, w, p = *x.shape[1:3], kernel // 2
-    padded = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    return [(ky, kx, padded[:, ky : ky + h, kx : kx + w]) for ky in range(kernel) for kx in range(kernel)]
-
-
 def plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    y = np.zeros((*x.shape[:3], weight.shape[0]), x.dtype)
-    for ky, kx, patch in _patches(x, weight.shape[1]):
-        y += patch @ weight[:, ky, kx].T
+    """The convolution by its definition, of the size of x."""
+    op = Conv2dForward.plan(spec_of(x), spec_of(weight), 1, weight.shape[1] // 2, "direct")
+    y = np.empty(op.geometry.y, x.dtype)
+    op.reference(Buffers(x=x, weight=weight, bias=None, y=y))
     return y
 
 

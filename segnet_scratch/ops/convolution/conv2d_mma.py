@@ -3,16 +3,15 @@
 Rungs and how they multiply (cuda/common/warp_tile.cuh): "tf32" and "tf32x3" float32 arrays, "bf16" bfloat16 arrays.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
+from segnet_scratch.runtime.machine import switch
 from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 
 OLDEST = 80  # compute capability: asynchronous copies, tf32, bfloat16
@@ -140,11 +139,8 @@ def has_tensor_cores(device: Device) -> bool:
 
 
 def without_tensor_cores() -> bool:
-    """Does the environment ask for float32 by multiply-adds, SEGNET_FMA=1? ConfigError where it is neither 0 nor 1."""
-    asked = os.environ.get("SEGNET_FMA", "")
-    if asked not in ("", "0", "1"):
-        raise ConfigError(f"SEGNET_FMA is {asked!r}; expected 1 (float32 without tensor cores), 0 or nothing")
-    return asked == "1"
+    """Is float32 to be multiplied as float32: SEGNET_FMA=1."""
+    return switch("SEGNET_FMA", False, "float32 without tensor cores", "with them")
 
 
 def launch_forward(op: Op, device: Device, rung: str, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:

@@ -11,10 +11,10 @@ from math import sqrt
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import MAPS, Bounds, Case, Row, maps, random_map
+from segnet_scratch.ops.cases import Bounds, Case, MapRow, Row
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, OPS, Conv2dRow, conv_case
 from segnet_scratch.ops.elementwise.cast import Cast
-from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
 # Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 128 bytes of depth: 32 float32 or 64 bfloat16, in pieces
@@ -72,23 +72,12 @@ class TensorCoreRow(Conv2dRow):
         return {output: growth * eps * terms for output, terms in self.magnitudes(op, b).items()}
 
 
-class CastRow(Row):
+class CastRow(MapRow):
     """One rounding to bfloat16, which is exact for small integers; back it is exact for all numbers."""
 
-    op = Cast
-    exact = True
-
     def __init__(self, name: str, dtype: DTypeLike) -> None:
+        super().__init__(Cast)
         self.name, self.elements = name, (np.dtype(dtype),)
-
-    def cases(self) -> list[Case]:
-        return maps(MAPS)
-
-    def random_case(self, rng: np.random.Generator) -> Case:
-        return Case("random", {"x": random_map(rng)})
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return Cast.plan(spec(case["x"], dtype))
 
     def reference_plan(self, case: Case) -> Op:
         return self.plan(case, np.float32)

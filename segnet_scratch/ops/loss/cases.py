@@ -23,9 +23,9 @@ from segnet_scratch.ops.cases import (
     values,
 )
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
-from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, CrossEntropyBackward, CrossEntropyForward
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
-from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
+from segnet_scratch.ops.op import VOID, Buffers, Op, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16
 
 

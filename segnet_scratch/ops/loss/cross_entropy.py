@@ -7,6 +7,7 @@ import numpy as np
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError
 from segnet_scratch.ops.loss import fast
 from segnet_scratch.ops.op import (
+    VOID,
     Buffers,
     Op,
     Spec,
@@ -16,7 +17,6 @@ from segnet_scratch.ops.op import (
 )
 from segnet_scratch.runtime.devices import Device
 
-VOID = 255
 NORMALISATIONS = ("weights", "valid")
 REDUCTIONS = ("mean", "sum", "none")
 # By what a kernel divides: nothing, or one of its sums.

@@ -8,9 +8,8 @@ All arrays are C-contiguous; `ops/loss/cross_entropy.py` checks shapes, and that
 
 import numpy as np
 
+from segnet_scratch.ops.op import VOID
 from segnet_scratch.runtime.workers import CHUNK_VALUES, parallel_slices, scratch
-
-_VOID = 255
 
 
 def cross_entropy_forward(
@@ -28,7 +27,7 @@ def cross_entropy_forward(
 
     def body(part: slice) -> None:
         shifted = _shifted(logits[part])
-        counting = np.flatnonzero(labels[part] != _VOID)
+        counting = np.flatnonzero(labels[part] != VOID)
         label = labels[part][counting]
         label_logits = shifted[label, counting]
         weighted_logits = (weights @ shifted)[counting] if smoothing else None
@@ -64,7 +63,7 @@ def cross_entropy_backward(
     def body(part: slice) -> None:
         gradient = _shifted(logits[part])
         np.exp(gradient, out=gradient)
-        is_void = labels[part] == _VOID
+        is_void = labels[part] == VOID
         label = np.where(is_void, 0, labels[part])
         weight = weights[label]
         gradient *= (weight + shares.sum()) / gradient.sum(axis=0)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID, CrossEntropyBackward, CrossEntropyForward
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pieces import expect_pieces, in_float32
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes

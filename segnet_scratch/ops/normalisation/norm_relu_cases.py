@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, Refusal, Row, maps, random_map, values
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, maps, random_map, values
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
@@ -135,10 +135,10 @@ class MergeGradientsRow(MergeRow):
         return {"dbias": eps * np.abs(b.dbias) + lost * terms[0], "dweight": eps * np.abs(b.dweight) + lost * terms[1]}
 
 
-class NormRow(Row):
+class NormRow(MapRow):
     """Passes over maps of one element type: for each there are kernels of their own to be proven."""
 
-    channels = 8
+    exact, channels = False, 8
 
     def __init__(self, op: type[Op], element: np.dtype, *options: bool) -> None:
         self.op, self.elements, self.options = op, (element,), options
@@ -150,9 +150,6 @@ class NormRow(Row):
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c = random_map(rng)
         return Case("random", {"x": (n, h, w, 8 * c)})
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return self.op.plan(spec(case["x"], dtype), *self.options)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)

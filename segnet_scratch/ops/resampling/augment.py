@@ -3,10 +3,8 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_float, spec
+from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, expect, expect_float, spec
 from segnet_scratch.runtime.launch import ElementTypes
-
-VOID = 255
 
 
 class AugmentForward(Op):

@@ -14,7 +14,8 @@ from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import cross_entropy
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, VOID
+from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS
+from segnet_scratch.ops.op import VOID
 from segnet_scratch.runtime.devices import Device
 
 Problems = Iterator[str]
