@@ -155,7 +155,7 @@ def _repeat_sanitized(device: str) -> None:
     environment = {**sanitized_environment(), _SANITIZED: "1"}
     command = [sys.executable, "-P", "-m", "segnet_scratch", *sys.argv[1:]]
     result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
-    reports = read_reports(result.stderr, "gradcheck", {})
+    reports = read_reports(result.stderr, "gradcheck")
     if not reports:
         sys.stderr.write(result.stderr)
         sys.exit(result.returncode)

@@ -5,10 +5,8 @@ first and with a number in a second run, in which guard zones hold other values,
 were.
 """
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -18,12 +16,7 @@ from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import BFLOAT16, is_floating
-
-BFLOAT16_ROUNDING = 2.0**-8  # half a unit of its 8 significant bits, relative
-
-
-ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells a sanitizer's reader where the arrays of a run lie
+from segnet_scratch.runtime.precision import BFLOAT16, BFLOAT16_ROUNDING, is_floating
 
 
 @dataclass(frozen=True)
@@ -62,9 +55,7 @@ def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device,
     buffers = {name: None if a is None else arrays.add(name, a, a.shape, a.dtype) for name, a in inputs.items()}
     for name, s in {**op.outputs, **op.workspace}.items():
         buffers[name] = arrays.add(name, None, s.shape, s.dtype)
-    regions = arrays.forbid()
-    if regions:
-        os.write(2, f"{ARRAYS_MARK}{json.dumps({n: astuple(r) for n, r in regions.items()})}\n".encode())
+    arrays.forbid()
     try:
         op.run(device, Buffers(**buffers))
         device.synchronise()
@@ -159,20 +150,6 @@ def examine(
                 bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
         problems += deviations(name, got, wanted, bound)
     return Examination(op, inputs, problems, first.guarded + second.guarded)
-
-
-def check(
-    row: Row,
-    case: Case,
-    device: Device,
-    rng: np.random.Generator,
-    dtype: DTypeLike | None = None,
-    integers: bool = False,
-) -> list[str]:
-    """What is wrong with an op on a device, in words; nothing when the list is empty. See `examine`."""
-    dtype = np.dtype(row.elements[0] if dtype is None else dtype)
-    problems = examine(row, case, device, rng, dtype, integers).problems
-    return [f"{row.name} on {device.name}, {dtype}, {case}: {problem}" for problem in problems]
 
 
 def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[Problem]:

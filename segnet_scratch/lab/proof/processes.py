@@ -20,10 +20,8 @@ from math import inf
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.proof.compare import ARRAYS_MARK
 from segnet_scratch.lab.proof.parts.base import CASE_MARK
 from segnet_scratch.lab.proof.work import Tally, Work
-from segnet_scratch.lab.workbench.guards import Region
 from segnet_scratch.lab.workbench.sanitizers import read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
@@ -185,10 +183,8 @@ def do_all(
 
 
 def _sanitizer_failures(work: Work, text: str, tally: Tally) -> bool:
-    """Adds what the sanitizers reported to a tally; was there anything?"""
-    last = text.rpartition(ARRAYS_MARK)[2].partition("\n")[0]
-    arrays = {name: Region(*region) for name, region in json.loads(last).items()} if ARRAYS_MARK in text else {}
-    reports = read_reports(text, work.target, arrays)
+    """Notes what the sanitizers wrote to stderr; was there anything?"""
+    reports = read_reports(text, work.target)
     for report in reports:
         tally.fail(work, work.target, _last_case(work, text.partition("ERROR: AddressSanitizer")[0]), report)
     return bool(reports)

@@ -81,6 +81,10 @@ def _untouched(setup: Setup, name: str, first: Outcome, second: Outcome) -> np.n
     return (bits(first.array(name)) == bits(one)) & (bits(second.array(name)) == bits(other))
 
 
+def _some(name: str, elements: np.ndarray, what: str) -> str:
+    return f"{name}: {elements.sum()} of {elements.size} elements {what}, the first is {name}[{elements.argmax()}]"
+
+
 def _unwritten(setup: Setup, first: Outcome, second: Outcome) -> list[str]:
     reports = []
     for name in setup.of_role("output"):
@@ -91,10 +95,7 @@ def _unwritten(setup: Setup, first: Outcome, second: Outcome) -> list[str]:
                 f"--input {name}=random"
             )
         elif untouched.any():
-            count, where = int(untouched.sum()), int(untouched.argmax())
-            reports.append(
-                f"{name}: {count} of {untouched.size} elements were never written, the first is {name}[{where}]"
-            )
+            reports.append(_some(name, untouched, "were never written"))
     return reports
 
 
@@ -117,10 +118,7 @@ def _dependent(executor: Executor, first: Outcome, second: Outcome) -> list[str]
             if of_shared
             else f"an output is read before it is written (if that is meant, give it contents: --input {name}=random)"
         )
-        count, where = int(unlike.sum()), int(unlike.argmax())
-        reports.append(
-            f"{name}: {count} of {unlike.size} elements are not determined, the first is {name}[{where}]: {why}"
-        )
+        reports.append(f"{_some(name, unlike, 'are not determined')}: {why}")
     return reports
 
 
@@ -141,10 +139,8 @@ def _without_a_value(setup: Setup, first: Outcome, second: Outcome, expected: Ma
         if name in expected:
             nan &= ~np.isnan(expected[name].reshape(-1))
         if nan.any():
-            count, where = int(nan.sum()), int(nan.argmax())
             reports.append(
-                f"{name}: {count} of {nan.size} elements are NaN, the first is {name}[{where}], and all inputs are "
-                "finite: a variable or memory is read before it has a value, or the arithmetic gives none (if that is "
-                "right, a --reference says so)"
+                f"{_some(name, nan, 'are NaN')}, and all inputs are finite: a variable or memory is read before it has "
+                "a value, or the arithmetic gives none (if that is right, a --reference says so)"
             )
     return reports

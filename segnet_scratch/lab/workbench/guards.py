@@ -10,6 +10,8 @@ that touches them.
 """
 
 import ctypes
+import json
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from segnet_scratch.runtime.devices import Array, Device, HostDevice
 from segnet_scratch.runtime.precision import is_floating
 
 GUARD = 1024  # elements before and after every array
+ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells where arrays lie: first byte, bytes, bytes of an element
 # A NaN that no computation makes, by the size of the number, and an ordinary number that none is likely to make.
 _NAN_BITS = {2: 0x7FD5, 4: 0x7FE5EED5, 8: 0x7FFC5EED5EED5EED}
 _NUMBER = 0.73582345  # of the size of others, so that sums with it show
@@ -102,14 +105,17 @@ class GuardedArrays:
         self._buffers[name] = self.device.upload(elements)
         return inside(self._buffers[name], shape)
 
-    def forbid(self) -> "dict[str, Region]":
-        """Makes the guard zones out of bounds where AddressSanitizer watches, and says where the arrays lie."""
+    def forbid(self) -> None:
+        """Under AddressSanitizer guard zones are out of bounds from now on; whoever reads its reports is told where."""
         if not isinstance(self.device, HostDevice) or not self.device.options.sanitize:
-            return {}
+            return
         self._forbidden = True
-        for buffer in self._buffers.values():
+        regions = {}
+        for name, buffer in self._buffers.items():
             _mark("poison", buffer)
-        return {name: Region.of(buffer) for name, buffer in self._buffers.items()}
+            guard = GUARD * buffer.itemsize
+            regions[name] = buffer.ctypes.data + guard, buffer.nbytes - 2 * guard, buffer.itemsize
+        os.write(2, f"{ARRAYS_MARK}{json.dumps(regions)}\n".encode())
 
     def damage(self) -> dict[str, list[str]]:
         """Writes outside the arrays, by array, each with the element next to it."""
@@ -167,21 +173,6 @@ def inside(buffer: Array, shape: tuple[int, ...]) -> Array:
 def bits(array: np.ndarray) -> np.ndarray:
     """The elements as integers: NaN equals NaN, and 0 is not -0."""
     return array.view(f"u{array.dtype.itemsize}")
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where an array lies between its guard zones: what a sanitizer's report is read with."""
-
-    start: int
-    nbytes: int
-    itemsize: int
-
-    @staticmethod
-    def of(buffer: np.ndarray) -> "Region":
-        """That of the array inside a buffer."""
-        guard = GUARD * buffer.itemsize
-        return Region(buffer.ctypes.data + guard, buffer.nbytes - 2 * guard, buffer.itemsize)
 
 
 def _mark(how: str, buffer: np.ndarray) -> None:

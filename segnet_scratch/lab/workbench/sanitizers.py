@@ -10,8 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, KernelFault
 from segnet_scratch.lab.workbench.execution import launch_once
-from segnet_scratch.lab.workbench.guards import FIRST, GUARD, Region, place
+from segnet_scratch.lab.workbench.guards import ARRAYS_MARK, FIRST, GUARD, place
 from segnet_scratch.lab.workbench.setup import Setup, load_kernel
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.host import HostOptions, build, sanitizer_runtime
@@ -51,18 +49,10 @@ def find_memory_errors(setup: Setup) -> list[str]:
             text=True,
             errors="replace",
         )
-        return _read_reports(setup, result, folder)
-
-
-def _read_reports(setup: Setup, result: subprocess.CompletedProcess[str], folder: Path) -> list[str]:
-    regions = folder / "regions.json"  # missing where the process did not get as far
-    arrays = json.loads(regions.read_text()) if regions.is_file() else {}
-    reports = read_reports(result.stderr, setup.kernel.name, {name: Region(*r) for name, r in arrays.items()})
-    if not reports and result.returncode != 0:
-        raise CompileError(f"the sanitized run of {setup.kernel.name} failed:\n{result.stderr.strip()[-2000:]}")
-    if (folder / "fault").is_file():
-        reports.append((folder / "fault").read_text())
-    return reports
+        reports = read_reports(result.stderr, setup.kernel.name)
+        if not reports and result.returncode != 0:
+            raise CompileError(f"the sanitized run of {setup.kernel.name} failed:\n{result.stderr.strip()[-2000:]}")
+        return reports + [fault.read_text() for fault in folder.glob("fault")]
 
 
 def _write(setup: Setup, folder: Path) -> None:
@@ -71,21 +61,17 @@ def _write(setup: Setup, folder: Path) -> None:
         "type": setup.types.storage.name,
         "scalars": setup.scalars,
         "shapes": setup.shapes,
-        "contents": {name: array is not None for name, array in setup.contents.items()},
+        "null": [name for name, array in setup.contents.items() if array is None],
         "geometry": [setup.grid, setup.block, setup.shared],
     }
     (folder / "job.json").write_text(json.dumps(job))
-    for name, array in setup.contents.items():
-        if array is not None:
-            np.save(folder / f"{name}.npy", array)
+    present: dict[str, Any] = {name: array for name, array in setup.contents.items() if array is not None}
+    np.savez(folder / "contents.npz", **present)
 
 
 def _read(folder: Path) -> Setup:
     job: dict[str, Any] = json.loads((folder / "job.json").read_text())
-    contents = {
-        name: np.load(folder / f"{name}.npy", allow_pickle=False) if present else None
-        for name, present in job["contents"].items()
-    }
+    contents = dict.fromkeys(job["null"]) | dict(np.load(folder / "contents.npz"))
     grid, block, shared = job["geometry"]
     types = ElementTypes.of(np.dtype(job["type"]))
     shapes = {name: tuple(shape) for name, shape in job["shapes"].items()}
@@ -99,7 +85,7 @@ def run_sanitized() -> None:
     setup = _read(folder)
     device = HostDevice(HostOptions(workers=1, sanitize=True))
     guarded, arrays = place(setup, device, FIRST)
-    (folder / "regions.json").write_text(json.dumps({n: astuple(r) for n, r in guarded.forbid().items()}))
+    guarded.forbid()
     try:
         launch_once(setup, arrays, device)
     except KernelFault as error:
@@ -117,26 +103,22 @@ def sanitized_environment() -> dict[str, str]:
     return {**os.environ, **OPTIONS, "LD_PRELOAD": str(sanitizer_runtime()), "PYTHONPATH": path}
 
 
-def read_reports(stderr: str, kernel: str, arrays: Mapping[str, Region]) -> list[str]:
-    """What the sanitizers found in a run of `kernel` on these arrays; nothing when the list is empty."""
+def read_reports(stderr: str, kernel: str) -> list[str]:
+    """What the sanitizers found in a run of `kernel`; nothing when the list is empty."""
     reports = [
         _with_line(kernel, f"undefined behaviour: {message}", path, int(line))
         for path, line, message in dict.fromkeys(_UNDEFINED.findall(stderr))
     ]
     kind = _KIND.search(stderr)
-    if kind:
-        reports.append(_memory_report(kernel, kind.group(1), stderr, arrays))
-    return reports
+    return [*reports, _memory_report(kernel, kind.group(1), stderr)] if kind else reports
 
 
-def _memory_report(kernel: str, kind: str, stderr: str, arrays: Mapping[str, Region]) -> str:
-    access = _ACCESS.search(stderr)
+def _memory_report(kernel: str, kind: str, stderr: str) -> str:
     what = "accesses memory that is nobody's" if kind in ("SEGV", "BUS") else kind
-    if access:
+    if access := _ACCESS.search(stderr):
         verb = "reads" if access.group(1) == "READ" else "writes"
-        what = f"{verb} {access.group(2)} bytes {_place(int(access.group(3), 16), arrays, kind)}"
-    thread = _THREAD.search(stderr)
-    if thread:
+        what = f"{verb} {access.group(2)} bytes {_place(int(access.group(3), 16), stderr, kind)}"
+    if thread := _THREAD.search(stderr):
         what = f"{thread.group(1)} {what}"
     for path, line in _FRAME.findall(stderr):
         if Path(path).name != "host_runtime.h":
@@ -144,14 +126,13 @@ def _memory_report(kernel: str, kind: str, stderr: str, arrays: Mapping[str, Reg
     return f"{what}; {stderr.strip()[:500]}"
 
 
-def _place(address: int, arrays: Mapping[str, Region], kind: str) -> str:
-    """Where an address lies: beside which array."""
-    for name, region in arrays.items():
-        guard = GUARD * region.itemsize
-        if region.start - guard <= address < region.start + region.nbytes + guard:
-            where = "before the start" if address < region.start else "past the end"
-            element = (address - region.start) // region.itemsize
-            return f"{where} of {name}, at {name}[{element}] of {region.nbytes // region.itemsize} elements"
+def _place(address: int, stderr: str, kind: str) -> str:
+    """Where an address lies: beside which array of those that were told of last."""
+    arrays = stderr.rpartition(ARRAYS_MARK)[2].partition("\n")[0] if ARRAYS_MARK in stderr else "{}"
+    for name, (start, nbytes, itemsize) in json.loads(arrays).items():
+        if start - GUARD * itemsize <= address < start + nbytes + GUARD * itemsize:
+            where = "before the start" if address < start else "past the end"
+            return f"{where} of {name}, at {name}[{(address - start) // itemsize}] of {nbytes // itemsize} elements"
     return f"where no array lies ({kind}; shared memory past its end, or a stray pointer)"
 
 
