@@ -308,6 +308,7 @@ def test_what_report_cannot_find_is_explained(segnet, sample, bayesian, tmp_path
         ("tensorboardX", "tensorboard", "train"),
         ("av", "video", "predict"),
         ("onnx", "onnx", "export"),
+        ("flask", "serve", "serve"),
     ],
 )
 def test_a_missing_extra_is_named_before_anything_is_made(
@@ -319,6 +320,7 @@ def test_a_missing_extra_is_named_before_anything_is_made(
     arguments = {
         "report": ["report", bayesian, "--out", tmp_path / "page.html"],
         "train": train_arguments(sample, tmp_path / "run", "--tensorboard"),
+        "serve": ["serve", checkpoint],
         "export": ["export", checkpoint, tmp_path / "a.onnx"],
         "predict": ["predict", checkpoint, tmp_path / "clip.mp4", "--out", tmp_path / "out"],
     }

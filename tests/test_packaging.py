@@ -88,6 +88,7 @@ class TestWheel:
             "lab/profile/ceilings_mma.cu",
             "cli/common.py",
             "report/page.html",
+            "serve/page.html",
             "py.typed",
         ):
             assert f"segnet_scratch/{name}" in names

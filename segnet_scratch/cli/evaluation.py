@@ -1,4 +1,4 @@
-"""`segnet eval`, `predict`, `submit`, `report`: what is done with a trained network."""
+"""`segnet eval`, `predict`, `serve`, `submit`, `report`: what is done with a trained network."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -39,6 +39,7 @@ from segnet_scratch.display import (
 )
 from segnet_scratch.errors import ConfigError, DataError, DeviceMemoryError
 from segnet_scratch.evaluate import evaluate
+from segnet_scratch.extras import require
 from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
 from segnet_scratch.progress import watched
@@ -46,6 +47,7 @@ from segnet_scratch.report import write_report
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.score import score
 from segnet_scratch.segnet import SegNet
+from segnet_scratch.serve import LOOPBACK, serve
 from segnet_scratch.submit import Competition, submit
 from segnet_scratch.video import camera_video, find_video, plan_videos, predict_video
 
@@ -150,6 +152,11 @@ PerImageOption = Annotated[
 ]
 
 
+OpacityOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Of the class colours over the image in overlays, 0 to 1.")
+]
+
+
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -243,9 +250,7 @@ def predict(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Of each video at most so many; a camera goes on until Ctrl-C.")
     ] = None,
-    opacity: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the class colours over the image in overlays, 0 to 1.")
-    ] = 0.55,
+    opacity: OpacityOption = 0.55,
     json: JsonOption = None,
 ) -> None:
     """Segment images: NAME.png (class indices and a palette) and NAME_overlay.png (with a legend), in the image's size.
@@ -319,6 +324,35 @@ def predict(
         failed.append(f"{len(failed)} of {inputs_given} inputs had problems; the others are done")
     if failed:
         fail("\nerror: ".join(failed), 1)
+
+
+@app.command(name="serve")
+@_applies_network
+def serve_command(
+    *,
+    checkpoint: Path,
+    network: Network,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; by default only this machine reaches it.")
+    ] = LOOPBACK[0],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    opacity: OpacityOption = 0.55,
+) -> None:
+    """Open a page on this machine that segments the photos that are dropped on it, until Ctrl-C.
+
+    Classes can be switched off and on; with --samples, of a Bayesian network, it shows where the samples disagree.
+    Needs pip install 'segnet_scratch\\[serve]'.
+
+    Example: segnet serve runs/voc/best.safetensors
+    """
+    require("flask", "serve", "segnet serve")
+    segmenter = network()
+    if segmenter.model.has_dropout and not segmenter.inference.samples:
+        say("a Bayesian network: --samples 10 would show its uncertainty")
+    if host not in LOOPBACK:
+        say(f"everybody who reaches {host} can use it; there is no password", "yellow")
+    style = _style(segmenter.model, opacity)
+    serve(segmenter, style, checkpoint.name, host, port, lambda url: say(f"{url}  (Ctrl-C ends it)", "bold"))
 
 
 @app.command(name="submit")

@@ -3,7 +3,7 @@
 import errno
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -51,15 +51,16 @@ _STARTS = (
 )
 
 
-def read_image(path: str | Path, *, for_prediction: bool = False) -> np.ndarray:
+def read_image(path: str | Path, *, for_prediction: bool = False, stream: BinaryIO | None = None) -> np.ndarray:
     """A picture as uint8 (H, W, 3), RGB; greyscale, palette and CMYK are converted, alpha is dropped.
 
     A data set's pictures are JPEG or PNG and are never turned by their EXIF orientation, because their
     masks are not. With `for_prediction` BMP, WebP and TIFF are read too and the picture is turned upright.
+    A `stream` is read in place of the file, and the path only names it in messages.
     Raises DataError for a file that is missing, damaged, of another format or larger than MAX_PIXELS.
     """
     path = Path(path)
-    picture = decode(path, "image", _PREDICTION_FORMATS if for_prediction else None)
+    picture = decode(path, "image", _PREDICTION_FORMATS if for_prediction else None, stream)
     if not (picture.mode in _MODES or _is_16_bit(picture)):
         raise Finding("image-wrong-format", path, f"pixels of mode {picture.mode}; {_convert(path)}.").error
     if for_prediction:
@@ -105,10 +106,12 @@ def read_mask(path: str | Path, classes: int) -> np.ndarray:
     return mask
 
 
-def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Image.Image:
+def decode(
+    path: Path, role: Role, formats: tuple[str, ...] | None = None, stream: BinaryIO | None = None
+) -> Image.Image:
     """The decoded picture in the mode that it is stored in; `formats` as Pillow names them, or those of the role.
 
-    Whatever goes wrong becomes a FoundError, whose code begins with the role.
+    A `stream` is read in place of the file. Whatever goes wrong becomes a FoundError, whose code begins with the role.
     """
     formats = formats or _FORMATS[role]
     expected = " or ".join(formats)
@@ -116,14 +119,14 @@ def decode(path: Path, role: Role, formats: tuple[str, ...] | None = None) -> Im
     def problem(code: str, detail: str) -> FoundError:
         return Finding(f"{role}-{code}", path, detail).error
 
-    if not path.is_file():
+    if stream is None and not path.is_file():
         if path.is_symlink() and not path.exists():
             raise problem("link-broken", "is a link to nowhere; put the file there, or correct the link.")
         if path.exists():
             raise problem("not-a-file", f"is a folder or a device; expected a {expected} picture there.")
         raise Finding(f"missing-{role}", path, f"no such file; expected a {expected} picture there.").error
     try:
-        with path.open("rb") as stream:
+        with stream or path.open("rb") as stream:
             start = stream.read(32)
             if not start:
                 raise problem("zero-bytes", "the file is empty (0 bytes); copy it from the source again.")

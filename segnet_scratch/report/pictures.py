@@ -43,20 +43,22 @@ def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.n
         score.id,
         score.miou,
         score.global_accuracy,
-        _jpeg(image),
-        _png(indexed_picture(truth, palette)),
-        _png(indexed_picture(found, palette)),
-        _jpeg(np.rint(np.clip(errors, 0, 255)).astype(np.uint8)),
+        jpeg_uri(image),
+        png_uri(indexed_picture(truth, palette)),
+        png_uri(indexed_picture(found, palette)),
+        jpeg_uri(np.rint(np.clip(errors, 0, 255)).astype(np.uint8)),
     )
 
 
-def _jpeg(image: np.ndarray) -> str:
+def jpeg_uri(image: np.ndarray) -> str:
+    """A photo, uint8 (h, w, 3), as a data URI."""
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=82)
     return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
-def _png(picture: Image.Image) -> str:
+def png_uri(picture: Image.Image) -> str:
+    """A picture, without loss, as a data URI."""
     buffer = BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
