@@ -11,6 +11,9 @@
 // Sums in three launches: every chunk of rows makes a partial result, one thread a channel merges the partials in the
 // order of the chunks, and an element-wise pass applies them. No atomics; chunks depend on the shape alone.
 //
+// Of several ranks that share a batch each merges its chunks to one (count, mean, M2), and every one of them merges those
+// of all ranks in their order; so with the sums of backward. The mean of dy is then over the rows of all ranks.
+//
 // Statistics never come from E[x^2] - E[x]^2, which cancels: a thread sums distances from its first value, and the
 // results are merged as (count, mean, M2) (Chan, Golub, LeVeque 1983). All sums are carried in double: that hides behind
 // the memory traffic, and a channel's error in the last bit would reach every pixel of it, and there turn a near tie of
@@ -38,6 +41,27 @@ extern "C" __global__ void batch_norm_partial_statistics(
     partial[c] = moments.m2;
 }
 
+__device__ inline Moments merged_chunks(
+    const double* partials, int channel, int64 rows, int c, int chunks, int64 rows_per_chunk) {
+    Moments total = {0, 0, 0};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int64 begin = chunk * rows_per_chunk;
+        const int64 count = rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk;
+        const double* const partial = partials + (int64)chunk * 2 * c + channel;
+        total.merge({(double)count, partial[0], partial[c]});
+    }
+    return total;
+}
+
+__device__ inline void store_statistics(
+    const Moments& total, int channel, accumulate_t* mean, accumulate_t* inv_std, storage_t* running_mean,
+    storage_t* running_var, double eps, double momentum) {
+    mean[channel] = total.mean;
+    inv_std[channel] = 1 / sqrt(total.m2 / total.count + eps);
+    running_mean[channel] = (1 - momentum) * running_mean[channel] + momentum * total.mean;
+    running_var[channel] = (1 - momentum) * running_var[channel] + momentum * (total.m2 / (total.count - 1));
+}
+
 extern "C" __global__ void batch_norm_merge_statistics(
     const double* __restrict__ partials,   // (chunks, 2, c)
     accumulate_t* __restrict__ mean,       // (c)
@@ -47,17 +71,37 @@ extern "C" __global__ void batch_norm_merge_statistics(
     int64 rows, int c, int chunks, int64 rows_per_chunk, double eps, double momentum) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
+    const Moments total = merged_chunks(partials, channel, rows, c, chunks, rows_per_chunk);
+    store_statistics(total, channel, mean, inv_std, running_mean, running_var, eps, momentum);
+}
+
+extern "C" __global__ void batch_norm_moments(
+    const double* __restrict__ partials,  // (chunks, 2, c)
+    double* __restrict__ moments,         // (3, c): rows, mean, M2
+    int64 rows, int c, int chunks, int64 rows_per_chunk) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    const Moments total = merged_chunks(partials, channel, rows, c, chunks, rows_per_chunk);
+    moments[channel] = total.count;
+    moments[c + channel] = total.mean;
+    moments[2 * c + channel] = total.m2;
+}
+
+extern "C" __global__ void batch_norm_merge_ranks(
+    const double* __restrict__ moments,    // (ranks, 3, c)
+    accumulate_t* __restrict__ mean,       // (c)
+    accumulate_t* __restrict__ inv_std,    // (c)
+    storage_t* __restrict__ running_mean,  // (c)
+    storage_t* __restrict__ running_var,   // (c)
+    int c, int ranks, double eps, double momentum) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
     Moments total = {0, 0, 0};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int64 begin = chunk * rows_per_chunk;
-        const int64 count = rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk;
-        const double* const partial = partials + (int64)chunk * 2 * c + channel;
-        total.merge({(double)count, partial[0], partial[c]});
+    for (int rank = 0; rank < ranks; ++rank) {
+        const double* const own = moments + (int64)rank * 3 * c + channel;
+        total.merge({own[0], own[c], own[2 * c]});
     }
-    mean[channel] = total.mean;
-    inv_std[channel] = 1 / sqrt(total.m2 / rows + eps);
-    running_mean[channel] = (1 - momentum) * running_mean[channel] + momentum * total.mean;
-    running_var[channel] = (1 - momentum) * running_var[channel] + momentum * (total.m2 / (rows - 1));
+    store_statistics(total, channel, mean, inv_std, running_mean, running_var, eps, momentum);
 }
 
 extern "C" __global__ void batch_norm_evaluation_statistics(
@@ -134,6 +178,36 @@ extern "C" __global__ void batch_norm_backward_merge(
     }
     dweight[channel] = sum_dy_xhat;
     dbias[channel] = sum_dy;
+}
+
+extern "C" __global__ void batch_norm_backward_sums(
+    const double* __restrict__ partials,  // (chunks, 2, c)
+    double* __restrict__ sums,            // (2, c): sum dy, sum dy xhat
+    int c, int chunks) {
+    FOR_EACH_INDEX(i, 2 * c) {
+        double sum = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) sum += partials[(int64)chunk * 2 * c + i];
+        sums[i] = sum;
+    }
+}
+
+// What batch_norm_backward, which divides by its own rows, is to be given for the means over all ranks.
+extern "C" __global__ void batch_norm_backward_merge_ranks(
+    const double* __restrict__ sums,     // (ranks, 2, c)
+    const double* __restrict__ moments,  // (ranks, 3, c)
+    storage_t* __restrict__ dweight,     // (c)
+    storage_t* __restrict__ dbias,       // (c)
+    int64 rows, int c, int ranks) {
+    const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    double sum_dy = 0, sum_dy_xhat = 0, count = 0;
+    for (int rank = 0; rank < ranks; ++rank) {
+        sum_dy += sums[(int64)rank * 2 * c + channel];
+        sum_dy_xhat += sums[((int64)rank * 2 + 1) * c + channel];
+        count += moments[(int64)rank * 3 * c + channel];
+    }
+    dweight[channel] = sum_dy_xhat * (rows / count);
+    dbias[channel] = sum_dy * (rows / count);
 }
 
 // Launch: grid ((c + 31) / 32, (rows + rows_per_chunk - 1) / rows_per_chunk), block (32, 8)

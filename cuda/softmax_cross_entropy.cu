@@ -44,16 +44,17 @@ extern "C" __global__ void softmax_cross_entropy_count(
     block_store_sums(own, partials);
 }
 
-// 1 / normaliser, or 0 where there is no valid pixel.
+// 1 / normaliser, or 0 where there is no valid pixel; times the share that these pixels have of the batch of all ranks.
 // Launch: grid 1, block THREADS
 extern "C" __global__ void softmax_cross_entropy_normalise(
-    const double* __restrict__ partials,  // (blocks, 2)
-    double* __restrict__ reciprocal,      // (1)
+    const double* __restrict__ partials,        // (blocks, 2)
+    const double* __restrict__ OPTIONAL share,  // (1)
+    double* __restrict__ reciprocal,            // (1)
     int blocks, int by_valid) {
     double own = 0;
     for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block * 2 + by_valid];
     const double normaliser = block_sum<THREADS>(own);
-    if (threadIdx.x == 0) reciprocal[0] = normaliser != 0 ? 1 / normaliser : 0.0;
+    if (threadIdx.x == 0) reciprocal[0] = normaliser != 0 ? (share ? share[0] : 1) / normaliser : 0.0;
 }
 
 // The weighted loss of a pixel, whose logits its gradient replaces.

@@ -150,12 +150,22 @@ class Config:
     size: int | tuple[int, int] = _setting(
         224, _IMAGE_SIZE, "training image size in pixels: one integer for a square, or [height, width]"
     )
-    batch: int = _setting(4, _at_least(1), "images per step")
+    batch: int = _setting(4, _at_least(1), "images per step, of all ranks together")
     accumulate: int = _setting(
         1,
         _at_least(1),
         "parts in which a batch goes through the network, their gradients added up: less memory, the same step but for "
         "batch norm, which sees one part at a time",
+    )
+    sync_bn: bool = _setting(
+        False,
+        _SWITCH,
+        "with several ranks: batch norm over the batch of all of them, as of one process; else each over its own share",
+    )
+    gradient_sum: str = _setting(
+        "float32",
+        _one_of("float32", "bf16"),
+        "with several ranks: how gradients go between them; bf16 is half the bytes and rounds them to 8 bits",
     )
     epochs: int | None = _setting(
         None,
@@ -280,6 +290,8 @@ class Config:
             raise ConfigError('schedule = "step": expected lr_steps, got none; add for example lr_steps = [0.6, 0.9].')
         if self.engine == "layers" and self.precision == "bf16":
             raise ConfigError('precision = "bf16": expected the fused engine, got layers; add engine = "fused".')
+        if self.dtype == "float64" and self.gradient_sum == "bf16":
+            raise ConfigError('gradient_sum = "bf16": expected dtype = "float32", got float64; leave one out.')
         if self.engine == "fused" and self.accumulate > 1:
             raise ConfigError(
                 f'engine = "fused": expected accumulate = 1, got {self.accumulate} parts; it needs less memory, so a '

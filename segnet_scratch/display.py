@@ -123,6 +123,8 @@ class TrainingDisplay(Listener):
             f"{whose}{trainer.train_set.classes} classes, {size} pixels, {trainer.initialised}, "
             f"{trainer.config.engine} engine in {trainer.config.precision}"
         )
+        if trainer.ranks.size > 1:
+            self._say(f"{trainer.ranks.size} ranks: {', '.join(trainer.ranks.members)}")
         self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, status="")
         self._throughput = Throughput(trainer.loader)
         self._scored = scored

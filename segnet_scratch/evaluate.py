@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from segnet_scratch.inference import Segmented, Segmenter
 from segnet_scratch.metrics import Scores, confusion_matrix, mean_of_numbers, scores
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward
 from segnet_scratch.ops.op import spec_of
+from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
@@ -101,15 +103,20 @@ def evaluate(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda images: None,
     skip_bad: bool = False,
+    ranks: Communicator = ALONE,
 ) -> Evaluation:
     """Scores a network on every image of a data set; `advance` is told of each image, `boundary` asks for boundary F1.
+
+    Each of several `ranks` takes every so manyth image, and all have the scores of all images. `advance` is called by
+    all of them equally often, with the images that they have done together.
 
     The model is left in the mode it was in. With `skip_bad` images that cannot be read are left out, each with a
     warning. DataError where none can be, and where the model's classes are not the data set's (`check_classes`).
     """
     model, device = segmenter.model, segmenter.device
     check_classes(model, dataset)
-    tally, losses = Tally(dataset.names, boundary), []
+    tally, losses, count = Tally(dataset.names, boundary), [], len(dataset)
+    found: list[tuple[ImageScore, np.ndarray]] = []
     threads = segmenter.workers if workers is None else workers
 
     def load(index: int) -> tuple[_Truth, np.ndarray]:
@@ -129,26 +136,32 @@ def evaluate(
         losses.append(device.read([op(device, logits=flat, labels=labels, class_weights=None).sums]))
 
     def measure(result: Segmented[_Truth]) -> tuple[ImageScore, np.ndarray]:
-        (name, mask, _), _, found = result
-        return tally.measure(name, mask, found.labels)
+        (name, mask, _), _, segmented = result
+        return tally.measure(name, mask, segmented.labels)
 
     was_training = model.training
     try:
         with (
-            closing(segmenter.stream(range(len(dataset)), load, threads, watch=watch)) as results,
+            closing(segmenter.stream(range(ranks.rank, count, ranks.size), load, threads, watch=watch)) as results,
             closing(ordered_map(measure, results, threads, ahead=2 * threads)) as measured,
         ):
-            for image, counts in measured:
-                if image.id:
-                    tally.add(image, counts)
-                advance(1)
+            for done in range(0, count, ranks.size):
+                for image, counts in islice(measured, 1):  # none where the images do not suffice for the last ranks
+                    found.append((image, counts))
+                advance(min(ranks.size, count - done))
     finally:
         model.train(was_training)
+    sums = np.sum([reading.get()[0] for reading in losses], axis=0) if losses else np.zeros(3)
+    of_ranks = ranks.exchange((found, sums))
+    for row in zip_longest(*(images for images, _ in of_ranks)):  # in the order of the data set
+        for image, counts in filter(None, row):
+            if image.id:
+                tally.add(image, counts)
     if not tally.images:
         raise DataError(f"{dataset.root}: not one image of split '{dataset.split}' can be read; see segnet data verify")
     if not segmenter.inference.single:
         return tally.evaluation()
-    sums = np.sum([reading.get()[0] for reading in losses], axis=0)
+    sums = np.sum([of_rank for _, of_rank in of_ranks], axis=0)
     return tally.evaluation(float(sums[0] / sums[1]) if sums[1] else 0.0)
 
 

@@ -8,13 +8,14 @@ from segnet_scratch.config import Config
 from segnet_scratch.engine.ledger import fused_account, layers_account
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import DeviceMemoryError
+from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
 
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
 _COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
 
 
-def check_memory(model: SegNet, config: Config) -> None:
+def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> None:
     """DeviceMemoryError where a step of this run needs more than its device has free, with a batch that would fit.
 
     An estimate from the ledger, on the low side: what it refuses could only have failed.
@@ -22,13 +23,16 @@ def check_memory(model: SegNet, config: Config) -> None:
     free = model.device.free_memory()
     if free is None:
         return
+    if model.device.gpu is None:
+        free //= ranks.local_size
     fixed = _COPIES * sum(prod(parameter.shape) for parameter in model.parameters()) * np.dtype(config.dtype).itemsize
-    images = -(-config.batch // config.accumulate)  # that go through the network together
+    at_once = ranks.size * config.accumulate
+    images = -(-config.batch // at_once)  # that go through the network together
     of_image = _bytes_of_image(model, config)
     needed = fixed + images * of_image
     if needed <= free:
         return
-    fitting = int(0.9 * free - fixed) // of_image * config.accumulate
+    fitting = int(0.9 * free - fixed) // of_image * at_once
     height, width = config.image_size
     hint = f"try --set batch={fitting}" if fitting > 0 else "try a smaller size or width"
     if fitting > 0 and config.engine == "layers":

@@ -17,10 +17,11 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError, TrainingError
 from segnet_scratch.nn.autograd import Tensor, tensor
 from segnet_scratch.nn.functions import fit, max_pool, max_unpool, resize_bilinear
-from segnet_scratch.nn.modules import Conv2d, ConvUnit, Dropout, Module, Upsample2d
+from segnet_scratch.nn.modules import BatchNorm2d, Conv2d, ConvUnit, Dropout, Module, Upsample2d
 from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.ops.pooling.windows import PoolCodes
+from segnet_scratch.parallel import Communicator
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.runtime.observe import scope
 
@@ -232,6 +233,11 @@ class SegNet(Module):
                 "load the checkpoint without fold=True"
             )
         return super().train(training)
+
+    def synchronise_batch_norm(self, ranks: Communicator) -> None:
+        """From now on batch norm in training is over the batches of all these ranks together."""
+        for norm in self.named_modules(BatchNorm2d).values():
+            norm.ranks = ranks
 
     def set_random_state(self, seed: int, step: int) -> None:
         """What the dropout masks are made from; a trainer sets the step before each forward pass."""

@@ -9,7 +9,6 @@ by op, all later ones replay it as a CUDA graph where the device is a GPU. Loss 
 whose gradients are not finite changes nothing there (optim.py).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, Protocol
@@ -17,7 +16,6 @@ from typing import Generic, Protocol
 import numpy as np
 
 from segnet_scratch.config import AUTO
-from segnet_scratch.data.palette import VOID
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
@@ -25,8 +23,11 @@ from segnet_scratch.errors import ConfigError, DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import CrossEntropy
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
+from segnet_scratch.ops.elementwise.arithmetic import compute
 from segnet_scratch.ops.loss.cross_entropy import check_class_weights, check_labels
+from segnet_scratch.ops.op import VOID
 from segnet_scratch.optim import SGD
+from segnet_scratch.parallel import ALONE, Communicator, GradientSum
 from segnet_scratch.runtime.devices import Array, Device, Reading
 from segnet_scratch.runtime.devices.base import Result
 from segnet_scratch.runtime.observe import scope
@@ -35,26 +36,38 @@ from segnet_scratch.segnet import SegNet
 Enter = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
 
 
+Given = Callable[[Array], None]  # is told of a gradient that is done
+
+
 def nobody(phase: str) -> None:
     """Nobody wants to know."""
 
 
-def resolve(model: SegNet, engine: str, precision: str, parts: int = 1, training: bool = True) -> tuple[str, str]:
+def nowhere(gradient: Array) -> None:
+    """Nor of gradients."""
+
+
+def resolve(
+    model: SegNet, engine: str, precision: str, layers_only: bool = False, training: bool = True
+) -> tuple[str, str]:
     """The engine and the precision, of training or of inference, that settings with "auto" in them stand for.
 
     The fused engine on a GPU of sm_80 or newer, where it can compute the network, and there in bfloat16; the layers in
-    float32 everywhere else. bfloat16 is the fused engine's alone, whatever the device.
+    float32 everywhere else. bfloat16 is the fused engine's alone, whatever the device. `layers_only` where the run
+    needs what only layers can: a batch in parts, batch norm over several ranks.
 
     ConfigError where the fused engine is asked for and cannot compute the network.
     """
     on_gpu = model.device.architecture is not None and has_tensor_cores(model.device)
     if engine == AUTO:
         rung = RUNG_OF_PRECISION["bf16" if precision == AUTO else precision]
-        fits = on_gpu and parts == 1 and misfit(model, rung, training) is None
+        fits = on_gpu and not layers_only and misfit(model, rung, training) is None
         engine = "fused" if precision == "bf16" or fits else "layers"
     if precision == AUTO:
         precision = "bf16" if engine == "fused" and on_gpu else "float32"
     if engine == "fused":
+        if layers_only:
+            raise ConfigError('engine = "fused": it takes a batch whole, and batch norm by rank; take the layers')
         check(model, RUNG_OF_PRECISION[precision], training)
     elif precision == "bf16":
         raise ConfigError('precision "bf16": the layers compute in float32 or tf32; take the fused engine')
@@ -64,26 +77,47 @@ def resolve(model: SegNet, engine: str, precision: str, parts: int = 1, training
 class Pass(Protocol):
     """Forward, loss and backward for batches of one shape; parameters have their gradients afterwards.
 
-    images, labels: where the batch is written. losses: those of its parts, each to be multiplied by its share.
+    images, labels: where the batch is written. loss (1): what this rank adds to that of the batch of all ranks.
     """
 
     images: Array
     labels: Array
-    shares: list[float]
-    losses: list[Array]
+    loss: Array
 
     def prepare(self, number: int, labels: Array) -> None:
         """Everything else that differs from step to step, before step `number`; `labels` as they were given."""
 
-    def run(self, enter: Enter = nobody, hold: list[Array] | None = None) -> None:
-        """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more)."""
+    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nowhere) -> None:
+        """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more).
+
+        `given` is told of each gradient when nothing more is added to it.
+        """
+
+
+class Normaliser:
+    """What the loss is divided by, of the batch of all ranks: the sum of its weights, or its valid pixels."""
+
+    def __init__(self, model: SegNet, ranks: Communicator, class_weights: Array | None, normalisation: str) -> None:
+        self._device, self._ranks = model.device, ranks
+        self._weights = np.zeros(VOID + 1)
+        self._weights[: model.classes] = 1
+        if class_weights is not None and normalisation == "weights":
+            self._weights[: model.classes] = self._device.download(class_weights)
+
+    def shares(self, labels: Array, cuts: Sequence[slice]) -> np.ndarray:
+        """The shares of it, float64, that parts of this rank's labels have; those of the device are waited for."""
+        found = labels if isinstance(labels, np.ndarray) else self._device.download(labels)
+        counts = [np.bincount(found[cut].reshape(-1), minlength=VOID + 1) for cut in cuts]
+        weights = np.array([float(self._weights @ count) for count in counts])
+        # Where all is void, loss and gradients are 0 whatever they are multiplied by.
+        return weights / (self._ranks.total(float(weights.sum())) or 1.0)
 
 
 class LayersTraining:
     """The pass of the layers: autograd, one op after the other.
 
-    In `parts` of the batch, one by one: their gradients add up, and the loss is the mean of the parts' losses, each
-    weighed by its share of the normaliser.
+    In `parts` of the batch, one by one: their gradients add up, and so do their losses, each times its share of the
+    normaliser.
     """
 
     def __init__(
@@ -95,39 +129,32 @@ class LayersTraining:
         normalisation: str,
         smoothing: float,
         shape: tuple[int, int, int],
+        ranks: Communicator = ALONE,
     ) -> None:
-        self.model, self.device, self._seed, self._parts = model, model.device, seed, parts
+        self.model, self.device, self._seed, self._parts, self._ranks = model, model.device, seed, parts, ranks
         self.images, self.labels = self.device.zeros((*shape, 3), model.dtype), self.device.zeros(shape, np.uint8)
         self._objective = class_weights, normalisation, smoothing
-        self._weights = np.ones(model.classes)  # of each class in the loss's normaliser
-        if class_weights is not None and normalisation == "weights":
-            self._weights = self.device.download(class_weights).astype(np.float64)
         count = min(parts, shape[0])
-        self.losses: list[Array] = []
         self._cuts = [slice(shape[0] * k // count, shape[0] * (k + 1) // count) for k in range(count)]
-        self.shares = [1.0]
+        self._whole = count == 1 and ranks.size == 1  # the normaliser is that of the logits at hand
+        self._normaliser = Normaliser(model, ranks, class_weights, normalisation)
+        self.shares = self.device.upload(np.ones(count, model.dtype))
+        self.loss: Array = self.shares[:1]
         self._number = 0
-        self._ones = self.device.upload(np.ones(1, model.dtype))
 
     def prepare(self, number: int, labels: Array) -> None:
         self._number = number
         self._draw(0)
-        if len(self._cuts) > 1:  # on a GPU labels of the CPU are counted there, those of the device are waited for
-            self.shares = self._weigh(labels if isinstance(labels, np.ndarray) else self.device.download(labels))
+        if not self._whole:
+            self.device.write(self.shares, self._normaliser.shares(labels, self._cuts).astype(self.model.dtype))
 
     def _draw(self, part: int) -> None:
-        """Dropout masks of its own for each part of each step."""
-        self.model.set_random_state(self._seed, self._number * self._parts + part)
+        """Dropout masks of its own for each part of each step on each rank."""
+        number = self._number * self._parts + part
+        self.model.set_random_state(self._seed, number * self._ranks.size + self._ranks.rank)
 
-    def _weigh(self, labels: np.ndarray) -> list[float]:
-        """The share of the loss's normaliser that each part has."""
-        weighs = [float(self._weights[part[part != VOID]].sum()) for part in (labels[cut] for cut in self._cuts)]
-        whole = sum(weighs) or 1.0  # where all is void, loss and gradients are 0 whatever they are multiplied by
-        return [weight / whole for weight in weighs]
-
-    def run(self, enter: Enter = nobody, hold: list[Array] | None = None) -> None:
+    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nowhere) -> None:
         self.model.zero_grad()
-        self.losses = []
         for part, cut in enumerate(self._cuts):
             enter("forward")
             if part:
@@ -140,18 +167,19 @@ class LayersTraining:
                 hold.append(logits.data)
             del logits  # 21 floats a pixel: backward frees them as soon as it can
             enter("backward")
-            share = self._ones
-            if len(self._cuts) > 1:
-                share = self.device.upload(np.array([self.shares[part]], loss.dtype))
-            loss.backward(share)
-            self.losses.append(loss.data)
+            share = self.shares[part : part + 1]
+            loss.backward(share, given if part + 1 == len(self._cuts) else None)
+            of_part = loss.data if self._whole else compute(self.device, "multiply", loss.data, share)
+            self.loss = compute(self.device, "add", self.loss, of_part) if part else of_part
 
 
 class TrainingStep:
     """Steps of SGD of a model, computed by the `layers` or by the `fused` engine, for batches of any shape.
 
     `precision` is how the fused engine multiplies; layers do it as their model was built. `parts` and `seed` (of
-    dropout masks) belong to the layers. ConfigError where the fused engine cannot compute the model.
+    dropout masks) belong to the layers. Each of several `ranks` takes its share of every batch, and all make the step
+    of the whole; `rounded` gradients go between them in bfloat16. ConfigError where the fused engine cannot
+    compute the model.
     """
 
     def __init__(
@@ -170,6 +198,8 @@ class TrainingStep:
         smoothing: float = 0.0,
         parts: int = 1,
         seed: int = 0,
+        ranks: Communicator = ALONE,
+        rounded: bool = False,
     ) -> None:
         if engine == "fused" and parts > 1:
             raise ConfigError(f"training step: the fused engine takes a batch whole, got {parts} parts; use the layers")
@@ -182,11 +212,13 @@ class TrainingStep:
 
         def plan(shape: tuple[int, int, int]) -> Pass:
             if working is not None:
-                return FusedTraining(model, working, *objective, shape)
-            return LayersTraining(model, parts, seed, *objective, shape)
+                normaliser = Normaliser(model, ranks, weights, normalisation)
+                return FusedTraining(model, working, *objective, shape, normaliser.shares if ranks.size > 1 else None)
+            return LayersTraining(model, parts, seed, *objective, shape, ranks)
 
-        self._plan, self._captures = plan, parts == 1  # between parts random numbers are written
-        self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[list[Array], list[Array]]]]] = {}
+        self._plan, self._ranks, self._sum = plan, ranks, GradientSum(ranks, self.device, rounded)
+        self._captures = parts == 1 and ranks.arrays.capturable  # between parts random numbers are written
+        self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[Array, list[Array]]]]] = {}
 
     def _checked(self, class_weights: np.ndarray) -> Array:
         return self.device.upload(check_class_weights(class_weights, self.model.classes, self.model.dtype))
@@ -229,7 +261,7 @@ class TrainingStep:
         if not self.model.training:
             self.model.train()
         with self._whole():
-            self._pass.losses, gradients = self._replayed()
+            self._pass.loss, gradients = self._replayed()
         for parameter, gradient in zip(self.optimiser.parameters.values(), gradients, strict=True):
             parameter.grad = gradient  # a graph's own, where steps of another shape or op by op came between
 
@@ -240,18 +272,20 @@ class TrainingStep:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:  # the forward pass has moved running statistics
-            self.optimiser.take_back()
-            raise
+        with self._ranks.together():
+            try:
+                yield
+            except BaseException:  # the forward pass has moved running statistics
+                self.optimiser.take_back()
+                raise
 
-    def _unit(self, current: Pass, enter: Enter = nobody) -> tuple[list[Array], list[Array]]:
-        """A step; the losses and gradients that it leaves."""
-        current.run(enter)
+    def _unit(self, current: Pass, enter: Enter = nobody) -> tuple[Array, list[Array]]:
+        """A step; the loss and the gradients that it leaves, those of the batch of all ranks."""
+        current.run(enter, given=self._sum.add)
+        self._sum.finish(current.loss)
         enter("update")
         self.optimiser.update()
-        return current.losses, [parameter.grad for parameter in self.optimiser.parameters.values()]
+        return current.loss, [parameter.grad for parameter in self.optimiser.parameters.values()]
 
     def gradients(self, images: Array, labels: Array, number: int = 0) -> Array:
         """Loss and gradients of a batch alone; nothing moves.
@@ -272,14 +306,14 @@ class TrainingStep:
 
         After `gradients` there is no such step: the norm is still that of the last one.
         """
-        return Outcome(self.device.read([*self._pass.losses, self.optimiser.norm]), self._pass.shares)
+        return Outcome(self.device.read([self._pass.loss, self.optimiser.norm]))
 
 
 class Outcome:
     """Loss and norm of the gradients of one step."""
 
-    def __init__(self, reading: Reading, shares: Sequence[float]) -> None:
-        self._reading, self._shares = reading, shares
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
 
     @property
     def ready(self) -> bool:
@@ -288,8 +322,8 @@ class Outcome:
 
     def get(self) -> tuple[float, float]:
         """(loss, norm); waits until the step has been made."""
-        *losses, norm = (float(array[0]) for array in self._reading.get())
-        return math.fsum(share * loss for share, loss in zip(self._shares, losses, strict=True)), norm
+        loss, norm = (float(array[0]) for array in self._reading.get())
+        return loss, norm
 
 
 class Replayed(Generic[Result]):

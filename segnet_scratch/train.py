@@ -40,6 +40,8 @@ from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels
 from segnet_scratch.optim import learning_rate
+from segnet_scratch.parallel import ALONE, Communicator
+from segnet_scratch.parallel.communicator import shares
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.compilation import compile_for, launched_by
 from segnet_scratch.runtime.devices import get_device
@@ -76,7 +78,9 @@ class Trainer:
     """One training run: a model, its data, its optimiser, its place in the run.
 
     `data` is a VOC root or a folder above it; `init` a weights file for a fresh start. On resume the state of
-    `last.safetensors` is taken up, and metrics written after it are dropped.
+    `last.safetensors` is taken up, and metrics written after it are dropped. Of several `ranks` each makes a trainer
+    with the same arguments; `batch` counts the images of all of them, so that the run is the same with another number
+    of ranks, but for batch norm's statistics. The first one alone touches the run folder.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Trainer:
         device: str = "auto",
         init: str | Path | None = None,
         resume: bool = False,
+        ranks: Communicator = ALONE,
     ) -> None:
         if init is not None:
             config = replace(config, init=init_setting(init))
@@ -100,14 +105,21 @@ class Trainer:
             raise ConfigError(
                 f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
             )
+        self.ranks = ranks = ranks.on(on)
+        if config.batch // ranks.size < config.accumulate:
+            raise ConfigError(
+                f"batch: {config.batch} images do not give each of {ranks.size} ranks {config.accumulate} parts; raise "
+                f"it to {ranks.size * config.accumulate}, or take fewer ranks"
+            )
         drop_last, skip_bad = len(self.train_set) >= config.batch, config.bad_samples == "skip"
+        share = ranks.rank, ranks.size
         source = self.train_set, transform_of(config), config.batch
         self.loader: Loader
         if config.cache == "device":
-            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last, skip_bad)
+            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last, skip_bad, share)
         else:
             self.loader = Loader(
-                *source, seed=config.seed, drop_last=drop_last, workers=config.workers, skip_bad=skip_bad
+                *source, seed=config.seed, drop_last=drop_last, workers=config.workers, skip_bad=skip_bad, share=share
             )
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = ARCHITECTURES[config.model](
@@ -119,9 +131,13 @@ class Trainer:
             dtype=config.dtype,
             rung="tf32" if config.precision == "tf32" else None,
         )
-        engine, precision = resolve(self.model, config.engine, config.precision, config.accumulate)
+        synchronised = config.sync_bn and ranks.size > 1
+        if synchronised:
+            self.model.synchronise_batch_norm(ranks)
+        layers_only = config.accumulate > 1 or synchronised
+        engine, precision = resolve(self.model, config.engine, config.precision, layers_only)
         self.config = config = replace(config, engine=engine, precision=precision)
-        check_memory(self.model, config)
+        check_memory(self.model, config, ranks)
         self.log = MetricsLog(self.folder.metrics)
         self.step = 0  # steps made
         self._saved_step = 0
@@ -133,18 +149,18 @@ class Trainer:
         self.initialised = self.init = "He initialisation"  # how this session and how the run began
         self._open: deque[tuple[Outcome, float]] = deque()  # steps, with lr, whose losses are to be looked at
         self._seen = self.folder.state
-        saved = weights.read(self.folder.last) if resume and self.folder.last.exists() else None
+        saved = ranks.first(lambda: weights.read(self.folder.last) if resume and self.folder.last.exists() else None)
         if saved is not None:
             self._take_up(saved[2])
         else:
-            for finding in look_over(self.train_set, config.workers):
+            for finding in look_over(self.train_set, config.workers) if ranks.leads else ():
                 log.warning("%s: %s", finding.path, finding.detail)
-            self.class_weights = class_weights_of(config, self.train_set)
+            self.class_weights = ranks.first(lambda: class_weights_of(config, self.train_set))
             if config.init:
                 self.initialised = self.init = initialise(
                     self.model, pretrained_file(config.init), self.train_set.names
                 )
-        self.training = training_step(config, self.model, self.class_weights)
+        self.training = training_step(config, self.model, self.class_weights, ranks)
         if saved is not None:
             self._load(*saved[:2])
         if self.step > self.total_steps:
@@ -152,12 +168,15 @@ class Trainer:
                 f"{self.folder.path}: {self.step} steps have been made, {self.total_steps} are asked for; "
                 "resume with at least as many"
             )
+        ranks.first(lambda: self._take_folder(resume))
+
+    def _take_folder(self, resume: bool) -> None:
         with self._alone():
             if not resume:
                 self.folder.expect_no_run()
             sweep_temporaries(self.folder.path)
             self.log.truncate_after(self.step, self._validation_due)
-            write_durably(self.folder.config, [config.to_toml().encode()])
+            write_durably(self.folder.config, [self.config.to_toml().encode()])
             self._seen = self.folder.state
 
     def run(self, listener: Listener | None = None) -> bool:
@@ -191,23 +210,31 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """A step, and predictions of a validation, as far as launches go."""
-        shape = self.config.batch, *self.config.image_size
+        shape = self._own(self.config.batch), *self.config.image_size
         self.training.write(np.zeros((*shape, 3), self.model.dtype), np.zeros(shape, np.uint8), 0.0)
         self.training.walk()
         if self.val_set is not None:
-            batch, images = self.config.batch, len(self.val_set)
+            batch, images = self._own(self.config.batch), self._own(len(self.val_set))
             some = range(min(batch, images) + images % batch)  # of both shapes: the last batch may be a smaller one
             for _ in self._segmenter().stream(some, lambda item: (item, np.zeros((8, 8, 3), np.uint8)), workers=0):
                 pass
 
+    def _own(self, images: int) -> int:
+        """So many of these images are this rank's."""
+        return int(shares(images, self.ranks.size)[self.ranks.rank])
+
     def _segmenter(self) -> Segmenter:
         """The network as it is now, as validation applies it."""
         config = self.config
-        return Segmenter(self.model, config.image_size, None, config.engine, config.precision, config.batch)
+        batch = self._own(config.batch)
+        return Segmenter(self.model, config.image_size, None, config.engine, config.precision, batch)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keeps others out of the folder; TrainingError where one has been there since this run looked at it."""
+        if not self.ranks.leads:
+            yield
+            return
         with self.folder.in_use():
             if self.folder.state != self._seen:
                 raise TrainingError(
@@ -218,14 +245,15 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
+        self.ranks.fail(error)  # who waits for this rank hears of it, and saves, too
         if isinstance(error, _NotFinite):
             return
         try:
             self._settle(Listener(), 0, rescuing=True)  # what the device has been given, it makes
-            if self.step == self._saved_step:
+            if self.step == self._saved_step or not self.ranks.leads:
                 return
             self._validation_due = self._validation_due or self._validates
-            self.save()
+            self._write_checkpoint()
         except Exception as second:
             log.warning("what was trained since step %d could not be saved: %s", self._saved_step, second)
         else:
@@ -246,9 +274,9 @@ class Trainer:
                     self._after_step(listener)
                 if self.step == self.total_steps or self.gave_up:
                     break
-                if self._stop.is_set():
+                if self._asked_to_stop:
                     self._settle(listener, 0)
-                self._heed_stop()
+                    raise _Stopped
 
     @contextmanager
     def _advice(self) -> Iterator[None]:
@@ -265,7 +293,7 @@ class Trainer:
 
     def _on_device(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         """The batches with their arrays on the device; a GPU gets each one while it works on the one before."""
-        model = self.model
+        model, counted = self.model, self.config.accumulate > 1 or self.ranks.size > 1
         if isinstance(self.loader, DeviceLoader):  # its batches are there already
             with closing(batches):
                 yield from batches
@@ -276,8 +304,8 @@ class Trainer:
 
         with closing(batches), closing(model.device.prefetch(batches, arrays)) as uploaded:
             for batch, (images, labels) in uploaded:
-                # A step in parts counts the labels of each, where they still are.
-                yield replace(batch, images=images, labels=batch.labels if self.config.accumulate > 1 else labels)
+                # A step in parts, or of several ranks, counts the labels of each, where they still are.
+                yield replace(batch, images=images, labels=batch.labels if counted else labels)
 
     def _smaller(self) -> str:
         """What to try where memory does not suffice."""
@@ -287,9 +315,10 @@ class Trainer:
             return f"{tried}: try --set batch={batch // 2}, or --set accumulate={min(2 * parts, batch)}"
         return f"{tried}: try a smaller size or width, such as --set width={self.config.width / 2:g}"
 
-    def _heed_stop(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped
+    @property
+    def _asked_to_stop(self) -> bool:
+        """Has one of the ranks been asked to?"""
+        return self.ranks.any(self._stop.is_set())
 
     @property
     def _begun(self) -> int:
@@ -312,7 +341,8 @@ class Trainer:
         A step that was not finite, and all after it, have changed nothing on the device: TrainingError. To rescue what
         was trained, a row of metrics.jsonl that cannot be written is let go.
         """
-        while self._open and (len(self._open) > ahead or self._open[0][0].ready):
+        in_step = self.ranks.size > 1 and self.model.device.gpu is not None  # ranks look at the same steps at once
+        while self._open and (len(self._open) > ahead or (not in_step and self._open[0][0].ready)):
             outcome, lr = self._open[0]
             loss, norm = outcome.get()
             if not math.isfinite(loss):
@@ -321,7 +351,7 @@ class Trainer:
             if not math.isfinite(norm):
                 raise _NotFinite(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
             try:
-                self.log.append({"step": self.step + 1, "loss": loss, "lr": lr})
+                self._note({"step": self.step + 1, "loss": loss, "lr": lr})
             except TrainingError as error:
                 if not rescuing:
                     raise
@@ -330,6 +360,10 @@ class Trainer:
             self.step += 1
             listener.stepped(self, loss, lr)
 
+    def _note(self, row: dict[str, Any]) -> None:
+        if self.ranks.leads:
+            self.log.append(row)
+
     def _not_finite(self, loss: float) -> str:
         """What is wrong with the step after those that have been looked at: it is made once more, by itself."""
         kept = (
@@ -337,14 +371,17 @@ class Trainer:
         )
         with closing(self._batches(self.step)) as batches:
             batch = next(batches)
+            self.model.synchronise_batch_norm(ALONE)  # which would carry it from rank to rank
             try:
                 self.training.gradients(batch.images, batch.labels, self.step)
-                origin = first_not_finite(self.model, batch.images) or "loss"
+                origin = first_not_finite(self.model, batch.images) or ""
             except DeviceMemoryError:  # the layers need more than the fused engine, whose arrays are still there
                 origin = "not looked for, as memory does not suffice"
-        more = ", ..." if len(batch.ids) > 4 else ""
+        found = self.ranks.exchange((origin, self.ranks.label, batch.ids))
+        origin, where, ids = next((one for one in found if one[0]), ("loss", *found[0][1:]))
+        more = ", ..." if len(ids) > 4 else ""
         return (
-            f"the loss is {loss} at step {self.step + 1} (images {', '.join(batch.ids[:4])}{more}); NaN or infinity "
+            f"the loss is {loss} at step {self.step + 1} ({where}images {', '.join(ids[:4])}{more}); NaN or infinity "
             f"first in: {origin}; {kept}; "
             f"train with a smaller lr than {self.config.lr}, or with warmup"
         )
@@ -391,21 +428,45 @@ class Trainer:
 
         def advance(images: int) -> None:
             listener.validating(images)
-            self._heed_stop()  # a validation can take minutes, and whoever asked to stop may not wait that long
+            if self._asked_to_stop:  # a validation can take minutes, and whoever asked to stop may not wait that long
+                raise _Stopped
 
         skip_bad = config.bad_samples == "skip"
-        evaluation = evaluate(self._segmenter(), self.val_set, None, config.workers, advance, skip_bad)
+        self._average_statistics()
+        evaluation = evaluate(self._segmenter(), self.val_set, None, config.workers, advance, skip_bad, self.ranks)
         miou = evaluation.scores.miou
-        self.log.append({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
+        self._note({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
         self._validations_since_best += 1
         if miou > (-1.0 if self.best_miou is None else self.best_miou):  # NaN, where all is void, is never the best
             self._validations_since_best = 0
             self.best_miou = miou
-            weights.save(self.folder.best, self.model, self._metadata())
+            if self.ranks.leads:
+                weights.save(self.folder.best, self.model, self._metadata())
         listener.validated(self, evaluation)
 
+    def _average_statistics(self) -> None:
+        """Gives all ranks the mean of their running statistics of batch norm.
+
+        It is what would run if every step took the mean of the ranks' statistics: running ones are linear in them.
+        """
+        if self.ranks.size == 1 or self.config.sync_bn:
+            return
+        device, buffers = self.model.device, [buffer.data for buffer in self.model.named_buffers().values()]
+        self.ranks.arrays.sum(device, buffers)
+        for buffer in buffers:
+            device.write(buffer, device.download(buffer) / self.ranks.size)
+        self.training.optimiser.refresh()
+
     def save(self) -> None:
-        """Writes `last.safetensors`: everything that the next step depends on."""
+        """Writes `last.safetensors`: everything that the next step depends on; all ranks agree on the step first."""
+        self._average_statistics()
+        steps = self.ranks.exchange(self.step)
+        if len(set(steps)) > 1:
+            raise TrainingError(f"{self.folder.last}: the ranks have made {steps} steps, expected as many each")
+        if self.ranks.leads:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         metadata = self._metadata() | {"validation_due": self._validation_due}
         weights.save(self.folder.last, self.model, metadata, self.training.optimiser.state_dict())
         self._saved_step, self._seen = self.step, self.folder.state
@@ -447,7 +508,9 @@ class Trainer:
             raise CheckpointError(f"{self.folder.last}: {error}") from error
 
 
-def training_step(config: Config, model: SegNet, class_weights: Sequence[float]) -> TrainingStep:
+def training_step(
+    config: Config, model: SegNet, class_weights: Sequence[float], ranks: Communicator = ALONE
+) -> TrainingStep:
     """The step that the settings ask for, their engine and precision resolved; without `class_weights` all are 1."""
     return TrainingStep(
         *(model, config.engine, config.precision),
@@ -461,6 +524,8 @@ def training_step(config: Config, model: SegNet, class_weights: Sequence[float])
         smoothing=config.label_smoothing,
         parts=config.accumulate,
         seed=config.seed,
+        ranks=ranks,
+        rounded=config.gradient_sum == "bf16",
     )
 
 

@@ -19,6 +19,8 @@ LEGAL = {
     "size": ("[96, 128]", (96, 128)),
     "batch": ("12", 12),
     "accumulate": ("2", 2),
+    "sync_bn": ("true", True),
+    "gradient_sum": ('"bf16"', "bf16"),
     "epochs": ("7", 7),
     "steps": ("40000", 40000),
     "lr": ("1e-1", 0.1),
@@ -68,6 +70,8 @@ REFUSED = {
     "size": [31, 0, -224, 224.0, True, [64], [64, 64, 3], [64, 31], [64, True], "64x64", []],
     "batch": [0, 1.0, True, "4", 2**63],
     "accumulate": [0, 5, 1.0, True],
+    "sync_bn": [1, "yes"],
+    "gradient_sum": ["float16", 1],
     "epochs": [0, -1, 1.5, False],
     "steps": [0, 1e3, "1000"],
     "lr": [0, -1e-3, "fast", float("nan"), float("-inf"), True, [0.1]],
@@ -272,6 +276,8 @@ class TestToml:
             chosen = [key for key in KEYS if key != "epochs" and generator.random() < 0.5]
             if {"engine", "accumulate"} <= set(chosen):  # which do not go together
                 chosen.remove("accumulate")
+            if {"dtype", "gradient_sum"} <= set(chosen):
+                chosen.remove("gradient_sum")
             if {"val_split", "patience"} <= set(chosen):
                 chosen.remove("patience")
             config = Config(**{key: LEGAL[key][1] for key in chosen})

@@ -205,7 +205,7 @@ def fake_cupy(tmp_path, monkeypatch):
 @pytest.fixture
 def only(monkeypatch):
     """`only("cupy")`: the other processes of the doctor give a laptop's answers at once."""
-    answers = {"host": {}, "nvrtc": NO_NVRTC, "cupy": NO_CUPY}
+    answers = {"host": {}, "nvrtc": NO_NVRTC, "cupy": NO_CUPY, "mpi": {"error": "No module named 'mpi4py'"}}
 
     def ask_only(*tasks):
         monkeypatch.setattr(doctor, "ask", lambda task: own_process.ask(task) if task in tasks else answers[task])

@@ -11,6 +11,7 @@ LAYERS = [
     {"files", "run_folder", "progress"},  # atomic writes; the files of a run; bars
     {"runtime"},  # how a kernel gets to run
     {"ops"},  # plan, run, reference and cases of every operation
+    {"parallel"},  # what a process knows of others that train with it
     {"nn"},  # autograd, functions, modules
     {"segnet"},  # the networks as lists of blocks
     {"torch_file", "checkpoint", "weights", "convert", "recalibrate", "nan_guard"},

@@ -105,7 +105,7 @@ def test_a_state_that_cannot_be_saved_either_leaves_the_error_that_came_first(sa
     run = trainer(sample, tmp_path, steps=9)
 
     def act():
-        monkeypatch.setattr(run, "save", lambda: (_ for _ in ()).throw(CheckpointError("no room")))
+        monkeypatch.setattr(run, "_write_checkpoint", lambda: (_ for _ in ()).throw(CheckpointError("no room")))
         raise DataError("the first")
 
     with pytest.raises(DataError, match="the first"):

@@ -1,12 +1,14 @@
 """The command line. One module for each group of commands; `common` holds what they share."""
 
 import errno
+import sys
 
 # Each registers its commands, in the order in which the help shows them.
 from segnet_scratch.cli import common, data, demo, evaluation, kernels, network, profile, proof
 from segnet_scratch.cli.common import app, fail
 from segnet_scratch.errors import ConfigError, SegnetError
 from segnet_scratch.files import reason
+from segnet_scratch.parallel import PeerError
 
 __all__ = ["common", "data", "demo", "evaluation", "kernels", "main", "network", "profile", "proof"]
 
@@ -28,6 +30,8 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
+    except PeerError:
+        sys.exit(1)
     except SegnetError as error:
         fail(str(error), 2 if isinstance(error, ConfigError) else 1)
     except MemoryError as error:

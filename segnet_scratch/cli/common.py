@@ -15,6 +15,7 @@ from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
 from segnet_scratch.config import ENGINES, MINIMUM_SIZE, PRECISIONS
 from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.parallel import world
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
 
@@ -107,7 +108,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, such as 
 
 def fail(message: str, code: int) -> NoReturn:
     """Prints an error and ends the program."""
-    problems.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    problems.print(Text.assemble(("error: ", "bold red"), world().label, message), soft_wrap=True)
     sys.exit(code)
 
 

@@ -14,6 +14,7 @@ from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.workbench import KernelRun, run_kernel
+from segnet_scratch.parallel import world
 from segnet_scratch.progress import watched
 
 
@@ -120,6 +121,8 @@ def doctor(
     else:
         with console.status("examining this machine"):
             report = diagnose()
+    if not world().leads:  # under mpirun one of them speaks
+        return
     for line, style in report.lines():
         say(line, style)
     write_json(json, report.to_json())

@@ -37,6 +37,7 @@ from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
 from segnet_scratch.files import expect_apart
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
+from segnet_scratch.parallel import start_ranks, world
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
@@ -90,6 +91,16 @@ def train(
             help="Also write event files to RUN/tensorboard. Needs pip install 'segnet_scratch\\[tensorboard]'.",
         ),
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            "--gpus",
+            min=1,
+            help="Processes that train together on this machine, one a GPU, or one a share of the cores. On several "
+            "machines: mpirun or srun segnet train. Needs pip install 'segnet_scratch\\[parallel]'.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Train a network, by default on the split train, and validate it on val (--set train_split=..., val_split=...).
@@ -98,17 +109,22 @@ def train(
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
-    # First: a missing library is noticed before the run folder is made.
-    listeners = Listeners([TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])])
-    folder = RunFolder(out)
-    resolved = folder.resolve_config([find_config(name) for name in config or ()], settings or [], resume, init)
-    if resolved.init in PRETRAINED and not resume:
-        with transferred(console) as progress:
-            pretrained_file(resolved.init, progress)
-    trainer = Trainer(resolved, data, out, device, resume=resume)
-    with listeners:
-        finished = trainer.run(listeners)
-    bad = {trainer.train_set.ids[index]: fault for index, fault in trainer.loader.bad.items()}
+    start_ranks(ranks)
+    team = world()
+    with team.guarded():
+        # First: a missing library is noticed before the run folder is made.
+        shown = [TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])] if team.leads else []
+        folder, files = RunFolder(out), [find_config(name) for name in config or ()]
+        resolved = team.first(lambda: folder.resolve_config(files, settings or [], resume, init))
+        if resolved.init in PRETRAINED and not resume:
+            team.first(lambda: _download(resolved.init))
+        trainer = Trainer(resolved, data, out, device, resume=resume, ranks=team)
+        with Listeners(shown) as listeners:
+            finished = trainer.run(listeners)
+        left_out = team.exchange({trainer.train_set.ids[index]: why for index, why in trainer.loader.bad.items()})
+    if not team.leads:
+        raise typer.Exit(0 if finished else 130)
+    bad = {name: why for of_rank in left_out for name, why in of_rank.items()}
     if bad:
         say(f"{len(bad)} training images could not be read and were left out: {', '.join(bad)}")
     result = {"step": trainer.step, "miou": trainer.best_miou, "finished": finished, "run": str(out), "left_out": bad}
@@ -121,6 +137,11 @@ def train(
     if trainer.gave_up:
         say(f"ended early: no better mIoU in {resolved.patience} validations (patience)")
     say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
+
+
+def _download(weights: str) -> None:
+    with transferred(console) as progress:
+        pretrained_file(weights, progress)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Wo
 from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
+from segnet_scratch.parallel import ALONE, world
 from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
@@ -69,13 +70,18 @@ def profile(
         typer.Option("--trace", metavar="FILE.json", help="A time line, for ui.perfetto.dev.", dir_okay=False),
     ] = None,
     nvtx: Annotated[bool, typer.Option("--nvtx", help="A range for each op, under Nsight Systems.")] = False,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Under mpirun: batch norm over all ranks.")] = False,
 ) -> None:
     """Measure a training step of SegNet op by op, or one op rung by rung: work, time, and how near to the ceilings.
 
     Example: segnet profile --roofline roofline.png --trace step.json. Example: segnet profile conv2d --shape 4,56,56,64
 
     Times are medians on the device's own clock; ceilings (a large copy, a large product) are measured in the same run.
+    Under mpirun or srun every rank makes the step with so many images, and the first one shows what it saw.
     """
+    team = world()
+    if sync_bn and engine == "fused":
+        raise ConfigError("--sync-bn: the fused engine has batch norm by rank; leave out --engine fused")
     if precision != "float32" and engine == "layers":
         raise ConfigError(f"--precision {precision}: it is the fused engine's; add --engine fused")
     if counts and (picture or timeline):
@@ -90,8 +96,11 @@ def profile(
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
         else:
             sides = (pixels, pixels) if size is None else parse_size(size)
-            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision)
+            ranks = ALONE if counts or inference else team.on(chosen)
+            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision, ranks, sync_bn)
             found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
+    if not team.leads:
+        return
     show(console, found, by_layer=op is None)
     write_json(json, found.to_json())
     if picture is not None:

@@ -126,10 +126,12 @@ class Loader:
     batch: samples a batch. shuffle: a new order every epoch. drop_last: leave out a last batch that is
     not full. workers: threads (0: none; decoding releases Python's lock, so threads suffice). prefetch:
     batches to prepare ahead. skip_bad: the next sample of the data set stands in for one that cannot be read.
+    share: (rank, ranks) of several processes that make the same steps: of each batch rank r has samples r, r + ranks,
+    ..., so that all make equally many steps, and those of batches in equal parts are spread over each part.
     Attributes: batches_per_epoch; waited, the seconds consumers have spent waiting for data in all; bad, what was said
     of each sample that another stood in for, by its index.
     Raises DataError for an argument out of range, an empty data set, or one too small for a full batch
-    with drop_last.
+    with drop_last, or, shared, with a batch that does not give each rank a sample.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Loader:
         workers: int = 2,
         prefetch: int = 2,
         skip_bad: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         for name, value, least in (
             ("batch", batch, 1),
@@ -160,9 +163,16 @@ class Loader:
                 f"loader: {count} samples do not fill one batch of {batch}, and drop_last leaves out "
                 f"what does not fill a batch; use a batch of at most {count}."
             )
+        smallest = min(batch, count if drop_last else (count - 1) % batch + 1)
+        if smallest < share[1]:
+            raise DataError(
+                f"loader: a batch of {smallest} of {count} samples does not give each of {share[1]} ranks one; use "
+                "fewer ranks, or a larger batch."
+            )
         self.dataset = dataset
         self.transform = transform
         self.batch = batch
+        self.share = share
         self.seed = seed
         self.shuffle = shuffle
         self.workers = workers
@@ -207,7 +217,8 @@ class Loader:
             raise DataError(f"loader: start_batch {start_batch}: expected 0..{self.batches_per_epoch}.")
         order = epoch_order(len(self.dataset), self.seed, epoch_number, self.shuffle)
         starts = range(start_batch * self.batch, self.batches_per_epoch * self.batch, self.batch)
-        return self._batches(epoch_number, [order[start : start + self.batch].tolist() for start in starts])
+        rank, ranks = self.share
+        return self._batches(epoch_number, [order[s : s + self.batch][rank::ranks].tolist() for s in starts])
 
     def _batches(self, epoch_number: int, batches: list[list[int]]) -> Generator[Batch, None, None]:
         height, width = self.transform.size

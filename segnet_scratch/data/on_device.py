@@ -32,8 +32,11 @@ class DeviceLoader(Loader):
         seed: int = 0,
         drop_last: bool = False,
         skip_bad: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        super().__init__(dataset, transform, batch, seed, drop_last=drop_last, workers=0, skip_bad=skip_bad)
+        super().__init__(
+            dataset, transform, batch, seed, drop_last=drop_last, workers=0, skip_bad=skip_bad, share=share
+        )
         if transform.jitter != ColourJitter():
             raise ConfigError('cache = "device": expected no colour jitter, got some; set brightness, ... to 0.')
         self.views, self.device, self.dtype = transform, device, dtype

@@ -89,6 +89,10 @@ class Program:
         if got != expected:
             raise ShapeError(f"{op.name}: {key} is {got.shape} {got.dtype}, expected {expected.shape} {expected.dtype}")
 
+    def last_touch(self, array: str) -> int:
+        """The last step that reads or changes an array."""
+        return max(number for number, step in enumerate(self.steps) if array in step.arrays.values())
+
     def lifetimes(self, kept: Iterable[str] = ()) -> dict[str, Lifetime]:
         """When each array that is made is touched first and last; those in `kept` live to the end."""
         touched: dict[str, list[int]] = {}
@@ -150,8 +154,13 @@ class BoundProgram:
         for step, buffers in self._steps:
             step.op.run(device, buffers)
 
-    def run(self, device: Device, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Carries out every step; `enter` is told when another phase begins."""
+    def run(
+        self,
+        device: Device,
+        enter: Callable[[str], None] = lambda phase: None,
+        after: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        """Carries out every step; `enter` is told when another phase begins, `after` when a step has been given."""
         self.compile(device)
         phase = ""
         for number, (step, buffers) in enumerate(self._steps):
@@ -162,5 +171,6 @@ class BoundProgram:
                 device.join()
             with scope(step.layer), device.beside() if step.aside else nullcontext():
                 carry_out(step.op, lambda op=step.op, b=buffers: op.run(device, b))  # type: ignore[misc]
+            after(number)
         if len(self._steps) in self._joins:
             device.join()

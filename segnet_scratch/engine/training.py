@@ -47,6 +47,7 @@ class Objective:
     weighted: bool = False  # are there class weights?
     normalisation: str = "weights"
     smoothing: float = 0.0
+    shared: bool = False  # is the batch a share of that of several ranks?
 
 
 class _Builder:
@@ -77,6 +78,8 @@ class _Builder:
         give("labels", spec((n, h, w), np.uint8))
         if self.objective.weighted:
             give("class_weights", vector(self.objective.classes))
+        if self.objective.shared:
+            give("share", spec((1,), np.float64))
         for layer in self.layers:
             self._give_weight(f"{layer.name}.conv.weight", layer.weight)
             for name in ("weight", "bias", "running_mean", "running_var"):
@@ -175,8 +178,9 @@ class _Builder:
         last, bias = self.layers[-1], f"d{CLASSIFIER}.bias"
         objective = self.objective
         loss = SoftmaxCrossEntropy.plan(self.logits, objective.classes, objective.normalisation, objective.smoothing)
-        weights = {"class_weights": "class_weights"} if objective.weighted else {}
-        self.add("loss", loss, logits="logits", labels="labels", **weights, loss="loss", dlogits="dlogits")
+        optional = {"class_weights": objective.weighted, "share": objective.shared}
+        given = {name: name for name, there in optional.items() if there}
+        self.add("loss", loss, logits="logits", labels="labels", **given, loss="loss", dlogits="dlogits")
         self.program.phase = "backward"
         with self._aside():
             self.add(CLASSIFIER, Conv2dBackwardBias.plan(self.logits), dy="dlogits", dbias=bias)
@@ -277,10 +281,12 @@ class FusedTraining:
         normalisation: str,
         smoothing: float,
         shape: tuple[int, int, int],
+        shares: Callable[[Array, Sequence[slice]], np.ndarray] | None = None,
     ) -> None:
-        """`shape`: (batch, height, width)."""
-        self.device, self.shares = model.device, [1.0]
-        objective = Objective(model.classes, class_weights is not None, normalisation, smoothing)
+        """`shape`: (batch, height, width). `shares` of labels in the loss of several ranks, where there are such."""
+        self.device = model.device
+        objective = Objective(model.classes, class_weights is not None, normalisation, smoothing, shares is not None)
+        self._shares, self._share = shares, self.device.zeros((1,), np.float64)
         batch, *size = shape
         self.program = training_program(
             model.blocks,
@@ -293,17 +299,38 @@ class FusedTraining:
         )
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)
-        arrays = weights.arrays() | {"images": self.images, "labels": self.labels, "class_weights": class_weights}
+        arrays = weights.arrays() | {
+            "images": self.images,
+            "labels": self.labels,
+            "class_weights": class_weights,
+            "share": self._share,
+        }
         arrays |= {name: buffer.data for name, buffer in model.named_buffers().items()}
         arrays |= self.arena.allocate(self.device)
-        self.losses, self._logits = [arrays["loss"]], arrays["logits"]
+        self.loss, self._logits = arrays["loss"], arrays["logits"]
         self._bound = self.program.bind(arrays)
+        # By the last step that touches it: the gradient of each parameter.
+        self._done: dict[int, list[Array]] = {}
+        for name, parameter in model.named_parameters().items():
+            self._done.setdefault(self.program.last_touch(f"d{name}"), []).append(parameter.grad)
 
     def prepare(self, number: int, labels: Array) -> None:
-        """Nothing but images and labels differs from step to step."""
+        """Nothing but images, labels and their share differs from step to step."""
+        if self._shares is not None:
+            self.device.write(self._share, self._shares(labels, [slice(None)]))
 
-    def run(self, enter: Callable[[str], None] = lambda phase: None, hold: list[Array] | None = None) -> None:
+    def run(
+        self,
+        enter: Callable[[str], None] = lambda phase: None,
+        hold: list[Array] | None = None,
+        given: Callable[[Array], None] = lambda gradient: None,
+    ) -> None:
         """One pass over what images and labels hold, op by op; `enter` is told of forward and backward."""
-        self._bound.run(self.device, enter)
+
+        def after(number: int) -> None:
+            for gradient in self._done.get(number, ()):
+                given(gradient)
+
+        self._bound.run(self.device, enter, after)
         if hold is not None:
             hold.append(self._logits)

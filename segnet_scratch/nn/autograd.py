@@ -7,7 +7,7 @@ arrays and keeps what `backward` needs; `backward` turns the gradient of the out
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +90,11 @@ class Tensor:
         if gradient.dtype != self.dtype:
             raise DTypeError(f"backward(): the gradient has element type {gradient.dtype}, expected {self.dtype}")
 
-    def backward(self, gradient: Array | None = None) -> None:
+    def backward(self, gradient: Array | None = None, given: Callable[[Array], None] | None = None) -> None:
         """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, then frees the graph.
 
-        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self.
+        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `given` is told of the
+        `grad` of each leaf once it has it: of leaves that the graph uses once, while backward goes on.
         """
         if gradient is None:
             self._expect_scalar("backward() without a gradient")
@@ -101,19 +102,19 @@ class Tensor:
         self._expect_gradient(gradient)
         gradients: dict[int, Array] = {self.key: gradient}
         if self.maker is None:
-            _give(self, gradients)
+            _give(self, gradients, given)
             return
         for function in _from_loss_to_leaves(self.maker):
             dy = gradients.pop(function.output_key, None)
             # None: whoever used the output has no gradient for it.
             with scope(function.scope):
-                given = (None,) * len(function.inputs) if dy is None else function.backward(dy)
-            for edge, d in zip(function.inputs, given, strict=True):
+                found = (None,) * len(function.inputs) if dy is None else function.backward(dy)
+            for edge, d in zip(function.inputs, found, strict=True):
                 if d is not None and edge.requires_grad:
                     held = gradients.get(edge.key)
                     gradients[edge.key] = d if held is None else compute(function.device, "add", held, d)
                 if edge.leaf is not None:
-                    _give(edge.leaf, gradients)
+                    _give(edge.leaf, gradients, given)
             function.release()
 
     def combined(self, other: Any, operation: str) -> "Tensor":
@@ -411,8 +412,10 @@ def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
         yield finished.pop()
 
 
-def _give(leaf: Tensor, gradients: dict[int, Array]) -> None:
+def _give(leaf: Tensor, gradients: dict[int, Array], given: Callable[[Array], None] | None) -> None:
     """Adds a finished gradient to a leaf."""
     gradient = gradients.pop(leaf.key, None)
     if gradient is not None and leaf.requires_grad:
         leaf.grad = gradient if leaf.grad is None else compute(leaf.device, "add", leaf.grad, gradient)
+        if given is not None:
+            given(leaf.grad)

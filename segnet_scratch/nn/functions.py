@@ -29,11 +29,18 @@ from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormEvaluationForward,
     BatchNormTrainingForward,
 )
+from segnet_scratch.ops.normalisation.batch_norm_ranks import (
+    BatchNormBackwardSums,
+    BatchNormMoments,
+    BatchNormRanksBackward,
+    BatchNormRanksForward,
+)
 from segnet_scratch.ops.op import VOID, Op, Spec, expect, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolForward
 from segnet_scratch.ops.pooling.windows import PoolCodes
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
+from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.runtime.devices import Array, Device
 
 
@@ -65,17 +72,45 @@ def batch_norm(
     training: bool,
     momentum: float = MOMENTUM,
     eps: float = EPS,
+    ranks: Communicator = ALONE,
 ) -> Tensor:
     """weight (x - mean) / sqrt(var + eps) + bias for every channel of x (n, h, w, c); the rest is (c).
 
-    In training the statistics are those of x, and the running ones move towards them by `momentum`, in place.
+    In training the statistics are those of x, or of the x of all `ranks` together, and the running ones move towards
+    them by `momentum`, in place.
     """
     expect(0 <= eps < inf, f"batch_norm: eps is {eps}; expected a number of at least 0")
     expect(0 <= momentum <= 1, f"batch_norm: momentum is {momentum}; expected 0 to 1")
+    if training and ranks.size > 1:
+        running = {"running_mean": running_mean, "running_var": running_var}
+        return SharedBatchNorm(x.device, ranks, running, eps, momentum)(x, weight, bias)
     op: Op = BatchNormEvaluationForward.plan(_spec(x), eps)
     if training:
         op = BatchNormTrainingForward.plan(_spec(x), eps, momentum)
     return apply(op, x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+
+
+class SharedBatchNorm(Function):
+    """Batch norm in training over the x of several ranks. Saves x, two numbers a channel and the moments of all."""
+
+    def __init__(self, device: Device, ranks: Communicator, running: dict[str, Array], *options: float) -> None:
+        super().__init__(device)
+        self.ranks, self.running, self.options = ranks, running, options
+
+    def forward(self, x: Array, weight: Array, bias: Array) -> Array:
+        own = BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
+        moments = self.ranks.arrays.gather(self.device, own)
+        op = BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
+        out = op(self.device, x=x, moments=moments, weight=weight, bias=bias, **self.running)
+        self.saved = {"x": x, "mean": out.mean, "inv_std": out.inv_std}
+        self.merged = {"weight": weight, "moments": moments}
+        return out.y
+
+    def backward(self, dy: Array) -> tuple[Array, Array, Array]:
+        own = BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
+        sums = self.ranks.arrays.gather(self.device, own.sums)
+        op = BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
+        return op(self.device, dy=dy, sums=sums, **self.saved, **self.merged).dx, own.dweight, own.dbias
 
 
 def relu(x: Tensor) -> Tensor:

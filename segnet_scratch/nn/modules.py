@@ -13,6 +13,7 @@ from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import batch_norm, conv2d, conv_transpose2d, dropout, relu
 from segnet_scratch.ops.convolution.conv_transpose2d import bilinear_weight
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
+from segnet_scratch.parallel import ALONE
 from segnet_scratch.runtime.devices import Array, Device
 
 Kind = TypeVar("Kind", bound="Module")
@@ -139,11 +140,12 @@ class BatchNorm2d(Module):
         self.running_mean = Buffer(device.zeros((channels,), dtype))
         self.running_var = Buffer(device.upload(ones.copy()))
         self.momentum = MOMENTUM  # share of a batch in the running statistics
+        self.ranks = ALONE  # those over whose batches statistics are taken
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c) to the same shape."""
         running = self.running_mean.data, self.running_var.data
-        return batch_norm(x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum)
+        return batch_norm(x, self.weight, self.bias, *running, self.training, self.momentum, ranks=self.ranks)
 
 
 # Of each thread its own: several may sample from one network, each with random numbers of its own.

@@ -26,6 +26,7 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.signature import parse_kernels
 from segnet_scratch.runtime.source import Source
+from support.fake_nccl import FakeNccl
 from support.fake_streams import (
     Arrival,
     Block,
@@ -140,6 +141,7 @@ class ndarray:
     ) -> None:
         self._cupy, self._values, self._gpu = cupy, values, cupy.gpu if gpu is None else gpu
         self._block = block or Block(cupy.timeline, values)  # somebody else's memory
+        cupy.views[id(self)] = self
 
     def _view(self, values: np.ndarray) -> "ndarray":
         return ndarray(self._cupy, values, self._gpu, self._block)
@@ -288,6 +290,7 @@ class FakeCupy(types.ModuleType):
         self.timeline = Timeline()
         self.common_pool = MemoryPool(self)
         self._thread = threading.local()
+        self.views: weakref.WeakValueDictionary[int, ndarray] = weakref.WeakValueDictionary()
         self.cuda = SimpleNamespace(
             Device=lambda gpu=None: Gpu(self.gpu if gpu is None else gpu, capability),
             Stream=self.timeline.new_stream,
@@ -301,6 +304,7 @@ class FakeCupy(types.ModuleType):
             using_allocator=self._using_allocator,
             alloc_pinned_memory=self._pinned_memory,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            nccl=FakeNccl(self),
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 memGetInfo=lambda: (self.free, total),
@@ -459,7 +463,7 @@ class FakeCupy(types.ModuleType):
 
 class Gpu:
     def __init__(self, number: int, capability: str) -> None:
-        self.id, self.compute_capability = number, capability
+        self.id, self.compute_capability, self.pci_bus_id = number, capability, f"0000:0{number}:00.0"
 
     def __enter__(self) -> "Gpu":
         return self

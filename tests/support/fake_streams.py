@@ -94,6 +94,7 @@ class Stream:
 
     def __init__(self, timeline: Timeline, number: int) -> None:
         self._timeline, self.number = timeline, number
+        self.ptr = 0x57000 + number  # what other libraries call it by
         self.clock = Clock()
         self.capture: Capture | None = None
 

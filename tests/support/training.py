@@ -4,6 +4,7 @@ from pathlib import Path
 
 from segnet_scratch.config import Config
 from segnet_scratch.metrics import MetricsLog
+from segnet_scratch.parallel import ALONE
 from segnet_scratch.train import Listener, Trainer
 
 FILES = {"config.toml", "metrics.jsonl", "last.safetensors", "best.safetensors"}
@@ -11,8 +12,8 @@ FILES = {"config.toml", "metrics.jsonl", "last.safetensors", "best.safetensors"}
 TINY = {"model": "segnet-basic", "width": 1 / 16, "size": 32, "batch": 2, "lr": 0.05, "workers": 0}
 
 
-def start(data, out, device="numpy", resume=False, init=None, **settings):
-    return Trainer(Config(**TINY | settings), data, out, device, init, resume)
+def start(data, out, device="numpy", resume=False, init=None, ranks=ALONE, **settings):
+    return Trainer(Config(**TINY | settings), data, out, device, init, resume, ranks)
 
 
 def train(data, out, listener=None, **options):

@@ -21,7 +21,7 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 def diagnose() -> Diagnosis:
     """Examines this machine; a few seconds. Raises nothing, whatever is broken."""
     with ThreadPoolExecutor() as pool:
-        host, nvrtc, cupy = pool.map(ask, ("host", "nvrtc", "cupy"))
+        host, nvrtc, cupy, mpi = pool.map(ask, ("host", "nvrtc", "cupy", "mpi"))
     cuda = ask("cuda") if cupy.get("gpus") else None
     libraries = guarded("libraries", software.libraries)
     compiler = guarded("C++ compiler", lambda: [software.compiler()])
@@ -37,6 +37,7 @@ def diagnose() -> Diagnosis:
         *guarded("BLAS", lambda: [software.blas()]),
         *compiler,
         *guarded("GPU", lambda: gpu.findings(gpu.Facts.gather(cupy, nvrtc))),
+        *guarded("MPI", lambda: software.ranks(mpi, cupy)),
         *guarded("cache", lambda: [software.cache()]),
         *devices,
     ]

@@ -100,11 +100,22 @@ def _ask_cupy() -> dict[str, Any]:
     return cupy_facts()
 
 
+def _ask_mpi() -> dict[str, Any]:
+    """Which MPI library mpi4py loads; nothing is started."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    return {"text": f"mpi4py {mpi4py.__version__}, {MPI.Get_library_version().splitlines()[0]}"}
+
+
 TASKS: dict[str, Callable[[], dict[str, Any]]] = {
     "host": lambda: _run_kernel("host"),
     "cuda": lambda: _run_kernel("cuda"),
     "nvrtc": _use_nvrtc,
     "cupy": _ask_cupy,
+    "mpi": _ask_mpi,
 }
 
 if __name__ == "__main__":

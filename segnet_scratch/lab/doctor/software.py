@@ -126,6 +126,23 @@ def _another_compiler() -> str:
     return f"{install_extra('compiler')} && export CXX={shlex.quote(f'{sys.executable} -m ziglang c++')}"
 
 
+def ranks(mpi: dict[str, Any], cupy: dict[str, Any]) -> list[Finding]:
+    """What several processes need to train together, and where they are if mpirun has started this one."""
+    if "error" in mpi:
+        text = f"for several processes (segnet train --ranks): {mpi['error']}"
+        return [Finding("MPI", "missing", text, install_extra("parallel"))]
+    found = [Finding("MPI", "ok", mpi["text"])]
+    if cupy.get("gpus"):
+        fix = install_extra(f"nccl{cupy['runtime'] // 1000}")
+        version = cupy.get("nccl")
+        found.append(Finding("NCCL", "ok", version) if version else Finding("NCCL", "missing", "for several GPUs", fix))
+    from segnet_scratch.parallel import world
+
+    if world().size > 1:
+        found.append(Finding("ranks", "ok", ", ".join(world().members)))
+    return found
+
+
 def cache() -> Finding:
     """Where compiled kernels are kept."""
     from segnet_scratch.runtime.cache import cache_directory, outlives_process, publish

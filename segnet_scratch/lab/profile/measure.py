@@ -19,6 +19,7 @@ from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings
 from segnet_scratch.lab.profile.kernels import kernel_figures
 from segnet_scratch.lab.profile.record import Profile, RangeOf, Recorder
+from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.runtime.devices import Array, Device, NumpyDevice
 from segnet_scratch.runtime.launch import Launch
 from segnet_scratch.runtime.observe import observe
@@ -45,10 +46,13 @@ class Work:
     inference: bool = False  # forward in evaluation mode, else a training step
     engine: str = "layers"
     precision: str = "float32"  # of the fused engine
+    ranks: Communicator = ALONE  # each with a batch of its own
+    sync_bn: bool = False
 
     def __str__(self) -> str:
         kind = "inference" if self.inference else "training step"
         height, width = self.size
+        kind += f" by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
         what = f"{kind} of {self.model}, decoder {self.decoder}, width {self.width:g}"
         if self.engine == "fused":
             what += f", fused engine in {self.precision}"
@@ -107,7 +111,9 @@ class Step:
             self._step = InferenceStep(self.model, work.engine, work.precision)
             self._step.write(images)
         else:
-            self._step = TrainingStep(self.model, work.engine, work.precision)
+            if work.sync_bn:
+                self.model.synchronise_batch_norm(work.ranks)
+            self._step = TrainingStep(self.model, work.engine, work.precision, ranks=work.ranks)
             self._step.write(images, labels, 1e-3)
 
     def run(self, recorder: Recorder) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from segnet_scratch.lab.profile.ceilings import Ceilings
 from segnet_scratch.lab.profile.kernels import KernelFigures
+from segnet_scratch.parallel.communicator import GATHER, SUM, WAIT
 from segnet_scratch.runtime.devices import Timer
 from segnet_scratch.runtime.observe import Launch, Listener, Planned, current_scope
 
@@ -200,6 +201,20 @@ class Profile:
         """Over everything."""
         return Summary("total", tuple(self.runs))
 
+    @property
+    def communication(self) -> dict[str, float]:
+        """Of several ranks: seconds of a step in which arrays went between them, and in which computing waited for it.
+
+        A GPU sums gradients beside what it computes: what it waits for at the end, and for statistics of batch norm, is
+        exposed. A CPU does one after the other.
+        """
+        seconds = dict.fromkeys((SUM, GATHER, WAIT), 0.0)
+        for run in self.runs:
+            if run.name in seconds:
+                seconds[run.name] += run.seconds or 0.0
+        beside = 0.0 if self.device in ("numpy", "host") else seconds[SUM]
+        return {"seconds": seconds[SUM] + seconds[GATHER], "exposed": sum(seconds.values()) - beside}
+
     def to_json(self) -> dict[str, Any]:
         """For programs: totals, sums by op, layer and phase, every run, kernels."""
         ceilings = self.ceilings
@@ -213,6 +228,7 @@ class Profile:
             "messages": self.messages,
             "parameters": self.parameters,
             "memory": self.memory,
+            "communication": self.communication,
             "ceilings": None
             if ceilings is None
             else {

@@ -116,6 +116,13 @@ def _footnotes(profile: Profile) -> list[str]:
         rungs = "".join(f", {rung} {flops / 1e9:.1f}" for rung, flops in c.tensor_cores.items())
         lines.append(f"ceilings: {c.flops / 1e9:.1f} GFLOP/s{rungs}, {c.bandwidth / 1e9:.1f} GB/s ({c.source})")
         lines.append("FLOP, MB: by the definition of each op; ms: medians; of ceiling: shortest possible time / time")
+    between = profile.communication
+    if between["seconds"]:
+        whole = profile.total.seconds or 1.0
+        lines.append(
+            f"between ranks: {1e3 * between['seconds']:.3f} ms; computing waits {1e3 * between['exposed']:.3f} ms "
+            f"for it, {100 * between['exposed'] / whole:.1f} % of the step"
+        )
     if profile.device == "numpy":
         lines.append("above 100 %: Winograd's convolution multiplies less than the definition, and caches save traffic")
     if profile.parameters:

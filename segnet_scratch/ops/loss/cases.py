@@ -169,6 +169,10 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
         logits = spec((1, 1, case["pixels"], -(-classes // 8) * 8), dtype)
         return SoftmaxCrossEntropy.plan(logits, classes, self.normalisation, case["smoothing"])
 
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        share = rng.uniform(0.1, 1, 1) if rng.integers(2) else None
+        return {**super().inputs(op, case, rng, integers), "share": share}
+
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         classes = op.classes  # type: ignore[attr-defined]
         logits = np.ascontiguousarray(b.logits[..., :classes].reshape(-1, classes))
@@ -176,12 +180,12 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
         parts = CrossEntropyForward.plan(spec_of(logits), self.normalisation, op.smoothing)  # type: ignore[attr-defined]
         plain = Buffers(logits=logits, labels=labels, class_weights=b.class_weights, **empty_outputs(parts))
         parts.reference(plain)
-        plain.dloss = np.ones(1)
+        plain.dloss = np.ones(1) if b.share is None else b.share
         loss = CrossEntropyRow(CrossEntropyForward, self.normalisation).bound(parts, plain, eps)["loss"]
         of_logits = CrossEntropyRow(CrossEntropyBackward, self.normalisation).bound(parts, plain, eps)["dlogits"]
         dlogits = np.zeros(b.logits.shape)
         dlogits[..., :classes] = np.asarray(of_logits).reshape(*b.logits.shape[:3], classes)
-        return {"loss": loss, "dlogits": dlogits}
+        return {"loss": loss * plain.dloss[0], "dlogits": dlogits}
 
     def refusals(self) -> list[Refusal]:
         wrong = {

@@ -15,12 +15,12 @@ DOUBLE = np.dtype(np.float64)
 class SoftmaxCrossEntropy(Op):
     """loss (1) and dlogits of logits (n, h, w, padded), of which the first `classes` count; dlogits of the rest is 0.
 
-    labels uint8 (n, h, w), 255 is void; class_weights (classes) or None. `normalisation` and `smoothing` as in
-    CrossEntropyForward.
+    labels uint8 (n, h, w), 255 is void; class_weights (classes) or None; share float64 (1), by which loss and gradient
+    are multiplied, or None. `normalisation` and `smoothing` as in CrossEntropyForward.
     """
 
     name = "softmax_cross_entropy"
-    optional = ("class_weights",)
+    optional = ("class_weights", "share")
     MAX_BLOCKS = 1024
 
     def __init__(self, logits: Spec, classes: int, normalisation: str = "weights", smoothing: float = 0.0) -> None:
@@ -40,7 +40,7 @@ class SoftmaxCrossEntropy(Op):
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
         self.vector = ElementTypes.of(logits.dtype).accumulate
         labels, weights = Spec((n, h, w), np.dtype(np.uint8)), Spec((classes,), self.vector)
-        self.inputs = {"logits": logits, "labels": labels, "class_weights": weights}
+        self.inputs = {"logits": logits, "labels": labels, "class_weights": weights, "share": Spec((1,), DOUBLE)}
         self.outputs = {"loss": Spec((1,), self.vector), "dlogits": logits}
         self.workspace = {
             "counts": Spec((self.blocks, 2), DOUBLE),
@@ -63,8 +63,9 @@ class SoftmaxCrossEntropy(Op):
         sums, gradient = np.empty(3), np.empty_like(logits)
         options = self.normalisation, self.smoothing
         CrossEntropyForward.plan(spec, *options).reference(Buffers(**given, loss=b.loss, sums=sums))
-        one = np.ones(1, logits.dtype)
-        CrossEntropyBackward.plan(spec, *options).reference(Buffers(**given, sums=sums, dloss=one, dlogits=gradient))
+        share = np.ones(1, logits.dtype) if b.share is None else b.share.astype(logits.dtype)
+        b.loss *= share
+        CrossEntropyBackward.plan(spec, *options).reference(Buffers(**given, sums=sums, dloss=share, dlogits=gradient))
         b.dlogits[...] = 0
         b.dlogits[..., : self.classes] = gradient.reshape(*b.labels.shape, -1)
 

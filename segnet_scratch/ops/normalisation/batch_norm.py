@@ -13,7 +13,7 @@ MOMENTUM = 0.1
 DOUBLE = np.dtype(np.float64)  # what the kernels carry sums in
 
 
-def _columns(op: str, x: Spec) -> Columns:
+def columns_of(op: str, x: Spec) -> Columns:
     n, h, w, c = expect_map(op, "x", x)
     return Columns(n * h * w, c)
 
@@ -28,7 +28,7 @@ class BatchNormTrainingForward(Op):
     updates = ("running_mean", "running_var")
 
     def __init__(self, x: Spec, eps: float = EPS, momentum: float = MOMENTUM) -> None:
-        self.columns = _columns(self.name, x)
+        self.columns = columns_of(self.name, x)
         rows, c = self.columns.rows, self.columns.channels
         expect(
             rows > 1,
@@ -93,7 +93,7 @@ class BatchNormEvaluationForward(Op):
     name = "batch_norm_evaluation_forward"
 
     def __init__(self, x: Spec, eps: float = EPS) -> None:
-        self.columns = _columns(self.name, x)
+        self.columns = columns_of(self.name, x)
         vector = x.with_shape(self.columns.channels)
         self.eps = eps
         self.inputs = {"x": x, "weight": vector, "bias": vector, "running_mean": vector, "running_var": vector}
@@ -125,7 +125,7 @@ class BatchNormBackward(Op):
     name = "batch_norm_backward"
 
     def __init__(self, x: Spec, training: bool) -> None:
-        self.columns = _columns(self.name, x)
+        self.columns = columns_of(self.name, x)
         self.training = training
         vector = x.with_shape(self.columns.channels)
         self.inputs = {"x": x, "dy": x, "mean": vector, "inv_std": vector, "weight": vector}

@@ -14,6 +14,12 @@ from segnet_scratch.ops.normalisation.batch_norm import (
     BatchNormLesson,
     BatchNormTrainingForward,
 )
+from segnet_scratch.ops.normalisation.batch_norm_ranks import (
+    BatchNormBackwardSums,
+    BatchNormMoments,
+    BatchNormRanksBackward,
+    BatchNormRanksForward,
+)
 from segnet_scratch.ops.op import Buffers, Op, spec
 
 
@@ -141,7 +147,53 @@ class BatchNormLessonRow(BatchNormTrainingRow):
         self.rung, self.name, self.options = rung, f"{BatchNormTrainingForward.name}_{rung}", {"rung": rung}
 
 
+class BatchNormRanksRow(BatchNormRow):
+    """The halves of batch norm over several ranks: of x here, and of two ranks more, one of them with a single row."""
+
+    function = ""
+
+    def __init__(self, op: type[Op]) -> None:
+        self.op, self.name = op, op.name
+        self.options = {"ranks": 3} if op in (BatchNormRanksForward, BatchNormRanksBackward) else {}
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays = super().inputs(op, case, rng, integers)
+        if (moments := arrays.get("moments")) is not None:
+            x = np.asarray(arrays["x"], np.float64)
+            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            moments[:, 0] = np.array([[x.size // x.shape[3]], [5], [1]])
+            moments[:, 1] = mean, mean + 1, mean - 1
+            moments[:, 2] = variance * moments[0, 0], 7 * variance, 0 * variance
+        return arrays
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        axes, rows = (0, 1, 2), b.x.size / b.x.shape[3]
+        if isinstance(op, BatchNormMoments):  # as of BatchNormTrainingRow
+            unit, rms, m2 = 2 * eps * sqrt(rows), np.sqrt((b.x**2).mean(axes)), b.moments[2]
+            d_mean = unit * rms
+            return {"moments": np.stack([0 * rms, d_mean, unit * (m2 + rms * np.sqrt(m2 * rows)) + rows * d_mean**2])}
+        if isinstance(op, BatchNormRanksForward):
+            d_mean = 4 * eps * np.abs(b.moments[:, 1]).max(0)
+            gain = np.abs(b.weight) * b.inv_std
+            unbiased = 2 / b.inv_std**2  # of more than one row, at most twice the biased one
+            return {
+                "y": gain * (d_mean + 8 * eps * np.abs(b.x - b.mean)) + 2 * eps * np.abs(b.bias),
+                "mean": d_mean,
+                "inv_std": 4 * eps * b.inv_std,
+                "running_mean": d_mean + 4 * eps * np.abs(b.running_mean),
+                "running_var": 8 * eps * (b.running_var + unbiased),
+            }
+        xhat, dy = np.abs(b.x - b.mean) * b.inv_std, np.abs(b.dy)
+        if isinstance(op, BatchNormRanksBackward):
+            means = np.abs(b.sums).sum(0) / b.moments[:, 0].sum(0)
+            return {"dx": 8 * eps * np.abs(b.weight) * b.inv_std * (dy + means[0] + xhat * means[1])}
+        unit = 4 * eps * sqrt(rows)
+        sums = unit * np.stack([dy.sum(axes), (dy * xhat).sum(axes)])
+        return {"sums": sums, "dweight": sums[1], "dbias": sums[0]}
+
+
 ROWS: tuple[Row, ...] = (
     *map(BatchNormLessonRow, ("thread", "block")),
+    *map(BatchNormRanksRow, (BatchNormMoments, BatchNormRanksForward, BatchNormBackwardSums, BatchNormRanksBackward)),
     *(BatchNormTrainingRow(), BatchNormEvaluationRow(), BatchNormBackwardRow(True), BatchNormBackwardRow(False)),
 )

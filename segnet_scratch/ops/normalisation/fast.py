@@ -33,11 +33,11 @@ def training_forward(
 
     The variance is the biased one, divided by N*H*W; weight and bias are (C,).
     """
-    total_mean, total_variance = _statistics(x)
+    total_mean, total_variance = statistics(x)
     mean[...] = total_mean
     variance[...] = total_variance
     inv_std[...] = 1 / np.sqrt(total_variance + eps)
-    _normalise(x, mean, weight * inv_std, bias, y)
+    normalise(x, mean, weight * inv_std, bias, y)
 
 
 @np.errstate(all="ignore")
@@ -51,7 +51,7 @@ def evaluation_forward(
     eps: float,
 ) -> None:
     """Normalises x (N, H, W, C) by given statistics (C,) and writes y like x; weight and bias are (C,)."""
-    _normalise(x, running_mean, weight / np.sqrt(running_var + eps), bias, y)
+    normalise(x, running_mean, weight / np.sqrt(running_var + eps), bias, y)
 
 
 @np.errstate(all="ignore")
@@ -70,7 +70,15 @@ def backward(
     With x_hat = (x - mean) * inv_std and P = N*H*W: dbias = sum dy and dweight = sum dy * x_hat. Since mean
     and variance depend on x, dx = weight * inv_std * (dy - dbias / P - x_hat * dweight / P).
     """
-    pixels, dy_pixels, dx_pixels = _pixels(x), _pixels(dy), _pixels(dx)
+    sums = backward_sums(x, dy, mean, inv_std)
+    dbias[...], dweight[...] = sums
+    backward_apply(x, dy, weight, mean, inv_std, sums / (x.size // x.shape[3]), dx)
+
+
+@np.errstate(all="ignore")
+def backward_sums(x: np.ndarray, dy: np.ndarray, mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray:
+    """Sum of dy, sum of dy * x_hat: float64 (2, C)."""
+    pixels, dy_pixels = _pixels(x), _pixels(dy)
     step = _chunk_pixels(pixels)
     ones = np.ones(step, x.dtype)
     means = _repeat(mean, step)
@@ -85,12 +93,27 @@ def backward(
         sums[1, chunk] = ones[:count] @ product
 
     parallel_slices(len(pixels), step, gather)
-    dy_sum, product_sum = sums.sum(axis=1)
-    dbias[...] = dy_sum
-    dweight[...] = product_sum * inv_std
-    slope = product_sum * inv_std.astype(np.float64) ** 2 / len(pixels)
-    slopes = _repeat(slope.astype(x.dtype), step)
-    dy_means = _repeat((dy_sum / len(pixels)).astype(x.dtype), step)
+    totals = sums.sum(axis=1)
+    totals[1] *= inv_std
+    return totals
+
+
+@np.errstate(all="ignore")
+def backward_apply(
+    x: np.ndarray,
+    dy: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+    dy_mean: np.ndarray,
+    dx: np.ndarray,
+) -> None:
+    """Writes dx (N, H, W, C) from the means of dy and of dy * x_hat, float64 (2, C)."""
+    pixels, dy_pixels, dx_pixels = _pixels(x), _pixels(dy), _pixels(dx)
+    step = _chunk_pixels(pixels)
+    means = _repeat(mean, step)
+    slopes = _repeat((dy_mean[1] * inv_std).astype(x.dtype), step)
+    dy_means = _repeat(dy_mean[0].astype(x.dtype), step)
     scales = _repeat(weight * inv_std, step)
 
     def apply(part: slice) -> None:
@@ -105,7 +128,7 @@ def backward(
     parallel_slices(len(pixels), step, apply)
 
 
-def _statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance per channel, float64."""
     pixels = _pixels(x)
     step = _chunk_pixels(pixels)
@@ -134,7 +157,7 @@ def _statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, (squares + between_chunks).sum(axis=0) / len(pixels)
 
 
-def _normalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
+def normalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     """Writes y = (x - mean) * scale + bias.
 
     To fold the mean into the bias would save a step, but lose digits where it exceeds the deviation.

@@ -11,7 +11,7 @@ from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime.devices.base import Array, Device, Reading
 from segnet_scratch.runtime.devices.cpu import HostDevice, NumpyDevice
 from segnet_scratch.runtime.devices.cuda import CudaDevice
-from segnet_scratch.runtime.devices.cupy_library import cuda_missing, cupy_facts
+from segnet_scratch.runtime.devices.cupy_library import cuda_missing, cupy_facts, nccl_library
 from segnet_scratch.runtime.devices.timer import Timer
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "cuda_missing",
     "cupy_facts",
     "get_device",
+    "nccl_library",
 ]
 
 NAMES = ("auto", "cuda", "host", "numpy")

@@ -86,6 +86,14 @@ class Device:
         """The address of the array's first element."""
         raise NotImplementedError
 
+    def gpu_identity(self) -> str | None:
+        """What tells a GPU from others of its machine; None where there is none."""
+        return None
+
+    def stream(self) -> int:
+        """The address of a GPU's current line of work, for libraries that add to it."""
+        raise DeviceError(f"the {self.name} device has no streams; use cuda")
+
     def free_memory(self) -> int | None:
         """Bytes that arrays of this device may still take; None where nobody knows."""
         return available_memory()

@@ -95,6 +95,12 @@ class CudaDevice(Device):
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
+    def gpu_identity(self) -> str:
+        return str(self._cupy.cuda.Device().pci_bus_id)
+
+    def stream(self) -> int:
+        return int(self._cupy.cuda.get_current_stream().ptr)
+
     def free_memory(self) -> int:
         # CUDA's, and what CuPy holds of arrays that are gone: it hands that out again, or gives it back when short.
         return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(self._cupy.get_default_memory_pool().free_bytes())

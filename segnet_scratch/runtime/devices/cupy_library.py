@@ -1,6 +1,12 @@
 """CuPy: the only file that imports it. Whether it can be used, and what it knows of the GPUs."""
 
+import ctypes
+import importlib.util
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from segnet_scratch.errors import MissingLibraryError
 
 NO_DEVICE = 100  # cudaErrorNoDevice
 ON_THE_CPU = "--device numpy and --device host need no GPU"
@@ -11,6 +17,20 @@ def import_cupy() -> Any:
     import cupy
 
     return cupy
+
+
+def nccl_library() -> Any:
+    """CuPy's module of NCCL; MissingLibraryError where that is not to be had."""
+    wheel = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nccl")
+    for library in (Path(place) / "lib/libnccl.so.2" for place in (wheel and wheel.submodule_search_locations) or ()):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # the wheel's, which the linker would not find
+    nccl = import_cupy().cuda.nccl
+    if not nccl.available:
+        raise MissingLibraryError(
+            "several GPUs: CuPy finds no NCCL; pip install 'segnet_scratch[nccl13]' for a driver of CUDA 13, [nccl12] "
+            "for CUDA 12"
+        )
+    return nccl
 
 
 def cuda_missing() -> str | None:
@@ -65,13 +85,15 @@ def _version(number: int) -> str:
 def cupy_facts() -> dict[str, Any]:
     """What CuPy knows of itself and of the GPUs, for `segnet doctor`. Raises whatever CuPy raises where it is broken.
 
-    "runtime" and "driver" are CUDA versions (13020 is 13.2; a driver of 0 is none), "gpus" have "name", "capability"
-    (major, minor) and "bytes", "problem" is CuPy's reason for an empty list.
+    "nccl" is its version where there is one, "runtime" and "driver" are CUDA versions (13020 is 13.2; a driver of 0 is
+    none), "gpus" have "name", "capability" (major, minor) and "bytes", "problem" is CuPy's reason for an empty list.
     """
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
     facts: dict[str, Any] = {"version": cupy.__version__, "problem": "", "gpus": []}
     facts |= {"runtime": runtime.runtimeGetVersion(), "driver": runtime.driverGetVersion()}
+    with suppress(Exception):  # whatever a library that is missing or broken raises
+        facts["nccl"] = str(nccl_library().get_version())
     try:
         for index in range(runtime.getDeviceCount()):
             properties = runtime.getDeviceProperties(index)
