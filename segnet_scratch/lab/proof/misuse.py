@@ -120,28 +120,7 @@ def _map_of(array: Any) -> TensorMap:
 
 
 Attempt = tuple[Call, type[SegnetError], str]  # a wrong call, the error it must meet, what the message must name
-MISUSES: dict[str, Callable[[Call], Iterator[Attempt]]] = {}
-
-
-def misuse(kind: str) -> Callable[[Callable[[Call], Iterator[Attempt]]], None]:
-    """Registers a function that turns a right call into wrong ones."""
-    return functools.partial(MISUSES.__setitem__, kind)
-
-
-def instead_of(arguments: str, kind: str, error: type[SegnetError]) -> Callable[[Callable[..., Sequence[Any]]], None]:
-    """Registers a function that gives what may stand, wrongly, in the place of each of the `arguments` of a call.
-
-    It gets the parameter, and the right array or tensor map, or the element type of a number.
-    """
-
-    def register(wrong: Callable[..., Sequence[Any]]) -> None:
-        MISUSES[kind] = lambda call: (
-            (call.put(p.name, value), error, p.name)
-            for p, right in getattr(call, arguments)
-            for value in wrong(p, right)
-        )
-
-    return register
+Wrong = Callable[[Parameter, Any], Sequence[Any]]
 
 
 def _as(a: np.ndarray, *others: Any) -> list[np.ndarray]:
@@ -162,147 +141,104 @@ def _alike(a: np.ndarray, *more: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(a, name) for name in names})
 
 
-@instead_of("arrays", "an element type of another width or kind", DTypeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return _as(a, np.int8, np.int16, np.float16, np.complex64, np.bool_, object, a.dtype.newbyteorder())
+# What may stand, wrongly, in the place of each of the arrays, numbers or tensor maps of a call, and the error it must
+# meet. A function gets the parameter, and the right array or tensor map, or the element type of a number.
+INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
+    ("arrays", DTypeError): {
+        "an element type of another width or kind": lambda p, a: _as(
+            a, np.int8, np.int16, np.float16, np.complex64, np.bool_, object, a.dtype.newbyteorder()
+        ),
+        "float64 for float32": lambda p, a: _as(a, np.float64) * (a.dtype == np.float32),
+        "signed for unsigned and back": lambda p, a: (
+            _as(a, f"i{a.itemsize}", f"u{a.itemsize}") * (a.dtype.kind in "iu")
+        ),
+    },
+    ("arrays", LaunchError): {
+        "every second element of an array": lambda p, a: [sentinel_array(2 * a.size, a.dtype)[::2]] * (a.size > 1),
+        "an array backwards": lambda p, a: [a.reshape(-1)[::-1]] * (a.size > 1),
+        "a transposed array": lambda p, a: [a.reshape(2, -1).T] if a.size % 2 == 0 and a.size > 2 else [],
+        "an array at an address that is no multiple of its element size": lambda p, a: (
+            [_shifted(a, a.itemsize, 1)] * (a.itemsize > 1)
+        ),
+        "a read-only output": lambda p, a: [np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape)] * (not p.const),
+        "None for an array": lambda p, a: [None] * (not p.optional),
+    },
+    ("arrays", ShapeError): {
+        "an empty array": lambda p, a: [np.empty(shape, a.dtype) for shape in ((0,), (4, 0, 4))],
+        "an array one element short": lambda p, a: [sentinel_array(a.size - 1, a.dtype)] * (p.extent is not None),
+        "an array one element long": lambda p, a: [sentinel_array(a.size + 1, a.dtype)] * (p.extent is not None),
+    },
+    ("arrays", DeviceError): {
+        "a list for an array": lambda p, a: [a.tolist()],
+        "an array of another library": lambda p, a: [
+            a.view(np.uint8).data,  # Python's buffers know no bfloat16
+            _alike(a, "__array_interface__"),
+            *((ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]),
+        ],
+    },
+    ("scalars", DTypeError): {
+        "None for a number": lambda p, dtype: [None],
+        "an array for a number": lambda p, dtype: [np.ones(1, dtype), np.array(4, dtype), [4]],
+        "a bool for a number": lambda p, dtype: [True, np.True_],
+        "text for a number": lambda p, dtype: ["4", b"4"],
+    },
+    ("integers", DTypeError): {
+        "a float for an integer": lambda p, dtype: [4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j],
+    },
+    ("integers", LaunchError): {
+        "an integer over 2^31, or over 2^63 for int64": lambda p, dtype: [
+            np.iinfo(dtype).max + 1,
+            np.iinfo(dtype).min - 1,
+            2**64,
+            -(2**64),
+        ],
+        "a 64-bit NumPy integer out of range": lambda p, dtype: [
+            *(np.uint64(np.iinfo(dtype).max + 1), *[np.int64(-(2**31) - 1)] * (dtype.itemsize == 4))
+        ],
+    },
+    ("floats", LaunchError): {
+        "a float that becomes infinite": lambda p, dtype: [
+            *(10**400, -(10**400), *[1e39, np.float64(-1e39)] * (dtype == np.float32))
+        ],
+    },
+    ("maps", DTypeError): {
+        "something else for a tensor map": lambda p, m: [m.array, None, 4, m.host_bytes(), m.array.tobytes()],
+        "a tensor map of another element type": lambda p, m: [_map_of(sentinel_array(m.array.shape, np.float32))],
+    },
+    ("maps", ShapeError): {
+        "a tensor map of an array of another shape": lambda p, m: [
+            _map_of(sentinel_array((*shape[:-1], 8), m.array.dtype))
+            for shape in (m.array.shape[::-1], (2, *m.array.shape[1:]), (1, *m.array.shape)[-4:])
+            if p.extent is not None and shape != m.array.shape
+        ],
+    },
+    ("maps", DeviceError): {
+        "a tensor map of an array of another library": lambda p, m: [_map_of(_alike(m.array, "itemsize"))],
+    },
+    ("maps", LaunchError): {
+        "a tensor map of an array at an address that is no multiple of 16": lambda p, m: [
+            _map_of(_shifted(m.array, 16, m.array.itemsize))
+        ],
+    },
+}
 
 
-@instead_of("arrays", "float64 for float32", DTypeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return _as(a, np.float64) * (a.dtype == np.float32)
+def _put_instead(arguments: str, error: type[SegnetError], wrong: Wrong, call: Call) -> Iterator[Attempt]:
+    for p, right in getattr(call, arguments):
+        for value in wrong(p, right):
+            yield call.put(p.name, value), error, p.name
 
 
-@instead_of("arrays", "signed for unsigned and back", DTypeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return _as(a, f"i{a.itemsize}", f"u{a.itemsize}") * (a.dtype.kind in "iu")
+MISUSES: dict[str, Callable[[Call], Iterator[Attempt]]] = {
+    kind: functools.partial(_put_instead, arguments, error, wrong)
+    for (arguments, error), kinds in INSTEAD.items()
+    for kind, wrong in kinds.items()
+}
 
 
-@instead_of("arrays", "every second element of an array", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [sentinel_array(2 * a.size, a.dtype)[::2]] * (a.size > 1)
-
-
-@instead_of("arrays", "an array backwards", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [a.reshape(-1)[::-1]] * (a.size > 1)
-
-
-@instead_of("arrays", "a transposed array", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [a.reshape(2, -1).T] if a.size % 2 == 0 and a.size > 2 else []
-
-
-@instead_of("arrays", "an array at an address that is no multiple of its element size", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [_shifted(a, a.itemsize, 1)] * (a.itemsize > 1)
-
-
-@instead_of("arrays", "a read-only output", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape)] * (not p.const)
-
-
-@instead_of("arrays", "None for an array", LaunchError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [None] * (not p.optional)
-
-
-@instead_of("arrays", "an empty array", ShapeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [np.empty(shape, a.dtype) for shape in ((0,), (4, 0, 4))]
-
-
-@instead_of("arrays", "an array one element short", ShapeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [sentinel_array(a.size - 1, a.dtype)] * (p.extent is not None)
-
-
-@instead_of("arrays", "an array one element long", ShapeError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [sentinel_array(a.size + 1, a.dtype)] * (p.extent is not None)
-
-
-@instead_of("arrays", "a list for an array", DeviceError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [a.tolist()]
-
-
-@instead_of("arrays", "an array of another library", DeviceError)
-def _(p: Parameter, a: np.ndarray) -> list[Any]:
-    return [
-        a.view(np.uint8).data,  # Python's buffers know no bfloat16
-        _alike(a, "__array_interface__"),
-        *((ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]),
-    ]
-
-
-@instead_of("scalars", "None for a number", DTypeError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [None]
-
-
-@instead_of("scalars", "an array for a number", DTypeError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [np.ones(1, dtype), np.array(4, dtype), [4]]
-
-
-@instead_of("scalars", "a bool for a number", DTypeError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [True, np.True_]
-
-
-@instead_of("scalars", "text for a number", DTypeError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return ["4", b"4"]
-
-
-@instead_of("integers", "a float for an integer", DTypeError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j]
-
-
-@instead_of("integers", "an integer over 2^31, or over 2^63 for int64", LaunchError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [np.iinfo(dtype).max + 1, np.iinfo(dtype).min - 1, 2**64, -(2**64)]
-
-
-@instead_of("integers", "a 64-bit NumPy integer out of range", LaunchError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [np.uint64(np.iinfo(dtype).max + 1), *(np.int64(-(2**31) - 1) for _ in range(dtype.itemsize == 4))]
-
-
-@instead_of("floats", "a float that becomes infinite", LaunchError)
-def _(p: Parameter, dtype: np.dtype) -> list[Any]:
-    return [10**400, -(10**400), *[1e39, np.float64(-1e39)] * (dtype == np.float32)]
-
-
-@instead_of("maps", "something else for a tensor map", DTypeError)
-def _(p: Parameter, m: TensorMap) -> list[Any]:
-    return [m.array, None, 4, m.host_bytes(), m.array.tobytes()]
-
-
-@instead_of("maps", "a tensor map of another element type", DTypeError)
-def _(p: Parameter, m: TensorMap) -> list[Any]:
-    return [_map_of(sentinel_array(m.array.shape, np.float32))]
-
-
-@instead_of("maps", "a tensor map of an array of another shape", ShapeError)
-def _(p: Parameter, m: TensorMap) -> list[Any]:
-    return [
-        _map_of(sentinel_array((*shape[:-1], 8), m.array.dtype))
-        for shape in (m.array.shape[::-1], (2, *m.array.shape[1:]), (1, *m.array.shape)[-4:])
-        if p.extent is not None and shape != m.array.shape
-    ]
-
-
-@instead_of("maps", "a tensor map of an array of another library", DeviceError)
-def _(p: Parameter, m: TensorMap) -> list[Any]:
-    return [_map_of(_alike(m.array, "itemsize"))]
-
-
-@instead_of("maps", "a tensor map of an array at an address that is no multiple of 16", LaunchError)
-def _(p: Parameter, m: TensorMap) -> list[Any]:
-    return [_map_of(_shifted(m.array, 16, m.array.itemsize))]
+def misuse(kind: str) -> Callable[[Callable[[Call], Iterator[Attempt]]], None]:
+    """Registers a function that turns a right call into wrong ones."""
+    return functools.partial(MISUSES.__setitem__, kind)
 
 
 @misuse("too few arguments")
