@@ -37,7 +37,7 @@ pytestmark = needs_compiler
 def prove(part, row, device, first=0, count=8, **effort):
     """The tally of some cases of a row on a device, which may be one with a fault."""
     effort = dataclasses.replace(QUICK, **effort)
-    return part.prove(row_named(row), Work(part.name, device.name, row, first, count, 0, effort), device)
+    return part.prove(Work(part.name, device.name, row, first, count, 0, effort), device)
 
 
 class TestParts:
@@ -133,7 +133,7 @@ def prove_faulty(part, kind, **effort):
     """The failures of a part on a kernel of tests/kernels/faulty.cu, each in a single text."""
     row, effort = faulty_rows.ROWS[kind], dataclasses.replace(QUICK, **effort)
     device = HostDevice(HostOptions(workers=1))
-    tally = part.prove(row, Work(part.name, "host", row.name, 0, 3, 0, effort), device)
+    tally = part.prove(Work(part.name, "host", row.name, 0, 3, 0, effort), device, row)
     return [str(failure) for failure in tally.failures]
 
 

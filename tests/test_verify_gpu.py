@@ -99,7 +99,7 @@ class TestParts:
 @pytest.mark.parametrize(("row", "equal"), [("relu_forward", True), ("conv2d_forward_tiled", False)])
 def test_other_bits_than_the_host_s_are_noticed(row, equal):
     """NumPy adds in another order than the kernel."""
-    tally = HostBits().prove(row_named(row), Work("host bits", "numpy", row, 0, 12), NumpyDevice())
+    tally = HostBits().prove(Work("host bits", "numpy", row, 0, 12), NumpyDevice())
     assert (tally.failures == []) is equal
     assert equal or "y: other bits than on the host device" in tally.failures[0].message
 

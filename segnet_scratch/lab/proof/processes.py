@@ -194,7 +194,7 @@ def _last_case(work: Work, text: str) -> str:
     """The case that was begun last."""
     if CASE_MARK in text:
         return text.rpartition(CASE_MARK)[2].partition("\n")[0]
-    return f"one of the cases {work.first} to {work.first + work.count - 1}, seed {work.seed}"
+    return f"one of the {work.cases}"
 
 
 def _meaning(code: int) -> str:

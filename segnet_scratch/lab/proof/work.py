@@ -69,6 +69,11 @@ class Work:
     folder: str = ""  # where results to compare with are put ahead of the GPU
     ahead: bool = False  # make those, and no more
 
+    @property
+    def cases(self) -> str:
+        """Names them, so that they can be run again."""
+        return f"cases {self.first} to {self.first + self.count - 1}, seed {self.seed}"
+
     def to_json(self) -> dict[str, Any]:
         """For the other process."""
         return asdict(self)

@@ -25,7 +25,7 @@ def main() -> None:
             tally = part.prepare(work) if work.ahead else part.do(work)
         except Exception:  # of no kind that a part expects: the report has to show where
             tally = Tally()
-            tally.fail(work, work.target, f"cases from {work.first} on, seed {work.seed}", traceback.format_exc())
+            tally.fail(work, work.target, work.cases, traceback.format_exc())
         tally.seconds = time.perf_counter() - start
         answers.write(json.dumps(tally.to_json()) + "\n")
         answers.flush()

@@ -26,7 +26,7 @@ class DropoutForward(Op):
         self.flops = 2 * x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        n = len(b.x)
+        n = b.x.shape[0]
         self.kernel(device, self.name, b, (element_grid(-(-self.per_sample // 4)), n), n=n)
 
     def reference(self, b: Buffers) -> None:

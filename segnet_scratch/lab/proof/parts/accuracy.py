@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from segnet_scratch.lab.proof.parts.steps import StepPart
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
@@ -22,7 +22,7 @@ RESULTS = 64, 32
 LIMIT = 1.0  # of a chain's error, for all but tf32, whose factors are rounded
 
 
-class Accuracy(StepPart):
+class Accuracy(Part):
     """fprop, dgrad and wgrad as bare matrix products, with positive left factors, as a ReLU leaves them."""
 
     name = "accuracy"
@@ -33,7 +33,7 @@ class Accuracy(StepPart):
         if any(row.op is Conv2dForward for row in rows):
             yield Work(self.name, device, "conv2d", seed=seed, effort=effort)
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.notes.append(f"errors of sums of {', '.join(map(str, DEPTHS))} terms, of a chain's")
         for rung in ("tiled", "tf32x3", "tf32") if mma.has_tensor_cores(device) else ("tiled",):
             for direction in ("fprop", "dgrad", "wgrad"):

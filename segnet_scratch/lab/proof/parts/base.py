@@ -26,7 +26,7 @@ ENOUGH = 5  # failures after which the rest of a piece of work is left out
 
 
 class Part:
-    """One property that is proven. Subclasses say what work there is, and do it."""
+    """One property that is proven. Subclasses say what work there is, and what is wrong with what it comes to."""
 
     name: ClassVar[str]
     proves: ClassVar[str]
@@ -40,11 +40,24 @@ class Part:
         return ""
 
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        """The pieces of work on a device, each apart from the others."""
-        raise NotImplementedError
+        """The pieces of work on a device, each apart from the others; one, where it is about the rows together."""
+        if rows is ROWS:
+            yield Work(self.name, device, "SegNet", seed=seed, effort=effort)
 
     def do(self, work: Work) -> Tally:
         """Does one of them."""
+        return self.prove(work, device_of(work))
+
+    def prove(self, work: Work, device: Device) -> Tally:
+        """Does it on a device, which may be one with a fault."""
+        tally = Tally()
+        with np.errstate(all="ignore"), tally.attempt(work, work.target, work.cases):
+            for problem in self.problems(work, device, tally):
+                tally.fail(work, work.target, work.cases, problem)
+        return tally
+
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[object]:
+        """What is wrong; what was run and measured goes to the tally."""
         raise NotImplementedError
 
     def prepare(self, work: Work) -> Tally:
@@ -112,16 +125,13 @@ class RowPart(Part):
         op = row.plan(case_of(row, index, seed), row.elements[0])
         return op.flops + op.bytes
 
-    def do(self, work: Work) -> Tally:
-        return self.prove(row_named(work.target), work, device_of(work))
-
     def runs(self, work: Work, device: Device, tally: Tally, row: Row | None = None) -> Iterator[CaseRun]:
         """The cases that the work names."""
         row = row or row_named(work.target)
         for index in range(work.first, work.first + work.count):
             yield CaseRun(row, case_of(row, index, work.seed), index, work, device, tally)
 
-    def prove(self, row: Row, work: Work, device: Device) -> Tally:
+    def prove(self, work: Work, device: Device, row: Row | None = None) -> Tally:
         """Proves the cases that the work names for a row, which need not be in the table."""
         tally = Tally()
         tally.counts["rows"] += work.first == 0
@@ -170,7 +180,7 @@ def device_of(work: Work) -> Device:
     The host device has one worker: pieces of work share the cores already, and one order of blocks is one order.
     """
     if work.device != "host":
-        return get_device(work.device)
+        return get_device("numpy" if work.device == "any" else work.device)
     return HostDevice(HostOptions(work.order, work.seed, workers=1, sanitize=work.sanitize))
 
 

@@ -4,17 +4,17 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.doctor.findings import Diagnosis
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.proof.launches import device_has
-from segnet_scratch.lab.proof.parts.base import Part, device_of, reason_against
+from segnet_scratch.lab.proof.parts.base import Part, reason_against
 from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
 from segnet_scratch.lab.proof.parts.variables import Variables
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.runtime.compilation import on_all_cores
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.host import VARIABLES, build, find_compiler
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, shipped_kernels
 from segnet_scratch.runtime.source import Source, shipped_sources
@@ -45,14 +45,12 @@ class HostBuilds(Part):
                     target = f"{source.path.name}, {element}, {kind}"
                     yield Work(self.name, "host", target, seed=seed, effort=effort)
 
-    def do(self, work: Work) -> Tally:
-        tally = Tally()
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         file, element, kind = work.target.split(", ")
         source = next(source for source in shipped_sources() if source.path.name == file)
-        with tally.attempt(work, work.target, "compiled"):
-            BUILDS[kind](source, ElementTypes.named(element))
-            tally.counts["libraries"] += 1
-        return tally
+        if reason := reason_against(lambda: BUILDS[kind](source, ElementTypes.named(element))):
+            yield reason
+        tally.counts["libraries"] += 1
 
 
 class CudaBuilds(Part):
@@ -65,9 +63,7 @@ class CudaBuilds(Part):
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         yield Work(self.name, device, "every kernel", seed=seed, effort=effort)
 
-    def do(self, work: Work) -> Tally:
-        tally, device = Tally(), device_of(work)
-
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         def build(what: tuple[Kernel, ElementTypes]) -> str:
             return reason_against(lambda: device.compile(*what))
 
@@ -80,8 +76,7 @@ class CudaBuilds(Part):
         for target, reason in zip(found, on_all_cores(build, list(found.values())), strict=True):
             tally.counts["modules"] += 1
             if reason:
-                tally.fail(work, ", ".join(target), "compiled", reason)
-        return tally
+                yield f"{', '.join(target)}: {reason}"
 
 
 class GpuBuilds(Part):
@@ -92,26 +87,14 @@ class GpuBuilds(Part):
     devices = ("any",)
     long = True
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        if rows is ROWS:
-            yield Work(self.name, device, "every kernel", seed=seed, effort=effort)
-
-    def do(self, work: Work) -> Tally:
-        tally = Tally()
-        try:
-            report = examine_kernels()
-        except CompileError as error:
-            tally.fail(work, work.target, "compiled", error)
-            return tally
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
+        report = examine_kernels()
         if isinstance(report, Diagnosis):
             (finding,) = report.findings
             tally.skipped = f"{finding.text}; {finding.fix}"
-            return tally
-        for problem in report.problems:
-            tally.fail(work, work.target, f"NVRTC {report.nvrtc}", problem)
+            return
         architectures = {usage.architecture for usage in report.usages}
         tally.counts.update({"compiled kernels": len(report.usages), "architectures": len(architectures)})
-        tally.skipped = (
-            f"{', '.join(report.left_out)}: NVRTC {report.nvrtc} does not know them" if report.left_out else ""
-        )
-        return tally
+        if report.left_out:
+            tally.skipped = f"{', '.join(report.left_out)}: NVRTC {report.nvrtc} does not know them"
+        yield from (f"NVRTC {report.nvrtc}: {problem}" for problem in report.problems)

@@ -18,9 +18,9 @@ from pathlib import Path
 from time import monotonic
 
 from segnet_scratch.lab.proof.launches import kernels_of, noting_launches, rows_on
-from segnet_scratch.lab.proof.parts.steps import StepPart
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.proof.work import Tally
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.runtime.devices import CudaDevice, Device
 from segnet_scratch.runtime.launch import shipped_kernels
@@ -30,17 +30,18 @@ CLEAN = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: 0 (?:errors|hazards)")
 SECONDS, LIMIT = 30.0, 240.0  # of cases beyond those that must be; of a tool
 
 
-class ComputeSanitizer(StepPart):
+class ComputeSanitizer(Part):
     """Memory outside arrays, races in shared memory, uninitialised reads, barriers that not all threads reach."""
 
     name = "compute-sanitizer"
     proves = "memcheck, racecheck, initcheck and synccheck find nothing in any kernel"
+    devices = ("cuda",)
     long = True
 
     def unavailable(self) -> str:
         return "" if _program() else "compute-sanitizer, a part of the CUDA toolkit, is not in PATH"
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         with ThreadPoolExecutor(len(TOOLS)) as pool:
             for tool, (counts, problems) in zip(TOOLS, pool.map(_run, TOOLS), strict=True):
                 tally.notes.append(f"{tool} {counts.get('cases', 0)} cases of {counts.get('kernels', 0)} kernels")

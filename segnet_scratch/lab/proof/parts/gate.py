@@ -11,6 +11,7 @@ from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import find_kernel, shipped_kernels
 
 KINDS = 12  # of misuse of each kernel, at least
@@ -28,8 +29,7 @@ class Gate(Part):
         for kernel in sorted(kernels):
             yield Work(self.name, device, kernel, seed=seed, effort=effort)
 
-    def do(self, work: Work) -> Tally:
-        tally = Tally()
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.counts["kernels"] += 1
         right = valid_call(find_kernel(work.target))
         kinds = 0
@@ -38,14 +38,12 @@ class Gate(Part):
             kinds += bool(attempts)
             tally.counts["misuses"] += len(attempts)
             if not attempts and kind not in NOT_APPLICABLE:
-                tally.fail(work, work.target, kind, "there is no such misuse of this kernel; expected one at least")
+                yield f"{kind}: there is no such misuse of this kernel; expected one at least"
             for attempt in attempts:
-                for problem in refusal_problems(right, attempt):
-                    tally.fail(work, work.target, kind, problem)
+                yield from (f"{kind}: {problem}" for problem in refusal_problems(right, attempt))
         tally.counts["kinds of misuse"] += kinds
         if kinds < KINDS:
-            tally.fail(work, work.target, "kinds", f"{kinds} kinds of misuse; expected {KINDS} at least")
-        return tally
+            yield f"{kinds} kinds of misuse; expected {KINDS} at least"
 
     def ran(self, tally: Tally) -> str:
         kernels = max(tally.counts["kernels"], 1)

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 from segnet_scratch.lab.proof.gradcheck import DIRECTIONS, RTOL, Result, check_cases
-from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.problems import NETWORKS, differentiables
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
+from segnet_scratch.runtime.devices import Device
 
 NETWORK = "segnet"
 CASES_AT_ONCE = 10
@@ -16,15 +17,22 @@ CASES_AT_ONCE = 10
 class _Checked(Part):
     """What ops and networks have in common: results of the gradient check in a tally."""
 
-    def _tally(self, work: Work, result: Result) -> Tally:
-        tally = Tally(worst=result.worst)
-        tally.counts.update({"derivatives": result.compared, "tensors": result.tensors})
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[Result]:
+        indices = range(work.first, work.first + work.count)
+        result = check_cases(work.target, device, work.seed, indices, directions=self.directions(work.effort))
+        tally.worst = result.worst
+        tally.counts.update({"derivatives": result.compared, "tensors": result.tensors, **self.counts(work)})
         tally.counts["lost to kinks"] = round(result.skipped * result.compared / max(1 - result.skipped, 1e-9))
         if not result.passed:
-            tally.fail(
-                work, work.target, f"cases {work.first} to {work.first + work.count - 1}, seed {work.seed}", result
-            )
-        return tally
+            yield result
+
+    def directions(self, effort: Effort) -> int:
+        """Of each input, where there are many elements."""
+        return DIRECTIONS
+
+    def counts(self, work: Work) -> dict[str, int]:
+        """How many of what a piece of work checks."""
+        return {"ops": int(work.first == 0), "shapes": work.count}
 
     def ran(self, tally: Tally) -> str:
         lost = tally.counts["lost to kinks"]
@@ -48,15 +56,6 @@ class Gradients(_Checked):
             for first in range(0, cases, CASES_AT_ONCE):
                 yield Work(self.name, device, name, first, min(CASES_AT_ONCE, cases - first), seed, effort)
 
-    def do(self, work: Work) -> Tally:
-        indices = range(work.first, work.first + work.count)
-        tally = Tally()
-        with tally.attempt(work, work.target, f"cases {work.first} to {work.first + work.count - 1}"):
-            result = check_cases(work.target, device_of(work), work.seed, indices, directions=DIRECTIONS)
-            tally.add(self._tally(work, result))
-            tally.counts.update({"ops": int(work.first == 0), "shapes": work.count})
-        return tally
-
 
 class Networks(_Checked):
     """Every parameter tensor, and the image, of small networks with their loss."""
@@ -71,11 +70,8 @@ class Networks(_Checked):
                 for index in range(min(effort.kinds, len(NETWORKS))):
                     yield Work(self.name, device, NETWORK, index, 1, seed + offset, effort)
 
-    def do(self, work: Work) -> Tally:
-        tally = Tally()
-        with tally.attempt(work, work.target, f"network {work.first}, seed {work.seed}"):
-            directions = work.effort.directions
-            result = check_cases(work.target, device_of(work), work.seed, [work.first], directions=directions)
-            tally.add(self._tally(work, result))
-            tally.counts.update({"networks": 1})
-        return tally
+    def directions(self, effort: Effort) -> int:
+        return effort.directions
+
+    def counts(self, work: Work) -> dict[str, int]:
+        return {"networks": 1}

@@ -9,7 +9,7 @@ import numpy as np
 
 from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
 from segnet_scratch.lab.proof.compare import run_guarded
-from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Hostile, Row
@@ -31,31 +31,20 @@ class HostileInputs(Part):
             if hostile is not None:
                 yield Work(self.name, device, row.name, 0, effort.hostile, seed, effort)
 
-    def do(self, work: Work) -> Tally:
-        return self.prove(row_named(work.target), work, device_of(work))
-
-    def prove(self, row: Row, work: Work, device: Device) -> Tally:
-        """Proves as many inputs as the work says for a row, which need not be in the table."""
-        tally = Tally()
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
+        row = row_named(work.target)
         tally.counts["rows"] += 1
-        with np.errstate(all="ignore"):
-            for index in range(work.first, work.first + work.count):
-                rng = row.generator(work.seed, index, 2)
-                hostile = row.hostile(rng)
-                assert hostile is not None
-                shapes = " ".join(f"{name}={a.shape}" for name, a in hostile.inputs.items() if a is not None)
-                where = f"{shapes.replace(', ', ',')}, input {index} of seed {work.seed}"
-                if index % MISFIT == MISFIT - 1:
-                    tally.counts["misfits"] += 1
-                    problems = _misfit_problems(hostile, device, rng)
-                else:
-                    tally.counts["inputs"] += 1
-                    problems = []
-                    with tally.attempt(work, row.name, where):
-                        problems = _result_problems(hostile, device)
-                for problem in problems:
-                    tally.fail(work, row.name, where, problem)
-        return tally
+        for index in range(work.first, work.first + work.count):
+            rng = row.generator(work.seed, index, 2)
+            hostile = row.hostile(rng)
+            assert hostile is not None
+            shapes = " ".join(f"{name}={a.shape}" for name, a in hostile.inputs.items() if a is not None)
+            where = f"{shapes.replace(', ', ',')}, input {index} of seed {work.seed}"
+            misfit = index % MISFIT == MISFIT - 1
+            tally.counts["misfits" if misfit else "inputs"] += 1
+            with tally.attempt(work, row.name, where):
+                problems = _misfit_problems(hostile, device, rng) if misfit else _result_problems(hostile, device)
+                yield from (f"{where}: {problem}" for problem in problems)
 
 
 def _result_problems(hostile: Hostile, device: Device) -> list[str]:

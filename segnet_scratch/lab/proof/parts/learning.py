@@ -14,8 +14,8 @@ import numpy as np
 from segnet_scratch import recipes
 from segnet_scratch.data import EvalTransform, VOCDataset, write_sample
 from segnet_scratch.inference_step import InferenceStep
-from segnet_scratch.lab.proof.parts.steps import StepPart
-from segnet_scratch.lab.proof.work import Tally
+from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.metrics import Scores, confusion_matrix, scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.runtime.devices import Device
@@ -26,14 +26,15 @@ PIXELS, MIOU, MOST_STEPS = 0.99, 0.95, 400
 DEMO_MIOU = 0.6
 
 
-class Learning(StepPart):
+class Learning(Part):
     """Overfits four images; scored in evaluation mode. $SEGNET_TEST_DATA has real ones."""
 
     name = "learning"
     proves = f"four images are learnt by heart: {PIXELS:.0%} of pixels, mIoU {MIOU}"
+    devices = ("cuda",)
     long = True
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             voc = Path(os.environ.get("SEGNET_TEST_DATA", folder)) / "data" / "VOCdevkit" / "VOC2012"
             kind = "real" if voc.is_dir() else "synthetic"
@@ -64,18 +65,19 @@ def scores_of(model: SegNet, images: object, labels: np.ndarray) -> Scores:
     return scores(confusion_matrix(labels, predicted, model.classes))
 
 
-class Demo(StepPart):
+class Demo(Part):
     """Sample data, training, evaluation, each a command of its own."""
 
     name = "demo"
     proves = f"segnet data sample, train and eval come to a mIoU of {DEMO_MIOU}"
+    devices = ("cuda",)
     long = True
 
     def unavailable(self) -> str:
         missing = [name for name in ("typer", "rich", "tomli_w") if find_spec(name) is None]
         return f"the command line needs {', '.join(missing)}; pip install {' '.join(missing)}" if missing else ""
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             data, run, result = f"{folder}/data", f"{folder}/run", Path(folder) / "eval.json"
             recipe = str(Path(recipes.__file__).with_name("demo.toml"))

@@ -3,17 +3,19 @@
 Each edge is a function of a device that gives what is wrong; what is expected was derived by hand.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from segnet_scratch.errors import DataError, DTypeError, SegnetError, ShapeError
-from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.refusals import unrefused
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.ops.cases import Row
+from segnet_scratch.ops.cases import Refusal, Row
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS
 from segnet_scratch.ops.op import VOID
 from segnet_scratch.runtime.devices import Device
@@ -32,21 +34,15 @@ class Losses(Part):
         if any(row.op.name.startswith("cross_entropy") for row in rows):
             yield Work(self.name, device, "cross_entropy", 0, len(EDGES), seed, effort)
 
-    def do(self, work: Work) -> Tally:
-        tally = Tally()
+    def problems(self, work: Work, device: Device, tally: Tally) -> Problems:
         for edge, problems in EDGES.items():
             tally.counts["edges"] += 1
-            with np.errstate(all="ignore"), tally.attempt(work, work.target, edge):
-                for problem in problems(device_of(work)):
-                    tally.fail(work, work.target, edge, problem)
-        return tally
+            with tally.attempt(work, work.target, edge):
+                yield from (f"{edge}: {problem}" for problem in problems(device))
 
 
 def _edge(name: str) -> Callable[[Callable[[Device], Problems]], None]:
-    def register(problems: Callable[[Device], Problems]) -> None:
-        EDGES[name] = problems
-
-    return register
+    return functools.partial(EDGES.__setitem__, name)
 
 
 def _tensor(device: Device, logits: np.ndarray) -> Tensor:
@@ -149,10 +145,5 @@ def _unrefused(
     message: str,
 ) -> Problems:
     """A problem unless this error is raised, with these words."""
-    try:
-        cross_entropy(_tensor(device, logits), *arguments)  # type: ignore[arg-type]
-    except error as raised:
-        if message not in str(raised):
-            yield f"the error says {raised}; expected {message}"
-    else:
-        yield f"it was taken; expected {error.__name__}: {message}"
+    attempt = functools.partial(cross_entropy, _tensor(device, logits), *arguments)  # type: ignore[arg-type]
+    return unrefused(Refusal("cross_entropy", attempt, error, message))

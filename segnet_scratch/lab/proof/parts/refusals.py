@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
-from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Inputs, Refusal, Row
@@ -27,16 +27,12 @@ class Refusals(Part):
         for row in rows:
             yield Work(self.name, device, row.name, seed=seed, effort=effort)
 
-    def do(self, work: Work) -> Tally:
-        return self.prove(row_named(work.target), work, device_of(work))
-
-    def prove(self, row: Row, work: Work, device: Device) -> Tally:
-        """Proves a row, which need not be in the table."""
-        tally = Tally()
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
+        row = row_named(work.target)
         tally.counts["rows"] += 1
         for refusal in [*row.refusals(), *_element_types(row)]:
             tally.counts["plans"] += 1
-            self._expect(work, tally, refusal)
+            yield from unrefused(refusal)
         case = min(row.cases()[1:], key=lambda case: row.plan(case, row.elements[0]).bytes)
         op = row.plan(case, row.elements[0])
         inputs = row.inputs(op, case, row.generator(work.seed, 0))
@@ -45,21 +41,20 @@ class Refusals(Part):
         for reason, arrays, error, begin in _wrong_calls(op, inputs, device):
             tally.counts["calls"] += 1
             attempt = functools.partial(op, device, **arrays)
-            self._expect(work, tally, Refusal(reason, attempt, error, f"{op.name}: {begin}"))
-        return tally
+            yield from unrefused(Refusal(reason, attempt, error, f"{op.name}: {begin}"))
 
-    def _expect(self, work: Work, tally: Tally, refusal: Refusal) -> None:
-        try:
-            refusal.attempt()
-        except refusal.error as error:
-            if refusal.message not in str(error):
-                tally.fail(work, work.target, refusal.reason, f"the error says {error}; expected {refusal.message}")
-        except Exception as error:  # a traceback of another kind is a failure, too
-            found = f"{type(error).__name__}: {error}"
-            tally.fail(work, work.target, refusal.reason, f"{found}; expected {refusal.error.__name__}")
-        else:
-            expected = f"{refusal.error.__name__}: {refusal.message}"
-            tally.fail(work, work.target, refusal.reason, f"it was taken; expected {expected}")
+
+def unrefused(refusal: Refusal) -> Iterator[str]:
+    """A problem unless the error is raised, with the words, that are expected."""
+    try:
+        refusal.attempt()
+    except refusal.error as error:
+        if refusal.message not in str(error):
+            yield f"{refusal.reason}: the error says {error}; expected {refusal.message}"
+    except Exception as error:  # a traceback of another kind is a failure, too
+        yield f"{refusal.reason}: {type(error).__name__}: {error}; expected {refusal.error.__name__}"
+    else:
+        yield f"{refusal.reason}: it was taken; expected {refusal.error.__name__}: {refusal.message}"
 
 
 def _element_types(row: Row) -> Iterator[Refusal]:

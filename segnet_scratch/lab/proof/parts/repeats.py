@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from segnet_scratch.lab.proof.compare import run_guarded
-from segnet_scratch.lab.proof.parts.base import CaseRun, Part, RowPart, device_of
+from segnet_scratch.lab.proof.parts.base import CaseRun, Part, RowPart
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.lab.workbench.guards import FIRST, SECOND
@@ -51,15 +51,13 @@ class Training(Part):
     def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
         yield Work(self.name, device, "SegNet", 0, effort.runs, seed, effort)
 
-    def do(self, work: Work) -> Tally:
-        tally, steps = Tally(), work.effort.steps
-        case = f"{steps} steps at 32x32, width 1/16, seed {work.seed}"
-        with np.errstate(all="ignore"), tally.attempt(work, work.target, case):
-            hashes = [self._train(device_of(work), steps, work.seed) for _ in range(work.count)]
-            tally.counts.update({"runs": len(hashes), "steps each": steps})
-            if len(set(hashes)) > 1:
-                tally.fail(work, work.target, case, f"{len(set(hashes))} hashes in {len(hashes)} runs: {hashes}")
-        return tally
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
+        steps = work.effort.steps
+        hashes = [self._train(device, steps, work.seed) for _ in range(work.count)]
+        tally.counts.update({"runs": len(hashes), "steps each": steps})
+        if len(set(hashes)) > 1:
+            case = f"{steps} steps at 32x32, width 1/16"
+            yield f"{len(set(hashes))} hashes in {len(hashes)} runs of {case}: {hashes}"
 
     def _train(self, device: Device, steps: int, seed: int) -> str:
         rng = np.random.default_rng(seed)

@@ -6,16 +6,14 @@ Where there is no GPU the same runs at smaller sizes, so that the proof itself c
 from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from segnet_scratch.inference_step import InferenceStep
-from segnet_scratch.lab.proof.parts.base import Part, device_of
+from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.parts.repeats import hash_of
-from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Row
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic
 from segnet_scratch.step import TrainingStep, resolve
@@ -58,38 +56,14 @@ class Steps:
         return np.array(found)
 
 
-class StepPart(Part):
-    """One piece of work on a device, whatever the rows."""
-
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
-
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        if rows is ROWS:
-            yield Work(self.name, device, "SegNet", seed=seed, effort=effort)
-
-    def do(self, work: Work) -> Tally:
-        return self.prove(work, device_of(work))
-
-    def prove(self, work: Work, device: Device) -> Tally:
-        """Does it on a device, which may be one with a fault."""
-        tally = Tally()
-        with np.errstate(all="ignore"), tally.attempt(work, work.target, self.name):
-            for problem in self.problems(device, tally):
-                tally.fail(work, work.target, self.name, problem)
-        return tally
-
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
-        """What is wrong; what was run and measured goes to the tally."""
-        raise NotImplementedError
-
-
-class OtherDevices(StepPart):
+class OtherDevices(Part):
     """A narrow SegNet in float64."""
 
     name = "devices"
     proves = "training gives the losses of the other devices"
+    devices = ("cuda",)
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         def losses(device: Device) -> np.ndarray:
             model = SegNet(11, 1 / 8, device, seed=1, dtype=np.float64)
             return Steps(model, 2, (48, 48)).losses(20 if device.gpu else 5)
@@ -103,13 +77,14 @@ class OtherDevices(StepPart):
                 yield f"losses lie {difference} from those of {other}; expected at most {OTHER_DEVICES_LIMIT}"
 
 
-class Graphs(StepPart):
+class Graphs(Part):
     """The same steps one by one and as a replayed graph; with dropout, whose state lies on the device."""
 
     name = "graphs"
     proves = "replayed training steps give the bits of steps made one by one"
+    devices = ("cuda",)
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         size, width, replays = (64, 1 / 4, 20) if device.gpu else (32, 1 / 16, 2)
         eager, replayed = (
             Steps(SegNet(CLASSES, width, device, dropout=True, seed=1), 1, (size, size)) for _ in range(2)
@@ -133,13 +108,14 @@ class Graphs(StepPart):
             yield "the weights differ"
 
 
-class Engine(StepPart):
+class Engine(Part):
     """SegNet-Basic by both engines, each precision twice; on a GPU all steps but the first come from a graph."""
 
     name = "engine"
     proves = "the fused engine gives the layers' losses and logits, and the same bits again"
+    devices = ("cuda",)
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         size, width, count = ((96, 130), 1.0, 20) if device.gpu else ((16, 24), 1 / 8, 2)
 
         def losses(engine: str, precision: str) -> np.ndarray:
@@ -170,13 +146,14 @@ class Engine(StepPart):
         return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
-class Uploads(StepPart):
+class Uploads(Part):
     """Batches uploaded before each step, prefetched beside the step before, and lying on the device already."""
 
     name = "uploads"
     proves = "batches that are uploaded beside compute give the same losses"
+    devices = ("cuda",)
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         batch, size, count, rounds = (32, 224, 20, 4) if device.gpu else (2, 32, 3, 2)
         steps = {
             name: Steps(SegNet(CLASSES, 1 / 16, device, seed=1), batch, (size, size))
@@ -210,14 +187,15 @@ class Uploads(StepPart):
             yield f"losses uploaded {losses['uploaded']}, prefetched {losses['prefetched']}"
 
 
-class Timing(StepPart):
+class Timing(Part):
     """Nothing to pass: scripts/bench_vs_torch.py compares with PyTorch."""
 
     name = "timing"
     proves = "how long a training step takes"
+    devices = ("cuda",)
     long = True
 
-    def problems(self, device: Device, tally: Tally) -> Iterator[str]:
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         batch, size, width, count = (4, 224, 1.0, 20) if device.gpu else (1, 32, 1 / 8, 2)
         for engine, precision in dict.fromkeys(
             [("layers", "float32"), resolve(SegNet(CLASSES, width, device), "auto", "auto")]
