@@ -56,7 +56,7 @@ def test_a_mistake_is_said_by_both_and_mended_by_its_command(tmp_path, segnet, c
     with caplog.at_level(logging.WARNING):
         Trainer(Config(width=0.0625, size=32, batch=2, steps=1), root, tmp_path / "run", "numpy")
     assert finding.detail in caplog.text
-    command = re.search(r"segnet (data convert-masks .*')\.", finding.detail)[1]
+    command = re.search(r"segnet (data convert .*')\.", finding.detail)[1]
     command = shlex.split(command.replace("NEW", str(tmp_path / "new")))
     assert segnet(*command).code == 0
     dataset = VOCDataset(tmp_path / "new", "train")

@@ -15,13 +15,17 @@ from segnet_scratch.cli.data_tables import (
     transferred,
 )
 from segnet_scratch.data import VOCDataset, class_names, find_root, write_sample
-from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours
+from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours, voc_colours
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
-from segnet_scratch.data.convert_masks import convert_masks
+from segnet_scratch.data.conversion import by_id, draw_splits, write_dataset
+from segnet_scratch.data.convert_masks import convert_folders, convert_masks
 from segnet_scratch.data.download import install_sbd, install_voc2012
+from segnet_scratch.data.palette import class_palette
+from segnet_scratch.data.polygons import read_coco, read_labelme
 from segnet_scratch.data.relabel import Relabelling, parse_relabelling
 from segnet_scratch.data.statistics import class_statistics
 from segnet_scratch.data.verify import verify as run_verify
+from segnet_scratch.data.voc import split_files
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import write_durably
@@ -145,19 +149,38 @@ def show(
     say(f"{len(indices)} of the {len(dataset)} images of {split} in {out}")
 
 
-@data_app.command(name="convert-masks")
-def convert_masks_command(
-    directory: RootArgument,
+@data_app.command(name="convert-masks", hidden=True)  # what it was called when it took masks alone
+@data_app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A VOC root, a folder with images/ and masks/, one with LabelMe's JSON files, or COCO's JSON file.",
+            exists=True,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new data set.", file_okay=False)],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The classes, one a line; those that occur unless given.", dir_okay=False, exists=True
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the images of outlines lie, if not beside them.", exists=True),
+    ] = None,
+    val: Annotated[float, typer.Option(help="Share of the images for validation, where there are no lists.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of these.")] = 0,
     colours: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--colors",
             metavar="FILE|voc|camvid",
-            help="Which colour is which class: a file with lines of 'name r g b' (void for none), VOC's colours, or "
-            "CamVid's 32 as its usual 11 classes.",
+            help="Masks hold colours; which class each is: a file with lines of 'name r g b' (void for none), "
+            "VOC's (of a VOC root unless given), or CamVid's 32 as its usual 11 classes.",
         ),
-    ] = "voc",
+    ] = None,
     relabel: Annotated[
         str | None,
         typer.Option(
@@ -166,15 +189,40 @@ def convert_masks_command(
         ),
     ] = None,
 ) -> None:
-    """Write a copy of a data set whose masks hold colours, with class numbers in their place; or other numbers.
+    """Make a data set in VOC layout of masks (numbers or colours) or of outlines drawn with LabelMe, CVAT and others.
 
-    A colour that is not known is an error that names the masks, and how many pixels have it and where.
+    Examples: segnet data convert annotations/ DATA
+
+    segnet data convert instances.json DATA --images photos --val 0.3
+
+    What cannot be meant is an error that names the file and the entry, and nothing is written.
     """
-    table: ColourTable | Relabelling | None
-    if relabel is not None:
-        table = parse_relabelling(relabel, class_names(find_root(directory)))
-    else:
-        table = {"voc": lambda: None, "camvid": camvid_colours}.get(colours, lambda: read_colours(colours))()
+    folders = all((source / name).is_dir() for name in ("images", "masks"))
+    outlines = source.is_file() or (not folders and any(file.suffix.lower() == ".json" for file in source.iterdir()))
+    given = class_names(labels.parent, labels.name) if labels else None
     with watched(console, "convert") as watch:
-        masks = convert_masks(directory, out, table, progress=watch.update)
-    say(f"{masks} masks in {find_root(out)}")
+        if outlines:
+            names, pairs = (read_coco if source.is_file() else read_labelme)(source, given, images)
+            pairs = by_id(pairs)
+            splits = draw_splits(pairs, val, seed)
+            count = write_dataset(out, names, class_palette(names), pairs, splits, progress=watch.update)
+        else:
+            root = source if folders else find_root(source)
+            if folders and not (given or colours or (root / "labels.txt").is_file()):
+                raise DataError(
+                    f"{root}: no labels.txt says what the numbers in masks mean; give --labels or --colors."
+                )
+            known = given or class_names(root)
+            table: ColourTable | Relabelling
+            if relabel or (folders and not colours):
+                table = parse_relabelling(relabel or "0=0", known)
+            else:
+                tables = {"voc": lambda: voc_colours(known), "camvid": camvid_colours}
+                table = tables.get(colours or "voc", lambda: read_colours(colours or ""))()
+            if folders:
+                count = convert_folders(root, out, table, val, seed, watch.update)
+            else:
+                count = convert_masks(root, out, table, progress=watch.update)
+    found = {split: len(VOCDataset(out, split)) for split in split_files(out)}
+    say(f"{count} masks in {out}: {', '.join(f'{split} {images}' for split, images in found.items())} images")
+    say(f"classes: {', '.join(class_names(out))}; look closer with: segnet data verify {out}")

@@ -1,6 +1,6 @@
 """Data sets in PASCAL VOC's layout: reading and checking, transforms, batches, caches, a synthetic sample.
 
-Also here, each imported by its own name: `verify`, `download`, `convert_masks`, `contact_sheet`.
+Also here, each imported by its own name: `verify`, `download`, `convert_masks`, `polygons`, `contact_sheet`.
 """
 
 from segnet_scratch.data.annotations import read_annotation

@@ -1,31 +1,19 @@
-"""Masks that hold colours, converted to indexed ones: a new data set from one in VOC layout."""
+"""Masks that hold colours or other numbers, converted to indexed ones: a new data set from one in VOC layout."""
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from segnet_scratch.data.colours import Colour, ColourTable, Found, labels_from_colours, voc_colours
-from segnet_scratch.data.loader import ordered_map
-from segnet_scratch.data.palette import class_palette, save_indexed_png
+from segnet_scratch.data.conversion import Pair, by_id, draw_splits, write_dataset
+from segnet_scratch.data.palette import class_palette
 from segnet_scratch.data.pictures import decode, label_counts, mask_labels
 from segnet_scratch.data.relabel import Relabelling
-from segnet_scratch.data.voc import (
-    FOLDERS,
-    IMAGE_FOLDER,
-    MASK_FOLDER,
-    SPLIT_FOLDER,
-    VOCDataset,
-    class_names,
-    find_root,
-    split_files,
-)
+from segnet_scratch.data.voc import MASK_FOLDER, SPLIT_FOLDER, VOCDataset, class_names, find_root, split_files
 from segnet_scratch.errors import DataError
-from segnet_scratch.files import reason, whole_folder
+from segnet_scratch.files import visible_files
 
 _FILES_NAMED = 5
 _COLOURS_NAMED = 3  # of each file
@@ -48,61 +36,67 @@ def convert_masks(
     Raises DataError where `out` holds something, where files are missing or damaged, and for colours that the table
     lacks: the message tells the masks, and of each colour the pixels and the first place.
     """
-    root, out = find_root(source), Path(out)
+    root = find_root(source)
     table = table or voc_colours(class_names(root))
     splits = [VOCDataset(root, split) for split in split_files(root)]
     if not splits:
         raise DataError(f"{root / SPLIT_FOLDER}: expected lists such as train.txt, got none; name the images in one.")
     pairs = {
-        name: (split.image_path(index), split.mask_path(index))
+        name: Pair(split.image_path(index), partial(_labels, split.mask_path(index), table))
         for split in splits
         for index, name in enumerate(split.ids)
     }
-    workers = workers if workers is not None else os.cpu_count() or 1
-    problems: list[str] = []
-    try:
-        with whole_folder(out) as folder:
-            for name in FOLDERS:
-                (folder / name).mkdir(parents=True)
-            palette = _palette(splits[0], table)
-            convert = partial(_convert, folder, table, palette)
-            with closing(ordered_map(convert, pairs.values(), workers, ahead=4 * workers)) as results:
-                for done, problem in enumerate(results, start=1):
-                    problems += [problem] if problem else []
-                    progress(done, len(pairs))
-            if problems:
-                raise _lacking(root / MASK_FOLDER, problems, len(pairs), isinstance(table, ColourTable))
-            for split in splits:
-                path = folder / SPLIT_FOLDER / f"{split.split}.txt"
-                path.write_text("\n".join(split.ids) + "\n", encoding="utf-8")
-            (folder / "labels.txt").write_text("\n".join(table.names) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{error.filename2 or error.filename or out}: {reason(error)}.") from error
-    return len(pairs)
-
-
-def _palette(dataset: VOCDataset, table: ColourTable | Relabelling) -> np.ndarray:
-    """The colours of the new labels, uint8 (256, 3)."""
     if isinstance(table, ColourTable):
-        return table.palette
-    return class_palette(table.names, dataset.palette[list(table.kept)].tolist())
-
-
-def _convert(folder: Path, table: ColourTable | Relabelling, palette: np.ndarray, paths: tuple[Path, Path]) -> str:
-    """Copies the image and writes the mask into `folder`; returns what is said of what the table lacks."""
-    image, mask = paths
-    shutil.copyfile(image, folder / IMAGE_FOLDER / image.name)
-    if isinstance(table, ColourTable):
-        labels, missing = labels_from_colours(_colours(mask), table)
-        if missing:
-            return _unknown(mask, missing)
+        palette = table.palette
     else:
-        labels = mask_labels(mask, decode(mask, "mask"))
+        palette = class_palette(table.names, splits[0].palette[list(table.kept)].tolist())
+    lists = {split.split: split.ids for split in splits}
+    lacking = partial(_lacking, root / MASK_FOLDER, len(pairs), isinstance(table, ColourTable))
+    return write_dataset(Path(out), table.names, palette, pairs, lists, False, workers, progress, lacking)
+
+
+def convert_folders(
+    source: Path,
+    out: Path,
+    table: ColourTable | Relabelling,
+    val: float,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes a folder with `images/` and `masks/`, of the same names, to `out` in VOC layout; as `convert_masks`.
+
+    The lists are drawn: see `draw_splits`.
+    """
+    images, masks = ({path.stem: path for path in visible_files(source / name)} for name in ("images", "masks"))
+    if alone := images.keys() ^ masks.keys():
+        name = min(alone)
+        raise DataError(
+            f"{images.get(name) or masks[name]}: has no counterpart in {'masks' if name in images else 'images'}/ "
+            f"({len(alone)} such files); add it, or move it away."
+        )
+    pairs = by_id({name: Pair(path, partial(_labels, masks[name], table)) for name, path in images.items()})
+    palette = table.palette if isinstance(table, ColourTable) else class_palette(table.names, None)
+    lacking = partial(_lacking, source / "masks", len(pairs), isinstance(table, ColourTable))
+    splits = draw_splits(pairs, val, seed)
+    return write_dataset(out, table.names, palette, pairs, splits, progress=progress, lacking=lacking)
+
+
+def _labels(path: Path, table: ColourTable | Relabelling, size: tuple[int, int]) -> np.ndarray | str:
+    """The labels of a mask, uint8 (H, W); or what is said of what the table lacks."""
+    if isinstance(table, ColourTable):
+        labels, missing = labels_from_colours(_colours(path), table)
+        if missing:
+            return _unknown(path, missing)
+    else:
+        labels = mask_labels(path, decode(path, "mask"))
         if wrong := np.flatnonzero(label_counts(labels) * ~table.known).tolist():
-            return f"  {mask.name}: {', '.join(map(str, wrong))}"
+            return f"  {path.name}: {', '.join(map(str, wrong))}"
         labels = table.lookup[labels]
-    save_indexed_png(folder / MASK_FOLDER / mask.name, labels, palette)
-    return ""
+    if any(size) and labels.shape != size:
+        raise DataError(
+            f"{path}: mask of {labels.shape} (height, width), its image has {size}; both need the same size."
+        )
+    return labels
 
 
 def _colours(path: Path) -> np.ndarray:
@@ -131,7 +125,7 @@ def _unknown(path: Path, missing: Mapping[Colour, Found]) -> str:
     return f"  {path.name}: {'; '.join(named)}{more}"
 
 
-def _lacking(folder: Path, problems: list[str], masks: int, colours: bool) -> DataError:
+def _lacking(folder: Path, masks: int, colours: bool, problems: list[str]) -> DataError:
     more = [f"  and {len(problems) - _FILES_NAMED} more masks"] if len(problems) > _FILES_NAMED else []
     fix = (
         "Add the colours to the table (as void, if they mean nothing), or correct the masks: many colours at few "

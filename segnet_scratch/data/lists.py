@@ -57,13 +57,15 @@ def parse_split(path: Path) -> tuple[list[str], list[Finding]]:
     return list(ids), findings
 
 
-def parse_labels(root: Path) -> tuple[tuple[str, ...], tuple[Colour, ...] | None, list[Finding]]:
+def parse_labels(
+    root: Path, file: str = "labels.txt"
+) -> tuple[tuple[str, ...], tuple[Colour, ...] | None, list[Finding]]:
     """The class names in a data set's labels.txt, or VOC's 21 where there is no such file; and what is wrong with it.
 
     A line is a name, or `name r g b` (or `r g b name`): between the two, the colours of the classes where the lines
     give them, else None. Blank lines are skipped. Where an error is found the names are what could be read of them.
     """
-    path = root / "labels.txt"
+    path = root / file
     if not path.exists():
         return VOC_CLASSES, None, _absent(path)
     text, findings = _read(path, "labels-unreadable")

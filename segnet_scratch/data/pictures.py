@@ -180,7 +180,7 @@ def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
             path,
             f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}"
             f"{', a colour-coded mask' if colours else ''}; replace every colour by the number of its class and save "
-            f"it as an indexed PNG{' (segnet data convert-masks does)' if colours else ''}.",
+            f"it as an indexed PNG{' (segnet data convert does)' if colours else ''}.",
         ).error
     mask = np.array(picture, dtype=np.uint8)
     if picture.mode == "L":
@@ -241,7 +241,7 @@ def _ways_out(path: Path, label: int, classes: int) -> str:
 
 def convert_command(root: Path, relabelling: str) -> str:
     """The command that gives the masks of a data set other numbers."""
-    return f"segnet data convert-masks {root} NEW --relabel '{relabelling}'."
+    return f"segnet data convert {root} NEW --relabel '{relabelling}'."
 
 
 def palette_of(picture: Image.Image) -> bytes | None:

@@ -1,4 +1,4 @@
-"""New numbers for the labels of masks: what `segnet data convert-masks --relabel` is told."""
+"""New numbers for the labels of masks: what `segnet data convert --relabel` is told."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -59,17 +59,17 @@ def possible_roots(path: Path) -> tuple[Path, ...]:
     return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
 
 
-def class_names(root: Path) -> tuple[str, ...]:
+def class_names(root: Path, file: str = "labels.txt") -> tuple[str, ...]:
     """Names of the classes by label: those in `root/labels.txt`, or VOC's 21 where there is no such file.
 
     A line is a name, or `name r g b` with the colour of the class. Blank lines are skipped. Raises DataError for a file
     without names, with a name twice, or with more than 255 names (label 255 is void).
     """
-    return _names_and_colours(root)[0]
+    return _names_and_colours(root, file)[0]
 
 
-def _names_and_colours(root: Path) -> tuple[tuple[str, ...], tuple[Colour, ...] | None]:
-    names, colours, findings = parse_labels(root)
+def _names_and_colours(root: Path, file: str = "labels.txt") -> tuple[tuple[str, ...], tuple[Colour, ...] | None]:
+    names, colours, findings = parse_labels(root, file)
     if findings:
         raise findings[0].error
     return names, colours

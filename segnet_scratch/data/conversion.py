@@ -1,0 +1,109 @@
+"""A new data set in VOC layout from one of another kind: images, masks, lists and names, whole or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from segnet_scratch.data.loader import ordered_map
+from segnet_scratch.data.palette import save_indexed_png
+from segnet_scratch.data.pictures import orientation, read_image
+from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, mask_file
+from segnet_scratch.errors import DataError
+from segnet_scratch.files import reason, whole_folder
+
+
+class Pair(NamedTuple):
+    """An image, and what makes the mask of an image of a size (height, width): uint8, or in words why it cannot."""
+
+    image: Path
+    mask: Callable[[tuple[int, int]], np.ndarray | str]
+
+
+def write_dataset(
+    out: Path,
+    names: Sequence[str],
+    palette: np.ndarray,
+    pairs: Mapping[str, Pair],
+    splits: Mapping[str, Sequence[str]],
+    upright: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    lacking: Callable[[list[str]], DataError] = lambda problems: DataError("\n".join(problems)),
+) -> int:
+    """Writes these pairs, by id, to `out`, which appears whole or not at all; returns their number.
+
+    palette: colours of the labels, uint8 (256, 3). splits: ids by the name of their list. upright: images are turned as
+    their EXIF data ask for, as every program shows them in which masks are drawn; what is no JPEG or PNG becomes one.
+    Else they are copied. Raises DataError for files that cannot be read or written, and `lacking` of what masks say.
+    """
+    workers = workers if workers is not None else os.cpu_count() or 1
+    problems: list[str] = []
+
+    def convert(item: tuple[str, Pair]) -> str:
+        name, pair = item
+        size = _write_upright(pair.image, folder / IMAGE_FOLDER, name) if upright else (0, 0)
+        if not upright:
+            shutil.copyfile(pair.image, folder / IMAGE_FOLDER / pair.image.name)
+        labels = pair.mask(size)
+        if isinstance(labels, str):
+            return labels
+        save_indexed_png(mask_file(folder, name), labels, palette)
+        return ""
+
+    try:
+        with whole_folder(out) as folder:
+            for part in FOLDERS:
+                (folder / part).mkdir(parents=True)
+            with closing(ordered_map(convert, pairs.items(), workers, ahead=4 * workers)) as results:
+                for done, problem in enumerate(results, start=1):
+                    problems += [problem] if problem else []
+                    progress(done, len(pairs))
+            if problems:
+                raise lacking(problems)
+            for split, ids in splits.items():
+                (folder / SPLIT_FOLDER / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+            (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{error.filename2 or error.filename or out}: {reason(error)}.") from error
+    return len(pairs)
+
+
+def draw_splits(ids: Iterable[str], val: float, seed: int) -> dict[str, list[str]]:
+    """Lists train, val and trainval: a share `val` of the ids, drawn by `seed`, is for validation, at least one."""
+    ids = sorted(ids)
+    count = max(1, round(val * len(ids)))
+    if not 0 < val < 1 or count >= len(ids):
+        raise DataError(f"a share of {val} of {len(ids)} images for validation: expected some, and not all.")
+    chosen = set(np.random.default_rng(seed).permutation(ids)[:count])
+    parts = {"train": [name for name in ids if name not in chosen], "val": [name for name in ids if name in chosen]}
+    return {**parts, "trainval": ids}
+
+
+def by_id(images: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs by ids fit for lists: what may not stand in one becomes `_`. DataError where two become one."""
+    found: dict[str, Pair] = {}
+    for name, pair in images.items():
+        new = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
+        if new in found:
+            raise DataError(f"{pair.image}: its id would be {new}, as that of {found[new].image}; rename one of them.")
+        found[new] = pair
+    return found
+
+
+def _write_upright(source: Path, folder: Path, name: str) -> tuple[int, int]:
+    """Copies a JPEG or PNG that stands upright, makes a PNG of any other picture; returns (height, width)."""
+    pixels = read_image(source, for_prediction=True)
+    with Image.open(source) as picture:
+        kind = picture.format if orientation(picture)[0] == 1 else ""
+    if kind in ("JPEG", "PNG"):
+        shutil.copyfile(source, folder / f"{name}.{'jpg' if kind == 'JPEG' else 'png'}")
+    else:
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return pixels.shape[0], pixels.shape[1]
