@@ -19,12 +19,18 @@
 // the memory traffic, and a channel's error in the last bit would reach every pixel of it, and there turn a near tie of
 // a max-pool into another position.
 //
-// Threads: common/columns.cuh; the merges take one thread a channel.
+// Threads: common/columns.cuh; the merges take one thread a channel. 8 loads of a thread are under way at once, 64 KB of
+// float32 for 2048 threads on a multiprocessor, where 29 are needed (common/in_flight.cuh). Not measured.
 #include "common/columns.cuh"
 #include "common/moments.cuh"
 
+template <class T>
+struct Two {
+    T first, second;
+};
+
 // Launch: grid ((c + 31) / 32, chunks), block (32, 8)
-extern "C" __global__ void batch_norm_partial_statistics(
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 4) batch_norm_partial_statistics(
     const storage_t* __restrict__ x,  // (rows, c)
     double* __restrict__ partials,    // (chunks, 2, c): mean, M2
     int64 rows, int c, int chunks, int64 rows_per_chunk) {
@@ -41,15 +47,24 @@ extern "C" __global__ void batch_norm_partial_statistics(
     partial[c] = moments.m2;
 }
 
+// What is loaded: of two maps, and of the partial results of a channel.
+__device__ inline auto of_both(const storage_t* x, const storage_t* dy) {
+    return [=](int64 i) { return Two<storage_t>{load_here(x + i), load_here(dy + i)}; };
+}
+__device__ inline auto of_chunk(const double* partials, int c, int channel) {
+    return [=](int64 chunk) {
+        const double* const partial = partials + chunk * 2 * c + channel;
+        return Two<double>{load_here(partial), load_here(partial + c)};
+    };
+}
+
 __device__ inline Moments merged_chunks(
     const double* partials, int channel, int64 rows, int c, int chunks, int64 rows_per_chunk) {
     Moments total = {0, 0, 0};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int64 begin = chunk * rows_per_chunk;
-        const int64 count = rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk;
-        const double* const partial = partials + (int64)chunk * 2 * c + channel;
-        total.merge({(double)count, partial[0], partial[c]});
-    }
+    for_each_in_flight<8>(0, chunks, 1, of_chunk(partials, c, channel), [&](int64 chunk, const Two<double>& partial) {
+        const int64 count = min(rows - chunk * rows_per_chunk, rows_per_chunk);
+        total.merge({(double)count, partial.first, partial.second});
+    });
     return total;
 }
 
@@ -129,14 +144,13 @@ extern "C" __global__ void batch_norm_forward(
     if (slice.channel >= c) return;
     const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel] * weight[slice.channel];
     const accumulate_t offset = bias[slice.channel];
-    for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
-        const int64 i = row * c + slice.channel;
-        y[i] = (x[i] - shift) * scale + offset;
-    }
+    slice.for_each<8>(
+        c, [&](int64 i) { return load_here(x + i); },
+        [&](int64 i, storage_t value) { y[i] = (value - shift) * scale + offset; });
 }
 
 // Launch: grid ((c + 31) / 32, chunks), block (32, 8)
-extern "C" __global__ void batch_norm_backward_partial(
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 4) batch_norm_backward_partial(
     const storage_t* __restrict__ x,           // (rows, c)
     const storage_t* __restrict__ dy,          // (rows, c)
     const accumulate_t* __restrict__ mean,     // (c)
@@ -148,11 +162,10 @@ extern "C" __global__ void batch_norm_backward_partial(
     double sum_dy = 0, sum_dy_xhat = 0;
     if (slice.channel < c) {
         const accumulate_t shift = mean[slice.channel], scale = inv_std[slice.channel];
-        for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
-            const int64 i = row * c + slice.channel;
-            sum_dy += dy[i];
-            sum_dy_xhat += (double)dy[i] * ((x[i] - shift) * scale);
-        }
+        slice.for_each<4>(c, of_both(x, dy), [&](int64, const Two<storage_t>& both) {
+            sum_dy += both.second;
+            sum_dy_xhat += (double)both.second * ((both.first - shift) * scale);
+        });
     }
     lanes[0][threadIdx.y][threadIdx.x] = sum_dy;
     lanes[1][threadIdx.y][threadIdx.x] = sum_dy_xhat;
@@ -171,11 +184,10 @@ extern "C" __global__ void batch_norm_backward_merge(
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
     double sum_dy = 0, sum_dy_xhat = 0;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const double* const partial = partials + (int64)chunk * 2 * c + channel;
-        sum_dy += partial[0];
-        sum_dy_xhat += partial[c];
-    }
+    for_each_in_flight<8>(0, chunks, 1, of_chunk(partials, c, channel), [&](int64, const Two<double>& partial) {
+        sum_dy += partial.first;
+        sum_dy_xhat += partial.second;
+    });
     dweight[channel] = sum_dy_xhat;
     dbias[channel] = sum_dy;
 }
@@ -227,9 +239,8 @@ extern "C" __global__ void batch_norm_backward(
     const accumulate_t gain = weight[slice.channel] * scale;
     const accumulate_t mean_dy = training ? (accumulate_t)dbias[slice.channel] / rows : 0;
     const accumulate_t mean_dy_xhat = training ? (accumulate_t)dweight[slice.channel] / rows : 0;
-    for (int64 row = slice.first_row; row < slice.end_row; row += ROW_LANES) {
-        const int64 i = row * c + slice.channel;
-        const accumulate_t xhat = (x[i] - shift) * scale;
-        dx[i] = gain * (dy[i] - mean_dy - xhat * mean_dy_xhat);
-    }
+    slice.for_each<4>(c, of_both(x, dy), [&](int64 i, const Two<storage_t>& both) {
+        const accumulate_t xhat = (both.first - shift) * scale;
+        dx[i] = gain * (both.second - mean_dy - xhat * mean_dy_xhat);
+    });
 }

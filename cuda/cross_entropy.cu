@@ -21,10 +21,12 @@
 // here, so that it cannot read outside; it is refused, by name, before it reaches a kernel.
 //
 // Sums are carried in double: a float stops counting pixels at 2^24. Every block makes a partial result in a fixed
-// order, three threads add the partials in the order of the blocks; the grid depends on the shape alone.
-// Threads: one pixel each, grid-stride. A thread reads its `classes` neighbouring logits one after the other.
+// order, which one block adds up; the grid depends on the shape alone.
+// Threads: one pixel each, whose logits pass through shared memory (common/staged.cuh): of 21 float32 classes eight numbers of
+// each of 1280 threads are under way, 41 KB on a multiprocessor, where 29 are needed. Not measured.
 #include "common/reduce.cuh"
 #include "common/softmax.cuh"
+#include "common/staged.cuh"
 
 #define THREADS 256
 
@@ -42,10 +44,9 @@ extern "C" __global__ void cross_entropy_partial(
     double* __restrict__ partials,                         // (blocks, 3): weighted loss, weights, valid pixels
     int64 pixels, int classes, int blocks, double smoothing) {
     double loss = 0, weights = 0, valid = 0;
-    FOR_EACH_INDEX(pixel, pixels) {
+    block_for_each_staged<THREADS>(logits, (storage_t*)nullptr, pixels, classes, [&](const storage_t* z, int64 pixel) {
         const int label = labels[pixel];
-        if (label >= classes) continue;
-        const storage_t* const z = logits + pixel * classes;
+        if (label >= classes) return;
         const double weight = weight_of(class_weights, label);
         const LogSoftmax log_softmax = log_softmax_of(z, classes);
         loss -= (1 - smoothing) * weight * log_softmax.of(z[label]);
@@ -56,7 +57,7 @@ extern "C" __global__ void cross_entropy_partial(
         }
         weights += weight;
         valid += 1;
-    }
+    });
     loss = block_sum<THREADS>(loss);
     weights = block_sum<THREADS>(weights);
     valid = block_sum<THREADS>(valid);
@@ -67,22 +68,22 @@ extern "C" __global__ void cross_entropy_partial(
     }
 }
 
+// Launch: grid 1, block THREADS
 extern "C" __global__ void cross_entropy_merge(
     const double* __restrict__ partials,  // (blocks, 3)
     double* __restrict__ sums,            // (3): weighted loss, weights, valid pixels
     storage_t* __restrict__ loss,         // (1)
     int blocks, int divisor) {
-    SHARED_ARRAY(double, totals, [3]);
-    if (threadIdx.x < 3) {
-        double total = 0;
-        for (int block = 0; block < blocks; ++block) total += partials[block * 3 + threadIdx.x];
-        totals[threadIdx.x] = total;
-        sums[threadIdx.x] = total;
+    for (int i = 0; i < 3; ++i) {
+        double own = 0;
+        for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block * 3 + i];
+        const double total = block_sum<THREADS>(own);
+        if (threadIdx.x == 0) sums[i] = total;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) loss[0] = (storage_t)(totals[0] * reciprocal_of(totals, divisor));
+    if (threadIdx.x == 0) loss[0] = (storage_t)(sums[0] * reciprocal_of(sums, divisor));
 }
 
+// Launch: any grid, block THREADS
 extern "C" __global__ void cross_entropy_backward(
     const storage_t* __restrict__ logits,                  // (pixels, classes)
     const uint8* __restrict__ labels,                      // (pixels)
@@ -92,16 +93,14 @@ extern "C" __global__ void cross_entropy_backward(
     storage_t* __restrict__ dlogits,                       // (pixels, classes)
     int64 pixels, int classes, int divisor, double smoothing) {
     const LogitGradient<storage_t> gradient(class_weights, classes, dloss[0] * reciprocal_of(sums, divisor), smoothing);
-    FOR_EACH_INDEX(pixel, pixels) {
+    block_for_each_staged<THREADS>(logits, dlogits, pixels, classes, [&](storage_t* z, int64 pixel) {
         const int label = labels[pixel];
-        const storage_t* const z = logits + pixel * classes;
-        storage_t* const dz = dlogits + pixel * classes;
         if (label >= classes) {
-            for (int k = 0; k < classes; ++k) dz[k] = 0;
-            continue;
+            for (int k = 0; k < classes; ++k) z[k] = 0;
+            return;
         }
         const accumulate_t factor = gradient.factor(label);
         const LogSoftmax log_softmax = log_softmax_of(z, classes);
-        for (int k = 0; k < classes; ++k) dz[k] = gradient.of(k, label, factor, exp(log_softmax.of(z[k])));
-    }
+        for (int k = 0; k < classes; ++k) z[k] = gradient.of(k, label, factor, exp(log_softmax.of(z[k])));
+    });
 }

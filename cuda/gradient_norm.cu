@@ -9,12 +9,13 @@
 // second launch one thread a parameter adds its chunks in their order, and thread 0 the parameters in theirs: the order
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
 // infinity anywhere makes the norm one.
+#include "common/in_flight.cuh"
 #include "common/reduce.cuh"
 
 #define THREADS 256
 
 // Launch: by its op only, because `addresses` holds pointers
-extern "C" __global__ void gradient_norm_partial(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) gradient_norm_partial(
     const uint64* __restrict__ addresses,     // (parameters)
     const int64* __restrict__ sizes,          // (parameters)
     const int* __restrict__ chunk_parameter,  // (chunks)
@@ -26,13 +27,15 @@ extern "C" __global__ void gradient_norm_partial(
     const int64 begin = chunk_start[blockIdx.x], size = sizes[parameter];
     const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
     double sum = 0;
-    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) sum += (double)g[i] * (double)g[i];
+    for_each_in_flight<8>(
+        begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },
+        [&](int64, storage_t value) { sum += (double)value * (double)value; });
     sum = block_sum<THREADS>(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
 // Launch: grid 1, block THREADS
-extern "C" __global__ void gradient_norm_merge(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_norm_merge(
     const double* __restrict__ partials,  // (chunks)
     const int* __restrict__ first_chunk,  // (parameters + 1)
     double* __restrict__ squares,         // (parameters)
@@ -41,13 +44,17 @@ extern "C" __global__ void gradient_norm_merge(
     int parameters, int chunks, double largest) {
     for (int parameter = threadIdx.x; parameter < parameters; parameter += blockDim.x) {
         double sum = 0;
-        for (int chunk = first_chunk[parameter]; chunk < first_chunk[parameter + 1]; ++chunk) sum += partials[chunk];
+        for_each_in_flight<16>(
+            first_chunk[parameter], first_chunk[parameter + 1], 1,
+            [&](int64 chunk) { return load_here(partials + chunk); }, [&](int64, double partial) { sum += partial; });
         squares[parameter] = sum;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
     double total = 0;
-    for (int parameter = 0; parameter < parameters; ++parameter) total += squares[parameter];
+    for_each_in_flight<16>(
+        0, parameters, 1, [&](int64 parameter) { return load_here(squares + parameter); },
+        [&](int64, double square) { total += square; });
     const double length = sqrt(total);
     norm[0] = length;
     if (scale[0] != scale[0]) return;  // an earlier step has failed

@@ -5,11 +5,18 @@
 // A table of addresses takes the place of array arguments: addresses[p] = {w, g, m} of parameter p. Parameters are cut
 // into chunks; block b works on elements chunk_start[b] ... of parameter chunk_parameter[b]. The learning rate and
 // the scale of the gradients (gradient_norm.cu) lie in device memory: they change between launches of a captured graph.
-// Threads: elements of a chunk, stride blockDim.x. Element-wise: no order to depend on.
+// Threads: elements of a chunk, stride blockDim.x, four at a time. Element-wise: no order to depend on.
+//
+// 20 bytes move for each float32 element, 12 of them read: four elements of 1536 resident threads are 74 KB under way on a
+// multiprocessor, where 29 are needed (common/in_flight.cuh). Not measured.
 //
 // A scale of NaN says that the gradients are not finite. Then nothing moves, and `keep_finite` takes back what the
 // forward pass has done to the running statistics: without a look from the host a failed step leaves no trace.
-#include "common/types.cuh"
+#include "common/in_flight.cuh"
+
+struct Element {
+    storage_t w, g, m;
+};
 
 // Launch: by its op only, because `addresses` holds pointers
 extern "C" __global__ void sgd_step(
@@ -31,11 +38,12 @@ extern "C" __global__ void sgd_step(
     const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
     const accumulate_t rate = (accumulate_t)(lr[0] * rates[parameter]), decay = (accumulate_t)decays[parameter];
     const accumulate_t keep = (accumulate_t)momentum, factor = (accumulate_t)scale[0];
-    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        const accumulate_t value = w[i], velocity = keep * m[i] + (factor * g[i] + decay * value);
+    auto load = [&](int64 i) { return Element{load_here(w + i), load_here(g + i), load_here(m + i)}; };
+    for_each_in_flight<4>(begin + threadIdx.x, end, blockDim.x, load, [&](int64 i, const Element& old) {
+        const accumulate_t value = old.w, velocity = keep * old.m + (factor * old.g + decay * value);
         m[i] = velocity;
         w[i] = value - rate * velocity;
-    }
+    });
 }
 
 // kept = array where the step went well, else array = kept. addresses[p] = {array, kept}.

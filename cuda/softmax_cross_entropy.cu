@@ -5,19 +5,21 @@
 // whose gradient is 0. The gradient needs the normaliser first, which depends on the labels alone (1 byte a pixel):
 // they are counted before.
 //
-// Every logit is read once and every gradient written once, by way of shared memory: neighbouring threads move
-// neighbouring pieces, and then each thread has a pixel for itself. Its three passes (maximum, sum of exponentials,
-// gradient, which takes the logits' place) meet shared memory alone. A pixel begins an odd number of pieces after the
-// one before, so that eight threads, which is what 16-byte accesses go by, meet every bank once.
+// Every logit is read once and every gradient written once, by way of shared memory (common/staged.cuh). A thread's three
+// passes over its pixel (maximum, sum of exponentials, gradient, which takes the logits' place) meet shared memory alone.
+//
+// 16x224x224 of 24 bfloat16 logits are 77 MB read and written, 23 us at 80 % of an H200's 4.25 TB/s. Registers leave
+// room for five blocks of 256 threads with three pieces under way: 61 KB on a multiprocessor, where 29 are needed. Not measured as
+// it is; the loss took 70 us before, with its four launches.
 //
 // Sums are carried in double: blocks make partial results in a fixed order, which one block adds up. The grid depends on
 // the shape alone. Threads: a piece, or a pixel, each; a block takes its share of pixels in steps of as many as fit.
 #include "common/piece.cuh"
 #include "common/reduce.cuh"
 #include "common/softmax.cuh"
+#include "common/staged.cuh"
 
 #define THREADS 256
-#define STAGE (THREADS * 7)  // 28 KiB: a pixel a thread up to 28 float32 or 56 bfloat16 channels; else fewer
 
 // partials[block][number] of this block.
 template <int COUNT>
@@ -35,12 +37,13 @@ extern "C" __global__ void softmax_cross_entropy_count(
     double* __restrict__ partials,                     // (blocks, 2): weights, valid pixels
     int64 pixels, int classes, int blocks) {
     double own[2] = {0, 0};
-    FOR_EACH_INDEX(pixel, pixels) {
-        const int label = labels[pixel];
-        if (label >= classes) continue;
-        own[0] += weight_of(class_weights, label);
-        own[1] += 1;
-    }
+    for_each_of_grid<4>(
+        pixels, [&](int64 pixel) { return load_here(labels + pixel); },
+        [&](int64, int label) {
+            if (label >= classes) return;
+            own[0] += weight_of(class_weights, label);
+            own[1] += 1;
+        });
     block_store_sums(own, partials);
 }
 
@@ -111,25 +114,13 @@ extern "C" __global__ void softmax_cross_entropy(
     storage_t* __restrict__ dlogits,                   // (pixels, padded)
     double* __restrict__ partials,                     // (blocks, 1): weighted loss
     int64 pixels, int classes, int padded, int blocks, double smoothing) {
-    SHARED_ARRAY(Piece, stage, [STAGE]);
     const LogitGradient<float> gradient(class_weights, classes, reciprocal[0], smoothing);
-    const int pieces = padded / PIECE, stride = pieces | 1;
-    const int at_once = min(THREADS, STAGE / stride);
+    const int pieces = padded / PIECE;
     double own[1] = {0};
-    for (int64 first = (int64)blockIdx.x * at_once; first < pixels; first += (int64)gridDim.x * at_once) {
-        const int count = (int)min((int64)at_once, pixels - first);
-        const Piece* const from = (const Piece*)(logits + first * padded);
-        for (int i = threadIdx.x; i < count * pieces; i += THREADS) stage[i / pieces * stride + i % pieces] = from[i];
-        __syncthreads();
-        if (threadIdx.x < count) {
-            const int label = labels[first + threadIdx.x];
-            own[0] += loss_to_gradient(stage + threadIdx.x * stride, label, classes, pieces, gradient);
-        }
-        __syncthreads();
-        // What a thread stores here is where it loads next: no barrier lies between.
-        Piece* const to = (Piece*)(dlogits + first * padded);
-        for (int i = threadIdx.x; i < count * pieces; i += THREADS) to[i] = stage[i / pieces * stride + i % pieces];
-    }
+    block_for_each_staged<THREADS>(
+        (const Piece*)logits, (Piece*)dlogits, pixels, pieces, [&](Piece* pixel, int64 number) {
+            own[0] += loss_to_gradient(pixel, labels[number], classes, pieces, gradient);
+        });
     block_store_sums(own, partials);
 }
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from support.kernels import needs_compiler
-from support.machine_code import instructions_of, needs_disassembler
+from support.machine_code import instructions_of, loads_before_a_use, needs_disassembler
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.lab.proof.compare import same_bits
@@ -236,24 +236,6 @@ LOADED = {
 }
 
 
-def loads_before_a_use(code):
-    """The most LDG.E.128 that begin before an instruction reads what the first of them brings."""
-    most, waiting = 0, []
-    for name, registers in code:
-        if name.startswith("LDG.E.128"):
-            waiting.append(registers[0])
-            continue
-        if any(first <= register < first + 4 for first in waiting for register in registers):
-            most, waiting = max(most, len(waiting)), []
-    return max(most, len(waiting))
-
-
-def test_loads_are_counted_up_to_the_first_use():
-    load = [("LDG.E.128", [8, 2]), ("IADD3", [2, 2]), ("LDG.E.128.CONSTANT", [12, 2])]
-    assert loads_before_a_use([*load, ("FADD", [20, 11, 30])]) == 2
-    assert loads_before_a_use([load[0], ("FADD", [20, 11, 30]), load[2], ("FADD", [20, 12, 30])]) == 1
-
-
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
@@ -270,7 +252,7 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     # Word by word come the numbers of the channels alone: a piece of each, once.
     narrow = {n: k for n, k in names.items() if n.startswith("LDG") and ".128" not in n and codes not in n}
     assert narrow == ({"LDG.E.CONSTANT": channel_numbers * piece} if channel_numbers else {})
-    assert loads_before_a_use(code) >= loads
+    assert loads_before_a_use(code, "LDG.E.128") >= loads
     (compiled,) = compile_all([find_kernel(kernel).source], [architecture], [element])
     (registers,) = (usage.registers for usage in compiled.usages if usage.kernel == kernel)
     assert registers <= 65536 // (resident * Share.THREADS)

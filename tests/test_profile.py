@@ -477,8 +477,8 @@ def test_the_counts_of_a_ladder_by_hand():
 def test_a_ladder_on_every_device(name, request, quick):
     device = device_of(name, request)
     found = measure.profile_op("max_pool", (1, 5, 6, 3), None, 3, device, How(3))
-    pieces = [] if name == "numpy" else ["max_pool_forward_pieces"]  # NumPy has one way, whatever the rung
-    assert [run.layer for run in found.runs] == ["max_pool_forward", *pieces, "max_pool_backward"]
+    scalar = [] if name == "numpy" else ["max_pool_forward_scalar"]  # NumPy has one way, whatever the rung
+    assert [run.layer for run in found.runs] == ["max_pool_forward", *scalar, "max_pool_backward"]
     assert all(len(run.times) == 3 and run.seconds > 0 for run in found.runs)
     rungs = [row.name for row in ladder.rows_of("conv2d", device)]
     assert len(rungs) == (4 if name == "numpy" else 19)

@@ -5,7 +5,7 @@
 //
 // Never E[x^2] - E[x]^2: of a mean of 1000 and a deviation of 1, float32 would leave one digit.
 #pragma once
-#include "types.cuh"
+#include "in_flight.cuh"
 
 struct Moments {
     double count, mean, m2;
@@ -23,11 +23,13 @@ __device__ inline Moments moments_of(const storage_t* x, int64 first, int64 end,
     if (first >= end) return {0, 0, 0};
     const double pivot = x[first * c + channel];
     double count = 0, sum = 0, squares = 0;
-    for (int64 row = first; row < end; row += step) {
-        const double distance = x[row * c + channel] - pivot;
-        count += 1;
-        sum += distance;
-        squares += distance * distance;
-    }
+    for_each_in_flight<8>(
+        first, end, step, [&](int64 row) { return load_here(x + row * c + channel); },
+        [&](int64, storage_t value) {
+            const double distance = value - pivot;
+            count += 1;
+            sum += distance;
+            squares += distance * distance;
+        });
     return {count, pivot + sum / count, squares - sum * (sum / count)};
 }

@@ -1,6 +1,6 @@
 // A piece: 16 bytes of a map, what a thread moves at once: 4 float32 or 8 bfloat16; and its numbers as float.
 #pragma once
-#include "types.cuh"
+#include "in_flight.cuh"
 
 #define PIECE_BYTES 16
 #define PIECE (PIECE_BYTES / (int)sizeof(storage_t))  // numbers in it
@@ -19,19 +19,7 @@ __device__ inline Piece load_piece(const storage_t* from) {
     return {{words.x, words.y, words.z, words.w}};
 #endif
 }
-// The same where it stands: left alone, the compiler moves a load next to its use, or into a branch, and several loads are
-// no longer under way at once.
-__device__ inline Piece load_piece_here(const storage_t* from) {
-#ifdef SEGNET_HOST
-    return load_piece(from);
-#else
-    Piece piece;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(piece.words[0]), "=r"(piece.words[1]), "=r"(piece.words[2]), "=r"(piece.words[3])
-                 : "l"(from));
-    return piece;
-#endif
-}
+__device__ inline Piece load_piece_here(const storage_t* from) { return load_here((const Piece*)from); }
 __device__ inline void store_piece(storage_t* to, const Piece& piece) {
 #ifdef SEGNET_HOST
     *(Piece*)to = piece;

@@ -4,14 +4,14 @@
 // H200: 4.8 TB/s x 800 ns = 3.8 MB, 29 KB on each of 132 multiprocessors. A kernel that loads one piece of 16 bytes a
 // thread, uses it and comes back has half of that under way where 1024 threads fit, and less while it computes. So
 //
-//   - a thread begins LOADS loads before it uses the first one. With 768 resident threads, 80 registers each, that is
+//   - a thread begins LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
 //     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
 //   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once;
 //   - the grid fills the GPU once (ops/pieces.py): a thread goes on to its next rows instead of making room for another;
 //   - the windows of a map are counted by additions. A division by sizes that are known at run time costs as much as
 //     everything else that is done to a piece.
 //
-// tests/test_sass.py counts the loads before the first use in the machine code.
+// tests/test_norm_relu.py counts the loads before the first use in the machine code.
 #pragma once
 #include "piece.cuh"
 #include "windows.cuh"
@@ -36,19 +36,10 @@ struct Share {
     }
     __device__ bool exists(int c) const { return c % PIECE == 0 && channel < c && first < step; }
     __device__ void next() { channel += threads * PIECE; }
-};
-
-// The elements of the next LOADS rows of a share, from row `row` on: element(i) is one to read, also where the matrix has
-// ended (then it is that of `row`: nobody else's, so that a kernel may work in place), holds(i) says whether it counts.
-struct Batch {
-    int64 first, stride, end;
-    __device__ Batch(const Share& share, int64 row, int64 rows, int c)
-        : first(row * c + share.channel), stride(share.step * c), end(rows * c) {}
-    __device__ bool holds(int i) const { return first + i * stride < end; }
-    __device__ int64 element(int i) const { return holds(i) ? first + i * stride : first; }
-    __device__ void load(Piece (&pieces)[LOADS], const storage_t* map) const {
-#pragma unroll
-        for (int i = 0; i < LOADS; ++i) pieces[i] = load_piece_here(map + element(i));
+    // use(i, load(i)) for the elements i with which its pieces begin, in_flight.cuh's way.
+    template <class Load, class Use>
+    __device__ void for_each_row(int64 rows, int c, Load load, Use use) const {
+        for_each_in_flight<LOADS>(first * c + channel, rows * c, step * c, load, use);
     }
 };
 
@@ -87,5 +78,15 @@ struct WindowWalk {
         rest = (int)(windows - all_lines * columns);
         images = (int)(all_lines / rows);
         lines = (int)(all_lines - (int64)images * rows);
+    }
+};
+
+// The pieces of a window. A position outside of the map is answered by the first one, which no pool prefers to itself.
+struct WindowPieces {
+    Piece at[4];
+    __device__ WindowPieces(const storage_t* map, const Window& window, int w, int c) {
+#pragma unroll
+        for (int code = 0; code < 4; ++code)
+            at[code] = load_piece_here(map + window.at(window.holds(code) ? code : 0, w, c));
     }
 };

@@ -62,9 +62,9 @@ def spec_of(array: Array) -> Spec:
 ELEMENT_THREADS = 256
 
 
-def element_grid(count: int) -> int:
-    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, a few elements for each thread."""
-    return max(1, min(-(-count // ELEMENT_THREADS), 1 << 16))
+def element_grid(count: int, each: int = 1) -> int:
+    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, `each` of them at a time a thread."""
+    return max(1, min(-(-count // (ELEMENT_THREADS * each)), 1 << 16))
 
 
 class Op:

@@ -73,3 +73,14 @@ def instructions_of(kernel, element, architecture):
     (own,) = (body for body in re.split(r"^\.text\.", sass, flags=re.MULTILINE) if body.startswith(f"{kernel}:"))
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", own)
     return [(name, [int(n) for n in re.findall(r"\bR(\d+)", operands)]) for name, operands in lines]
+
+
+def loads_before_a_use(code, kind="LDG.E"):
+    """The most loads of a kind that begin before an instruction reads what one of them brings."""
+    most, waiting = 0, set()
+    for name, registers in code:
+        if waiting.intersection(registers[1:] if name.startswith("LDG") else registers):
+            most, waiting = max(most, len(waiting)), set()
+        if name.startswith(kind):
+            waiting.add(registers[0])  # of a wider load the first, which its use names
+    return max(most, len(waiting))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from segnet_scratch.errors import DTypeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -27,7 +27,7 @@ class Cast(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         name = "cast_from_bfloat16" if b.x.dtype == BFLOAT16 else "cast_to_bfloat16"
-        self.kernel(device, name, b)
+        self.kernel(device, name, b, element_grid(b.x.size, each=8))
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = b.x

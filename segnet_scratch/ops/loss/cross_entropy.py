@@ -33,7 +33,7 @@ class CrossEntropyForward(Op):
 
     name = "cross_entropy_forward"
     optional = ("class_weights",)
-    MAX_BLOCKS = 1024  # partial results that one thread adds
+    MAX_BLOCKS = 1024  # partial results that one block adds
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
         self.pixels, self.classes = _check(logits, normalisation, smoothing)
@@ -46,7 +46,7 @@ class CrossEntropyForward(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.kernel(device, "cross_entropy_partial", b, self.blocks)
-        self.kernel(device, "cross_entropy_merge", b, 1, 32)
+        self.kernel(device, "cross_entropy_merge", b, 1)
 
     def reference(self, b: Buffers) -> None:
         valid = b.labels < self.classes

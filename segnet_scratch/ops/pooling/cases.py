@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.cases import (
     Case,
@@ -15,13 +14,12 @@ from segnet_scratch.ops.cases import (
     MapRow,
     Refusal,
     Shape,
-    in_whole_pieces,
     size_of_result,
     values,
 )
 from segnet_scratch.ops.op import Op, Spec, spec, spec_of
-from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward, MaxPoolPieces
-from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward, MaxUnpoolPieces
+from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward, MaxPoolScalar
+from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward, MaxUnpoolScalar
 from segnet_scratch.ops.pooling.windows import CODE, PoolCodes, valid_codes, windows_of
 
 
@@ -29,7 +27,7 @@ class MaxPoolRow(MapRow):
     """The code is always a valid position, whatever is in the window."""
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
-        shape = rng.integers(1, (3, 6, 6, 4)) * (1, 1, 1, self.channels)
+        shape = rng.integers(1, (3, 6, 6, 9))
         x = rng.choice(by_hand.SPECIAL[: rng.integers(1, 8)], shape).astype(np.float32)
         y, codes = by_hand.pool(x)
         return Hostile(self.op.plan(spec_of(x)), {"x": x}, {"y": y, "codes": codes})
@@ -63,7 +61,7 @@ class WindowRow(MapRow):
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         """Codes that point outside of the map, or are none; values with NaN, infinities and ties."""
-        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 4)) * (1, 1, 1, self.channels))
+        n, h, w, c = (int(k) for k in rng.integers(1, (3, 6, 6, 9)))
         windows = windows_of(n, h, w, c)
         codes = rng.integers(0, rng.choice([4, 8, 256]), windows).astype(CODE)
         gathers = self.op is MaxUnpoolBackward
@@ -89,38 +87,26 @@ class WindowRow(MapRow):
         return self.refused({"x": windows, "codes": Spec(windows.shape, CODE), "size": (4, 5)}, wrong)
 
 
-class PiecesRow(MapRow):
-    """A rung that moves four channels at once."""
+class ScalarRow(MapRow):
+    """A rung that moves one number at a time."""
 
-    channels = 4
-    elements = (np.dtype(np.float32),)
-    rung, function = "pieces", ""
+    rung, function = "scalar", ""
 
     def __init__(self, op: type[Op]) -> None:
         super().__init__(op)
         self.name = f"{op.name}_{self.rung}"
 
-    def cases(self) -> list[Case]:
-        return [in_whole_pieces(case, 4) for case in super().cases()]
 
-    def random_case(self, rng: np.random.Generator) -> Case:
-        return in_whole_pieces(super().random_case(rng), 4)
-
-    def refusals(self) -> list[Refusal]:
-        odd = Case("half a piece", {"x": (1, 4, 5, 6)})
-        return [Refusal(odd.reason, lambda: self.plan(odd, np.float32), ShapeError, "multiples of 4, not 6")]
-
-
-class MaxPoolPiecesRow(PiecesRow, MaxPoolRow):
+class MaxPoolScalarRow(ScalarRow, MaxPoolRow):
     """Pooled values and positions."""
 
 
-class UnpoolPiecesRow(PiecesRow, WindowRow):
+class UnpoolScalarRow(ScalarRow, WindowRow):
     """Values at their positions."""
 
 
 ROWS = (
-    *(MaxPoolRow(MaxPoolForward), MaxPoolPiecesRow(MaxPoolPieces)),
+    *(MaxPoolRow(MaxPoolForward), MaxPoolScalarRow(MaxPoolScalar)),
     *map(WindowRow, (MaxPoolBackward, MaxUnpoolForward, MaxUnpoolBackward)),
-    UnpoolPiecesRow(MaxUnpoolPieces),
+    UnpoolScalarRow(MaxUnpoolScalar),
 )

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
 from segnet_scratch.ops.pooling.windows import (
     CODE,
+    WindowOp,
     expect_codes,
     scatter_reference,
     valid_codes,
@@ -15,7 +16,7 @@ from segnet_scratch.ops.pooling.windows import (
 from segnet_scratch.runtime.devices import Device
 
 
-class MaxPoolForward(Op):
+class MaxPoolForward(WindowOp):
     """y, codes = the maximum of each window and its position. x (n, h, w, c)."""
 
     name = "max_pool_forward"
@@ -44,23 +45,13 @@ class MaxPoolForward(Op):
         pooling.max_pool_forward(b.x, b.y, b.codes)
 
 
-class MaxPoolPieces(MaxPoolForward):
-    """The same, 16 bytes of float32 channels a thread: a rung that teaches and that no layer takes."""
+class MaxPoolScalar(MaxPoolForward):
+    """The same, a thread a channel whatever the map: a rung that teaches."""
 
-    def __init__(self, x: Spec) -> None:
-        super().__init__(x)
-        expect_quarters(self.name, x)
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, "max_pool_forward_pieces", b, element_grid(b.y.size // 4))
+    pieces = False
 
 
-def expect_quarters(op: str, x: Spec) -> None:
-    """ShapeError unless the channels of x come in fours: what the rung "pieces" moves at once."""
-    expect(x.shape[3] % 4 == 0, f"{op}: rung 'pieces' takes channels in multiples of 4, not {x.shape[3]}")
-
-
-class MaxPoolBackward(Op):
+class MaxPoolBackward(WindowOp):
     """dx = dy at the position of each maximum, 0 elsewhere. `size` is the (h, w) of x."""
 
     name, over = "max_pool_backward", "dy"
@@ -70,6 +61,9 @@ class MaxPoolBackward(Op):
         expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
         self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
         self.outputs = {"dx": dy.with_shape(n, *size, c)}
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.over_windows(device, b, "max_unpool_forward_pieces", x=b.dy, y=b.dx)
 
     def reference(self, b: Buffers) -> None:
         scatter_reference(b.dy, b.codes, b.dx)

@@ -1,20 +1,19 @@
 """Max-unpool 2x2: each value goes back to where its pool found it (SegNet, section 3, figure 3)."""
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
-from segnet_scratch.ops.pooling.max_pool import expect_quarters
 from segnet_scratch.ops.pooling.windows import (
     CODE,
+    WindowOp,
     expect_codes,
     gather_reference,
     scatter_reference,
     valid_codes,
     windows_of,
 )
-from segnet_scratch.runtime.devices import Device
 
 
-class MaxUnpoolForward(Op):
+class MaxUnpoolForward(WindowOp):
     """y = x at the coded position of each window, 0 elsewhere. x (n, ceil(h/2), ceil(w/2), c), `size` = (h, w)."""
 
     name, over = "max_unpool_forward", "x"
@@ -35,18 +34,13 @@ class MaxUnpoolForward(Op):
         pooling.scatter_windows(b.x, valid_codes(b.codes, b.y.shape[1:3]), b.y)
 
 
-class MaxUnpoolPieces(MaxUnpoolForward):
-    """The same, 16 bytes of float32 channels a thread: a rung that teaches and that no layer takes."""
+class MaxUnpoolScalar(MaxUnpoolForward):
+    """The same, a thread a channel whatever the map: a rung that teaches."""
 
-    def __init__(self, x: Spec, codes: Spec, size: tuple[int, int]) -> None:
-        super().__init__(x, codes, size)
-        expect_quarters(self.name, x)
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, "max_unpool_forward_pieces", b, element_grid(b.x.size // 4))
+    pieces = False
 
 
-class MaxUnpoolBackward(Op):
+class MaxUnpoolBackward(WindowOp):
     """dx = dy at the coded position of each window. dy (n, h, w, c)."""
 
     name = "max_unpool_backward"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import Spec
-from segnet_scratch.runtime.devices import Array
+from segnet_scratch.ops.op import Buffers, Op, Spec
+from segnet_scratch.ops.pieces import Share
+from segnet_scratch.runtime.devices import Array, Device
 
 CODE = np.dtype(np.uint8)
 
@@ -40,6 +41,25 @@ def expect_codes(op: str, codes: Spec, values: tuple[int, ...], size: tuple[int,
             f"{op}: codes {codes.shape} of a map of size {size} do not fit x {values}; "
             "pass the codes of the pool that made x"
         )
+
+
+class WindowOp(Op):
+    """What goes through a map window by window: `pieces` 16 bytes of channels at a time, where they come so."""
+
+    pieces = True
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.over_windows(device, b, f"{self.name}_pieces")
+
+    def over_windows(self, device: Device, b: Buffers, by_pieces: str, **given: Array) -> None:
+        """Launches this kernel for float32 in fours of channels, with what is `given`, else that of the op's name."""
+        values = getattr(b, self.over or next(iter(self.outputs)))
+        at_once = values.dtype == np.float32 and values.shape[3] % 4 == 0
+        if self.pieces and at_once and not any(device.address(array) % 16 for array in vars(b).values()):
+            grid = Share.of_windows(values, resident=4).grid(device)
+            self.kernel(device, by_pieces, b, grid, Share.THREADS, **given)
+        else:
+            self.kernel(device, self.name, b)
 
 
 def window_elements(map_: np.ndarray) -> list[tuple[int, tuple[slice, ...]]]:
