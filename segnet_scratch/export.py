@@ -18,7 +18,7 @@ import numpy as np
 
 from segnet_scratch import __version__
 from segnet_scratch.data import normalise
-from segnet_scratch.data.palette import class_palette
+from segnet_scratch.data.drawing import Style
 from segnet_scratch.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from segnet_scratch.errors import SegnetError
 from segnet_scratch.extras import require
@@ -124,10 +124,10 @@ class _Graph:
     def _notes(self, inputs: str) -> dict[str, Any]:
         """What a user of the file must know; each becomes JSON in the file's metadata."""
         metadata = self.model.metadata
-        names = metadata.get("classes") or [f"class {k}" for k in range(self.model.classes)]
+        style = Style.of(metadata, self.model.classes)
         return {
-            "classes": names,
-            "palette": class_palette(names, metadata.get("colours"))[: len(names)].tolist(),
+            "classes": list(style.names),
+            "palette": style.palette[: len(style.names)].tolist(),
             "size": metadata.get("size"),
             "input": inputs,
             "mean": IMAGENET_MEAN.astype(float).round(3).tolist(),

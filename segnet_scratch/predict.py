@@ -11,10 +11,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from segnet_scratch.data import indexed_picture, ordered_map, read_image
 from segnet_scratch.data.drawing import Style, heat_map
+from segnet_scratch.data.palette import png_bytes
 from segnet_scratch.data.pictures import label_counts, picture_bytes
 from segnet_scratch.errors import DataError, DeviceMemoryError
 from segnet_scratch.files import left_by_system, reason, visible_files, write_durably
@@ -187,19 +187,13 @@ def _endings(with_logits: bool, with_uncertainty: bool) -> dict[str, str]:
 def _content(kind: str, image: np.ndarray, result: Segmentation, style: Style) -> bytes:
     """The bytes of one file: one at a time, since those of a large image are large."""
     if kind == "labels":
-        return _png(indexed_picture(result.labels, style.palette))
+        return png_bytes(indexed_picture(result.labels, style.palette))
     if kind == "overlay":
-        return _png(style.overlay(image, result.labels))
+        return png_bytes(style.overlay(image, result.labels))
     if kind == "logits" and result.logits is not None:
         return _npy(result.logits)
     assert result.uncertainty is not None  # asked for only where there are samples
-    return _png(heat_map(result.uncertainty, "variance")) if kind == "uncertainty" else _npy(result.uncertainty)
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png_bytes(heat_map(result.uncertainty, "variance")) if kind == "uncertainty" else _npy(result.uncertainty)
 
 
 def _npy(array: np.ndarray) -> bytes:

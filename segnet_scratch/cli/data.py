@@ -1,6 +1,5 @@
 """`segnet data ...`: data sets in PASCAL VOC's layout."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
 from segnet_scratch.data.conversion import by_id, draw_splits, write_dataset
 from segnet_scratch.data.convert_masks import convert_folders, convert_masks
 from segnet_scratch.data.download import install_sbd, install_voc2012
-from segnet_scratch.data.palette import class_palette
+from segnet_scratch.data.palette import class_palette, png_bytes
 from segnet_scratch.data.polygons import read_coco, read_labelme
 from segnet_scratch.data.relabel import Relabelling, parse_relabelling
 from segnet_scratch.data.statistics import class_statistics
@@ -141,11 +140,9 @@ def show(
     places = {name: index for index, name in enumerate(dataset.ids)}
     if unknown := [name for name in ids or () if name not in places]:
         raise DataError(f"{dataset.root}: split '{split}' has no image '{unknown[0]}'; take one of its {len(dataset)}.")
-    picture = BytesIO()
     indices = [places[name] for name in ids] if ids else spread(len(dataset), count)
-    contact_sheet(dataset, indices).save(picture, format="PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, [picture.getvalue()])
+    write_durably(out, [png_bytes(contact_sheet(dataset, indices))])
     say(f"{len(indices)} of the {len(dataset)} images of {split} in {out}")
 
 

@@ -46,7 +46,6 @@ from segnet_scratch.progress import watched
 from segnet_scratch.report import write_report
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.score import score
-from segnet_scratch.segnet import SegNet
 from segnet_scratch.serve import LOOPBACK, serve
 from segnet_scratch.submit import Competition, submit
 from segnet_scratch.video import camera_video, find_video, plan_videos, predict_video
@@ -164,12 +163,6 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise ConfigError(f"{option} {text}: expected numbers with commas between, for example 0.75,1,1.25") from None
 
 
-def _style(model: SegNet, opacity: float) -> Style:
-    """How the network's classes are drawn, as far as its checkpoint tells."""
-    names = model.metadata.get("classes") or [f"class {k}" for k in range(model.classes)]
-    return Style(names, model.metadata.get("colours"), opacity)
-
-
 @app.command(name="eval")
 @_applies_network
 def evaluate_command(
@@ -269,7 +262,7 @@ def predict(
     images = find_images([argument for argument, video in named if not video])
     targets = plan_videos(videos, out)
     segmenter = network()
-    style = _style(segmenter.model, opacity)
+    style = Style.of(segmenter.model.metadata, segmenter.model.classes, opacity)
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     stopped = False
@@ -351,7 +344,7 @@ def serve_command(
         say("a Bayesian network: --samples 10 would show its uncertainty")
     if host not in LOOPBACK:
         say(f"everybody who reaches {host} can use it; there is no password", "yellow")
-    style = _style(segmenter.model, opacity)
+    style = Style.of(segmenter.model.metadata, segmenter.model.classes, opacity)
     serve(segmenter, style, checkpoint.name, host, port, lambda url: say(f"{url}  (Ctrl-C ends it)", "bold"))
 
 

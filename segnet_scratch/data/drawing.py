@@ -1,8 +1,9 @@
 """Pictures of segmentations: class colours over the image, legends, uncertainty as a heat map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +28,12 @@ class Style:
     names: Sequence[str]
     colours: Sequence[Sequence[int]] | None = None
     opacity: float = 0.55
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], classes: int, opacity: float = 0.55) -> Self:
+        """That of a network of so many classes, as far as the metadata of its checkpoint tells."""
+        names = metadata.get("classes") or [f"class {k}" for k in range(classes)]
+        return cls(names, metadata.get("colours"), opacity)
 
     @cached_property
     def palette(self) -> np.ndarray:

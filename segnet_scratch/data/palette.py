@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,13 @@ def save_indexed_png(path: str | Path, labels: np.ndarray, palette: np.ndarray |
         picture.save(path, format="PNG")
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {reason(error)}.") from error
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
 
 
 def _as_bytes(labels: np.ndarray, where: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.data import VOID, indexed_picture, resize_image, resize_mask
+from segnet_scratch.data.palette import png_bytes
 from segnet_scratch.evaluate import ImageScore
 from segnet_scratch.inference import scaled
 
@@ -59,6 +60,4 @@ def jpeg_uri(image: np.ndarray) -> str:
 
 def png_uri(picture: Image.Image) -> str:
     """A picture, without loss, as a data URI."""
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/png;base64,{b64encode(png_bytes(picture)).decode()}"

@@ -19,7 +19,7 @@ from PIL import Image
 from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.sources import Source
 from segnet_scratch.data.loader import ordered_map
-from segnet_scratch.data.palette import indexed_picture
+from segnet_scratch.data.palette import indexed_picture, png_bytes
 from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER, find_image, mask_file, read_split
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason, sweep_temporaries, write_durably
@@ -108,9 +108,8 @@ def _add(archive: Path, root: Path, loadmat: Callable[..., dict[str, Any]], job:
     if suffix == ".jpg":
         write_durably(target, [content], synced=False)
         return 0
-    picture = BytesIO()
-    indexed_picture(_labels(f"{archive}: {name}.mat", loadmat, content)).save(picture, format="PNG")
-    write_durably(target, [picture.getvalue()], synced=False)
+    labels = _labels(f"{archive}: {name}.mat", loadmat, content)
+    write_durably(target, [png_bytes(indexed_picture(labels))], synced=False)
     return 1
 
 
