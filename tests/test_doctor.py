@@ -225,7 +225,7 @@ class TestCommand:
         assert finished.code == 0
         names = [line[9:22].strip() for line in findings_of(finished)]
         first = ["Python", "system", "kernels", "libraries", "BLAS", "C++ compiler", "driver"]
-        last = ["CuPy", "NVRTC", "cache", "numpy device", "host device", "cuda device"]
+        last = ["CuPy", "NVRTC", "MPI", "cache", "numpy device", "host device", "cuda device"]
         assert names[: len(first)] == first
         assert names[-len(last) :] == last
         report = json.loads((tmp_path / "doctor.json").read_text())
@@ -337,7 +337,7 @@ class TestCommand:
         def fail(*anything):
             raise RuntimeError("nobody thought of this")
 
-        checks = ("python", "kernels", "libraries", "blas", "compiler", "cache", "numpy_device", "host_device")
+        checks = ("python", "kernels", "libraries", "blas", "compiler", "ranks", "cache", "numpy_device", "host_device")
         for name in checks:
             monkeypatch.setattr(software, name, fail)
         monkeypatch.setattr(gpu.Facts, "gather", fail)

@@ -20,7 +20,7 @@ pytestmark = needs_compiler
 ENGINES = [("layers", "float32", False), ("layers", "float32", True), ("fused", "bf16", False)]
 
 
-def steps(engine, precision, ranks=None, sync_bn=False, count=4, **options):
+def steps(engine, precision, ranks=None, sync_bn=False, count=3, **options):
     """The losses and norms of so many steps, the last of them replays of a graph; and the parameters then."""
     rng, device = np.random.default_rng(0), CudaDevice()
     model = SegNetBasic(CLASSES, 0.125, device, seed=1)
@@ -40,8 +40,8 @@ def steps(engine, precision, ranks=None, sync_bn=False, count=4, **options):
 
 @pytest.fixture
 def small_buckets(monkeypatch):
-    """Several buckets for a network of a few kilobytes."""
-    monkeypatch.setattr(gradients, "BUCKET", 1 << 14)
+    """Several buckets for a network of a few kilobytes, the last of them not full."""
+    monkeypatch.setattr(gradients, "BUCKET", 30_000)
 
 
 @pytest.mark.usefixtures("small_buckets")
@@ -55,7 +55,7 @@ def test_ranks_with_the_same_images_make_the_step_of_one(cupy, engine, precision
     for name, values in parameters.items():
         np.testing.assert_array_equal(got[name], values, err_msg=name)
     assert nccl.made == [(2, 0)]
-    assert ranks.exchanged == 4, "one value a step: the normaliser"
+    assert ranks.exchanged == 3, "one value a step: the normaliser"
     calls = nccl.calls[: len(nccl.calls) // 2]  # of the step that ran; the others are those of the recording
     assert [(call.what, call.count) for call in calls] == [(c.what, c.count) for c in nccl.calls[len(calls) :]]
     sums = [call for call in calls if call.what == "allReduce"]
@@ -64,7 +64,7 @@ def test_ranks_with_the_same_images_make_the_step_of_one(cupy, engine, precision
     assert sums[-1].count == 1, "the loss, at last"
     launches = [call.launches for call in sums]
     assert launches[0] < launches[-1] - 10, "the first bucket goes while backward goes on"
-    assert len(set(launches)) > 2
+    assert len(set(launches)) > 1
     norms = len([name for name in parameters if name.endswith("bn.weight")])
     gathers = [call for call in calls if call.what == "allGather"]
     assert [(call.stream, call.in_group) for call in gathers] == [(0, False)] * (2 * norms * sync_bn)

@@ -18,6 +18,7 @@ from support.kernels import needs_compiler
 from segnet_scratch.lab.proof import processes, verify
 from segnet_scratch.lab.proof.parts import compute_sanitizer, learning
 from segnet_scratch.lab.proof.parts.learning import Learning
+from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
 from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
 from segnet_scratch.lab.proof.processes import Process
@@ -66,6 +67,17 @@ class TestParts:
             assert prove(part, device).failures == []
         assert any(stream and pinned for stream, pinned in cupy.copies)
         cupy.timeline.finish()
+
+    @needs_compiler
+    def test_nccl_is_asked_and_noticed(self, monkeypatch, tmp_path):
+        cupy, device = FakeCupy().install(monkeypatch, tmp_path), CudaDevice()
+        assert prove(Nccl(), device).failures == []
+        assert {call.what for call in cupy.cuda.nccl.calls} == {"allReduce", "allGather"}
+        cupy.timeline.finish()
+        monkeypatch.setattr("support.fake_nccl.FakeCommunicator.times", lambda self, values: values.fill(0))
+        assert [failure.message[:6] for failure in prove(Nccl(), device).failures] == ["layers", "fused:"]
+        cupy.cuda.nccl.available = False
+        assert "CuPy finds no NCCL" in Nccl().unavailable()
 
     @needs_compiler
     def test_a_replay_that_differs_is_noticed(self, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
 from segnet_scratch.config import ENGINES, MINIMUM_SIZE, PRECISIONS
 from segnet_scratch.errors import CheckpointError, ConfigError
-from segnet_scratch.parallel import world
+from segnet_scratch.parallel import Communicator, world
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
 
@@ -110,6 +110,13 @@ def fail(message: str, code: int) -> NoReturn:
     """Prints an error and ends the program."""
     problems.print(Text.assemble(("error: ", "bold red"), world().label, message), soft_wrap=True)
     sys.exit(code)
+
+
+def join_ranks() -> Communicator:
+    """The ranks that mpirun has started with this process, if any; all but the first fall silent."""
+    ranks = world()
+    console.quiet = not ranks.leads
+    return ranks
 
 
 def input_size(checkpoint: Path, model: SegNet, size: str | None) -> tuple[int, int]:

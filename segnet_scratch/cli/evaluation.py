@@ -23,6 +23,7 @@ from segnet_scratch.cli.common import (
     console,
     fail,
     input_size,
+    join_ranks,
     replaceable,
     say,
     sides,
@@ -182,12 +183,18 @@ def evaluate_command(
 
     Example: segnet eval runs/voc/best.safetensors --data VOC2012 --boundary csurka --flip --scales 0.75,1,1.25
 
+    Under mpirun or srun each rank takes its share of the images.
+
     IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
     """
-    segmenter, dataset = network(), VOCDataset(data, split)
-    segmenter.batch = batch
-    with evaluation_progress(console, len(dataset)) as advance:
-        evaluation = evaluate(segmenter, dataset, boundary, advance=advance)
+    ranks = join_ranks()
+    with ranks.guarded():
+        segmenter, dataset = network(), VOCDataset(data, split)
+        segmenter.batch = batch
+        with evaluation_progress(console, len(dataset)) as advance:
+            evaluation = evaluate(segmenter, dataset, boundary, advance=advance, ranks=ranks)
+    if not ranks.leads:
+        return
     console.print(scores_table(evaluation))
     write_per_image(per_image, evaluation)
     write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})

@@ -9,12 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import JsonOption, app, choice, console, say
+from segnet_scratch.cli.common import JsonOption, app, choice, console, join_ranks, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.workbench import KernelRun, run_kernel
-from segnet_scratch.parallel import world
 from segnet_scratch.progress import watched
 
 
@@ -115,14 +114,14 @@ def doctor(
     Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
     memory beyond what the budget (runtime/budget.toml) accepts.
     """
+    if not join_ranks().leads:
+        return
     if kernels:
         with watched(console, "compiling kernels") as watch:
             report = examine_kernels(watch.update)
     else:
         with console.status("examining this machine"):
             report = diagnose()
-    if not world().leads:  # under mpirun one of them speaks
-        return
     for line, style in report.lines():
         say(line, style)
     write_json(json, report.to_json())

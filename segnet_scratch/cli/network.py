@@ -21,6 +21,7 @@ from segnet_scratch.cli.common import (
     choice,
     console,
     input_size,
+    join_ranks,
     output,
     say,
     sides,
@@ -37,7 +38,7 @@ from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
 from segnet_scratch.files import expect_apart
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
-from segnet_scratch.parallel import start_ranks, world
+from segnet_scratch.parallel import start_ranks
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
@@ -110,7 +111,7 @@ def train(
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
     """
     start_ranks(ranks)
-    team = world()
+    team = join_ranks()
     with team.guarded():
         # First: a missing library is noticed before the run folder is made.
         shown = [TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])] if team.leads else []

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, parse_size
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, join_ranks, parse_size
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
@@ -18,7 +18,7 @@ from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Wo
 from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
-from segnet_scratch.parallel import ALONE, world
+from segnet_scratch.parallel import ALONE
 from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
@@ -79,7 +79,7 @@ def profile(
     Times are medians on the device's own clock; ceilings (a large copy, a large product) are measured in the same run.
     Under mpirun or srun every rank makes the step with so many images, and the first one shows what it saw.
     """
-    team = world()
+    ranks = join_ranks()
     if sync_bn and engine == "fused":
         raise ConfigError("--sync-bn: the fused engine has batch norm by rank; leave out --engine fused")
     if precision != "float32" and engine == "layers":
@@ -96,10 +96,10 @@ def profile(
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
         else:
             sides = (pixels, pixels) if size is None else parse_size(size)
-            ranks = ALONE if counts or inference else team.on(chosen)
-            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision, ranks, sync_bn)
+            shared = ALONE if counts else ranks.on(chosen)
+            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision, shared, sync_bn)
             found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
-    if not team.leads:
+    if not ranks.leads:
         return
     show(console, found, by_layer=op is None)
     write_json(json, found.to_json())

@@ -14,7 +14,7 @@ from segnet_scratch.parallel.mpi import MpiCommunicator
 
 # What process managers tell each process that they start: MPICH and srun --mpi=pmi2, PMIx, Open MPI.
 LAUNCHED = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # the last where PMIx names none
 INSTALL = "pip install 'segnet_scratch[parallel]'"
 
 

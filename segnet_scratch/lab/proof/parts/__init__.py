@@ -14,6 +14,7 @@
     refusals.py      inputs that must be refused
     gate.py          launches that must be refused
     steps.py         training steps on a GPU: other devices, graphs, the fused engine, uploads, times
+    ranks.py         NCCL on one GPU
     learning.py      that it learns
     compute_sanitizer.py  NVIDIA's four tools
 
@@ -30,6 +31,7 @@ from segnet_scratch.lab.proof.parts.hostile import HostileInputs
 from segnet_scratch.lab.proof.parts.learning import Demo, Learning
 from segnet_scratch.lab.proof.parts.losses import Losses
 from segnet_scratch.lab.proof.parts.orders import Orders
+from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Integers, Reference
 from segnet_scratch.lab.proof.parts.refusals import Refusals
 from segnet_scratch.lab.proof.parts.repeats import Repeats, Training
@@ -43,7 +45,7 @@ PARTS: dict[str, Part] = {
     for part in (
         *(HostBuilds(), CudaBuilds(), GpuBuilds(), Gate(), Refusals()),
         *(Reference(), Integers(), HostileInputs(), Losses(), HostBits(), Accuracy()),
-        *(OtherDevices(), Graphs(), Engine(), Uploads()),
+        *(OtherDevices(), Graphs(), Engine(), Uploads(), Nccl()),
         *(Gradients(), Networks()),
         *(Orders(), Variables(), Sanitizers()),
         *(Repeats(), Training(), Learning(), Timing(), ComputeSanitizer(), Demo()),
