@@ -97,7 +97,8 @@ class TestTable:
         for _, case in cases_of(row, 3):
             op = row.plan(case, row.elements[0])
             assert op.flops >= 0
-            assert op.bytes == sum(s.nbytes for s in (*op.inputs.values(), *op.outputs.values())) > 0
+            twice = [op.inputs[name] for name in op.updates]  # read, and written in their place
+            assert op.bytes == sum(s.nbytes for s in (*op.inputs.values(), *op.outputs.values(), *twice)) > 0
             assert op.outputs or op.updates
 
     def test_cases_are_reproducible(self):

@@ -330,11 +330,13 @@ def test_sums_by_hand():
     found = both.to_json(roof)
     assert found["gflops_per_second"] == pytest.approx(1010 / 60 / 1e9)
     assert found["gbytes_per_second"] == pytest.approx(110 / 60 / 1e9)
+    assert found["seconds_of_bytes"] == pytest.approx(110 / 10)
+    assert found["of_copy"] == pytest.approx(11 / 60)
     assert found["intensity"] == pytest.approx(1010 / 110)
     untimed = Summary("", (computing, OpRun("a", "forward", "x", 1, 1)))
     assert untimed.seconds is None
     assert untimed.of_ceiling(roof) is None
-    assert untimed.to_json(roof)["gflops_per_second"] is None
+    assert untimed.to_json(roof)["gflops_per_second"] is untimed.to_json(roof)["of_copy"] is None
 
 
 def test_each_op_is_held_against_the_ceiling_of_how_it_multiplies():
@@ -578,6 +580,9 @@ def test_ranges_are_made_for_nsight(monkeypatch):
     [
         (["conv3d"], 2, "there is no op 'conv3d'; did you mean conv2d?"),
         (["zzz"], 2, "expected one of add, argmax"),
+        (["relu", "--rung", "fast"], 2, "relu has no rung 'fast'; expected one of none"),
+        (["conv2d", "--rung", "hoper"], 2, "conv2d has no rung 'hoper'; expected one of bf16"),
+        (["conv2d", "--rung", "hopper", "--shape", "1,8,8,64", "--counts"], 0, "conv2d_hopper_backward_weight"),
         (["relu", "--shape", "1,2,3"], 2, "four numbers, N,H,W,C"),
         (["relu", "--shape", "1,2,3,0"], 2, "expected positive sizes"),
         (["--model", "unet"], 2, "--model unet: expected one of segnet, segnet-basic"),

@@ -1,12 +1,13 @@
 """Tiles: any of them gives the same map, the fastest is kept for its GPU, and a bad file is no obstacle."""
 
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.training import Objective, training_program
+from segnet_scratch.engine.training import Objective, training_program, two_branches
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.tune import convolutions, tune
 from segnet_scratch.ops.convolution import conv2d_mma as mma
@@ -34,6 +35,15 @@ class TunedDevice(HostDevice):
         kernel = launch.kernel
         self.launched.append(kernel.name)
         self.now += 1e-6 * next((us for name, us in self.microseconds.items() if kernel.name.endswith(name)), 50)
+
+    def compile(self, kernel, types):
+        pass  # nothing is executed
+
+    @contextmanager
+    def beside(self):
+        before = self.now
+        yield
+        self.now = before  # a second stream that costs nothing
 
     def timer(self):
         device = self
@@ -104,15 +114,28 @@ class TestTune:
 
     def test_the_fastest_is_kept_and_taken(self, cache):
         device = TunedDevice({"_128x32": 10, "_128x64": 20, "_128x128": 30})
-        choices, path = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)
+        *choices, branches = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)[0]
+        path = TileTable.path(GPU)
         assert len(choices) == len(convolutions(self.BLOCKS, 1, (16, 16), Convolutions("bf16"), 1)) > 4
         for choice in choices:
             assert choice.fastest == "128x32"
             assert set(choice.seconds) == {"128x32", "128x64", "128x128"}
             assert choice.seconds["128x32"] == pytest.approx(1e-5)
         another = TunedDevice()
-        assert table_of(another).choices == {choice.key: "128x32" for choice in choices}
+        assert table_of(another).choices == {choice.key: "128x32" for choice in choices} | {branches.key: "two"}
         assert path.exists()
+
+    def test_branches_are_taken_as_measured_unless_the_environment_says(self, cache, monkeypatch):
+        device = TunedDevice()
+        *_, choice = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)[0]
+        assert choice.default == "one"
+        assert 0 < choice.seconds["two"] < choice.seconds["one"]
+        another, step = TunedDevice(), (self.BLOCKS, 1, (16, 16), "bf16")
+        assert two_branches(another, *step)
+        assert not two_branches(another, self.BLOCKS, 2, (16, 16), "bf16")
+        assert not two_branches(HostDevice(), *step)
+        monkeypatch.setenv("SEGNET_BRANCHES", "0")
+        assert not two_branches(another, *step)
 
     def test_tiles_of_hopper(self, cache, monkeypatch):
         monkeypatch.setenv("SEGNET_HOPPER", "1")

@@ -56,6 +56,7 @@ def profile(
         int | None, typer.Option(min=1, help="Output channels of a convolution; C unless given.")
     ] = None,
     kernel: Annotated[int, typer.Option(min=1, help="Kernel of a convolution, an odd number.")] = 3,
+    rung: Annotated[str | None, typer.Option(help="One rung of the op alone, such as bf16 or hopper.")] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="Timed repetitions; cuda 20, numpy 5, host 2.")] = None,
     arch: Annotated[
         list[str] | None,
@@ -93,7 +94,7 @@ def profile(
         images, pixels, usual = DEFAULTS[chosen.name]
         how = How(passes or usual, ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ()), nvtx, watch.say)
         if op is not None:
-            found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how)
+            found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how, rung)
         else:
             sides = (pixels, pixels) if size is None else parse_size(size)
             shared = ALONE if counts else ranks.on(chosen)
@@ -127,7 +128,7 @@ def tune(
     width: WidthOption = 1.0,
     precision: PrecisionOption = "bf16",
 ) -> None:
-    """Measure the tiles of the tensor-core convolutions on this GPU, and use the fastest from now on.
+    """Measure tiles of the tensor-core convolutions and branches of a step on this GPU; use the fastest from now on.
 
     Example: segnet tune --batch 8 --size 360x480
 
@@ -147,7 +148,7 @@ def tune(
 def _tiles_table(choices: list[Choice]) -> Table:
     names = list(dict.fromkeys(name for found in choices for name in found.seconds))
     table = numbers_table("convolution", *names)
-    table.title = "microseconds with each tile; in brackets the one that the shape suggests"
+    table.title = "microseconds with each tile, in one branch or two; in brackets what is taken unless measured"
     for found in choices:
         cells = {name: f"{1e6 * seconds:.1f}" for name, seconds in found.seconds.items()}
         if found.default in cells:

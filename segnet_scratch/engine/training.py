@@ -20,6 +20,7 @@ from segnet_scratch.engine.program import Program
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.convolution.conv2d_fused import Below
+from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation.norm_relu import (
@@ -33,7 +34,7 @@ from segnet_scratch.ops.normalisation.norm_relu import (
 )
 from segnet_scratch.ops.op import Op, Spec, spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
-from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import Block, SegNet
@@ -266,6 +267,17 @@ def training_program(
     return builder.program
 
 
+def branches_key(blocks: Sequence[Block], batch: int, size: tuple[int, int], rung: str) -> str:
+    """What the choice between one branch and two belongs to, in the table of tiles: "one" or "two"."""
+    return f"branches {rung} {batch}x{size[0]}x{size[1]} {len(blocks)} blocks of {blocks[0].out_channels}"
+
+
+def two_branches(device: Device, blocks: Sequence[Block], batch: int, size: tuple[int, int], rung: str) -> bool:
+    """Do weight gradients run on a second stream? As `segnet tune` found, unless the environment says."""
+    tuned = table_of(device).choices.get(branches_key(blocks, batch, size, rung)) == "two"
+    return switch("SEGNET_BRANCHES", tuned, "weight gradients on a second stream", "one stream")
+
+
 class FusedTraining:
     """Loss and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
 
@@ -295,7 +307,7 @@ class FusedTraining:
             weights.convolutions,
             objective,
             model.classifier_kernel,
-            switch("SEGNET_BRANCHES", False, "weight gradients on a second stream", "one stream"),
+            two_branches(self.device, model.blocks, batch, (size[0], size[1]), weights.convolutions.rung),
         )
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)

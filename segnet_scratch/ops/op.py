@@ -92,8 +92,9 @@ class Op:
 
     @property
     def bytes(self) -> int:
-        """Bytes that must cross the memory bus at least once: every input read, every output written."""
-        return sum(s.nbytes for s in (*self.inputs.values(), *self.outputs.values()))
+        """Bytes that must cross the memory bus at least once: every input read, every output and update written."""
+        updated = (self.inputs[name] for name in self.updates)
+        return sum(s.nbytes for s in (*self.inputs.values(), *self.outputs.values(), *updated))
 
     def launch(self, device: Device, b: Buffers) -> None:
         """Launches the kernels: unless written out, the one that has the op's name."""

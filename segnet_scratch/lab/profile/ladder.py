@@ -32,9 +32,19 @@ def _family(row: Row) -> str:
     return row.op.name[: min((cut for cut in cuts if cut > 0), default=None)]
 
 
-def rows_of(op: str, device: Device) -> list[Row]:
-    """The rows of an op; one of each rung only where kernels run. ConfigError for an unknown op."""
+def rows_of(op: str, device: Device, rung: str | None = None) -> list[Row]:
+    """The rows of an op, or of one rung, such as "bf16" or "hopper"; one of each rung only where kernels run.
+
+    ConfigError for an unknown op or rung.
+    """
     rows = [row for row in ROWS if _family(row) == op]
+    if rung is not None and rows:
+        of_rung = {row: getattr(row, "rung", None) for row in rows}
+        of_rung |= {row: rung for row in ROWS if _family(row) == f"{op}_{rung}"}
+        rows = [row for row, own in of_rung.items() if own == rung]
+        if not rows:
+            known = ", ".join(sorted({own for own in of_rung.values() if own})) or "none"
+            raise ConfigError(f"profile: {op} has no rung {rung!r}; expected one of {known}")
     if not device.runs_kernels:  # NumPy has one way, whatever the rung
         rows = list({row.name.removesuffix(f"_{getattr(row, 'rung', '')}"): row for row in reversed(rows)}.values())[
             ::-1

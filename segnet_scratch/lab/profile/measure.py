@@ -208,10 +208,16 @@ def count_step(work: Work, how: How) -> Profile:
 
 
 def profile_op(
-    op: str, shape: tuple[int, int, int, int], outputs: int | None, kernel: int, device: Device, how: How
+    op: str,
+    shape: tuple[int, int, int, int],
+    outputs: int | None,
+    kernel: int,
+    device: Device,
+    how: How,
+    rung: str | None = None,
 ) -> Profile:
-    """One op of the op table in all its directions and rungs, on random inputs."""
-    rows = ladder.rows_of(op, device)
+    """One op of the op table in all its directions and rungs, or in one rung, on random inputs."""
+    rows = ladder.rows_of(op, device, rung)
     cases = [ladder.case_of(row, shape, outputs, kernel) for row in rows]
     recorder = Recorder() if isinstance(device, CountingDevice) else how.recorder(device)
     how.progress(f"{op}, {how.passes} passes")

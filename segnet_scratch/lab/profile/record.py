@@ -157,9 +157,13 @@ class Summary:
             return None
         return sum(ceilings.seconds(run.flops, run.bytes, run.multiply) for run in self.runs) / self.seconds
 
+    def seconds_of_bytes(self, ceilings: Ceilings | None) -> float | None:
+        """What its bytes would take at the rate of a large copy: the prediction for what memory binds."""
+        return None if ceilings is None else self.bytes / ceilings.bandwidth
+
     def to_json(self, ceilings: Ceilings | None) -> dict[str, Any]:
         """For programs; what was not measured is None."""
-        seconds = self.seconds
+        seconds, of_bytes = self.seconds, self.seconds_of_bytes(ceilings)
         return {
             "name": self.key,
             "runs": len(self.runs),
@@ -171,6 +175,8 @@ class Summary:
             "seconds": seconds,
             "gflops_per_second": self.flops / seconds / 1e9 if seconds else None,
             "gbytes_per_second": self.bytes / seconds / 1e9 if seconds else None,
+            "seconds_of_bytes": of_bytes,
+            "of_copy": of_bytes / seconds if seconds and of_bytes is not None else None,
             "of_ceiling": self.of_ceiling(ceilings),
         }
 

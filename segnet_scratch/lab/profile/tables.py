@@ -27,13 +27,13 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
     total = profile.total
     counts = ["launches"] * (total.launches > 0) + ["barriers"] * (total.barriers > 0)
     timed = total.seconds is not None
-    times = ["ms", "share", "GFLOP/s", "GB/s", "of ceiling"] if timed else []
+    times = ["bytes' ms", "ms", "share", "GFLOP/s", "GB/s", "of copy", "of ceiling"] if timed else []
     columns = [*counts, "GFLOP", "MB", "FLOP/B", *times]
     if by_layer:
         ops = sorted(profile.by(lambda run: run.name), key=_longest_first)
         _print(console, _sums(profile, ops, "op", ["runs", *columns], total))
         layers = profile.by(lambda run: run.layer)
-        halves = ["forward ms", "backward ms", "share", "of ceiling"] if timed else []
+        halves = ["bytes' ms", "forward ms", "backward ms", "share", "of ceiling"] if timed else []
         _print(console, _sums(profile, layers, "layer", ["GFLOP", "MB", *halves]))
         if timed:
             each = sorted((Summary(run.name, (run,)) for run in profile.runs), key=_longest_first)[:SLOWEST]
@@ -75,6 +75,7 @@ def _sums(
 def _cell(s: Summary, column: str, profile: Profile) -> str:
     """What stands in a column of this name."""
     seconds, reached = s.seconds or 0.0, s.of_ceiling(profile.ceilings)
+    of_bytes = s.seconds_of_bytes(profile.ceilings) or 0.0
     forward = Summary("", tuple(run for run in s.runs if run.phase == "forward")).seconds or 0.0
     return {
         "runs": lambda: str(len(s.runs)),
@@ -86,12 +87,14 @@ def _cell(s: Summary, column: str, profile: Profile) -> str:
         "GFLOP": lambda: f"{s.flops / 1e9:.3f}",
         "MB": lambda: f"{s.bytes / 1e6:.1f}",
         "FLOP/B": lambda: f"{s.intensity:.2f}",
+        "bytes' ms": lambda: f"{1e3 * of_bytes:.3f}",
         "ms": lambda: f"{1e3 * seconds:.3f}",
         "forward ms": lambda: f"{1e3 * forward:.3f}",
         "backward ms": lambda: f"{1e3 * (seconds - forward):.3f}",  # everything after it
         "share": lambda: f"{100 * seconds / (profile.total.seconds or 1.0):.1f} %",
         "GFLOP/s": lambda: f"{s.flops / seconds / 1e9:.1f}" if seconds else "-",
         "GB/s": lambda: f"{s.bytes / seconds / 1e9:.1f}" if seconds else "-",
+        "of copy": lambda: f"{100 * of_bytes / seconds:.0f} %" if seconds else "-",
         "of ceiling": lambda: "-" if reached is None else f"{100 * reached:.0f} %",
     }[column]()
 
@@ -115,7 +118,8 @@ def _footnotes(profile: Profile) -> list[str]:
         c = profile.ceilings
         rungs = "".join(f", {rung} {flops / 1e9:.1f}" for rung, flops in c.tensor_cores.items())
         lines.append(f"ceilings: {c.flops / 1e9:.1f} GFLOP/s{rungs}, {c.bandwidth / 1e9:.1f} GB/s ({c.source})")
-        lines.append("FLOP, MB: by the definition of each op; ms: medians; of ceiling: shortest possible time / time")
+        lines.append("FLOP, MB: by the definition of each op; bytes' ms: what the MB take at the rate of a large copy")
+        lines.append("ms: medians; of copy: bytes' ms / ms; of ceiling: shortest possible time / time")
     between = profile.communication
     if between["seconds"]:
         whole = profile.total.seconds or 1.0

@@ -1,16 +1,21 @@
-"""Measures the tiles of the tensor-core convolutions on a GPU, keeps the fastest (ops/convolution/tile_table.py)."""
+"""Measures the tiles of the tensor-core convolutions on a GPU, and one branch of a training step against two.
 
-from collections.abc import Callable, Iterator
+The fastest are kept: ops/convolution/tile_table.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import inference_program
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
-from segnet_scratch.engine.training import Objective, training_program
+from segnet_scratch.engine.program import Program
+from segnet_scratch.engine.training import Objective, branches_key, training_program
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.measure import CACHE_BYTES
 from segnet_scratch.ops.convolution import conv2d_mma as mma
@@ -19,9 +24,10 @@ from segnet_scratch.ops.convolution.conv2d_fused import FusedBackwardData, Fused
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
 from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, HopperForward
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
-from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.ops.op import Buffers, Op, Spec
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.segnet import Block
+from segnet_scratch.step import Replayed
 
 PASSES = 9  # timed, of each tile
 CLASSES = 21
@@ -29,7 +35,7 @@ CLASSES = 21
 
 @dataclass(frozen=True)
 class Choice:
-    """One convolution: seconds with each tile, the one that its shape suggests, and the fastest."""
+    """One convolution: seconds with each tile, the one that its shape suggests, and the fastest; or the branches."""
 
     key: str
     seconds: dict[str, float]
@@ -93,7 +99,10 @@ def tune(
     classifier_kernel: int = 3,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Choice], Path]:
-    """Times every tile of every convolution and stores the choices, and says where. DeviceError without a GPU."""
+    """Times every tile of every convolution, then a whole step in one branch and in two, and stores the choices.
+
+    Says where. DeviceError without a GPU.
+    """
     if device.gpu is None:
         raise DeviceError(
             f"tune: tiles are measured on a GPU, and the device is {device.name}; run it where segnet doctor sees one"
@@ -105,6 +114,16 @@ def tune(
     for number, (key, candidates) in enumerate(work.items()):
         progress(number, len(work))
         choices.append(Choice(key, _measure(device, table, key, candidates.ops, scratch), candidates.default))
+    table.choices |= {choice.key: choice.fastest for choice in choices}
+    kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
+    seconds = {
+        name: _seconds_of(
+            device,
+            training_program(blocks, batch, size, kernels, Objective(CLASSES), classifier_kernel, name == "two"),
+        )
+        for name in ("one", "two")
+    }
+    choices.append(Choice(branches_key(blocks, batch, size, kernels.rung), seconds, "one"))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 
@@ -132,14 +151,30 @@ def _measure(device: Device, table: TileTable, key: str, ops: dict[str, Op], scr
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
-def random_buffers(device: Device, op: Op) -> Buffers:
-    """Random inputs, and room for what the op makes."""
-    rng = np.random.default_rng(0)
-    given = {}
-    for name, spec in op.inputs.items():
+def _seconds_of(device: Device, program: Program) -> float:
+    """The median of a program on random arrays, replayed as a graph."""
+    arrays = _random(device, program.given) | Arena.plan(program.lifetimes()).allocate(device)
+    bound = program.bind(arrays)
+    replayed, timer = Replayed(device, lambda: bound.run(device)), device.timer()
+    taken = []
+    for _ in range(2 + PASSES):  # the first loads the kernels, the second records
+        first = timer.mark()
+        replayed()
+        taken.append(timer.seconds(first, timer.mark()))
+    return median(taken[2:])
+
+
+def _random(device: Device, specs: Mapping[str, Spec]) -> dict[str, Array]:
+    rng, arrays = np.random.default_rng(0), {}
+    for name, spec in specs.items():
         random = (
             rng.integers(0, 256, spec.shape) if spec.dtype == np.uint8 else rng.standard_normal(spec.shape, np.float32)
         )
-        given[name] = device.upload(random.astype(spec.dtype))
+        arrays[name] = device.upload(random.astype(spec.dtype))
+    return arrays
+
+
+def random_buffers(device: Device, op: Op) -> Buffers:
+    """Random inputs, and room for what the op makes."""
     made = {name: device.empty(s.shape, s.dtype) for name, s in {**op.outputs, **op.workspace}.items()}
-    return Buffers(**given, **made)
+    return Buffers(**_random(device, op.inputs), **made)
