@@ -124,8 +124,9 @@ def segmented(segmenter: Segmenter, content: bytes) -> dict[str, Any]:
     }
     if found.uncertainty is not None:
         largest = float(found.uncertainty.max())
-        picture = heat_colours(found.uncertainty / (largest or 1))
-        answer |= {"uncertainty": png_uri(Image.fromarray(resize_image(picture, size))), "largest": largest}
+        values = Image.fromarray(found.uncertainty).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        picture = Image.fromarray(heat_colours(np.asarray(values) / (largest or 1)))
+        answer |= {"uncertainty": png_uri(picture), "largest": largest}
     return answer | {"seconds": perf_counter() - begun}
 
 
