@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.commands import assert_error
 from support.training import start
 
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
@@ -81,11 +82,12 @@ def test_an_mpirun_of_another_mpi_is_named(monkeypatch):
         world()
 
 
-def test_without_mpi4py(monkeypatch):
+def test_without_mpi4py(monkeypatch, segnet, sample, tmp_path):
     os.environ["PMI_RANK"] = "0"
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(MissingLibraryError, match=r"pip install 'segnet_scratch\[parallel\]'"):
         world()
+    assert_error(segnet("train", "--data", sample, "--out", tmp_path), 1, "several ranks: expected the library mpi4py")
 
 
 def test_the_command_is_started_again_by_mpirun(monkeypatch, tmp_path):

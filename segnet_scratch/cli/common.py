@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
@@ -14,7 +15,7 @@ from rich.text import Text
 from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
 from segnet_scratch.config import ENGINES, MINIMUM_SIZE, PRECISIONS
-from segnet_scratch.errors import CheckpointError, ConfigError
+from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
 from segnet_scratch.parallel import Communicator, world
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
@@ -108,7 +109,10 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint, such as 
 
 def fail(message: str, code: int) -> NoReturn:
     """Prints an error and ends the program."""
-    problems.print(Text.assemble(("error: ", "bold red"), world().label, message), soft_wrap=True)
+    where = ""
+    with suppress(SegnetError):  # it may be this that is said: that there are no ranks to be had
+        where = world().label
+    problems.print(Text.assemble(("error: ", "bold red"), where, message), soft_wrap=True)
     sys.exit(code)
 
 
