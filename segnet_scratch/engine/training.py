@@ -307,7 +307,8 @@ class FusedTraining:
             weights.convolutions,
             objective,
             model.classifier_kernel,
-            two_branches(self.device, model.blocks, batch, (size[0], size[1]), weights.convolutions.rung),
+            shares is None  # of several ranks the second stream is for their sums
+            and two_branches(self.device, model.blocks, batch, (size[0], size[1]), weights.convolutions.rung),
         )
         self.arena = Arena.plan(self.program.lifetimes(kept=("loss", "logits")))
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)
