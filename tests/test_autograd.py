@@ -3,6 +3,7 @@ import weakref
 
 import numpy as np
 import pytest
+from support import raises
 
 from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeError
 from segnet_scratch.nn.autograd import Function, Tensor, no_grad, tensor
@@ -348,38 +349,22 @@ class TestRefused:
 
     @each_device
     def test_arrays_that_do_not_fit(self, device):
+        """What ops refuse reaches whoever calls a function; the rest of it: test_ops.py."""
         home = get_device(device)
-        x = tensor(np.zeros((1, 4, 4, 3), np.float32), device)
-        y64 = tensor(np.zeros((1, 4, 4, 3)), device)
-        weight = tensor(np.zeros((2, 3, 3, 3), np.float32), device)
-        vector = tensor(np.zeros(3, np.float32), device)
-        state = home.zeros((2,), np.uint64)
-        running = home.zeros((3,), np.float32), home.zeros((3,), np.float32)
+        x, y64 = (tensor(np.zeros((1, 4, 4, 3), dtype), device) for dtype in (np.float32, np.float64))
         refused = [
             (lambda: add(x, y64), DTypeError, "add_forward: b has element type float64, expected float32"),
             (lambda: x * y64, DTypeError, "arithmetic_forward: b has element type float64, expected float32"),
             (lambda: x + tensor(np.zeros((4, 3, 3), np.float32), device), ShapeError, "(4, 3, 3) do not fit"),
             (lambda: x.sum(4), ShapeError, "sum over axis 4"),
             (lambda: x * "3", DTypeError, "expected real numbers"),
-            (lambda: conv2d(y64, weight), DTypeError, "weight has element type float32, x float64"),
-            (lambda: conv2d(x, weight, vector), ShapeError, "bias has shape (3,), expected (2,)"),
-            (lambda: conv2d(x, weight, tensor(np.zeros(2), device)), DTypeError, "bias has element type float64"),
-            (lambda: batch_norm(y64, vector, vector, *running, training=True), DTypeError, "weight has element type"),
-            (
-                lambda: batch_norm(x, vector, vector, running[0][:2], running[1], True),
-                ShapeError,
-                "running_mean has shape",
-            ),
-            (lambda: dropout(x, 0.5, 0, state.astype(np.int64)), DTypeError, "state has element type int64"),
-            (lambda: dropout(x, 1.5, 0, state), ShapeError, "p is 1.5"),
-            (lambda: relu(Tensor(np.zeros(3, np.int32), home)), DTypeError, "element type int32"),
+            (lambda: conv2d(x, tensor(np.zeros((2, 3, 3, 3)), device)), DTypeError, "weight has element type float64"),
+            (lambda: dropout(x, 1.5, 0, home.zeros((2,), np.uint64)), ShapeError, "p is 1.5"),
             (lambda: relu(Tensor(np.zeros((4, 6), np.float32)[:, ::2], home)), ShapeError, "is a view"),
-            (lambda: max_pool(tensor(np.zeros((4, 4), np.float32), device)), ShapeError, "channels last"),
         ]
         for call, error, message in refused:
-            with pytest.raises(error) as raised:
+            with raises(error, message):
                 call()
-            assert message in str(raised.value)
 
 
 class TestArithmetic:
@@ -436,21 +421,3 @@ class TestArithmetic:
                 assert isinstance(y, Tensor)
                 assert y.dtype == np.float64
         assert (leaf([1.0], dtype=np.float32) * np.array([2.0])).dtype == np.float32
-
-    @each_device
-    def test_cross_entropy_of_each_pixel(self, device):
-        rng = np.random.default_rng(9)
-        logits, weights = rng.standard_normal((2, 3, 4, 5)), [1, 2, 0, 4, 5]
-        labels = rng.integers(0, 5, (2, 3, 4)).astype(np.uint8)
-        labels[0, 1:] = 255
-        pixel_weights = rng.uniform(0, 1, labels.shape)
-        options = {"class_weights": weights, "smoothing": 0.2}
-        one, each = leaf(logits, device), leaf(logits, device)
-        losses = cross_entropy(each, labels, reduction="none", **options)
-        assert losses.shape == labels.shape
-        assert not losses.numpy()[0, 1:].any()
-        whole = cross_entropy(one, labels, reduction="sum", **options)
-        assert losses.numpy().sum() == pytest.approx(whole.item(), rel=1e-12)
-        (losses * pixel_weights).sum().backward()
-        whole.backward()  # of each pixel its own gradient, times its weight
-        np.testing.assert_allclose(each.grad, one.grad * pixel_weights[..., None], rtol=1e-9, atol=1e-14)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from segnet_scratch.boundary import TOLERANCE, authors_boundary_f1, boundary_f1, contour, near
+from segnet_scratch.boundary import TOLERANCE, authors_boundary_f1, boundary_f1
 from segnet_scratch.data import VOID
 
 TRUTH = np.array([[0, 0, 0, 0, 1, 1, 1, 1]] * 6, np.uint8)
@@ -183,14 +183,6 @@ def test_perfect_is_one_and_far_is_zero():
     assert boundary_f1(truth, np.zeros_like(truth)) == {0: 0.0, 2: 0.0}  # the class was not found at all
 
 
-def test_classes_that_only_the_prediction_has_do_not_count():
-    truth = np.zeros((20, 20), np.uint8)
-    truth[:, 10:] = 1
-    prediction = truth.copy()
-    prediction[5:9, 2:5] = 3
-    assert list(boundary_f1(truth, prediction)) == [0, 1]
-
-
 def test_an_image_of_one_class_has_no_contour():
     truth = np.full((20, 20), 3, np.uint8)
     assert boundary_f1(truth, truth) == {}
@@ -215,22 +207,3 @@ def test_distances_below_the_radius_match_and_equal_ones_do_not():
     for shift, f1 in ((0, 1.0), (2, 1.0), (3, 0.0)):  # 0.75 % of the diagonal of 400 is 3
         prediction[:] = np.arange(320) >= 100 + shift
         assert boundary_f1(truth, prediction) == {0: f1, 1: f1}
-
-
-def test_the_border_of_the_image_is_no_contour():
-    region = np.ones((4, 5), bool)
-    assert not contour(region).any()
-    region[1, 2] = False
-    assert sorted(zip(*(axis.tolist() for axis in np.nonzero(contour(region))), strict=True)) == [
-        *((0, 2), (1, 1), (1, 3), (2, 2))
-    ]
-
-
-def test_near_is_the_euclidean_distance():
-    distance = pytest.importorskip("scipy.ndimage", reason="SciPy is the oracle").distance_transform_edt
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        pixels = rng.random(rng.integers(1, 40, 2)) < 0.03
-        radius = float(rng.choice([0.3, 1, sqrt(2), 1.5, 2, 2.3, 5, 13.7, 60]))
-        expected = distance(~pixels) < radius if pixels.any() else np.zeros_like(pixels)
-        np.testing.assert_array_equal(near(pixels, radius), expected)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import real
 from support.data import encoded, noise
 
 from segnet_scratch import data
-from segnet_scratch.data import Loader, TrainTransform, VOCDataset
+from segnet_scratch.data import VOCDataset
 from segnet_scratch.data import cache as cache_module
 from segnet_scratch.data.cache import MemoryCachedDataset, open_dataset
 from segnet_scratch.errors import DataError
@@ -63,17 +62,6 @@ def test_nothing_is_decoded_twice(voc, mode, decoded):
         for index in (*range(8), *range(8)):
             cached.sample(index)
     assert sorted(decoded) == sorted([*range(8)] * (2 if mode == "memory" else 1))
-
-
-@pytest.mark.parametrize("mode", ["memory", "disk"])
-def test_training_sees_the_same_batches(voc, mode):
-    def batches(dataset):
-        return list(Loader(dataset, TrainTransform((16, 24)), 3, seed=5, workers=2).epoch(1))
-
-    for plain, cached in zip(batches(VOCDataset(voc, "train")), batches(open_dataset(voc, "train", mode)), strict=True):
-        assert plain.ids == cached.ids
-        np.testing.assert_array_equal(plain.images, cached.images)
-        np.testing.assert_array_equal(plain.labels, cached.labels)
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
@@ -206,15 +194,3 @@ def test_a_full_disk_is_told_with_the_way_out(voc, monkeypatch):
     monkeypatch.setattr(cache_module, "write_durably", full)
     with pytest.raises(DataError, match=r"No space left.*SEGNET_CACHE"):
         open_dataset(voc, "train", "disk").sample(0)
-
-
-@pytest.mark.parametrize("parts", [("VOCdevkit", "VOC2012"), ("CamVid",)])
-def test_real_samples_are_bit_equal(parts):
-    root = real("data", *parts)
-    plain = VOCDataset(root, "val")
-    disk, memory = (open_dataset(root, "val", mode) for mode in ("disk", "memory"))
-    for index in range(0, len(plain), 5):
-        expected = plain.sample(index)
-        assert equal(disk.sample(index), expected)
-        assert equal(memory.sample(index), expected)
-        assert equal(memory.sample(index), expected)

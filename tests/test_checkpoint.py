@@ -89,10 +89,6 @@ class TestForeign:
         with pytest.raises(CheckpointError, match="written by this project"):
             checkpoint.load(tmp_path / "a")
 
-    def test_our_own_files(self, tmp_path):
-        checkpoint.save(tmp_path / "a", some_tensors(), some_metadata())
-        assert_same_tensors(checkpoint.load_foreign(tmp_path / "a"), some_tensors())
-
     def test_bfloat16_becomes_the_float32_of_the_same_value(self, tmp_path):
         # 1, -2.5, the smallest subnormal (2**-133), infinity and a NaN, as the upper halves of their float32
         bits = np.array([0x3F80, 0xC020, 0x0001, 0x7F80, 0x7FC1], "<u2")

@@ -10,19 +10,9 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.compare import Problem
 from segnet_scratch.lab.proof.launches import Replay
+from segnet_scratch.ops.convolution import conv2d_hopper as hopper
 from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.convolution.conv2d_hopper import (
-    MULTIPROCESSORS,
-    NAMED,
-    TILES,
-    HopperForward,
-    Parts,
-    groups_of,
-    misfit,
-    tile_for,
-    tiles_on,
-)
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import HostDevice
@@ -37,7 +27,7 @@ def geometry(n, h, w, c, o, kernel=3):
 
 
 class TestTiles:
-    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+    @pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: tile.name)
     def test_one_block_fits_a_multiprocessor(self, tile):
         assert tile.shared + BARRIERS <= MAX_SHARED
         # Stages begin where the pattern of the swizzle does.
@@ -56,22 +46,22 @@ class TestTiles:
         ],
     )
     def test_by_shape(self, shape, columns, windows, name):
-        assert tile_for(*shape, columns, windows).name == name
+        assert hopper.tile_for(*shape, columns, windows).name == name
 
     def test_a_measured_tile_is_taken(self):
         x, weight = spec((16, 56, 56, 128), BFLOAT16), spec((256, 3, 3, 128), BFLOAT16)
-        key = HopperForward.plan(x, weight, statistics=True).key
+        key = hopper.HopperForward.plan(x, weight, statistics=True).key
         op = Convolutions("bf16", TileTable({key: "columns_256x128"})).forward(x, weight, statistics=True)
-        assert op.tile is NAMED["columns_256x128"]
-        assert Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight).tile is NAMED["halo_256x128"]
+        assert op.tile is hopper.NAMED["columns_256x128"]
+        assert Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight).tile is hopper.NAMED["halo_256x128"]
 
 
 class TestGroups:
-    @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+    @pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: tile.name)
     @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 17), (3, 8, 8), (5, 7, 3)], ids=str)
     def test_every_pixel_is_in_one(self, tile, shape):
         map_ = np.arange(np.prod(shape)).reshape(*shape, 1)
-        groups = groups_of(tile, map_)
+        groups = hopper.groups_of(tile, map_)
         assert len(groups) == tile.groups(*shape)
         assert all(len(group) <= tile.group for group in groups)
         assert len(groups[0]) > 0
@@ -84,14 +74,14 @@ class TestParts:
         for _ in range(500):
             n, h, w = (int(k) for k in rng.integers(1, (20, 90, 90)))
             c, o = (64 * int(k) for k in rng.integers(1, 9, 2))
-            parts, blocks = Parts.of(geometry(n, h, w, c, o)), n * -(-h // 8) * -(-w // 8)
+            parts, blocks = hopper.Parts.of(geometry(n, h, w, c, o)), n * -(-h // 8) * -(-w // 8)
             assert (parts.count - 1) * parts.blocks < blocks <= parts.count * parts.blocks
-            assert parts.count * (c // 64) * (o // 64) <= max(MULTIPROCESSORS, c // 64 * (o // 64))
+            assert parts.count * (c // 64) * (o // 64) <= max(hopper.MULTIPROCESSORS, c // 64 * (o // 64))
 
 
 @needs_compiler
 def test_a_failure_of_a_kernel_with_tensor_maps_is_reported_without_its_writer():
-    op = HopperForward.plan(spec((1, 4, 4, 64), BFLOAT16), spec((64, 3, 3, 64), BFLOAT16))
+    op = hopper.HopperForward.plan(spec((1, 4, 4, 64), BFLOAT16), spec((64, 3, 3, 64), BFLOAT16))
     inputs = {name: np.ones(s.shape, s.dtype) for name, s in op.inputs.items()}
     replay = Replay(op, inputs, HostDevice())
     assert replay.writer(Problem("y", "it is wrong", (0, 0, 0, 0))) == replay.race(2) == []
@@ -111,7 +101,7 @@ class TestRule:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_does_not_fit(self, g, reason):
-        assert reason in misfit(g)
+        assert reason in hopper.misfit(g)
 
     def test_what_does_not_fit_goes_to_mma_sync(self):
         kernels = Convolutions("bf16", TileTable())
@@ -127,7 +117,7 @@ class TestRule:
         # An image alone leaves so few tiles that the depth is split.
         deep = spec((1, 14, 14, 512), BFLOAT16), spec((512, 3, 3, 512), BFLOAT16)
         assert type(kernels.forward(*deep, bias=True)) is FusedForward
-        assert type(kernels.forward(*deep, statistics=True)) is HopperForward
+        assert type(kernels.forward(*deep, statistics=True)) is hopper.HopperForward
 
     @pytest.mark.parametrize(
         ("architecture", "setting", "taken"),
@@ -150,10 +140,10 @@ class TestRule:
         if setting is not None:
             monkeypatch.setenv("SEGNET_HOPPER", setting)
         device = Device(architecture=architecture, runs_kernels=True, gpu=None)
-        assert (tiles_on(device) is not None) == taken
-        assert tiles_on(Device(architecture=None, runs_kernels=False, gpu=None)) is None
+        assert (hopper.tiles_on(device) is not None) == taken
+        assert hopper.tiles_on(Device(architecture=None, runs_kernels=False, gpu=None)) is None
 
     def test_a_setting_that_is_none(self, monkeypatch):
         monkeypatch.setenv("SEGNET_HOPPER", "yes")
         with pytest.raises(ConfigError, match="SEGNET_HOPPER is 'yes'; expected 1"):
-            tiles_on(SimpleNamespace(architecture="sm_90", runs_kernels=True, gpu=None))
+            hopper.tiles_on(SimpleNamespace(architecture="sm_90", runs_kernels=True, gpu=None))

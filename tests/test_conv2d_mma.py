@@ -15,24 +15,14 @@ from segnet_scratch.lab.proof.parts import PARTS, accuracy
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import conv2d
+from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight, Conv2dForward, _tell_fallback, choose_rung
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.convolution.conv2d_mma import (
-    ELEMENTS,
-    MEDIUM,
-    NARROW,
-    WEIGHT_ELEMENTS,
-    WIDE,
-    Chunks,
-    forward_tile,
-    misfit,
-    weight_tile,
-)
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime import host, nvrtc
 from segnet_scratch.runtime.devices import CudaDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel
-from segnet_scratch.runtime.precision import BFLOAT16, round_to_tf32
+from segnet_scratch.runtime.precision import BFLOAT16
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -45,23 +35,23 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("c", "o", "rung", "forward", "weight"),
         [
-            (64, 512, "tf32", WIDE, WIDE),
-            (64, 512, "tf32x3", MEDIUM, WIDE),
-            (64, 64, "bf16", MEDIUM, MEDIUM),
-            (64, 33, "tf32", MEDIUM, WEIGHT_ELEMENTS),
-            (64, 21, "tf32x3", NARROW, WEIGHT_ELEMENTS),  # the classifier
-            (3, 64, "tf32", ELEMENTS, WEIGHT_ELEMENTS),  # the first layer
-            (4, 64, "tf32x3", MEDIUM, MEDIUM),
-            (4, 64, "bf16", ELEMENTS, WEIGHT_ELEMENTS),  # half a piece of bfloat16
+            (64, 512, "tf32", mma.WIDE, mma.WIDE),
+            (64, 512, "tf32x3", mma.MEDIUM, mma.WIDE),
+            (64, 64, "bf16", mma.MEDIUM, mma.MEDIUM),
+            (64, 33, "tf32", mma.MEDIUM, mma.WEIGHT_ELEMENTS),
+            (64, 21, "tf32x3", mma.NARROW, mma.WEIGHT_ELEMENTS),  # the classifier
+            (3, 64, "tf32", mma.ELEMENTS, mma.WEIGHT_ELEMENTS),  # the first layer
+            (4, 64, "tf32x3", mma.MEDIUM, mma.MEDIUM),
+            (4, 64, "bf16", mma.ELEMENTS, mma.WEIGHT_ELEMENTS),  # half a piece of bfloat16
         ],
     )
     def test_tiles(self, c, o, rung, forward, weight):
         g = geometry(c=c, o=o)
-        assert forward_tile(g, rung) is forward
-        assert weight_tile(g, rung) is weight
+        assert mma.forward_tile(g, rung) is forward
+        assert mma.weight_tile(g, rung) is weight
 
     def test_tiles_fit_into_the_gpus_with_the_least_shared_memory(self):
-        for tile in (WIDE, MEDIUM, NARROW, ELEMENTS, WEIGHT_ELEMENTS):
+        for tile in (mma.WIDE, mma.MEDIUM, mma.NARROW, mma.ELEMENTS, mma.WEIGHT_ELEMENTS):
             assert tile.shared <= 98 * 1024  # of 99 KiB on sm_86, sm_89, sm_120; the rest is static
 
     @pytest.mark.parametrize(
@@ -75,13 +65,13 @@ class TestPlan:
     )
     def test_what_is_refused(self, change, reason):
         g = geometry(**change)
-        assert reason in misfit(g)
+        assert reason in mma.misfit(g)
         with pytest.raises(ShapeError, match=r"rung 'tf32' takes .*; use '(tiled|direct)'"):
             choose_rung(g, F32, "tf32")
 
     def test_rungs_and_element_types(self):
         g = geometry()
-        assert misfit(g) is None
+        assert mma.misfit(g) is None
         assert [choose_rung(g, dtype, None) for dtype in (F32, F64, BFLOAT16)] == ["tiled", "tiled", "bf16"]
         assert choose_rung(geometry(kernel=17, padding=8, h=20, w=20), BFLOAT16, None) == "tiled"
         for rung, dtype in (("tf32", F64), ("tf32x3", BFLOAT16), ("bf16", F32)):
@@ -99,9 +89,9 @@ class TestPlan:
     def test_chunks_cover_the_pixels_whatever_the_tile(self):
         for pixels in (1, 2048, 2049, 100_000, 10**7):
             for rows, columns in ((128, 64), (128, 128)):
-                chunks = Chunks.of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
+                chunks = mma.Chunks.of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
                 assert (chunks.count - 1) * chunks.pixels < pixels <= chunks.count * chunks.pixels
-                assert chunks.count <= Chunks.WANTED_BLOCKS
+                assert chunks.count <= mma.Chunks.WANTED_BLOCKS
 
 
 @needs_compiler
@@ -157,16 +147,6 @@ class TestAccuracy:
         messages = [failure.message for failure in PARTS["accuracy"].do(work).failures]
         assert len(messages) == 6
         assert all("times as much as a chain; expected at most 0.1" in message for message in messages)
-
-    def test_round_to_tf32_is_what_the_kernel_does(self):
-        """The reference and the wrapper are two implementations; a product with 1 shows the kernel's."""
-        x = np.random.default_rng(1).standard_normal((1, 1, 64, 8)).astype(F32)
-        op = Conv2dForward.plan(spec(x.shape, F32), spec((8, 1, 1, 8), F32), 1, 0, "tf32")
-        y = op(get_device("host"), x=x, weight=np.eye(8, dtype=F32).reshape(8, 1, 1, 8), bias=None).y
-        np.testing.assert_array_equal(y, round_to_tf32(x))
-        assert (y != x).any()
-        special = np.array([np.nan, np.inf, -np.inf, 0, -0.0], F32)
-        np.testing.assert_array_equal(round_to_tf32(special), special)
 
 
 class TestOnGpus:

@@ -8,15 +8,13 @@ import ast
 import contextlib
 import math
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import threadpoolctl
+from support.commands import process
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.compare import examine, same_bits
@@ -248,9 +246,7 @@ print(found)
 
 
 def test_a_blas_that_was_loaded_later_is_limited_too():
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", LATER]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    finished = process(code=LATER, OPENBLAS_NUM_THREADS="2")
     assert finished.returncode == 0, finished.stderr
     before, after = ast.literal_eval(finished.stdout)
     assert len(after) >= len(before) >= 1

@@ -36,8 +36,48 @@ def judged(facts):
     return {finding.name: finding for finding in gpu.findings(facts)}
 
 
-def with_gpu(**changed):
-    return replace(GOOD, cupy={**CUPY, "gpus": [{**H100, **changed}]})
+def laptop(**changed):
+    return replace(LAPTOP, **changed)
+
+
+def good(**changed):
+    return replace(GOOD, **changed)
+
+
+def with_cupy(**changed):
+    """With another answer of CuPy."""
+    return good(cupy={**CUPY, **changed})
+
+
+# Finding, what the machine has, and by regular expressions what is said and the command.
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+NO_DRIVER = "couldn't communicate with the NVIDIA driver"
+ASKS = "the cuda device needs it"
+TWO_CUPYS = ["cupy-cuda12x", "cupy-cuda13x"]
+NO_CUBLAS = {"error": "=====\nFailed\nImportError: libcublas\n=====", "type": "ImportError"}
+PART_MISSING = {"error": "No module named 'cuda'", "type": "ModuleNotFoundError"}  # a part of CuPy, not CuPy
+NO_BUILTINS = {"error": "nvrtc: error: failed to open libnvrtc-builtins.so.13.5"}
+NO_GPU = "cudaErrorNoDevice: no device"
+DEFECTS = [
+    ("driver missing", laptop(on_the_bus=True), "an NVIDIA GPU is in this machine", "drivers install"),
+    ("driver broken", laptop(smi_problem=MISMATCH), "version mismatch", "sudo reboot"),
+    ("driver broken", laptop(smi_problem=NO_DRIVER), "communicate", "modprobe"),
+    ("driver broken", laptop(smi="580.95, NVIDIA H100"), "libcuda.so.1 does not load", "CAPABILITIES"),
+    ("driver broken", good(cuda=(11, 8)), "CUDA 11.8.*too old", "drivers install"),
+    ("GPU broken", with_cupy(gpus=[{**H100, "capability": (7, 0)}]), "7.0.*too old", "--device numpy"),
+    ("GPU missing", replace(with_cupy(gpus=[]), hidden="-1"), "'-1'", "unset CUDA_VISIBLE_DEVICES"),
+    ("GPU missing", with_cupy(gpus=[], problem=NO_GPU), "cudaErrorNoDevice", "nvidia-smi"),
+    ("CuPy missing", good(packages=[], cupy=NO_CUPY), ASKS, "cupy-cuda13x"),
+    ("CuPy missing", good(packages=[], cupy=NO_CUPY, cuda=(12, 4)), ASKS, "cupy-cuda12x"),
+    ("CuPy broken", good(cuda=(12, 4)), "for CUDA 13.* CUDA 12 at most", "uninstall -y cupy-cuda13x && .*cupy-cuda12x"),
+    ("CuPy broken", good(packages=TWO_CUPYS), "overwrite", "uninstall -y cupy-cuda12x cupy-cuda13x && .*'cupy-cuda13x"),
+    ("CuPy broken", good(cupy=NO_CUBLAS), "does not import: ImportError: libcublas", "uninstall -y cupy-cuda13x && "),
+    ("CuPy broken", good(cupy=PART_MISSING), "No module named 'cuda'", "uninstall -y cupy-cuda13x && "),
+    ("NVRTC broken", with_cupy(gpus=[{**H100, "capability": (10, 3)}]), "does not know sm_103", "cuda-toolkit"),
+    ("NVRTC broken", good(cuda=(12, 4)), "the driver runs CUDA 12 at most", "nvrtc.*<13"),
+    ("NVRTC missing", good(nvrtc=NO_NVRTC), "compiles the kernels", "cuda-toolkit.cudart,nvrtc"),
+    ("NVRTC broken", good(nvrtc=NO_BUILTINS), "failed to open libnvrtc-builtins", "cuda-toolkit"),
+]
 
 
 class TestGpu:
@@ -47,15 +87,7 @@ class TestGpu:
         assert {finding.status for finding in found.values()} == {"ok"}
         assert not any(finding.fix for finding in found.values())
         text = " ".join(finding.text for finding in found.values())
-        for part in (
-            "CUDA 13.0",
-            "580.95",
-            "NVIDIA H100",
-            "compute capability 9.0",
-            "80 GiB",
-            "14.2.0",
-            "libnvrtc.so.13",
-        ):
+        for part in ("CUDA 13.0", "580.95", "NVIDIA H100", "capability 9.0", "80 GiB", "14.2.0", "libnvrtc.so.13"):
             assert part in text
 
     def test_a_laptop(self):
@@ -65,103 +97,9 @@ class TestGpu:
         assert "cupy-cuda13x" in found["CuPy"].fix
         assert "nvidia-cuda-nvrtc==" in found["NVRTC"].fix
 
-    @pytest.mark.parametrize(
-        ("facts", "name", "status", "text", "fix"),
-        [
-            (
-                replace(LAPTOP, on_the_bus=True),
-                "driver",
-                "missing",
-                "an NVIDIA GPU is in this machine",
-                "drivers install",
-            ),
-            (
-                replace(LAPTOP, smi_problem="Failed to initialize NVML: Driver/library version mismatch"),
-                "driver",
-                "broken",
-                "version mismatch",
-                "sudo reboot",
-            ),
-            (
-                replace(LAPTOP, smi_problem="couldn't communicate with the NVIDIA driver"),
-                "driver",
-                "broken",
-                "communicate",
-                "modprobe",
-            ),
-            (
-                replace(LAPTOP, smi="580.95, NVIDIA H100"),
-                "driver",
-                "broken",
-                "libcuda.so.1 does not load",
-                "CAPABILITIES",
-            ),
-            (replace(GOOD, cuda=(11, 8)), "driver", "broken", "CUDA 11.8.*too old", "drivers install"),
-            (with_gpu(capability=(7, 0)), "GPU", "broken", "7.0.*too old", "--device numpy"),
-            (
-                replace(GOOD, hidden="-1", cupy={**CUPY, "gpus": []}),
-                "GPU",
-                "missing",
-                "'-1'",
-                "unset CUDA_VISIBLE_DEVICES",
-            ),
-            (
-                replace(GOOD, cupy={**CUPY, "gpus": [], "problem": "cudaErrorNoDevice: no device"}),
-                "GPU",
-                "missing",
-                "cudaErrorNoDevice",
-                "nvidia-smi",
-            ),
-            (replace(GOOD, packages=[], cupy=NO_CUPY), "CuPy", "missing", "the cuda device needs it", "cupy-cuda13x"),
-            (
-                replace(GOOD, packages=[], cupy=NO_CUPY, cuda=(12, 4)),
-                "CuPy",
-                "missing",
-                "the cuda device needs it",
-                "cupy-cuda12x",
-            ),
-            (
-                replace(GOOD, cuda=(12, 4)),
-                "CuPy",
-                "broken",
-                "for CUDA 13, but the driver runs CUDA 12 at most",
-                "uninstall -y cupy-cuda13x && .*cupy-cuda12x",
-            ),
-            (
-                replace(GOOD, packages=["cupy-cuda12x", "cupy-cuda13x"]),
-                "CuPy",
-                "broken",
-                "overwrite each other",
-                "uninstall -y cupy-cuda12x cupy-cuda13x && .*'cupy-cuda13x",
-            ),
-            (
-                replace(GOOD, cupy={"error": "=====\nFailed\nImportError: libcublas\n=====", "type": "ImportError"}),
-                "CuPy",
-                "broken",
-                "does not import: ImportError: libcublas",
-                "uninstall -y cupy-cuda13x && ",
-            ),
-            (
-                # A part of CuPy is missing, not CuPy.
-                replace(GOOD, cupy={"error": "No module named 'cuda'", "type": "ModuleNotFoundError"}),
-                "CuPy",
-                "broken",
-                "No module named 'cuda'",
-                "uninstall -y cupy-cuda13x && ",
-            ),
-            (with_gpu(capability=(10, 3)), "NVRTC", "broken", "does not know sm_103", "cuda-toolkit"),
-            (replace(GOOD, cuda=(12, 4)), "NVRTC", "broken", "the driver runs CUDA 12 at most", "nvrtc.*<13"),
-            (replace(GOOD, nvrtc=NO_NVRTC), "NVRTC", "missing", "compiles the kernels", "cuda-toolkit.cudart,nvrtc"),
-            (
-                replace(GOOD, nvrtc={"error": "nvrtc: error: failed to open libnvrtc-builtins.so.13.5"}),
-                "NVRTC",
-                "broken",
-                "failed to open libnvrtc-builtins",
-                "cuda-toolkit",
-            ),
-        ],
-    )
-    def test_every_defect_has_its_command(self, facts, name, status, text, fix):
+    @pytest.mark.parametrize(("what", "facts", "text", "fix"), DEFECTS)
+    def test_every_defect_has_its_command(self, what, facts, text, fix):
+        name, status = what.split()
         finding = judged(facts)[name]
         assert finding.status == status
         assert re.search(text, finding.text)

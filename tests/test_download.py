@@ -74,12 +74,6 @@ def test_another_file_of_that_name_is_left_alone(server, get, tmp_path):
     assert server.requests == []
 
 
-def test_a_part_is_gone_on_with(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT[:100_000])
-    assert get(server.url("a")).read_bytes() == CONTENT
-    assert server.requests == [("a", "bytes=100000-")]
-
-
 def test_what_another_program_broke_off_is_gone_on_with(server, get, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/archive.tar").write_bytes(CONTENT[:1000])
@@ -87,10 +81,22 @@ def test_what_another_program_broke_off_is_gone_on_with(server, get, tmp_path):
     assert server.requests == [("a", "bytes=1000-")]
 
 
-def test_a_whole_part_is_only_verified(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT)
-    assert get(server.url("a")).read_bytes() == CONTENT
-    assert server.requests == []
+@pytest.mark.parametrize(
+    ("left", "behaviour", "requests"),
+    [
+        (CONTENT[:100_000], {}, ["bytes=100000-"]),
+        (CONTENT[:1000], {"total": "*"}, ["bytes=1000-"]),
+        (CONTENT, {}, []),
+        (CONTENT + b"x", {}, [None]),
+        (bytes(1000), {}, ["bytes=1000-", None]),
+        (bytes(100_000), {"ranges": False}, ["bytes=100000-"]),
+    ],
+    ids=["gone on with", "unknown total", "only verified", "too long", "damaged", "server without ranges"],
+)
+def test_what_becomes_of_a_part(server, get, tmp_path, left, behaviour, requests):
+    leave_part(tmp_path, left)
+    assert get(server.url("a", **behaviour)).read_bytes() == CONTENT
+    assert server.requests == [("a", asked) for asked in requests]
 
 
 @pytest.mark.parametrize("size", [True, False])
@@ -100,22 +106,11 @@ def test_broken_connections_are_resumed(server, get, size):
     assert server.requests == [("a", None), ("a", "bytes=100000-"), ("a", "bytes=100001-"), ("a", "bytes=250001-")]
 
 
-def test_a_server_without_ranges_starts_over(server, get, tmp_path):
-    leave_part(tmp_path, bytes(100_000))
-    assert get(server.url("a", ranges=False)).read_bytes() == CONTENT
-    assert server.requests == [("a", "bytes=100000-")]
-
-
 @pytest.mark.parametrize("lie", [{"shift": 7}, {"total": "999"}, {"total": "nonsense"}])
 def test_a_wrong_range_is_not_trusted(server, get, tmp_path, lie):
     leave_part(tmp_path, CONTENT[:1000])
     assert get(server.url("a", **lie), server.url("b")).read_bytes() == CONTENT
     assert server.requests == [("a", "bytes=1000-"), ("b", None)]
-
-
-def test_an_unknown_total_is_fine(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT[:1000])
-    assert get(server.url("a", total="*")).read_bytes() == CONTENT
 
 
 def test_a_range_beyond_the_end_starts_over(server, get, tmp_path):
@@ -125,12 +120,6 @@ def test_a_range_beyond_the_end_starts_over(server, get, tmp_path):
         get(short)
     assert server.requests == [("short", "bytes=200000-"), ("short", None)]
     assert get(short, server.url("b")).read_bytes() == CONTENT
-
-
-def test_a_part_that_is_too_long_starts_over(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT + b"x")
-    assert get(server.url("a")).read_bytes() == CONTENT
-    assert server.requests == [("a", None)]
 
 
 @pytest.mark.parametrize("status", [404, 403, 410])
@@ -196,12 +185,6 @@ def test_a_wrong_hash_is_thrown_away(server, get, tmp_path):
     assert not (tmp_path / "folder/archive.tar").exists()
     assert part(tmp_path).stat().st_size == 0
     assert get(server.url("a", content=wrong), server.url("b")).read_bytes() == CONTENT
-
-
-def test_a_damaged_part_does_not_condemn_the_mirror(server, get, tmp_path):
-    leave_part(tmp_path, bytes(1000))
-    assert get(server.url("a")).read_bytes() == CONTENT
-    assert server.requests == [("a", "bytes=1000-"), ("a", None)]
 
 
 def test_a_part_goes_on_at_another_mirror(server, get):

@@ -7,13 +7,12 @@ import re
 import numpy as np
 import pytest
 from support import FULL
-from support.kernels import needs_compiler
+from support.kernels import needs_compiler, needs_sanitizers
 
 from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.lab.proof import problems, table
 from segnet_scratch.lab.proof.gradcheck import DRAWS, Check, Where, gradcheck, gradchecks, names
 from segnet_scratch.lab.proof.gradcheck import RTOL as LIMITS
-from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.lab.proof.parts.gradients import Gradients
 from segnet_scratch.lab.proof.problems import Chosen, Problem, differentiable
 from segnet_scratch.lab.proof.work import QUICK
@@ -25,7 +24,6 @@ from segnet_scratch.ops.elementwise.arithmetic import BINARY
 from segnet_scratch.ops.elementwise.cases import ReluRow
 from segnet_scratch.ops.op import Op
 from segnet_scratch.runtime.devices import get_device
-from segnet_scratch.runtime.host import sanitizer_runtime
 
 RTOL = LIMITS["float64"]
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
@@ -55,13 +53,14 @@ class TestWhatIsRight:
 
     @each_device
     @pytest.mark.parametrize("name", names())
-    def test_passes(self, name, device):
-        # A network on the host device takes a quarter of a minute for each direction of its parameters.
+    def test_passes(self, name, device, monkeypatch):
+        if (name, device) == ("segnet", "host") and not FULL:  # SegNet takes half a minute; test_torch_parity.py has it
+            monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[1:2])  # SegNet-Basic
         (result,) = gradcheck([name], device, directions=None if FULL or name != "segnet" else 1)
         assert result.passed, str(result)
         assert result.op == name
         assert result.worst <= RTOL / 10  # far from the limit: no luck is needed
-        assert result.compared > (100 if name == "segnet" else 200)
+        assert result.compared > (50 if name == "segnet" else 200)
         assert result.skipped < 0.05
 
     def test_another_seed_and_number_of_cases(self):
@@ -170,8 +169,9 @@ class TestWhatIsWrong:
         (result,) = gradcheck(["arithmetic"], "numpy", cases=10)
         assert not result.passed
 
-    @pytest.mark.parametrize("mutation", ["off by one part in 10,000", "one element NaN"])
-    @pytest.mark.parametrize("name", ["batch_norm", "conv2d", "max_pool", "max_unpool", "relu"])
+    @pytest.mark.parametrize(
+        ("name", "mutation"), [("batch_norm", "off by one part in 10,000"), ("max_unpool", "one element NaN")]
+    )
     def test_a_wrong_backward_is_found_in_the_network(self, name, mutation, monkeypatch):
         spoil(monkeypatch, name, MUTATIONS[mutation])
         monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[1:2])  # SegNet-Basic
@@ -186,15 +186,11 @@ class TestKinks:
         x = Tensor(np.array([values]), device, requires_grad=True)
         return Check(Problem("relu", {"x": x}, lambda: functions.relu(x)), device, np.random.default_rng(0))
 
-    def test_away_from_kinks_nothing_is_skipped(self):
-        check = self.check([1.0, -1.0])
+    @pytest.mark.parametrize("values", [[1.0, -1.0], [5e-7, -5e-8]], ids=["away from kinks", "near one: smaller steps"])
+    def test_nothing_is_skipped(self, values):
+        check = self.check(values)
         assert [w.error <= RTOL for w in check.derivatives()] == [True, True]
-        assert (check.attempts, check.skipped) == (2, 0)
-
-    def test_near_a_kink_the_step_shrinks(self):
-        check = self.check([5e-7, -5e-8])
-        assert [w.error <= RTOL for w in check.derivatives()] == [True, True]
-        assert check.skipped == 0
+        assert (check.attempts >= 2, check.skipped) == (True, 0)
 
     def test_at_a_kink_there_is_nothing_to_compare(self):
         check = self.check([0.0, 1.0])
@@ -232,14 +228,6 @@ class TestKinks:
 
 class TestChosen:
     """Shapes, options and contents that a user gives."""
-
-    def test_shapes_and_options(self):
-        chosen = Chosen({"x": (1, 5, 4, 2), "weight": (3, 2, 2, 2)}, {"stride": 2, "padding": 0, "rung": "direct"})
-        (result,) = gradcheck(["conv2d"], "numpy", chosen=chosen, cases=3)
-        assert result.passed
-        assert result.cases == 3
-        assert result.compared == 3 * (40 + 24 + 3)  # every element of x, weight and bias
-        assert "x (1, 5, 4, 2), weight (3, 2, 2, 2), bias (3,), stride 2, padding 0, rung direct" in result.where.case
 
     @pytest.mark.parametrize("name", [name for name in names() if name != "sum_forward"])  # no function of four sides
     def test_one_shape_is_enough(self, name):
@@ -349,10 +337,8 @@ class TestCommand:
         )
         assert done.code == 0, done.err
         (result,) = json.loads((tmp_path / "g.json").read_text())
-        assert (
-            "x (1, 5, 4, 2), weight (2, 3, 3, 2), bias (2,), stride 2, padding 1, rung direct"
-            in result["where"]["case"]
-        )
+        case = "x (1, 5, 4, 2), weight (2, 3, 3, 2), bias (2,), stride 2, padding 1, rung direct"
+        assert case in result["where"]["case"]
         assert result["compared"] == 40 + 36 + 2
 
     def test_the_worst_element_is_shown(self, segnet, monkeypatch):
@@ -374,7 +360,7 @@ class TestCommand:
     def test_another_order(self, segnet):
         assert segnet("gradcheck", "batch_norm", "--cases", "2", "--order", "shuffled", "--seed", "3").code == 0
 
-    @pytest.mark.skipif(bool(reason_against(sanitizer_runtime)), reason="the C++ compiler brings no AddressSanitizer")
+    @needs_sanitizers
     def test_under_the_sanitizers(self, segnet):
         done = segnet("gradcheck", "add", "--cases", "2", "--sanitize")
         assert done.code == 0, done.err

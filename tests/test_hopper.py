@@ -11,23 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import TESTS
+from support import TESTS, kernels, raises
 from support.fake_cupy import has_nvrtc
-from support.kernels import (
-    Recorder,
-    line_of,
-    needs_compiler,
-    parse,
-    python,
-    run,
-    valid_call,
-    written_kernel,
-)
 from support.tensor_core import multiply_add
 
 from segnet_scratch.errors import CompileError, DTypeError, KernelFault, LaunchError, ShapeError
 from segnet_scratch.lab.proof.misuse import MISUSES
-from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.runtime import host, nvrtc
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.runtime.launch import ElementTypes, launch
@@ -36,7 +25,7 @@ from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.resources import compile_all
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 
-pytestmark = needs_compiler
+pytestmark = kernels.needs_compiler
 
 BF16 = ElementTypes.named("bf16")
 FULL = bool(os.environ.get("SEGNET_TEST_FULL"))
@@ -106,7 +95,7 @@ def test_products_of_random_descriptors(a_mn, b_mn, options):
             b = operand(image, *numbers[case, 3:], b_mn, n)
             expected[case] = multiply_add(a, b.T, expected[case])
         name = f"products_{'km'[a_mn]}{'km'[b_mn]}"
-        run(
+        kernels.run(
             *(name, image.view(np.uint8), numbers, accumulate, sums, cases, IMAGE, n),
             block=128, shared=IMAGE + 1024, types=BF16, **options,
         )  # fmt: skip
@@ -163,7 +152,7 @@ def test_boxes(rank, options):
         out = np.full((cases, described.nbytes), 0xA5, np.uint8)
         arguments = (np.ascontiguousarray(corners[:, ::-1]), out, cases, described.nbytes, place)
         shared = described.nbytes + 2048
-        run(f"loads_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
+        kernels.run(f"loads_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
         for got, corner in zip(out, corners, strict=True):
             expected = in_shared_memory(box_numbers(array, corner, box, steps), place, swizzle)
             np.testing.assert_array_equal(got, expected)
@@ -179,7 +168,7 @@ def test_boxes(rank, options):
                     expected[at] = number
         described = TensorMap(target, box, swizzle, steps)
         arguments = (np.ascontiguousarray(corners[:, ::-1]), image, cases, described.nbytes, place)
-        run(f"stores_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
+        kernels.run(f"stores_{rank}d", described, *arguments, block=64, shared=shared, types=BF16, **options)
         np.testing.assert_array_equal(target.view(np.uint16), expected.view(np.uint16))
 
 
@@ -216,7 +205,9 @@ def test_im2col(options):
             expected.append(in_shared_memory(np.stack(rows), 0, 32))
         out = np.full((cases, described.nbytes), 0xA5, np.uint8)
         arguments = (np.array(corners, np.int32), out, cases, described.nbytes, 0)
-        run("loads_im2col", described, *arguments, block=32, shared=described.nbytes + 1024, types=BF16, **options)
+        kernels.run(
+            "loads_im2col", described, *arguments, block=32, shared=described.nbytes + 1024, types=BF16, **options
+        )
         np.testing.assert_array_equal(out, np.stack(expected))
 
 
@@ -228,7 +219,7 @@ def test_a_ring(options):
     a, b = random_bf16(rng, (128, depth)), random_bf16(rng, (64, depth))
     c = np.zeros((128, 64), BFLOAT16)
     maps = TensorMap(a, (128, 64)), TensorMap(b, (64, 64)), TensorMap(c, (64, 64))
-    run("ring", *maps, depth, block=384, shared=3 * 24576 + 2 * 8192 + 1024, types=BF16, **options)
+    kernels.run("ring", *maps, depth, block=384, shared=3 * 24576 + 2 * 8192 + 1024, types=BF16, **options)
     expected = np.zeros((128, 64), np.float32)
     for k in range(depth):
         expected += a[:, k, None].astype(np.float32) * b[None, :, k].astype(np.float32)
@@ -239,7 +230,7 @@ def test_a_ring(options):
 class TestOnTheGpu:
     """As far as the compiler goes. The source is for sm_90a alone, which is what an sm_90 gets."""
 
-    sources = tuple(written_kernel(name).source for name in ("ring", "products_kk"))
+    sources = tuple(kernels.written_kernel(name).source for name in ("ring", "products_kk"))
 
     def test_it_compiles_for_sm_90a_alone(self):
         assert [a for a in ARCHITECTURES if self.sources[0].compiles_for(a)] == ["sm_90"]
@@ -253,7 +244,7 @@ class TestOnTheGpu:
             assert {(u.spill_stores, u.stack, u.architecture) for u in compilation.usages} == {(0, 0, "sm_90")}
 
     def test_headers_refuse_other_architectures(self, tmp_path):
-        (kernel,) = parse(tmp_path, '#include "common/wgmma.cuh"\nextern "C" __global__ void f(int n) {}')
+        (kernel,) = kernels.parse(tmp_path, '#include "common/wgmma.cuh"\nextern "C" __global__ void f(int n) {}')
         with pytest.raises(CompileError, match="these instructions exist on sm_90a alone"):
             nvrtc.compile_cubin(kernel.source, BF16, "sm_90")
 
@@ -331,16 +322,17 @@ class TestFaults:
     def test_is_named_with_its_line(self, number, name, line):
         out = np.zeros(256, np.float32)
         threads = 384 if "registers than" in name else 256
-        with pytest.raises(KernelFault, match=f"hopper_faults: .*{FAULTS[name]}") as caught:
-            run("hopper_faults", *scene(), out, number, block=threads, shared=4 * 8192 + 1024, types=BF16)
-        assert f"line {line}" in str(caught.value)
+        with raises(KernelFault, f"line {line}", match=f"hopper_faults: .*{FAULTS[name]}"):
+            kernels.run("hopper_faults", *scene(), out, number, block=threads, shared=4 * 8192 + 1024, types=BF16)
 
     def test_none_of_it_is_none(self):
-        run("hopper_faults", *scene(), np.zeros(256, np.float32), 99, block=256, shared=4 * 8192 + 1024, types=BF16)
+        kernels.run(
+            "hopper_faults", *scene(), np.zeros(256, np.float32), 99, block=256, shared=4 * 8192 + 1024, types=BF16
+        )
 
     def test_an_ordinary_load_finds_nan_where_a_copy_is_under_way(self):
         out = np.zeros(1, np.float32)
-        run("hopper_early_load", scene()[0], out, block=32, shared=8192 + 1024, types=BF16)
+        kernels.run("hopper_early_load", scene()[0], out, block=32, shared=8192 + 1024, types=BF16)
         assert np.isnan(out[0])
 
 
@@ -384,21 +376,21 @@ class TestMaps:
     @pytest.mark.parametrize("kind", MISUSES)
     def test_misuse_meets_a_named_error(self, kind):
         for name in ("loads_2d", "stores_4d"):
-            for call, error, named in MISUSES[kind](valid_call(written_kernel(name), BF16)):
+            for call, error, named in MISUSES[kind](kernels.valid_call(kernels.written_kernel(name), BF16)):
                 with pytest.raises(error, match=re.escape(named)):
-                    call.launch(Recorder())
+                    call.launch(kernels.Recorder())
 
     def test_a_kernel_says_what_its_maps_are_of(self, tmp_path):
         text = '#include "common/tma.cuh"\n// Element types: bf16; sm_90a only.\nextern "C" __global__ void f(%s) {}'
         right = "const __grid_constant__ TensorMap x,  // of (n, 8)\nint n"
-        (kernel,) = parse(tmp_path, text % right)
+        (kernel,) = kernels.parse(tmp_path, text % right)
         assert kernel.cooperative
         assert kernel.signature == "f(TensorMap x, int n)"
         with pytest.raises(ShapeError, match=r"x describes an array of shape \(4, 8\); expected \(3, 8\), \(n, 8\)"):
-            launch(Recorder(), kernel, 1, 1, (TensorMap(np.zeros((4, 8), BFLOAT16), (4, 8)), 3), BF16)
+            launch(kernels.Recorder(), kernel, 1, 1, (TensorMap(np.zeros((4, 8), BFLOAT16), (4, 8)), 3), BF16)
         for wrong in ("TensorMap x", "const TensorMap x", "const __grid_constant__ TensorMap* x"):
             with pytest.raises(CompileError, match="is passed as 'const __grid_constant__ TensorMap x'"):
-                _ = parse(tmp_path, text % wrong)[0].parameters
+                _ = kernels.parse(tmp_path, text % wrong)[0].parameters
 
     def test_the_driver_is_told_the_same(self, cupy):
         """The stand-in for the driver makes the host device's maps of what it is told."""
@@ -416,13 +408,13 @@ class TestMaps:
                 out = device.zeros((2, described.nbytes), np.uint8)
                 arguments = (described, device.upload(np.array(corners, np.int32)), out, 2, described.nbytes, 0)
                 shared = described.nbytes + 1024
-                launch(device, written_kernel(name), 1, 32, arguments, BF16, shared)
+                launch(device, kernels.written_kernel(name), 1, 32, arguments, BF16, shared)
                 outs.append(device.download(out))
             np.testing.assert_array_equal(*outs)
             assert outs[0].any()
 
 
-@pytest.mark.skipif(bool(reason_against(host.sanitizer_runtime)), reason="the C++ compiler brings no AddressSanitizer")
+@kernels.needs_sanitizers
 @pytest.mark.skipif(not FULL, reason="half a minute of compilation: SEGNET_TEST_FULL=1")
 def test_sanitizers_name_the_line_of_an_early_load():
     code = """
@@ -434,8 +426,8 @@ def test_sanitizers_name_the_line_of_an_early_load():
         run("hopper_early_load", scene()[0], out, block=32, shared=8192 + 1024, types=BF16, sanitize=True)
     """
     options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
-    result = python(code, LD_PRELOAD=str(host.sanitizer_runtime()), ASAN_OPTIONS=options)
+    result = kernels.python(code, LD_PRELOAD=str(host.sanitizer_runtime()), ASAN_OPTIONS=options)
     assert result.stdout == "clean\n", result.stderr[:5000]
-    line = line_of("hopper_ring.cu", "// early")
+    line = kernels.line_of("hopper_ring.cu", "// early")
     assert "use-after-poison" in result.stderr
     assert f"hopper_ring.cu:{line}" in result.stderr

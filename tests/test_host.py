@@ -3,9 +3,7 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
-import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, TESTS
+from support import ROOT, raises
 from support.kernels import FILL, FLOAT32, FLOAT64, INCLUDE, filled, line_of, needs_compiler, parse, python, run
 
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.runtime import devices as device_module
 from segnet_scratch.runtime import host
-from segnet_scratch.runtime.cache import cache_directory, publish
+from segnet_scratch.runtime.cache import cache_directory
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
-from segnet_scratch.runtime.launch import launch, shipped_kernels
+from segnet_scratch.runtime.launch import launch
 from segnet_scratch.runtime.source import cuda_directory, shipped_sources
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
@@ -68,13 +66,6 @@ class TestGeometry:
         shared = 1024 * types.storage.itemsize
         run("reverse_dynamic", x, y, 6, 1024, grid=6, block=block, shared=shared, types=types, workers=3)
         np.testing.assert_array_equal(y, x[:, ::-1])
-
-    def test_plain_shared_arrays(self):
-        x = np.random.default_rng(0).random((9, 64)).astype(np.float32)
-        for workers in (1, 2, 4):
-            y = np.empty_like(x)
-            run("reverse_plain", x, y, 9, grid=9, block=64, workers=workers)
-            np.testing.assert_array_equal(y, x[:, ::-1])
 
     @pytest.mark.parametrize("workers", [1, 2, 8])
     def test_integer_atomics_lose_nothing(self, workers):
@@ -149,14 +140,6 @@ class TestOrders:
         expected = self.sums("sum_racy", order="shuffled", seed=7, workers=1).tobytes()
         for workers in (1, 2, 3, 4) * 3:
             assert self.sums("sum_racy", order="shuffled", seed=7, workers=workers).tobytes() == expected
-
-    def test_the_last_writer_depends_on_the_order(self):
-        winners = set()
-        for options in self.ORDERS:
-            y = np.full(2, -1, np.int32)
-            run("last_writer", y, grid=5, block=6, workers=1, **options)
-            winners.add(tuple(y.tolist()))
-        assert {(4, 5), (0, 0)} < winners
 
 
 @needs_compiler
@@ -399,10 +382,6 @@ class TestHostOptions:
         with pytest.raises(ConfigError, match=f"host device: {message}"):
             HostOptions(**options)
 
-    def test_defaults(self):
-        assert HostOptions() == HostOptions("ascending", 0, 0)
-        assert HostOptions("shuffled", 2**64 - 1, 1024).seed == 2**64 - 1
-
 
 @pytest.fixture
 def cold_cache(tmp_path, monkeypatch):
@@ -435,29 +414,24 @@ def instant_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(script))
 
 
+KERNEL = 'extern "C" __global__ void f(float* x) {}\n'
+
+
 @needs_compiler
 class TestCompilation:
-    def test_a_syntax_error_names_its_line(self, tmp_path):
-        (kernel,) = parse(
-            tmp_path, INCLUDE + 'extern "C" __global__ void f(float* x) {\n    x[0] = undeclared;\n}\n', "broken.cu"
-        )
-        with pytest.raises(CompileError) as caught:
-            launch(HostDevice(), kernel, 1, 1, (np.zeros(1, np.float32),), FLOAT32)
-        assert "broken.cu:3" in str(caught.value)
-        assert "undeclared" in str(caught.value)
-        assert len(str(caught.value).splitlines()) < 50
-
-    def test_an_error_in_a_header_names_the_header(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("text", "messages"),
+        [
+            (KERNEL.replace("{}", "{\n    x[0] = undeclared;\n}"), ["broken.cu:3", "undeclared"]),
+            ('#include "part.cuh"\n' + KERNEL, ["part.cuh:3"]),
+            ('#include "absent.cuh"\n' + KERNEL, ["broken.cu:2", "absent.cuh"]),
+        ],
+        ids=["syntax", "in a header", "no header"],
+    )
+    def test_an_error_names_its_line(self, tmp_path, text, messages):
         (tmp_path / "part.cuh").write_text("\n\nint broken( { }\n")
-        (kernel,) = parse(
-            tmp_path, INCLUDE + '#include "part.cuh"\nextern "C" __global__ void f(float* x) {}\n', "whole.cu"
-        )
-        with pytest.raises(CompileError, match=r"part\.cuh:3"):
-            launch(HostDevice(), kernel, 1, 1, (np.zeros(1, np.float32),), FLOAT32)
-
-    def test_a_missing_header_is_named(self, tmp_path):
-        (kernel,) = parse(tmp_path, '#include "absent.cuh"\nextern "C" __global__ void f(float* x) {}\n', "lonely.cu")
-        with pytest.raises(CompileError, match=r"lonely\.cu:1.*absent\.cuh"):
+        (kernel,) = parse(tmp_path, INCLUDE + text, "broken.cu")
+        with raises(CompileError, *messages, match=r"\A(.*\n){,48}.*\Z"):
             launch(HostDevice(), kernel, 1, 1, (np.zeros(1, np.float32),), FLOAT32)
 
     def test_without_a_compiler(self, tmp_path, monkeypatch):
@@ -467,10 +441,8 @@ class TestCompilation:
         # Without memory of a host device that other tests made.
         monkeypatch.setattr(device_module, "_shared_device", device_module._shared_device.__wrapped__)
         for attempt in (HostDevice, lambda: get_device("host")):
-            with pytest.raises(CompileError) as caught:
+            with raises(CompileError, "C++17 compiler", "apt install g++", "pip install ziglang", "--device numpy"):
                 attempt()
-            for needed in ("C++17 compiler", "apt install g++", "pip install ziglang", "--device numpy"):
-                assert needed in str(caught.value)
 
     def test_the_wheel_that_brings_a_compiler(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -480,10 +452,8 @@ class TestCompilation:
 
     def test_cxx_that_does_not_exist(self, monkeypatch):
         monkeypatch.setenv("CXX", "/nowhere/g++ -O1")
-        with pytest.raises(CompileError) as caught:
+        with raises(CompileError, "$CXX is '/nowhere/g++ -O1'", "no program '/nowhere/g++'", "unset it", "ziglang"):
             HostDevice()
-        for needed in ("$CXX is '/nowhere/g++ -O1'", "no program '/nowhere/g++'", "unset it", "ziglang"):
-            assert needed in str(caught.value)
 
     def test_cxx_that_is_no_compiler(self, cold_cache, monkeypatch):
         monkeypatch.setenv("CXX", "false")
@@ -582,85 +552,12 @@ class TestCompilation:
         with pytest.raises(CompileError, match=rf"{library.name}.* do not load.*delete"):
             filled(kernel)
 
-    def test_two_processes_compile_at_once(self, tmp_path):
-        code = """
-            import sys, pathlib, time
-            sys.path[:0] = {paths!r}
-            from segnet_scratch.runtime.signature import parse_kernels
-            from segnet_scratch.runtime.source import read_source
-            from support.kernels import filled
-            folder = pathlib.Path({folder!r})
-            (folder / sys.argv[1]).touch()
-            while len(list(folder.glob("ready-*"))) < 2:
-                time.sleep(0.005)
-            print(filled(*parse_kernels(read_source(folder / "shared.cu"))))
-        """
-        (tmp_path / "shared.cu").write_text(FILL.replace("VALUE", "8"))
-        code = textwrap.dedent(code).format(paths=[str(ROOT), str(TESTS)], folder=str(tmp_path))
-        environment = {**os.environ, "SEGNET_CACHE": str(tmp_path / "cache")}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, f"ready-{i}"],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(2)
-        ]
-        for process in processes:
-            out, err = process.communicate(timeout=120)
-            assert (process.returncode, out) == (0, "8.0\n"), err
-        names = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-        assert names == {".so", ".sha256"}
-
     def test_the_cache_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "mine"))
         assert cache_directory() == tmp_path / "mine"
         monkeypatch.delenv("SEGNET_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert cache_directory() == tmp_path / "segnet_scratch"
-
-
-class TestPublish:
-    def test_readers_see_whole_files_only(self, tmp_path):
-        path, done, seen = tmp_path / "deep" / "file.so", threading.Event(), set()
-        torn: list[int] = []
-
-        def read() -> None:
-            while not done.is_set():
-                if path.exists():
-                    data = path.read_bytes()
-                    seen.add(data[:1])
-                    if len(data) != 1 << 20 or data.count(data[:1]) != len(data):
-                        torn.append(len(data))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            for i in range(150):
-                publish(path, bytes([i]) * (1 << 20))
-        finally:
-            done.set()
-            reader.join()
-        assert torn == []
-        assert len(seen) > 1
-        assert list(path.parent.iterdir()) == [path]
-
-    @pytest.mark.parametrize("failing", ["replace", "write"])
-    def test_a_failure_leaves_neither_target_nor_temporary_file(self, tmp_path, monkeypatch, failing):
-        path = tmp_path / "file.so"
-
-        def fail(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        if failing == "replace":
-            monkeypatch.setattr(Path, "replace", fail)
-        else:
-            monkeypatch.setattr(os, "write", fail)
-        with pytest.raises(CompileError, match=r"cannot write .*file\.so.*No space left"):
-            publish(path, b"data")
-        assert list(tmp_path.iterdir()) == []
 
 
 class TestSources:
@@ -670,19 +567,10 @@ class TestSources:
             p.name for p in (ROOT / "cuda").glob("*.cu")
         )
 
-    def test_an_installed_package_and_a_broken_one(self, tmp_path):
+    def test_a_package_without_its_kernels(self, tmp_path):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "segnet_scratch", tmp_path / "segnet_scratch", ignore=ignore)
-        code = """
-            from segnet_scratch.runtime import source
-            from segnet_scratch.runtime.launch import shipped_kernels
-            print(len(shipped_kernels()), source.cuda_directory())
-        """
+        code = "from segnet_scratch.runtime.launch import shipped_kernels; shipped_kernels()"
         result = python(code, PYTHONPATH=str(tmp_path))
         assert result.returncode != 0
         assert "CompileError: the kernel sources are missing: expected a folder 'cuda'" in result.stderr
-        shutil.copytree(ROOT / "cuda", tmp_path / "segnet_scratch" / "cuda", ignore=ignore)
-        result = python(code, PYTHONPATH=str(tmp_path))
-        assert result.stdout.split() == [str(len(shipped_kernels())), str(tmp_path / "segnet_scratch" / "cuda")], (
-            result.stderr
-        )

@@ -2,13 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support.commands import process
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import cache
@@ -35,6 +35,15 @@ def compile_once(monkeypatch, tmp_path):
 def test_what_is_whole_is_not_made_again(compile_once):
     assert compile_once() == compile_once() == compile_once.path
     assert (compile_once.path.read_bytes(), len(compile_once.made)) == (CONTENT, 1)
+
+
+def test_of_two_that_make_it_at_once_nothing_is_torn(compile_once):
+    together = threading.Barrier(2, timeout=10)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(cache.kept, compile_once.path, lambda: (together.wait(), CONTENT)[1]) for _ in "ab"]
+    assert {job.result() for job in jobs} == {compile_once.path}
+    assert compile_once.path.read_bytes() == CONTENT
+    assert {path.suffix for path in compile_once.path.parent.iterdir()} == {".so", ".sha256"}
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, len(CONTENT) - 1])
@@ -124,7 +133,6 @@ def test_a_process_takes_its_own_folder_with_it(tmp_path):
         "import sys; from pathlib import Path; from segnet_scratch.runtime.cache import kept\n"
         "print(kept(Path('/dev/null/a.so'), lambda: b'x'))"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = process(code=code, TMPDIR=str(tmp_path))
     assert Path(ended.stdout.strip()).is_relative_to(tmp_path), ended.stderr
     assert list(tmp_path.iterdir()) == []

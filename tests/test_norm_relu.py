@@ -13,15 +13,8 @@ from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.lab.proof.compare import same_bits
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.elementwise.relu import ReluForward
+from segnet_scratch.ops.normalisation import norm_relu as fused
 from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, BatchNormTrainingForward
-from segnet_scratch.ops.normalisation.norm_relu import (
-    NormMergeStatistics,
-    NormReluBackward,
-    NormReluForward,
-    NormReluPoolBackward,
-    NormReluPoolForward,
-    NormReluUnpoolForward,
-)
 from segnet_scratch.ops.op import spec, spec_of
 from segnet_scratch.ops.pieces import TILE_ROWS, Share, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
@@ -68,8 +61,8 @@ class TestBitsOfTheLayers:
         layer = batch_norm(device, y, **norm)
         z = ReluForward.plan(spec_of(y))(device, x=layer.y).y if relu else layer.y
         inputs = {"y": y, "mean": layer.mean, "inv_std": layer.inv_std, **norm}
-        assert same_bits(NormReluForward.plan(spec_of(y), relu)(device, **inputs).z, z)
-        out, pool = NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z)
+        assert same_bits(fused.NormReluForward.plan(spec_of(y), relu)(device, **inputs).z, z)
+        out, pool = fused.NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z)
         assert same_bits(out.pooled, pool.y)
         assert same_bits(out.codes, pack_codes(pool.codes))
 
@@ -81,10 +74,10 @@ class TestBitsOfTheLayers:
         y, norm = rng.standard_normal(shape).astype(BFLOAT16), channels(rng, shape[3])
         layer = batch_norm(device, y.astype(F32), **norm)
         inputs = {"y": y, "mean": layer.mean, "inv_std": layer.inv_std, **norm}
-        z = NormReluForward.plan(spec_of(y), relu)(device, **inputs).z
+        z = fused.NormReluForward.plan(spec_of(y), relu)(device, **inputs).z
         rectified = np.where(layer.y <= 0, 0, layer.y) if relu else layer.y
         assert same_bits(z, rectified.astype(BFLOAT16))
-        out, pool = NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z.astype(F32))
+        out, pool = fused.NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z.astype(F32))
         assert same_bits(out.pooled, pool.y.astype(BFLOAT16))
         assert same_bits(out.codes, pack_codes(pool.codes))
 
@@ -105,10 +98,10 @@ class TestBitsOfTheLayers:
             arrays = {"y": y, **saved, "dweight": of_layer.dweight, "dbias": of_layer.dbias}
             if gradient is scattered:
                 codes = pack_codes(pool.codes)
-                dy = NormReluPoolBackward.plan(spec_of(y))(device, dr=pooled, codes=codes, **arrays).dy
+                dy = fused.NormReluPoolBackward.plan(spec_of(y))(device, dr=pooled, codes=codes, **arrays).dy
             else:
                 dy = dr.copy()
-                NormReluBackward.plan(spec_of(y))(device, dr=dy, **arrays)
+                fused.NormReluBackward.plan(spec_of(y))(device, dr=dy, **arrays)
             assert same_bits(dy, of_layer.dx.astype(dtype))
 
 
@@ -121,11 +114,11 @@ class TestAnyGrid:
     @pytest.mark.parametrize(
         "op",
         [
-            NormReluForward,
-            NormReluPoolForward,
-            NormReluBackward,
-            NormReluPoolBackward,
-            NormReluUnpoolForward,
+            fused.NormReluForward,
+            fused.NormReluPoolForward,
+            fused.NormReluBackward,
+            fused.NormReluPoolBackward,
+            fused.NormReluUnpoolForward,
             UnpoolPacked,
         ],
         ids=lambda op: op.name,
@@ -169,7 +162,7 @@ class TestMerges:
         partials = np.zeros((tiles, 2, 8), F32)
         partials[:, 0] = 3e6 + 0.25 * steps  # the smallest step of float32
         rows, vector = TILE_ROWS * (tiles - 1) + last, np.zeros(8, F32)
-        plan = NormMergeStatistics.plan(spec_of(partials), rows)
+        plan = fused.NormMergeStatistics.plan(spec_of(partials), rows)
         out = plan(get_device(device), partials=partials, running_mean=vector.copy(), running_var=vector.copy())
         distances = 0.25 * np.repeat(steps, [TILE_ROWS] * (tiles - 1) + [last], axis=0)
         np.testing.assert_array_equal(out.mean, (3e6 + distances.mean(0)).astype(F32))
@@ -209,16 +202,16 @@ class TestPlans:
         with pytest.raises(
             ShapeError, match=f"norm_relu_forward: 12 channels|move pieces of {piece} numbers: use a width"
         ):
-            NormReluForward(spec((1, 2, 3, piece + piece // 2), dtype))
-        assert NormReluForward(spec((1, 2, 3, piece), dtype)).outputs["z"].dtype == dtype
+            fused.NormReluForward(spec((1, 2, 3, piece + piece // 2), dtype))
+        assert fused.NormReluForward(spec((1, 2, 3, piece), dtype)).outputs["z"].dtype == dtype
 
     def test_numbers_of_channels_are_float32_beside_bfloat16(self):
-        plan = NormReluBackward(spec((1, 2, 3, 8), BFLOAT16))
+        plan = fused.NormReluBackward(spec((1, 2, 3, 8), BFLOAT16))
         assert {plan.inputs[name].dtype for name in ("mean", "inv_std", "weight", "dweight", "dbias")} == {F32}
 
     @needs_compiler
     def test_no_kernel_takes_float64(self):
-        plan = NormReluForward(spec((1, 2, 3, 8), F64))
+        plan = fused.NormReluForward(spec((1, 2, 3, 8), F64))
         arrays = {name: np.ones(s.shape) for name, s in plan.inputs.items()}
         with pytest.raises(DTypeError, match="norm_relu_forward: cannot be launched for float64"):
             plan(get_device("host"), **arrays)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.kernels import needs_compiler
 
 from segnet_scratch import SegNet, load, tensor
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset, write_sample
@@ -44,34 +43,17 @@ def test_the_page(sample, monkeypatch, capsys):
     assert all(np.abs(p.grad).max() > 0 for p in names["model"].parameters())
 
 
-@pytest.mark.parametrize("device", ["numpy", pytest.param("host", marks=needs_compiler)])
-def test_the_dice_loss_and_its_gradient(device):
+def test_the_dice_loss_by_hand():
+    """Of even probabilities: 2 (n / 3) over N / 3 + n, each with its 1, for a class of n of N pixels."""
     names = {"np": np}
     source = blocks()[1]
     exec(compile(source[: source.index("model.train()")], str(PAGE), "exec"), names)
-    rng = np.random.default_rng(5)
-    z = rng.standard_normal((2, 3, 4, 3))
-    labels = rng.integers(0, 3, z.shape[:3]).astype(np.uint8)
-    labels[0, 1], z[0, 1, 0] = 255, 1e3  # what void pixels hold plays no part
-
-    def by_hand(z):
-        counted = labels != 255
-        p = np.exp(z - z.max(-1, keepdims=True))
-        p = (p / p.sum(-1, keepdims=True))[counted]
-        dice = [
-            (2 * p[labels[counted] == k, k].sum() + 1) / (p[:, k].sum() + (labels == k).sum() + 1) for k in range(3)
-        ]
-        return 1 - np.mean(dice)
-
-    logits = tensor(z, device, requires_grad=True)
-    loss = names["dice_loss"](logits, labels)
-    assert loss.item() == pytest.approx(by_hand(z), rel=1e-12)
-    loss.backward()
-    for index in [(0, 0, 0, 0), (0, 1, 0, 2), (1, 2, 3, 1), (1, 0, 2, 2)]:
-        step = np.zeros(z.shape)
-        step[index] = 1e-5
-        numeric = (by_hand(z + step) - by_hand(z - step)) / 2e-5
-        assert logits.grad[index] == pytest.approx(numeric, rel=1e-5, abs=1e-10)
+    labels = np.random.default_rng(5).integers(0, 3, (2, 3, 4)).astype(np.uint8)
+    z, labels[0, 1] = np.zeros((2, 3, 4, 3)), 255
+    z[0, 1, 0, 1] = 1e3  # what void pixels hold plays no part
+    counts = np.bincount(labels[labels != 255], minlength=3)
+    expected = 1 - np.mean((2 * counts / 3 + 1) / (counts.sum() / 3 + counts + 1))
+    assert names["dice_loss"](tensor(z, "numpy"), labels).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_loader_is_iterated_epoch_by_epoch(sample):

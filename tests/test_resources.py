@@ -256,36 +256,23 @@ class TestCompiling:
         kernels = parse(tmp_path, INCLUDE + text)
         return Budget("").check(compile_all([kernels[0].source], ["sm_75", "sm_120"], ["float32"]))
 
-    def test_a_spill_is_caught(self, tmp_path):
-        problems = self.problems(tmp_path, CLEAN_KERNEL + SPILLING)
-        assert len(problems) == 2
-        for problem, architecture in zip(problems, ("sm_75", "sm_120"), strict=True):
-            assert problem.startswith(f"spilling, float32, {architecture}: ")
-            assert re.search(r": [1-9]\d* bytes of spill stores and [1-9]\d* of spill loads at 64 registers", problem)
-
-    def test_a_spill_in_a_function_is_caught(self, tmp_path):
-        problems = self.problems(tmp_path, CALLING)
-        assert [problem.partition(":")[0] for problem in problems] == [
-            f"{kernel}, float32, {architecture}"
-            for architecture in ("sm_75", "sm_120")
-            for kernel in ("first", "second")
+    @pytest.mark.parametrize(
+        ("text", "kernels", "found"),
+        [
+            (CLEAN_KERNEL, [], ""),
+            (CLEAN_KERNEL + SPILLING, ["spilling"], r"[1-9]\d* bytes of spill stores and [1-9]\d* .* at 64 registers"),
+            (CALLING, ["first", "second"], r"[1-9]\d* bytes of spill stores"),
+            (STACKED, ["stacked"], "128 bytes"),
+            (WARNED, ["written.cu"], '.*variable "unused" was declared but never referenced'),
+        ],
+        ids=["within the budget", "spill", "spill in a function", "stack", "warning"],
+    )
+    def test_what_is_too_much_is_caught(self, tmp_path, text, kernels, found):
+        problems = self.problems(tmp_path, text)
+        assert [problem.partition(": ")[0] for problem in problems] == [
+            f"{kernel}, float32, {architecture}" for architecture in ("sm_75", "sm_120") for kernel in kernels
         ]
-        assert all(re.search(r": [1-9]\d* bytes of spill stores", problem) for problem in problems)
-
-    def test_a_stack_is_caught(self, tmp_path):
-        problems = self.problems(tmp_path, STACKED)
-        assert [problem.partition(" bytes")[0] for problem in problems] == [
-            "stacked, float32, sm_75: 128",
-            "stacked, float32, sm_120: 128",
-        ]
-
-    def test_a_warning_is_caught(self, tmp_path):
-        problems = self.problems(tmp_path, WARNED)
-        assert len(problems) == 2
-        assert all('variable "unused" was declared but never referenced' in problem for problem in problems)
-
-    def test_a_kernel_within_the_budget(self, tmp_path):
-        assert self.problems(tmp_path, CLEAN_KERNEL) == []
+        assert all(re.match(found, problem.partition(": ")[2]) for problem in problems)
 
     def test_what_did_not_change_is_not_compiled_again(self, tmp_path, monkeypatch):
         source = parse(tmp_path, INCLUDE + SPILLING)[0].source

@@ -132,13 +132,8 @@ def test_few_channels(kernel, element, architecture):
 
 
 # What the fused engine's kernels store beside whole pieces of maps: floats of partial sums, codes (a byte or two).
+# Those of normalisation: test_norm_relu.py.
 OTHER_STORES = {
-    "norm_relu_forward": set(),
-    "norm_relu_pool_forward": {"U8", "U16"},
-    "norm_relu_backward": set(),
-    "norm_relu_pool_backward": set(),
-    "norm_relu_unpool_forward": set(),
-    "unpool_packed": set(),
     "conv2d_fused_forward_128x128": {"", "U8", "U16"},
     "conv2d_fused_backward_data_128x128": {""},
     "conv2d_fused_merge": {"U8", "U16"},

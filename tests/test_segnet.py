@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from support import real
+from support import raises, real
 
-from segnet_scratch import SegNet, SegNetBasic, load, tensor, weights
-from segnet_scratch.checkpoint import load_foreign
+from segnet_scratch import SegNet, SegNetBasic, tensor, weights
 from segnet_scratch.errors import CheckpointError, DeviceError, DTypeError, ShapeError
-from segnet_scratch.nn.functions import cross_entropy, max_pool
+from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.nn.modules import Module
 from segnet_scratch.segnet import build, segnet_basic_blocks, segnet_blocks
 
 NARROW = 1 / 16
@@ -81,13 +81,6 @@ def test_parameter_counts_are_those_published(cls, millions):
     model = cls(classes=21, device="numpy")
     count = sum(int(np.prod(p.shape)) for p in model.parameters())
     assert round(count / 1e6, 2) == millions
-
-
-def test_the_decoder_of_segnet_basic_has_no_relu():
-    model = narrow(SegNetBasic)
-    x = tensor(images(1, 8, 8)[..., :1].repeat(4, axis=3), "numpy")
-    assert model.decoder[2][1](x).numpy().min() < 0
-    assert model.encoder[2][1](x).numpy().min() == 0
 
 
 @pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
@@ -211,10 +204,8 @@ def test_the_images_are_left_as_they_are():
     ids=["channels first", "no batch", "grey", "bytes", "double"],
 )
 def test_wrong_input_is_refused(wrong, error, parts):
-    with pytest.raises(error) as raised:
+    with raises(error, "SegNet", *parts):
         narrow()(wrong)
-    for part in ["SegNet", *parts]:
-        assert part in str(raised.value)
 
 
 def test_a_tensor_of_another_device_is_refused():
@@ -223,16 +214,6 @@ def test_a_tensor_of_another_device_is_refused():
 
 
 # Loading
-
-
-@pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
-def test_a_loaded_state_gives_the_same_logits(cls):
-    trained, other = narrow(cls, seed=1), narrow(cls, seed=2)
-    trained(images(seed=3))  # moves the running statistics
-    other.load_state_dict(trained.state_dict())
-    assert_same(trained.state_dict(), other.state_dict())
-    x = images(seed=4)
-    np.testing.assert_array_equal(trained.eval()(x).numpy(), other.eval()(x).numpy())
 
 
 def wrong_states():
@@ -266,10 +247,8 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, parts):
     before = snapshot(model)
     state = {name: array + 1 for name, array in narrow(seed=9).state_dict().items()}
     change(state)
-    with pytest.raises(CheckpointError) as raised:
+    with raises(CheckpointError, *parts):
         model.load_state_dict(state)
-    for part in parts:
-        assert part in str(raised.value)
     assert_same(before, model.state_dict())
 
 
@@ -278,20 +257,6 @@ def test_a_classifier_that_differs_in_its_kernel_is_not_blamed_on_the_classes():
     with pytest.raises(CheckpointError) as raised:
         narrow().load_state_dict(state)
     assert "classes" not in str(raised.value)
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
-def test_a_saved_model_comes_back(tmp_path, cls, dropout):
-    model = narrow(cls, dropout=dropout)
-    model(images())
-    weights.save(tmp_path / "m.safetensors", model, {"classes": list("abcde"), "size": [32, 32]})
-    loaded = load(tmp_path / "m.safetensors", "numpy")
-    assert type(loaded) is cls
-    assert not loaded.training
-    assert loaded.describe() == model.describe()
-    assert loaded.metadata["classes"] == list("abcde")
-    np.testing.assert_array_equal(loaded(images()).numpy(), model.eval()(images()).numpy())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -317,13 +282,6 @@ def test_a_checkpoint_of_another_network_names_the_file(tmp_path):
     weights.save(tmp_path / "m.safetensors", narrow(SegNetBasic), {})
     with pytest.raises(CheckpointError, match=r"m\.safetensors.*not those of this SegNet"):
         weights.initialise(narrow(), tmp_path / "m.safetensors")
-
-
-def test_a_checkpoint_serves_as_initial_weights(tmp_path):
-    model, other = narrow(seed=1), narrow(seed=2)
-    weights.save(tmp_path / "m.safetensors", model, {}, {"classifier.bias": np.zeros(5, np.float32)})
-    assert "all weights" in weights.initialise(other, tmp_path / "m.safetensors")
-    assert_same(model.state_dict(), other.state_dict())
 
 
 # Modes and dropout
@@ -352,18 +310,8 @@ def test_evaluation_treats_each_image_by_itself():
 
 def test_the_mode_reaches_every_module():
     model = narrow(dropout=True)
-    modules = [
-        model,
-        model.classifier,
-        *model.dropouts.values(),
-        *(
-            module
-            for half in (model.encoder, model.decoder)
-            for stage in half.values()
-            for unit in stage.values()
-            for module in (unit, unit.conv, unit.bn)
-        ),
-    ]
+    modules = [model, *model.named_modules(Module).values()]
+    assert {model.classifier, *model.dropouts.values(), model.decoder[1][1].bn} <= set(modules)
     assert all(module.training for module in modules)
     assert model.eval() is model
     assert not any(module.training for module in modules)
@@ -433,43 +381,6 @@ def vgg16():
     return real("weights", "vgg16_imagenet_features_fp16.safetensors")
 
 
-def convolve(x, weight, bias):
-    """3x3, padding 1, of one image (h, w, c) with a weight (o, c, 3, 3), straight from the definition."""
-    height, width, _ = x.shape
-    padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
-    y = np.zeros((height, width, len(weight)), np.float64) + bias
-    for i in range(3):
-        for j in range(3):
-            y += padded[i : i + height, j : j + width] @ weight[:, :, i, j].T
-    return y
-
-
-def test_the_encoder_computes_what_vgg16_computes(vgg16):
-    model, file = SegNet(21, 1.0, "numpy"), load_foreign(vgg16)
-    untouched = snapshot(model)
-    assert "VGG16" in weights.initialise(model, vgg16)
-    model.eval()
-    state = model.state_dict()
-    y = images(1)
-    x, expected = tensor(y, "numpy"), y[0].astype(np.float64)
-    for block, index in zip((b for b in model.blocks if not b.decoder), FEATURES, strict=True):
-        weight, bias = file[f"features.{index}.weight"], file[f"features.{index}.bias"]
-        assert weight.dtype == np.float16
-        np.testing.assert_array_equal(state[f"{block.name}.conv.weight"], weight.astype(np.float32))
-        x = model.encoder[block.stage][block.index](x)
-        expected = np.maximum(convolve(expected, weight.astype(np.float64), bias.astype(np.float64)), 0)
-        # Batch norm divides by sqrt(1 + eps): a part in 2e5 at each of the 13 layers.
-        np.testing.assert_allclose(x.numpy()[0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-        if block.pool:
-            x, _ = max_pool(x)
-            height, width, channels = expected.shape
-            expected = expected.reshape(height // 2, 2, width // 2, 2, channels).max(axis=(1, 3))
-    # The decoder, the classifier and the affine part of batch norm are not VGG16's.
-    taken = {f"{b.name}.{part}" for b in model.blocks if not b.decoder for part in ("conv.weight", "bn.running_mean")}
-    for name in untouched:
-        assert np.array_equal(untouched[name], state[name]) == (name not in taken), name
-
-
 def small_vgg16(width=1.0):
     """Weights of VGG16's names and channels, zeros; float16, as files have them."""
     channels, found = 3, {}
@@ -497,14 +408,13 @@ def test_weights_that_are_not_vgg16_are_refused_and_change_nothing(change, parts
     before = snapshot(model)
     state = {name: array + 1 for name, array in small_vgg16(NARROW).items()}
     change(state)
-    with pytest.raises(CheckpointError) as raised:
+    with raises(CheckpointError, *parts):
         model.load_vgg16(state)
-    for part in parts:
-        assert part in str(raised.value)
     assert_same(before, model.state_dict())
 
 
-def test_vgg16_does_not_fit_half_a_segnet_or_segnet_basic(vgg16):
+def test_vgg16_fits_segnet_alone(vgg16):
+    assert "VGG16" in weights.initialise(SegNet(21, 1.0, "numpy"), vgg16)
     with pytest.raises(CheckpointError, match=r"vgg16.*width 0\.5.*width = 1\.0"):
         weights.initialise(SegNet(21, 0.5, "numpy"), vgg16)
     with pytest.raises(CheckpointError, match=r"vgg16.*model = segnet only"):

@@ -9,7 +9,6 @@ from support.kernels import Recorder, needs_compiler
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.optimiser.sgd_pack import TILE, SgdPackStep
 from segnet_scratch.runtime.devices import CudaDevice, get_device
-from segnet_scratch.runtime.launch import ElementTypes, launch
 from segnet_scratch.runtime.precision import BFLOAT16
 
 F32 = np.dtype(np.float32)
@@ -117,15 +116,6 @@ def test_a_graph_of_steps_stays_whole_after_a_refresh(cupy):
         host.step(host.held, *host.numbers)
     for ours, theirs in zip(s.w, host.w, strict=True):
         np.testing.assert_array_equal(device.download(ours), theirs)
-
-
-def test_flipped_is_what_the_layers_make_for_dgrad():
-    s = Step("host", F32, [((32, 3, 3, 48), 32), ((5, 3, 5, 3), 5)])
-    s.step.refresh()
-    for w, flipped in zip(s.w, s.flipped, strict=True):
-        expected = np.empty_like(flipped)
-        launch(s.device, "conv2d_flip_weight", 4, 256, (w, expected, *w.shape), ElementTypes.of(F32))
-        np.testing.assert_array_equal(flipped, expected)
 
 
 def test_a_parameter_may_have_either_copy():

@@ -75,21 +75,6 @@ def test_another_implementation_agrees(tmp_path, seed, workers):
         assert weights[label] == pytest.approx(1.0 if weight is None else float(weight), rel=1e-14), label
 
 
-def test_an_even_number_of_classes_has_the_mean_of_the_middle_two(tmp_path):
-    root = write_masks(tmp_path / "set", [[[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3]]], "abcd")
-    np.testing.assert_allclose(
-        class_statistics(VOCDataset(root, "train")).weights, 2.5 / np.array([6, 3, 2, 1]), rtol=1e-15
-    )
-
-
-def test_void_counts_for_nothing(tmp_path):
-    plain = write_masks(tmp_path / "plain", [[[0, 0, 1]], [[0, 1, 1]], [[2, 0, 0]]], "abc")
-    framed = [[[0, 0, 1], [VOID] * 3], [[0, 1, 1], [VOID] * 3], [[2, 0, 0], [VOID] * 3], [[VOID]]]
-    other = write_masks(tmp_path / "framed", framed, "abc")
-    results = [class_statistics(VOCDataset(root, "train")).weights for root in (plain, other)]
-    np.testing.assert_array_equal(*results)
-
-
 def test_nothing_but_void_cannot_be_weighed(tmp_path):
     root = write_masks(tmp_path / "set", [[[VOID, VOID]]])
     with pytest.raises(DataError, match="void throughout"):

@@ -166,61 +166,39 @@ def good(rng):
     return files, dict(SIZES)
 
 
-def missing(files):
-    del files[IDS[1]]
-    return "1 results are missing, 0 too many"
+def as_label(label, size=SIZES[IDS[1]], **options):
+    """A result whose upper left pixel has this label, and all others 0."""
+    labels = np.zeros(size, np.uint8)
+    labels[0, 0] = label
+    return png(labels, **options)
 
 
-def unknown(files):
-    files["2008_000099"] = files[IDS[0]]
-    return "0 results are missing, 1 too many"
-
-
-def colours(files):
-    files[IDS[1]] = png(np.zeros(SIZES[IDS[1]], np.uint8), mode="RGB")
-    return f"{IDS[1]}.png is of mode RGB"
-
-
-def grey(files):
-    files[IDS[1]] = png(np.zeros(SIZES[IDS[1]], np.uint8), mode="L")
-    return f"{IDS[1]}.png is of mode L"
-
-
-def other_palette(files):
-    files[IDS[1]] = png(np.zeros(SIZES[IDS[1]], np.uint8), palette=voc_palette()[::-1])
-    return f"{IDS[1]}.png is of mode P, expected P with VOC's palette"
-
-
-def other_size(files):
-    files[IDS[1]] = png(np.zeros(SIZES[IDS[1]][::-1], np.uint8))
-    return f"{IDS[1]}.png is (47, 33), its image (33, 47)"
-
-
-def void(files):
-    labels = np.zeros(SIZES[IDS[1]], np.uint8)
-    labels[5, 7] = 255
-    files[IDS[1]] = png(labels)
-    return f"{IDS[1]}.png holds label 255, expected 0..20"
-
-
-def label_21(files):
-    files[IDS[1]] = png(np.full(SIZES[IDS[1]], 21, np.uint8))
-    return f"{IDS[1]}.png holds label 21"
-
-
-def cut(files):
-    files[IDS[1]] = files[IDS[1]][:-40]
-    return f"{IDS[1]}.png cannot be read back"
+ODD = {  # results in place of the second one, and what is said of it
+    ".png is of mode RGB": as_label(0, mode="RGB"),
+    ".png is of mode L": as_label(0, mode="L"),
+    ".png is of mode P, expected P with VOC's palette": as_label(0, palette=voc_palette()[::-1]),
+    ".png is (47, 33), its image (33, 47)": as_label(0, SIZES[IDS[1]][::-1]),
+    ".png holds label 255, expected 0..20": as_label(255),
+    ".png holds label 21": as_label(21),
+    ".png cannot be read back": as_label(20)[:-40],
+}
 
 
 def test_good_results_pass():
     check_results(*good(np.random.default_rng(0)), "here")
 
 
-@pytest.mark.parametrize("spoil", [missing, unknown, colours, grey, other_palette, other_size, void, label_21, cut])
-def test_spoilt_results_are_noticed(spoil):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({IDS[1]: content}, f"{IDS[1]}{said}") for said, content in ODD.items()),
+        ({IDS[1]: None}, "1 results are missing, 0 too many"),
+        ({"2008_000099": as_label(0)}, "0 results are missing, 1 too many"),
+    ],
+)
+def test_spoilt_results_are_noticed(change, message):
     files, sizes = good(np.random.default_rng(0))
-    message = spoil(files)
+    files = {name: content for name, content in {**files, **change}.items() if content is not None}
     with pytest.raises(DataError) as raised:
         check_results(files, sizes, "here")
     assert message in str(raised.value)

@@ -6,7 +6,6 @@ import pytest
 from support.training import Recorder
 
 from segnet_scratch.config import Config
-from segnet_scratch.errors import MissingLibraryError
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.metrics import MetricsLog
@@ -91,9 +90,3 @@ def test_a_full_disk_under_its_file_ends_the_writing_and_not_the_run(sample, tmp
     assert [row["step"] for row in MetricsLog.read(tmp_path / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
     assert len(calls) == at
     assert "tensorboard: No space left on device" in caplog.text
-
-
-def test_without_the_library_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(MissingLibraryError, match=r"--tensorboard: .*pip install 'segnet_scratch\[tensorboard\]'"):
-        TensorBoard()

@@ -99,9 +99,9 @@ def state_off_kinks(network, seed):
     return state
 
 
-def pass_ours(network, state, images, labels, device, dtype, decoder="indices"):
+def pass_ours(network, state, images, labels, device, dtype, **options):
     """Logits (NHWC), every gradient and running statistic by name, of one training pass."""
-    model = network(CLASSES, WIDTH, device, dtype=dtype, decoder=decoder)
+    model = network(CLASSES, WIDTH, device, dtype=dtype, **options)
     model.load_state_dict(state)
     logits = model(images.astype(dtype))
     cross_entropy(logits, labels).backward()
@@ -110,11 +110,10 @@ def pass_ours(network, state, images, labels, device, dtype, decoder="indices"):
     return results | {name: b.data for name, b in model.named_buffers().items()}
 
 
-def pass_torch(
-    network, state, images, labels, dtype=torch.float64, memory_format=torch.contiguous_format, decoder="indices"
-):
+def pass_torch(network, state, images, labels, dtype=torch.float64, memory_format=torch.contiguous_format, **kind):
     """The same of the peer."""
-    model = PEERS[network](CLASSES, WIDTH, decoder)
+    model = PEERS[network](CLASSES, WIDTH, kind.get("decoder", "indices"))
+    model.pool.ceil_mode = kind.get("pooling") != "floor"
     model.load_numpy(state)
     model = model.to(dtype=dtype, memory_format=memory_format)
     logits = model(nchw(images).to(dtype=dtype, memory_format=memory_format))
@@ -132,13 +131,13 @@ def relative_errors(results, truth):
 
 @each_device
 @each_network
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_one_pass_in_float64(network, device, decoder):
+@pytest.mark.parametrize("options", [*({"decoder": kind} for kind in DECODERS), {"pooling": "floor"}], ids=str)
+def test_one_pass_in_float64(network, device, options):
     """Logits, the gradient of every parameter and the running statistics, from He's initialisation, at an odd size."""
-    state = he_state(network, 0, decoder)
+    state = he_state(network, 0, options.get("decoder", "indices"))
     batch = images_and_labels(np.random.default_rng(0), 2, 45, 37)
-    ours = pass_ours(network, state, *batch, device, np.float64, decoder)
-    errors = relative_errors(ours, pass_torch(network, state, *batch, decoder=decoder))
+    ours = pass_ours(network, state, *batch, device, np.float64, **options)
+    errors = relative_errors(ours, pass_torch(network, state, *batch, **options))
     # 25 batch norms in a row amplify roundings (1e-16) about a thousandfold.
     assert {name: e for name, e in errors.items() if not e <= 1e-11} == {}
 

@@ -113,121 +113,94 @@ def animated(first: np.ndarray, second: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def put(file, content):
-    """Damage: this content in place of that file's."""
+def damage(function):
+    """`function(root, ...)` damages a data set and returns the path to blame; the rest is given to it ahead."""
+    return lambda *arguments, **options: lambda root: function(root, *arguments, **options)
 
-    def damage(root):
-        path = root / file
-        path.unlink(missing_ok=True)
-        path.write_bytes(content)
-        return path
 
-    return damage
+@damage
+def put(root, file, content):
+    """This content in place of that file's."""
+    (root / file).unlink(missing_ok=True)
+    (root / file).write_bytes(content)
+    return root / file
 
 
 def put_mask(array, mode=None, **options):
     return put(MASK, encoded(array, "PNG", mode, **options))
 
 
-def put_png_image(content):
-    """Damage: a PNG as image b, under the suffix that is right for it."""
-
-    def damage(root):
-        (root / IMAGE).unlink()
-        return put("JPEGImages/b.png", content)(root)
-
-    return damage
+@damage
+def put_png_image(root, content):
+    """A PNG as image b, under the suffix that is right for it."""
+    (root / IMAGE).unlink()
+    return put("JPEGImages/b.png", content)(root)
 
 
-def cut(file, share):
-    return lambda root: put(file, (root / file).read_bytes()[: int(share * (root / file).stat().st_size)])(root)
+@damage
+def cut(root, file, share):
+    content = (root / file).read_bytes()
+    return put(file, content[: int(share * len(content))])(root)
 
 
-def flipped(file, where):
-    """Damage: one bit of the byte at this share of the file."""
-
-    def damage(root):
-        content = bytearray((root / file).read_bytes())
-        content[int(where * len(content))] ^= 4
-        return put(file, bytes(content))(root)
-
-    return damage
+@damage
+def flipped(root, file, where):
+    """One bit of the byte at this share of the file."""
+    content = bytearray((root / file).read_bytes())
+    content[int(where * len(content))] ^= 4
+    return put(file, bytes(content))(root)
 
 
-def removed(file):
-    def damage(root):
-        (root / file).unlink()
-        return root / file
-
-    return damage
+@damage
+def removed(root, file):
+    (root / file).unlink()
+    return root / file
 
 
-def renamed(file, name):
-    def damage(root):
-        (root / file).rename(root / name)
-        return root / file
-
-    return damage
+@damage
+def renamed(root, file, name):
+    (root / file).rename(root / name)
+    return root / file
 
 
-def in_another_form(file):
-    """Damage: the id b gets an accent, and the name of one file has it in another Unicode form than the lists."""
-
-    def damage(root):
-        listed, other = "e\u0301", "\u00e9"
-        for path in (root / IMAGE, root / MASK):
-            path.rename(path.with_stem(other if path == root / file else listed))
-        for split in (root / "ImageSets/Segmentation").glob("*.txt"):
-            split.write_text(split.read_text().replace("b\n", f"{listed}\n"), encoding="utf-8")
-        return (root / file).with_stem(listed)
-
-    return damage
+@damage
+def in_another_form(root, file):
+    """The id b gets an accent, and the name of one file has it in another Unicode form than the lists."""
+    listed, other = "e\u0301", "\u00e9"
+    for path in (root / IMAGE, root / MASK):
+        path.rename(path.with_stem(other if path == root / file else listed))
+    for split in (root / "ImageSets/Segmentation").glob("*.txt"):
+        split.write_text(split.read_text().replace("b\n", f"{listed}\n"), encoding="utf-8")
+    return (root / file).with_stem(listed)
 
 
-def linked(file, target):
-    """Damage: a link in place of the file."""
-
-    def damage(root):
-        path, there = root / file, root.parent / target
-        if path.exists() and target == "elsewhere":
-            shutil.copyfile(path, there)
-        path.unlink()
-        path.symlink_to(there)
-        return path
-
-    return damage
+@damage
+def linked(root, file, target):
+    """A link in place of the file."""
+    path, there = root / file, root.parent / target
+    if path.exists() and target == "elsewhere":
+        shutil.copyfile(path, there)
+    path.unlink()
+    path.symlink_to(there)
+    return path
 
 
-def folder_instead(file):
-    def damage(root):
-        (root / file).unlink()
-        (root / file).mkdir()
-        return root / file
-
-    return damage
-
-
-def pipe_instead(file):
-    def damage(root):
-        (root / file).unlink()
-        os.mkfifo(root / file)
-        return root / file
-
-    return damage
+@damage
+def in_place_of(root, file, make):
+    """A folder, or a pipe."""
+    (root / file).unlink()
+    make(root / file)
+    return root / file
 
 
 def unreadable(file):
-    """Damage: a file that the system refuses to read (simulated: root may read everything)."""
+    """A file that the system refuses to read (simulated: root may read everything)."""
 
-    def damage(root):
+    def refused(root):
         return root / file
 
-    damage.refuses = True
-    return damage
-
-
-def appended(file, content):
-    return lambda root: put(file, (root / file).read_bytes() + content)(root)
+    refused.refuses = True
+    return refused
 
 
 def id_again_with_other_case(root):
@@ -269,12 +242,13 @@ def without_class(root):
     return root / TRAIN
 
 
-def annotated(**change):
-    return lambda root: annotate(root, **change)
+annotated = damage(annotate)
 
 
-def annotated_by(content):
-    return lambda root: annotate(root).write_bytes(content) and root / "Annotations/b.xml"
+@damage
+def annotated_by(root, content):
+    annotate(root).write_bytes(content)
+    return root / "Annotations/b.xml"
 
 
 def annotation_lost(root):
@@ -354,10 +328,10 @@ KINDS = [
     ("image-damaged", put(IMAGE, JPEG[:20])),
     ("mask-damaged", flipped(MASK, 0.6)),
     ("mask-truncated", put(MASK, PNG[:20])),
-    ("image-not-a-file", folder_instead(IMAGE)),
-    ("image-not-a-file", pipe_instead(IMAGE)),
-    ("mask-not-a-file", folder_instead(MASK)),
-    ("mask-not-a-file", pipe_instead(MASK)),
+    ("image-not-a-file", in_place_of(IMAGE, Path.mkdir)),
+    ("image-not-a-file", in_place_of(IMAGE, os.mkfifo)),
+    ("mask-not-a-file", in_place_of(MASK, Path.mkdir)),
+    ("mask-not-a-file", in_place_of(MASK, os.mkfifo)),
     ("image-unreadable", unreadable(IMAGE)),
     ("mask-unreadable", unreadable(MASK)),
     ("image-link-broken", linked(IMAGE, "nowhere")),
@@ -383,7 +357,7 @@ KINDS = [
     ("image-exif-unreadable", put_png_image(PNG_IMAGE[:33] + chunk(b"eXIf", bytes(range(32))) + PNG_IMAGE[33:])),
     ("image-tiny", tiny),
     ("image-trailing-data", put_png_image(encoded(noise(*SIZE, seed=1), "PNG") + b"PK\x03\x04")),
-    ("mask-trailing-data", appended(MASK, b"<?php ?>")),
+    ("mask-trailing-data", put(MASK, PNG + b"<?php ?>")),
     ("mask-is-jpeg", put(MASK, encoded(labels(1), "JPEG"))),
     ("mask-rgb", put_mask(RGB_MASK)),
     ("mask-rgb", put_mask(RGB_MASK, "RGBA")),
@@ -439,10 +413,10 @@ def is_readable(root, splits) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("code", "damage"), KINDS, ids=IDS)
-def test_every_kind_of_damage_is_named(root, code, damage, monkeypatch):
-    path = damage(root)
-    if getattr(damage, "refuses", False):
+@pytest.mark.parametrize(("code", "spoil"), KINDS, ids=IDS)
+def test_every_kind_of_damage_is_named(root, code, spoil, monkeypatch):
+    path = spoil(root)
+    if getattr(spoil, "refuses", False):
         opened = Path.open
 
         def refusing(self, *arguments, **options):

@@ -14,7 +14,7 @@ from support.evaluation import network
 
 from segnet_scratch import files
 from segnet_scratch.data.drawing import Style
-from segnet_scratch.errors import ConfigError, DataError, MissingLibraryError
+from segnet_scratch.errors import ConfigError, DataError
 from segnet_scratch.film import Film, _Clock, opened_film, upright
 from segnet_scratch.inference import Inference, Segmenter, segment
 from segnet_scratch.video import Video, find_video, plan_videos, predict_video
@@ -256,14 +256,6 @@ def test_results_never_overwrite_one_another_or_a_source(tmp_path):
     ]
 
 
-def test_without_pyav_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    (tmp_path / "a.mp4").touch()
-    with pytest.raises(MissingLibraryError, match=r"videos and cameras: .*pip install 'segnet_scratch\[video\]'"):
-        plan_videos([find_video(str(tmp_path / "a.mp4"))], tmp_path / "out")
-    assert plan_videos([], tmp_path / "out") == []
-
-
 # (a, b, c, d) of a display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y), y downwards.
 TURNS = {
     "upright": ((1, 0, 0, 1), lambda p: p),
@@ -339,13 +331,6 @@ def test_films_are_shown_as_players_do(file, turn):
     with opened_film(file, path) as film:
         found, _ = next(film.frames())
     np.testing.assert_array_equal(found, turn(read_clip(path)[0][1]))
-
-
-def test_frames_of_a_rate_that_changes_keep_their_times(model, tmp_path):
-    shown = [0, 1, 2, 40, 41, 300]
-    clip = write_clip(tmp_path / "a.mkv", pictures(6, 32, 48), rate=100, shown=shown)
-    times = [time for time, _ in read_clip(run(model, clip, tmp_path / "out").overlay)]
-    assert times == pytest.approx([number / 100 for number in shown], abs=2e-3)
 
 
 @pytest.mark.parametrize(

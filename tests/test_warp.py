@@ -166,25 +166,6 @@ class TestProducts:
         assert total(0, (1.5, 1.5), (tiny[0] * 2, tiny[1] / 2)) == 2.25, "2.25 as a product has the exponent of 1"
         assert total(-1, (1, 1), tiny) == tiny[0] * tiny[1], "what cancels leaves the bits below"
 
-    @pytest.mark.parametrize("pack", [1, 2], ids=["tf32", "bf16"])
-    def test_one_number_at_a_time(self, pack):
-        """Each element of a, alone, picks its row of b, each of b its column of a: no two can be exchanged."""
-        rng = np.random.default_rng(3)
-        a, b = representable(rng, (16, 8 * pack), pack), representable(rng, (8 * pack, 8), pack)
-        zero = np.zeros((16, 8), F32)
-        for i, k in np.ndindex(a.shape):
-            one = np.zeros_like(a)
-            one[i, k] = 1
-            expected = zero.copy()
-            expected[i] = b[k]
-            np.testing.assert_array_equal(self.multiply(one, b, zero, pack), expected)
-        for k, j in np.ndindex(b.shape):
-            one = np.zeros_like(b)
-            one[k, j] = 1
-            expected = zero.copy()
-            expected[:, j] = a[:, k]
-            np.testing.assert_array_equal(self.multiply(a, one, zero, pack), expected)
-
     def test_the_low_bits_of_tf32_are_ignored(self):
         a, b, zero = np.zeros((16, 8), F32), np.zeros((8, 8), F32), np.zeros((16, 8), F32)
         a[0, 0], b[0, 0] = np.nextafter(F32(1.25), F32(2)), F32(1)
@@ -289,18 +270,14 @@ class TestAsyncCopies:
         np.testing.assert_array_equal(y, expected)
 
     def test_addresses_that_do_not_fit(self):
-        x = np.zeros(32, F32)
-        assert (
-            f"line {line_of('warp.cu', 'line of the copy')}: cp_async_16 has an address that is no multiple"
-            in fault("misaligned", x, 1, 0, 16, block=32)
-        )
-        assert f"line {line_of('warp.cu', 'line of the load')}: ldmatrix_x4 has a row at an address" in fault(
-            "misaligned", x, 4, 2, 16, block=32
-        )
-        assert f"line {line_of('warp.cu', 'line of the small copy')}: cp_async_4 has an address" in fault(
-            "misaligned", x, 4, 0, 8, block=32
-        )
-        assert "cp_async_16 reads more bytes than it writes" in fault("misaligned", x, 0, 0, 17, block=32)
+        for numbers, text, message in (
+            ((1, 0, 16), "line of the copy", "cp_async_16 has an address that is no multiple"),
+            ((4, 2, 16), "line of the load", "ldmatrix_x4 has a row at an address"),
+            ((4, 0, 8), "line of the small copy", "cp_async_4 has an address"),
+            ((0, 0, 17), "line of the copy", "cp_async_16 reads more bytes than it writes"),
+        ):
+            found = fault("misaligned", np.zeros(32, F32), *numbers, block=32)
+            assert f"line {line_of('warp.cu', text)}: {message}" in found
 
 
 class TestFaults:

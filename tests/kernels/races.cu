@@ -1,4 +1,4 @@
-// Sums of a block with and without a race; blocks that write one address.
+// Sums of a block with and without a race.
 #include "common/reduce.cuh"
 
 #define THREADS 64
@@ -23,12 +23,4 @@ extern "C" __global__ void sum_racy(
         if (threadIdx.x < half) lanes[threadIdx.x] += lanes[threadIdx.x + half];
     __syncthreads();
     if (threadIdx.x == 0) y[blockIdx.x] = lanes[0];
-}
-
-// Every thread of every block overwrites the same element; the last one wins.
-extern "C" __global__ void last_writer(
-    int* y  // (2): block, thread
-) {
-    y[0] = blockIdx.x;
-    y[1] = threadIdx.x;
 }

@@ -44,17 +44,6 @@ extern "C" __global__ void reverse_dynamic(
     y[blockIdx.x * threads + thread] = scratch[threads - 1 - thread];
 }
 
-// As people write it who do not know our macros.
-extern "C" __global__ void reverse_plain(
-    const float* x,  // (blocks, 64)
-    float* y,        // (blocks, 64)
-    int blocks) {
-    __shared__ float tile[64];
-    tile[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
-    __syncthreads();
-    y[blockIdx.x * 64 + threadIdx.x] = tile[63 - threadIdx.x];
-}
-
 // 80,000 bytes are more than a GPU grants without being asked; 400,000 are more than any has.
 extern "C" __global__ void much_shared(
     int* out  // (1)

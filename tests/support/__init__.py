@@ -1,6 +1,8 @@
 """What several test files share: they import from here, never from each other."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,12 @@ def real(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"no real data at {path}")
     return path
+
+
+@contextmanager
+def raises(error: type[BaseException], *parts: object, match: str | None = None) -> Iterator[None]:
+    """As pytest.raises; the message holds each part."""
+    with pytest.raises(error, match=match) as raised:
+        yield
+    for part in parts:
+        assert str(part) in str(raised.value)

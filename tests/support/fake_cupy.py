@@ -26,18 +26,8 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.signature import parse_kernels
 from segnet_scratch.runtime.source import Source
+from support import fake_streams as streams
 from support.fake_nccl import FakeNccl
-from support.fake_streams import (
-    Arrival,
-    Block,
-    Event,
-    PinnedCopy,
-    PinnedMemory,
-    Race,
-    Stream,
-    Timeline,
-    pinned_memory_of,
-)
 
 # A driver's limits, not taken from the launch gate: a mistake there is to show here.
 MAX_GRID, MAX_BLOCK, MAX_THREADS, MAX_SHARED = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024, 48 * 1024
@@ -137,10 +127,10 @@ class ndarray:
     __hash__ = None
 
     def __init__(
-        self, cupy: "FakeCupy", values: np.ndarray, gpu: int | None = None, block: Block | None = None
+        self, cupy: "FakeCupy", values: np.ndarray, gpu: int | None = None, block: streams.Block | None = None
     ) -> None:
         self._cupy, self._values, self._gpu = cupy, values, cupy.gpu if gpu is None else gpu
-        self._block = block or Block(cupy.timeline, values)  # somebody else's memory
+        self._block = block or streams.Block(cupy.timeline, values)  # somebody else's memory
         cupy.views[id(self)] = self
 
     def _view(self, values: np.ndarray) -> "ndarray":
@@ -186,7 +176,7 @@ class ndarray:
         copy[...] = self
         return copy
 
-    def set(self, values: np.ndarray, stream: Stream | None = None) -> None:
+    def set(self, values: np.ndarray, stream: streams.Stream | None = None) -> None:
         assert type(values) is np.ndarray, "cupy.ndarray.set takes NumPy arrays"
         assert values.dtype == self.dtype
         assert values.shape == self.shape
@@ -196,7 +186,7 @@ class ndarray:
     def get(self, *, out: np.ndarray, blocking: bool) -> None:
         assert type(out) is np.ndarray
         assert (out.dtype, out.shape, out.flags.c_contiguous) == (self.dtype, self.shape, True)
-        pinned = pinned_memory_of(out)
+        pinned = streams.pinned_memory_of(out)
         assert blocking == (pinned is None), "only into pinned memory does a copy go on by itself"
         stream, contents = self._cupy.timeline.current_stream(), np.empty_like(out)
         assert stream.capture is None, "the current stream is capturing, so D2H transfers are disallowed"
@@ -205,7 +195,7 @@ class ndarray:
             stream.synchronize()
             np.copyto(out, contents)
         else:
-            self._cupy.timeline.pending.append(Arrival(out, contents, stream.last))
+            self._cupy.timeline.pending.append(streams.Arrival(out, contents, stream.last))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         assert isinstance(value, int | float | np.generic | ndarray), "CuPy assigns scalars and its own arrays"
@@ -233,7 +223,7 @@ class MemoryPool:
         self.in_use = 0
         self.held = 0  # bytes of blocks that nobody has, of the common pool as many as a test says
 
-    def malloc(self, nbytes: int) -> Block:
+    def malloc(self, nbytes: int) -> streams.Block:
         if self.free.get(nbytes):
             buffer = self.free[nbytes].pop()
         else:
@@ -242,7 +232,7 @@ class MemoryPool:
             except CUDARuntimeError as error:
                 raise OutOfMemoryError(nbytes, self.in_use) from error
         self.in_use += nbytes
-        return Block(self.cupy.timeline, buffer, self)
+        return streams.Block(self.cupy.timeline, buffer, self)
 
     def give_back(self, buffer: np.ndarray) -> None:
         self.in_use -= buffer.nbytes
@@ -287,14 +277,14 @@ class FakeCupy(types.ModuleType):
         self.launches: list[Launch] = []
         self.copies: list[tuple[int, bool]] = []
         self.allocations, self.fails_at = 0, 0
-        self.timeline = Timeline()
+        self.timeline = streams.Timeline()
         self.common_pool = MemoryPool(self)
         self._thread = threading.local()
         self.views: weakref.WeakValueDictionary[int, ndarray] = weakref.WeakValueDictionary()
         self.cuda = SimpleNamespace(
             Device=lambda gpu=None: Gpu(self.gpu if gpu is None else gpu, capability),
             Stream=self.timeline.new_stream,
-            Event=lambda disable_timing=False: Event(self.timeline, disable_timing),
+            Event=lambda disable_timing=False: streams.Event(self.timeline, disable_timing),
             get_elapsed_time=self.timeline.milliseconds,
             Memory=self.memory,
             MemoryPointer=lambda memory, offset: memory,
@@ -350,7 +340,7 @@ class FakeCupy(types.ModuleType):
         return self.common_pool
 
     @contextlib.contextmanager
-    def _using_allocator(self, allocator: Callable[[int], Block]) -> Iterator[None]:
+    def _using_allocator(self, allocator: Callable[[int], streams.Block]) -> Iterator[None]:
         before, self._thread.allocator = self.cuda.get_allocator(), allocator
         try:
             yield
@@ -367,9 +357,9 @@ class FakeCupy(types.ModuleType):
         self._count_allocation(nbytes)
         return np.full(nbytes, 0xFF, np.uint8)  # a GPU's memory is not zeroed either
 
-    def _pinned_memory(self, nbytes: int) -> PinnedMemory:
+    def _pinned_memory(self, nbytes: int) -> streams.PinnedMemory:
         self._count_allocation(nbytes)
-        return PinnedMemory(b"\xff" * nbytes)
+        return streams.PinnedMemory(b"\xff" * nbytes)
 
     def _allocate(self, shape: Any, dtype: Any, order: Any = "C") -> ndarray:
         block = self.cuda.get_allocator()(prod(shape) * np.dtype(dtype).itemsize)
@@ -381,7 +371,7 @@ class FakeCupy(types.ModuleType):
         arrays: Sequence[ndarray],
         writes: Sequence[bool],
         carry_out: Callable[..., None],
-        stream: Stream | None = None,
+        stream: streams.Stream | None = None,
     ) -> None:
         """Does something with the contents of arrays on a stream, or records it. `carry_out` gets NumPy arrays."""
         stream = stream or self.timeline.current_stream()
@@ -389,27 +379,27 @@ class FakeCupy(types.ModuleType):
         # A recording knows addresses. Memory of its own pool stays; other memory must still be there.
         blocks = [(weakref.ref(a._block), a._block.pool is None or a._block.pool.common) for a in arrays]
 
-        def run(on: Stream) -> None:
+        def run(on: streams.Stream) -> None:
             stamp = on.tick()
             for (reference, from_outside), write, part in zip(blocks, writes, values, strict=True):
                 block = reference()
                 if block is not None:
                     block.access(on, stamp, write, what, part)
                 elif from_outside:
-                    raise Race(f"{what} is replayed on memory that has been freed")
+                    raise streams.Race(f"{what} is replayed on memory that has been freed")
             carry_out(*values)
 
         stream.run(run)
 
-    def copy_in(self, target: ndarray, values: np.ndarray, stream: Stream) -> None:
+    def copy_in(self, target: ndarray, values: np.ndarray, stream: streams.Stream) -> None:
         """From the host. Only from pinned memory does a copy go on by itself; other memory has been read by now."""
         if stream.capture is not None:
             raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
         self.work("copy to the GPU", [target], [True], lambda t: np.copyto(t, values), stream)
-        pinned = pinned_memory_of(values)
+        pinned = streams.pinned_memory_of(values)
         self.copies.append((stream.number, pinned is not None))
         if pinned is not None:
-            self.timeline.pending.append(PinnedCopy(pinned, values, stream.last))
+            self.timeline.pending.append(streams.PinnedCopy(pinned, values, stream.last))
 
     def empty(self, shape: Any, dtype: Any) -> ndarray:
         return self._allocate(shape, dtype)

@@ -7,19 +7,6 @@ def add(a, b):
     return a + b
 
 
-def relu(x):
-    return np.maximum(x, 0)
-
-
-def max_pool(x, n, h, w, c):
-    """y and the codes: the position of the first maximum of each 2x2 window, row-major."""
-    rows, columns = (h + 1) // 2, (w + 1) // 2
-    padded = np.full((n, 2 * rows, 2 * columns, c), -np.inf, x.dtype)
-    padded[:, :h, :w] = x
-    windows = padded.reshape(n, rows, 2, columns, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(n, rows, columns, c, 4)
-    return windows.max(-1), windows.argmax(-1).astype(np.uint8)
-
-
 def convolution(x, weight, bias, oh, ow, pad_y, pad_x):
     padded = np.pad(x.astype(np.float64), ((0, 0), (pad_y, pad_y), (pad_x, pad_x), (0, 0)))
     y = np.zeros((x.shape[0], oh, ow, weight.shape[0]))

@@ -16,6 +16,7 @@ import pytest
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, Recorder, sentinel_array, valid_call
+from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.runtime import host
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.host import HostOptions
@@ -38,6 +39,9 @@ def has_compiler() -> bool:
 
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler for the host device")
+needs_sanitizers = pytest.mark.skipif(
+    bool(reason_against(host.sanitizer_runtime)), reason="the C++ compiler brings no AddressSanitizer"
+)
 
 
 @functools.cache
