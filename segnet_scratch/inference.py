@@ -4,7 +4,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
+from operator import add
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +16,8 @@ from segnet_scratch.data import normalise, ordered_map, resize_image
 from segnet_scratch.data.drawing import row_blocks
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.inference_step import InferenceStep
+from segnet_scratch.nn import functions
+from segnet_scratch.nn.autograd import Tensor, no_grad
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.op import spec_of
@@ -261,19 +265,27 @@ class Segmenter:
 
         The variance is from the summed squared deviations from the mean, by Welford's recurrence.
         """
-        mean = squares = np.zeros((1, 1, 1), np.float32)
-        for sample, of_sample in enumerate(views):
-            total = np.zeros((1, 1, 1), np.float32)
-            for view in of_sample:
-                logits = self.device.download(view.rows(first, count))[0, ..., : self.model.classes]
-                total = total + softmax(logits[:, ::-1] if view.flip else logits)
-            probabilities = total / np.float32(len(of_sample))
-            if len(views) == 1:
-                return probabilities, None
-            deviation = probabilities - mean
-            mean = mean + deviation / np.float32(sample + 1)
-            squares = squares + deviation * (probabilities - mean)
-        return mean, squares.mean(axis=2) / np.float32(len(views))
+        mean: Any = 0.0
+        squares: Any = 0.0
+        with no_grad():
+            for sample, of_sample in enumerate(views):
+                total = reduce(add, (self._probabilities(view, first, count) for view in of_sample))
+                probabilities = total / len(of_sample)
+                if len(views) == 1:
+                    return _read(probabilities), None
+                deviation = probabilities - mean
+                mean = mean + deviation / (sample + 1)
+                squares = squares + deviation * (probabilities - mean)
+            return _read(mean), _read(squares.mean(axis=2) / len(views))
+
+    def _probabilities(self, view: "_View", first: int, count: int) -> Any:
+        """Those of some rows of a view (count, w, classes): on a GPU a Tensor, which stays there, else an array."""
+        found = view.rows(first, count)
+        logits = (found if self._on_gpu else self.device.download(found))[0, ..., : self.model.classes]
+        logits = logits[:, ::-1] if view.flip else logits
+        if self._on_gpu:
+            return functions.softmax(Tensor(self.device.copy(logits), self.device))
+        return softmax(logits)
 
     def _view(self, image: np.ndarray, scale: float, flip: bool, sample: int | None) -> "_View":
         image = image[:, ::-1] if flip else image
@@ -300,6 +312,10 @@ class Segmenter:
         if logits.dtype == BFLOAT16:
             logits = Cast.plan(spec_of(logits))(self.device, x=logits).y
         return logits
+
+
+def _read(found: Any) -> np.ndarray:
+    return found.numpy() if isinstance(found, Tensor) else found
 
 
 def segment(

@@ -10,7 +10,7 @@ from segnet_scratch import get_device
 from segnet_scratch import inference as inference_module
 from segnet_scratch.data import normalise, resize_image
 from segnet_scratch.errors import ConfigError, ShapeError
-from segnet_scratch.inference import Inference, segment, window_starts
+from segnet_scratch.inference import Inference, Segmenter, segment, window_starts
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
 
@@ -163,6 +163,17 @@ def test_samples_give_mean_and_variance(bayesian, samples):
     # The samples differ, also from the network without dropout.
     assert np.abs(expected[0] - expected[1]).max() > 0.01
     assert np.abs(softmax(found.logits) - softmax(segment(bayesian, image, SIZE, None, True).logits)).max() > 0.01
+
+
+def test_averages_on_the_device_are_those_of_the_cpu(bayesian, monkeypatch):
+    image, inference = picture(33, 61), Inference((0.8, 1.2), flip=True, samples=2)
+    expected = Segmenter(bayesian, SIZE, inference)(image, with_logits=True)
+    on_device = Segmenter(bayesian, SIZE, inference)
+    on_device._on_gpu = True
+    monkeypatch.delattr(inference_module, "softmax")  # which the CPU's way needs
+    found = on_device(image, with_logits=True)
+    np.testing.assert_allclose(np.exp(found.logits), np.exp(expected.logits), rtol=1e-5)
+    np.testing.assert_allclose(found.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-9)
 
 
 def test_samples_are_the_same_for_every_image_and_every_time(bayesian):
