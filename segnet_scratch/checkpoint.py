@@ -138,7 +138,7 @@ def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
     """The record of a file written by `save` as it stands there, and the metadata in it."""
     text = file.metadata.get(_KEY)
     if text is None:
-        raise ValueError("a file that was not written by this project")
+        raise ValueError("weights that this project has not written, for segnet convert")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -163,10 +163,12 @@ class _File:
         for mark, kind in _NO_SAFETENSORS.items():
             if start.startswith(mark):
                 raise ValueError(kind)
+        if not start:
+            raise ValueError("an empty file")
         length = int.from_bytes(start, "little")
         # Megabytes of header cost seconds and a gigabyte to read; 2,000 tensors need 0.2 MB.
         if length > _MAX_HEADER:
-            raise ValueError(f"a header of {length} bytes, more than {_MAX_HEADER}")
+            raise ValueError(f"another kind of file, or a damaged header: it begins with {start!r}")
         self._file = file
         header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
         if len(start) < 8 or not isinstance(header, dict):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segnet_scratch.data import VOC_CLASSES
+from segnet_scratch.errors import printable
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
 from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining, watched
@@ -111,7 +112,7 @@ class TrainingDisplay(Listener):
 
     def _say(self, text: str) -> None:
         # Lines for a file or another program are not broken; a bar in a terminal needs its lines cut to the width.
-        self._console.print(text, soft_wrap=not self._console.is_terminal)
+        self._console.print(printable(text), soft_wrap=not self._console.is_terminal)
 
     def started(self, trainer: Trainer) -> None:
         scored = 0 if trainer.val_set is None else len(trainer.val_set)

@@ -1,8 +1,29 @@
 """The project's own errors. Each message names the thing, what was expected, what was got, and the fix."""
 
+from collections.abc import Sequence
+
+_NAMED = 5
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes (`\n`) for what is no print: a name may hold a line break, or what steers a terminal."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+
+
+def some_of(things: Sequence[object]) -> list[str]:
+    """Lines of a message that name the first of many things, and say how many more there are."""
+    more = [f"  and {len(things) - _NAMED} more"] if len(things) > _NAMED else []
+    return [f"  {thing}" for thing in things[:_NAMED]] + more
+
 
 class SegnetError(Exception):
-    """Base of every error raised on purpose; the command line prints its message without a traceback."""
+    """Base of every error raised on purpose; the command line prints its message without a traceback.
+
+    Each argument is one line of the message, whatever names stand in it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ShapeError(SegnetError):

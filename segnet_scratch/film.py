@@ -52,7 +52,8 @@ class Film:
         Packets that are damaged are passed over and counted. DataError where the film breaks off.
         """
         av = pyav()
-        clock = _Clock(1 / self.rate)
+        # AVI has no times of presentation: what frames claim is in the order of decoding.
+        clock = _Clock(1 / self.rate, by_decoding=self._container.format.name == "avi")
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -73,15 +74,16 @@ class Film:
 class _Clock:
     """Times that rise, out of those that frames claim."""
 
-    def __init__(self, interval: Fraction) -> None:
-        self._interval = interval  # from one frame to the next, where nothing tells
+    def __init__(self, interval: Fraction, by_decoding: bool = False) -> None:
+        self._interval = interval  # from one frame to the next, in name at least
+        self._step = interval  # and as it was last
         self._offset: Fraction | None = None
         self._last = -interval
         self._claimed: dict[str, int] = {}  # the last pts and dts
-        self._faults = {"pts": 0, "dts": 0}  # how often they did not rise
+        self._faults = {"pts": int(by_decoding), "dts": 0}  # how often they did not rise
 
     def __call__(self, frame: Any) -> Fraction:
-        time = self._last + self._interval
+        time = self._last + self._step
         stamp = self._stamp(frame)
         if stamp is not None and frame.time_base is not None:
             claimed = stamp * Fraction(frame.time_base)
@@ -89,6 +91,8 @@ class _Clock:
             if self._offset is None or claimed + self._offset < self._last - _REORDERED * self._interval:
                 self._offset = time - claimed
             time = claimed + self._offset
+            if self._last < time < self._last + 1:
+                self._step = time - self._last
         self._last = max(time, self._last + _TICK)
         return self._last
 

@@ -14,7 +14,7 @@ import numpy as np
 from segnet_scratch.config import AUTO, MINIMUM_SIZE
 from segnet_scratch.data import normalise, ordered_map, resize_image
 from segnet_scratch.data.drawing import row_blocks
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.errors import ConfigError, DeviceMemoryError
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, no_grad
@@ -208,8 +208,8 @@ class Segmenter:
             waiting: list[tuple[What, np.ndarray, Callable[[], Segmentation]]] = []
             with closing(self.device.prefetch(groups, lambda g: [np.concatenate([p for _, _, p in g])])) as batches:
                 try:
-                    for batch, (pixels,) in batches:
-                        logits = self.forward(pixels)
+                    parts = (part for batch, (pixels,) in batches for part in self._passes(batch, pixels))
+                    for batch, logits in parts:
                         watch([what for what, _, _ in batch], logits)
                         self.images += len(batch)
                         begun = []
@@ -223,6 +223,20 @@ class Segmenter:
                     yield from ((what, image, read()) for what, image, read in waiting)
                     raise
                 yield from ((what, image, read()) for what, image, read in waiting)
+
+    def _passes(self, batch: list[What], pixels: Array) -> Iterator[tuple[list[What], Array]]:
+        """Items and their logits: all of a batch, or from here on one by one where memory is short for more."""
+        try:
+            together = self.forward(pixels)
+        except (DeviceMemoryError, MemoryError):
+            if len(batch) == 1:
+                raise
+            self.batch = 1
+        else:
+            yield batch, together
+            return
+        for k, item in enumerate(batch):
+            yield [item], self.forward(pixels[k : k + 1])
 
     @property
     def seconds(self) -> float:

@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from segnet_scratch.errors import printable
+
 SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
 _NARROW = 80  # columns below which the bar gives way to the numbers
 
@@ -27,10 +29,10 @@ def bar(console: Console, *more: ProgressColumn, transient: bool = True, left: b
     """
     drawn = [BarColumn(bar_width=24)] if console.width >= _NARROW else []
     return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         *drawn,
         *(more or (MofNCompleteColumn(table_column=Column(no_wrap=True)),)),
-        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
         *([TimeRemainingColumn(table_column=Column(no_wrap=True))] if left else []),
         console=console,
         transient=transient,
@@ -42,8 +44,8 @@ class Watch:
     """Told how much is done of how much; draws a bar in a terminal, and prints a line every half minute elsewhere."""
 
     def __init__(self, console: Console, progress: Progress, what: str, total: int | None) -> None:
-        self._console, self._progress, self._what = console, progress, what
-        self._task = progress.add_task(what, total=total, status="")
+        self._console, self._progress, self._what = console, progress, printable(what)
+        self._task = progress.add_task(self._what, total=total, status="")
         self._done, self._total, self._began = 0, total, perf_counter()
         self._last_line = self._began
 

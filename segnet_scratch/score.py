@@ -9,10 +9,8 @@ import numpy as np
 from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import VOCDataset, ordered_map, read_mask
 from segnet_scratch.data.pictures import decode, mask_labels
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import DataError, some_of
 from segnet_scratch.evaluate import Evaluation, ImageScore, Tally
-
-_NAMED_AT_MOST = 5
 
 
 def score(
@@ -29,11 +27,10 @@ def score(
     """
     files = [predictions / f"{name}.png" for name in dataset.ids]
     if missing := [path for path in files if not path.is_file()]:
-        named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
-        more = f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
         raise DataError(
-            f"{predictions}: {len(missing)} of {len(files)} predictions are missing:{named}{more}\n"
-            f"Name the folder that holds ID.png for every id of the list {dataset.split}."
+            f"{predictions}: {len(missing)} of {len(files)} predictions are missing:",
+            *some_of(missing),
+            f"Name the folder that holds ID.png for every id of the list {dataset.split}.",
         )
     tally = Tally(dataset.names, boundary)
 

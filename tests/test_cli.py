@@ -16,6 +16,7 @@ import segnet_scratch
 from segnet_scratch import cli
 from segnet_scratch.config import describe, load_config
 from segnet_scratch.data import write_sample
+from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.inference import Segmenter
 from segnet_scratch.lab.proof.gradcheck import gradcheck
 from segnet_scratch.runtime.devices import cuda_missing
@@ -408,6 +409,9 @@ def test_memory_that_is_short_is_explained(segnet, sample, checkpoint, monkeypat
 
 def test_a_result_is_not_written_over_an_input(segnet, sample, checkpoint, tmp_path):
     before = checkpoint.read_bytes()
+    for text in ('{"name": "package"}', '{\n  "name": "package"}', "[1, 2]", '{"step": 1, "loss": 2.0}\n'):
+        (tmp_path / "mine.json").write_text(text)
+        assert_error(segnet("eval", checkpoint, "--data", sample, "--json", tmp_path / "mine.json"), 2, "no earlier")
     finished = segnet("eval", checkpoint, "--data", sample, "--json", checkpoint)
     assert_error(finished, 2, "no earlier result", "choose another name")
     assert_error(segnet("data", "verify", sample, "--json", sample / "labels.txt"), 2, "no earlier result")
@@ -434,6 +438,27 @@ def test_memory_that_is_short_for_one_picture_is_not_the_end(segnet, sample, che
     finished = segnet("predict", checkpoint, *sorted(sample.glob("JPEGImages/*"))[:3], "--out", tmp_path / "out")
     assert_error(finished, 1, "memory is too short for this image", "1 of 3 inputs had problems")
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 2
+
+
+def test_memory_that_is_short_for_a_batch_is_not_short_for_its_images(
+    segnet, sample, checkpoint, tmp_path, monkeypatch
+):
+    forward, counts = Segmenter.forward, []
+
+    def short(self, pixels, *more):
+        counts.append(len(pixels))
+        if len(pixels) > 1:
+            raise DeviceMemoryError("too much", 2, 1)
+        return forward(self, pixels, *more)
+
+    arguments = "eval", checkpoint, "--data", sample, "--batch", "3", "--json"
+    assert segnet(*arguments, tmp_path / "whole.json").code == 0
+    monkeypatch.setattr(Segmenter, "forward", short)
+    finished = segnet(*arguments, tmp_path / "one.json")
+    assert (finished.code, counts) == (0, [3, 1, 1, 1, 1]), finished.err
+    whole, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "one"))
+    assert one | {"loss": 0} == whole | {"loss": 0}
+    assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
 def test_ctrl_c_ends_any_command_with_130(segnet, sample, checkpoint, monkeypatch):

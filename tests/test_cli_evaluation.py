@@ -144,13 +144,17 @@ def test_a_bad_file_does_not_end_predict(segnet, sample, checkpoint, tmp_path):
     (folder / "0.jpg").write_bytes(b"")
     (folder / "z.png").write_bytes(b"<!DOCTYPE html>")
     (folder / "._z.jpg").write_bytes(b"x")
+    next(folder.glob("s*")).rename(folder / "a\nb.jpg")
+    (folder / "y\n\x1b[31m.jpg").write_bytes(b"")
     result = tmp_path / "r.json"
     finished = segnet("predict", checkpoint, folder, "--out", tmp_path / "out", "--json", result)
     assert finished.code == 1
-    for part in ("0.jpg: ", "z.png: ", f"2 of {good + 2} inputs had problems"):
+    for part in ("0.jpg: ", "z.png: ", r"y\n\x1b[31m.jpg: ", f"3 of {good + 3} inputs had problems"):
         assert part in finished.err
+    assert finished.err.count("\n") == 4
+    assert r"a\nb_overlay.png: " in finished.out
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == good
-    assert sum("problem" in row for row in json.loads(result.read_text())) == 2
+    assert sum("problem" in row for row in json.loads(result.read_text())) == 3
 
 
 def test_what_predict_cannot_find_is_explained(segnet, sample, checkpoint, tmp_path, monkeypatch):

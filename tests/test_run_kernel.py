@@ -90,15 +90,15 @@ class TestVectorAddition:
         undetermined = "c: 1 of 1000 elements are not determined, the first is c[999]"
         assert failed(run) == {"reads": f"{undetermined}: an array is read outside its bounds"}
 
-    @pytest.mark.parametrize("name", ["max_next", "int_next", "shared_max"])
-    def test_a_maximum_and_a_comparison_do_not_hide_what_was_read(self, name):
-        """A maximum passes over NaN, and a comparison gives 0 or 1, whatever number lies outside."""
-        shapes = {"a": 1000, "c": 4 if name == "shared_max" else 1000}
+    @pytest.mark.parametrize("name", ["max_next", "min_next", "int_next", "shared_max", "shared_min"])
+    def test_an_extreme_and_a_comparison_do_not_hide_what_was_read(self, name):
+        """A maximum passes over NaN and small numbers, and a comparison gives 0 or 1, whatever number lies outside."""
+        shapes = {"a": 1000, "c": 4 if "shared" in name else 1000}
         for seed in (0, 1, 2):
             run = user(f"silent:{name}", shapes=shapes, arguments={"n": 1000}, grid=4, block=256, seed=seed)
             found = failed(run)["reads"]
             assert "1 of" in found
-            assert ("shared memory is read" if name == "shared_max" else "is read outside its bounds") in found
+            assert ("shared memory is read" if "shared" in name else "is read outside its bounds") in found
 
     def test_an_input_that_is_not_const(self, tmp_path):
         text = (USER / "add.cu").read_text()
@@ -724,7 +724,7 @@ class TestCuda:
         run = run_kernel("conv2d_forward_tiled", arguments=CONVOLUTION, device=device, reference=references.convolution)
         assert run.passed, failed(run)
         assert run.device == "cuda"
-        assert [launched.name for launched in cupy.launches] == ["conv2d_forward_tiled"] * 2
+        assert [launched.name for launched in cupy.launches] == ["conv2d_forward_tiled"] * 3
         run = user("add:vector_add_overrun", **VECTORS, device=device)
         assert list(failed(run)) == ["guard zones"]
         with pytest.raises(ConfigError, match="orders and sanitizers work on the host device, not on cuda"):

@@ -6,7 +6,7 @@ import sys
 # Each registers its commands, in the order in which the help shows them.
 from segnet_scratch.cli import common, data, demo, evaluation, kernels, network, profile, proof
 from segnet_scratch.cli.common import app, fail
-from segnet_scratch.errors import ConfigError, SegnetError
+from segnet_scratch.errors import ConfigError, SegnetError, printable
 from segnet_scratch.files import reason
 from segnet_scratch.parallel import PeerError
 
@@ -37,4 +37,4 @@ def _run() -> None:
     except MemoryError as error:
         fail(f"memory is short: {error}; use a smaller size or batch", 1)
     except OSError as error:  # a folder that cannot be made, a full disk
-        fail(f"{error.filename2 or error.filename or 'output'}: {reason(error)}", 1)
+        fail(printable(f"{error.filename2 or error.filename or 'output'}: {reason(error)}"), 1)

@@ -1,6 +1,7 @@
 """What every command shares: the application, its consoles, options of one meaning, exit codes."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from rich.text import Text
 from segnet_scratch import __version__
 from segnet_scratch.cli.output import Output
 from segnet_scratch.config import ENGINES, MINIMUM_SIZE, PRECISIONS
-from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError
+from segnet_scratch.errors import CheckpointError, ConfigError, SegnetError, printable
 from segnet_scratch.parallel import Communicator, world
 from segnet_scratch.runtime.devices import NAMES
 from segnet_scratch.segnet import SegNet
@@ -77,20 +78,22 @@ PrecisionOption = Annotated[
 ]
 
 
-def replaceable(*beginnings: str) -> Callable[[Path | None], Path | None]:
-    """Refuses a file for results that holds something else now: an input, most often."""
+def replaceable(beginning: str) -> Callable[[Path | None], Path | None]:
+    """Refuses a file for results that begins otherwise now, as a pattern: it is an input, most often."""
 
     def check(path: Path | None) -> Path | None:
         if path is not None and path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
-                start = file.read(max(map(len, beginnings)))
-            if not start.startswith(tuple(beginning.encode() for beginning in beginnings)):
+                start = file.read(80)
+            if not re.match(beginning.encode(), start):
                 raise typer.BadParameter(f"{path} is there already and no earlier result; choose another name")
         return path
 
     return check
 
 
+# With `image` begins what predict writes, and so on.
+_RESULTS = "image|video|miou|step|root|split|op|kernel|title|fused|passed"
 JsonOption = Annotated[
     Path | None,
     typer.Option(
@@ -98,7 +101,7 @@ JsonOption = Annotated[
         help="Also write the result to this file.",
         metavar="FILE",
         dir_okay=False,
-        callback=replaceable("{", "["),
+        callback=replaceable(rf'(\[\n  )?\{{\n +"({_RESULTS})": |\[\]\n$'),
     ),
 ]
 SizeOption = Annotated[
@@ -153,7 +156,7 @@ def sides(option: str, text: str) -> tuple[int, int]:
 
 def say(text: str, style: str = "") -> None:
     """Prints one line of a result."""
-    console.print(text, style=style, soft_wrap=True)
+    console.print(printable(text), style=style, soft_wrap=True)
 
 
 def _version(requested: bool) -> None:
@@ -182,4 +185,4 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         level = f"{record.levelname.lower()}: "
-        problems.print(Text.assemble((level, style), self.format(record)), soft_wrap=True)
+        problems.print(Text.assemble((level, style), printable(self.format(record))), soft_wrap=True)

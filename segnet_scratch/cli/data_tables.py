@@ -12,6 +12,7 @@ from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.statistics import ClassStatistics
 from segnet_scratch.data.verify import Report
 from segnet_scratch.display import numbers_table
+from segnet_scratch.errors import printable
 from segnet_scratch.progress import Watch, bar
 
 _EXAMPLES = 3  # of each code
@@ -36,8 +37,8 @@ def transferred(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 def facts_table(report: Report) -> Table:
     """How much there is of everything."""
-    table = Table(title=str(report.root), show_header=False)
-    table.add_row("ids", ", ".join(f"{_printable(split)} {count}" for split, count in report.splits.items()) or "-")
+    table = Table(title=printable(str(report.root)), show_header=False)
+    table.add_row("ids", ", ".join(f"{printable(split)} {count}" for split, count in report.splits.items()) or "-")
     sizes = [f"{width} x {height}: {count}" for (height, width), count in report.sizes.most_common(_SIZES)]
     more = [f"{len(report.sizes) - _SIZES} other sizes"] if len(report.sizes) > _SIZES else []
     table.add_row("images", f"{report.sizes.total()} of {report.pairs} readable")
@@ -54,7 +55,7 @@ def labels_table(report: Report) -> Table:
     table = numbers_table("class", "pixels %", "masks", first="label")
     pixels = report.pixels[: len(report.names)]
     for label, (name, share) in enumerate(zip(report.names, pixels / max(1, int(pixels.sum())), strict=True)):
-        table.add_row(str(label), _printable(name), f"{100 * share:.3f}", str(report.images[label]))
+        table.add_row(str(label), printable(name), f"{100 * share:.3f}", str(report.images[label]))
     return table
 
 
@@ -64,7 +65,7 @@ def finding_lines(report: Report) -> Iterator[tuple[str, str]]:
         kind, style = ("error", "bold red") if findings[0].is_error else ("warning", "yellow")
         yield f"{kind} {code}: {CODES[code]} ({len(findings)})", style
         for finding in findings[:_EXAMPLES]:
-            yield _printable(f"  {finding.path}: {finding.detail}"), ""
+            yield printable(f"  {finding.path}: {finding.detail}"), ""
         if len(findings) > _EXAMPLES:
             yield f"  and {len(findings) - _EXAMPLES} more", ""
 
@@ -86,8 +87,3 @@ def statistics_table(statistics: ClassStatistics, split: str) -> Table:
         seen = "-" if np.isnan(frequency) else f"{frequency:.5f}"
         table.add_row(str(label), name, f"{pixels:,}", f"{100 * share:.3f}", str(images), seen, f"{weight:.4f}")
     return table
-
-
-def _printable(text: str) -> str:
-    """The text without control characters: names out of a damaged data set must not steer the terminal."""
-    return "".join(mark if mark.isprintable() else "?" for mark in text)

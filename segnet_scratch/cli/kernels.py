@@ -96,7 +96,7 @@ def run_command(
     _show(result)
     write_json(json, result.to_json())
     if output is not None:
-        console.print(f"{len(result.save(output))} arrays saved in {output}", soft_wrap=True)
+        say(f"{len(result.save(output))} arrays saved in {output}")
     if not result.passed:
         raise typer.Exit(1)
 

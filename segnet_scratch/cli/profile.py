@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, join_ranks, parse_size
+from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, join_ranks, parse_size, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
@@ -142,7 +142,7 @@ def tune(
             watch.update,
         )
     console.print(_tiles_table(choices))
-    console.print(f"kept in {path}")
+    say(f"kept in {path}")
 
 
 def _tiles_table(choices: list[Choice]) -> Table:

@@ -134,10 +134,5 @@ def _lacking(folder: Path, masks: int, colours: bool, problems: list[str]) -> Da
         else "Say what each means, for example --relabel 7=void, or name its class in labels.txt."
     )
     what = "colours that the table lacks" if colours else "numbers that are no class"
-    lines = [
-        f"{folder}: {len(problems)} of {masks} masks hold {what}; nothing was written:",
-        *problems[:_FILES_NAMED],
-        *more,
-        fix,
-    ]
-    return DataError("\n".join(lines))
+    first = f"{folder}: {len(problems)} of {masks} masks hold {what}; nothing was written:"
+    return DataError(first, *problems[:_FILES_NAMED], *more, fix)

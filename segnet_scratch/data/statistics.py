@@ -21,7 +21,7 @@ from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.pictures import label_counts, read_mask
 from segnet_scratch.data.voc import VOCDataset
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import DataError, printable
 
 ABSENT_WEIGHT = 1.0
 """The weight of a class without a pixel: no loss is ever multiplied by it, so it only has to be harmless. With 1, the
@@ -88,12 +88,12 @@ class ClassStatistics:
         source: what the weights were counted in, for the comment at the head.
         """
         lines = [
-            f"# Median-frequency weights of {_comment(source)}: {self.masks} masks, void left out.",
+            f"# Median-frequency weights of {printable(source)}: {self.masks} masks, void left out.",
             "class_weights = [",
         ]
         for name, weight, images in zip(self.names, self.weights, self.images, strict=True):
             absent = "" if images else f" (does not occur: neutral weight {ABSENT_WEIGHT:g})"
-            lines.append(f"    {float(f'{weight:.6g}')!r},  # {_comment(name)}{absent}")
+            lines.append(f"    {float(f'{weight:.6g}')!r},  # {printable(name)}{absent}")
         return "\n".join([*lines, "]", ""])
 
 
@@ -129,8 +129,3 @@ def class_statistics(
             "nothing to weigh; mark some pixels, or use another split."
         )
     return ClassStatistics(dataset.names, pixels, images, reachable, void, len(dataset))
-
-
-def _comment(text: str) -> str:
-    """Text that ends neither a TOML comment nor the line."""
-    return "".join(mark if mark.isprintable() else "?" for mark in text)

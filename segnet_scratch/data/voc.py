@@ -17,7 +17,7 @@ from segnet_scratch.data.findings import Finding
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
 from segnet_scratch.data.palette import class_palette
 from segnet_scratch.data.pictures import mask_colours, read_image, read_mask
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import DataError, some_of
 from segnet_scratch.files import visible_files
 
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
@@ -29,8 +29,6 @@ FOLDERS = (SPLIT_FOLDER.as_posix(), IMAGE_FOLDER, MASK_FOLDER)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Suffixes of images; where an id has several, the first goes."""
-
-_NAMED_AT_MOST = 5
 
 
 def find_root(path: str | Path, with_masks: bool = True) -> Path:
@@ -48,9 +46,9 @@ def find_root(path: str | Path, with_masks: bool = True) -> Path:
             return root
         looked.append(f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder"))
     raise DataError(
-        f"{path}: no data set in VOC layout found; looked in\n"
-        + "\n".join(looked)
-        + f"\nPass the folder that holds {', '.join(folders)}."
+        f"{path}: no data set in VOC layout found; looked in",
+        *looked,
+        f"Pass the folder that holds {', '.join(folders)}.",
     )
 
 
@@ -153,20 +151,17 @@ class VOCDataset:
 
         Only looks whether the files are there (milliseconds for VOC); `sample` reads and judges them.
         """
-        problems = []
+        problems: list[str] = []
         kinds = (("images", self.image_path), ("masks", self.mask_path))
         for kind, path_of in kinds if self._with_masks else kinds[:1]:
             missing = [path for path in map(path_of, range(len(self))) if not path.is_file()]
             if missing:
-                named = "".join(f"\n  {path}" for path in missing[:_NAMED_AT_MOST])
-                more = f"\n  and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
                 other = " (some are there in another Unicode form)" if any(map(_in_another_form, missing)) else ""
-                problems.append(f"{len(missing)} of {len(self)} {kind} are missing{other}:{named}{more}")
+                listing = "" if problems else f"{self.root / SPLIT_FOLDER / self.split}.txt: "
+                problems.append(f"{listing}{len(missing)} of {len(self)} {kind} are missing{other}:")
+                problems += some_of(missing)
         if problems:
-            listing = self.root / SPLIT_FOLDER / f"{self.split}.txt"
-            raise DataError(
-                f"{listing}: " + "\n".join(problems) + "\nAdd the files, or take their ids out of the split."
-            )
+            raise DataError(*problems, "Add the files, or take their ids out of the split.")
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Image uint8 (H, W, 3), mask uint8 (H, W) and id of one sample, at their size on disk.

@@ -6,6 +6,7 @@ How a launch is carried out is in cuda/common/host_runtime.h; this file builds t
 import ctypes
 import errno
 import functools
+import json
 import logging
 import os
 import platform
@@ -217,8 +218,10 @@ def _unit(source: Source) -> str:
     unknown = {kernel.name for kernel in kernels if not kernel.launchable}
     text = blank_kernels(source, unknown) if unknown else source.text
     # Lines keep the names and numbers of the .cu file: errors, debuggers and sanitizers point there.
-    rewritten = bool(unknown) or "__shared__" in text
-    body = f'#line 1 "{path}"\n{rewrite_shared(text)}\n' if rewritten else f'#include "{path}"\n'
+    name = json.dumps(path, ensure_ascii=False)
+    # An #include knows no escapes.
+    rewritten = bool(unknown) or "__shared__" in text or name != f'"{path}"'
+    body = f"#line 1 {name}\n{rewrite_shared(text)}\n" if rewritten else f"#include {name}\n"
     entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in kernels if k.name not in unknown)
     return f'#include "common/host_runtime.h"\n{body}{entries}'
 
@@ -259,8 +262,9 @@ def _compile(source: Source, types: ElementTypes, command: list[str], flags: lis
             )
             if result.returncode != 0:
                 raise CompileError(
-                    f"{source.path.name} does not compile for the host device:\n{_first_errors(result.stderr)}"
-                    f"{_hint(result.stderr)}"
+                    f"{source.path.name} does not compile for the host device:",
+                    *_first_errors(result.stderr),
+                    *_hint(result.stderr),
                 )
             if not output.is_file():
                 raise CompileError(
@@ -273,25 +277,25 @@ def _compile(source: Source, types: ElementTypes, command: list[str], flags: lis
         raise CompileError(f"{place}: {reason(error)}; compilers need room there: set TMPDIR to another") from error
 
 
-def _first_errors(stderr: str, limit: int = 40) -> str:
+def _first_errors(stderr: str, limit: int = 40) -> list[str]:
     """The compiler's report from its first error on: `file.cu:line:column: error: ...` and the line itself."""
-    lines = stderr.strip().splitlines()
+    lines = stderr.strip().expandtabs().splitlines()
     start = next((i for i, line in enumerate(lines) if "error" in line), 0)
-    return "\n".join(lines[start : start + limit])
+    return lines[start : start + limit]
 
 
-def _hint(stderr: str) -> str:
+def _hint(stderr: str) -> list[str]:
     """What to do about names that the C++ compiler does not know, and about a full disk."""
     if os.strerror(errno.ENOSPC) in stderr:
-        return f"\n{tempfile.gettempdir()} is full: make room there, or set TMPDIR to another folder"
+        return [f"{tempfile.gettempdir()} is full: make room there, or set TMPDIR to another folder"]
     unknown = "was not declared|has not been declared|does not name a type"
     found = re.findall(rf"['‘](\w+)['’] (?:{unknown})|(?:undeclared identifier|unknown type name) '(\w+)'", stderr)
     names = list(dict.fromkeys(a or b for a, b in found))
     if {"storage_t", "accumulate_t", "int64", "uint8", "uint64"} & set(names):
-        return '\nstorage_t, int64 and the like come with #include "common/types.cuh"'
+        return ['storage_t, int64 and the like come with #include "common/types.cuh"']
     if names:
-        return f"\nIf CUDA knows {', '.join(names)}: cuda/common/host_runtime.h does not; --device cuda may"
-    return ""
+        return [f"If CUDA knows {', '.join(names)}: cuda/common/host_runtime.h does not; --device cuda may"]
+    return []
 
 
 @functools.cache

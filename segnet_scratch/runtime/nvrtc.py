@@ -136,7 +136,8 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         status = library.nvrtcCompileProgram(program, len(options), array)
         output = _read(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status != 0:
-            raise CompileError(f"{source.path.name} does not compile for {architecture}:\n{output.strip()[:4000]}")
+            report = output.strip().expandtabs()[:4000].splitlines()
+            raise CompileError(f"{source.path.name} does not compile for {architecture}:", *report)
         if log is not None:
             log.append(output)
         return _read(library, program, "CUBIN")

@@ -103,13 +103,12 @@ def _from_mirrors(
         except _MirrorError as error:
             reasons.append(f"  {url}: {error}")
     kept = stream.seek(0, os.SEEK_END)
-    lines = [
+    raise DataError(
         f"{target.name}: none of {len(urls)} mirrors delivered it:",
         *reasons,
         f"{kept:,} of {size:,} bytes are kept. Run it again later, {fix}, or get the file elsewhere and put it "
         f"there yourself: {target}",
-    ]
-    raise DataError("\n".join(lines))
+    )
 
 
 def _whole(url: str, stream: BinaryIO, size: int, progress: Progress, timeout: float, pause: float) -> None:

@@ -30,7 +30,7 @@ def install_voc2012(
     root = directory / source.prefix
     if root.exists():
         if fault := _fault(root):
-            raise DataError(f"{fault}\nThe data set is not whole; move {root} away and download it again.")
+            raise DataError(*fault.split("\n"), f"The data set is not whole; move {root} away and download it again.")
         return root
     archive = _archive(directory, source, mirrors, progress)
     try:
@@ -65,7 +65,7 @@ def install_sbd(
     try:
         root = find_root(directory)
     except DataError as error:
-        raise DataError(f"{error}\nSBD adds masks to VOC2012: download that into the same folder first.") from error
+        raise DataError(*error.args, "SBD adds masks to VOC2012: download that into the same folder first.") from error
     archive = _archive(Path(directory), source, mirrors, progress)
     return merge_sbd(archive, root, source, lambda done, total: progress("convert", done, total))
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.workbench.execution import Executor, Outcome
-from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, OTHER_SHARED, SECOND, bits
+from segnet_scratch.lab.workbench.guards import FIRST, OTHER_GUARDS, OTHER_SHARED, SECOND, THIRD, bits
 from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.runtime.host import VARIABLES, HostOptions
 from segnet_scratch.runtime.precision import is_floating
@@ -103,14 +103,15 @@ def _dependent(executor: Executor, first: Outcome, second: Outcome) -> list[str]
     """Elements that depend on what guard zones, outputs or shared memory held before."""
     setup = executor.setup
     reports = []
-    others: list[Outcome] = []
+    third = executor.run(THIRD)
+    others: list[list[Outcome]] = []
     for name in setup.of_role("output", "updated"):
-        unlike = first.unlike(second, name)
+        unlike = first.unlike(second, name) | first.unlike(third, name)
         unlike &= ~_untouched(setup, name, first, second)
         if not unlike.any():
             continue
-        others = others or [executor.run(OTHER_GUARDS), executor.run(OTHER_SHARED)]
-        of_guards, of_shared = (first.unlike(other, name).any() for other in others)
+        others = others or [[executor.run(fill) for fill in fills] for fills in (OTHER_GUARDS, OTHER_SHARED)]
+        of_guards, of_shared = (any(first.unlike(other, name).any() for other in runs) for runs in others)
         why = (
             "an array is read outside its bounds"
             if of_guards

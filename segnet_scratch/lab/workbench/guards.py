@@ -1,7 +1,7 @@
 """Guard zones: memory of known contents before and after an array, so that an access outside of it shows.
 
-A kernel is run twice, with two fills. An element that holds the fill both times was never written. One that holds
-something else, but not the same both times, depends on what lay there before or beside it.
+A kernel is run with several fills. An element that holds the fill each time was never written. One that holds
+something else, but not the same each time, depends on what lay there before or beside it.
 
 A write is seen afterwards in the bytes. No two elements of the zones are alike, and the zones of no two arrays: what a
 kernel without a bounds check copies from beside one array to beside another is not what lay there. A read is seen
@@ -24,18 +24,20 @@ from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.runtime.devices import Array, Device, HostDevice
 from segnet_scratch.runtime.precision import is_floating
 
+_LARGE = 0.0, 2.0**100, -(2.0**100)
 GUARD = 1024  # elements before and after every array
 ARRAYS_MARK = "segnet-arrays: "  # begins the line that tells where arrays lie: first byte, bytes, bytes of an element
 # A NaN that no computation makes, by the size of the number, and an ordinary number that none is likely to make.
 _NAN_BITS = {2: 0x7FD5, 4: 0x7FE5EED5, 8: 0x7FFC5EED5EED5EED}
 _NUMBER = 0.73582345  # of the size of others, so that sums with it show
 _INTEGER_BYTES = 0xA5, 0x5A
-_SHARED_BYTES = 0xFF, 0x7B  # NaN in every format, and a number so large that no maximum passes over both
+# NaN in every format, a large number and a small one: a maximum passes over two of them, and a minimum too.
+_SHARED_BYTES = 0xFF, 0x7B, 0xFB
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What memory without a value holds in a run: in the first kind of run NaN, in the second ordinary numbers.
+    """What memory without a value holds in a run: in the first kind of run NaN, in others ordinary numbers.
 
     `values` is the kind of what outputs hold, `guards` that of guard zones, `shared` that of shared memory on the host.
     """
@@ -55,15 +57,16 @@ class Fill:
     def zones(self, name: str, dtype: np.dtype) -> np.ndarray:
         """The zones (2, GUARD) before and after the array of this name: NaN of many kinds, or large numbers.
 
-        A maximum passes over NaN, but not over large numbers. Integers are small, since a kernel that takes one for an
-        index goes astray no further than it must, and on either side of what inputs hold, so that comparisons differ.
+        A maximum passes over NaN, but not over large numbers, and a minimum not over negative ones.
+        Integers are small, since a kernel that takes one for an index goes astray no further than it must, and on
+        either side of what inputs hold, so that comparisons differ.
         """
         rng = np.random.default_rng([self.guards, zlib.crc32(name.encode())])
         if not is_floating(dtype):
             low, high = (64, 128) if not self.guards else (-128, -64) if dtype.kind == "i" else (0, 4)
             return rng.integers(low, high, (2, GUARD)).astype(dtype)
         if self.guards:
-            return (2.0**100 * rng.uniform(0.5, 2, (2, GUARD))).astype(dtype)
+            return (_LARGE[self.guards] * rng.uniform(0.5, 2, (2, GUARD))).astype(dtype)
         fraction = rng.integers(1, {2: 2**6, 4: 2**22, 8: 2**51}[dtype.itemsize], (2, GUARD))
         quiet = {2: 0x7FC0, 4: 0x7FC00000, 8: 0x7FF8000000000000}[dtype.itemsize]
         return (fraction + quiet).astype(f"u{dtype.itemsize}").view(dtype)
@@ -74,9 +77,9 @@ class Fill:
         return _SHARED_BYTES[self.shared]
 
 
-FIRST, SECOND = Fill(0, 0, 0), Fill(1, 1, 1)
-# Each tells apart one thing that SECOND changes.
-OTHER_GUARDS, OTHER_SHARED = Fill(0, 1, 0), Fill(0, 0, 1)
+FIRST, SECOND, THIRD = Fill(0, 0, 0), Fill(1, 1, 1), Fill(0, 2, 2)
+# Each tells apart one thing that the others change.
+OTHER_GUARDS, OTHER_SHARED = (Fill(0, 1, 0), Fill(0, 2, 0)), (Fill(0, 0, 1), Fill(0, 0, 2))
 
 
 class GuardedArrays:

@@ -51,7 +51,8 @@ def find_memory_errors(setup: Setup) -> list[str]:
         )
         reports = read_reports(result.stderr, setup.kernel.name)
         if not reports and result.returncode != 0:
-            raise CompileError(f"the sanitized run of {setup.kernel.name} failed:\n{result.stderr.strip()[-2000:]}")
+            end = result.stderr.strip().expandtabs()[-2000:].splitlines()
+            raise CompileError(f"the sanitized run of {setup.kernel.name} failed:", *end)
         return reports + [fault.read_text() for fault in folder.glob("fault")]
 
 
