@@ -138,7 +138,7 @@ def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
     """The record of a file written by `save` as it stands there, and the metadata in it."""
     text = file.metadata.get(_KEY)
     if text is None:
-        raise ValueError("weights that this project has not written, for segnet convert")
+        raise ValueError("a file that was not written by this project (segnet convert reads others)")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -168,9 +168,13 @@ class _File:
         length = int.from_bytes(start, "little")
         # Megabytes of header cost seconds and a gigabyte to read; 2,000 tensors need 0.2 MB.
         if length > _MAX_HEADER:
-            raise ValueError(f"another kind of file, or a damaged header: it begins with {start!r}")
+            long = f"a header of {length} bytes, more than {_MAX_HEADER}"
+            raise ValueError(long if length <= size else f"another kind of file: it begins with {start!r}")
         self._file = file
-        header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
+        try:
+            header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
+        except ValueError:
+            header = None
         if len(start) < 8 or not isinstance(header, dict):
             raise ValueError("a header that is no JSON object")
         metadata = header.pop("__metadata__", None)

@@ -112,8 +112,23 @@ class TestDamage:
         path.write_bytes(content)
         assert_same_tensors(checkpoint.load_foreign(path), {"w": np.zeros(1, np.float32)})
         for read in (checkpoint.load, checkpoint.read_metadata):
-            with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*written by this project; "):
+            with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*written by this project \(segnet convert"):
                 read(path)
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"", "an empty file"),
+            (b"\x08\x07\x12\x07pytorch", "begins with b"),
+            (b'{\n  "weight_map": {}}', "another kind"),
+            (b"\x1f\x8b\x08\0" + bytes(20), "a header that is no JSON object"),
+        ],
+        ids=["nothing", "ONNX", "an index", "gzip"],
+    )
+    def test_other_kinds_of_files_are_called_so(self, tmp_path, content, said):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.load(tmp_path / "a.safetensors")
 
     def test_every_flipped_bit_is_noticed(self, tmp_path):
         path, sound, header = saved(tmp_path)
