@@ -220,10 +220,10 @@ def _by_order(arrays: Mapping[str, np.ndarray], source: Path) -> Places:
         ]
         raise CheckpointError(
             f"{source}: its convolutions ({len(every)}, with {len(norms)} batch norms; {len(expected)} with "
-            f"{len(expected) - 1} are expected) are not those of a SegNet in order; theirs, and ours:\n"
-            + "\n".join(rows)
-            + '\nWrite which is which into a TOML file, a line a module ("conv11" = "encoder.1.1.conv", "bn11" = '
-            '"encoder.1.1.bn"; "auxiliary" = false leaves out), and give it with --map.'
+            f"{len(expected) - 1} are expected) are not those of a SegNet in order; theirs, and ours:",
+            *rows,
+            'Write which is which into a TOML file, a line a module ("conv11" = "encoder.1.1.conv", "bn11" = '
+            '"encoder.1.1.bn"; "auxiliary" = false leaves out), and give it with --map.',
         )
     units = [name.removesuffix(".conv") for name in expected]
     pairs = [*zip(convolutions, expected, strict=True), *zip(norms, (f"{u}.bn" for u in units[:-1]), strict=True)]

@@ -35,7 +35,7 @@ def write_dataset(
     upright: bool = True,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    lacking: Callable[[list[str]], DataError] = lambda problems: DataError("\n".join(problems)),
+    lacking: Callable[[list[str]], DataError] = lambda problems: DataError(*problems),
 ) -> int:
     """Writes these pairs, by id, to `out`, which appears whole or not at all; returns their number.
 
