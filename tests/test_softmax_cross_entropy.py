@@ -30,7 +30,7 @@ def problem(seed, classes, shape=(2, 5, 7), storage=F32, weighted=True, void=0.2
 def run(device, logits, labels, weights, classes, *options):
     """(loss, dlogits) as arrays of the CPU."""
     device = get_device(device)
-    given = {"logits": logits, "labels": labels, "class_weights": weights}
+    given = {"logits": logits, "labels": labels, "class_weights": weights, "share": None}
     arrays = {name: None if array is None else device.upload(array) for name, array in given.items()}
     out = SoftmaxCrossEntropy.plan(spec_of(logits), classes, *options)(device, **arrays)
     return float(device.download(out.loss)[0]), device.download(out.dlogits)
