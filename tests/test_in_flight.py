@@ -11,6 +11,9 @@ from support.machine_code import instructions_of, loads_before_a_use, needs_disa
 LOADS = {
     "cast_to_bfloat16": ("bfloat16", 8),
     "cast_from_bfloat16": ("bfloat16", 8),
+    "relu_forward": ("float32", 4),
+    "relu_backward": ("float32", 4),
+    "add_forward": ("float32", 8),
     "sgd_step": ("float32", 12),
     "sgd_pack_step": ("bfloat16", 12),
     "gradient_norm_partial": ("float32", 7),

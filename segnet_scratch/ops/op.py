@@ -77,7 +77,8 @@ class Op:
     updates: ClassVar[tuple[str, ...]] = ()  # inputs that are changed in place
     optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
     flops = 0
-    over: ClassVar[str] = ""  # the array with an element for each thread; the first output unless named
+    over: ClassVar[str] = ""  # the array whose elements the threads share out; the first output unless named
+    each: ClassVar[int] = 1  # how many of them a thread has at a time
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -135,7 +136,7 @@ class Op:
         shared: int = 0,
         **given: Any,
     ) -> None:
-        """One launch, through the gate: of this op's element types, a thread for an element of `over`, unless given.
+        """One launch, through the gate: of this op's element types, over the elements of `over`, unless given.
 
         Arguments go by the names of the kernel's parameters: arrays (None where there is none) and numbers are `given`,
         or lie in `b`, or are attributes of the op, or follow from the shapes of arrays by the comments behind these.
@@ -146,7 +147,7 @@ class Op:
         values = self._numbers[name] | given
         arguments = [values[p.name] if p.name in values else getattr(b, p.name, None) for p in kernel.parameters]
         if grid is None:
-            grid = element_grid(getattr(b, self.over or next(iter(self.outputs))).size)
+            grid = element_grid(getattr(b, self.over or next(iter(self.outputs))).size, self.each)
         launch(device, kernel, grid, block, arguments, types or self.types, shared)
 
     @functools.cached_property

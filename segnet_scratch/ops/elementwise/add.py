@@ -6,7 +6,7 @@ from segnet_scratch.ops.op import Buffers, Op, Spec, expect_elements
 class AddForward(Op):
     """y = a + b, both of one shape."""
 
-    name = "add_forward"
+    name, each = "add_forward", 4
 
     def __init__(self, a: Spec) -> None:
         expect_elements(self.name, "a", a)

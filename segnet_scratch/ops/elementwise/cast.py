@@ -3,7 +3,7 @@
 import numpy as np
 
 from segnet_scratch.errors import DTypeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -12,7 +12,7 @@ from segnet_scratch.runtime.precision import BFLOAT16
 class Cast(Op):
     """y = x in the other type: float32 becomes bfloat16, to nearest with ties to even, bfloat16 becomes float32."""
 
-    name = "cast"
+    name, each = "cast", 8
 
     def __init__(self, x: Spec) -> None:
         if x.dtype not in (np.float32, BFLOAT16):
@@ -27,7 +27,7 @@ class Cast(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         name = "cast_from_bfloat16" if b.x.dtype == BFLOAT16 else "cast_to_bfloat16"
-        self.kernel(device, name, b, element_grid(b.x.size, each=8))
+        self.kernel(device, name, b)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = b.x

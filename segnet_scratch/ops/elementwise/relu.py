@@ -9,7 +9,7 @@ from segnet_scratch.ops.op import Buffers, Op, Spec, expect_elements
 class ReluForward(Op):
     """y = max(x, 0); a NaN stays a NaN."""
 
-    name = "relu_forward"
+    name, each = "relu_forward", 4
 
     def __init__(self, x: Spec) -> None:
         expect_elements(self.name, "x", x)
@@ -30,7 +30,7 @@ class ReluForward(Op):
 class ReluBackward(Op):
     """dx = dy where y > 0, else 0."""
 
-    name = "relu_backward"
+    name, each = "relu_backward", 4
 
     def __init__(self, y: Spec) -> None:
         expect_elements(self.name, "y", y)
