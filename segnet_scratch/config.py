@@ -397,7 +397,7 @@ def check_resume(old: Config, new: Config) -> None:
 
 def init_setting(init: str | Path) -> str:
     """What the setting `init` is for `--init`: a name of PRETRAINED, else the path from the root."""
-    return str(init) if str(init) in PRETRAINED else str(Path(init).resolve())
+    return str(init) if str(init) in PRETRAINED else os.path.realpath(init)
 
 
 def toml_value(value: Any) -> str:

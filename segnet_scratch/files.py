@@ -32,7 +32,7 @@ _FIXES = {
     "files there may not be that large: raise ulimit -f, or use another file system": (errno.EFBIG,),
     "correct the permissions, or choose another place": (errno.EACCES, errno.EPERM),
     "that file system can only be read; choose another place": (errno.EROFS,),
-    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     "choose another name": (errno.EEXIST, errno.ENOTEMPTY),
     "choose a shorter name": (errno.ENAMETOOLONG,),
     "close other files, or raise ulimit -n": (errno.EMFILE,),
@@ -47,6 +47,11 @@ def reason(error: OSError) -> str:
     said = error.strerror or str(error) or type(error).__name__
     fix = next((fix for fix, numbers in _FIXES.items() if error.errno in numbers), "")
     return f"{said}; {fix}" if fix else said
+
+
+def real(path: str | os.PathLike[str]) -> Path:
+    """The path without links, as far as it is there; a link to itself is what is opened later, and refused then."""
+    return Path(os.path.realpath(path))
 
 
 def left_by_system(name: str) -> bool:

@@ -17,7 +17,7 @@ from segnet_scratch.data.drawing import Style, heat_map
 from segnet_scratch.data.palette import png_bytes
 from segnet_scratch.data.pictures import label_counts, picture_bytes
 from segnet_scratch.errors import DataError, DeviceMemoryError
-from segnet_scratch.files import left_by_system, reason, visible_files, write_durably
+from segnet_scratch.files import left_by_system, real, reason, visible_files, write_durably
 from segnet_scratch.inference import BYTES_AHEAD, Segmentation, Segmented, Segmenter
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -145,11 +145,11 @@ def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str])
     for path, stem, of_one in zip(sources, stems, names, strict=True):
         kept = path.name if any(often[name] > 1 for name in of_one) else stem
         targets.append({kind: out / (kept + ending) for kind, ending in endings.items()})
-    inputs = {path.resolve() for path in sources}
+    inputs = {real(path) for path in sources}
     made_from: dict[str, Path] = {}
     for path, files in zip(sources, targets, strict=True):
         for target in files.values():
-            if target.resolve() in inputs:
+            if real(target) in inputs:
                 raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")
             if other := made_from.get(_same_anywhere(target.name)):
                 raise DataError(

@@ -382,6 +382,18 @@ def test_a_path_that_cannot_be_written_is_named(segnet, sample, checkpoint, imag
     assert_error(segnet("predict", checkpoint, image, "--out", below), 1, below)
     assert_error(segnet("data", "sample", below), 1, below)
     assert_error(segnet("eval", checkpoint, "--data", sample, "--json", below), 1, tmp_path / "file")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for arguments in (
+        train_arguments(sample, loop),
+        train_arguments(sample, tmp_path / "run", "--init", loop),
+        ["predict", checkpoint, image, "--out", loop],
+        ["predict", loop, image, "--out", tmp_path / "out"],
+        ["eval", checkpoint, "--data", loop],
+        ["run", f"{loop}:k"],
+        ["report", loop],
+    ):
+        assert_error(segnet(*arguments), 1, loop)
     for arguments in (
         ["train", "--data", sample, "--out", tmp_path / "file"],
         ["predict", checkpoint, image, "--out", tmp_path / "file"],

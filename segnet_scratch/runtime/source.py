@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
+from segnet_scratch.files import real
 
 # // Element types: tf32, bf16; sm_80 and newer.      // Element types: bf16; sm_90a only.
 _ELEMENTS = re.compile(r"^// Element types: ([\w, ]+?)(?:; (sm_\d+) and newer|; (sm_\d+a) only)?\.$", re.MULTILINE)
@@ -79,7 +80,7 @@ class Source:
 
 def read_source(path: Path) -> Source:
     """Reads a `.cu` file; its digest covers the headers too, which compilers' own caches overlook."""
-    path = Path(path).resolve()
+    path = real(path)
     text = _read_text(path)
     sha = hashlib.sha256()
     for part in _with_includes(path, text, _include_directories(path), set()):

@@ -4,12 +4,12 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segnet_scratch.errors import ConfigError, ShapeError
+from segnet_scratch.files import real
 from segnet_scratch.lab.workbench.setup import Setup
 
 Reference = Callable[..., Any]
@@ -20,7 +20,7 @@ def load_reference(text: str) -> Reference:
     path, separator, name = text.rpartition(":")
     if not separator or not name.isidentifier():
         raise ConfigError(f"reference {text!r}: expected file.py:function")
-    file = Path(path).resolve()
+    file = real(path)
     if not file.is_file():
         raise ConfigError(f"reference {text!r}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(f"reference_{file.stem}", file)
