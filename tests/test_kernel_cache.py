@@ -99,6 +99,12 @@ def test_nowhere_to_write_at_all(compile_once, monkeypatch):
         compile_once()
 
 
+def test_what_is_published_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CompileError, match=r"cannot write .*below of the cache: .*set SEGNET_CACHE to a folder"):
+        cache.publish(tmp_path / "file" / "below", b"")
+
+
 def test_a_file_that_may_not_be_read_is_made_anew(compile_once, monkeypatch):
     """Another user's, whose umask keeps everybody out (root, who may run this, reads everything)."""
     compile_once()
