@@ -1,6 +1,7 @@
 """Standard output as the commands write to it, and how far they say they have come."""
 
 import io
+import re
 import sys
 
 import numpy as np
@@ -17,8 +18,11 @@ from segnet_scratch.data import VOC_CLASSES, VOCDataset, class_statistics
 from segnet_scratch.display import scores_table
 from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.evaluate import Evaluation
+from segnet_scratch.lab.profile.measure import How, Work, profile_step
+from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.workbench import run_kernel
 from segnet_scratch.metrics import scores
+from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
 
 
@@ -103,6 +107,26 @@ def test_tables_keep_their_numbers_in_a_narrow_terminal(sample, width):
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text
     assert text.count("4.8") >= classes  # the share of every class, whole
+
+
+def test_a_profile_goes_on_below_where_a_terminal_is_too_narrow():
+    found = profile_step(Work("segnet-basic", width=0.0625, size=(32, 32)), get_device("numpy"), How(1))
+
+    def lines(width):
+        out = io.StringIO()
+        show(Console(file=out, width=width), found, by_layer=True)
+        # Sentences are broken by the terminal.
+        return [line for line in out.getvalue().splitlines() if not re.search("[,;:] ", line)]
+
+    def numbers(width):
+        return sorted(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", "\n".join(lines(width))))
+
+    assert len(numbers(300)) > 100
+    assert max(map(len, lines(300))) > 80
+    for width in (60, 80):
+        assert max(map(len, lines(width))) <= width
+        assert "\u2026" not in "".join(lines(width))
+        assert numbers(width) == numbers(300)
 
 
 @needs_compiler

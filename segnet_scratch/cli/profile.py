@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from segnet_scratch.cli import options
@@ -15,7 +16,7 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.profile import roofline, trace
 from segnet_scratch.lab.profile.ladder import SHAPES
 from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Work, count_step, profile_op, profile_step
-from segnet_scratch.lab.profile.tables import show
+from segnet_scratch.lab.profile.tables import print_columns, show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
 from segnet_scratch.parallel import ALONE
@@ -141,21 +142,22 @@ def tune(
             *(get_device(device), network.blocks_of(width), batch, sides, precision, network.classifier_kernel),
             watch.update,
         )
-    console.print(_tiles_table(choices))
+    show_tiles(console, choices)
     say(f"kept in {path}")
 
 
-def _tiles_table(choices: list[Choice]) -> Table:
+def show_tiles(console: Console, choices: list[Choice]) -> None:
+    """A row a convolution, a column a tile."""
     names = list(dict.fromkeys(name for found in choices for name in found.seconds))
-    table = numbers_table("convolution", *names)
-    table.title = "microseconds with each tile, in one branch or two; in brackets what is taken unless measured"
+    say("microseconds with each tile, in one branch or two; in brackets what is taken unless measured")
+    rows = []
     for found in choices:
         cells = {name: f"{1e6 * seconds:.1f}" for name, seconds in found.seconds.items()}
         if found.default in cells:
             cells[found.default] = f"({cells[found.default]})"
         cells[found.fastest] = f"[bold]{cells[found.fastest]}[/bold]"
-        table.add_row(found.key, *(cells.get(name, "") for name in names))
-    return table
+        rows.append(([found.key, *(cells.get(name, "") for name in names)], ""))
+    print_columns(console, ["convolution", *names], rows)
 
 
 @app.command()

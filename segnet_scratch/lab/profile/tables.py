@@ -12,12 +12,30 @@ from segnet_scratch.lab.profile.record import Profile, Summary
 SLOWEST = 20  # ops that are listed one by one
 
 
-def _print(console: Console, table: Table) -> None:
-    """In its full width: a narrow terminal breaks lines, but no number is cut."""
-    width = console.measure(table, options=console.options.update(max_width=200)).maximum
-    before, console.width = console.width, max(console.width, width)
-    console.print(table)
-    console.width = before
+Row = tuple[Sequence[str], str]  # cells and their style
+
+
+def print_columns(console: Console, columns: Sequence[str], rows: Sequence[Row], total: Row | None = None) -> None:
+    """As many columns side by side as the terminal has room for, the others below: no line is broken, no number cut."""
+
+    def table(begin: int, end: int) -> Table:
+        part = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in (columns[0], *columns[begin:end]):
+            part.add_column(column, justify="left" if column is columns[0] else "right", no_wrap=True)
+        for cells, style in rows:
+            part.add_row(cells[0], *cells[begin:end], style=style)
+        if total is not None:
+            part.add_section()
+            part.add_row(total[0][0], *total[0][begin:end], style=total[1])
+        return part
+
+    unlimited, begin = console.options.update(max_width=10_000), 1
+    while begin < len(columns):
+        end = len(columns)
+        while end > begin + 1 and console.measure(table(begin, end), options=unlimited).maximum > console.width:
+            end -= 1
+        console.print(table(begin, end))
+        begin = end
 
 
 def show(console: Console, profile: Profile, by_layer: bool) -> None:
@@ -27,22 +45,22 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
     total = profile.total
     counts = ["launches"] * (total.launches > 0) + ["barriers"] * (total.barriers > 0)
     timed = total.seconds is not None
-    times = ["bytes' ms", "ms", "share", "GFLOP/s", "GB/s", "of copy", "of ceiling"] if timed else []
-    columns = [*counts, "GFLOP", "MB", "FLOP/B", *times]
+    times = ["bytes' ms", "ms", "share", "of copy", "of ceiling", "GFLOP/s", "GB/s"] if timed else []
+    columns = [*times, "GFLOP", "MB", "FLOP/B", *counts]
     if by_layer:
         ops = sorted(profile.by(lambda run: run.name), key=_longest_first)
-        _print(console, _sums(profile, ops, "op", ["runs", *columns], total))
+        _sums(console, profile, ops, "op", ["runs", *columns], total)
         layers = profile.by(lambda run: run.layer)
         halves = ["bytes' ms", "forward ms", "backward ms", "share", "of ceiling"] if timed else []
-        _print(console, _sums(profile, layers, "layer", ["GFLOP", "MB", *halves]))
+        _sums(console, profile, layers, "layer", [*halves, "GFLOP", "MB"])
         if timed:
             each = sorted((Summary(run.name, (run,)) for run in profile.runs), key=_longest_first)[:SLOWEST]
-            _print(console, _sums(profile, each, "slowest ops", ["layer", "phase", "GFLOP", "MB", *times]))
+            _sums(console, profile, each, "slowest ops", ["layer", "phase", *times, "GFLOP", "MB"])
     else:
         rungs = profile.by(lambda run: run.layer)  # in the order of the ladder
-        _print(console, _sums(profile, rungs, "op and rung", ["passes" if timed else "runs", *columns]))
+        _sums(console, profile, rungs, "op and rung", ["passes" if timed else "runs", *columns])
     if profile.kernels:
-        _print(console, _kernels(profile.kernels))
+        _kernels(console, profile.kernels)
     for line in _footnotes(profile):
         console.print(line, style="dim", soft_wrap=True)
     for message in profile.messages:
@@ -53,23 +71,20 @@ def _longest_first(summary: Summary) -> float:
     return -(summary.seconds or summary.flops)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left", no_wrap=True)
-    return table
-
-
 def _sums(
-    profile: Profile, summaries: Sequence[Summary], first: str, columns: Sequence[str], total: Summary | None = None
-) -> Table:
-    table = _table(first, *("runs" if column == "passes" else column for column in columns))
-    for summary in summaries:
-        table.add_row(summary.key, *(_cell(summary, column, profile) for column in columns))
-    if total is not None:
-        table.add_section()
-        table.add_row(total.key, *(_cell(total, column, profile) for column in columns), style="bold")
-    return table
+    console: Console,
+    profile: Profile,
+    summaries: Sequence[Summary],
+    first: str,
+    columns: Sequence[str],
+    total: Summary | None = None,
+) -> None:
+    def cells(summary: Summary) -> list[str]:
+        return [summary.key, *(_cell(summary, column, profile) for column in columns)]
+
+    headings = [first, *("runs" if column == "passes" else column for column in columns)]
+    rows = [(cells(summary), "") for summary in summaries]
+    print_columns(console, headings, rows, None if total is None else (cells(total), "bold"))
 
 
 def _cell(s: Summary, column: str, profile: Profile) -> str:
@@ -99,17 +114,16 @@ def _cell(s: Summary, column: str, profile: Profile) -> str:
     }[column]()
 
 
-def _kernels(kernels: Sequence[KernelFigures]) -> Table:
-    table = _table("kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by")
+def _kernels(console: Console, kernels: Sequence[KernelFigures]) -> None:
+    rows = []
     for figures in kernels:
         usage, held = figures.usage, figures.occupancy
-        spills = usage.spill_stores + usage.spill_loads
-        table.add_row(
-            *(usage.kernel, usage.architecture, str(figures.launches), str(figures.threads), str(usage.registers)),
-            *(str(spills), str(usage.shared + figures.dynamic_shared), f"{100 * held.share:.0f} %", held.limit),
-            style="red" if spills else "",
-        )
-    return table
+        numbers = [figures.launches, figures.threads, usage.registers, usage.spill_stores + usage.spill_loads]
+        numbers.append(usage.shared + figures.dynamic_shared)
+        cells = [usage.kernel, usage.architecture, *map(str, numbers), f"{100 * held.share:.0f} %", held.limit]
+        rows.append((cells, "red" if numbers[3] else ""))
+    headings = ["kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by"]
+    print_columns(console, headings, rows)
 
 
 def _footnotes(profile: Profile) -> list[str]:
