@@ -446,7 +446,7 @@ def test_every_code_has_its_test():
 
 
 def test_the_documentation_lists_every_code():
-    text = (Path(__file__).parents[1] / "docs" / "how-to" / "data.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "reference" / "data-findings.md").read_text()
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.+) \|$", text, re.MULTILINE))
     assert listed == CODES
 

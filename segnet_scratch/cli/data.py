@@ -195,7 +195,8 @@ def convert(
     What cannot be meant is an error that names the file and the entry, and nothing is written.
     """
     folders = all((source / name).is_dir() for name in ("images", "masks"))
-    outlines = source.is_file() or (not folders and any(file.suffix.lower() == ".json" for file in source.iterdir()))
+    masks = folders or (source / "SegmentationClass").is_dir()  # other JSON may lie beside them
+    outlines = source.is_file() or (not masks and any(file.suffix.lower() == ".json" for file in source.iterdir()))
     given = class_names(labels.parent, labels.name) if labels else None
     with watched(console, "convert") as watch:
         if outlines:
