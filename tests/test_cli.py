@@ -194,7 +194,7 @@ def test_gradcheck_fails_with_exit_code_1(segnet, monkeypatch, tmp_path):
         for result in gradcheck(["relu", "add"], device, seed):
             yield result if result.op == "add" else type(result)(**vars(result) | {"passed": False, "worst": 0.5})
 
-    monkeypatch.setattr(cli.proof, "run_gradchecks", wrong)
+    monkeypatch.setattr(cli.proof, "run_gradcheck", wrong)
     finished = segnet("gradcheck", "--device", "numpy", "--json", tmp_path / "g.json")
     assert_error(finished, 1, "gradients of relu differ")
     assert re.search(r"relu\W+FAILED", finished.out)

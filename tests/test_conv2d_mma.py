@@ -18,7 +18,7 @@ from segnet_scratch.nn.functions import conv2d
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight, Conv2dForward, _tell_fallback, choose_rung
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.op import spec
+from segnet_scratch.ops.op import Buffers, spec
 from segnet_scratch.runtime import host, nvrtc
 from segnet_scratch.runtime.devices import CudaDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel
@@ -101,7 +101,8 @@ def test_partial_results_are_added_in_their_order(chunks):
     rng = np.random.default_rng(chunks)
     x, weight = spec((1, 1, 64, 3), F32), spec((5, 3, 3, 3), F32)
     partials, dweight = rng.standard_normal((chunks, *weight.shape)).astype(F32), np.empty(weight.shape, F32)
-    Conv2dBackwardWeight.plan(x, weight, 1, 1, "tf32").launch_merge(get_device("host"), partials, dweight)
+    arrays = Buffers(partials=partials, dweight=dweight)
+    Conv2dBackwardWeight.plan(x, weight, 1, 1, "tf32").launch_merge(get_device("host"), arrays)
     lanes = 8 if chunks >= 32 else 1
     of_lanes = []
     for lane in range(lanes):

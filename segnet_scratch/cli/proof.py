@@ -18,7 +18,7 @@ from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, con
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.gradcheck import Result
-from segnet_scratch.lab.proof.gradcheck import gradchecks as run_gradchecks
+from segnet_scratch.lab.proof.gradcheck import gradcheck as run_gradcheck
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.problems import Chosen
 from segnet_scratch.lab.proof.verify import verify as run_verify
@@ -98,11 +98,8 @@ def gradcheck(
         ties,
     )
     results = []
-    checks = run_gradchecks(
-        ops or None,
-        _device(device, order, seed, sanitize),
-        seed,
-        cases,
+    checks = run_gradcheck(
+        *(ops or None, _device(device, order, seed, sanitize), seed, cases),
         dtype=np.dtype(dtype),
         directions=directions,
         chosen=chosen,

@@ -140,28 +140,15 @@ def gradcheck(
     device: str | Device = "host",
     seed: int = 0,
     cases: int | None = None,
-    **options: Any,
-) -> list[Result]:
-    """Checks the gradients of these ops (all of `names()` unless given) on a device; one Result for each.
-
-    `cases` is the number of shapes of each op. Unless given it suits the op, and networks, which take longest, are
-    checked along FEW_DIRECTIONS of each parameter. ConfigError for an unknown name. Options: see `gradchecks`.
-    """
-    return list(gradchecks(op_names, device, seed, cases, **options))
-
-
-def gradchecks(
-    op_names: Sequence[str] | None = None,
-    device: str | Device = "host",
-    seed: int = 0,
-    cases: int | None = None,
     *,
     dtype: DTypeLike = np.float64,
     directions: int | None = None,
     chosen: Chosen | None = None,
 ) -> Iterator[Result]:
-    """As `gradcheck`, but gives each Result as soon as there is one.
+    """Checks the gradients of these ops (all of `names()` unless given); gives each Result as soon as there is one.
 
+    `cases` is the number of shapes of each op. Unless given it suits the op, and networks, which take longest, are
+    checked along FEW_DIRECTIONS of each parameter. ConfigError for an unknown name, before anything is computed.
     `dtype` is that of the backward pass that is checked, `directions` their number for each input of more than
     SINGLE_ELEMENTS elements, `chosen` what a user chose of a single op: then `cases` (1) are so many fillings of it.
     """
