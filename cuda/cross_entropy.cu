@@ -83,7 +83,6 @@ extern "C" __global__ void cross_entropy_merge(
     if (threadIdx.x == 0) loss[0] = (storage_t)(sums[0] * reciprocal_of(sums, divisor));
 }
 
-// Launch: any grid, block THREADS
 extern "C" __global__ void cross_entropy_backward(
     const storage_t* __restrict__ logits,                  // (pixels, classes)
     const uint8* __restrict__ labels,                      // (pixels)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -391,7 +392,7 @@ def test_a_path_that_cannot_be_written_is_named(segnet, sample, checkpoint, imag
         ["predict", loop, image, "--out", tmp_path / "out"],
         ["eval", checkpoint, "--data", loop],
         ["run", f"{loop}:k"],
-        ["report", loop],
+        *([["report", loop]] if find_spec("jinja2") else []),
     ):
         assert_error(segnet(*arguments), 1, loop)
     for arguments in (

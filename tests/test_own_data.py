@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -448,13 +449,16 @@ def test_the_page_leads_from_photos_to_an_exported_network(tmp_path, segnet, mon
             words = shlex.split(line, comments=True)[1:]
             if "instances.json" in words or "folder" in words:
                 continue  # the next test
+            if words[0] == "report" and not has_report():
+                continue
             if words[0] == "train":
                 words = [re.sub(r"^(size|epochs|width)=.*", lambda m: f"{m[1]}={TINY[m[1]]}", word) for word in words]
                 words += ["--set", "batch=2", "--set", "workers=0", "--device", "numpy"]
             done = segnet(*words)
             assert done.code == 0, (line, done.err)
             ran.append(words[0])
-    assert ran[:6] == ["data", "data", "data", "train", "eval", "report"]
+    assert ran[:5] == ["data", "data", "data", "train", "eval"]
+    assert ("report" in ran) == has_report()
     assert (tmp_path / "own.onnx").exists() == has_onnx()
     assert VOCDataset("data", "train").names == ("background", *sorted(LABELS[1:]))
     assert (len(VOCDataset("data", "train")), len(VOCDataset("data", "val"))) == (6, 2)
@@ -465,12 +469,11 @@ TINY = {"size": 32, "epochs": 1, "width": 0.0625}
 
 
 def has_onnx():
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError:
-        return False
-    return bool(onnx and onnxruntime)
+    return all(map(find_spec, ("onnx", "onnxruntime")))
+
+
+def has_report():
+    return all(map(find_spec, ("jinja2", "matplotlib")))
 
 
 @pytest.mark.parametrize("number", range(3))

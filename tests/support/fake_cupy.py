@@ -168,7 +168,8 @@ class ndarray:
         return self._view(self._values.view(dtype))
 
     def __getitem__(self, index: Any) -> "ndarray":
-        assert isinstance(index, slice)
+        indices = index if isinstance(index, tuple) else (index,)
+        assert all(i is Ellipsis or isinstance(i, int | slice) for i in indices), "others make copies"
         return self._view(self._values[index])
 
     def copy(self) -> "ndarray":
