@@ -31,7 +31,7 @@ CLASSES = 5
 RNG = np.random.default_rng(0)
 
 
-class Flat(nn.Module):
+class Flat(nn.Module):  # type: ignore[name-defined]
     """conv11, bn11, ... down to conv53, then conv53d, bn53d, ... up to conv11d, which has no norm."""
 
     def __init__(self, classes=CLASSES, floor=True):
@@ -72,7 +72,7 @@ class Flat(nn.Module):
         return x
 
 
-class FromVgg16(nn.Module):
+class FromVgg16(nn.Module):  # type: ignore[name-defined]
     """nn.Sequential(convolution, norm) a unit, beside the VGG16 that the encoder was copied from; a turned decoder."""
 
     def __init__(self, classes=CLASSES):
@@ -116,7 +116,7 @@ class FromVgg16(nn.Module):
         return x
 
 
-class Basic(nn.Module):
+class Basic(nn.Module):  # type: ignore[name-defined]
     """SegNet-Basic in lists: convolutions without bias, and all norms behind them."""
 
     def __init__(self, classes=CLASSES, wide=8):
