@@ -555,6 +555,9 @@ class TestCompilation:
     def test_the_cache_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "mine"))
         assert cache_directory() == tmp_path / "mine"
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("SEGNET_CACHE", "~/mine")  # quoted, so that no shell has looked at it
+        assert cache_directory() == tmp_path / "mine"
         monkeypatch.delenv("SEGNET_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert cache_directory() == tmp_path / "segnet_scratch"

@@ -121,12 +121,12 @@ def test_a_file_that_may_not_be_read_is_made_anew(compile_once, monkeypatch):
 
 
 def test_no_home_folder(compile_once, monkeypatch, caplog):
-    def nobody():
+    def nobody(_):
         raise RuntimeError("Could not determine home directory.")
 
     for variable in ("SEGNET_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(Path, "expanduser", nobody)
     folder = cache.cache_directory()
     assert folder.parent == Path(tempfile.gettempdir())
     assert not cache.outlives_process(folder)

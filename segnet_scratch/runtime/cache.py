@@ -26,11 +26,9 @@ def cache_directory() -> Path:
     Where no home folder is known either (a user id without an account, as in a container), a folder of this process,
     with a warning.
     """
-    chosen = os.environ.get("SEGNET_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if chosen:
-        return Path(chosen) if os.environ.get("SEGNET_CACHE") else Path(chosen) / "segnet_scratch"
+    own, common = os.environ.get("SEGNET_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path.home() / ".cache" / "segnet_scratch"
+        return Path(own).expanduser() if own else Path(common or "~/.cache").expanduser() / "segnet_scratch"
     except RuntimeError:
         _warn(f"user {os.getuid()} has no home folder")
         return _own_folder()
