@@ -147,7 +147,7 @@ def test_the_demo_leaves_scores_and_pictures_and_goes_on(segnet, tmp_path, monke
     for _ in range(2):  # a run that ended is no obstacle
         finished = segnet("demo", "--steps", 1, "--device", "numpy", "--out", run)
         assert finished.code == 0, finished.err
-        assert f"scores:   {run}/eval.json" in finished.out
+        assert f"\nscores:   {run}/eval.json\n" in finished.out
     assert json.loads((run / "eval.json").read_text())["images"] == 7
     assert len(list((run / "predictions").glob("*_overlay.png"))) == 6
     assert load_config(run / "config.toml").steps == 1

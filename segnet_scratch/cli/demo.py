@@ -32,4 +32,6 @@ def demo(
     images = [str(sample / "JPEGImages" / f"{name}.jpg") for name in read_split(sample, "val")[:6]]
     evaluation.evaluate_command(checkpoint=run.best, data=sample, device=device, json=out / "eval.json")
     evaluation.predict(checkpoint=run.best, inputs=images, out=out / "predictions", device=device)
-    say(f"\nscores:   {out}/eval.json\nlosses:   {run.metrics}\npictures: {out}/predictions/*_overlay.png")
+    say(f"scores:   {out}/eval.json")
+    say(f"losses:   {run.metrics}")
+    say(f"pictures: {out}/predictions/*_overlay.png")
