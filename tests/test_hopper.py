@@ -419,7 +419,8 @@ class TestMaps:
 def test_sanitizers_name_the_line_of_an_early_load():
     code = """
         import numpy as np
-        from test_hopper import BF16, run, scene, test_a_ring
+        from support.kernels import run
+        from test_hopper import BF16, scene, test_a_ring
         test_a_ring({"sanitize": True})
         print("clean", flush=True)
         out = np.zeros(1, np.float32)
