@@ -10,13 +10,15 @@ import os
 import random
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import count
+from support import ROOT, count
 from support.checkpoints import assert_same_tensors, names_in, some_metadata, some_tensors
 
 from segnet_scratch import checkpoint, files, run_record
@@ -135,6 +137,23 @@ class TestDurability:
             with pytest.raises(KeyboardInterrupt):
                 checkpoint.save(tmp_path / "a", some_tensors(), {})
         assert names_in(tmp_path) == []
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and resource limits")
+    def test_a_full_disk(self, tmp_path):
+        """A limit on the size of a file stands for the full disk: the write itself is refused half way."""
+        path = tmp_path / "last.safetensors"
+        checkpoint.save(path, {"w": np.zeros(10)}, {"step": 1})
+        code = (
+            "import resource, signal, sys, numpy; from segnet_scratch import checkpoint\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "checkpoint.save(sys.argv[1], {'w': numpy.zeros(100_000)}, {'step': 2})\n"
+        )
+        ended = subprocess.run([sys.executable, "-B", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode != 0
+        assert "last.safetensors: could not be saved" in ended.stderr
+        assert checkpoint.load(path).metadata == {"step": 1}
+        assert names_in(tmp_path) == ["last.safetensors"]
 
     def test_missing_directory(self, tmp_path):
         with pytest.raises(CheckpointError, match="No such file or directory"):

@@ -122,6 +122,22 @@ def test_the_tables_of_this_file_cover_every_key():
 
 
 class TestValues:
+    def test_defaults(self):
+        config = Config()
+        assert (config.model, config.width, config.dropout, config.size, config.batch) == (
+            "segnet",
+            1.0,
+            False,
+            224,
+            4,
+        )
+        assert (config.epochs, config.steps) == (100, None)
+        assert (config.lr, config.momentum, config.decay, config.bias_lr) == (1e-3, 0.9, 5e-4, 1.0)
+        assert (config.schedule, config.poly_power, config.warmup) == ("constant", 0.9, 0)
+        assert (config.loss_normalisation, config.class_weights) == ("weights", ())
+        assert (config.scale, config.flip, config.seed, config.workers) == ((1.0, 1.25), True, 0, 2)
+        assert (config.checkpoint_every, config.validate_every) == (500, 0)
+
     @pytest.mark.parametrize("key", KEYS)
     def test_legal_values_from_a_file_and_from_an_override(self, tmp_path, key):
         text, expected = LEGAL[key]

@@ -11,12 +11,14 @@ import pytest
 from support import ROOT
 from support.fake_cupy import Cubin, FakeCupy, RawKernel, ndarray
 from support.fake_streams import Event, Graph, Stream
-from support.kernels import FLOAT32, FLOAT64, needs_compiler, parse, written_kernel
+from support.kernels import FLOAT32, FLOAT64, INCLUDE, needs_compiler, parse, written_kernel
 
 from segnet_scratch.errors import CompileError, DeviceError, DeviceMemoryError, DTypeError
 from segnet_scratch.nn.autograd import tensor
+from segnet_scratch.nn.functions import cross_entropy
+from segnet_scratch.optim import SGD
 from segnet_scratch.runtime import nvrtc
-from segnet_scratch.runtime.devices import CudaDevice
+from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.runtime.launch import find_kernel, launch
 from segnet_scratch.segnet import SegNet
 
@@ -30,6 +32,49 @@ def test_cupy_is_imported_in_one_place():
             if any(name.split(".")[0] in ("cupy", "cupy_backends") for name in names):
                 importing.append(path.relative_to(ROOT).as_posix())
     assert importing == ["segnet_scratch/runtime/devices/cupy_library.py"]
+
+
+def training_losses(device, steps=3):
+    rng = np.random.default_rng(3)
+    images, labels = rng.standard_normal((2, 40, 33, 3)), rng.integers(0, 5, (2, 40, 33))
+    model = SegNet(5, 1 / 16, device, seed=1, dropout=True, dtype=np.float64)
+    optimiser = SGD(model)
+    losses = []
+    for step in range(steps):
+        model.zero_grad()
+        model.set_random_state(7, step)
+        loss = cross_entropy(model(images), labels, class_weights=np.arange(1.0, 6.0))
+        loss.backward()
+        optimiser.step(1e-3)
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+@needs_compiler
+class TestTraining:
+    def test_steps_are_those_of_the_host_device(self, cupy):
+        losses, state = training_losses(CudaDevice())
+        expected, expected_state = training_losses(HostDevice())
+        assert losses == expected
+        assert state.keys() == expected_state.keys()
+        assert all(np.array_equal(state[name], expected_state[name]) for name in expected_state)
+        assert {"conv2d_forward_tiled", "batch_norm_backward", "max_unpool_forward", "sgd_step"} <= {
+            launched.name for launched in cupy.launches
+        }
+        assert len(cupy.loaded) == len(set(cupy.loaded)), "a module is loaded once"
+        assert {cubin.architecture for cubin in cupy.loaded} == {"sm_90"}
+
+    def test_nothing_waits_for_the_gpu_between_forward_and_update(self, cupy):
+        device = CudaDevice()
+        model = SegNet(5, 1 / 16, device)
+        downloads = []
+        device.download = lambda array: downloads.append(array)
+        loss = cross_entropy(model(np.zeros((2, 32, 32, 3), np.float32)), np.zeros((2, 32, 32), np.uint8))
+        loss.backward()
+        SGD(model).step(1e-3)
+        assert downloads == []
+        assert cupy.synchronisations == 0
+        assert cupy.launches
 
 
 class TestLaunches:
@@ -253,6 +298,14 @@ class TestNvrtcWithoutTheLibrary:
         ):
             nvrtc.nvrtc_version()
 
+    def test_a_toolkit_named_by_the_environment(self, tmp_path, monkeypatch):
+        (tmp_path / "lib64").mkdir()
+        for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc-builtins.so.13"):
+            (tmp_path / "lib64" / name).touch()
+        monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+        found = [path for path in nvrtc._candidates() if path.is_relative_to(tmp_path)]
+        assert [path.name for path in found] == ["libnvrtc.so.13", "libnvrtc.so.12"]
+
     def test_cubins_are_cached_by_everything_they_depend_on(self, tmp_path, monkeypatch):
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
@@ -299,3 +352,14 @@ class TestNvrtc:
         for name in (b"relu_forward", b"relu_backward", b"relu.cu"):
             assert name in cubin
         assert "registers" in log[0]
+
+    def test_an_error_names_its_line(self, tmp_path):
+        (kernel,) = parse(
+            tmp_path, INCLUDE + 'extern "C" __global__ void f(float* x) {\n    x[0] = undeclared;\n}\n', "broken.cu"
+        )
+        with pytest.raises(CompileError, match=r"broken\.cu\(3\).*undeclared"):
+            nvrtc.compile_cubin(kernel.source, FLOAT32, "sm_90")
+
+    def test_an_architecture_that_does_not_exist(self):
+        with pytest.raises(CompileError, match=r"relu\.cu does not compile for sm_1"):
+            nvrtc.compile_cubin(find_kernel("relu_forward").source, FLOAT32, "sm_1")

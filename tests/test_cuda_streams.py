@@ -5,7 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
-from support import FULL
+from support import FULL, count
 from support.fake_cupy import FakeCupy
 from support.fake_streams import Event, Race, Stream
 from support.kernels import FLOAT32, needs_compiler
@@ -269,6 +269,18 @@ class TestCapture:
         ours, theirs = steps.model.state_dict(), eager.model.state_dict()
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
+    def test_steps_between_replays_do_not_disturb_them(self, cupy):
+        eager = Steps(HostDevice())
+        expected = eager.losses(eager.step, 6)
+        device = CudaDevice()
+        steps = Steps(device)
+        losses = steps.losses(steps.step, 1)
+        replay = device.capture(steps.step)
+        for _ in range(2):
+            losses += steps.losses(replay, 1) + steps.losses(steps.step, 1)  # the step has gradients elsewhere
+        losses += steps.losses(replay, 1)
+        assert losses == expected
+
     def test_a_graph_goes_when_nobody_has_it(self, cupy):
         steps = Steps(CudaDevice())
         steps.losses(steps.step, 1)
@@ -408,6 +420,22 @@ class TestTraining:
         loss.backward()
         trainer.training.optimiser.step(0.1)
         loss.item()
+
+    def test_memory_does_not_grow(self, dry_cupy, cuda, sample, tmp_path):
+        trainer = self.trainer(sample, tmp_path / "run")
+        device, sizes = trainer.model.device, set()
+        items = ((0, np.zeros((2, 32, 32, 3), np.float32), np.zeros((2, 32, 32), np.uint8)) for _ in iter(int, 1))
+        for step, (_, (images, labels)) in zip(range(count(30, 1000)), device.prefetch(items, arrays_of), strict=False):
+            model = trainer.model.train()
+            model.zero_grad()
+            loss = cross_entropy(model(images), labels)
+            loss.backward()
+            trainer.training.optimiser.step(0.1)
+            loss.item()
+            del loss
+            if step > 1:
+                sizes.add(dry_cupy.common_pool.in_use)
+        assert len(sizes) == 1
 
     def test_any_allocation_may_fail(self, dry_cupy, cuda, sample, tmp_path):
         trainer = self.trainer(sample, tmp_path / "run")

@@ -133,8 +133,9 @@ class TestTraining:
         rng = np.random.default_rng(seed)
         return contender.losses((batch(rng, contender.size) for _ in range(steps)), 0.01)
 
-    def test_twenty_steps_stay_with_the_layers(self):
-        layers, fused = self.run(Layers("segnet-basic")), self.run(Fused("segnet-basic"))
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_twenty_steps_stay_with_the_layers(self, device):
+        layers, fused = self.run(Layers("segnet-basic", device)), self.run(Fused("segnet-basic", device))
         np.testing.assert_allclose(fused, layers, rtol=1e-4)
 
     def test_twenty_steps_of_segnet_stay_as_close_as_rounding_lets_them(self):
@@ -143,8 +144,9 @@ class TestTraining:
         apart = [np.abs(self.run(Layers("segnet", noise=1e-7, seed=seed)) - layers).max() for seed in range(3)]
         assert np.abs(fused - layers).max() <= 3 * max(apart)
 
-    def test_the_same_bits_again(self):
-        first, second = (self.run(Fused("segnet-basic", "host", "bf16"), steps=3) for _ in range(2))
+    @pytest.mark.parametrize("precision", ["float32", "bf16"])
+    def test_the_same_bits_again(self, precision):
+        first, second = (self.run(Fused("segnet-basic", "host", precision), steps=3) for _ in range(2))
         np.testing.assert_array_equal(first, second)
 
     def test_batches_of_another_shape(self):
@@ -181,6 +183,12 @@ class TestStep:
         step(images, labels, 0.01)
         device.closed = True
         step(images, labels, 0.01)
+
+    def test_on_the_stand_in_for_a_gpu_it_is_recorded_and_replayed(self, cupy):
+        on_host, on_cuda = (Fused("segnet-basic", device, "bf16") for device in (HostDevice(), CudaDevice()))
+        rng = np.random.default_rng(10)
+        batches = [batch(rng, on_host.size) for _ in range(3)]  # runs, then twice from the graph
+        np.testing.assert_array_equal(on_cuda.losses(batches, 0.01), on_host.losses(batches, 0.01))
 
 
 class TestBranches:

@@ -54,13 +54,14 @@ class TestWhatIsRight:
     @each_device
     @pytest.mark.parametrize("name", names())
     def test_passes(self, name, device, monkeypatch):
-        if (name, device) == ("segnet", "host") and not FULL:  # SegNet takes half a minute; test_torch_parity.py has it
+        narrow = (name, device) == ("segnet", "host") and not FULL
+        if narrow:  # SegNet takes half a minute; test_torch_parity.py has it
             monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[1:2])  # SegNet-Basic
         (result,) = gradcheck([name], device, directions=None if FULL or name != "segnet" else 1)
         assert result.passed, str(result)
         assert result.op == name
         assert result.worst <= RTOL / 10  # far from the limit: no luck is needed
-        assert result.compared > (50 if name == "segnet" else 200)
+        assert result.compared > (50 if narrow else 100 if name == "segnet" else 200)
         assert result.skipped < 0.05
 
     def test_another_seed_and_number_of_cases(self):

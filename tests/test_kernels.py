@@ -10,6 +10,7 @@ from support import ROOT, raises
 from support.kernels import FLOAT32, Recorder, needs_compiler, parse, sentinel_array, valid_call
 
 from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.lab.proof.misuse import MISUSES
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.runtime.devices import HostDevice
@@ -277,6 +278,39 @@ class TestSignature:
             find_kernel("relu")
 
 
+def with_headers(path, seen=()):
+    """The texts of a source and of the headers that a GPU's compiler sees, each once."""
+    texts = [path.read_text()]
+    for name in re.findall(r'#include "([^"]+)"', texts[0]):
+        header = next(folder / name for folder in (path.parent, ROOT / "cuda") if (folder / name).is_file())
+        if header not in seen and header.suffix == ".cuh":
+            seen = (*seen, header)
+            texts += with_headers(header, seen)
+    return texts
+
+
+def names_that_meet(texts):
+    """(names, bodies): an oracle by another route than the parser's: the names that lead to a barrier or to shared
+    memory, through any number of functions and headers, whatever these are called; and all bodies by name."""
+    bodies: dict[str, str] = {}
+    for text in texts:
+        text = re.sub(r"//[^\n]*", "", text)
+        for match in re.finditer(r"(\w+)\([^(){};]*(?:\([^()]*\)[^(){};]*)*\)\s*(?:const\s*)?\{", text):
+            depth = 1
+            for end in range(match.end(), len(text)):
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                if depth == 0:
+                    break
+            bodies[match.group(1)] = bodies.get(match.group(1), "") + text[match.end() : end]
+    meets = {"__syncthreads", "SHARED_ARRAY", "SHARED_DYNAMIC", "__shared__"}
+    while True:
+        more = {name for name, body in bodies.items() if meets & set(re.findall(r"\w+", body))} - meets
+        more -= {"for", "if", "while", "switch"}
+        if not more:
+            return meets, bodies
+        meets |= more
+
+
 class TestCooperative:
     """Kernels whose threads meet at barriers or share memory need fibers; a wrong guess either crashes or is slow."""
 
@@ -303,6 +337,19 @@ class TestCooperative:
         (kernel,) = parse(tmp_path, f'{before}\nextern "C" __global__ void f(float* x, int n) {{\n{body}\n}}')
         assert kernel.cooperative is expected
 
+    def test_shipped_kernels(self):
+        found = {}
+        for path in (ROOT / "cuda").glob("*.cu"):
+            kernels = [name for name, kernel in shipped_kernels().items() if kernel.source.path == path]
+            meets, bodies = names_that_meet(with_headers(path))
+            assert set(kernels) <= set(bodies)
+            found |= {name: name in meets for name in kernels}
+        assert found["conv2d_forward_tiled"]
+        assert found["cross_entropy_partial"]
+        assert found["batch_norm_partial_statistics"]
+        assert not found["relu_forward"]
+        assert {name: kernel.cooperative for name, kernel in shipped_kernels().items()} == found
+
     def test_a_neighbour_does_not_matter(self, tmp_path):
         text = 'extern "C" __global__ void {}(int n) {{ {} }}\n'
         flat, fibers = parse(tmp_path, text.format("flat", "") + text.format("fibers", "__syncthreads();"))
@@ -310,7 +357,7 @@ class TestCooperative:
 
 
 class TestGate:
-    @pytest.mark.parametrize("work", PARTS["gate"].works("any", QUICK, 0), ids=lambda work: work.target)
+    @pytest.mark.parametrize("work", [*PARTS["gate"].works("any", QUICK, 0)], ids=lambda work: work.target)
     def test_misuse_is_refused_and_nothing_is_launched(self, work):
         assert PARTS["gate"].do(work).failures == []
 
@@ -336,6 +383,19 @@ class TestGate:
         for parameter in optional:
             call.put(parameter, None).launch(device)
         assert len(device.launches) == 1 + len(optional)
+
+    @needs_compiler
+    def test_on_the_real_device_outputs_keep_their_contents(self):
+        device, kernel = HostDevice(), find_kernel("add_forward")
+        for attempts in MISUSES.values():
+            for wrong, _, _ in attempts(valid_call(kernel)):
+                before = [a.tobytes() for a in wrong.arguments if isinstance(a, np.ndarray)]
+                with pytest.raises(SegnetError):
+                    wrong.launch(device)
+                assert [a.tobytes() for a in wrong.arguments if isinstance(a, np.ndarray)] == before
+        a, b, y = np.arange(6, dtype=np.float32), np.ones(6, np.float32), sentinel_array(6, np.float32)
+        launch(device, kernel, 1, 8, (a, b, y, 6), FLOAT32)
+        np.testing.assert_array_equal(y, a + 1)
 
     def test_legal_extremes(self):
         call, device = valid_call(find_kernel("sgd_step")), Recorder()

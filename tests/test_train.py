@@ -1,5 +1,6 @@
 """Training: it learns, it logs, it stops and goes on with the same bits, and it keeps the last good state."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -418,6 +419,12 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(sample, tmp_path
 # What a step is made of
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the overflow that this is about
+def test_a_learning_rate_that_is_too_large_says_so(sample, tmp_path):
+    with pytest.raises(TrainingError, match=r"step 2 .*there is no checkpoint; train with a smaller lr than 1e\+30"):
+        train(sample, tmp_path, steps=9, lr=1e30)
+
+
 def test_a_batch_in_parts_makes_the_step_of_the_whole(sample, tmp_path):
     """With running statistics in batch norm, which alone sees the parts; double, so that only rounding differs."""
     found = {}
@@ -637,3 +644,21 @@ def test_real_images_train(tmp_path, name, classes):
     assert all(0.5 * np.log(classes) < loss < 2 * np.log(classes) for loss in losses(tmp_path / "run"))
     assert all(a["step"] <= b["step"] for a, b in pairwise(rows(tmp_path / "run")))
     assert 0 <= trainer.best_miou < 0.5
+
+
+def test_a_killed_run_goes_on(sample, tmp_path):
+    out, settings = tmp_path / "run", ("--set", "steps=100000", "--set", "checkpoint_every=5")
+    process = launch_until(out, 17, *command(sample, out, *settings))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    made, logged = weights.read(out / "last.safetensors")[2]["step"], len(rows(out))
+    assert made % 5 == 0
+    assert logged >= 17
+    total = made + 1  # fewer than the rows logged where the kill fell between two checkpoints
+    ended = subprocess.run(
+        command(sample, out, "--set", f"steps={total}", "--resume"), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    train(sample, tmp_path / "unbroken", steps=total, validate_every=10**6)
+    assert_same_run(tmp_path / "unbroken", out)
