@@ -180,6 +180,7 @@ extern "C" __global__ void batch_norm_backward_merge(
     const double* __restrict__ partials,  // (chunks, 2, c)
     storage_t* __restrict__ dweight,      // (c)
     storage_t* __restrict__ dbias,        // (c)
+    double* __restrict__ OPTIONAL sums,   // (2, c): sum dy, sum dy xhat, for the other ranks
     int c, int chunks) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= c) return;
@@ -190,16 +191,9 @@ extern "C" __global__ void batch_norm_backward_merge(
     });
     dweight[channel] = sum_dy_xhat;
     dbias[channel] = sum_dy;
-}
-
-extern "C" __global__ void batch_norm_backward_sums(
-    const double* __restrict__ partials,  // (chunks, 2, c)
-    double* __restrict__ sums,            // (2, c): sum dy, sum dy xhat
-    int c, int chunks) {
-    FOR_EACH_INDEX(i, 2 * c) {
-        double sum = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk) sum += partials[(int64)chunk * 2 * c + i];
-        sums[i] = sum;
+    if (sums) {
+        sums[channel] = sum_dy;
+        sums[c + channel] = sum_dy_xhat;
     }
 }
 

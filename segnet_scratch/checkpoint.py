@@ -244,8 +244,8 @@ def _opened(path: _Path, kind: str = "safetensors", fix: str = "") -> Iterator[B
     except MemoryError as error:
         raise CheckpointError(f"{path}: memory is short: {error}; end other programs.") from None
     except (ValueError, RecursionError) as error:
-        # It may quote a hostile name: a megabyte long, or with control sequences for the terminal.
-        got, fix = ascii(str(error))[1:-1][:300], fix or _way_out(path)
+        # It may quote a hostile name, a megabyte long.
+        got, fix = str(error)[:300], fix or _way_out(path)
         raise CheckpointError(f"{path}: expected a sound {kind} file, got: {got}; {fix}.") from None
 
 

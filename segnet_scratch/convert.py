@@ -215,7 +215,7 @@ def _by_order(arrays: Mapping[str, np.ndarray], source: Path) -> Places:
         theirs = [f"{m} {_sides(arrays[f'{m}.weight'])}" for m in every]
         width = max(map(len, theirs), default=0)
         rows = [
-            f"  {ascii(left)[1:-1]:{width}}  {'  ' if left.split(' ')[-1:] == right.split(' ')[-1:] else '!='} {right}"
+            f"  {left:{width}}  {'  ' if left.split(' ')[-1:] == right.split(' ')[-1:] else '!='} {right}"
             for left, right in zip_longest(theirs, ours, fillvalue="")
         ]
         raise CheckpointError(
