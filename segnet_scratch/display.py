@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +16,7 @@ from segnet_scratch.data import VOC_CLASSES
 from segnet_scratch.errors import printable
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
-from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining, watched
+from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining
 from segnet_scratch.train import Listener, Throughput, Trainer
 
 _WIDE = 100  # columns of a terminal with room for everything that is said of a step
@@ -79,20 +77,6 @@ def scores_table(evaluation: Evaluation) -> Table:
 
 def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
-
-
-@contextmanager
-def evaluation_progress(console: Console, images: int, what: str = "evaluate") -> Iterator[Callable[[int], None]]:
-    """Progress over images; gives a function that is told of so many more."""
-    with watched(console, what, images) as watch:
-        yield watch.advance
-
-
-@contextmanager
-def video_progress(console: Console, name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Progress of a video; gives what `predict_video` tells of its frames."""
-    with watched(console, name) as watch:
-        yield lambda done, frames, rate: watch.update(done, frames, f"{rate:.1f} frames/s")
 
 
 class TrainingDisplay(Listener):

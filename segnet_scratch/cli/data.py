@@ -5,14 +5,10 @@ from typing import Annotated
 
 import typer
 
-from segnet_scratch.cli.common import JsonOption, app, choice, console, fail, say
-from segnet_scratch.cli.data_tables import (
-    facts_table,
-    finding_lines,
-    labels_table,
-    statistics_table,
-    transferred,
-)
+from segnet_scratch.cli import options
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, console, fail, say
+from segnet_scratch.cli.data_tables import facts_table, finding_lines, labels_table, statistics_table, transferred
 from segnet_scratch.data import VOCDataset, class_names, find_root, write_sample
 from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours, voc_colours
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
@@ -33,38 +29,42 @@ from segnet_scratch.progress import watched
 data_app = typer.Typer(help="Data sets in PASCAL VOC's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RootArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A VOC root, or a folder above it.")]
+Root = Annotated[Path, typer.Argument(metavar="DIR", help="A VOC root, or a folder above it.")]
 
 
-@data_app.command()
-def sample(
-    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 160,
-    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other images.")] = 0,
-) -> None:
+@command(data_app)
+def sample(directory: Path, train: options.Count = 160, val: options.Count = 40, seed: options.Number = 0) -> None:
     """Write a small synthetic data set in VOC layout: coloured shapes on textured grounds, deterministic.
 
     It needs no download, and a small network learns it in some minutes without a GPU:
 
     segnet train --data DIR --out RUN --set width=0.25 --set size=64 --set lr=0.1 --set epochs=10
+
+    Options:
+        directory: Where to write it.
+        --train: Training images.
+        --val: Validation images.
+        --seed: Another seed gives other images.
     """
     root = write_sample(directory, train=train, val=val, seed=seed)
     say(f"{train} training and {val} validation images in {root}")
 
 
-@data_app.command()
+@command(data_app)
 def download(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
-    dataset: Annotated[str, choice(("voc2012", "sbd"), "sbd adds its masks to voc2012.")] = "voc2012",
-    mirror: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="Address of the archive, tried before the known ones.")
-    ] = None,
+    directory: Path,
+    dataset: Annotated[str, options.one_of(("voc2012", "sbd"))] = "voc2012",
+    mirror: options.Texts = None,
 ) -> None:
     """Download PASCAL VOC2012 (2.0 GB), or SBD's masks (1.4 GB) that make 10,582 training images of its 1,464.
 
     An interrupted download goes on where it broke off, when the command is repeated. The archive is verified by its
     checksum before anything is unpacked, and stays in DIR. SBD ends in the list train_aug, without the images of val.
+
+    Options:
+        DIR: Where to put it.
+        --dataset: sbd adds its masks to voc2012.
+        --mirror URL: Address of the archive, tried before the known ones.
     """
     if dataset == "voc2012":
         with transferred(console) as progress:
@@ -78,15 +78,14 @@ def download(
         say("train on it with: segnet train --set train_split=train_aug ...")
 
 
-@data_app.command()
-def verify(
-    directory: RootArgument,
-    split: Annotated[list[str] | None, typer.Option(help="A list to look at, once for each; all unless given.")] = None,
-    json: JsonOption = None,
-) -> None:
+@command(data_app)
+def verify(directory: Root, split: options.Texts = None, json: options.Json = None) -> None:
     """Read every image, mask and annotation, and name all that is wrong; exit code 1 where there is an error.
 
     Each finding has a code that never changes, such as mask-rgb or split-overlap. Warnings are legal, but seldom meant.
+
+    Options:
+        --split: A list to look at, once for each; all unless given.
     """
     with watched(console, "verify") as watch:
         report = run_verify(directory, split or (), progress=watch.update)
@@ -101,20 +100,15 @@ def verify(
     say(f"no errors, {len(report.findings)} warnings")
 
 
-@data_app.command()
-def stats(
-    directory: RootArgument,
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
-    toml: Annotated[
-        Path | None,
-        typer.Option(help="Write the weights as class_weights, for segnet train --config.", metavar="FILE"),
-    ] = None,
-    json: JsonOption = None,
-) -> None:
+@command(data_app)
+def stats(directory: Root, split: options.Split = "train", toml: Path | None = None, json: options.Json = None) -> None:
     """Count the pixels of each class, and give the paper's median-frequency weights for the loss.
 
     frequency = pixels of the class / pixels of the images in which it occurs, weight = median frequency / frequency.
     Void counts in neither. A class that does not occur gets weight 1.
+
+    Options:
+        --toml FILE: Write the weights as class_weights, for segnet train --config.
     """
     dataset = VOCDataset(directory, split)
     with watched(console, "count") as watch:
@@ -127,15 +121,21 @@ def stats(
         say(f"weights in {toml}")
 
 
-@data_app.command()
+@command(data_app)
 def show(
-    directory: RootArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
-    ids: Annotated[list[str] | None, typer.Option(help="An image to show, once for each.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Images, evenly spread over the list.")] = 12,
+    directory: Root,
+    out: Path,
+    split: options.Split = "train",
+    ids: options.Texts = None,
+    count: Annotated[int, {"min": 1, "max": MAX_COUNT}] = 12,
 ) -> None:
-    """Draw a contact sheet: images with the boxes of their annotations, masks in colours, and a legend."""
+    """Draw a contact sheet: images with the boxes of their annotations, masks in colours, and a legend.
+
+    Options:
+        OUT.png: The picture to write.
+        --ids: An image to show, once for each.
+        --count: Images, evenly spread over the list.
+    """
     dataset = VOCDataset(directory, split)
     places = {name: index for index, name in enumerate(dataset.ids)}
     if unknown := [name for name in ids or () if name not in places]:
@@ -146,45 +146,17 @@ def show(
     say(f"{len(indices)} of the {len(dataset)} images of {split} in {out}")
 
 
-@data_app.command(name="convert-masks", hidden=True)  # what it was called when it took masks alone
-@data_app.command()
+@command(data_app, "convert-masks", hidden=True)  # what it was called when it took masks alone
+@command(data_app)
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A VOC root, a folder with images/ and masks/, one with LabelMe's JSON files, or COCO's JSON file.",
-            exists=True,
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new data set.", file_okay=False)],
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="The classes, one a line; those that occur unless given.", dir_okay=False, exists=True
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the images of outlines lie, if not beside them.", exists=True),
-    ] = None,
-    val: Annotated[float, typer.Option(help="Share of the images for validation, where there are no lists.")] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of these.")] = 0,
-    colours: Annotated[
-        str | None,
-        typer.Option(
-            "--colors",
-            metavar="FILE|voc|camvid",
-            help="Masks hold colours; which class each is: a file with lines of 'name r g b' (void for none), "
-            "VOC's (of a VOC root unless given), or CamVid's 32 as its usual 11 classes.",
-        ),
-    ] = None,
-    relabel: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OLD=NEW,...",
-            help="Masks hold numbers, and these get others: 255=1, unlabelled=void, or 0=void,1=0,2=1.",
-        ),
-    ] = None,
+    source: Annotated[Path, {"exists": True}],
+    out: options.Folder,
+    labels: Annotated[Path | None, {"dir_okay": False, "exists": True}] = None,
+    images: Annotated[Path | None, {"exists": True}] = None,
+    val: float = 0.2,
+    seed: options.Number = 0,
+    colours: str | None = None,
+    relabel: str | None = None,
 ) -> None:
     """Make a data set in VOC layout of masks (numbers or colours) or of outlines drawn with LabelMe, CVAT and others.
 
@@ -193,6 +165,17 @@ def convert(
     segnet data convert instances.json DATA --images photos --val 0.3
 
     What cannot be meant is an error that names the file and the entry, and nothing is written.
+
+    Options:
+        source: A VOC root, a folder with images/ and masks/, one with LabelMe's JSON files, or COCO's JSON file.
+        OUT: Folder of the new data set.
+        --labels FILE: The classes, one a line; those that occur unless given.
+        --images DIR: Where the images of outlines lie, if not beside them.
+        --val: Share of the images for validation, where there are no lists.
+        --seed: Of the draw of these.
+        --colors FILE|voc|camvid: Masks hold colours; which class each is: a file with lines of 'name r g b' (void for
+            none), VOC's (of a VOC root unless given), or CamVid's 32 as its usual 11 classes.
+        --relabel OLD=NEW,...: Masks hold numbers, and these get others: 255=1, unlabelled=void, or 0=void,1=0,2=1.
     """
     folders = all((source / name).is_dir() for name in ("images", "masks"))
     masks = folders or (source / "SegmentationClass").is_dir()  # other JSON may lie beside them

@@ -1,29 +1,25 @@
 """`segnet demo`: sample data, training, evaluation and predictions in one command."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from segnet_scratch.cli import data, evaluation, network
-from segnet_scratch.cli.common import DeviceOption, app, say
+from segnet_scratch.cli import data, evaluation, network, options
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, say
 from segnet_scratch.data import read_split
 from segnet_scratch.run_folder import RunFolder
 
 
-@app.command()
+@command(app)
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", help="Run folder; the data go into a folder beside it.", file_okay=False)
-    ] = Path("runs/demo"),
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="So many training steps; the 400 of the recipe demo unless given.")
-    ] = None,
-    device: DeviceOption = "auto",
+    out: options.Folder = Path("runs/demo"), steps: options.MaybeCount = None, device: options.Device = "auto"
 ) -> None:
     """Train a small SegNet on synthetic sample data, evaluate it, segment images: two minutes on two CPU cores.
 
     Nothing else is needed. What was stopped goes on, when the command is repeated.
+
+    Options:
+        --out: Run folder; the data go into a folder beside it.
+        --steps: So many training steps; the 400 of the recipe demo unless given.
     """
     run, sample = RunFolder(out), out.with_name(f"{out.name}-data")
     data.sample(sample)

@@ -3,43 +3,23 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial, wraps
-from inspect import Parameter, Signature, signature
+from inspect import Signature
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from segnet_scratch import weights
-from segnet_scratch.boundary import Boundary
-from segnet_scratch.cli.common import (
-    CheckpointArgument,
-    DataOption,
-    DeviceOption,
-    EngineOption,
-    JsonOption,
-    PrecisionOption,
-    SizeOption,
-    app,
-    console,
-    fail,
-    input_size,
-    join_ranks,
-    replaceable,
-    say,
-    sides,
-)
+from segnet_scratch.cli import options
+from segnet_scratch.cli.command import command, documented
+from segnet_scratch.cli.common import app, console, fail, join_ranks, say
 from segnet_scratch.config import AUTO
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.data.drawing import Style
-from segnet_scratch.display import (
-    evaluation_progress,
-    scores_table,
-    video_progress,
-    write_json,
-    write_per_image,
-)
-from segnet_scratch.errors import ConfigError, DataError, DeviceMemoryError
-from segnet_scratch.evaluate import evaluate
+from segnet_scratch.display import scores_table, write_json, write_per_image
+from segnet_scratch.errors import DataError, DeviceMemoryError
+from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.extras import require
 from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
@@ -53,129 +33,77 @@ from segnet_scratch.video import camera_video, find_video, plan_videos, predict_
 
 Network = Callable[[], Segmenter]
 
-_AVERAGING = "Averaging of several predictions"
-
 
 def _network(
     *,
-    checkpoint: CheckpointArgument,
-    device: DeviceOption = "auto",
-    engine: EngineOption = AUTO,
-    precision: PrecisionOption = AUTO,
-    size: SizeOption = None,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=_AVERAGING)
-    ] = False,
-    scales: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Average over the input size times each of these, for example 0.75,1,1.25.",
-            rich_help_panel=_AVERAGING,
-        ),
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="Do not resize the image (but for --scales): slide a window of this size over it. For images much "
-            "larger than those of training.",
-            rich_help_panel=_AVERAGING,
-        ),
-    ] = None,
-    stride: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="From one window to the next; three quarters of a window unless given.",
-            rich_help_panel=_AVERAGING,
-        ),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Average N passes with dropout on, of a network trained with dropout=true (Bayesian SegNet).",
-            rich_help_panel=_AVERAGING,
-        ),
-    ] = 0,
+    checkpoint: options.Checkpoint,
+    device: options.Device = "auto",
+    engine: options.Engine = AUTO,
+    precision: options.Precision = AUTO,
+    size: options.Size = None,
+    flip: bool = False,
+    scales: str | None = None,
+    window: str | None = None,
+    stride: str | None = None,
+    samples: options.Number = 0,
 ) -> Segmenter:
-    """The network that the options of a command mean, and how it is applied; says so."""
+    """The network that the options of a command mean, and how it is applied; says so.
+
+    Averaging of several predictions:
+        --flip: Average with the mirrored image.
+        --scales A,B,...: Average over the input size times each of these, for example 0.75,1,1.25.
+        --window N|HxW: Do not resize the image (but for --scales): slide a window of this size over it. For images much
+            larger than those of training.
+        --stride N|HxW: From one window to the next; three quarters of a window unless given.
+        --samples N: Average N passes with dropout on, of a network trained with dropout=true (Bayesian SegNet).
+    """
     inference = Inference(
-        _numbers("--scales", scales) if scales is not None else (1.0,),
+        (1.0,) if scales is None else options.scales(scales),
         flip,
-        None if window is None else sides("--window", window),
-        None if stride is None else sides("--stride", stride),
+        None if window is None else options.sides("--window", window),
+        None if stride is None else options.sides("--stride", stride),
         samples,
     )
     rung = "tf32" if precision == "tf32" else None
     model = weights.load(checkpoint, get_device(device), fold=True, rung=rung)
-    segmenter = Segmenter(model, input_size(checkpoint, model, size), inference, engine, precision)
+    segmenter = Segmenter(model, options.input_size(checkpoint, model, size), inference, engine, precision)
     say(f"{segmenter}, input {segmenter.size[0]}x{segmenter.size[1]}")
     return segmenter
 
 
-def _applies_network(command: Callable[..., None]) -> Callable[..., None]:
+def _with_network(own: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of `_network`; it gets the checkpoint's path, and what makes the network ready."""
-    own = [p for p in signature(command).parameters.values() if p.name not in ("checkpoint", "network")]
-    first, *options = signature(_network).parameters.values()
-    named = {option.name for option in (first, *options)}
+    _, shared = documented(_network)
+    names = {parameter.name for parameter in shared}
 
-    @wraps(command)
-    def run(**values: Any) -> None:
-        given = {name: value for name, value in values.items() if name in named}
-        rest = {name: value for name, value in values.items() if name not in named}
-        command(checkpoint=values["checkpoint"], network=partial(_network, **given), **rest)
+    @wraps(own)
+    def run(checkpoint: Path, **values: Any) -> None:
+        given = {name: values.pop(name) for name in names & values.keys()}
+        own(checkpoint=checkpoint, network=partial(_network, checkpoint=checkpoint, **given), **values)
 
-    merged = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (first, *own, *options)]
-    run.__signature__ = Signature(merged)  # type: ignore[attr-defined]
+    _, (checkpoint, _, *others) = documented(own)
+    run.__signature__ = Signature([checkpoint, *others, *shared[1:]])  # type: ignore[attr-defined]
     return run
 
 
-BoundaryOption = Annotated[
-    Boundary | None,
-    typer.Option(
-        "--boundary",
-        help="Also boundary F1, contours within 0.75 % of the image diagonal: csurka, as its paper defines it; "
-        "authors, as the SegNet paper's figures were computed (needs SciPy).",
-    ),
-]
-PerImageOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Also the scores of each image, as CSV.",
-        metavar="FILE.csv",
-        dir_okay=False,
-        callback=replaceable("id,miou"),
-    ),
-]
+def _show_scores(evaluation: Evaluation, per_image: Path | None, json: Path | None, **more: str) -> None:
+    console.print(scores_table(evaluation))
+    write_per_image(per_image, evaluation)
+    write_json(json, evaluation.to_json() | more)
 
 
-OpacityOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Of the class colours over the image in overlays, 0 to 1.")
-]
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text}: expected numbers with commas between, for example 0.75,1,1.25") from None
-
-
-@app.command(name="eval")
-@_applies_network
+@command(app, "eval")
+@_with_network
 def evaluate_command(
     *,
-    checkpoint: Path,
+    checkpoint: options.Checkpoint,
     network: Network,
-    data: DataOption,
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time, where nothing is averaged.")] = 4,
-    boundary: BoundaryOption = None,
-    per_image: PerImageOption = None,
-    json: JsonOption = None,
+    data: options.Data,
+    split: options.Split = "val",
+    batch: options.Count = 4,
+    boundary: options.BoundaryF1 = None,
+    per_image: options.PerImage = None,
+    json: options.Json = None,
 ) -> None:
     """Score a checkpoint by the VOC protocol: one confusion matrix over the whole split, void ignored.
 
@@ -186,72 +114,57 @@ def evaluate_command(
     Under mpirun or srun each rank takes its share of the images.
 
     IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN), precision = TP / (TP + FP) of a class's pixels.
+
+    Options:
+        --batch: Images at a time, where nothing is averaged.
     """
     ranks = join_ranks()
     with ranks.guarded():
         segmenter, dataset = network(), VOCDataset(data, split)
         segmenter.batch = batch
-        with evaluation_progress(console, len(dataset)) as advance:
-            evaluation = evaluate(segmenter, dataset, boundary, advance=advance, ranks=ranks)
-    if not ranks.leads:
-        return
-    console.print(scores_table(evaluation))
-    write_per_image(per_image, evaluation)
-    write_json(json, {**evaluation.to_json(), "split": split, "checkpoint": str(checkpoint)})
+        with watched(console, "evaluate", len(dataset)) as watch:
+            evaluation = evaluate(segmenter, dataset, boundary, advance=watch.advance, ranks=ranks)
+    if ranks.leads:
+        _show_scores(evaluation, per_image, json, split=split, checkpoint=str(checkpoint))
 
 
-@app.command(name="score")
+@command(app, "score")
 def score_command(
-    predictions: Annotated[
-        Path, typer.Argument(metavar="PREDICTIONS", help="A folder with ID.png for every image.", file_okay=False)
-    ],
-    data: DataOption,
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
-    boundary: BoundaryOption = None,
-    per_image: PerImageOption = None,
-    json: JsonOption = None,
+    predictions: options.Folder,
+    data: options.Data,
+    split: options.Split = "val",
+    boundary: options.BoundaryF1 = None,
+    per_image: options.PerImage = None,
+    json: options.Json = None,
 ) -> None:
     """Score label maps that were made elsewhere, by the same code as segnet eval.
 
     ID.png: class numbers, indexed or grey, of the size of the ground truth, as segnet predict and submit write them.
 
     Example: segnet score results/VOC2012/Segmentation/comp6_val_cls --data VOC2012
+
+    Options:
+        PREDICTIONS: A folder with ID.png for every image.
     """
     dataset = VOCDataset(data, split)
-    with evaluation_progress(console, len(dataset), "score") as advance:
-        evaluation = score(predictions, dataset, boundary, advance=advance)
-    console.print(scores_table(evaluation))
-    write_per_image(per_image, evaluation)
-    write_json(json, {**evaluation.to_json(), "split": split, "predictions": str(predictions)})
+    with watched(console, "score", len(dataset)) as watch:
+        evaluation = score(predictions, dataset, boundary, advance=watch.advance)
+    _show_scores(evaluation, per_image, json, split=split, predictions=str(predictions))
 
 
-@app.command()
-@_applies_network
+@command(app)
+@_with_network
 def predict(
     *,
-    checkpoint: Path,
+    checkpoint: options.Checkpoint,
     network: Network,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="IMAGES",
-            help="Images, folders of images, patterns in quotes ('photos/*.jpg'), videos, or camera (camera:1: the "
-            "second one).",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)],
-    camera: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Also the camera of this number, 0 the first, until Ctrl-C.")
-    ] = None,
-    logits: Annotated[
-        bool,
-        typer.Option("--logits", help="Also write NAME.npy, float32 (H, W, classes), and the uncertainty as an array."),
-    ] = False,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Of each video at most so many; a camera goes on until Ctrl-C.")
-    ] = None,
-    opacity: OpacityOption = 0.55,
-    json: JsonOption = None,
+    inputs: options.Texts = None,
+    out: options.Folder,
+    camera: Annotated[int | None, {"min": 0}] = None,
+    logits: bool = False,
+    frames: options.MaybeCount = None,
+    opacity: options.Opacity = 0.55,
+    json: options.Json = None,
 ) -> None:
     """Segment images: NAME.png (class indices and a palette) and NAME_overlay.png (with a legend), in the image's size.
 
@@ -261,6 +174,14 @@ def predict(
 
     Of a video or camera NAME_overlay.mp4, and the frames per second: of all that is done, and of the network alone.
     That needs PyAV: pip install 'segnet_scratch\\[video]'.
+
+    Options:
+        IMAGES: Images, folders of images, patterns in quotes ('photos/*.jpg'), videos, or camera (camera:1: the second
+            one).
+        --out: Folder for the results.
+        --camera N: Also the camera of this number, 0 the first, until Ctrl-C.
+        --logits: Also write NAME.npy, float32 (H, W, classes), and the uncertainty as an array.
+        --frames: Of each video at most so many; a camera goes on until Ctrl-C.
     """
     named = [(argument, find_video(argument)) for argument in inputs or ()]
     videos = [video for _, video in named if video] + ([camera_video(camera)] if camera is not None else [])
@@ -276,41 +197,34 @@ def predict(
     try:
         with watched(console, "windows") as watch:
             segmenter.watch = watch.update
-            for prediction in predict_files(segmenter, images, out, style, logits):
-                if prediction.problem:
-                    failed.append(prediction.problem)
-                    results.append({"image": str(prediction.image), "problem": prediction.problem})
+            for found in predict_files(segmenter, images, out, style, logits):
+                if found.problem:
+                    failed.append(found.problem)
+                    results.append({"image": str(found.image), "problem": found.problem})
                     continue
-                shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction.shares.items())[:4])
-                say(f"{prediction.files['overlay']}: {shares}")
-                files = {kind: str(path) for kind, path in prediction.files.items()}
-                results.append({"image": str(prediction.image), **files, "shares": prediction.shares})
+                shares = (f"{name} {100 * share:.0f} %" for name, share in islice(found.shares.items(), 4))
+                say(f"{found.files['overlay']}: {', '.join(shares)}")
+                files = {kind: str(path) for kind, path in found.files.items()}
+                results.append({"image": str(found.image), **files, "shares": found.shares})
+        segmenter.watch = lambda done, windows: None
         for video, target in zip(videos, targets, strict=True):
             try:
-                with video_progress(console, video.name) as show:
-                    segmenter.watch = lambda done, windows: None
-                    written = predict_video(segmenter, video, target, style, frames, show)
+                with watched(console, video.name) as watch:
+                    written = predict_video(
+                        *(segmenter, video, target, style, frames),
+                        lambda done, length, rate: watch.update(done, length, f"{rate:.1f} frames/s"),
+                    )
             except (DataError, DeviceMemoryError, MemoryError) as error:
-                failed.append(
-                    str(error) or f"{video.name}: memory is short; pass a smaller --size or end other programs"
-                )
-                results.append({"video": video.name, "problem": str(error)})
+                short = f"{video.name}: memory is short; pass a smaller --size or end other programs"
+                failed.append(str(error) or short)
+                results.append({"video": video.name, "problem": failed[-1]})
                 continue
             failed += [written.problem] if written.problem else []
             cut = ", stopped by Ctrl-C" if written.interrupted else ", not all of it" if written.problem else ""
-            rates = (
-                f"{written.frames_per_second:.1f} frames/s, the network alone {written.network_frames_per_second:.1f}"
-            )
-            say(f"{target}: {written.frames} frames, {rates}{cut}")
-            results.append(
-                {
-                    "video": written.source,
-                    "overlay": str(target),
-                    "frames": written.frames,
-                    "frames_per_second": written.frames_per_second,
-                    "network_frames_per_second": written.network_frames_per_second,
-                }
-            )
+            rate, alone = written.frames_per_second, written.network_frames_per_second
+            say(f"{target}: {written.frames} frames, {rate:.1f} frames/s, the network alone {alone:.1f}{cut}")
+            figures = {"frames": written.frames, "frames_per_second": rate, "network_frames_per_second": alone}
+            results.append({"video": written.source, "overlay": str(target), **figures})
             stopped = written.interrupted and not video.is_camera  # a camera has no other end
             if stopped:
                 break
@@ -326,17 +240,15 @@ def predict(
         fail("\nerror: ".join(failed), 1)
 
 
-@app.command(name="serve")
-@_applies_network
+@command(app, "serve")
+@_with_network
 def serve_command(
     *,
-    checkpoint: Path,
+    checkpoint: options.Checkpoint,
     network: Network,
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; by default only this machine reaches it.")
-    ] = LOOPBACK[0],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    opacity: OpacityOption = 0.55,
+    host: str = LOOPBACK[0],
+    port: Annotated[int, {"min": 0, "max": 65535}] = 8000,
+    opacity: options.Opacity = 0.55,
 ) -> None:
     """Open a page on this machine that segments the photos that are dropped on it, until Ctrl-C.
 
@@ -344,6 +256,10 @@ def serve_command(
     Needs pip install 'segnet_scratch\\[serve]'.
 
     Example: segnet serve runs/voc/best.safetensors
+
+    Options:
+        --host: The address to listen on; by default only this machine reaches it.
+        --port: 0: any that is free.
     """
     require("flask", "serve", "segnet serve")
     segmenter = network()
@@ -355,20 +271,16 @@ def serve_command(
     serve(segmenter, style, checkpoint.name, host, port, lambda url: say(f"{url}  (Ctrl-C ends it)", "bold"))
 
 
-@app.command(name="submit")
-@_applies_network
+@command(app, "submit")
+@_with_network
 def submit_command(
     *,
-    checkpoint: Path,
+    checkpoint: options.Checkpoint,
     network: Network,
-    data: DataOption,
-    out: Annotated[Path, typer.Option("--out", help="The archive, NAME.tar or NAME.tgz, or a folder.")],
-    split: Annotated[
-        str, typer.Option(help="Name of the list in ImageSets/Segmentation; test needs images only, no masks.")
-    ] = "test",
-    competition: Annotated[
-        Competition, typer.Option(help="comp5: trained on VOC2012's own data alone. comp6: on other data too.")
-    ] = Competition.comp6,
+    data: options.Data,
+    out: Path,
+    split: str = "test",
+    competition: Competition = Competition.comp6,
 ) -> None:
     """Write the results archive that VOC2012's evaluation server takes, and check it.
 
@@ -376,39 +288,42 @@ def submit_command(
     Weights from ImageNet are other data: that is comp6.
 
     Example: segnet submit runs/voc/best.safetensors --data VOC2012 --out results.tar --flip
+
+    Options:
+        --out: The archive, NAME.tar or NAME.tgz, or a folder.
+        --split: Name of the list in ImageSets/Segmentation; test needs images only, no masks.
+        --competition: comp5: trained on VOC2012's own data alone. comp6: on other data too.
     """
     segmenter, dataset = network(), VOCDataset(data, split, with_masks=False)
-    with evaluation_progress(console, len(dataset), "segment") as advance:
-        folder = submit(segmenter, dataset, out, competition, advance)
+    with watched(console, "segment", len(dataset)) as watch:
+        folder = submit(segmenter, dataset, out, competition, watch.advance)
     say(f"{out}: {len(dataset)} results in {folder}, checked")
 
 
-@app.command()
+@command(app)
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run: --out of segnet train.", metavar="RUN")],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", help="The data set of the run; adds scores by class, confusion, best and worst predictions."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The page; RUN/report.html unless given.", dir_okay=False)
-    ] = None,
-    device: DeviceOption = "auto",
-    engine: EngineOption = AUTO,
-    precision: PrecisionOption = AUTO,
+    run: Path,
+    data: Path | None = None,
+    out: options.MaybeFile = None,
+    device: options.Device = "auto",
+    engine: options.Engine = AUTO,
+    precision: options.Precision = AUTO,
 ) -> None:
     """Write one HTML page of a run: curves, scores by class, confusion matrix, best and worst predictions, settings.
 
     It is one file that needs no network. Needs matplotlib and jinja2: pip install 'segnet_scratch\\[report]'.
 
     Example: segnet report runs/voc --data VOC2012
+
+    Options:
+        RUN: The folder of a run: --out of segnet train.
+        --data: The data set of the run; adds scores by class, confusion, best and worst predictions.
+        --out: The page; RUN/report.html unless given.
     """
     page = out or run / "report.html"
     with ExitStack() as bars:
         complete = write_report(
             *(run, page, data, device, engine, precision),
-            lambda images: bars.enter_context(evaluation_progress(console, images)),
+            lambda images: bars.enter_context(watched(console, "evaluate", images)).advance,
         )
     say(f"{page}" if complete else f"{page}: without predictions; --data DIR adds them")

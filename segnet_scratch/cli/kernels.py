@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import JsonOption, app, choice, console, join_ranks, say
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, console, join_ranks, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.lab.doctor import diagnose
 from segnet_scratch.lab.doctor.kernels import examine_kernels
@@ -17,57 +18,25 @@ from segnet_scratch.lab.workbench import KernelRun, run_kernel
 from segnet_scratch.progress import watched
 
 
-@app.command(name="run")
+@command(app, "run")
 def run_command(
-    kernel: Annotated[str, typer.Argument(help="A kernel of this project, file.cu, or file.cu:kernel.")],
-    shape: Annotated[
-        list[str] | None,
-        typer.Option("--shape", help="Shape of an array, once for each: x=2,45,37.", metavar="NAME=DIMS"),
-    ] = None,
-    arg: Annotated[
-        list[str] | None, typer.Option("--arg", help="A scalar, once for each: n=1000.", metavar="NAME=VALUE")
-    ] = None,
-    content: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="NAME=FILE.npy",
-            help="What an array holds before: a file, a number, random, or null. Without it inputs (const pointers) "
-            "are random and outputs hold NaN.",
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION",
-            help="A NumPy function that takes inputs and scalars by name and returns the outputs: an array, a tuple "
-            "or a dict.",
-        ),
-    ] = None,
-    rtol: Annotated[float | None, typer.Option(help="Relative tolerance; 1e-5, in float64 1e-12.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance; the same.")] = None,
-    orders: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="N shuffled orders of threads and blocks: the same bits? If not, who disturbs whom.",
-        ),
-    ] = None,
-    sanitize: Annotated[
-        bool,
-        typer.Option(
-            "--sanitize", help="Also with AddressSanitizer and UBSan, and local variables of unlike contents."
-        ),
-    ] = False,
-    device: Annotated[str, typer.Option(metavar="host|cuda", help="host: on the CPU. cuda: on a GPU.")] = "host",
-    grid: Annotated[str | None, typer.Option(help="Blocks, X or X,Y or X,Y,Z; else they cover the output.")] = None,
-    block: Annotated[str | None, typer.Option(help="Threads of a block; else __launch_bounds__, or 256.")] = None,
-    shared: Annotated[int, typer.Option(min=0, help="Bytes of dynamic shared memory.")] = 0,
-    type_: Annotated[str, choice(("float32", "float64"), "What storage_t is.", "--type")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Save every array as DIR/NAME.npy.", metavar="DIR")] = None,
-    json: JsonOption = None,
+    kernel: str,
+    shape: options.Texts = None,
+    arg: options.Texts = None,
+    content: options.Texts = None,
+    reference: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    orders: Annotated[int | None, {"min": 0}] = None,
+    sanitize: bool = False,
+    device: str = "host",
+    grid: str | None = None,
+    block: str | None = None,
+    shared: options.Number = 0,
+    dtype: Annotated[str, options.one_of(("float32", "float64"))] = "float32",
+    seed: options.Number = 0,
+    output: Path | None = None,
+    json: options.Json = None,
 ) -> None:
     """Run one kernel, of this project or your own, and check it; exit code 1 where a check fails.
 
@@ -75,6 +44,26 @@ def run_command(
 
     Checked always: accesses outside the arrays, elements never written, changed inputs, memory read before it is
     written, NaN out of finite inputs, barriers that not all threads reach, descending order of threads and blocks.
+
+    Options:
+        kernel: A kernel of this project, file.cu, or file.cu:kernel.
+        --shape NAME=DIMS: Shape of an array, once for each: x=2,45,37.
+        --arg NAME=VALUE: A scalar, once for each: n=1000.
+        --input NAME=FILE.npy: What an array holds before: a file, a number, random, or null. Without it inputs (const
+            pointers) are random and outputs hold NaN.
+        --reference FILE.py:FUNCTION: A NumPy function that takes inputs and scalars by name and returns the outputs: an
+            array, a tuple or a dict.
+        --rtol: Relative tolerance; 1e-5, in float64 1e-12.
+        --atol: Absolute tolerance; the same.
+        --orders N: N shuffled orders of threads and blocks: the same bits? If not, who disturbs whom.
+        --sanitize: Also with AddressSanitizer and UBSan, and local variables of unlike contents.
+        --device host|cuda: host: on the CPU. cuda: on a GPU.
+        --grid: Blocks, X or X,Y or X,Y,Z; else they cover the output.
+        --block: Threads of a block; else __launch_bounds__, or 256.
+        --shared: Bytes of dynamic shared memory.
+        --type: What storage_t is.
+        --seed: Of the random inputs.
+        --output DIR: Save every array as DIR/NAME.npy.
     """
     result = run_kernel(
         kernel,
@@ -85,7 +74,7 @@ def run_command(
         grid=None if grid is None else options.shape("--grid", grid),
         block=None if block is None else options.shape("--block", block),
         shared=shared,
-        dtype=type_,
+        dtype=dtype,
         seed=seed,
         reference=reference,
         rtol=rtol,
@@ -101,18 +90,15 @@ def run_command(
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor(
-    kernels: Annotated[
-        bool,
-        typer.Option("--kernels", help="Instead compile every kernel for every GPU, and show what it takes of one."),
-    ] = False,
-    json: JsonOption = None,
-) -> None:
+@command(app)
+def doctor(kernels: bool = False, json: options.Json = None) -> None:
     """Say what works on this machine, what does not, and the command that fixes it.
 
     Exit code 1 where no device can train. With --kernels, which needs NVRTC but no GPU: 1 where registers spill to
     memory beyond what the budget (runtime/budget.toml) accepts.
+
+    Options:
+        --kernels: Instead compile every kernel for every GPU, and show what it takes of one.
     """
     if not join_ranks().leads:
         return

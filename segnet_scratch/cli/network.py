@@ -11,27 +11,15 @@ import typer
 from rich.markup import escape
 
 from segnet_scratch import weights
-from segnet_scratch.cli.common import (
-    CheckpointArgument,
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    SizeOption,
-    app,
-    choice,
-    console,
-    input_size,
-    join_ranks,
-    output,
-    say,
-    sides,
-)
+from segnet_scratch.cli import options
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, console, join_ranks, output, say
 from segnet_scratch.cli.data_tables import transferred
 from segnet_scratch.config import PRETRAINED, describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
 from segnet_scratch.data.download import pretrained_file
-from segnet_scratch.display import TrainingDisplay, evaluation_progress, write_json
+from segnet_scratch.display import TrainingDisplay, write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.evaluate import check_classes
 from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
@@ -39,6 +27,7 @@ from segnet_scratch.files import expect_apart
 from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.parallel import start_ranks
+from segnet_scratch.progress import watched
 from segnet_scratch.recalibrate import recalibrate
 from segnet_scratch.recipes import find_config
 from segnet_scratch.recipes import recipes as shipped_recipes
@@ -55,60 +44,36 @@ def _settings_help() -> str:
     return f"Settings and their defaults, for --config and --set:\n\n{rows}"
 
 
-@app.command(epilog=_settings_help())
+@command(app, epilog=_settings_help())
 def train(
-    data: DataOption,
-    out: Annotated[
-        Path,
-        typer.Option("--out", help="Run folder: settings, metrics and checkpoints are written there.", file_okay=False),
-    ],
-    config: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Settings as TOML, or the name of a recipe: see segnet recipes. Of several the later one wins.",
-            metavar="FILE.toml|NAME",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, over those of --config; as often as you like.", metavar="KEY=VALUE"),
-    ] = None,
-    device: DeviceOption = "auto",
-    init: Annotated[
-        str | None,
-        typer.Option(
-            help="Initial weights: VGG16's (a file with torchvision's names, or by name, to be downloaded once), or a "
-            "checkpoint.",
-            metavar=f"FILE|{'|'.join(PRETRAINED)}",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from RUN/last.safetensors, as if never stopped.")
-    ] = False,
-    tensorboard: Annotated[
-        bool,
-        typer.Option(
-            "--tensorboard",
-            help="Also write event files to RUN/tensorboard. Needs pip install 'segnet_scratch\\[tensorboard]'.",
-        ),
-    ] = False,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            "--ranks",
-            "--gpus",
-            min=1,
-            help="Processes that train together on this machine, one a GPU, or one a share of the cores. On several "
-            "machines: mpirun or srun segnet train. Needs pip install 'segnet_scratch\\[parallel]'.",
-        ),
-    ] = None,
-    json: JsonOption = None,
+    data: options.Data,
+    out: options.Folder,
+    config: options.Texts = None,
+    settings: options.Texts = None,
+    device: options.Device = "auto",
+    init: Annotated[str | None, {"metavar": f"FILE|{'|'.join(PRETRAINED)}"}] = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    ranks: options.MaybeCount = None,
+    json: options.Json = None,
 ) -> None:
     """Train a network, by default on the split train, and validate it on val (--set train_split=..., val_split=...).
 
     Example: segnet train --data VOC2012 --init vgg16 --out runs/voc --set size=224 --set batch=8
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
+
+    Options:
+        --out: Run folder: settings, metrics and checkpoints are written there.
+        --config FILE.toml|NAME: Settings as TOML, or the name of a recipe: see segnet recipes. Of several the later one
+            wins.
+        --set KEY=VALUE: One setting, over those of --config; as often as you like.
+        --init: Initial weights: VGG16's (a file with torchvision's names, or by name, to be downloaded once), or a
+            checkpoint.
+        --resume: Go on from RUN/last.safetensors, as if never stopped.
+        --tensorboard: Also write event files to RUN/tensorboard. Needs pip install 'segnet_scratch\\[tensorboard]'.
+        --ranks, --gpus: Processes that train together on this machine, one a GPU, or one a share of the cores. On
+            several machines: mpirun or srun segnet train. Needs pip install 'segnet_scratch\\[parallel]'.
     """
     start_ranks(ranks)
     team = join_ranks()
@@ -145,24 +110,24 @@ def _download(weights: str) -> None:
         pretrained_file(weights, progress)
 
 
-@app.command()
+@command(app)
 def recipes() -> None:
     """List the settings that ship with the program, for segnet train --config NAME."""
     for name, purpose in shipped_recipes().items():
         say(f"{name:24}{purpose}")
 
 
-@app.command(name="bn-recalibrate")
+@command(app, "bn-recalibrate")
 def bn_recalibrate(
-    checkpoint: CheckpointArgument,
-    data: DataOption,
-    out: Annotated[Path, typer.Option("--out", help="The new checkpoint.", dir_okay=False)],
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "train",
-    batches: Annotated[int | None, typer.Option(min=1, help="So many batches; the whole split unless given.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
-    device: DeviceOption = "auto",
-    size: SizeOption = None,
+    checkpoint: options.Checkpoint,
+    data: options.Data,
+    out: options.File,
+    split: options.Split = "train",
+    batches: options.MaybeCount = None,
+    batch: options.Count = 8,
+    seed: options.Number = 0,
+    device: options.Device = "auto",
+    size: options.Size = None,
 ) -> None:
     """Count the batch-norm statistics of a trained network anew, over many images with the weights at rest.
 
@@ -170,21 +135,27 @@ def bn_recalibrate(
     input size and not augmented.
 
     Example: segnet bn-recalibrate runs/voc/best.safetensors --data VOC2012 --out runs/voc/recalibrated.safetensors
+
+    Options:
+        --out: The new checkpoint.
+        --batches: So many batches; the whole split unless given.
+        --batch: Images at a time.
+        --seed: Of the order of the images.
     """
     expect_apart(out, checkpoint)
     model = weights.load(checkpoint, get_device(device))
     dataset = VOCDataset(data, split)
     check_classes(model, dataset)
-    transform = EvalTransform(input_size(checkpoint, model, size))
+    transform = EvalTransform(options.input_size(checkpoint, model, size))
     # The last batch is often small, and its statistics the worst.
     loader = Loader(dataset, transform, batch, seed, drop_last=len(dataset) >= batch)
     count = min(batches or loader.batches_per_epoch, loader.batches_per_epoch)
-    with evaluation_progress(console, count * batch, "recalibrate") as advance, closing(loader.epoch(0)) as epoch:
+    with watched(console, "recalibrate", count * batch) as watch, closing(loader.epoch(0)) as epoch:
 
         def counted() -> Iterator[np.ndarray]:
             for found in islice(epoch, count):
                 yield found.images
-                advance(len(found.images))
+                watch.advance(len(found.images))
 
         images = recalibrate(model, counted())
     metadata = {key: value for key, value in model.metadata.items() if key != "model"}
@@ -192,45 +163,38 @@ def bn_recalibrate(
     say(f"{out}: batch-norm statistics of {images} images of {split}")
 
 
-@app.command()
+@command(app)
 def convert(
-    source: Annotated[Path, typer.Argument(help="A PyTorch state dict (.pth, .safetensors), or our checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Where to write the result, a safetensors file.")],
-    to: Annotated[str, choice(("segnet", "pytorch"), "segnet: our checkpoint. pytorch: a state dict.")] = "segnet",
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="To PyTorch, with the names and arrays of this state dict, for load_state_dict(strict=True).",
-            metavar="FILE",
-        ),
-    ] = None,
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            "--map", help='TOML of "their.prefix" = "encoder.1.1.conv" lines; = false leaves out.', metavar="FILE"
-        ),
-    ] = None,
-    pooling: Annotated[
-        str | None,
-        choice(POOLINGS, "Of a network that is read: floor where it pools by MaxPool2d(2, 2)."),
-    ] = None,
-    eps: Annotated[float, typer.Option(min=0, help="Of the batch norms of the PyTorch network.")] = EPS,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class names of a network that is read, one a line.", metavar="FILE")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Input size of a network that is read: S or HxW.", metavar="SIZE")
-    ] = None,
+    source: Path,
+    target: Path,
+    to: Annotated[str, options.one_of(("segnet", "pytorch"))] = "segnet",
+    like: Path | None = None,
+    names: Path | None = None,
+    pooling: Annotated[str | None, options.one_of(POOLINGS)] = None,
+    eps: Annotated[float, {"min": 0}] = EPS,
+    labels: Path | None = None,
+    size: str | None = None,
 ) -> None:
     """Convert weights from and to PyTorch SegNets. The result of --to segnet works with eval, predict and --init.
 
     Which array is which is found by itself where names, or order and shapes, tell; else --map tells.
+
+    Options:
+        source: A PyTorch state dict (.pth, .safetensors), or our checkpoint.
+        target: Where to write the result, a safetensors file.
+        --to: segnet: our checkpoint. pytorch: a state dict.
+        --like FILE: To PyTorch, with the names and arrays of this state dict, for load_state_dict(strict=True).
+        --map FILE: TOML of "their.prefix" = "encoder.1.1.conv" lines; = false leaves out.
+        --pooling: Of a network that is read: floor where it pools by MaxPool2d(2, 2).
+        --eps: Of the batch norms of the PyTorch network.
+        --labels FILE: Class names of a network that is read, one a line.
+        --size SIZE: Input size of a network that is read: S or HxW.
     """
     expect_apart(target, source, *([like] if like else []))
     if to == "segnet" and like is None:
         classes = None if labels is None else labels.read_text(encoding="utf-8").split("\n")
         classes = classes and [name.strip() for name in classes if name.strip()]
-        shape = None if size is None else sides("--size", size)
+        shape = None if size is None else options.sides("--size", size)
         model = from_pytorch(source, target, read_map(names), pooling, eps, classes, shape, report=say)
         say(f"{target}: {model.architecture}, width {model.width:g}, {model.classes} classes, pooling {model.pooling}")
         if pooling is None and model.pooling == "ceil":
@@ -245,41 +209,30 @@ def convert(
         say(f"{target}: {count} arrays, for load_file of safetensors.torch")
 
 
-@app.command(name="export")
+@command(app, "export")
 def export_command(
-    checkpoint: CheckpointArgument,
-    target: Annotated[Path, typer.Argument(help="The ONNX file.", metavar="FILE.onnx", dir_okay=False)],
-    inputs: Annotated[
-        str,
-        choice(
-            INPUTS,
-            "What `image` (n, 3, h, w) holds, RGB. normalised: float32 by ImageNet's mean and deviation. float: "
-            "float32 in [0, 1]. uint8: as pictures are stored.",
-            "--input",
-        ),
-    ] = "normalised",
-    result: Annotated[
-        str,
-        choice(
-            OUTPUTS,
-            "logits: float32 (n, classes, h, w). labels: the class of each pixel, uint8 (n, h, w).",
-            "--output",
-        ),
-    ] = "logits",
-    unpool: Annotated[
-        str,
-        choice(UNPOOLS, "indices: MaxPool's indices and MaxUnpool. codes: without these, for runtimes that lack them."),
-    ] = "indices",
-    keep_batch_norm: Annotated[
-        bool, typer.Option("--keep-batch-norm", help="As nodes of its own, not folded into the convolutions.")
-    ] = False,
-    float16: Annotated[bool, typer.Option("--float16", help="Weights and maps in half precision.")] = False,
+    checkpoint: options.Checkpoint,
+    target: options.File,
+    inputs: Annotated[str, options.one_of(INPUTS)] = "normalised",
+    result: Annotated[str, options.one_of(OUTPUTS)] = "logits",
+    unpool: Annotated[str, options.one_of(UNPOOLS)] = "indices",
+    keep_batch_norm: bool = False,
+    float16: bool = False,
 ) -> None:
     """Write a trained network as an ONNX file for other runtimes: any batch, height and width, dropout off.
 
     The file is checked with onnxruntime before it is written. Needs pip install 'segnet_scratch\\[onnx]'.
 
     Example: segnet export runs/voc/best.safetensors voc.onnx --input uint8 --output labels
+
+    Options:
+        FILE.onnx: The ONNX file.
+        --input: What `image` (n, 3, h, w) holds, RGB. normalised: float32 by ImageNet's mean and deviation. float:
+            float32 in [0, 1]. uint8: as pictures are stored.
+        --output: logits: float32 (n, classes, h, w). labels: the class of each pixel, uint8 (n, h, w).
+        --unpool: indices: MaxPool's indices and MaxUnpool. codes: without these, for runtimes that lack them.
+        --keep-batch-norm: As nodes of its own, not folded into the convolutions.
+        --float16: Weights and maps in half precision.
     """
     expect_apart(target, checkpoint)
     found = export(weights.load(checkpoint, "numpy"), target, inputs, result, unpool, keep_batch_norm, float16)

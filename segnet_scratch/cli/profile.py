@@ -1,6 +1,5 @@
 """`segnet profile`, `tune`, `memory`: what a training step, or one op, costs in time and in memory."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, join_ranks, parse_size, say
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, console, join_ranks, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION
@@ -28,51 +28,37 @@ from segnet_scratch.segnet import DECODERS
 
 MEBIBYTE = 2**20
 
-BatchOption = Annotated[int, typer.Option(min=1, help="Images.")]
-ImageSizeOption = Annotated[str, typer.Option(metavar="N|HxW", help="Of the images.")]
-ModelOption = Annotated[str, choice(NETWORKS, "The network.")]
-WidthOption = Annotated[float, typer.Option(help="Multiplier of its channels.")]
-PrecisionOption = Annotated[str, choice(RUNG_OF_PRECISION, "Of the fused engine.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images.")]
+ImageSize = Annotated[str, typer.Option(metavar="N|HxW", help="Of the images.")]
+Model = Annotated[str, typer.Option(help="The network.", **options.one_of(NETWORKS))]
+Width = Annotated[float, typer.Option(help="Multiplier of its channels.")]
+Precision = Annotated[str, typer.Option(help="Of the fused engine.", **options.one_of(RUNG_OF_PRECISION))]
 
 
-@app.command()
+@command(app)
 def profile(
-    op: Annotated[
-        str | None, typer.Argument(help="One op in all its rungs, such as conv2d, instead of a step.")
-    ] = None,
-    device: DeviceOption = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="Images; cuda 16, else 1.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="N|HxW", help="Of the images; 224, on host 32.")] = None,
-    model: ModelOption = "segnet",
-    decoder: Annotated[str, choice(DECODERS, "Its decoder.")] = "indices",
-    width: WidthOption = 1.0,
-    inference: Annotated[bool, typer.Option("--inference", help="Forward in evaluation mode, no training.")] = False,
-    engine: Annotated[str, choice(("layers", "fused"), "What computes the step.")] = "layers",
-    precision: PrecisionOption = "float32",
-    counts: Annotated[
-        bool, typer.Option("--counts", help="Compute nothing: operations, bytes, memory, launches, registers.")
-    ] = False,
-    shape: Annotated[str | None, typer.Option(metavar="N,H,W,C", help="The op's map.")] = None,
-    outputs: Annotated[
-        int | None, typer.Option(min=1, help="Output channels of a convolution; C unless given.")
-    ] = None,
-    kernel: Annotated[int, typer.Option(min=1, help="Kernel of a convolution, an odd number.")] = 3,
-    rung: Annotated[str | None, typer.Option(help="One rung of the op alone, such as bf16 or hopper.")] = None,
-    passes: Annotated[int | None, typer.Option(min=1, help="Timed repetitions; cuda 20, numpy 5, host 2.")] = None,
-    arch: Annotated[
-        list[str] | None,
-        choice(("all", *ARCHITECTURES), "GPUs whose registers and occupancy are shown; again for each."),
-    ] = None,
-    json: JsonOption = None,
-    picture: Annotated[
-        Path | None, typer.Option("--roofline", metavar="FILE.png", help="Draw what each op reaches.", dir_okay=False)
-    ] = None,
-    timeline: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="FILE.json", help="A time line, for ui.perfetto.dev.", dir_okay=False),
-    ] = None,
-    nvtx: Annotated[bool, typer.Option("--nvtx", help="A range for each op, under Nsight Systems.")] = False,
-    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Under mpirun: batch norm over all ranks.")] = False,
+    op: str | None = None,
+    device: options.Device = "auto",
+    batch: options.MaybeCount = None,
+    size: str | None = None,
+    model: Model = "segnet",
+    decoder: Annotated[str, options.one_of(DECODERS)] = "indices",
+    width: Width = 1.0,
+    inference: bool = False,
+    engine: Annotated[str, options.one_of(("layers", "fused"))] = "layers",
+    precision: Precision = "float32",
+    counts: bool = False,
+    shape: str | None = None,
+    outputs: options.MaybeCount = None,
+    kernel: options.Count = 3,
+    rung: str | None = None,
+    passes: options.MaybeCount = None,
+    arch: Annotated[list[str] | None, options.one_of(("all", *ARCHITECTURES))] = None,
+    json: options.Json = None,
+    picture: options.MaybeFile = None,
+    timeline: options.MaybeFile = None,
+    nvtx: bool = False,
+    sync_bn: bool = False,
 ) -> None:
     """Measure a training step of SegNet op by op, or one op rung by rung: work, time, and how near to the ceilings.
 
@@ -80,6 +66,25 @@ def profile(
 
     Times are medians on the device's own clock; ceilings (a large copy, a large product) are measured in the same run.
     Under mpirun or srun every rank makes the step with so many images, and the first one shows what it saw.
+
+    Options:
+        op: One op in all its rungs, such as conv2d, instead of a step.
+        --batch: Images; cuda 16, else 1.
+        --size N|HxW: Of the images; 224, on host 32.
+        --decoder: Its decoder.
+        --inference: Forward in evaluation mode, no training.
+        --engine: What computes the step.
+        --counts: Compute nothing: operations, bytes, memory, launches, registers.
+        --shape N,H,W,C: The op's map.
+        --outputs: Output channels of a convolution; C unless given.
+        --kernel: Kernel of a convolution, an odd number.
+        --rung: One rung of the op alone, such as bf16 or hopper.
+        --passes: Timed repetitions; cuda 20, numpy 5, host 2.
+        --arch: GPUs whose registers and occupancy are shown; again for each.
+        --roofline FILE.png: Draw what each op reaches.
+        --trace FILE.json: A time line, for ui.perfetto.dev.
+        --nvtx: A range for each op, under Nsight Systems.
+        --sync-bn: Under mpirun: batch norm over all ranks.
     """
     ranks = join_ranks()
     if sync_bn and engine == "fused":
@@ -97,7 +102,7 @@ def profile(
         if op is not None:
             found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how, rung)
         else:
-            sides = (pixels, pixels) if size is None else parse_size(size)
+            sides = (pixels, pixels) if size is None else options.image_size(size)
             shared = ALONE if counts else ranks.on(chosen)
             work = Work(model, decoder, width, batch or images, sides, inference, engine, precision, shared, sync_bn)
             found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
@@ -120,14 +125,14 @@ def _shape(text: str | None, device: str) -> tuple[int, int, int, int]:
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
-@app.command()
+@command(app)
 def tune(
-    device: DeviceOption = "auto",
-    batch: BatchOption = 16,
-    size: ImageSizeOption = "224",
-    model: ModelOption = "segnet",
-    width: WidthOption = 1.0,
-    precision: PrecisionOption = "bf16",
+    device: options.Device = "auto",
+    batch: Batch = 16,
+    size: ImageSize = "224",
+    model: Model = "segnet",
+    width: Width = 1.0,
+    precision: Precision = "bf16",
 ) -> None:
     """Measure tiles of the tensor-core convolutions and branches of a step on this GPU; use the fastest from now on.
 
@@ -136,7 +141,7 @@ def tune(
     For the shapes of one batch size and image size, training and inference. The choices lie in the cache folder, apart
     for each GPU and each version of the kernels. Convolutions keep their bits; batch norm's sums may round otherwise.
     """
-    network, sides = NETWORKS[model], parse_size(size)
+    network, sides = NETWORKS[model], options.image_size(size)
     with watched(console, "convolution") as watch:
         choices, path = measure_tiles(
             *(get_device(device), network.blocks_of(width), batch, sides, precision, network.classifier_kernel),
@@ -160,23 +165,26 @@ def show_tiles(console: Console, choices: list[Choice]) -> None:
     print_columns(console, ["convolution", *names], rows)
 
 
-@app.command()
+@command(app)
 def memory(
-    batch: BatchOption = 16,
-    size: ImageSizeOption = "224",
-    model: ModelOption = "segnet",
-    width: WidthOption = 1.0,
-    classes: Annotated[int, typer.Option(min=1, max=255, help="Outputs of the classifier.")] = 21,
-    precision: PrecisionOption = "bf16",
-    json: JsonOption = None,
+    batch: Batch = 16,
+    size: ImageSize = "224",
+    model: Model = "segnet",
+    width: Width = 1.0,
+    classes: Annotated[int, {"min": 1, "max": 255}] = 21,
+    precision: Precision = "bf16",
+    json: options.Json = None,
 ) -> None:
     """Count what a training step keeps in memory: the fused engine, this project's layers, PyTorch on paper.
 
     Example: segnet memory --batch 8 --size 360x480
 
     Maps, indices and workspaces; parameters, gradients and momenta, which all have, are left out. Nothing is allocated.
+
+    Options:
+        --classes: Outputs of the classifier.
     """
-    sides = parse_size(size)
+    sides = options.image_size(size)
     network = NETWORKS[model]
     rung = RUNG_OF_PRECISION[precision]
     found = accounts(network.blocks_of(width), classes, batch, sides, rung, network.classifier_kernel)

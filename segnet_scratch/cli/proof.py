@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from segnet_scratch.cli import options
-from segnet_scratch.cli.common import DeviceOption, JsonOption, app, choice, console, fail, problems, say
+from segnet_scratch.cli.command import command
+from segnet_scratch.cli.common import app, console, fail, problems, say
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.gradcheck import Result
@@ -31,55 +32,28 @@ from segnet_scratch.runtime.host import ORDERS, HostOptions
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
 
 
-OrderOption = Annotated[
-    str, choice(ORDERS, "In which order the host device runs threads and blocks; shuffled goes by --seed.")
-]
-SanitizeOption = Annotated[
+_ORDERS = "In which order the host device runs threads and blocks; shuffled goes by --seed."
+Order = Annotated[str, typer.Option(help=_ORDERS, **options.one_of(ORDERS))]
+Sanitize = Annotated[
     bool, typer.Option("--sanitize", help="Kernels of the host device with AddressSanitizer and UBSan.")
 ]
 
 
-@app.command()
+@command(app)
 def gradcheck(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to check; all unless given.")] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape", metavar="NAME=DIMS", help="Shape of an input of a single op: x=2,9,7,3; others have defaults."
-        ),
-    ] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option("--arg", metavar="NAME=VALUE", help="An option of a single op: stride=2, rung=direct, p=0.3."),
-    ] = None,
-    content: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input", metavar="NAME=FILE.npy", help="What an input of a single op holds: a file, or one number."
-        ),
-    ] = None,
-    ties: Annotated[
-        bool, typer.Option("--ties", help="Fill inputs with integers from -2 to 2, so that pools and ReLU have kinks.")
-    ] = False,
-    dtype: Annotated[
-        str,
-        choice(
-            ("float64", "float32"),
-            "What backward computes in; numeric gradients are taken in float64 at the same point.",
-        ),
-    ] = "float64",
-    directions: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Random directions for each input of over 500 elements; 5, networks 2."),
-    ] = None,
-    cases: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Shapes of each op, or fillings of the shape given.")
-    ] = None,
-    device: DeviceOption = "host",
-    order: OrderOption = "ascending",
-    sanitize: SanitizeOption = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
-    json: JsonOption = None,
+    ops: options.Texts = None,
+    shape: options.Texts = None,
+    arg: options.Texts = None,
+    content: options.Texts = None,
+    ties: bool = False,
+    dtype: Annotated[str, options.one_of(("float64", "float32"))] = "float64",
+    directions: options.MaybeCount = None,
+    cases: options.MaybeCount = None,
+    device: options.Device = "host",
+    order: Order = "ascending",
+    sanitize: Sanitize = False,
+    seed: options.Number = 0,
+    json: options.Json = None,
 ) -> None:
     """Compare hand-written gradients with numeric ones, and name the worst derivative; exit code 1 where one differs.
 
@@ -88,6 +62,17 @@ def gradcheck(
     there is no derivative (a ReLU at 0, a tie in a pooling window) are named, and do not fail.
 
     Example: segnet gradcheck conv2d --shape x=2,9,7,3 --shape weight=5,3,3,3 --arg stride=2 --arg rung=direct
+
+    Options:
+        ops: Ops to check; all unless given.
+        --shape NAME=DIMS: Shape of an input of a single op: x=2,9,7,3; others have defaults.
+        --arg NAME=VALUE: An option of a single op: stride=2, rung=direct, p=0.3.
+        --input NAME=FILE.npy: What an input of a single op holds: a file, or one number.
+        --ties: Fill inputs with integers from -2 to 2, so that pools and ReLU have kinks.
+        --dtype: What backward computes in; numeric gradients are taken in float64 at the same point.
+        --directions N: Random directions for each input of over 500 elements; 5, networks 2.
+        --cases N: Shapes of each op, or fillings of the shape given.
+        --seed: Of the random inputs.
     """
     if sanitize and _SANITIZED not in os.environ:
         _repeat_sanitized(device)
@@ -192,27 +177,17 @@ def _remarks(result: Result) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ verify
 
 
-@app.command()
+@command(app)
 def verify(
-    full: Annotated[bool, typer.Option("--full", help="At the full figures: less than an hour on two cores.")] = False,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(metavar="host|numpy|cuda|all", help="Once for each; all that this machine has unless given."),
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="PART", help=f"Once for each: {', '.join(PARTS)}.")
-    ] = None,
-    row: Annotated[
-        list[str] | None,
-        typer.Option("--row", metavar="ROW", help="Only this row of the op table, such as conv2d_forward_tiled."),
-    ] = None,
-    order: OrderOption = "ascending",
-    sanitize: SanitizeOption = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of random shapes and inputs.")] = 0,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin nothing after so long; random cases are left out first.")
-    ] = None,
-    json: JsonOption = None,
+    full: bool = False,
+    device: options.Texts = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="PART", help=f"Once for each: {', '.join(PARTS)}.")] = None,
+    row: options.Texts = None,
+    order: Order = "ascending",
+    sanitize: Sanitize = False,
+    seed: options.Number = 0,
+    minutes: Annotated[float | None, {"min": 0}] = None,
+    json: options.Json = None,
 ) -> None:
     """Prove on this machine that every kernel is right, no GPU needed; exit code 1 where something does not hold.
 
@@ -221,6 +196,13 @@ def verify(
     written after each part.
 
     Example: segnet verify --only orders --only sanitizers --row conv2d_forward_tiled
+
+    Options:
+        --full: At the full figures: less than an hour on two cores.
+        --device host|numpy|cuda|all: Once for each; all that this machine has unless given.
+        --row ROW: Only this row of the op table, such as conv2d_forward_tiled.
+        --seed: Of random shapes and inputs.
+        --minutes: Begin nothing after so long; random cases are left out first.
     """
     devices = None if not device or "all" in device else device
     limit = inf if minutes is None else minutes
