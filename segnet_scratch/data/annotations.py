@@ -11,7 +11,7 @@ from typing import NoReturn
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.findings import FoundError
 from segnet_scratch.errors import DataError
 
 ANNOTATION_FOLDER = "Annotations"
@@ -71,14 +71,14 @@ def read_annotation(path: str | Path) -> Annotation:
 def _parse(path: Path, content: bytes) -> Element:
     """The root element. Whatever is wrong becomes a FoundError."""
     if len(content) > _MAX_BYTES:
-        raise Finding("annotation-too-large", path, f"more than {_MAX_BYTES} bytes; no annotation needs them.").error
+        raise FoundError("annotation-too-large", path, f"more than {_MAX_BYTES} bytes; no annotation needs them.")
     builder, depth = TreeBuilder(), 0
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
         depth += 1
         if depth > _MAX_DEPTH:
-            raise Finding("annotation-too-large", path, f"elements nested deeper than {_MAX_DEPTH}.").error
+            raise FoundError("annotation-too-large", path, f"elements nested deeper than {_MAX_DEPTH}.")
         builder.start(tag, attributes)
 
     def end(tag: str) -> None:
@@ -87,7 +87,7 @@ def _parse(path: Path, content: bytes) -> Element:
         builder.end(tag)
 
     def declaration(*_: object) -> NoReturn:
-        raise Finding("annotation-dtd", path, "declares a document type, which can hide anything; remove it.").error
+        raise FoundError("annotation-dtd", path, "declares a document type, which can hide anything; remove it.")
 
     parser = expat.ParserCreate()
     parser.StartElementHandler = start
@@ -101,7 +101,7 @@ def _parse(path: Path, content: bytes) -> Element:
         raise
     except (expat.ExpatError, LookupError, ValueError) as error:  # the latter two: an encoding that Python lacks
         fix = "copy it from the source again"
-        raise Finding("annotation-not-xml", path, f"no well-formed XML ({error}); {fix}.").error from error
+        raise FoundError("annotation-not-xml", path, f"no well-formed XML ({error}); {fix}.") from error
 
 
 def _object(path: Path, element: Element) -> ObjectBox:
@@ -138,4 +138,4 @@ def _number(path: Path, element: Element, tag: str) -> float:
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise Finding("annotation-unexpected", path, f"{problem}; correct it as in VOC's own annotations.").error
+    raise FoundError("annotation-unexpected", path, f"{problem}; correct it as in VOC's own annotations.")

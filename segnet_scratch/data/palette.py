@@ -91,10 +91,9 @@ def _lab(colours: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
 
 
-def is_voc(palette: np.ndarray, labels: Sequence[int] | None = None) -> bool:
-    """Whether colours uint8 (n, 3) by label are VOC's, those of `labels` or all."""
-    same = palette == voc_palette()[: len(palette)]
-    return bool((same if labels is None else same[labels]).all())
+def says_nothing(colours: np.ndarray, labels: Sequence[int]) -> bool:
+    """Whether the colours of these labels, uint8 (n, 3), are greys, or VOC's, which programs write for want of any."""
+    return bool((colours == colours[:, :1]).all() or (colours == voc_palette()[labels]).all())
 
 
 def voc_palette() -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from segnet_scratch.data.findings import Finding, FoundError
-from segnet_scratch.data.palette import VOID, is_voc
+from segnet_scratch.data.findings import FoundError, Tell, refuse
+from segnet_scratch.data.palette import VOID, says_nothing
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason
 
@@ -62,7 +62,7 @@ def read_image(path: str | Path, *, for_prediction: bool = False, stream: Binary
     path = Path(path)
     picture = decode(path, "image", _PREDICTION_FORMATS if for_prediction else None, stream)
     if not (picture.mode in _MODES or _is_16_bit(picture)):
-        raise Finding("image-wrong-format", path, f"pixels of mode {picture.mode}; {_convert(path)}.").error
+        raise FoundError("image-wrong-format", path, f"pixels of mode {picture.mode}; {_convert(path)}.")
     if for_prediction:
         turn, problem = orientation(picture)
         if problem:
@@ -101,8 +101,7 @@ def read_mask(path: str | Path, classes: int) -> np.ndarray:
     """
     path = Path(path)
     mask = mask_labels(path, decode(path, "mask"))
-    if finding := wrong_labels(path, mask, classes):
-        raise finding.error
+    check_mask(path, mask, classes)
     return mask
 
 
@@ -117,14 +116,14 @@ def decode(
     expected = " or ".join(formats)
 
     def problem(code: str, detail: str) -> FoundError:
-        return Finding(f"{role}-{code}", path, detail).error
+        return FoundError(f"{role}-{code}", path, detail)
 
     if stream is None and not path.is_file():
         if path.is_symlink() and not path.exists():
             raise problem("link-broken", "is a link to nowhere; put the file there, or correct the link.")
         if path.exists():
             raise problem("not-a-file", f"is a folder or a device; expected a {expected} picture there.")
-        raise Finding(f"missing-{role}", path, f"no such file; expected a {expected} picture there.").error
+        raise FoundError(f"missing-{role}", path, f"no such file; expected a {expected} picture there.")
     try:
         with stream or path.open("rb") as stream:
             start = stream.read(32)
@@ -175,13 +174,13 @@ def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
     if picture.mode not in ("P", "L", "1"):
         colours = picture.mode.startswith("RGB")
         code = "mask-rgb" if colours else "mask-has-alpha" if picture.mode.endswith("A") else "mask-16-bit"
-        raise Finding(
+        what, how = (", a colour-coded mask", " (segnet data convert does)") if colours else ("", "")
+        raise FoundError(
             code,
             path,
-            f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}"
-            f"{', a colour-coded mask' if colours else ''}; replace every colour by the number of its class and save "
-            f"it as an indexed PNG{' (segnet data convert does)' if colours else ''}.",
-        ).error
+            f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}{what}; replace "
+            f"every colour by the number of its class and save it as an indexed PNG{how}.",
+        )
     mask = np.array(picture, dtype=np.uint8)
     if picture.mode == "L":
         # Greyscale of 2 or 4 bits a pixel comes out of Pillow stretched to 0..255; labels must not be.
@@ -190,18 +189,22 @@ def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
 
 
 def mask_colours(path: Path, classes: int) -> list[tuple[int, int, int]] | None:
-    """The colours that a mask's palette gives the classes; None where it has none that mean something.
-
-    Without meaning are greys, and VOC's palette, which programs write where they know of no other.
-    """
+    """The colours that a mask's palette gives the classes; None where it has none that mean something."""
     try:
         picture = decode(path, "mask")
     except DataError:  # whoever reads the mask is told
         return None
-    palette = np.frombuffer(palette_of(picture) or b"", np.uint8).reshape(-1, 3)[:classes]
+    palette = np.frombuffer(palette_of(picture), np.uint8).reshape(-1, 3)[:classes]
     distinct = len(set(map(bytes, palette))) == classes  # np.unique imports numpy.ma: 60 ms
-    grey = (palette == palette[:, :1]).all()
-    return [(int(r), int(g), int(b)) for r, g, b in palette] if distinct and not grey and not is_voc(palette) else None
+    meant = distinct and not says_nothing(palette, range(classes))
+    return [(int(r), int(g), int(b)) for r, g, b in palette] if meant else None
+
+
+def colours_in_use(counts: np.ndarray, picture: Image.Image) -> dict[int, bytes]:
+    """The palette's colour of each label in a mask; none for void, of which not all have the same."""
+    palette = palette_of(picture)
+    colours = {label: palette[3 * label : 3 * label + 3] for label in np.flatnonzero(counts[:VOID]).tolist()}
+    return {label: colour for label, colour in colours.items() if colour}
 
 
 def label_counts(mask: np.ndarray) -> np.ndarray:
@@ -210,21 +213,18 @@ def label_counts(mask: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(mask).histogram(), np.int64)
 
 
-def wrong_labels(path: Path, mask: np.ndarray, classes: int) -> Finding | None:
-    """What is said of a mask, uint8 (H, W), with labels that are neither < `classes` nor void; None where all are."""
+def check_mask(path: Path, mask: np.ndarray, classes: int, found: Tell = refuse) -> None:
+    """Tells of a mask, uint8 (H, W), with labels that are neither < `classes` nor void."""
     wrong = (mask >= classes) & (mask != VOID)
-    if not wrong.any():
-        return None
-    row, column = (int(axis[0]) for axis in np.nonzero(wrong))
-    label = int(mask[row, column])
-    others = np.unique(mask[wrong]).size - 1
-    return Finding(
-        "label-out-of-range",
-        path,
-        f"label {label} in {np.count_nonzero(mask == label)} pixels, first at row {row}, column {column}"
-        f"{f', and {others} other wrong labels' if others else ''}; expected 0..{classes - 1} or {VOID} (void). "
-        "Correct the mask, or name every class in labels.txt." + _ways_out(path, label, classes),
-    )
+    if wrong.any():
+        row, column = (int(axis[0]) for axis in np.nonzero(wrong))
+        label = int(mask[row, column])
+        others = np.unique(mask[wrong]).size - 1
+        places = f"in {np.count_nonzero(mask == label)} pixels, first at row {row}, column {column}"
+        more = f", and {others} other wrong labels" if others else ""
+        fix = "Correct the mask, or name every class in labels.txt." + _ways_out(path, label, classes)
+        expected = f"expected 0..{classes - 1} or {VOID} (void)"
+        found("label-out-of-range", path, f"label {label} {places}{more}; {expected}. {fix}")
 
 
 def _ways_out(path: Path, label: int, classes: int) -> str:
@@ -244,9 +244,9 @@ def convert_command(root: Path, relabelling: str) -> str:
     return f"segnet data convert {root} NEW --relabel '{relabelling}'."
 
 
-def palette_of(picture: Image.Image) -> bytes | None:
-    """The palette of a mask, three bytes a label; None for one without."""
-    return bytes(picture.getpalette("RGB") or ()) if picture.mode == "P" else None
+def palette_of(picture: Image.Image) -> bytes:
+    """The palette of a mask, three bytes a label; empty for one without."""
+    return bytes(picture.getpalette("RGB") or ()) if picture.mode == "P" else b""
 
 
 _TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."

@@ -9,18 +9,16 @@ Void is left out of both counts: it has no part in the loss. The two counts run 
 divided; the mean over images of each image's share would be another number.
 """
 
-import os
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import numpy as np
 
-from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.pictures import label_counts, read_mask
 from segnet_scratch.data.voc import VOCDataset
+from segnet_scratch.data.walk import Progress, silent, walk
 from segnet_scratch.errors import DataError, printable
 
 ABSENT_WEIGHT = 1.0
@@ -66,19 +64,14 @@ class ClassStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """One row a class in `classes`, and `masks`, `void` (pixels); the frequency of an absent class is None."""
-        rows = zip(self.names, self.pixels, self.images, self.frequency, self.weights, strict=True)
+        columns = (self.pixels, self.images, self.frequency, self.weights)
+        rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
         return {
             "masks": self.masks,
             "void": self.void,
             "classes": [
-                {
-                    "name": name,
-                    "pixels": int(pixels),
-                    "images": int(images),
-                    "frequency": None if np.isnan(frequency) else float(frequency),
-                    "weight": float(weight),
-                }
-                for name, pixels, images, frequency, weight in rows
+                {"name": name, "pixels": p, "images": n, "frequency": None if isnan(f) else f, "weight": w}
+                for name, p, n, f, w in rows
             ],
         }
 
@@ -87,45 +80,31 @@ class ClassStatistics:
 
         source: what the weights were counted in, for the comment at the head.
         """
-        lines = [
-            f"# Median-frequency weights of {printable(source)}: {self.masks} masks, void left out.",
-            "class_weights = [",
-        ]
+        head = f"# Median-frequency weights of {printable(source)}: {self.masks} masks, void left out."
+        lines = [head, "class_weights = ["]
         for name, weight, images in zip(self.names, self.weights, self.images, strict=True):
             absent = "" if images else f" (does not occur: neutral weight {ABSENT_WEIGHT:g})"
             lines.append(f"    {float(f'{weight:.6g}')!r},  # {printable(name)}{absent}")
         return "\n".join([*lines, "]", ""])
 
 
-def class_statistics(
-    dataset: VOCDataset,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ClassStatistics:
+def class_statistics(dataset: VOCDataset, workers: int | None = None, progress: Progress = silent) -> ClassStatistics:
     """Counts the labels in all masks of a split; images are not opened.
 
     workers: threads, as many as cores unless given. progress is told of the masks done and their number. Raises
     DataError as `read_mask` does, and where all masks are void.
     """
-    workers = workers if workers is not None else os.cpu_count() or 1
-    classes = dataset.classes
-    pixels, images, reachable = (np.zeros(classes, np.int64) for _ in range(3))
-    void = 0
 
     def count(index: int) -> np.ndarray:
-        return label_counts(read_mask(dataset.mask_path(index), classes))
+        return label_counts(read_mask(dataset.mask_path(index), dataset.classes))
 
-    with closing(ordered_map(count, range(len(dataset)), workers, ahead=4 * workers)) as results:
-        for done, counts in enumerate(results, start=1):
-            of_classes = counts[:classes]
-            pixels += of_classes
-            images += of_classes > 0
-            reachable += np.where(of_classes > 0, of_classes.sum(), 0)
-            void += int(counts[VOID])
-            progress(done, len(dataset))
-    if not pixels.any():
+    counts = np.array(list(walk(count, range(len(dataset)), workers, progress)))
+    of_classes, void = counts[:, : dataset.classes], int(counts[:, VOID].sum())
+    reachable = np.where(of_classes > 0, of_classes.sum(axis=1, keepdims=True), 0).sum(axis=0)
+    if not of_classes.any():
         raise DataError(
             f"{dataset.root}: all {len(dataset)} masks of split '{dataset.split}' are void throughout, so there is "
             "nothing to weigh; mark some pixels, or use another split."
         )
+    pixels, images = of_classes.sum(axis=0), (of_classes > 0).sum(axis=0)
     return ClassStatistics(dataset.names, pixels, images, reachable, void, len(dataset))

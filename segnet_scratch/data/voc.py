@@ -12,8 +12,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from segnet_scratch.data.colours import Colour
-from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.findings import Tell, refuse
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
 from segnet_scratch.data.palette import class_palette
 from segnet_scratch.data.pictures import mask_colours, read_image, read_mask
@@ -63,14 +62,7 @@ def class_names(root: Path, file: str = "labels.txt") -> tuple[str, ...]:
     A line is a name, or `name r g b` with the colour of the class. Blank lines are skipped. Raises DataError for a file
     without names, with a name twice, or with more than 255 names (label 255 is void).
     """
-    return _names_and_colours(root, file)[0]
-
-
-def _names_and_colours(root: Path, file: str = "labels.txt") -> tuple[tuple[str, ...], tuple[Colour, ...] | None]:
-    names, colours, findings = parse_labels(root, file)
-    if findings:
-        raise findings[0].error
-    return names, colours
+    return parse_labels(root, file)[0]
 
 
 def read_split(root: Path, split: str) -> list[str]:
@@ -85,11 +77,7 @@ def read_split(root: Path, split: str) -> list[str]:
     if not is_plain_name(split) or not path.is_file():
         splits = ", ".join(split_files(root)) or "none"
         raise DataError(f"{path}: there is no split '{split}'; splits in {folder}: {splits}.")
-    ids, findings = parse_split(path)
-    for finding in findings:
-        if finding.is_error:
-            raise finding.error
-    return ids
+    return parse_split(path)
 
 
 def split_files(root: Path) -> dict[str, Path]:
@@ -123,7 +111,7 @@ class VOCDataset:
         self.root = find_root(path, with_masks)
         self._with_masks = with_masks
         self.split = split
-        self.names, self._colours = _names_and_colours(self.root)
+        self.names, self._colours = parse_labels(self.root)
         self.classes = len(self.names)
         self.ids = tuple(read_split(self.root, split))
         self.check()
@@ -170,8 +158,7 @@ class VOCDataset:
         """
         image = read_image(self.image_path(index))
         mask = read_mask(self.mask_path(index), self.classes)
-        if finding := sizes_differ(self.image_path(index), image.shape[:2], self.mask_path(index), mask.shape):
-            raise finding.error
+        check_sizes(self.image_path(index), image.shape[:2], self.mask_path(index), mask.shape)
         return image, mask, self.ids[index]
 
 
@@ -180,15 +167,12 @@ def _in_another_form(path: Path) -> bool:
     return any(path.with_name(normalize(form, path.name)).is_file() for form in ("NFC", "NFD"))
 
 
-def sizes_differ(image: Path, image_size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> Finding | None:
-    """What is said of a pair whose sizes (height, width) differ; None where they are equal."""
-    if image_size == mask_size:
-        return None
-    code = "size-transposed" if image_size == mask_size[::-1] else "size-mismatch"
-    (height, width), (mask_height, mask_width) = image_size, mask_size
-    return Finding(
-        code,
-        mask,
-        f"mask of {mask_height} x {mask_width} (height x width) for an image of {height} x {width} "
-        f"({image}); both need the same size.",
-    )
+def check_sizes(
+    image: Path, image_size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...], found: Tell = refuse
+) -> None:
+    """Tells of a pair whose sizes (height, width) differ."""
+    if image_size != mask_size:
+        code = "size-transposed" if image_size == mask_size[::-1] else "size-mismatch"
+        (height, width), (mask_height, mask_width) = image_size, mask_size
+        sizes = f"mask of {mask_height} x {mask_width} (height x width) for an image of {height} x {width} ({image})"
+        found(code, mask, f"{sizes}; both need the same size.")

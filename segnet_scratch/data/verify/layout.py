@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 
-from segnet_scratch.data.findings import Finding
+from segnet_scratch.data.findings import Tell
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
 from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, find_root, possible_roots, split_files
 from segnet_scratch.errors import DataError
@@ -15,37 +15,31 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True)
 class Layout:
-    """The root, the class names by label, the ids of each split, and what is wrong with them."""
+    """The root, the class names by label, and the ids of each split."""
 
     root: Path
     names: tuple[str, ...]
     splits: dict[str, list[str]]
-    findings: list[Finding]
 
 
-def examine_layout(path: Path, wanted: Sequence[str] = ()) -> Layout:
+def examine_layout(path: Path, wanted: Sequence[str], found: Tell) -> Layout:
     """The layout of the data set that `path` means; of the splits `wanted`, or of all there are.
 
     Raises DataError where nothing there resembles a data set, and for a wanted split that does not exist.
     """
-    root, findings = _root(path)
-    names, _, label_findings = parse_labels(root)
-    findings += label_findings
-    folder = root / SPLIT_FOLDER
-    files = split_files(root)
-    for split in wanted:
+    root = _root(path, found)
+    names, _ = parse_labels(root, found=found)
+    folder, files = root / SPLIT_FOLDER, split_files(root)
+    for split in wanted or files:
         if split not in files:
             raise DataError(f"{folder / split}.txt: there is no split '{split}'; there are: {', '.join(files) or '-'}.")
-    splits = {}
-    for split in wanted or files:
         if not is_plain_name(split):
-            findings.append(Finding("split-name", files[split], "rename the list, without blanks or special marks."))
-        splits[split], problems = parse_split(files[split])
-        findings += problems
+            found("split-name", files[split], "rename the list, without blanks or special marks.")
+    splits = {split: parse_split(files[split], found) for split in wanted or files}
     if not splits and folder.is_dir():
-        findings.append(Finding("no-splits", folder, "expected lists such as train.txt and val.txt, got none."))
-    findings += _overlaps(folder, splits) + _case_clashes(folder, splits)
-    return Layout(root, names, splits, findings)
+        found("no-splits", folder, "expected lists such as train.txt and val.txt, got none.")
+    _examine_overlaps(folder, splits, found)
+    return Layout(root, names, splits)
 
 
 def purpose(split: str) -> str | None:
@@ -58,43 +52,32 @@ def purpose(split: str) -> str | None:
     return "score" if split.startswith(("val", "test")) else None
 
 
-def _root(path: Path) -> tuple[Path, list[Finding]]:
+def _root(path: Path, found: Tell) -> Path:
     try:
-        return find_root(path), []
+        return find_root(path)
     except DataError:
         # Something incomplete is still examined; only where nothing is like a data set there is nothing to examine.
-        found = {root: [name for name in FOLDERS if (root / name).is_dir()] for root in possible_roots(path)}
-        root = max(found, key=lambda candidate: len(found[candidate]))
-        if not found[root]:
+        missing = {root: [name for name in FOLDERS if not (root / name).is_dir()] for root in possible_roots(path)}
+        root = min(missing, key=lambda candidate: len(missing[candidate]))
+        if len(missing[root]) == len(FOLDERS):
             raise
-        missing = [folder for folder in FOLDERS if folder not in found[root]]
-        return root, [Finding("missing-folder", root / folder, "no such folder.") for folder in missing]
+        for folder in missing[root]:
+            found("missing-folder", root / folder, "no such folder.")
+        return root
 
 
-def _overlaps(folder: Path, splits: dict[str, list[str]]) -> list[Finding]:
-    findings = []
-    for first, second in combinations(splits, 2):
-        if {purpose(first), purpose(second)} != {"train", "score"}:
-            continue
-        train, score = sorted((first, second), key=lambda split: purpose(split) == "score")
-        shared = sorted(set(splits[train]) & set(splits[score]))
-        if shared:
+def _examine_overlaps(folder: Path, splits: dict[str, list[str]], found: Tell) -> None:
+    """Tells of ids in lists for training and for scoring, and of those that differ in case only."""
+    for train, score in product(splits, splits):
+        shared = sorted({*splits[train]} & {*splits[score]})
+        if shared and (purpose(train), purpose(score)) == ("train", "score"):
             named = ", ".join(shared[:_NAMED_AT_MOST]) + (", ..." if len(shared) > _NAMED_AT_MOST else "")
-            detail = (
-                f"{len(shared)} of its {len(splits[train])} ids stand in {score}.txt too ({named}); "
-                "a network is not to be scored on what it was trained on: take them out of one."
-            )
-            findings.append(Finding("split-overlap", folder / f"{train}.txt", detail))
-    return findings
-
-
-def _case_clashes(folder: Path, splits: dict[str, list[str]]) -> list[Finding]:
+            detail = f"{len(shared)} of its {len(splits[train])} ids stand in {score}.txt too ({named})"
+            fix = "a network is not to be scored on what it was trained on: take them out of one."
+            found("split-overlap", folder / f"{train}.txt", f"{detail}; {fix}")
     seen: dict[str, tuple[str, str]] = {}
-    findings = []
-    for split, ids in splits.items():
-        for name in ids:
-            other, where = seen.setdefault(name.casefold(), (name, split))
-            if other != name:
-                detail = f"'{name}' and '{other}' (in {where}.txt) differ in case only; rename one."
-                findings.append(Finding("id-case-clash", folder / f"{split}.txt", detail))
-    return findings
+    for split, name in ((split, name) for split, ids in splits.items() for name in ids):
+        other, where = seen.setdefault(name.casefold(), (name, split))
+        if other != name:
+            detail = f"'{name}' and '{other}' (in {where}.txt) differ in case only; rename one."
+            found("id-case-clash", folder / f"{split}.txt", detail)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,7 @@ class Report:
 
     def by_code(self) -> dict[str, list[Finding]]:
         """The findings of each code that occurs, in their order."""
-        groups: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            groups.setdefault(finding.code, []).append(finding)
-        return groups
+        return {code: list(group) for code, group in groupby(self.findings, lambda finding: finding.code)}
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object; sizes as "HEIGHTxWIDTH", pixels and images by class name and "void"."""
@@ -66,13 +64,7 @@ class Report:
             "images": {name: int(self.images[label]) for label, name in labels.items()},
             "void_share": self.void_share,
             "findings": [
-                {
-                    "code": finding.code,
-                    "error": finding.is_error,
-                    "meaning": CODES[finding.code],
-                    "file": str(finding.path),
-                    "detail": finding.detail,
-                }
-                for finding in self.findings
+                {"code": f.code, "error": f.is_error, "meaning": CODES[f.code], "file": str(f.path), "detail": f.detail}
+                for f in self.findings
             ],
         }
