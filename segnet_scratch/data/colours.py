@@ -3,57 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from segnet_scratch.data.palette import VOID, class_palette, voc_palette
+from segnet_scratch.data.pictures import decode
 from segnet_scratch.errors import DataError
 
 Colour = tuple[int, int, int]
 """Red, green and blue, each 0..255."""
 
-Found = tuple[int, int, int]
-"""How many pixels have a colour, and the row and column of the first."""
+_NAMED = 3  # colours of a mask that the table lacks
 
-VOID_NAMES = (
-    "void",
-    "unlabelled",
-    "unlabeled",
-    "ignore",
-    "ignored",
-    "unknown",
-    "unannotated",
-    "don't care",
-    "dontcare",
-)
+VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored", "unknown", "unannotated", "don't care",
+              "dontcare")  # fmt: skip
 """What people call what belongs to no class, in lower case."""
-
-# The 32 colours of CamVid's masks under the 11 classes that SegNet's authors and everybody since train on.
-_CAMVID: Mapping[str, tuple[Colour, ...]] = {
-    "sky": ((128, 128, 128),),
-    "building": (
-        (128, 0, 0),
-        (0, 128, 64),  # bridge
-        (64, 192, 0),  # wall
-        (64, 0, 64),  # tunnel
-        (192, 0, 128),  # archway
-    ),
-    "pole": ((192, 192, 128), (0, 0, 64)),  # column or pole, traffic cone
-    "road": ((128, 64, 128), (128, 0, 192), (192, 0, 64)),  # road, lane markings to drive on and others
-    "pavement": ((0, 0, 192), (64, 192, 128), (128, 128, 192)),  # sidewalk, parking block, road shoulder
-    "tree": ((128, 128, 0), (192, 192, 0)),  # tree, other vegetation
-    "sign_symbol": ((192, 128, 128), (128, 128, 64), (0, 64, 64)),  # sign, other text, traffic light
-    "fence": ((64, 64, 128),),
-    "car": (
-        (64, 0, 128),
-        (64, 128, 192),  # pickup
-        (192, 128, 192),  # truck, bus
-        (192, 64, 128),  # train
-        (128, 64, 64),  # other that moves
-    ),
-    "pedestrian": ((64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)),  # pedestrian, child, cart, animal
-    "bicyclist": ((0, 128, 192), (192, 0, 192)),  # bicyclist, motorcycle or scooter
-}
 
 
 @dataclass(frozen=True)
@@ -63,11 +28,29 @@ class ColourTable:
     names: tuple[str, ...]
     labels: Mapping[Colour, int]
 
-    @property
-    def palette(self) -> np.ndarray:
+    lacks: ClassVar = (
+        "colours that the table lacks",
+        "Add the colours to the table (as void, if they mean nothing), or correct the masks: many colours at few "
+        "pixels are left along borders by interpolation and by JPEG.",
+    )
+    """What masks may hold that the table does not tell, and what to do then."""
+
+    def palette(self, old: np.ndarray | None = None) -> np.ndarray:
         """The colour of every label, uint8 (256, 3): of a class with several colours the first."""
         first = {label: colour for colour, label in reversed(list(self.labels.items()))}
         return class_palette(self.names, [first[label] for label in range(len(self.names))])
+
+    def labels_of(self, path: Path) -> np.ndarray | str:
+        """The labels in a mask of colours, uint8 (H, W), or what is said of colours that the table lacks."""
+        labels, missing = labels_from_colours(_shown(path), self)
+        if not missing:
+            return labels
+        named = [
+            f"{colour} (pixels: {count}, first at row {row}, column {column})"
+            for colour, (count, row, column) in sorted(missing.items(), key=lambda item: -item[1][0])[:_NAMED]
+        ]
+        more = f"; and {len(missing) - _NAMED} more colours" if len(missing) > _NAMED else ""
+        return f"{path}: {'; '.join(named)}{more}"
 
 
 def voc_colours(names: tuple[str, ...]) -> ColourTable:
@@ -78,8 +61,7 @@ def voc_colours(names: tuple[str, ...]) -> ColourTable:
 
 def camvid_colours() -> ColourTable:
     """CamVid's 32 colours as the 11 classes that are trained on; black is void."""
-    labels = {colour: label for label, colours in enumerate(_CAMVID.values()) for colour in colours}
-    return ColourTable(tuple(_CAMVID), {**labels, (0, 0, 0): VOID})
+    return read_colours(Path(__file__).with_name("camvid.txt"))
 
 
 def read_colours(path: str | Path) -> ColourTable:
@@ -93,7 +75,7 @@ def read_colours(path: str | Path) -> ColourTable:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); expected lines of 'name r g b'.") from error
-    names: list[str] = []
+    names: dict[str, int] = {}
     labels: dict[Colour, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -104,12 +86,7 @@ def read_colours(path: str | Path) -> ColourTable:
         name, colour = entry
         if colour in labels:
             raise DataError(f"{path}, line {number}: colour {colour} stands there twice; give each colour one class.")
-        if name.lower() in VOID_NAMES:
-            labels[colour] = VOID
-        else:
-            if name not in names:
-                names.append(name)
-            labels[colour] = names.index(name)
+        labels[colour] = VOID if name.lower() in VOID_NAMES else names.setdefault(name, len(names))
     if not 0 < len(names) <= VOID:
         raise DataError(f"{path}: {len(names)} classes; expected 1 to {VOID} beside void.")
     return ColourTable(tuple(names), labels)
@@ -120,7 +97,7 @@ def labels_from_colours(
 ) -> tuple[np.ndarray, dict[Colour, tuple[int, int, int]]]:
     """Labels, uint8 (H, W), of a picture, uint8 (H, W, 3); and the colours that the table lacks.
 
-    Where it lacks any, the labels are of no use.
+    Of these the number of pixels, and the row and column of the first. Where there are any, the labels are of no use.
     """
     packed = _pack(colours.reshape(-1, 3))
     keys = _pack(np.array(list(table.labels), np.uint8))
@@ -145,7 +122,22 @@ def name_and_colour(line: str) -> tuple[str, Colour] | None:
     return None
 
 
+def _shown(path: Path) -> np.ndarray:
+    """The colours that a mask shows, uint8 (H, W, 3), whatever its mode."""
+    picture = decode(path, "mask")
+    if picture.mode.startswith("I"):
+        raise DataError(f"{path}: 16-bit grey is no colour; expected a picture of 8 bits a channel.")
+    shown = np.array(picture.convert("RGBA"))
+    see_through = np.argwhere(shown[..., 3] != 255).tolist()
+    if see_through:
+        row, column = see_through[0]
+        raise DataError(
+            f"{path}: {len(see_through)} pixels are transparent, first at row {row}, column {column}, so that their "
+            "colour is not to be told; save the mask without transparency."
+        )
+    return shown[..., :3]
+
+
 def _pack(colours: np.ndarray) -> np.ndarray:
-    """uint8 (n, 3) -> uint32 (n,): red, green and blue as one number."""
-    red, green, blue = colours.astype(np.uint32).T
-    return red << 16 | green << 8 | blue
+    """uint8 (n, 3) -> int64 (n,): red, green and blue as one number."""
+    return colours.astype(np.int64) @ (1 << 16, 1 << 8, 1)

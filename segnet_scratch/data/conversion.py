@@ -1,21 +1,19 @@
 """A new data set in VOC layout from one of another kind: images, masks, lists and names, whole or not at all."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import orientation, read_image
 from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, mask_file
-from segnet_scratch.errors import DataError
+from segnet_scratch.data.walk import Progress, silent, walk
+from segnet_scratch.errors import DataError, some_of
 from segnet_scratch.files import reason, whole_folder
 
 
@@ -33,18 +31,17 @@ def write_dataset(
     pairs: Mapping[str, Pair],
     splits: Mapping[str, Sequence[str]],
     upright: bool = True,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    lacking: Callable[[list[str]], DataError] = lambda problems: DataError(*problems),
+    progress: Progress = silent,
+    lacks: tuple[str, str] = ("", ""),
 ) -> int:
     """Writes these pairs, by id, to `out`, which appears whole or not at all; returns their number.
 
     palette: colours of the labels, uint8 (256, 3). splits: ids by the name of their list. upright: images are turned as
     their EXIF data ask for, as every program shows them in which masks are drawn; what is no JPEG or PNG becomes one.
-    Else they are copied. Raises DataError for files that cannot be read or written, and `lacking` of what masks say.
+    Else they are copied, and masks are asked for the size (0, 0), which is any. lacks: what masks may hold that is not
+    known, and the fix.
+    Raises DataError for files that cannot be read or written, and of masks that say why they cannot be made.
     """
-    workers = workers if workers is not None else os.cpu_count() or 1
-    problems: list[str] = []
 
     def convert(item: tuple[str, Pair]) -> str:
         name, pair = item
@@ -61,12 +58,9 @@ def write_dataset(
         with whole_folder(out) as folder:
             for part in FOLDERS:
                 (folder / part).mkdir(parents=True)
-            with closing(ordered_map(convert, pairs.items(), workers, ahead=4 * workers)) as results:
-                for done, problem in enumerate(results, start=1):
-                    problems += [problem] if problem else []
-                    progress(done, len(pairs))
-            if problems:
-                raise lacking(problems)
+            if problems := [*filter(None, walk(convert, pairs.items(), progress=progress))]:
+                what = f"{len(problems)} of {len(pairs)} masks hold {lacks[0]}"
+                raise DataError(f"{out}: {what}; nothing was written:", *some_of(problems), lacks[1])
             for split, ids in splits.items():
                 (folder / SPLIT_FOLDER / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
             (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")

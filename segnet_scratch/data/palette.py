@@ -12,30 +12,9 @@ from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason
 from segnet_scratch.ops.op import VOID as VOID
 
-VOC_CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
-
+VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor")  # fmt: skip
 
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
 """What people call the class of all that is nothing in particular, in lower case."""

@@ -31,6 +31,15 @@ class Shape(NamedTuple):
     inside: Callable[[tuple[int, int]], np.ndarray]
 
 
+class Outlines(NamedTuple):
+    """What a file says of an image: its regions, the later covering the earlier, and its size where that is told."""
+
+    source: Path
+    image: Path
+    shapes: Sequence[Shape]
+    told: tuple[int, int] | None
+
+
 def read_labelme(
     folder: Path, labels: Sequence[str] | None = None, images: Path | None = None
 ) -> tuple[list[str], dict[str, Pair]]:
@@ -40,16 +49,15 @@ def read_labelme(
     `imagePath`. Shapes are drawn in the order of the file, as LabelMe draws them: the later covers the earlier.
     DataError names the file and the entry at fault.
     """
-    contents: dict[Path, tuple[Path, list[Shape], tuple[int, int] | None]] = {}
+    found: list[Outlines] = []
     for path in [file for file in visible_files(folder) if file.suffix.lower() == ".json"]:
         data = _read_json(path, "shapes")
         told = str(data.get("imagePath")).replace("\\", "/")
         image = _find_image(path, [path.parent / told, path.parent / Path(told).name], images, told)
         shapes = [_labelme_shape(f"{path}: shape {k}", entry) for k, entry in enumerate(data["shapes"], start=1)]
-        contents[path] = image, shapes, _size(data.get("imageHeight"), data.get("imageWidth"))
-    names = _names(labels or sorted({shape.label for _, shapes, _ in contents.values() for shape in shapes}))
-    pairs = {path.stem: Pair(item[0], partial(_drawn, path, *item, names)) for path, item in contents.items()}
-    return names, pairs
+        found.append(Outlines(path, image, shapes, _size(data.get("imageHeight"), data.get("imageWidth"))))
+    names = _names(labels or sorted({shape.label for outlines in found for shape in outlines.shapes}))
+    return names, {outlines.source.stem: _pair(outlines, names) for outlines in found}
 
 
 def read_coco(
@@ -77,8 +85,8 @@ def read_coco(
         told = str(entry["file_name"]).replace("\\", "/")
         image = _find_image(path, [path.parent / told, path.parent / "images" / told], images, told)
         ordered = [shape for _, shape in sorted(shapes[key], key=lambda item: (item[0], -item[1].area))]
-        size = _size(entry.get("height"), entry.get("width"))
-        pairs[str(Path(told).with_suffix(""))] = Pair(image, partial(_drawn, path, image, ordered, size, names))
+        outlines = Outlines(path, image, ordered, _size(entry.get("height"), entry.get("width")))
+        pairs[str(Path(told).with_suffix(""))] = _pair(outlines, names)
     return names, pairs
 
 
@@ -146,27 +154,23 @@ def _coco_shape(where: str, label: str, told: Any) -> Shape:
     return Shape(label, sum(map(_area, parts)), lambda size: np.any([polygon_inside(p, size) for p in parts], axis=0))
 
 
-def _drawn(
-    path: Path,
-    image: Path,
-    shapes: Sequence[Shape],
-    told: tuple[int, int] | None,
-    names: list[str],
-    size: tuple[int, int],
-) -> np.ndarray:
-    """The mask, uint8 (H, W), of an image of `size`; where there is no shape it is background."""
-    if told and told != size:
-        raise DataError(
-            f"{path}: outlines for an image of {told[0]} x {told[1]} (height x width); {image} has {size[0]} x "
-            f"{size[1]}; take the image that they were drawn on."
-        )
-    mask = np.zeros(size, np.uint8)
-    for shape in shapes:
-        if shape.label not in (*names, *_BACKGROUND, *_VOID):
-            raise DataError(f"{path}: label {shape.label!r} of {image.name} is not among {', '.join(names)}; add it.")
-        label = VOID if shape.label in _VOID else 0 if shape.label in _BACKGROUND else names.index(shape.label)
-        mask[shape.inside(size)] = label
-    return mask
+def _pair(outlines: Outlines, names: list[str]) -> Pair:
+    """The image, and the mask that the regions make with these classes; where there is none it is background."""
+    source, image, shapes, told = outlines
+    labels = dict.fromkeys(_VOID, VOID) | dict.fromkeys(_BACKGROUND, 0) | {name: k for k, name in enumerate(names)}
+
+    def drawn(size: tuple[int, int]) -> np.ndarray:
+        if told and told != size:
+            sizes = "an image of {} x {} (height x width); {} has {} x {}".format(*told, image, *size)
+            raise DataError(f"{source}: outlines for {sizes}; take the image that they were drawn on.")
+        mask = np.zeros(size, np.uint8)
+        for label, _, inside in shapes:
+            if label not in labels:
+                raise DataError(f"{source}: label {label!r} of {image.name} is not among {', '.join(names)}; add it.")
+            mask[inside(size)] = labels[label]
+        return mask
+
+    return Pair(image, drawn)
 
 
 def _names(labels: Sequence[str]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from segnet_scratch.data.palette import VOID
+from segnet_scratch.data.palette import VOID, class_palette
+from segnet_scratch.data.pictures import decode, label_counts, mask_labels
 from segnet_scratch.errors import ConfigError
 
 
@@ -20,6 +23,22 @@ class Relabelling:
     kept: tuple[int, ...]
     lookup: np.ndarray
     known: np.ndarray
+    lacks: ClassVar = (
+        "numbers that are no class",
+        "Say what each means, for example --relabel 7=void, or name its class in labels.txt.",
+    )
+    """What masks may hold that it does not tell, and what to do then."""
+
+    def palette(self, old: np.ndarray | None = None) -> np.ndarray:
+        """The colour of every label, uint8 (256, 3): that of its old number, as far as these are known."""
+        return class_palette(self.names, None if old is None else old[list(self.kept)].tolist())
+
+    def labels_of(self, path: Path) -> np.ndarray | str:
+        """The new labels of a mask, uint8 (H, W); or what is said of numbers that mean nothing."""
+        labels = mask_labels(path, decode(path, "mask"))
+        if wrong := np.flatnonzero(label_counts(labels) * ~self.known).tolist():
+            return f"{path}: {', '.join(map(str, wrong))}"
+        return self.lookup[labels]
 
 
 def parse_relabelling(text: str, names: Sequence[str]) -> Relabelling:
