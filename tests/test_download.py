@@ -11,6 +11,7 @@ from support.local_server import Behaviour
 from segnet_scratch.data.download import fetch as fetch_module
 from segnet_scratch.data.download.fetch import fetch
 from segnet_scratch.errors import DataError
+from segnet_scratch.files import lock
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
@@ -25,12 +26,14 @@ def server(server):
 
 
 @pytest.fixture
-def get(tmp_path):
+def get(tmp_path, monkeypatch):
     """`get(url, ...)` fetches into a folder and returns the file."""
+    monkeypatch.setattr(fetch_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(fetch_module, "_TIMEOUT", 5.0)
 
     def run(*urls, target="archive.tar", **options):
         target = tmp_path / "folder" / target
-        fetch(urls, target, MD5, len(CONTENT), pause=0.0, **{"timeout": 5.0, **options})
+        fetch(urls, target, MD5, len(CONTENT), **options)
         return target
 
     return run
@@ -207,7 +210,8 @@ def test_a_server_that_drips_is_given_up(server, get, monkeypatch):
     assert len(server.requests) == 5
 
 
-def test_a_silent_server_times_out(server, get):
+def test_a_silent_server_times_out(server, get, monkeypatch):
+    monkeypatch.setattr(fetch_module, "_TIMEOUT", 0.1)
     stop = threading.Event()
 
     class Stalling(Behaviour):
@@ -223,7 +227,7 @@ def test_a_silent_server_times_out(server, get):
     server.paths["a"] = Stalling()
     try:
         url = f"http://127.0.0.1:{server.server.server_port}/a"
-        assert get(url, server.url("b"), timeout=0.1).read_bytes() == CONTENT
+        assert get(url, server.url("b")).read_bytes() == CONTENT
     finally:
         stop.set()
 
@@ -242,8 +246,10 @@ def test_a_full_disk_keeps_what_is_there(server, get, monkeypatch, tmp_path):
 
 def test_two_processes_do_not_write_one_file(server, get, tmp_path):
     leave_part(tmp_path, b"")
-    with fetch_module._locked(part(tmp_path)), pytest.raises(DataError, match="another process"):
-        get(server.url("a"))
+    with part(tmp_path).open("rb") as other:
+        assert lock(other.fileno(), part(tmp_path))
+        with pytest.raises(DataError, match="another process"):
+            get(server.url("a"))
 
 
 def test_an_interruption_keeps_what_is_there(server, get, tmp_path):

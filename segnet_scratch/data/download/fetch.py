@@ -5,17 +5,17 @@ Resuming is one header and three answers (206, 200, 416), which urllib serves as
 """
 
 import hashlib
-import http.client
 import os
 import re
 import ssl
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.request import BaseHandler, Request, build_opener
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import DataError
@@ -24,10 +24,54 @@ from segnet_scratch.files import lock, reason
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many bytes of how many are."""
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
+_TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
+_PAUSE = 2.0  # seconds before a second try, twice as long before the next
 _FRUITLESS_TRIES = 3  # in a row, of one mirror
 _TRIES = 50  # of one mirror in all: one that breaks off after every few bytes is no mirror
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def fetch(
+    urls: Sequence[str],
+    target: Path,
+    checksum: str,
+    size: int,
+    progress: Progress = silent,
+    fix: str = "give another address with --mirror",
+) -> None:
+    """Gets a file of `size` bytes with this checksum, "md5:DIGITS" or "sha256:DIGITS", to `target`, unless it is there.
+
+    Of the digits as many count as are given. `fix` is what else can be done where no mirror delivers.
+
+    Until it is whole and verified it is called `target`.part; another call goes on with that, from whichever mirror.
+    Raises DataError, which tells what each mirror said, where none delivers, where `target` is another file, where
+    another process is at it, and where the disk is full.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.stat().st_size >= size:
+            with target.open("rb") as stream:
+                got = _Download(stream, checksum, size, progress).checksum_found()
+            if got != checksum:
+                what = f"another file than expected ({got}, expected {checksum})"
+                raise DataError(f"{target}: {what}; move it away or delete it.")
+            return
+        if target.exists():
+            target.rename(part)  # what another program broke off under the final name
+        with part.open("a+b") as stream:
+            if not lock(stream.fileno(), part):
+                raise DataError(f"{part}: another process is downloading it; wait for it.")
+            _Download(stream, checksum, size, progress).from_mirrors(urls, target, fix)
+            os.fsync(stream.fileno())
+            part.rename(target)
+    except OSError as error:
+        raise DataError(f"{part}: {reason(error)}. What is there is kept; run it again, it goes on.") from error
 
 
 class _MirrorError(Exception):
@@ -38,196 +82,112 @@ class _MirrorError(Exception):
         self.again = again
 
 
-def fetch(
-    urls: Sequence[str],
-    target: Path,
-    checksum: str,
-    size: int,
-    progress: Progress = lambda what, done, total: None,
-    timeout: float = 30.0,
-    pause: float = 2.0,
-    fix: str = "give another address with --mirror",
-) -> None:
-    """Gets a file of `size` bytes with this checksum, "md5:DIGITS" or "sha256:DIGITS", to `target`, unless it is there.
+class _HttpOnly(BaseHandler):
+    """urllib's own opener would follow to ftp, and take file and data addresses."""
 
-    Of the digits as many count as are given. `fix` is what else can be done where no mirror delivers.
-
-    Until it is whole and verified it is called `target`.part; another call goes on with that, from whichever mirror.
-    timeout: seconds without a byte after which a connection counts as broken. pause: seconds before a second try,
-    twice as long before the next. Raises DataError, which tells what each mirror said, where none delivers, where
-    `target` is another file, where another process is at it, and where the disk is full.
-    """
-    part = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            if target.stat().st_size >= size:
-                return _check_present(target, checksum, size, progress)
-            target.rename(part)  # what another program broke off under the final name
-        with _locked(part) as stream:
-            _from_mirrors(urls, stream, target, checksum, size, progress, timeout, pause, fix)
-            os.fsync(stream.fileno())
-            part.rename(target)
-    except OSError as error:
-        raise DataError(f"{part}: {reason(error)}. What is there is kept; run it again, it goes on.") from error
-    return None
+    def default_open(self, request: Request) -> None:
+        """Asked before any other handler, for redirections too."""
+        if request.type not in ("http", "https"):
+            raise URLError(f"unknown url type: {request.type}")
 
 
-def _from_mirrors(
-    urls: Sequence[str],
-    stream: BinaryIO,
-    target: Path,
-    checksum: str,
-    size: int,
-    progress: Progress,
-    timeout: float,
-    pause: float,
-    fix: str,
-) -> None:
-    """Fills `stream` with the verified file, or raises DataError."""
-    reasons = []
-    for url in urls:
-        try:
-            from_start = stream.seek(0, os.SEEK_END) == 0
-            _whole(url, stream, size, progress, timeout, pause)
-            got = _checksum(stream, size, checksum, progress)
-            if got != checksum and not from_start:
-                # Perhaps what was there before was at fault: once more, all from this mirror.
-                stream.truncate(0)
-                _whole(url, stream, size, progress, timeout, pause)
-                got = _checksum(stream, size, checksum, progress)
-            if got == checksum:
-                return
-            stream.truncate(0)
-            reasons.append(f"  {url}: another file ({got}, expected {checksum})")
-        except _MirrorError as error:
-            reasons.append(f"  {url}: {error}")
-    kept = stream.seek(0, os.SEEK_END)
-    raise DataError(
-        f"{target.name}: none of {len(urls)} mirrors delivered it:",
-        *reasons,
-        f"{kept:,} of {size:,} bytes are kept. Run it again later, {fix}, or get the file elsewhere and put it "
-        f"there yourself: {target}",
-    )
+@dataclass
+class _Download:
+    """A file, open to be read and to be appended to, and what it is to become."""
 
+    stream: BinaryIO
+    checksum: str
+    size: int
+    progress: Progress
 
-def _whole(url: str, stream: BinaryIO, size: int, progress: Progress, timeout: float, pause: float) -> None:
-    """Appends to `stream` what is missing of `size` bytes, with as many connections as it takes."""
-    fruitless = 0
-    for _ in range(_TRIES):
-        before = stream.seek(0, os.SEEK_END)
-        if before == size:
-            return
-        if before > size:
-            before = stream.truncate(0)
-        try:
-            _append(url, stream, before, size, progress, timeout)
-            return
-        except _MirrorError as error:
-            fruitless = 0 if stream.tell() > before else fruitless + 1
-            if not error.again or fruitless == _FRUITLESS_TRIES:
-                raise
-        time.sleep(pause * 2**fruitless)
-    raise _MirrorError(f"broke off {_TRIES} times")
-
-
-def _append(url: str, stream: BinaryIO, start: int, size: int, progress: Progress, timeout: float) -> None:
-    """One connection: bytes from `start` on, or from 0 where the server cannot begin elsewhere."""
-    with _connect(url, start, timeout) as answer:
-        if answer.status == 206:
-            place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-            if not place or int(place[1]) != start or place[2] not in (str(size), "*"):
-                stream.truncate(0)
-                raise _MirrorError(f"offers {answer.headers.get('Content-Range')!r:.80}, not bytes {start}- of {size}")
-        else:
-            start = stream.truncate(0)  # it sends everything, whatever was asked for
-        stream.seek(start)
-        promised = answer.headers.get("Content-Length")
-        if promised is not None and start + int(promised) != size:
-            raise _MirrorError(f"another file ({start + int(promised):,} bytes, expected {size:,})")
-        while block := _receive(answer):
-            if stream.tell() + len(block) > size:
-                stream.truncate(0)
-                raise _MirrorError(f"another file (more than {size:,} bytes)")
-            stream.write(block)
-            progress("download", stream.tell(), size)
-        if stream.tell() < size:
-            raise _MirrorError(f"the connection broke off after {stream.tell():,} of {size:,} bytes", again=True)
-
-
-@contextmanager
-def _connect(url: str, start: int, timeout: float) -> Iterator[http.client.HTTPResponse]:
-    headers = {"User-Agent": f"segnet_scratch/{__version__}", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        with _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
-            yield answer
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and start:
-            # Its file is shorter than what we have: from the start, it says how long it is.
-            with _connect(url, 0, timeout) as answer:
-                yield answer
-            return
-        raise _MirrorError(f"HTTP {error.code} {error.reason}", again=error.code in _TRY_AGAIN) from None
-    except urllib.error.URLError as error:
-        again = not isinstance(error.reason, ssl.SSLCertVerificationError)
-        raise _MirrorError(f"cannot be reached ({error.reason})", again) from None
-    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        raise _MirrorError(f"the connection broke ({error or type(error).__name__})", again=True) from None
-    except ValueError as error:  # no URL at all, or headers that are no numbers
-        raise _MirrorError(f"cannot be used ({error})") from None
-
-
-def _receive(answer: http.client.HTTPResponse) -> bytes:
-    try:
-        return answer.read(_BLOCK)
-    except http.client.IncompleteRead as error:
-        return error.partial  # what came is good; the missing rest is noticed by its length
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Opens http and https only: urllib's own would follow to ftp, and take file and data addresses."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _check_present(target: Path, checksum: str, size: int, progress: Progress) -> None:
-    with target.open("rb") as stream:
-        got = _checksum(stream, size, checksum, progress)
-    if got != checksum:
+    def from_mirrors(self, urls: Sequence[str], target: Path, fix: str) -> None:
+        """Completes the file from the first that delivers; else DataError."""
+        reasons = []
+        for url in urls:
+            try:
+                return self._complete(url)
+            except _MirrorError as error:
+                reasons.append(f"  {url}: {error}")
         raise DataError(
-            f"{target}: another file than expected ({got}, expected {checksum}); move it away or delete it."
+            f"{target.name}: none of {len(urls)} mirrors delivered it:",
+            *reasons,
+            f"{self._kept():,} of {self.size:,} bytes are kept. Run it again later, {fix}, or get the file elsewhere "
+            f"and put it there yourself: {target}",
         )
 
+    def checksum_found(self) -> str:
+        """That of the file, of the algorithm and with as many digits as the one expected."""
+        # These are what publishers give: VOC's and SBD's MD5, the first digits of SHA-256 in torchvision's file names.
+        # They guard against damage and mix-ups; that two files with one MD5 can be made does not matter for that.
+        digest = hashlib.new(self.checksum.partition(":")[0], usedforsecurity=False)
+        self.stream.seek(0)
+        while block := self.stream.read(_BLOCK):
+            digest.update(block)
+            self.progress("check", self.stream.tell(), self.size)
+        return f"{digest.name}:{digest.hexdigest()}"[: len(self.checksum)]
 
-def _checksum(stream: BinaryIO, size: int, like: str, progress: Progress) -> str:
-    """The checksum of a stream, of the algorithm and with as many digits as `like`."""
-    # These are what the publishers give: VOC's and SBD's MD5, the first digits of SHA-256 in torchvision's file names.
-    # They guard against damage and mix-ups; that two files with one MD5 can be made does not matter for that.
-    digest = hashlib.new(like.partition(":")[0], usedforsecurity=False)
-    stream.seek(0)
-    while block := stream.read(_BLOCK):
-        digest.update(block)
-        progress("check", stream.tell(), size)
-    return f"{digest.name}:{digest.hexdigest()}"[: len(like)]
+    def _kept(self) -> int:
+        return self.stream.seek(0, os.SEEK_END)
 
+    def _complete(self, url: str) -> None:
+        """Appends what is missing, with as many connections as it takes, until the checksum is right."""
+        all_from_here, fruitless = self._kept() == 0, 0
+        for _ in range(_TRIES):
+            if (before := self._kept()) > self.size:
+                before = self.stream.truncate(0)
+            try:
+                if before < self.size:
+                    self._append(url, before)
+                if (got := self.checksum_found()) == self.checksum:
+                    return
+                self.stream.truncate(0)
+                if all_from_here:
+                    raise _MirrorError(f"another file ({got}, expected {self.checksum})")
+                all_from_here = True  # perhaps what was there before was at fault
+                continue
+            except _MirrorError as error:
+                fruitless = 0 if self.stream.tell() > before else fruitless + 1
+                if not error.again or fruitless == _FRUITLESS_TRIES:
+                    raise
+            time.sleep(_PAUSE * 2**fruitless)
+        raise _MirrorError(f"broke off {_TRIES} times")
 
-@contextmanager
-def _locked(part: Path) -> Iterator[BinaryIO]:
-    """The partial file, for this process alone."""
-    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
-        if not lock(stream.fileno(), part):
-            raise DataError(f"{part}: another process is downloading it; wait for it.")
-        yield stream
+    def _append(self, url: str, start: int) -> None:
+        """One connection: bytes from `start` on, or from 0 where the server cannot begin elsewhere."""
+        headers = {"User-Agent": f"segnet_scratch/{__version__}", "Accept-Encoding": "identity"}
+        try:
+            request = Request(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
+            with build_opener(_HttpOnly).open(request, timeout=_TIMEOUT) as answer:
+                self._take(answer, start)
+        except HTTPError as error:
+            error.close()
+            if error.code == 416 and start:
+                # Its file is shorter than what we have: from the start, it says how long it is.
+                return self._append(url, self.stream.truncate(0))
+            raise _MirrorError(f"HTTP {error.code} {error.reason}", again=error.code in _TRY_AGAIN) from None
+        except URLError as error:
+            again = not isinstance(error.reason, ssl.SSLCertVerificationError)
+            raise _MirrorError(f"cannot be reached ({error.reason})", again) from None
+        except (HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            raise _MirrorError(f"the connection broke ({error!r})", again=True) from None
+        except ValueError as error:  # no URL at all, or headers that are no numbers
+            raise _MirrorError(f"cannot be used ({error})") from None
+
+    def _take(self, answer: HTTPResponse, start: int) -> None:
+        if answer.status != 206:
+            start = self.stream.truncate(0)  # it sends everything, whatever was asked for
+        elif not re.fullmatch(rf"bytes {start}-\d+/({self.size}|\*)", offer := answer.headers.get("Content-Range", "")):
+            self.stream.truncate(0)
+            raise _MirrorError(f"offers {offer!r:.80}, not bytes {start}- of {self.size}")
+        self.stream.seek(start)
+        promised = answer.headers.get("Content-Length")
+        if promised is not None and start + int(promised) != self.size:
+            raise _MirrorError(f"another file ({start + int(promised):,} bytes, expected {self.size:,})")
+        while block := answer.read1(_BLOCK):  # what came before a break is not lost
+            if self.stream.tell() + len(block) > self.size:
+                self.stream.truncate(0)
+                raise _MirrorError(f"another file (more than {self.size:,} bytes)")
+            self.stream.write(block)
+            self.progress("download", self.stream.tell(), self.size)
+        if self.stream.tell() < self.size:
+            raise _MirrorError(f"the connection broke off after {self.stream.tell():,} of {self.size:,} bytes", True)
