@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 import numpy as np
 
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
+from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.ops.optimiser.array_table import columns
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
 from segnet_scratch.ops.optimiser.sgd import KeepFinite, SgdStep
 from segnet_scratch.ops.optimiser.sgd_pack import SgdPackStep
@@ -67,29 +70,28 @@ class SGD:
         self.momenta = {name: device.zeros(p.shape, p.dtype) for name, p in self.parameters.items()}
         self._lr = device.zeros((1,), np.float64)
         arrays = [p.data for p in self.parameters.values()]
-        weights = [len(p.shape) == 4 for p in self.parameters.values()]
+        shapes = [p.shape for p in self.parameters.values()]
         factors = _factors(list(self.parameters), multipliers or {})
-        rates = [factor * (1.0 if weight else bias_lr) for factor, weight in zip(factors, weights, strict=True)]
-        decays = [decay if weight else 0.0 for weight in weights]
-        step = device, arrays, list(self.momenta.values()), rates, decays, momentum
-        if working is None:
-            self._step = SgdStep(*step)
-        else:
+        rates = [f * (1.0 if len(shape) == 4 else bias_lr) for f, shape in zip(factors, shapes, strict=True)]
+        decays = [decay if len(shape) == 4 else 0.0 for shape in shapes]
+        self._moved = columns(parameter=arrays, momentum=self.momenta.values())
+        self._step: Op = SgdStep(shapes, rates, decays, momentum, model.dtype)
+        self._copy: Op | None = None
+        if working is not None:
             copies, flipped = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
-            self._step = SgdPackStep(*step, copies, flipped, working.storage)
-        self._statistics = KeepFinite(device, [buffer.data for buffer in model.named_buffers().values()])
+            self._moved |= columns(copy=copies, flipped=flipped)
+            of_copies, of_flipped = ([getattr(a, "shape", None) for a in arrays] for arrays in (copies, flipped))
+            plan = partial(SgdPackStep, shapes, rates, decays, momentum, of_copies, of_flipped, working.storage)
+            self._step, self._copy = plan(), plan(update=False)
+        buffers = [buffer.data for buffer in model.named_buffers().values()]
+        self._statistics = columns(array=buffers, kept=[device.copy(array) for array in buffers])
+        self._keep = KeepFinite([array.shape for array in buffers], model.dtype)
         self._scale = device.upload(np.ones(1))
         self._failed = device.upload(np.full(1, np.nan))  # here already where memory has run out
-        self.norm = device.zeros((1,), np.float64)  # of all gradients together, before clipping
-        self._norm = GradientNorm(
-            device,
-            arrays,
-            largest=clip_norm or inf,
-            squares=device.zeros((len(arrays),), np.float64),
-            norm=self.norm,
-            scale=self._scale,
-            partials=device.zeros((len(self._step.table.chunks),), np.float64),
-        )
+        self._norm = GradientNorm(shapes, clip_norm or inf, model.dtype)
+        made = {**self._norm.outputs, **self._norm.workspace}
+        self._of_norm = {"scale": self._scale, **{name: device.zeros(s.shape, s.dtype) for name, s in made.items()}}
+        self.norm = self._of_norm["norm"]  # of all gradients together, before clipping
         held = [] if working is None else [*working.copies.values(), *working.flipped.values()]
         parameters = sum(array.size for array in arrays)
         self._work = Update(parameters, model.dtype.itemsize, sum(array.nbytes for array in held))
@@ -98,13 +100,16 @@ class SGD:
     def refresh(self) -> None:
         """To be called after somebody else has changed weights or running statistics: what is kept of them follows."""
         self.model.device.write(self._scale, np.ones(1))
-        self._statistics(self._scale)
-        if isinstance(self._step, SgdPackStep):
-            self._step.refresh()
+        self._keep_finite(self._scale)
+        if self._copy is not None:
+            self._copy.run(self.model.device, Buffers(**self._moved, lr=self._lr, scale=self._scale))
 
     def take_back(self) -> None:
         """The running statistics are again what the last whole step left: a forward pass is not to count."""
-        self._statistics(self._failed)
+        self._keep_finite(self._failed)
+
+    def _keep_finite(self, scale: Array) -> None:
+        self._keep.run(self.model.device, Buffers(**self._statistics, scale=scale))
 
     def step(self, lr: float) -> None:
         """Moves every parameter along its gradient; all must have one."""
@@ -121,10 +126,10 @@ class SGD:
             carry_out(self._work, self._update)
 
     def _update(self) -> None:
-        gradients = self._gradients()
-        self._norm(gradients)
-        self._statistics(self._scale)
-        self._step(gradients, self._lr, self._scale)
+        device, gradients = self.model.device, columns(gradient=self._gradients())
+        self._norm.run(device, Buffers(**gradients, **self._of_norm))
+        self._keep_finite(self._scale)
+        self._step.run(device, Buffers(**self._moved, **gradients, lr=self._lr, scale=self._scale))
 
     def _gradients(self) -> list[Array]:
         for name, parameter in self.parameters.items():

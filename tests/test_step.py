@@ -34,8 +34,9 @@ def batch(seed, poison=None):
 
 def state(step):
     """Everything that a later step depends on."""
-    copies = getattr(step.optimiser._step, "copies", []) + getattr(step.optimiser._step, "flipped", [])
-    held = {f"copy {k}": step.device.download(array) for k, array in enumerate(copies) if array is not None}
+    copies = {name: array for name, array in step.optimiser._moved.items() if name.startswith(("copy", "flipped"))}
+    assert bool(copies) == hasattr(step.optimiser._step, "storage")
+    held = {name: step.device.download(array) for name, array in copies.items()}
     momenta = {f"momentum of {name}": array for name, array in step.optimiser.state_dict().items()}
     return {**step.model.state_dict(), **momenta, **held}
 

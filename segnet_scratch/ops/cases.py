@@ -68,7 +68,6 @@ class Row:
     elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
     channels: ClassVar[int] = 1  # those of maps are a multiple of it
     constants: ClassVar[tuple[str, ...]] = ()  # inputs without a gradient
-    typed: ClassVar[bool] = True  # the plan refuses element types other than float32 and float64
     # Of nn/functions.py, its gradient is checked on these cases; unless given, it has the op's name without "_forward".
     function: str | None = None
 

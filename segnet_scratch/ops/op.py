@@ -71,10 +71,10 @@ class Op:
     """One operation on arrays of fixed shapes. Subclasses fill in the plan in `__init__` and say how it is computed."""
 
     name: ClassVar[str]  # "max_pool_forward": op and direction
-    inputs: Mapping[str, Spec]
-    outputs: Mapping[str, Spec]
+    inputs: dict[str, Spec]
+    outputs: dict[str, Spec]
     workspace: Mapping[str, Spec] = MappingProxyType({})
-    updates: ClassVar[tuple[str, ...]] = ()  # inputs that are changed in place
+    updates: tuple[str, ...] = ()  # inputs that are changed in place
     optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
     flops = 0
     over: ClassVar[str] = ""  # the array whose elements the threads share out; the first output unless named
@@ -167,7 +167,7 @@ class Op:
 
     def __call__(self, device: Device, **arrays: Array | None) -> Buffers:
         """Checks the inputs against the plan, allocates outputs and workspace, runs; returns the outputs."""
-        self._check(arrays)
+        self.check(arrays)
         outputs = {name: device.empty(s.shape, s.dtype) for name, s in self.outputs.items()}
         # The numpy device works in cache-sized pieces of its own.
         needed = self.workspace if device.runs_kernels else {}
@@ -176,7 +176,8 @@ class Op:
         carry_out(self, lambda: self.run(device, buffers))
         return Buffers(**outputs)
 
-    def _check(self, arrays: Mapping[str, Array | None]) -> None:
+    def check(self, arrays: Mapping[str, Array | None]) -> None:
+        """ShapeError, DTypeError unless these are the inputs as planned."""
         if arrays.keys() != self.inputs.keys():
             raise ShapeError(f"{self.name}: takes {', '.join(self.inputs)}; got {', '.join(arrays)}")
         for name, expected in self.inputs.items():

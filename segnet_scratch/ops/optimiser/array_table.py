@@ -1,18 +1,19 @@
-"""Many arrays in one launch: a table of their addresses, and their elements cut into chunks for the blocks.
+"""Many arrays in one launch: ops on as many arrays as a model has parameters."""
 
-An Op has a fixed list of arrays, and a model has as many parameters as it likes. A kernel over all of them gets a table
-of addresses, so every array is checked here, when it enters the table, as the launch gate would.
-"""
-
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.errors import DeviceError
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, expect, expect_elements, spec
 from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.launch import find_kernel
 
 CHUNK = 1 << 14  # elements of an array that one block works on
+NUMBER = spec((1,), np.float64)
 
 
 def chunks_of(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -20,57 +21,67 @@ def chunks_of(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [(index, start) for index, size in enumerate(sizes) for start in range(0, size, CHUNK)]
 
 
-class ArrayTable:
-    """Columns of arrays, each column with one array for every parameter of a model, in that parameter's shape.
+def columns(**kinds: Iterable[Array | None]) -> dict[str, Array]:
+    """The arrays by the names that ops of many have for them: `gradient0`, `gradient1`, ...; those that there are."""
+    return {f"{kind}{i}": a for kind, arrays in kinds.items() for i, a in enumerate(arrays) if a is not None}
 
-    `like` are the parameters; `op` begins the messages. DTypeError, ShapeError where an array does not fit.
+
+class ArraysOp(Op):
+    """An op on arrays of these shapes, one of each of its `kinds`: `parameter0`, `gradient0`, `parameter1`, ...
+
+    Kernels get a table of their addresses, so every array is checked here, as the launch gate would, and another one of
+    how the arrays are cut into chunks for the blocks. Not to be planned twice: its tables on the device are its own.
     """
 
-    def __init__(self, device: Device, op: str, like: Sequence[Array]) -> None:
-        if not like:
-            raise ShapeError(f"{op}: there are no parameters")
-        self.device, self.op = device, op
-        self.dtype = np.dtype(like[0].dtype)
-        self.shapes = [tuple(array.shape) for array in like]
-        self.check("parameter", like)
-        self.sizes = [array.size for array in like]
-        self.chunks = chunks_of(self.sizes)
-        self._table: Array | None = None
-        self._addresses: tuple[int, ...] = ()
+    kinds: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()  # further columns of the table of addresses, of arrays that may be missing
+    chunk_size = CHUNK
 
-    def check(self, name: str, arrays: Sequence[Array]) -> None:
-        """Raises unless these are contiguous arrays of the device, in the parameters' shapes and element type."""
-        if len(arrays) != len(self.shapes):
-            raise ShapeError(f"{self.op}: {len(arrays)} arrays of {name} for {len(self.shapes)} parameters")
-        for index, (array, shape) in enumerate(zip(arrays, self.shapes, strict=True)):
-            what = f"{self.op}: {name} {index}"
-            if not self.device.owns(array):
-                raise DTypeError(f"{what} is a {type(array).__name__}, no array of the {self.device.name} device")
-            if array.dtype != self.dtype or self.dtype not in (np.float32, np.float64):
-                raise DTypeError(f"{what} has element type {array.dtype}; expected {self.dtype}, float32 or float64")
-            if tuple(array.shape) != shape or not array.flags.c_contiguous or array.size == 0:
-                raise ShapeError(f"{what} has shape {array.shape}; expected {shape}, contiguous, not empty")
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> None:
+        expect(len(shapes) > 0, f"{self.name}: there are no parameters")
+        self.shapes, self.sizes = shapes, [prod(shape) for shape in shapes]
+        self.inputs = {f"{kind}{i}": spec(shape, dtype) for kind in self.kinds for i, shape in enumerate(shapes)}
+        self.outputs = {}
+        for name, of_array in self.inputs.items():
+            expect_elements(self.name, name, of_array)
+        owners, starts = zip(*chunks_of(self.sizes), strict=True)
+        self.chunks = len(owners)
+        self.tables: dict[str, np.ndarray] = {
+            "sizes": np.array(self.sizes, np.int64),
+            "chunk_parameter": np.array(owners, np.int32),  # of each chunk
+            "chunk_start": np.array(starts, np.int64),  # the first element of each in its parameter
+        }
+        self._device: Device | None = None
+        self._held: dict[str, Array] = {}  # the tables that are on it
 
-    def addresses(self, *columns: Sequence[Array | None]) -> Array:
-        """uint64 (parameters, columns) on the device, 0 for None; uploaded again only where an array has moved."""
-        rows = zip(*columns, strict=True)
-        addresses = tuple(0 if array is None else self.device.address(array) for row in rows for array in row)
-        if addresses != self._addresses:
-            self._table = self.device.constant(np.array(addresses, np.uint64).reshape(-1, len(columns)))
-            self._addresses = addresses
-        return self._table
+    def of(self, b: Buffers, kind: str) -> list[Any]:
+        """The arrays of a kind; None where there is none."""
+        return [getattr(b, f"{kind}{i}", None) for i in range(len(self.shapes))]
 
-    @functools.cached_property
-    def sizes_on_device(self) -> Array:
-        """int64 (parameters): elements of each."""
-        return self.device.constant(np.array(self.sizes, np.int64))
+    def run(self, device: Device, b: Buffers) -> None:
+        for name in self.inputs:
+            if not device.owns(array := getattr(b, name, None)):
+                what = f"{self.name}: {name} is a {type(array).__name__}"
+                raise DeviceError(f"{what}, no array of the {device.name} device; upload it there")
+        self.check({name: getattr(b, name) for name in self.inputs})
+        super().run(device, b)
 
-    @functools.cached_property
-    def chunk_parameter(self) -> Array:
-        """int32 (chunks): the parameter of each."""
-        return self.device.constant(np.array([index for index, _ in self.chunks], np.int32))
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, self.name, b, self.chunks)
 
-    @functools.cached_property
-    def chunk_start(self) -> Array:
-        """int64 (chunks): the first element of each in its parameter."""
-        return self.device.constant(np.array([start for _, start in self.chunks], np.int64))
+    def kernel(
+        self, device: Device, name: str, b: Buffers, grid: Any = None, block: Any = ELEMENT_THREADS, **given: Any
+    ) -> None:
+        """One launch, with the tables that the kernel takes; that of addresses again only where an array has moved."""
+        if device is not self._device:
+            self._device, self._held = device, {}
+        rows = zip(*(self.of(b, kind) for kind in (*self.kinds, *self.beside)), strict=True)
+        of_arrays = [[0 if array is None else device.address(array) for array in row] for row in rows]
+        addresses = np.array(of_arrays, np.uint64)
+        if not np.array_equal(addresses, self.tables.get("addresses", ())):
+            self.tables["addresses"] = addresses
+            self._held.pop("addresses", None)
+        for parameter in find_kernel(name).parameters:
+            if parameter.name in self.tables and parameter.name not in self._held:
+                self._held[parameter.name] = device.constant(self.tables[parameter.name])
+        super().kernel(device, name, b, grid, block, **self._held, **given)

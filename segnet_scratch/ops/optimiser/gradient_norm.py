@@ -1,81 +1,62 @@
 """The Euclidean length of all gradients of a model together, and the factor that clips it, left on the device."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.ops.op import ELEMENT_THREADS
-from segnet_scratch.ops.optimiser.array_table import CHUNK, ArrayTable, chunks_of
-from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.runtime.launch import ElementTypes, launch
+from segnet_scratch.ops.op import Buffers, expect, spec
+from segnet_scratch.ops.optimiser.array_table import CHUNK, NUMBER, ArraysOp
+from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.workers import parallel_for
 
 
-class GradientNorm:
+class GradientNorm(ArraysOp):
     """norm = sqrt(sum of squares of every gradient); scale = min(1, largest / norm) (Pascanu et al., arXiv 1211.5063).
 
     One element that is not finite makes the norm not finite, and from then on the scale is NaN, whatever follows: the
     update that takes it (sgd.py) moves nothing until somebody writes 1 there. Every sum is carried in double, in an
-    order that depends on the shapes alone.
-
-    No Op, because its list of arrays is as long as the model's (array_table.py). It writes float64 arrays that it is
-    given, which stay where they are: squares (parameters), the sum of each gradient's squares; norm (1); scale (1);
-    partials (chunks) is workspace, of `len(chunks_of(sizes))` elements.
+    order that depends on the shapes alone. All float64: squares (parameters), the sum of each gradient's squares; norm
+    (1); scale (1), in place.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        parameters: Sequence[Array],
-        largest: float,
-        *,
-        squares: Array,
-        norm: Array,
-        scale: Array,
-        partials: Array,
-    ) -> None:
-        if not largest > 0:
-            raise ShapeError(f"gradient_norm: the largest norm is {largest}; expected a positive number, or infinity")
-        self.table = ArrayTable(device, "gradient_norm", parameters)
-        self.device, self.largest = device, float(largest)
-        self.squares, self.norm, self.scale, self.partials = squares, norm, scale, partials
-        shapes = {"squares": len(parameters), "norm": 1, "scale": 1, "partials": len(self.table.chunks)}
-        for name, size in shapes.items():
-            array = getattr(self, name)
-            if array.dtype != np.float64:
-                raise DTypeError(f"gradient_norm: {name} has element type {array.dtype}, expected float64")
-            if tuple(array.shape) != (size,):
-                raise ShapeError(f"gradient_norm: {name} has shape {tuple(array.shape)}, expected ({size},)")
+    name = "gradient_norm"
+    kinds = ("gradient",)
+    updates = ("scale",)
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], largest: float, dtype: DTypeLike = np.float32) -> None:
+        super().__init__(shapes, dtype)
+        expect(largest > 0, f"{self.name}: the largest norm is {largest}; expected a positive number, or infinity")
+        self.largest = float(largest)
+        self.inputs |= {"scale": NUMBER}
+        self.outputs = {"squares": spec((len(shapes),), np.float64), "norm": NUMBER}
+        self.workspace = {"partials": spec((self.chunks,), np.float64)}
+        self.flops = 2 * sum(self.sizes)
         # Where the chunks of each parameter begin, and the end of the last one.
-        counts = (len(chunks_of([size])) for size in self.table.sizes)
-        self._first_chunk = device.constant(np.array([0, *accumulate(counts)], np.int32))
+        bounds = np.searchsorted(self.tables["chunk_parameter"], np.arange(len(shapes) + 1))
+        self.tables["first_chunk"] = bounds.astype(np.int32)
 
-    def __call__(self, gradients: Sequence[Array]) -> None:
-        """Writes squares, norm and scale of these gradients; does not wait for the device."""
-        self.table.check("gradient", gradients)
-        if self.device.runs_kernels:
-            self._launch(gradients)
-            return
-        parallel_for(len(gradients), lambda i: self._add_up(i, gradients[i]))
-        self.norm[0] = norm = np.sqrt(self.squares.sum())
-        if not np.isnan(self.scale[0]):
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, "gradient_norm_partial", b, self.chunks)
+        self.kernel(device, "gradient_norm_merge", b, 1)
+
+    def reference(self, b: Buffers) -> None:
+        b.squares[...] = [(g.astype(np.float64) ** 2).sum() for g in self.of(b, "gradient")]
+        b.norm[...] = np.sqrt(b.squares.sum())
+        b.scale[...] = min(1, self.largest / b.norm[0]) if b.norm[0] > 0 else 1
+
+    def numpy(self, b: Buffers) -> None:
+        gradients = [g.reshape(-1) for g in self.of(b, "gradient")]
+
+        def add_up(index: int) -> None:
+            total = 0.0
+            for start in range(0, gradients[index].size, CHUNK):
+                piece = gradients[index][start : start + CHUNK].astype(np.float64)
+                total += float(piece @ piece)
+            b.squares[index] = total
+
+        parallel_for(len(gradients), add_up)
+        b.norm[0] = norm = np.sqrt(b.squares.sum())
+        if not np.isnan(b.scale[0]):
             clipped = self.largest / norm if norm > self.largest else 1
-            self.scale[0] = clipped if np.isfinite(norm) else np.nan
-
-    def _launch(self, gradients: Sequence[Array]) -> None:
-        table = self.table
-        types, counts = ElementTypes.of(table.dtype), (len(gradients), len(table.chunks))
-        arrays = (table.addresses(gradients), table.sizes_on_device, table.chunk_parameter, table.chunk_start)
-        arguments = (*arrays, self.partials, *counts, CHUNK)
-        launch(self.device, "gradient_norm_partial", len(table.chunks), ELEMENT_THREADS, arguments, types)
-        merge = (self.partials, self._first_chunk, self.squares, self.norm, self.scale, *counts, self.largest)
-        launch(self.device, "gradient_norm_merge", 1, ELEMENT_THREADS, merge, types)
-
-    def _add_up(self, index: int, gradient: np.ndarray) -> None:
-        flat, total = gradient.reshape(-1), 0.0
-        for start in range(0, flat.size, CHUNK):
-            piece = flat[start : start + CHUNK].astype(np.float64)
-            total += float(piece @ piece)
-        self.squares[index] = total
+            b.scale[0] = clipped if np.isfinite(norm) else np.nan

@@ -1,125 +1,111 @@
 """SGD that also writes the weights as the fused engine's kernels read them, all parameters in one launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd, prod
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.ops.optimiser.array_table import ArrayTable
+from segnet_scratch.errors import DTypeError
+from segnet_scratch.ops.op import Buffers, Spec, expect
 from segnet_scratch.ops.optimiser.sgd import SgdStep
-from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.runtime.launch import ElementTypes, launch
+from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16
 
 TILE, ROWS = 32, 8  # of cuda/sgd_pack.cu
+Shapes = Sequence[tuple[int, ...] | None]
 
 
 class SgdPackStep(SgdStep):
     """SgdStep of float32 parameters; beside each weight (o, k, k, c) it keeps a copy and a flipped one up to date.
 
-    `copies` (padded, k, k, c) and `flipped` (c, k, k, padded) have the element type `storage`, float32 or bfloat16, and
-    None for a parameter that has none; padded is at least o, and what lies beyond o is left alone.
-    flipped[c, k-1-y, k-1-x, o] is weight[o, y, x, c].
+    `copies` (padded, k, k, c) and `flipped` (c, k, k, padded) are shapes, None for a parameter that has none. They have
+    the element type `storage`, float32 or bfloat16 (float64 with parameters of float64, for the reference alone).
+    padded is at least o, and what lies beyond o is left alone. flipped[c, k-1-y, k-1-x, o] is weight[o, y, x, c].
+    Without `update` nothing moves, and the copies are written of the parameters as they are.
     """
 
     name = "sgd_pack_step"
+    beside = ("copy", "flipped")
 
     def __init__(
         self,
-        device: Device,
-        parameters: Sequence[Array],
-        momenta: Sequence[Array],
+        shapes: Sequence[tuple[int, ...]],
         rates: Sequence[float],
         decays: Sequence[float],
         momentum: float,
-        copies: Sequence[Array | None],
-        flipped: Sequence[Array | None],
-        storage: np.dtype,
+        copies: Shapes,
+        flipped: Shapes,
+        storage: DTypeLike,
+        update: bool = True,
+        dtype: DTypeLike = np.float32,
     ) -> None:
-        super().__init__(device, parameters, momenta, rates, decays, momentum)
-        if self.table.dtype != np.float32:
-            raise DTypeError(f"{self.name}: parameters have element type {self.table.dtype}; expected float32")
-        if storage not in (np.float32, BFLOAT16):
-            raise DTypeError(f"{self.name}: copies of element type {storage}; expected float32 or bfloat16")
-        self.storage = np.dtype(storage)
-        self.copies, self.flipped = list(copies), list(flipped)
-        for kind, arrays in (("copy", self.copies), ("flipped", self.flipped)):
-            if len(arrays) != len(self.parameters):
-                raise ShapeError(f"{self.name}: {len(arrays)} arrays of {kind} for {len(self.parameters)} parameters")
-        padded = [self._padded(index, shape) for index, shape in enumerate(self.table.shapes)]
-        self._shapes = [(*_as_weight(s), p) for s, p in zip(self.table.shapes, padded, strict=True)]
-        self._tiles = [
+        super().__init__(shapes, rates, decays, momentum, dtype)
+        of_parameters, self.storage, self.update = np.dtype(dtype), np.dtype(storage), update
+        if not of_parameters == self.storage == np.float64:
+            if of_parameters != np.float32:
+                raise DTypeError(f"{self.name}: parameters have element type {of_parameters}; expected float32")
+            if self.storage not in (np.float32, BFLOAT16):
+                raise DTypeError(f"{self.name}: copies of element type {self.storage}; expected float32 or bfloat16")
+        for kind, given in (("copy", copies), ("flipped", flipped)):
+            expect(len(given) == len(shapes), f"{self.name}: {len(given)} of {kind} for {len(shapes)} parameters")
+        if not update:
+            self.inputs = {name: s for name, s in self.inputs.items() if not name.startswith(("gradient", "momentum"))}
+        padded = [self._padded(*of_parameter) for of_parameter in enumerate(zip(shapes, copies, flipped, strict=True))]
+        self.updates = tuple(name for name in self.inputs if name.startswith(("parameter", "momentum", *self.beside)))
+        seen = [(*_as_weight(shape), outputs) for shape, outputs in zip(shapes, padded, strict=True)]
+        tiles = [
             (index, output, tap, channel)
-            for index, (outputs, taps, channels, _) in enumerate(self._shapes)
+            for index, (outputs, taps, channels, _) in enumerate(seen)
             for tap in range(taps)
             for output in range(0, outputs, TILE)
             for channel in range(0, channels, TILE)
         ]
-        self._on_device: tuple[Array, ...] = ()
-        self._zero = device.zeros((1,), np.float64)
-        # Apart from that of the steps: a graph has its address, and no other columns may take its place.
-        self._table_of_refresh = ArrayTable(device, self.name, self.parameters)
+        self.tables |= {"shapes": np.array(seen, np.int32), "tiles": np.array(tiles, np.int32)}
 
-    def _padded(self, index: int, shape: tuple[int, ...]) -> int:
-        """Outputs of the copies of a parameter, checked; 0 where it has none."""
-        copy, flipped = self.copies[index], self.flipped[index]
-        if copy is None and flipped is None:
+    @property
+    def types(self) -> ElementTypes:
+        return ElementTypes.of(self.storage)
+
+    def _padded(self, index: int, shapes: Shapes) -> int:
+        """Outputs of the copies of a parameter, checked, and theirs among the inputs; 0 where it has none."""
+        shape, copy, flipped = shapes
+        given = copy or (flipped and flipped[::-1])
+        if not shape or not given:
             return 0
-        if len(shape) != 4:
-            raise ShapeError(f"{self.name}: parameter {index} has shape {shape}; only a weight (o, k, k, c) has copies")
-        given = [
-            array.shape[axis] for array, axis in ((copy, 0), (flipped, -1)) if array is not None and array.ndim == 4
-        ]
-        outputs = max(shape[0], *given[:1])
-        expected = (outputs, *shape[1:]), (shape[-1], *shape[1:3], outputs)
-        for array, wanted, kind in zip((copy, flipped), expected, ("copy", "flipped"), strict=True):
-            if array is None:
-                continue
-            what = f"{self.name}: {kind} {index}"
-            if not self.device.owns(array):
-                raise DTypeError(f"{what} is a {type(array).__name__}, no array of the {self.device.name} device")
-            if array.dtype != self.storage:
-                raise DTypeError(f"{what} has element type {array.dtype}, expected {self.storage}")
-            if tuple(array.shape) != wanted or not array.flags.c_contiguous:
-                raise ShapeError(
-                    f"{what} has shape {tuple(array.shape)}; expected {wanted}, contiguous, for a weight {shape}"
-                )
-        return outputs
-
-    def __call__(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
-        """Updates every parameter and its copies."""
-        super().__call__(gradients, lr, scale)
-        if not self.device.runs_kernels and not np.isnan(scale[0]):
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Writes the copies of the parameters as they are."""
-        if self.device.runs_kernels:
-            self._run(self._table_of_refresh, self.parameters, self._zero, self._zero, update=False)
-            return
-        for parameter, copy, flipped in zip(self.parameters, self.copies, self.flipped, strict=True):
-            if copy is not None:
-                copy[: len(parameter)] = parameter
-            if flipped is not None:
-                flipped[..., : len(parameter)] = parameter[:, ::-1, ::-1].transpose(3, 1, 2, 0)
-
-    def _launch(self, gradients: Sequence[Array], lr: Array, scale: Array) -> None:
-        self._run(self.table, gradients, lr, scale, update=True)
-
-    def _run(self, table: ArrayTable, gradients: Sequence[Array], lr: Array, scale: Array, update: bool) -> None:
-        if not self._on_device:
-            numbers = (
-                *(np.array(self._shapes, np.int32), np.array(self.rates), np.array(self.decays)),
-                np.array(self._tiles, np.int32),
-            )
-            self._on_device = tuple(self.device.constant(array) for array in numbers)
-        addresses = table.addresses(self.parameters, gradients, self.momenta, self.copies, self.flipped)
-        arguments = (
-            *(addresses, *self._on_device, lr, scale),
-            *(len(self.parameters), len(self._tiles), self.momentum, int(update)),
+        expect(
+            len(shape) == 4,
+            f"{self.name}: parameter {index} has shape {shape}; only a weight (o, k, k, c) has copies",
         )
-        launch(self.device, self.name, len(self._tiles), (TILE, ROWS), arguments, ElementTypes.of(self.storage))
+        o, *kernel, c = shape
+        padded = max(o, given[0])
+        for kind, found, expected in (("copy", copy, (padded, *kernel, c)), ("flipped", flipped, (c, *kernel, padded))):
+            if found is not None:
+                what = f"{self.name}: {kind} {index} has shape {found}"
+                expect(found == expected, f"{what}; expected {expected} for a weight {shape}")
+                self.inputs[f"{kind}{index}"] = Spec(expected, self.storage)
+        return padded
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, self.name, b, len(self.tables["tiles"]), (TILE, ROWS), tile_count=len(self.tables["tiles"]))
+
+    def reference(self, b: Buffers) -> None:
+        self._compute(b, super().reference)
+
+    def numpy(self, b: Buffers) -> None:
+        self._compute(b, super().numpy)
+
+    def _compute(self, b: Buffers, step: Callable[[Buffers], None]) -> None:
+        if self.update:
+            step(b)
+            if np.isnan(b.scale[0]):
+                return
+        for w, copy, flipped in zip(*(self.of(b, kind) for kind in ("parameter", *self.beside)), strict=True):
+            if copy is not None:
+                copy[: len(w)] = w
+            if flipped is not None:
+                flipped[..., : len(w)] = w[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 
 
 def _as_weight(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -59,7 +59,7 @@ def unrefused(refusal: Refusal) -> Iterator[str]:
 
 def _element_types(row: Row) -> Iterator[Refusal]:
     case = row.cases()[0]
-    for dtype in (np.float16, np.int32, np.complex64, np.bool_) if row.typed else ():
+    for dtype in (np.float16, np.int32, np.complex64, np.bool_):
         attempt = functools.partial(row.plan, case, dtype)
         yield Refusal(np.dtype(dtype).name, attempt, DTypeError, "expected float32")
 
