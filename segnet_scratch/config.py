@@ -10,11 +10,12 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from inspect import getdoc
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from segnet_scratch.errors import ConfigError
 
@@ -53,11 +54,18 @@ def _at_least(minimum: int) -> _Rule:
     return _Rule(f"an integer of at least {minimum}", lambda n: n >= minimum)
 
 
-_SWITCH = _Rule("true or false")
-_ABOVE_0 = _Rule("a finite number above 0", lambda x: x > 0)
-_NOT_NEGATIVE = _Rule("a finite number of at least 0", lambda x: x >= 0)
-_BELOW_1 = _Rule("a finite number in [0, 1)", lambda x: 0 <= x < 1)
-_SHARE = _Rule("a finite number in [0, 1]", lambda x: 0 <= x <= 1)
+_Switch = Annotated[bool, _Rule("true or false")]
+_Count = Annotated[int, _at_least(1)]
+_Natural = Annotated[int, _at_least(0)]
+_Length = Annotated[int | None, _at_least(1)]
+_Above0 = Annotated[float, _Rule("a finite number above 0", lambda x: x > 0)]
+_NotNegative = Annotated[float, _Rule("a finite number of at least 0", lambda x: x >= 0)]
+_Below1 = Annotated[float, _Rule("a finite number in [0, 1)", lambda x: 0 <= x < 1)]
+_Between = Annotated[float, _Rule("a finite number in (0, 1)", lambda x: 0 < x < 1)]
+_Share = Annotated[float, _Rule("a finite number in [0, 1]", lambda x: 0 <= x <= 1)]
+_Turn = Annotated[float, _Rule("a finite number in [0, 0.5]", lambda x: 0 <= x <= 0.5)]
+_File = Annotated[str, _Rule("the path of a file, in printable Unicode", str.isprintable)]
+_Range = _Rule("[low, high], two finite numbers with 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1])
 _LIST = _Rule(
     "the name of a list in ImageSets/Segmentation",
     lambda name: name.isprintable() and name and not set(name) & set("/\\: "),
@@ -84,10 +92,6 @@ _CLASS_WEIGHTS = _Rule(
 )
 
 
-def _setting(default: Any, rule: _Rule, meaning: str) -> Any:
-    return field(default=default, metadata={"rule": rule, "help": meaning})
-
-
 def _of_type(kind: Any, value: Any) -> Any:
     """A value as its annotation has it; ValueError where it is of another type, or no number that TOML can hold."""
     for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
@@ -112,169 +116,132 @@ class Config:
     neither `epochs` nor `steps` given, `epochs` is 100; exactly one of the two is None.
 
     Raises ConfigError for a value of the wrong type or out of range, and for both `epochs` and `steps` given.
+
+    What each one means; --help, the comments of config.toml and the report quote it from here:
+
+    model: network: the VGG16 form or the small SegNet-Basic
+    decoder: how the decoder enlarges its maps: by pooling indices, or without them (bilinear, or learned:
+        deconv)
+    pooling: pools of maps with an odd side: ceil has a window for the last row, as the authors, floor none, as
+        PyTorch
+    width: multiplier for the channels of each layer
+    dropout: dropout 0.5 in the deepest stages (Bayesian SegNet)
+    dtype: element type of the network; float64 is for comparing devices, at half the speed
+    engine: what computes a training step: layers, one op after the other; or fused, few large kernels on one
+        arena (needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80); auto: fused on a
+        GPU where it can, else layers
+    precision: how convolutions multiply: as exactly as float32, or by tensor cores in tf32 or, with the fused
+        engine, bfloat16; auto: bf16 with the fused engine on a GPU, else float32
+    size: training image size in pixels: one integer for a square, or [height, width]
+    batch: images per step, of all ranks together
+    accumulate: parts in which a batch goes through the network, their gradients added up: less memory, the same
+        step but for batch norm, which sees one part at a time
+    sync_bn: with several ranks: batch norm over the batch of all of them, as of one process; else each over its
+        own share
+    gradient_sum: with several ranks: how gradients go between them; bf16 is half the bytes and rounds them to 8
+        bits
+    epochs: length of training in passes over the training set (100 if steps is not given)
+    steps: length of training in steps, instead of epochs (the later one given wins)
+    lr: learning rate
+    momentum: momentum of SGD
+    decay: weight decay
+    bias_lr: multiplier for the learning rate of biases (the authors use 2)
+    encoder_lr: multiplier for the learning rate of the encoder; 0 freezes it
+    schedule: learning rate over time: constant, times lr_gamma at each of lr_steps, or falling as (1 -
+        t)^poly_power
+    lr_steps: where the "step" schedule lowers the learning rate: steps, or below 1 shares of the training, as
+        [0.6, 0.9]
+    lr_gamma: factor of the "step" schedule at each of lr_steps
+    poly_power: exponent of the "poly" schedule
+    warmup: steps over which the learning rate rises to lr at the start
+    clip_norm: largest Euclidean norm of all gradients together, longer ones are scaled down to it; 0: no limit
+    loss_normalisation: divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the
+        authors)
+    class_weights: loss weight of each class, one number a class; empty: all 1; "median-frequency": from the
+        training masks, rare classes weigh more
+    label_smoothing: share of each label that is spread over all classes
+    scale: range of the random scale of a training image, [low, high]
+    short_side: in place of scale: range of the random length in pixels of an image's shorter side, [low, high],
+        its aspect kept; size is then cut out of it
+    flip: mirror half of the training images at random
+    brightness: largest random change of brightness, as a share: 0.2 is 80 % to 120 %
+    contrast: largest random change of contrast, as a share
+    saturation: largest random change of colour saturation, as a share
+    hue: largest random turn of the hue, as a share of the colour circle
+    init: weights to start from (--init): a file of VGG16's under torchvision's names, "vgg16" or "vgg16-bn" to
+        download it, or a checkpoint; empty: at random
+    train_split: list of the images to train on
+    val_split: list of the images to validate on; "none": do not validate
+    bad_samples: what a training image that cannot be read does: stop the run, or be left out
+    seed: seed of the initial weights, the order of samples, transforms and dropout
+    workers: threads that prepare samples; 0: the training thread itself
+    cache: where decoded samples are kept for the next epoch: nowhere, in memory, on disk for later runs, too,
+        or on the device, which then makes the batches itself
+    checkpoint_every: steps between checkpoints; 0: only after each validation and at the end
+    validate_every: steps between validations; 0: every validate_epochs epochs
+    validate_epochs: epochs between validations, where validate_every is 0
+    patience: validations without a better mIoU after which training ends early; 0: never
     """
 
-    model: str = _setting(
-        "segnet", _one_of("segnet", "segnet-basic"), "network: the VGG16 form or the small SegNet-Basic"
-    )
-    decoder: str = _setting(
-        "indices",
-        _one_of("indices", "bilinear", "deconv"),
-        "how the decoder enlarges its maps: by pooling indices, or without them (bilinear, or learned: deconv)",
-    )
-    pooling: str = _setting(
-        "ceil",
-        _one_of("ceil", "floor"),
-        "pools of maps with an odd side: ceil has a window for the last row, as the authors, floor none, as PyTorch",
-    )
-    width: float = _setting(1.0, _ABOVE_0, "multiplier for the channels of each layer")
-    dropout: bool = _setting(False, _SWITCH, "dropout 0.5 in the deepest stages (Bayesian SegNet)")
-    dtype: str = _setting(
-        "float32",
-        _one_of("float32", "float64"),
-        "element type of the network; float64 is for comparing devices, at half the speed",
-    )
-    engine: str = _setting(
-        AUTO,
-        _one_of(*ENGINES),
-        "what computes a training step: layers, one op after the other; or fused, few large kernels on one arena "
-        "(needs channels in multiples of 8, decoder indices, no dropout; on a GPU sm_80); auto: fused on a GPU where "
-        "it can, else layers",
-    )
-    precision: str = _setting(
-        AUTO,
-        _one_of(*PRECISIONS),
-        "how convolutions multiply: as exactly as float32, or by tensor cores in tf32 or, with the fused engine, "
-        "bfloat16; auto: bf16 with the fused engine on a GPU, else float32",
-    )
-    size: int | tuple[int, int] = _setting(
-        224, _IMAGE_SIZE, "training image size in pixels: one integer for a square, or [height, width]"
-    )
-    batch: int = _setting(4, _at_least(1), "images per step, of all ranks together")
-    accumulate: int = _setting(
-        1,
-        _at_least(1),
-        "parts in which a batch goes through the network, their gradients added up: less memory, the same step but for "
-        "batch norm, which sees one part at a time",
-    )
-    sync_bn: bool = _setting(
-        False,
-        _SWITCH,
-        "with several ranks: batch norm over the batch of all of them, as of one process; else each over its own share",
-    )
-    gradient_sum: str = _setting(
-        "float32",
-        _one_of("float32", "bf16"),
-        "with several ranks: how gradients go between them; bf16 is half the bytes and rounds them to 8 bits",
-    )
-    epochs: int | None = _setting(
-        None,
-        _at_least(1),
-        f"length of training in passes over the training set ({DEFAULT_EPOCHS} if steps is not given)",
-    )
-    steps: int | None = _setting(
-        None, _at_least(1), "length of training in steps, instead of epochs (the later one given wins)"
-    )
-    lr: float = _setting(1e-3, _ABOVE_0, "learning rate")
-    momentum: float = _setting(0.9, _BELOW_1, "momentum of SGD")
-    decay: float = _setting(5e-4, _NOT_NEGATIVE, "weight decay")
-    bias_lr: float = _setting(1.0, _NOT_NEGATIVE, "multiplier for the learning rate of biases (the authors use 2)")
-    encoder_lr: float = _setting(1.0, _NOT_NEGATIVE, "multiplier for the learning rate of the encoder; 0 freezes it")
-    schedule: str = _setting(
-        "constant",
-        _one_of("constant", "step", "poly"),
-        "learning rate over time: constant, times lr_gamma at each of lr_steps, or falling as (1 - t)^poly_power",
-    )
-    lr_steps: tuple[float, ...] = _setting(
-        (),
-        _LR_STEPS,
-        'where the "step" schedule lowers the learning rate: steps, or below 1 shares of the training, as [0.6, 0.9]',
-    )
-    lr_gamma: float = _setting(
-        0.1,
-        _Rule("a finite number in (0, 1)", lambda x: 0 < x < 1),
-        'factor of the "step" schedule at each of lr_steps',
-    )
-    poly_power: float = _setting(0.9, _ABOVE_0, 'exponent of the "poly" schedule')
-    warmup: int = _setting(0, _at_least(0), "steps over which the learning rate rises to lr at the start")
-    clip_norm: float = _setting(
-        0.0,
-        _NOT_NEGATIVE,
-        "largest Euclidean norm of all gradients together, longer ones are scaled down to it; 0: no limit",
-    )
-    loss_normalisation: str = _setting(
-        "weights",
-        _one_of("weights", "valid"),
-        "divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the authors)",
-    )
-    class_weights: str | tuple[float, ...] = _setting(
-        (),
-        _CLASS_WEIGHTS,
-        f'loss weight of each class, one number a class; empty: all 1; "{MEDIAN_FREQUENCY}": from the training masks, '
-        "rare classes weigh more",
-    )
-    label_smoothing: float = _setting(0.0, _BELOW_1, "share of each label that is spread over all classes")
-    scale: tuple[float, float] = _setting(
-        (1.0, 1.25),
-        _Rule("[low, high], two finite numbers with 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1]),
-        "range of the random scale of a training image, [low, high]",
-    )
-    short_side: tuple[int, ...] = _setting(
-        (),
-        _SHORT_SIDE,
-        "in place of scale: range of the random length in pixels of an image's shorter side, [low, high], its aspect "
-        "kept; size is then cut out of it",
-    )
-    flip: bool = _setting(True, _SWITCH, "mirror half of the training images at random")
-    brightness: float = _setting(0.0, _SHARE, "largest random change of brightness, as a share: 0.2 is 80 % to 120 %")
-    contrast: float = _setting(0.0, _SHARE, "largest random change of contrast, as a share")
-    saturation: float = _setting(0.0, _SHARE, "largest random change of colour saturation, as a share")
-    hue: float = _setting(
-        0.0,
-        _Rule("a finite number in [0, 0.5]", lambda x: 0 <= x <= 0.5),
-        "largest random turn of the hue, as a share of the colour circle",
-    )
-    init: str = _setting(
-        "",
-        _Rule("the path of a file, in printable Unicode", str.isprintable),
-        'weights to start from (--init): a file of VGG16\'s under torchvision\'s names, "vgg16" or "vgg16-bn" to '
-        "download it, or a checkpoint; empty: at random",
-    )
-    train_split: str = _setting("train", _LIST, "list of the images to train on")
-    val_split: str = _setting("val", _LIST, f'list of the images to validate on; "{NO_VALIDATION}": do not validate')
-    bad_samples: str = _setting(
-        "stop", _one_of("stop", "skip"), "what a training image that cannot be read does: stop the run, or be left out"
-    )
-    seed: int = _setting(0, _at_least(0), "seed of the initial weights, the order of samples, transforms and dropout")
-    workers: int = _setting(2, _at_least(0), "threads that prepare samples; 0: the training thread itself")
-    cache: str = _setting(
-        "none",
-        _one_of("none", "memory", "disk", "device"),
-        "where decoded samples are kept for the next epoch: nowhere, in memory, on disk for later runs, too, or on the "
-        "device, which then makes the batches itself",
-    )
-    checkpoint_every: int = _setting(
-        500, _at_least(0), "steps between checkpoints; 0: only after each validation and at the end"
-    )
-    validate_every: int = _setting(0, _at_least(0), "steps between validations; 0: every validate_epochs epochs")
-    validate_epochs: int = _setting(1, _at_least(1), "epochs between validations, where validate_every is 0")
-    patience: int = _setting(
-        0, _at_least(0), "validations without a better mIoU after which training ends early; 0: never"
-    )
+    model: Annotated[str, _one_of("segnet", "segnet-basic")] = "segnet"
+    decoder: Annotated[str, _one_of("indices", "bilinear", "deconv")] = "indices"
+    pooling: Annotated[str, _one_of("ceil", "floor")] = "ceil"
+    width: _Above0 = 1.0
+    dropout: _Switch = False
+    dtype: Annotated[str, _one_of("float32", "float64")] = "float32"
+    engine: Annotated[str, _one_of(*ENGINES)] = AUTO
+    precision: Annotated[str, _one_of(*PRECISIONS)] = AUTO
+    size: Annotated[int | tuple[int, int], _IMAGE_SIZE] = 224
+    batch: _Count = 4
+    accumulate: _Count = 1
+    sync_bn: _Switch = False
+    gradient_sum: Annotated[str, _one_of("float32", "bf16")] = "float32"
+    epochs: _Length = None
+    steps: _Length = None
+    lr: _Above0 = 1e-3
+    momentum: _Below1 = 0.9
+    decay: _NotNegative = 5e-4
+    bias_lr: _NotNegative = 1.0
+    encoder_lr: _NotNegative = 1.0
+    schedule: Annotated[str, _one_of("constant", "step", "poly")] = "constant"
+    lr_steps: Annotated[tuple[float, ...], _LR_STEPS] = ()
+    lr_gamma: _Between = 0.1
+    poly_power: _Above0 = 0.9
+    warmup: _Natural = 0
+    clip_norm: _NotNegative = 0.0
+    loss_normalisation: Annotated[str, _one_of("weights", "valid")] = "weights"
+    class_weights: Annotated[str | tuple[float, ...], _CLASS_WEIGHTS] = ()
+    label_smoothing: _Below1 = 0.0
+    scale: Annotated[tuple[float, float], _Range] = (1.0, 1.25)
+    short_side: Annotated[tuple[int, ...], _SHORT_SIDE] = ()
+    flip: _Switch = True
+    brightness: _Share = 0.0
+    contrast: _Share = 0.0
+    saturation: _Share = 0.0
+    hue: _Turn = 0.0
+    init: _File = ""
+    train_split: Annotated[str, _LIST] = "train"
+    val_split: Annotated[str, _LIST] = "val"
+    bad_samples: Annotated[str, _one_of("stop", "skip")] = "stop"
+    seed: _Natural = 0
+    workers: _Natural = 2
+    cache: Annotated[str, _one_of("none", "memory", "disk", "device")] = "none"
+    checkpoint_every: _Natural = 500
+    validate_every: _Natural = 0
+    validate_epochs: _Count = 1
+    patience: _Natural = 0
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            rule, value = setting.metadata["rule"], getattr(self, setting.name)
+            (kind, rule), value = get_args(setting.type), getattr(self, setting.name)
             try:
-                converted = _of_type(setting.type, value)
+                converted = _of_type(kind, value)
                 if converted is not None and not rule.accepts(converted):
                     raise ValueError
             except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
                 example = toml_value(DEFAULT_EPOCHS if setting.default is None else setting.default)
-                raise ConfigError(
-                    f"{setting.name}: expected {rule.expected}, got {value!r}; "
-                    f"correct it, for example {setting.name} = {example}."
-                ) from None
+                fix = f"correct it, for example {setting.name} = {example}"
+                raise _unexpected(setting.name, rule.expected, repr(value), fix) from None
             object.__setattr__(self, setting.name, converted)
         # A square has one spelling, so that 224 and [224, 224] count as the same setting on resume.
         if isinstance(self.size, tuple) and self.size[0] == self.size[1]:
@@ -282,30 +249,23 @@ class Config:
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", DEFAULT_EPOCHS)
         elif self.epochs is not None and self.steps is not None:
-            raise ConfigError(
-                f"epochs and steps: expected one of the two, got epochs = {self.epochs} and "
-                f"steps = {self.steps}; remove one."
-            )
+            got = f"epochs = {self.epochs} and steps = {self.steps}"
+            raise _unexpected("epochs and steps", "one of the two", got, "remove one")
         if self.schedule == "step" and not self.lr_steps:
-            raise ConfigError('schedule = "step": expected lr_steps, got none; add for example lr_steps = [0.6, 0.9].')
+            raise _unexpected('schedule = "step"', "lr_steps", "none", "add for example lr_steps = [0.6, 0.9]")
         if self.engine == "layers" and self.precision == "bf16":
-            raise ConfigError('precision = "bf16": expected the fused engine, got layers; add engine = "fused".')
+            raise _unexpected('precision = "bf16"', "the fused engine", "layers", 'add engine = "fused"')
         if self.dtype == "float64" and self.gradient_sum == "bf16":
-            raise ConfigError('gradient_sum = "bf16": expected dtype = "float32", got float64; leave one out.')
+            raise _unexpected('gradient_sum = "bf16"', 'dtype = "float32"', "float64", "leave one out")
         if self.engine == "fused" and self.accumulate > 1:
-            raise ConfigError(
-                f'engine = "fused": expected accumulate = 1, got {self.accumulate} parts; it needs less memory, so a '
-                "whole batch may fit."
-            )
+            fix = "it needs less memory, so a whole batch may fit"
+            raise _unexpected('engine = "fused"', "accumulate = 1", f"{self.accumulate} parts", fix)
         if self.patience and self.val_split == NO_VALIDATION:
-            raise ConfigError(
-                f'val_split = "{NO_VALIDATION}": expected patience = 0, got {self.patience}; it counts validations.'
-            )
+            where = f'val_split = "{NO_VALIDATION}"'
+            raise _unexpected(where, "patience = 0", str(self.patience), "it counts validations")
         if self.accumulate > self.batch:
-            raise ConfigError(
-                f"accumulate: expected at most the batch, got {self.accumulate} parts of {self.batch} images; "
-                f"correct it, for example accumulate = {self.batch}."
-            )
+            got, fix = f"{self.accumulate} parts of {self.batch} images", f"take for example accumulate = {self.batch}"
+            raise _unexpected("accumulate", "at most the batch", got, fix)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -315,20 +275,25 @@ class Config:
     def to_toml(self) -> str:
         """The settings as TOML, each under a comment with its meaning; load_config reads it back equal."""
         return "\n".join(
-            f"# {setting.metadata['help']}\n{setting.name} = {toml_value(value)}\n"
-            for setting in fields(self)
-            if (value := getattr(self, setting.name)) is not None  # TOML has no null: the key is left out
+            f"# {meaning}\n{name} = {value}\n"
+            for name, value, meaning in _rows(self)
+            if value != "-"  # TOML has no null: the key is left out
         )
+
+
+def _rows(config: Config) -> list[tuple[str, str, str]]:
+    """Key, value in TOML ("-" for none) and meaning of each setting, in the order of the configuration file."""
+    meanings = dict(re.findall(r"^(\w+): (.+(?:\n .+)*)", getdoc(Config) or "", re.MULTILINE))
+    values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
+    return [
+        (name, "-" if value is None else toml_value(value), " ".join(meanings.get(name, "").split()))
+        for name, value in values.items()
+    ]
 
 
 def describe() -> list[tuple[str, str, str]]:
     """One row (key, default in TOML, meaning) for each setting, in the order of the configuration file."""
-    defaults = Config()
-    rows = []
-    for setting in fields(defaults):
-        value = getattr(defaults, setting.name)
-        rows.append((setting.name, "-" if value is None else toml_value(value), setting.metadata["help"]))
-    return rows
+    return _rows(Config())
 
 
 def load_config(path: str | os.PathLike[str] | Sequence[Path] | None, overrides: Sequence[str] = ()) -> Config:
@@ -354,7 +319,7 @@ def load_config(path: str | os.PathLike[str] | Sequence[Path] | None, overrides:
             raise ConfigError(f"{file}: {error}") from None
         values = _over(values, found)
     for override in overrides:
-        values = _over(values, dict([_parse_override(override)]))
+        values = _over(values, _parse_override(override))
     return Config(**values)
 
 
@@ -383,16 +348,13 @@ def check_resume(old: Config, new: Config) -> None:
     changed = {key: values for key, values in difference(old, new).items() if key not in safe}
     if changed:
         listing = ", ".join(f"{key} (was {before!r}, now {after!r})" for key, (before, after) in changed.items())
+        fix = "resume with the old values or start a new run folder"
         if set(changed) <= set(_LENGTH):
-            raise ConfigError(
-                f"resume: {listing}: the learning rates of the steps made would have been others, as the schedule "
-                f'"{new.schedule}" goes by shares of the whole length; train as long as planned, or start a new run '
-                "folder with --init of the last checkpoint."
+            fix = (
+                f'the learning rates of the steps made would have been others, as "{new.schedule}" goes by shares of '
+                "the whole length; train as long as planned, or start a new run with --init of the last checkpoint"
             )
-        raise ConfigError(
-            f"resume: expected the settings that the run started with, got other values of {listing}; "
-            "resume with the old values or start a new run folder."
-        )
+        raise _unexpected("resume", "the settings that the run started with", f"other values of {listing}", fix)
 
 
 def init_setting(init: str | Path) -> str:
@@ -409,41 +371,41 @@ def toml_value(value: Any) -> str:
     return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
 
 
+def _unexpected(what: str, expected: str, got: str, fix: str) -> ConfigError:
+    return ConfigError(f"{what}: expected {expected}, got {got}; {fix}.")
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         # utf-8-sig, because some editors put a byte order mark in front, which tomllib refuses.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(
-            f"{path}: expected a TOML configuration file, got {error.strerror}; check the path."
-        ) from error
+        raise _unexpected(f"{path}", "a TOML configuration file", str(error.strerror), "check the path") from error
     except (ValueError, RecursionError) as error:  # ValueError covers TOMLDecodeError and UnicodeDecodeError
         raise ConfigError(f"{path}: expected valid TOML, got: {error}; correct the file.") from error
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
+def _check_keys(keys: Iterable[str]) -> None:
     known = [setting.name for setting in fields(Config)]
-    for key in values:
+    for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
             raise ConfigError(f"unknown setting {key!r}; {hint}")
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
+def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key or not text:
-        raise ConfigError(f"--set {override}: expected key=value, got {override!r}; write for example lr=0.01.")
-    _check_keys({key: text})
+        raise _unexpected(f"--set {override}", "key=value", repr(override), "write for example lr=0.01")
+    _check_keys([key])
     if re.fullmatch(r"[A-Za-z_][\w-]*", text) and text not in ("true", "false", "inf", "nan"):
-        return key, text
+        return {key: text}
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         parsed = {}
     if list(parsed) != ["value"]:
-        raise ConfigError(
-            f"--set {override}: expected a TOML value after the '=', got {text!r}; "
-            "write for example lr=0.01, size=[96,128] or flip=false."
-        )
-    return key, parsed["value"]
+        fix = "write for example lr=0.01, size=[96,128] or flip=false"
+        raise _unexpected(f"--set {override}", "a TOML value after the '='", repr(text), fix)
+    return {key: parsed["value"]}

@@ -13,7 +13,9 @@ false leaves out what is of no use here:
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -26,12 +28,17 @@ from segnet_scratch import checkpoint, weights
 from segnet_scratch.errors import CheckpointError, ConfigError
 from segnet_scratch.files import reason, write_durably
 from segnet_scratch.ops.normalisation.batch_norm import EPS
-from segnet_scratch.segnet import ARCHITECTURES, SegNet
+from segnet_scratch.segnet import ARCHITECTURES, POOLINGS, SegNet
 
 # PyTorch counts batches for a running average that SegNet does not use.
 _COUNT = "num_batches_tracked"
 _PARALLEL = "module"  # what DataParallel puts before every name
-_KEPT = ("classes", "size", "pooling")  # of a checkpoint's metadata in a state dict's, as JSON
+# What of a checkpoint's metadata is kept in a state dict's, as JSON; others may have written something else there.
+_KEPT: dict[str, Callable[[Any], bool]] = {
+    "classes": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+    "size": lambda size: isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size),
+    "pooling": lambda mode: mode in POOLINGS,
+}
 
 NameMap = Mapping[str, str | None]  # None: left out
 
@@ -44,15 +51,13 @@ def read_map(path: Path | None) -> dict[str, str | None]:
         pairs = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected a name map in TOML: {error}") from error
-    wrong = [key for key, value in pairs.items() if not isinstance(value, str) and value is not False]
-    if wrong:
+    if wrong := [key for key, value in pairs.items() if not isinstance(value, str) and value is not False]:
         raise ConfigError(
             f'{path}: {wrong[0]} is no text; write "their.prefix" = "encoder.1.1.conv", both quoted, or = false'
         )
-    ours = [value for value in pairs.values() if value]
-    if len(set(ours)) != len(ours):
+    if max(Counter(value for value in pairs.values() if value).values(), default=0) > 1:
         raise ConfigError(f"{path}: two of their prefixes are mapped to one of ours")
-    return {name: value if isinstance(value, str) else None for name, value in pairs.items()}
+    return {name: None if value is False else value for name, value in pairs.items()}
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,11 @@ def from_pytorch(
     if "classifier.weight" in ours:
         ours.setdefault("classifier.bias", np.zeros(len(ours["classifier.weight"]), np.float32))
     weights.check_values(source, ours)
-    for name in [n for n in ours if n.endswith(".conv.bias")]:
-        running_mean = name.removesuffix("conv.bias") + "bn.running_mean"
-        if running_mean in ours:
-            ours[running_mean] = ours[running_mean] - ours.pop(name)
-    for name in [n for n in ours if n.endswith(".running_var")]:
-        ours[name] = _variance(name, ours[name], eps, EPS)
+    for name in [n for n in ours if n.endswith(".bn.running_mean")]:
+        ours[name] = ours[name] - ours.pop(name.removesuffix("bn.running_mean") + "conv.bias", 0)
+    _change_eps(ours, eps, EPS)
     try:
-        model = _network_of(ours, pooling or notes.get("pooling") or "ceil")
+        model = _network_of(ours, pooling or notes.get("pooling", "ceil"))
         model.load_state_dict(ours)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}; a name map (--map) tells which of their modules is which") from error
@@ -144,8 +146,7 @@ def to_pytorch(
     mode of the pools go into the file's metadata.
     """
     arrays, _, metadata = weights.read(source)
-    for name in [n for n in arrays if n.endswith(".running_var")]:
-        arrays[name] = _variance(name, arrays[name], EPS, eps)
+    _change_eps(arrays, EPS, eps)
     counts = [f"{name.removesuffix('running_var')}{_COUNT}" for name in arrays if name.endswith(".running_var")]
     state = arrays | {name: np.array(0) for name in counts}
     if like is not None:
@@ -257,64 +258,45 @@ def _sides(array: np.ndarray) -> str:
 def _notes(texts: Mapping[str, str]) -> dict[str, Any]:
     """What `to_pytorch` noted in the metadata of a state dict; nothing of what others wrote there."""
     notes: dict[str, Any] = {}
-    for key in _KEPT:
-        try:
+    for key, meant in _KEPT.items():
+        with suppress(ValueError):
             value = json.loads(texts.get(key, "null"))
-        except ValueError:
-            continue
-        notes[key] = value
-    kinds = {"classes": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)}
-    kinds["size"] = lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v)
-    kinds["pooling"] = lambda v: v in ("ceil", "floor")
-    return {key: value for key, value in notes.items() if kinds[key](value)}
+            notes |= {key: value} if meant(value) else {}
+    return notes
 
 
-def _variance(name: str, variance: np.ndarray, eps: float, new: float) -> np.ndarray:
-    """The variance with which a batch norm of eps `new` divides by what one of `eps` divided by."""
-    if eps == new:
-        return variance
-    changed = variance.astype(np.float64) + (eps - new)
-    if changed.min(initial=0) < 0:
-        raise CheckpointError(f"{name}: variances below {new - eps:g} cannot be kept with an eps of {new:g}")
-    return changed.astype(np.float32)
+def _change_eps(arrays: dict[str, np.ndarray], old: float, new: float) -> None:
+    """Gives batch norms of eps `new` the variances with which they divide by what those of `old` divided by."""
+    for name in [n for n in arrays if n.endswith(".running_var")] if old != new else ():
+        changed = arrays[name].astype(np.float64) + (old - new)
+        if changed.min(initial=0) < 0:
+            raise CheckpointError(f"{name}: variances below {new - old:g} cannot be kept with an eps of {new:g}")
+        arrays[name] = changed.astype(np.float32)
 
 
 def _renamed(theirs: Sequence[str], names: NameMap, source: Path) -> dict[str, str]:
     """The new names of arrays. ConfigError where two get one name, and for lines of the map without use."""
     renamed: dict[str, str] = {}
-    origin: dict[str, str] = {}
     used: set[str] = set()
     for name in theirs:
-        prefix = _prefix_of(name, names)
         new: str | None = name
-        if prefix is not None:
+        prefixes = [prefix for prefix in names if not prefix or f"{name}.".startswith(f"{prefix}.")]
+        if prefixes:
+            prefix = max(prefixes, key=len)
             used.add(prefix)
-            ours = names[prefix]
-            rest = name.removeprefix(prefix).lstrip(".")
+            ours, rest = names[prefix], name.removeprefix(prefix).lstrip(".")
             new = None if ours is None else f"{ours}.{rest}".strip(".")
         if new is None:
             continue
-        if new in origin:
-            raise ConfigError(
-                f"{source}: the map gives {origin[new]} and {name} one name, {new}; leave one out: = false"
-            )
-        renamed[name], origin[new] = new, name
+        if other := [old for old, taken in renamed.items() if taken == new]:
+            raise ConfigError(f"{source}: the map gives {other[0]} and {name} one name, {new}; leave one out: = false")
+        renamed[name] = new
     if idle := [prefix for prefix in names if prefix and prefix not in used]:
         raise ConfigError(
             f"{source}: nothing begins with {idle[0]!r}, which the map names ({len(idle)} such lines); it has "
             f"{', '.join(sorted(theirs)[:4])}, ..."
         )
     return renamed
-
-
-def _prefix_of(name: str, names: NameMap) -> str | None:
-    """The longest prefix of a name, or the name itself, that the map knows; "" is one of every name."""
-    prefix = name
-    while prefix:
-        if prefix in names:
-            return prefix
-        prefix = prefix.rpartition(".")[0]
-    return "" if "" in names else None
 
 
 def _network_of(state: Mapping[str, np.ndarray], pooling: str) -> SegNet:
@@ -326,8 +308,6 @@ def _network_of(state: Mapping[str, np.ndarray], pooling: str) -> SegNet:
     if classifier is None or first.ndim != 4 or classifier.ndim != 4:
         raise CheckpointError("no SegNet: expected 4 sides of encoder.1.1.conv.weight and of classifier.weight")
     architecture = "segnet-basic" if first.shape[2] == 7 else "segnet"
-    # Both networks begin with 64 channels at width 1.
     decoder = "deconv" if any(name.endswith(".up.weight") for name in state) else "indices"
-    return ARCHITECTURES[architecture](
-        classifier.shape[0], first.shape[0] / 64, "numpy", decoder=decoder, pooling=pooling
-    )
+    width = first.shape[0] / 64  # both networks begin with 64 channels at width 1
+    return ARCHITECTURES[architecture](classifier.shape[0], width, "numpy", decoder=decoder, pooling=pooling)

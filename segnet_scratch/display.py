@@ -3,21 +3,23 @@
 import csv
 import json
 import math
+from collections import deque
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from segnet_scratch.data import VOC_CLASSES
+from segnet_scratch.data import VOC_CLASSES, Loader
 from segnet_scratch.errors import printable
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
 from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining
-from segnet_scratch.train import Listener, Throughput, Trainer
+from segnet_scratch.train import Listener, Trainer
 
 _WIDE = 100  # columns of a terminal with room for everything that is said of a step
 
@@ -87,18 +89,12 @@ class TrainingDisplay(Listener):
         self._progress = bar(console, transient=False, left=False)
         self._last_line = perf_counter()
 
-    def __enter__(self) -> "TrainingDisplay":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
     def _say(self, text: str) -> None:
         # Lines for a file or another program are not broken; a bar in a terminal needs its lines cut to the width.
         self._console.print(printable(text), soft_wrap=not self._console.is_terminal)
 
     def started(self, trainer: Trainer) -> None:
+        self._progress.start()
         scored = 0 if trainer.val_set is None else len(trainer.val_set)
         sets = f"{len(trainer.train_set)} training and {scored or 'no'} validation images"
         size = "x".join(map(str, trainer.config.image_size))
@@ -111,18 +107,17 @@ class TrainingDisplay(Listener):
         if trainer.ranks.size > 1:
             self._say(f"{trainer.ranks.size} ranks: {', '.join(trainer.ranks.members)}")
         self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, status="")
-        self._throughput = Throughput(trainer.loader)
+        self._throughput = _Throughput(trainer.loader)
         self._scored = scored
         self._watch: Watch | None = None
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
-        self._throughput.tick()
-        each = self._throughput.seconds_per_step
+        each, waited = self._throughput.tick()
         left = remaining((trainer.total_steps - trainer.step) * each)
         if self._console.is_terminal and self._console.width < _WIDE:
             parts = [f"loss {loss:.4f} lr {lr:.2g} {trainer.config.batch / each:.1f}/s", left]
         else:
-            waiting = f"waiting {100 * self._throughput.waiting:.0f}%"
+            waiting = f"waiting {100 * waited:.0f}%"
             parts = [f"loss {loss:.4f}", f"lr {lr:.2g}", f"{trainer.config.batch / each:.1f} images/s", waiting, left]
         status = "  ".join(part for part in parts if part and "nan" not in part)
         self._progress.update(self._task, completed=trainer.step, status=status)
@@ -158,3 +153,28 @@ class TrainingDisplay(Listener):
             f"step {trainer.step}: validation loss {evaluation.loss:.4f}, mIoU {100 * evaluation.scores.miou:.1f} %, "
             f"global accuracy {100 * evaluation.scores.global_accuracy:.1f} %{best}"
         )
+
+    def ended(self, trainer: Trainer) -> None:
+        self._progress.stop()
+
+
+class _Throughput:
+    """Seconds a step over the last ones, and the share of them spent waiting for data."""
+
+    def __init__(self, loader: Loader, window: int = 20) -> None:
+        self._loader = loader
+        self._spans: deque[np.ndarray] = deque(maxlen=window)  # of each step: seconds, and those waited for data
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes now is no training, to the end of the next step: a validation, a checkpoint, compiling."""
+        self._last: np.ndarray | None = None
+
+    def tick(self) -> tuple[float, float]:
+        """A step has ended: seconds a step, NaN before the second one, and the share of them waited for data."""
+        now = np.array([perf_counter(), self._loader.waited])
+        if self._last is not None:
+            self._spans.append(now - self._last)
+        self._last = now
+        seconds, waited = np.mean(self._spans, axis=0) if self._spans else (math.nan, 0.0)
+        return float(seconds), float(waited / seconds)

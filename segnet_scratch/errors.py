@@ -1,6 +1,8 @@
 """The project's own errors. Each message names the thing, what was expected, what was got, and the fix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 _NAMED = 5
 
@@ -76,3 +78,12 @@ class TrainingError(SegnetError):
 
 class MissingLibraryError(SegnetError):
     """A library of an optional feature that is not installed; the message names the extra that brings it."""
+
+
+@contextmanager
+def of_file(path: str | Path) -> Iterator[None]:
+    """What the block says of settings or weights is said of this file."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{path}: {error.args[0]}", *error.args[1:]) from error

@@ -19,11 +19,12 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"  # one row a step and a row a validation
         self.last = path / "last.safetensors"  # weights and momenta to go on from
         self.best = path / "best.safetensors"  # weights of the best validation
+        self._seen = self._state()
 
-    @property
-    def state(self) -> tuple[tuple[int, int] | None, ...]:
+    def _state(self) -> list[tuple[int, int]]:
         """Changes with `config`, which whoever begins or resumes the run writes anew, and with `last`."""
-        return tuple(_version(path) for path in (self.config, self.last))
+        found = [path.stat() for path in (self.config, self.last) if path.exists()]
+        return [(file.st_ino, file.st_mtime_ns) for file in found]
 
     def expect_no_run(self) -> None:
         """TrainingError where a run would be overwritten. What never came to a checkpoint is no obstacle."""
@@ -57,7 +58,10 @@ class RunFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keeps other processes out of the folder; TrainingError where one is in it or no lock is to be had."""
+        """Keeps other processes out of the folder; TrainingError where one is in it or no lock is to be had.
+
+        Also where one has been there since this object was made, or last used the folder.
+        """
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -69,12 +73,12 @@ class RunFolder:
                     f"{self.path}: another process trains in this folder; wait for its end, stop it, or choose another "
                     "--out"
                 )
-            yield
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+            if self._state() != self._seen:
+                raise TrainingError(
+                    f"{self.path}: another run has been taken up in this folder meanwhile; start again, with --resume "
+                    "to go on from there"
+                )
+            try:
+                yield
+            finally:
+                self._seen = self._state()

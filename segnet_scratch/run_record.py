@@ -47,17 +47,7 @@ class Session:
 
 
 class RunRecord(Listener):
-    """Keeps the record of a session: written at its start, after each validation and on exit."""
-
-    def __init__(self) -> None:
-        self._trainer: Trainer | None = None
-
-    def __enter__(self) -> "RunRecord":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._trainer is not None:
-            self._write(self._trainer)
+    """Keeps the record of a session: written at its start, after each validation and at its end."""
 
     def started(self, trainer: Trainer) -> None:
         self._first_step, self._began = trainer.step, perf_counter()
@@ -65,10 +55,12 @@ class RunRecord(Listener):
         # A session that began at this step or later has lost its steps: the run went on from an earlier checkpoint.
         self._earlier = [s for s in read_sessions(trainer.folder.path) if s.first_step < trainer.step]
         self._versions, self._revision = versions(), revision()
-        self._trainer = trainer  # from here on there is something to write on exit
         self._write(trainer)
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        self._write(trainer)
+
+    def ended(self, trainer: Trainer) -> None:
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:

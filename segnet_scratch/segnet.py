@@ -57,7 +57,7 @@ class Block:
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-def segnet_blocks(width: float, dropout: bool, decoder: str = "indices") -> list[Block]:
+def segnet_blocks(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
     """SegNet: the 13 convolutions of VGG16, and a decoder of 12 that mirrors them, before a 3x3 classifier.
 
     Decoder stage s undoes encoder stage s: it unpools first and ends with the channels of stage s - 1. `dropout`
@@ -82,17 +82,12 @@ def segnet_blocks(width: float, dropout: bool, decoder: str = "indices") -> list
     return blocks
 
 
-def segnet_basic_blocks(width: float, dropout: bool, decoder: str = "indices") -> list[Block]:
+def segnet_basic_blocks(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
     """SegNet-Basic: four encoders, four decoders, 7x7, 64 channels throughout, no ReLU in the decoder (section 3.2)."""
     wide = max(1, round(64 * width))
-    encoder = [
-        Block(s, 1, False, 3 if s == 1 else wide, wide, kernel=7, pool=True, dropout=dropout and s >= 3)
-        for s in range(1, 5)
-    ]
-    return encoder + [
-        Block(s, 1, True, wide, wide, kernel=7, unpool=decoder, relu=False, dropout=dropout and s >= 3)
-        for s in range(4, 0, -1)
-    ]
+    deep = {s: dropout and s >= 3 for s in (1, 2, 3, 4)}
+    encoder = [Block(s, 1, False, 3 if s == 1 else wide, wide, 7, pool=True, dropout=deep[s]) for s in deep]
+    return encoder + [Block(s, 1, True, wide, wide, 7, decoder, relu=False, dropout=deep[s]) for s in reversed(deep)]
 
 
 class SegNet(Module):
@@ -105,6 +100,7 @@ class SegNet(Module):
 
     architecture = "segnet"
     classifier_kernel = 3
+    blocks_of = staticmethod(segnet_blocks)  # of a width, without building the network
 
     def __init__(
         self,
@@ -119,18 +115,17 @@ class SegNet(Module):
         dtype: DTypeLike = np.float32,
         rung: str | None = None,
     ) -> None:
+        name = type(self).__name__
         if not 1 <= classes <= 255:
-            raise ShapeError(f"{type(self).__name__}: {classes} classes; expected 1 to 255 (255 is the void label)")
+            raise ShapeError(f"{name}: {classes} classes; expected 1 to 255 (255 is the void label)")
         if not width > 0:
-            raise ShapeError(f"{type(self).__name__}: width {width}; expected a positive factor, 1.0 for the paper's")
-        if decoder not in DECODERS:
-            raise ConfigError(f"{type(self).__name__}: decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
-        if pooling not in POOLINGS:
-            raise ConfigError(f"{type(self).__name__}: pooling {pooling!r}; expected one of {', '.join(POOLINGS)}")
-        self.device = get_device(device)
-        self.pooling = pooling
-        self.classes, self.width, self.has_dropout, self.decoder_kind = classes, width, dropout, decoder
-        self.dtype = np.dtype(dtype)
+            raise ShapeError(f"{name}: width {width}; expected a positive factor, 1.0 for the paper's")
+        for what, given, known in (("decoder", decoder, DECODERS), ("pooling", pooling, POOLINGS)):
+            if given not in known:
+                raise ConfigError(f"{name}: {what} {given!r}; expected one of {', '.join(known)}")
+        self.classes, self.width, self.has_dropout = classes, width, dropout
+        self.decoder_kind, self.pooling = decoder, pooling
+        self.device, self.dtype = get_device(device), np.dtype(dtype)
         self.blocks = self.blocks_of(width, dropout, decoder)
         rng = np.random.default_rng(seed)
         common = (self.device, rng, self.dtype, rung)
@@ -146,16 +141,8 @@ class SegNet(Module):
             half.setdefault(block.stage, {})[block.index] = unit
         self.classifier = Conv2d(self.blocks[-1].out_channels, classes, self.classifier_kernel, True, *common)
         self.random_state = self.device.zeros(STATE.shape, STATE.dtype)
-        self.dropouts = {
-            block.name: Dropout(DROPOUT, layer, self.random_state)
-            for layer, block in enumerate(self.blocks)
-            if block.dropout
-        }
-
-    @staticmethod
-    def blocks_of(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
-        """The blocks of this network, without building it."""
-        return segnet_blocks(width, dropout, decoder)
+        dropped = [(layer, block.name) for layer, block in enumerate(self.blocks) if block.dropout]
+        self.dropouts = {name: Dropout(DROPOUT, layer, self.random_state) for layer, name in dropped}
 
     def forward(
         self, images: "np.ndarray | Tensor", watch: Callable[[str, Tensor], None] = lambda layer, output: None
@@ -197,17 +184,16 @@ class SegNet(Module):
         if self.pooling == "ceil":
             return h, w
         if min(h, w) < 2:
-            raise ShapeError(
-                f"{type(self).__name__}: pooling 'floor' leaves nothing of a map of {h}x{w}; give larger images"
-            )
+            name = type(self).__name__
+            raise ShapeError(f"{name}: pooling 'floor' leaves nothing of a map of {h}x{w}; give larger images")
         return h - h % 2, w - w % 2
 
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__
         if images.dtype != self.dtype:
             raise DTypeError(
-                f"{name}: images have element type {images.dtype}, expected {self.dtype}: RGB scaled to [0, 1] and "
-                "normalised; see segnet_scratch.data.normalise"
+                f"{name}: images are {images.dtype}, expected {self.dtype}: RGB scaled to [0, 1] and normalised; see "
+                "segnet_scratch.data.normalise"
             )
         if len(images.shape) != 4 or images.shape[3] != 3:
             hint = "; move the channels last" if len(images.shape) == 4 and images.shape[1] == 3 else ""
@@ -260,16 +246,16 @@ class SegNet(Module):
         CheckpointError once batch norm is folded: a checkpoint could not be trained on or folded again.
         """
         self._expect_batch_norm("state_dict()")
-        arrays = {name: to_file_layout(p.numpy()) for name, p in self.named_parameters().items()}
-        for name, buffer in self.named_buffers().items():
-            arrays[name] = to_file_layout(self.device.download(buffer.data))
-        return arrays
+        return {name: to_file_layout(self.device.download(array)) for name, array in self._arrays().items()}
+
+    def _arrays(self) -> dict[str, Any]:
+        """All parameters and running statistics on the device, under the names of checkpoints."""
+        return {name: held.data for name, held in (self.named_parameters() | self.named_buffers()).items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Overwrites all parameters and running statistics; nothing is changed unless names and shapes all fit."""
         self._expect_batch_norm("load_state_dict()")
-        targets = {name: p.data for name, p in self.named_parameters().items()}
-        targets |= {name: buffer.data for name, buffer in self.named_buffers().items()}
+        targets = self._arrays()
         missing, unknown = targets.keys() - state.keys(), state.keys() - targets.keys()
         if missing or unknown:
             raise CheckpointError(
@@ -279,25 +265,20 @@ class SegNet(Module):
         values = {name: from_file_layout(np.asarray(state[name])) for name in targets}
         for name, target in targets.items():
             if values[name].shape != tuple(target.shape):
-                raise CheckpointError(self._shape_message(name, np.asarray(state[name]).shape, target))
+                got, expected = np.shape(state[name]), to_file_layout(np.empty(target.shape, np.bool_)).shape
+                fix = f"was the model built with width {self.width}?"
+                if name.startswith("classifier") and got and got[0] != self.classes:
+                    fix = (
+                        f"the weights are for {got[0]} classes, this model has {self.classes}; build it with "
+                        f"classes={got[0]}, or use the data set it was trained on"
+                    )
+                raise CheckpointError(f"{name} has shape {got}, expected {expected}; {fix}")
         for name, target in targets.items():
             self.device.write(target, values[name].astype(self.dtype))
 
     def _expect_batch_norm(self, what: str) -> None:
         if self.folded:
-            raise CheckpointError(
-                f"{what}: batch norm is folded into this network; load the checkpoint without fold=True"
-            )
-
-    def _shape_message(self, name: str, got: tuple[int, ...], target: Any) -> str:
-        expected = to_file_layout(np.empty(target.shape, np.bool_)).shape
-        if name.startswith("classifier") and got[:1] != (self.classes,):
-            classes = got[0] if got else 0
-            return (
-                f"the weights are for {classes} classes, this model has {self.classes} ({name}: {got}, expected "
-                f"{expected}); build it with classes={classes}, or use the data set it was trained on"
-            )
-        return f"{name} has shape {got}, expected {expected}; was the model built with width {self.width}?"
+            raise CheckpointError(f"{what}: batch norm is folded into this network; load it without fold=True")
 
     def load_vgg16(self, weights: Mapping[str, np.ndarray]) -> None:
         """Takes the 13 convolutions of VGG16 under torchvision's names, `features.0.weight` (OIHW) and so on.
@@ -307,39 +288,35 @@ class SegNet(Module):
         with its batch norms. CheckpointError, and nothing is changed, unless all of it fits.
         """
         self._expect_batch_norm("load_vgg16()")
-        encoder = [block for block in self.blocks if not block.decoder]
         if self.architecture != "segnet":
             raise CheckpointError("VGG16 weights fit model = segnet only; SegNet-Basic has 7x7 convolutions of its own")
+        norm = ("weight", "bias", "running_mean", "running_var") if "features.1.running_mean" in weights else ()
         # Modules of `features`: convolution, ReLU, a pool after each stage; with batch norm three to a convolution.
-        step = 3 if "features.1.running_mean" in weights else 2
-        places = [step * i + block.stage - 1 for i, block in enumerate(encoder)]
-        parts = {"weight": ("weight", "bias"), "norm": ("weight", "bias", "running_mean", "running_var")}
-        wanted = [f"features.{i}.{part}" for i in places for part in parts["weight"]]
-        wanted += [f"features.{i + 1}.{part}" for i in places for part in parts["norm"] if step == 3]
-        if missing := {name for name in wanted if name not in weights}:
-            kind = "VGG16-BN" if step == 3 else "VGG16"
-            raise CheckpointError(
-                f"these are not {kind}'s convolutions: {_some('missing', missing)}; expected torchvision's names, "
-                f"{wanted[0]} to {wanted[-1]}"
-            )
-        values: list[tuple[Any, np.ndarray]] = []
+        encoder = [block for block in self.blocks if not block.decoder]
+        places = [(3 if norm else 2) * i + block.stage - 1 for i, block in enumerate(encoder)]
+        expected: dict[str, tuple[Block, tuple[int, ...]]] = {}
         for block, i in zip(encoder, places, strict=True):
-            unit = self.encoder[block.stage][block.index]
+            shape = block.out_channels, block.in_channels, block.kernel, block.kernel
+            vectors = [f"features.{i}.bias", *(f"features.{i + 1}.{part}" for part in norm)]
+            expected |= {f"features.{i}.weight": (block, shape)} | dict.fromkeys(vectors, (block, shape[:1]))
+        if missing := expected.keys() - weights.keys():
+            raise CheckpointError(
+                f"these are not VGG16{'-BN' if norm else ''}'s convolutions: {_some('missing', missing)}; expected "
+                "torchvision's names, features.0.weight and so on"
+            )
+        for name, (block, takes) in expected.items():
+            if weights[name].shape != takes:
+                fits = f"{block.name} of width {self.width} takes {takes}; VGG16 weights need width = 1.0"
+                raise CheckpointError(f"{name} is {weights[name].shape}, {fits}")
+        targets = self._arrays()
+        for block, i in zip(encoder, places, strict=True):
             weight, bias = weights[f"features.{i}.weight"], weights[f"features.{i}.bias"]
-            expected = (block.out_channels, block.in_channels, block.kernel, block.kernel)
-            norm = [weights[f"features.{i + 1}.{part}"] for part in parts["norm"]] if step == 3 else []
-            if weight.shape != expected or any(vector.shape != expected[:1] for vector in (bias, *norm)):
-                raise CheckpointError(
-                    f"features.{i} has weights {weight.shape} and biases {bias.shape}, {block.name} of width "
-                    f"{self.width} takes {expected} and {expected[:1]}; VGG16 weights need width = 1.0"
-                )
-            values.append((unit.conv.weight.data, from_file_layout(weight)))
-            assert unit.bn is not None
-            gamma, beta, mean, var = norm or (np.ones_like(bias), np.zeros_like(bias), 0, np.full_like(bias, 1 - EPS))
-            values += [(unit.bn.weight.data, gamma), (unit.bn.bias.data, beta)]
-            values += [(unit.bn.running_mean.data, mean - bias), (unit.bn.running_var.data, var)]
-        for target, array in values:
-            self.device.write(target, array.astype(self.dtype))
+            found = [weights[f"features.{i + 1}.{part}"] for part in norm]
+            gamma, beta, mean, var = found or (np.ones_like(bias), np.zeros_like(bias), 0, np.full_like(bias, 1 - EPS))
+            values = {"conv.weight": from_file_layout(weight), "bn.weight": gamma, "bn.bias": beta}
+            values |= {"bn.running_mean": mean - bias, "bn.running_var": var}
+            for name, array in values.items():
+                self.device.write(targets[f"{block.name}.{name}"], array.astype(self.dtype))
 
 
 class SegNetBasic(SegNet):
@@ -347,11 +324,7 @@ class SegNetBasic(SegNet):
 
     architecture = "segnet-basic"
     classifier_kernel = 1
-
-    @staticmethod
-    def blocks_of(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
-        """The blocks of this network, without building it."""
-        return segnet_basic_blocks(width, dropout, decoder)
+    blocks_of = staticmethod(segnet_basic_blocks)
 
 
 ARCHITECTURES: dict[str, type[SegNet]] = {cls.architecture: cls for cls in (SegNet, SegNetBasic)}
@@ -361,19 +334,16 @@ def build(
     description: Mapping[str, Any], device: "str | Device" = "auto", seed: int = 0, rung: str | None = None
 ) -> SegNet:
     """The network that `describe` described, with fresh weights. CheckpointError where it cannot be understood."""
+    told = {"decoder": "indices", "pooling": "ceil", **description}  # the first files have neither
     try:
-        architecture = ARCHITECTURES[description["architecture"]]
-        classes, width, dropout = description["classes"], description["width"], description["dropout"]
-        # The first files have neither.
-        decoder = {name: name for name in DECODERS}[description.get("decoder", "indices")]
-        pooling = {name: name for name in POOLINGS}[description.get("pooling", "ceil")]
-    except KeyError as error:
+        options = {name: told[name] for name in ("classes", "width", "dropout", "decoder", "pooling")}
+        return ARCHITECTURES[told["architecture"]](device=device, **options, seed=seed, rung=rung)
+    except (KeyError, ShapeError, ConfigError) as error:
         raise CheckpointError(
-            f"the description of the network {dict(description)} lacks or does not know {error}; expected architecture "
+            f"the description of the network {told} lacks or does not know {error}; expected architecture "
             f"({' or '.join(ARCHITECTURES)}), classes, width, dropout, decoder ({' or '.join(DECODERS)}) "
             f"and pooling ({' or '.join(POOLINGS)})"
         ) from error
-    return architecture(classes, width, device, dropout=dropout, decoder=decoder, pooling=pooling, seed=seed, rung=rung)
 
 
 def to_file_layout(array: np.ndarray) -> np.ndarray:

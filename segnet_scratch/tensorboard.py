@@ -19,7 +19,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Listener):
-    """Writes loss and learning rate of each step and the scores of each validation; closes its file on exit.
+    """Writes loss and learning rate of each step and the scores of each validation; closes its file at the end.
 
     A fault of the file, such as a full disk, ends the writing with a warning, and not the run.
 
@@ -34,13 +34,6 @@ class TensorBoard(Listener):
             for name in ("event_file_writer", "summary", "proto.event_pb2")
         )
         self._writer: Any = None
-
-    def __enter__(self) -> "TensorBoard":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._attempt(lambda writer: writer.close())
-        self._writer = None
 
     def started(self, trainer: Trainer) -> None:
         folder = trainer.folder.path / FOLDER
@@ -68,6 +61,9 @@ class TensorBoard(Listener):
         for name, iou in zip(evaluation.names, scores.iou.tolist(), strict=True):
             self._add(f"IoU/{name}", iou, trainer.step)
         self._attempt(lambda writer: writer.flush())
+
+    def ended(self, trainer: Trainer) -> None:
+        self._attempt(lambda writer: writer.close())
 
     def _add(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):  # NaN: a class that does not occur

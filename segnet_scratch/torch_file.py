@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import BytesIO
+from types import NoneType
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -25,10 +26,13 @@ _BFLOAT16 = np.dtype("<u2")  # NumPy has none: the integer of its bits. PyTorch'
 _STORAGES = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": "<u2", "Bool": "?"}
 _STORAGES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1"}
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _LITERALS |= {"SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES"}
-_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_FRESH: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_FRESH |= {"NONE": NoneType, "NEWFALSE": bool, "NEWTRUE": lambda: True}
+# How many values at the top of the stack these make one of, or put into the one below; None: all down to the mark.
+_GATHER: dict[str, int | None] = {"TUPLE": None, "LIST": None, "APPENDS": None, "SETITEMS": None}
+_GATHER |= {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
 
 
 def is_torch_file(start: bytes) -> bool:
@@ -141,23 +145,16 @@ def _run(program: BinaryIO, storages: _Storages) -> Any:
                 memo[len(memo) if argument is None else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "TUPLE" | "LIST" | "APPENDS" | "SETITEMS":
-                items, stack = stack, below.pop()
-                if name in ("TUPLE", "LIST"):
-                    stack.append(tuple(items) if name == "TUPLE" else items)
-                elif name == "APPENDS":
-                    stack[-1].extend(items)
-                else:
-                    _put(stack[-1], zip(items[::2], items[1::2], strict=True))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                value = stack.pop()
-                stack[-1].append(value)
-            case "SETITEM":
-                key, value = stack.pop(-2), stack.pop()
-                _put(stack[-1], [(key, value)])
+            case _ if name in _GATHER:
+                count = _GATHER[name]
+                items, stack = (stack, below.pop()) if count is None else (stack[-count:], stack[:-count])
+                match name.rstrip("123S"):
+                    case "APPEND":
+                        stack[-1].extend(items)
+                    case "SETITEM":
+                        _put(stack[-1], zip(items[::2], items[1::2], strict=True))
+                    case kind:
+                        stack.append(tuple(items) if kind == "TUPLE" else items)
             case "GLOBAL":
                 stack.append(_answer(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -170,10 +167,8 @@ def _run(program: BinaryIO, storages: _Storages) -> Any:
                     stack[-1].data = state[0]  # else: attributes that are no tensors, such as the versions of modules
             case "BINPERSID":
                 stack.append(storages.find(stack.pop()))
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case _ if name in _EMPTY:
-                stack.append(_EMPTY[name]())
+            case _ if name in _FRESH:
+                stack.append(_FRESH[name]())
             case _ if name in _LITERALS:
                 stack.append(argument)
             case _:

@@ -6,11 +6,11 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from types import FrameType
 from typing import Any, cast
 
@@ -18,20 +18,12 @@ import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config, init_setting
-from segnet_scratch.data import (
-    Batch,
-    ColourJitter,
-    Loader,
-    TrainTransform,
-    VOCDataset,
-    class_statistics,
-    open_dataset,
-)
+from segnet_scratch.data import Batch, ColourJitter, Loader, TrainTransform, VOCDataset, class_statistics, open_dataset
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.download import pretrained_file
 from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.data.suspicions import look_over
-from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError
+from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, of_file
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
 from segnet_scratch.foresight import check_memory
@@ -44,7 +36,7 @@ from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.parallel.communicator import shares
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.compilation import compile_for, launched_by
-from segnet_scratch.runtime.devices import get_device
+from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import Outcome, TrainingStep, resolve
 from segnet_scratch.weights import initialise
@@ -73,6 +65,9 @@ class Listener:
     def validated(self, trainer: "Trainer", evaluation: Evaluation) -> None:
         """The validation split has been evaluated."""
 
+    def ended(self, trainer: "Trainer") -> None:
+        """The run that had `started` is over, whatever ended it."""
+
 
 class Trainer:
     """One training run: a model, its data, its optimiser, its place in the run.
@@ -95,16 +90,10 @@ class Trainer:
     ) -> None:
         if init is not None:
             config = replace(config, init=init_setting(init))
-        self.config, self.folder = config, RunFolder(Path(out))
+        self.folder = RunFolder(Path(out))
         on, mode = get_device(device), cast(CacheMode, "none" if config.cache == "device" else config.cache)
         self.train_set = open_dataset(data, config.train_split, mode)
         self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, mode)
-        classes = self.train_set.classes
-        weighted = config.class_weights and config.class_weights != MEDIAN_FREQUENCY
-        if weighted and len(config.class_weights) != classes:
-            raise ConfigError(
-                f"class_weights: {len(config.class_weights)} numbers for {classes} classes; give one for each class"
-            )
         self.ranks = ranks = ranks.on(on)
         if config.batch // ranks.size < config.accumulate:
             raise ConfigError(
@@ -122,15 +111,7 @@ class Trainer:
                 *source, seed=config.seed, drop_last=drop_last, workers=config.workers, skip_bad=skip_bad, share=share
             )
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
-        self.model = ARCHITECTURES[config.model](
-            *(classes, config.width, on),
-            dropout=config.dropout,
-            decoder=config.decoder,
-            pooling=config.pooling,
-            seed=config.seed,
-            dtype=config.dtype,
-            rung="tf32" if config.precision == "tf32" else None,
-        )
+        self.model = network_of(config, self.train_set.classes, on)
         synchronised = config.sync_bn and ranks.size > 1
         if synchronised:
             self.model.synchronise_batch_norm(ranks)
@@ -139,36 +120,54 @@ class Trainer:
         self.config = config = replace(config, engine=engine, precision=precision)
         check_memory(self.model, config, ranks)
         self.log = MetricsLog(self.folder.metrics)
-        self.step = 0  # steps made
-        self._saved_step = 0
+        self.step = self._saved_step = self._validations_since_best = 0  # steps made, and so on
         self.best_miou: float | None = None
         self.class_weights: list[float] = []  # as numbers, whatever the settings say; empty: all 1
-        self._validations_since_best = 0
         self._validation_due = False  # a stop request came before the validation of this step was done
+        self._listeners: Sequence[Listener] = ()
         self._stop = threading.Event()
         self.initialised = self.init = "He initialisation"  # how this session and how the run began
         self._open: deque[tuple[Outcome, float]] = deque()  # steps, with lr, whose losses are to be looked at
-        self._seen = self.folder.state
         saved = ranks.first(lambda: weights.read(self.folder.last) if resume and self.folder.last.exists() else None)
-        if saved is not None:
-            self._take_up(saved[2])
+        if saved is None:
+            self._begin()
         else:
-            for finding in look_over(self.train_set, config.workers) if ranks.leads else ():
-                log.warning("%s: %s", finding.path, finding.detail)
-            self.class_weights = ranks.first(lambda: class_weights_of(config, self.train_set))
-            if config.init:
-                self.initialised = self.init = initialise(
-                    self.model, pretrained_file(config.init), self.train_set.names
-                )
+            self._take_up(saved[2])
         self.training = training_step(config, self.model, self.class_weights, ranks)
         if saved is not None:
-            self._load(*saved[:2])
+            with of_file(self.folder.last):
+                self.model.load_state_dict(saved[0])
+                self.training.optimiser.load_state_dict(saved[1])
         if self.step > self.total_steps:
             raise ConfigError(
                 f"{self.folder.path}: {self.step} steps have been made, {self.total_steps} are asked for; "
                 "resume with at least as many"
             )
         ranks.first(lambda: self._take_folder(resume))
+
+    def _begin(self) -> None:
+        """The beginning of a run: its data are looked over, its class weights counted, its weights initialised."""
+        for finding in look_over(self.train_set, self.config.workers) if self.ranks.leads else ():
+            log.warning("%s: %s", finding.path, finding.detail)
+        self.class_weights = self.ranks.first(lambda: class_weights_of(self.config, self.train_set))
+        if file := self.config.init:
+            self.initialised = self.init = initialise(self.model, pretrained_file(file), self.train_set.names)
+
+    def _take_up(self, metadata: dict[str, Any]) -> None:
+        """The place in the run at which a checkpoint was written."""
+        for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
+            if metadata.get(what) != now:
+                raise CheckpointError(
+                    f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
+                    f"{now}; resume with the same --data"
+                )
+        self.step, self.best_miou = metadata["step"], metadata["miou"]
+        # A run that an earlier version began has neither.
+        self.class_weights = metadata.get("class_weights", self.class_weights)
+        self._validations_since_best = metadata.get("validations_since_best", 0)
+        self._validation_due = metadata.get("validation_due", False)  # `best` has none
+        self.initialised, self.init = f"resumed from {self.folder.last}", metadata.get("init", "")
+        self._saved_step = self.step
 
     def _take_folder(self, resume: bool) -> None:
         with self._alone():
@@ -177,22 +176,28 @@ class Trainer:
             sweep_temporaries(self.folder.path)
             self.log.truncate_after(self.step, self._validation_due)
             write_durably(self.folder.config, [self.config.to_toml().encode()])
-            self._seen = self.folder.state
 
-    def run(self, listener: Listener | None = None) -> bool:
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keeps others out of the folder, in the one rank that writes there."""
+        return self.folder.in_use() if self.ranks.leads else nullcontext()
+
+    def run(self, *listeners: Listener) -> bool:
         """Trains to the end; True when it is reached, False when a signal (Ctrl-C) ended it after saving.
 
         The end is the last step, or the validation at which `patience` is exhausted. An error is raised after saving.
+        Each of the listeners is told everything, in their order.
         """
-        listener = listener or Listener()
-        with self._alone(), _stop_requests() as self._stop:
+        self._listeners = listeners
+        with ExitStack() as ends, self._alone(), _stop_requests() as self._stop:
             try:
-                listener.started(self)
-                self._compile(listener)
+                for listener in listeners:
+                    listener.started(self)
+                    ends.callback(listener.ended, self)
+                self._compile()
                 if self._validation_due:
-                    self._validate_and_save(listener)
+                    self._validate()
                 while self.step < self.total_steps and not self.gave_up:
-                    self._train_epoch(listener)
+                    self._train_epoch()
             except _Stopped:
                 self.save()
                 return False
@@ -201,12 +206,17 @@ class Trainer:
                 raise
         return True
 
-    def _compile(self, listener: Listener) -> None:
+    def _tell(self, event: Callable[..., None], *what: Any) -> None:
+        """Tells every listener of an event, a method of Listener."""
+        for listener in self._listeners:
+            getattr(listener, event.__name__)(*what)
+
+    def _compile(self) -> None:
         """Compiles what this run launches, on all cores: one by one, each when it is first met, takes a minute."""
         if self.model.device.runs_kernels:
             with self._advice():
                 kernels = launched_by(self._rehearse)
-            compile_for(self.model.device, kernels, listener.compiling)
+            compile_for(self.model.device, kernels, partial(self._tell, Listener.compiling))
 
     def _rehearse(self) -> None:
         """A step, and predictions of a validation, as far as launches go."""
@@ -229,27 +239,13 @@ class Trainer:
         batch = self._own(config.batch)
         return Segmenter(self.model, config.image_size, None, config.engine, config.precision, batch)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps others out of the folder; TrainingError where one has been there since this run looked at it."""
-        if not self.ranks.leads:
-            yield
-            return
-        with self.folder.in_use():
-            if self.folder.state != self._seen:
-                raise TrainingError(
-                    f"{self.folder.path}: another run has been taken up in this folder meanwhile; start again, with "
-                    "--resume to go on from there"
-                )
-            yield
-
     def _rescue(self, error: Exception) -> None:
         """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
         self.ranks.fail(error)  # who waits for this rank hears of it, and saves, too
         if isinstance(error, _NotFinite):
             return
         try:
-            self._settle(Listener(), 0, rescuing=True)  # what the device has been given, it makes
+            self._settle(0, rescuing=True)  # what the device has been given, it makes
             if self.step == self._saved_step or not self.ranks.leads:
                 return
             self._validation_due = self._validation_due or self._validates
@@ -264,18 +260,18 @@ class Trainer:
         """Has the validation mIoU not risen for as many validations as `patience` allows?"""
         return 0 < self.config.patience <= self._validations_since_best
 
-    def _train_epoch(self, listener: Listener) -> None:
+    def _train_epoch(self) -> None:
         """The rest of the epoch that the next step belongs to."""
         with self._advice(), closing(self._batches(self._begun)) as batches:
             for batch in batches:
                 self._begin_step(batch)
-                self._settle(listener, AHEAD if self._begun < self._next_stop else 0)
+                self._settle(AHEAD if self._begun < self._next_stop else 0)
                 if not self._open:
-                    self._after_step(listener)
+                    self._after_step()
                 if self.step == self.total_steps or self.gave_up:
                     break
                 if self._asked_to_stop:
-                    self._settle(listener, 0)
+                    self._settle(0)
                     raise _Stopped
 
     @contextmanager
@@ -284,7 +280,12 @@ class Trainer:
         try:
             yield
         except DeviceMemoryError as error:
-            raise DeviceMemoryError(f"{error}; {self._smaller()}", error.asked, error.free) from error
+            batch, parts, (height, width) = self.config.batch, self.config.accumulate, self.config.image_size
+            smaller = f"a smaller size or width, such as --set width={self.config.width / 2:g}"
+            if batch > parts:
+                smaller = f"--set batch={batch // 2}, or --set accumulate={min(2 * parts, batch)}"
+            tried = f"a batch of {batch} at {height}x{width} is too large here: try {smaller}"
+            raise DeviceMemoryError(f"{error}; {tried}", error.asked, error.free) from error
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         """The batches of an epoch, on the device, from that of a step on."""
@@ -307,14 +308,6 @@ class Trainer:
                 # A step in parts, or of several ranks, counts the labels of each, where they still are.
                 yield replace(batch, images=images, labels=batch.labels if counted else labels)
 
-    def _smaller(self) -> str:
-        """What to try where memory does not suffice."""
-        batch, parts, (height, width) = self.config.batch, self.config.accumulate, self.config.image_size
-        tried = f"a batch of {batch} at {height}x{width} is too large here"
-        if batch > parts:
-            return f"{tried}: try --set batch={batch // 2}, or --set accumulate={min(2 * parts, batch)}"
-        return f"{tried}: try a smaller size or width, such as --set width={self.config.width / 2:g}"
-
     @property
     def _asked_to_stop(self) -> bool:
         """Has one of the ranks been asked to?"""
@@ -335,7 +328,7 @@ class Trainer:
         self.training(batch.images, batch.labels, lr, number)
         self._open.append((self.training.read(), lr))
 
-    def _settle(self, listener: Listener, ahead: int, rescuing: bool = False) -> None:
+    def _settle(self, ahead: int, rescuing: bool = False) -> None:
         """Looks at losses and norms that have come, in order; waits until at most `ahead` steps are left open.
 
         A step that was not finite, and all after it, have changed nothing on the device: TrainingError. To rescue what
@@ -345,11 +338,9 @@ class Trainer:
         while self._open and (len(self._open) > ahead or (not in_step and self._open[0][0].ready)):
             outcome, lr = self._open[0]
             loss, norm = outcome.get()
-            if not math.isfinite(loss):
-                raise _NotFinite(self._not_finite(loss))
             # One element of a gradient that is not finite makes the norm so.
-            if not math.isfinite(norm):
-                raise _NotFinite(f"the norm of the gradients is {norm}: {self._not_finite(loss)}")
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise _NotFinite(self._not_finite(loss, norm))
             try:
                 self._note({"step": self.step + 1, "loss": loss, "lr": lr})
             except TrainingError as error:
@@ -358,17 +349,18 @@ class Trainer:
                 log.warning("step %d has no row: %s", self.step + 1, error)
             self._open.popleft()
             self.step += 1
-            listener.stepped(self, loss, lr)
+            if not rescuing:
+                self._tell(Listener.stepped, self, loss, lr)
 
     def _note(self, row: dict[str, Any]) -> None:
         if self.ranks.leads:
             self.log.append(row)
 
-    def _not_finite(self, loss: float) -> str:
+    def _not_finite(self, loss: float, norm: float) -> str:
         """What is wrong with the step after those that have been looked at: it is made once more, by itself."""
-        kept = (
-            f"{self.folder.last} holds the last saved state" if self.folder.last.exists() else "there is no checkpoint"
-        )
+        last = self.folder.last
+        kept = f"{last} holds the last saved state" if last.exists() else "there is no checkpoint"
+        gradients = f"the norm of the gradients is {norm}: " if math.isfinite(loss) else ""
         with closing(self._batches(self.step)) as batches:
             batch = next(batches)
             self.model.synchronise_batch_norm(ALONE)  # which would carry it from rank to rank
@@ -381,9 +373,8 @@ class Trainer:
         origin, where, ids = next((one for one in found if one[0]), ("loss", *found[0][1:]))
         more = ", ..." if len(ids) > 4 else ""
         return (
-            f"the loss is {loss} at step {self.step + 1} ({where}images {', '.join(ids[:4])}{more}); NaN or infinity "
-            f"first in: {origin}; {kept}; "
-            f"train with a smaller lr than {self.config.lr}, or with warmup"
+            f"{gradients}the loss is {loss} at step {self.step + 1} ({where}images {', '.join(ids[:4])}{more}); NaN or "
+            f"infinity first in: {origin}; {kept}; train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
     @property
@@ -402,38 +393,34 @@ class Trainer:
         intervals = self._validation_interval, self.config.checkpoint_every or self.total_steps
         return min(self.total_steps, *((self.step // every + 1) * every for every in intervals))
 
-    def _after_step(self, listener: Listener) -> None:
-        checkpoint_every = self.config.checkpoint_every
+    def _after_step(self) -> None:
         if self._validates:
-            self._validation_due = True
-            self._validate_and_save(listener)
-        elif checkpoint_every and self.step % checkpoint_every == 0:
+            self._validate()
+        elif self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
             self.save()
 
-    def _validate_and_save(self, listener: Listener) -> None:
+    def _validate(self) -> None:
+        """Evaluates the validation split, if any, and saves; what does not come to its end is made up for later."""
         before = self.best_miou, self._validations_since_best
+        self._validation_due = True
         try:
-            self.validate(listener)
-        except BaseException:  # it is made up for when the run goes on
+            if self.val_set is not None:
+                self._average_statistics()
+                options = self.config.workers, self._validating, self.config.bad_samples == "skip", self.ranks
+                self._judge(evaluate(self._segmenter(), self.val_set, None, *options))
+        except BaseException:
             self.best_miou, self._validations_since_best = before
             raise
         self._validation_due = False
         self.save()
 
-    def validate(self, listener: Listener) -> None:
-        """Evaluates the validation split, if any, logs it, and keeps the weights where they are the best so far."""
-        config = self.config
-        if self.val_set is None:
-            return
+    def _validating(self, images: int) -> None:
+        self._tell(Listener.validating, images)
+        if self._asked_to_stop:  # a validation can take minutes, and whoever asked to stop may not wait that long
+            raise _Stopped
 
-        def advance(images: int) -> None:
-            listener.validating(images)
-            if self._asked_to_stop:  # a validation can take minutes, and whoever asked to stop may not wait that long
-                raise _Stopped
-
-        skip_bad = config.bad_samples == "skip"
-        self._average_statistics()
-        evaluation = evaluate(self._segmenter(), self.val_set, None, config.workers, advance, skip_bad, self.ranks)
+    def _judge(self, evaluation: Evaluation) -> None:
+        """Logs a validation, and keeps the weights where they are the best so far."""
         miou = evaluation.scores.miou
         self._note({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
         self._validations_since_best += 1
@@ -442,7 +429,7 @@ class Trainer:
             self.best_miou = miou
             if self.ranks.leads:
                 weights.save(self.folder.best, self.model, self._metadata())
-        listener.validated(self, evaluation)
+        self._tell(Listener.validated, self, evaluation)
 
     def _average_statistics(self) -> None:
         """Gives all ranks the mean of their running statistics of batch norm.
@@ -469,7 +456,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         metadata = self._metadata() | {"validation_due": self._validation_due}
         weights.save(self.folder.last, self.model, metadata, self.training.optimiser.state_dict())
-        self._saved_step, self._seen = self.step, self.folder.state
+        self._saved_step = self.step
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -484,28 +471,18 @@ class Trainer:
             "validations_since_best": self._validations_since_best,
         }
 
-    def _take_up(self, metadata: dict[str, Any]) -> None:
-        """The place in the run at which a checkpoint was written."""
-        for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
-            if metadata.get(what) != now:
-                raise CheckpointError(
-                    f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
-                    f"{now}; resume with the same --data"
-                )
-        self.step, self.best_miou = metadata["step"], metadata["miou"]
-        # A run that an earlier version began has neither.
-        self.class_weights = metadata.get("class_weights", self.class_weights)
-        self._validations_since_best = metadata.get("validations_since_best", 0)
-        self._validation_due = metadata.get("validation_due", False)  # `best` has none
-        self.initialised, self.init = f"resumed from {self.folder.last}", metadata.get("init", "")
-        self._saved_step = self.step
 
-    def _load(self, state: dict[str, np.ndarray], momenta: dict[str, np.ndarray]) -> None:
-        try:
-            self.model.load_state_dict(state)
-            self.training.optimiser.load_state_dict(momenta)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.folder.last}: {error}") from error
+def network_of(config: Config, classes: int, device: Device) -> SegNet:
+    """The network that the settings ask for, its weights at random."""
+    return ARCHITECTURES[config.model](
+        *(classes, config.width, device),
+        dropout=config.dropout,
+        decoder=config.decoder,
+        pooling=config.pooling,
+        seed=config.seed,
+        dtype=config.dtype,
+        rung="tf32" if config.precision == "tf32" else None,
+    )
 
 
 def training_step(
@@ -529,37 +506,6 @@ def training_step(
     )
 
 
-class Throughput:
-    """Seconds a step over the last ones, and the share of them spent waiting for data."""
-
-    def __init__(self, loader: Loader, window: int = 20) -> None:
-        self._loader, self._window = loader, window
-        self._spans: list[tuple[float, float]] = []  # of each step: seconds, and those waited for data
-        self.pause()
-
-    def pause(self) -> None:
-        """What comes now is no training, to the end of the next step: a validation, a checkpoint, compiling."""
-        self._last: tuple[float, float] | None = None
-
-    def tick(self) -> None:
-        """A step has ended."""
-        now, last = (perf_counter(), self._loader.waited), self._last
-        if last is not None:
-            self._spans = [*self._spans[1 - self._window :], (now[0] - last[0], now[1] - last[1])]
-        self._last = now
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean over the window; NaN before the second step."""
-        return sum(seconds for seconds, _ in self._spans) / len(self._spans) if self._spans else math.nan
-
-    @property
-    def waiting(self) -> float:
-        """Share of the window's time that training waited for data, 0 to 1."""
-        elapsed = sum(seconds for seconds, _ in self._spans)
-        return sum(waited for _, waited in self._spans) / elapsed if elapsed else 0.0
-
-
 def _fingerprint(dataset: VOCDataset) -> str:
     """The number and the ids of a split's images, so that a resumed run notices another split."""
     digest = hashlib.sha256("\n".join(dataset.ids).encode()).hexdigest()
@@ -575,9 +521,14 @@ def transform_of(config: Config) -> TrainTransform:
 
 def class_weights_of(config: Config, train_set: VOCDataset) -> list[float]:
     """The weights that the settings ask for, counted in the training masks where they are asked for by name."""
-    if config.class_weights == MEDIAN_FREQUENCY:
-        return [float(weight) for weight in class_statistics(train_set, config.workers).weights]
-    return [float(weight) for weight in config.class_weights]
+    given: Sequence[Any] = config.class_weights
+    if given == MEDIAN_FREQUENCY:
+        given = class_statistics(train_set, config.workers).weights.tolist()
+    elif given and len(given) != train_set.classes:
+        raise ConfigError(
+            f"class_weights: {len(given)} numbers for {train_set.classes} classes; give one for each class"
+        )
+    return list(given)
 
 
 class _NotFinite(TrainingError):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import checkpoint
-from segnet_scratch.errors import CheckpointError
+from segnet_scratch.errors import CheckpointError, of_file
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.segnet import SegNet, build
 
@@ -36,10 +36,8 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
     loaded = checkpoint.load(path)
     if not isinstance(loaded.metadata.get("model"), dict):
         raise CheckpointError(f"{path}: the checkpoint does not say what network it holds; was it written by segnet?")
-    weights = {name: array for name, array in loaded.tensors.items() if not name.startswith(MOMENTUM)}
-    momenta = {
-        name.removeprefix(MOMENTUM): array for name, array in loaded.tensors.items() if name.startswith(MOMENTUM)
-    }
+    weights, theirs = loaded.tensors, [name for name in loaded.tensors if name.startswith(MOMENTUM)]
+    momenta = {name.removeprefix(MOMENTUM): weights.pop(name) for name in theirs}
     return weights, momenta, loaded.metadata
 
 
@@ -51,10 +49,8 @@ def load(path: str | Path, device: "str | Device" = "auto", fold: bool = False, 
     """
     weights, _, metadata = read(path)
     model = build(metadata["model"], device, rung=rung)
-    try:
+    with of_file(path):
         model.load_state_dict(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     model.metadata = metadata
     return model.fold_batch_norm() if fold else model.eval()
 
@@ -63,9 +59,8 @@ def check_values(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """CheckpointError where weights of another program are no numbers, or a running variance is negative."""
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-            raise CheckpointError(
-                f"{path}: {name} holds values that are no finite numbers ({array.dtype}); export it anew"
-            )
+            problem = f"holds values that are no finite numbers ({array.dtype})"
+            raise CheckpointError(f"{path}: {name} {problem}; export it anew")
         if name.endswith("running_var") and array.min(initial=0) < 0:
             raise CheckpointError(f"{path}: {name} holds {array.min():g}, and no variance is negative; export it anew")
 
@@ -79,13 +74,21 @@ def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = No
     """
     weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
     check_values(path, weights)
-    _expect_pooling(model, path)
     try:
+        told = checkpoint.read_metadata(path)
+    except CheckpointError:  # the file of another program, which tells of no classes and no pools
+        told = {}
+    with of_file(path):
+        pooling = told.get("model", {}).get("pooling", "ceil")
+        if told and pooling != model.pooling:
+            raise CheckpointError(
+                f"its network pools odd maps in {pooling!r} mode, this one in {model.pooling!r} mode; set "
+                f'pooling = "{pooling}"'
+            )
         if "encoder.1.1.conv.weight" not in weights:
             model.load_vgg16(weights)
             return f"encoder from VGG16{'-BN' if 'features.1.running_mean' in weights else ''} ({path})"
-        classes = len(weights.get("classifier.bias", ()))
-        trained = _class_names(path)
+        classes, trained = len(weights.get("classifier.bias", ())), told.get("classes")
         others = bool(names and trained) and list(names or ()) != trained
         if classes == model.classes and not others:
             model.load_state_dict(weights)
@@ -94,28 +97,3 @@ def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = No
         model.load_state_dict({**weights, **own})
         why = f"{classes} classes there, {model.classes} here" if classes != model.classes else "its classes are others"
         return f"all weights but the classifier from {path} ({why})"
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _class_names(path: str | Path) -> list[str] | None:
-    """The names that a checkpoint gives its classes; None where it tells of none, as files from elsewhere do."""
-    try:
-        names = checkpoint.read_metadata(path).get("classes")
-    except CheckpointError:
-        return None
-    return names if isinstance(names, list) else None
-
-
-def _expect_pooling(model: SegNet, path: str | Path) -> None:
-    """CheckpointError where a checkpoint of ours belongs to a network that pools odd maps otherwise."""
-    try:
-        description = checkpoint.read_metadata(path).get("model", {})
-    except CheckpointError:  # the file of another program
-        return
-    pooling = description.get("pooling", "ceil")
-    if pooling != model.pooling:
-        raise CheckpointError(
-            f"{path}: its network pools odd maps in {pooling!r} mode, this one in {model.pooling!r} mode; set "
-            f'pooling = "{pooling}"'
-        )

@@ -90,7 +90,7 @@ def test_what_a_run_needs_is_compiled_before_its_first_step(sample, tmp_path, en
     # Scores take little, and are left to their first launch.
     assert {name for name, _ in set(late) - set(compiled)} <= {"cross_entropy.cu"}
     host = Trainer(Config(model="segnet-basic", **settings), sample, tmp_path / "host", "host")
-    host._compile = lambda listener: None
+    host._compile = lambda: None
     host.run()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "host" / "metrics.jsonl").read_bytes()
 

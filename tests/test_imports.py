@@ -22,7 +22,7 @@ LAYERS = [
     {"metrics", "boundary"},
     {"inference", "evaluate", "score", "submit", "predict", "film", "video", "export"},
     {"train", "foresight"},
-    {"display", "listeners", "run_record", "tensorboard", "report", "serve"},
+    {"display", "run_record", "tensorboard", "report", "serve"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest
     {"cli"},
     {"__main__", "__init__"},

@@ -17,8 +17,7 @@ SETTINGS = {"model": "segnet-basic", "width": 0.0625, "size": 32, "batch": 4, "w
 
 
 def train(data, out, steps, resume=False):
-    with RunRecord() as record:
-        Trainer(Config(**SETTINGS, steps=steps), data, out, "numpy", resume=resume).run(record)
+    Trainer(Config(**SETTINGS, steps=steps), data, out, "numpy", resume=resume).run(RunRecord())
 
 
 def test_a_session_says_where_and_how_long(sample, tmp_path):
@@ -51,17 +50,15 @@ def test_sessions_whose_steps_were_lost_are_dropped(sample, tmp_path):
 
 def test_what_is_known_is_kept_when_training_dies(sample, tmp_path):
     class Dead(RunRecord):
-        def __exit__(self, *_):
+        def ended(self, trainer):
             """Killed: nothing is written any more."""
 
-    with Dead() as record:
-        Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy").run(record)
+    Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy").run(Dead())
     assert read_sessions(tmp_path)[0].last_step == 5  # of the last validation
 
 
 def test_a_session_without_a_step_has_no_speed(sample, tmp_path):
-    with RunRecord() as record:
-        record.started(Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy"))
+    RunRecord().started(Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy"))
     assert read_sessions(tmp_path)[0].images_per_second == 0
 
 

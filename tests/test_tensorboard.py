@@ -7,7 +7,6 @@ from support.training import Recorder
 
 from segnet_scratch.config import Config
 from segnet_scratch.evaluate import Evaluation
-from segnet_scratch.listeners import Listeners
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.tensorboard import TensorBoard
 from segnet_scratch.train import Trainer
@@ -40,9 +39,7 @@ def train(sample, out, resume=False, **settings):
         "tensorboardX", reason="tensorboardX is not installed: pip install 'segnet_scratch[tensorboard]'"
     )
     recorder = Recorder()
-    with TensorBoard() as board:
-        trainer = Trainer(Config(**SETTINGS, **settings), sample, out, "numpy", resume=resume)
-        trainer.run(Listeners([board, recorder]))
+    Trainer(Config(**SETTINGS, **settings), sample, out, "numpy", resume=resume).run(TensorBoard(), recorder)
     return recorder.told
 
 

@@ -24,7 +24,6 @@ from segnet_scratch.errors import ConfigError
 from segnet_scratch.evaluate import check_classes
 from segnet_scratch.export import INPUTS, OPSET, OUTPUTS, UNPOOLS, export
 from segnet_scratch.files import expect_apart
-from segnet_scratch.listeners import Listeners
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.parallel import start_ranks
 from segnet_scratch.progress import watched
@@ -85,8 +84,7 @@ def train(
         if resolved.init in PRETRAINED and not resume:
             team.first(lambda: _download(resolved.init))
         trainer = Trainer(resolved, data, out, device, resume=resume, ranks=team)
-        with Listeners(shown) as listeners:
-            finished = trainer.run(listeners)
+        finished = trainer.run(*shown)
         left_out = team.exchange({trainer.train_set.ids[index]: why for index, why in trainer.loader.bad.items()})
     if not team.leads:
         raise typer.Exit(0 if finished else 130)

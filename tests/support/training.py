@@ -16,9 +16,9 @@ def start(data, out, device="numpy", resume=False, init=None, ranks=ALONE, **set
     return Trainer(Config(**TINY | settings), data, out, device, init, resume, ranks)
 
 
-def train(data, out, listener=None, **options):
+def train(data, out, *listeners, **options):
     trainer = start(data, out, **options)
-    return trainer, trainer.run(listener)
+    return trainer, trainer.run(*listeners)
 
 
 def rows(out):
