@@ -6,7 +6,7 @@ import numpy as np
 
 from segnet_scratch.config import Config
 from segnet_scratch.engine.ledger import fused_account, layers_account
-from segnet_scratch.engine.network import RUNG_OF_PRECISION
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
 from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
@@ -48,12 +48,12 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
 def _bytes_of_image(model: SegNet, config: Config) -> int:
     """What one more image takes on the device: maps, indices and workspaces of a step, and itself in each batch."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
+    network = Network.of(model, 1, config.image_size)
     if config.engine == "fused":
-        rung = RUNG_OF_PRECISION[config.precision]
-        maps = fused_account(model.blocks, model.classes, 1, config.image_size, rung, model.classifier_kernel).peak
+        maps = fused_account(network, RUNG_OF_PRECISION[config.precision]).peak
     else:
         logits = 2 * pixels * model.classes * itemsize
-        maps = layers_account(model.blocks, 1, config.image_size, itemsize).peak + logits
+        maps = layers_account(network, itemsize).peak + logits
     return maps + _PREPARED * pixels * (3 * itemsize + 1)
 
 

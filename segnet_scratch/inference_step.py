@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from segnet_scratch.engine.inference import FoldedWeights, FusedInference
+from segnet_scratch.engine.network import RUNG_OF_PRECISION
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.nn.autograd import Tensor, no_grad
 from segnet_scratch.nn.modules import dropout_sampling
@@ -57,7 +58,7 @@ class InferenceStep:
 
     def __init__(self, model: SegNet, engine: str = "layers", precision: str = "float32") -> None:
         self.model, self.device, self.engine, self.precision = model, model.device, engine, precision
-        self._weights = FoldedWeights.of(model, precision) if engine == "fused" else None
+        self._weights = FoldedWeights(model, RUNG_OF_PRECISION[precision]) if engine == "fused" else None
         self._state = self.device.zeros(STATE.shape, STATE.dtype)
         self._passes: OrderedDict[object, tuple[Pass, Replayed[Array]]] = OrderedDict()
 

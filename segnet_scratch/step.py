@@ -205,7 +205,7 @@ class TrainingStep:
             raise ConfigError(f"training step: the fused engine takes a batch whole, got {parts} parts; use the layers")
         self.model, self.device = model, model.device
         # The engine lays the classifier's parameters where its kernels want them: before SGD looks where they are.
-        working = WorkingWeights.of(model, precision) if engine == "fused" else None
+        working = WorkingWeights(model, RUNG_OF_PRECISION[precision]) if engine == "fused" else None
         self.optimiser = SGD(model, momentum, decay, bias_lr, clip_norm, working, multipliers)
         weights = None if class_weights is None else self._checked(class_weights)
         objective = weights, normalisation, smoothing

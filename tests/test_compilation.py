@@ -6,7 +6,9 @@ from support.kernels import needs_compiler
 
 from segnet_scratch.config import Config
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.inference import inference_program
+from segnet_scratch.engine.inference import InferenceProgram
+from segnet_scratch.engine.network import Network
+from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.compilation import compile_for, launched_by, on_all_cores
@@ -36,15 +38,16 @@ class Compiling(HostDevice):
 
 @needs_compiler
 def test_a_program_compiles_each_source_once_before_it_launches():
-    program, device = inference_program(SegNet.blocks_of(0.125), 2, 1, (32, 32), Convolutions("tf32")), Compiling()
-    arrays = {name: np.zeros(s.shape, s.dtype) for name, s in {**program.given, **program.made}.items()}
-    bound, told = program.bind(arrays), []
-    bound.compile(device, lambda done, total: told.append((done, total)))
+    network, device = Network(SegNet.blocks_of(0.125), 2, 1, (32, 32)), Compiling()
+    program = InferenceProgram(network, Convolutions("tf32"))
+    given = {name: np.zeros(s.shape, s.dtype) for name, s in program.given.items()}
+    bound, told = BoundProgram(program, device, given), []
+    bound.compile(lambda done, total: told.append((done, total)))
     assert not device.executed
     assert len(device.compiled) == len(set(device.compiled)) > 2
     assert told == [(i + 1, len(device.compiled)) for i in range(len(device.compiled))]
     compiled = list(device.compiled)
-    bound.run(device)
+    bound.run()
     assert device.compiled == compiled
     assert "unpool_packed" in device.executed
 

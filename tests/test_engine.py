@@ -11,7 +11,8 @@ from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import FoldedWeights, FusedInference
 from segnet_scratch.engine.ledger import accounts
-from segnet_scratch.engine.training import Objective, training_program
+from segnet_scratch.engine.network import Network
+from segnet_scratch.engine.training import Objective, TrainingProgram
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.inference_step import InferenceStep
@@ -205,7 +206,8 @@ class TestBranches:
 
     @pytest.mark.parametrize("blocks", [SegNet.blocks_of(0.25), SegNetBasic.blocks_of(0.5)], ids=["segnet", "basic"])
     def test_nothing_beside_a_branch_is_given_its_memory(self, blocks):
-        program = training_program(blocks, 2, (32, 32), Convolutions("bf16"), Objective(CLASSES), branches=True)
+        network = Network(blocks, CLASSES, 2, (32, 32))
+        program = TrainingProgram(network, Convolutions("bf16"), Objective(), branches=True)
         arena = Arena.plan(program.lifetimes())
         places = {
             name: (arena.offsets[name], arena.offsets[name] + life.nbytes) for name, life in arena.lifetimes.items()
@@ -292,7 +294,7 @@ class TestHopper:
     def test_its_kernels_are_in_the_step_and_flipped_weights_are_not(self, with_hopper):
         model, size = build("segnet", "host")
         weights = WorkingWeights(model, "bf16")
-        program = training_program(model.blocks, 2, size, weights.convolutions, Objective(CLASSES))
+        program = TrainingProgram(Network.of(model, 2, size), weights.convolutions, Objective())
         of_layer = {}
         for step in program.steps:
             if step.op.name.startswith("conv2d_hopper"):
@@ -352,7 +354,7 @@ class TestRefusals:
 class TestLedger:
     @pytest.mark.parametrize(("n", "size"), [(16, (224, 224)), (8, (360, 480))])
     def test_training_in_bfloat16_needs_at_most_half_of_pytorch_on_paper(self, n, size):
-        fused, layers, torch = accounts(SegNet.blocks_of(1.0), CLASSES, n, size, "bf16")
+        fused, layers, torch = accounts(Network(SegNet.blocks_of(1.0), CLASSES, n, size), "bf16")
         assert fused.peak <= torch.peak / 2
         assert fused.peak <= layers.peak / 2
         # Worked by hand for PyTorch: y and z of 25 convolutions, 2 bytes each.
@@ -360,7 +362,8 @@ class TestLedger:
         assert torch.entries["indices"] == 32 * fused_indices(n, size)
 
     def test_the_arena_is_as_small_as_any_could_be(self):
-        program = training_program(SegNet.blocks_of(1.0), 16, (224, 224), Convolutions("bf16"), Objective(CLASSES))
+        network = Network(SegNet.blocks_of(1.0), CLASSES, 16, (224, 224))
+        program = TrainingProgram(network, Convolutions("bf16"), Objective())
         arena = Arena.plan(program.lifetimes())
         assert arena.nbytes == arena.needed
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from segnet_scratch.engine.arena import ALIGNMENT, Arena, Lifetime
-from segnet_scratch.engine.program import Program
+from segnet_scratch.engine.program import BoundProgram, Program
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.elementwise.relu import ReluBackward, ReluForward
 from segnet_scratch.ops.op import Spec, spec
@@ -87,11 +87,10 @@ class TestProgram:
     @pytest.mark.parametrize("device", ["numpy", "host"])
     def test_runs_on_what_it_is_bound_to(self, device):
         device, program = get_device(device), relu_program()
-        arrays = Arena.plan(program.lifetimes()).allocate(device)
-        arrays["x"] = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
-        arrays["dy"] = np.ones((2, 3), np.float32)
-        program.bind(arrays).run(device)
-        np.testing.assert_array_equal(arrays["dx"], arrays["x"] > 0)
+        x = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
+        bound = BoundProgram(program, device, {"x": x, "dy": np.ones((2, 3), np.float32)})
+        bound.run()
+        np.testing.assert_array_equal(bound.arrays["dx"], x > 0)
 
     def test_what_does_not_fit_is_refused(self):
         program, x = relu_program(), spec((2, 3), np.float32)

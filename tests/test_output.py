@@ -17,6 +17,7 @@ from segnet_scratch.cli.profile import _memory_table
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, class_statistics
 from segnet_scratch.display import scores_table
 from segnet_scratch.engine.ledger import accounts
+from segnet_scratch.engine.network import Network
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.lab.profile.measure import How, Work, profile_step
 from segnet_scratch.lab.profile.tables import show
@@ -102,7 +103,7 @@ def test_tables_keep_their_numbers_in_a_narrow_terminal(sample, width):
     console = Console(file=out, width=width)
     console.print(scores_table(found))
     console.print(statistics_table(class_statistics(VOCDataset(sample, "train")), "train"))
-    console.print(_memory_table(accounts(SegNet.blocks_of(1.0), 21, 16, (224, 224), "bf16"), "MiB"))
+    console.print(_memory_table(accounts(Network(SegNet.blocks_of(1.0), 21, 16, (224, 224)), "bf16"), "MiB"))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text

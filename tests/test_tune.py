@@ -2,12 +2,14 @@
 
 import logging
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.training import Objective, training_program, two_branches
+from segnet_scratch.engine.network import Network
+from segnet_scratch.engine.training import Objective, TrainingProgram, two_branches
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.tune import convolutions, tune
 from segnet_scratch.ops.convolution import conv2d_mma as mma
@@ -110,13 +112,13 @@ class TestSameBits:
 
 
 class TestTune:
-    BLOCKS = SegNetBasic.blocks_of(0.5)
+    NETWORK = Network(SegNetBasic.blocks_of(0.5), 21, 1, (16, 16), 1)
 
     def test_the_fastest_is_kept_and_taken(self, cache):
         device = TunedDevice({"_128x32": 10, "_128x64": 20, "_128x128": 30})
-        *choices, branches = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)[0]
+        *choices, branches = tune(device, self.NETWORK, "bf16")[0]
         path = TileTable.path(GPU)
-        assert len(choices) == len(convolutions(self.BLOCKS, 1, (16, 16), Convolutions("bf16"), 1)) > 4
+        assert len(choices) == len(convolutions(self.NETWORK, Convolutions("bf16"))) > 4
         for choice in choices:
             assert choice.fastest == "128x32"
             assert set(choice.seconds) == {"128x32", "128x64", "128x128"}
@@ -127,12 +129,12 @@ class TestTune:
 
     def test_branches_are_taken_as_measured_unless_the_environment_says(self, cache, monkeypatch):
         device = TunedDevice()
-        *_, choice = tune(device, self.BLOCKS, 1, (16, 16), "bf16", 1)[0]
+        *_, choice = tune(device, self.NETWORK, "bf16")[0]
         assert choice.default == "one"
         assert 0 < choice.seconds["two"] < choice.seconds["one"]
-        another, step = TunedDevice(), (self.BLOCKS, 1, (16, 16), "bf16")
+        another, step = TunedDevice(), (self.NETWORK, "bf16")
         assert two_branches(another, *step)
-        assert not two_branches(another, self.BLOCKS, 2, (16, 16), "bf16")
+        assert not two_branches(another, replace(self.NETWORK, batch=2), "bf16")
         assert not two_branches(HostDevice(), *step)
         monkeypatch.setenv("SEGNET_BRANCHES", "0")
         assert not two_branches(another, *step)
@@ -141,7 +143,8 @@ class TestTune:
         monkeypatch.setenv("SEGNET_HOPPER", "1")
         monkeypatch.setattr("segnet_scratch.lab.profile.tune.CACHE_BYTES", 1)
         device = TunedDevice({"columns_128x128": 10, "halo_128x128": 20})
-        choices, _ = tune(device, SegNet.blocks_of(0.25), 2, (32, 32), "bf16")
+        network = Network(SegNet.blocks_of(0.25), 21, 2, (32, 32))
+        choices, _ = tune(device, network, "bf16")
         hopper = {choice.key: choice for choice in choices if choice.key.startswith("hopper")}
         assert len(hopper) > 4
         for key, choice in hopper.items():
@@ -151,13 +154,13 @@ class TestTune:
             else:
                 few = "->32" in key and "forward" in key  # outputs, that a tile of their own would suit
                 assert set(choice.seconds) == {"halo_256x64"} | ({"halo_256x32"} if few else set())
-        program = training_program(SegNet.blocks_of(0.25), 2, (32, 32), Convolutions.on(device, "bf16"), Objective(21))
+        program = TrainingProgram(network, Convolutions.on(device, "bf16"), Objective())
         taken = {step.op.tile.name for step in program.steps if step.op.name == "conv2d_hopper_forward"}
         assert taken - {"halo_256x32"} == {"columns_128x128", "halo_256x64"}
 
     def test_without_a_gpu_it_says_so(self):
         with pytest.raises(DeviceError, match=r"measured on a GPU, and the device is numpy"):
-            tune(get_device("numpy"), self.BLOCKS, 1, (16, 16), "bf16")
+            tune(get_device("numpy"), self.NETWORK, "bf16")
 
     def test_the_command(self, segnet):
         ended = segnet("tune", "--device", "host")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.cases import SMALL, Case
+from bench.cases import CLASSES, SMALL, Case
 from bench.contenders import set_precision
 from bench.timing import Clock, CudaClock, in_turn
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import RUNG_OF_PRECISION, layers_of, padded, storage
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network, storage
 from segnet_scratch.lab.profile.tune import random_buffers
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, HopperForward
@@ -47,12 +47,10 @@ def _product(precision: str, matrix: torch.Tensor) -> torch.Tensor:
 
 def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> Iterator[dict[str, object]]:
     """One row for each shape of a convolution and each direction: FLOP, and TFLOP/s of cuDNN and of ours."""
-    shapes = dict.fromkeys(
-        (layer.full, layer.weight) for layer in layers_of(SegNet.blocks_of(1.0), case.batch, *case.size)
-    )
-    # The classifier: 21 classes in whole pieces, 64 channels.
-    outputs = padded(21, RUNG_OF_PRECISION[case.precision])
-    shapes[(case.batch, *case.size, outputs), (outputs, 3, 3, 64)] = None
+    network = Network(SegNet.blocks_of(1.0), CLASSES, case.batch, case.size)
+    shapes = dict.fromkeys((layer.full, layer.weight) for layer in network.layers)
+    classifier = network.classifier(RUNG_OF_PRECISION[case.precision])
+    shapes[(case.batch, *case.size, classifier[0]), classifier] = None
     share = seconds / (3 * len(shapes))
     for full, weight in shapes:
         for direction in ("fprop", "dgrad", "wgrad"):

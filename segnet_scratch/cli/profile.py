@@ -11,11 +11,20 @@ from segnet_scratch.cli.command import command
 from segnet_scratch.cli.common import app, console, join_ranks, say
 from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
-from segnet_scratch.engine.network import RUNG_OF_PRECISION
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.profile import roofline, trace
 from segnet_scratch.lab.profile.ladder import SHAPES
-from segnet_scratch.lab.profile.measure import DEFAULTS, CountingDevice, How, Work, count_step, profile_op, profile_step
+from segnet_scratch.lab.profile.measure import (
+    CLASSES,
+    DEFAULTS,
+    CountingDevice,
+    How,
+    Work,
+    count_step,
+    profile_op,
+    profile_step,
+)
 from segnet_scratch.lab.profile.tables import print_columns, show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
@@ -141,14 +150,15 @@ def tune(
     For the shapes of one batch size and image size, training and inference. The choices lie in the cache folder, apart
     for each GPU and each version of the kernels. Convolutions keep their bits; batch norm's sums may round otherwise.
     """
-    network, sides = NETWORKS[model], options.image_size(size)
+    network = _network(model, width, CLASSES, batch, options.image_size(size))
     with watched(console, "convolution") as watch:
-        choices, path = measure_tiles(
-            *(get_device(device), network.blocks_of(width), batch, sides, precision, network.classifier_kernel),
-            watch.update,
-        )
+        choices, path = measure_tiles(get_device(device), network, precision, watch.update)
     show_tiles(console, choices)
     say(f"kept in {path}")
+
+
+def _network(model: str, width: float, classes: int, batch: int, size: tuple[int, int]) -> Network:
+    return Network(NETWORKS[model].blocks_of(width), classes, batch, size, NETWORKS[model].classifier_kernel)
 
 
 def show_tiles(console: Console, choices: list[Choice]) -> None:
@@ -185,9 +195,8 @@ def memory(
         --classes: Outputs of the classifier.
     """
     sides = options.image_size(size)
-    network = NETWORKS[model]
-    rung = RUNG_OF_PRECISION[precision]
-    found = accounts(network.blocks_of(width), classes, batch, sides, rung, network.classifier_kernel)
+    network = _network(model, width, classes, batch, sides)
+    found = accounts(network, RUNG_OF_PRECISION[precision])
     console.print(
         _memory_table(found, f"{model}, width {width:g}, {batch} images of {sides[0]}x{sides[1]}, {precision}, MiB")
     )

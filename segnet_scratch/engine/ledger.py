@@ -4,16 +4,13 @@ Counted are maps, indices and workspaces. Parameters, their gradients and moment
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import Layer, layers_of, storage
-from segnet_scratch.engine.program import Program
-from segnet_scratch.engine.training import Objective, training_program
-from segnet_scratch.segnet import Block
+from segnet_scratch.engine.network import Network, storage
+from segnet_scratch.engine.training import Objective, TrainingProgram
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Account:
         return sum(self.entries.values())
 
 
-def _kind(array: str, program: Program, arena: Arena) -> str:
+def _kind(array: str) -> str:
     """What an array of the training program is, for whoever reads the ledger."""
     if array.startswith("workspace."):
         return "workspace"
@@ -45,31 +42,30 @@ def _kind(array: str, program: Program, arena: Arena) -> str:
     }.get(what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums")
 
 
-def fused_account(
-    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
-) -> Account:
+def fused_account(network: Network, rung: str) -> Account:
     """The fused engine at the fullest step of its program; what the arena cannot fill counts as such.
 
     ShapeError where that engine cannot compute the network.
     """
-    program = training_program(blocks, batch, size, Convolutions(rung), Objective(classes), classifier_kernel)
+    program = TrainingProgram(network, Convolutions(rung), Objective())
     arena = Arena.plan(program.lifetimes(kept=("loss", "logits")))
     fullest = max(range(len(program.steps)), key=lambda step: sum(arena.alive(step).values()))
     entries: Counter[str] = Counter()
     for array, nbytes in arena.alive(fullest).items():
-        entries[_kind(array, program, arena)] += nbytes
+        entries[_kind(array)] += nbytes
     entries["gaps between arrays"] = arena.nbytes - sum(entries.values())
     return Account("fused", dict(entries))
 
 
-def layers_account(blocks: Sequence[Block], batch: int, size: tuple[int, int], itemsize: int = 4) -> Account:
+def layers_account(network: Network, itemsize: int = 4) -> Account:
     """The layers of this project, whatever the widths, with elements of `itemsize` bytes."""
-    return _paper(layers_of(blocks, batch, *size), itemsize, 1, "layers")
+    return _paper(network, itemsize, 1, "layers")
 
 
-def _paper(layers: Sequence[Layer], itemsize: int, index: int, name: str) -> Account:
+def _paper(network: Network, itemsize: int, index: int, name: str) -> Account:
     """An engine that keeps what every layer's backward asks for: y for batch norm, z for the next convolution and ReLU,
     pooled and unpooled maps, an index of `index` bytes for each pooled value; and two maps of gradients at a time."""
+    layers = network.layers
     maps = sum(prod(layer.full) for layer in layers) * itemsize
     pooled = sum(prod(layer.out) for layer in layers if layer.block.pool)
     unpooled = sum(layer.full[0] * prod(layer.unpool) * layer.block.in_channels for layer in layers if layer.unpool)
@@ -84,13 +80,10 @@ def _paper(layers: Sequence[Layer], itemsize: int, index: int, name: str) -> Acc
     return Account(name, entries)
 
 
-def accounts(
-    blocks: Sequence[Block], classes: int, batch: int, size: tuple[int, int], rung: str, classifier_kernel: int = 3
-) -> list[Account]:
+def accounts(network: Network, rung: str) -> list[Account]:
     """The fused engine with this rung, the layers of this project in float32, PyTorch with maps as wide as the rung's.
 
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
-    fused = fused_account(blocks, classes, batch, size, rung, classifier_kernel)
-    torch = _paper(layers_of(blocks, batch, *size), storage(rung).itemsize, 8, "PyTorch")
-    return [fused, layers_account(blocks, batch, size), torch]
+    torch = _paper(network, storage(rung).itemsize, 8, "PyTorch")
+    return [fused_account(network, rung), layers_account(network), torch]

@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from segnet_scratch.engine.convolutions import Convolutions
+from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores, without_tensor_cores
-from segnet_scratch.ops.op import Spec
+from segnet_scratch.ops.elementwise.cast import Cast
+from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.ops.pieces import piece_of
 from segnet_scratch.ops.pooling.windows import windows_of
-from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 from segnet_scratch.segnet import Block, SegNet
 
 CLASSIFIER = "classifier"
@@ -43,22 +47,65 @@ class Layer:
         return b.out_channels, b.kernel, b.kernel, b.in_channels
 
 
-def layers_of(blocks: Sequence[Block], batch: int, height: int, width: int) -> list[Layer]:
-    """The blocks with the sizes that they have for images (batch, height, width, 3)."""
-    layers: list[Layer] = []
-    pools: list[tuple[str, tuple[int, int]]] = []
-    size = height, width
-    for block in blocks:
-        unpool, codes = None, None
-        if block.unpool is not None:
-            codes, size = pools.pop()
-            unpool = size
-        layer = Layer(block, (batch, *size, block.out_channels), unpool, codes)
-        if block.pool:
-            pools.append((f"{block.name}.codes", size))
-            size = layer.out[1], layer.out[2]
-        layers.append(layer)
-    return layers
+@dataclass(frozen=True)
+class Network:
+    """What a program is planned for: a network, and its batches of images (batch, *size, 3)."""
+
+    blocks: Sequence[Block]
+    classes: int
+    batch: int
+    size: tuple[int, int]
+    classifier_kernel: int = 3
+
+    @staticmethod
+    def of(model: SegNet, batch: int, size: tuple[int, int]) -> "Network":
+        """A model's."""
+        return Network(model.blocks, model.classes, batch, size, model.classifier_kernel)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The blocks with their sizes."""
+        layers: list[Layer] = []
+        pools: list[tuple[str, tuple[int, int]]] = []
+        size = self.size
+        for block in self.blocks:
+            unpool, codes = None, None
+            if block.unpool is not None:
+                codes, size = pools.pop()
+                unpool = size
+            layer = Layer(block, (self.batch, *size, block.out_channels), unpool, codes)
+            if block.pool:
+                pools.append((f"{block.name}.codes", size))
+                size = layer.out[1], layer.out[2]
+            layers.append(layer)
+        return layers
+
+    def classifier(self, rung: str) -> tuple[int, int, int, int]:
+        """(o, k, k, c) of the classifier's weight; outputs beyond the classes make up whole pieces."""
+        k = self.classifier_kernel
+        return padded(self.classes, rung), k, k, self.blocks[-1].out_channels
+
+
+class NetworkProgram(Program):
+    """A program from `images` to `logits`, with what both passes, of training and of inference, have in common."""
+
+    def __init__(self, network: Network, convolutions: Convolutions) -> None:
+        super().__init__()
+        self.network, self.convolutions, self.type = network, convolutions, storage(convolutions.rung)
+
+    def images(self) -> str:
+        """Gives the images; what the first convolution reads."""
+        self.give("images", spec((self.network.batch, *self.network.size, 3), np.float32))
+        if self.type != BFLOAT16:
+            return "images"
+        self.add("images", Cast.plan(self.given["images"]), x="images", y="images.cast")
+        return "images.cast"
+
+    def classify(self, x: str) -> None:
+        """The logits of the last map."""
+        weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+        op = self.convolutions.forward(self.spec_of(x), self.spec_of(weight), bias=True)
+        self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
 
 
 def misfit(model: SegNet, rung: str, training: bool) -> str | None:

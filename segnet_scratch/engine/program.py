@@ -6,11 +6,11 @@ Steps that are `aside` are a branch: on a GPU they run beside the steps after th
 that `Program.join_of` names. What they touch lives until then, so that no step beside them is given its memory.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from segnet_scratch.engine.arena import Lifetime
+from segnet_scratch.engine.arena import Arena, Lifetime
 from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.op import Buffers, Op, Spec
 from segnet_scratch.runtime.compilation import Progress, compile_for, launched_by, no_progress
@@ -61,15 +61,14 @@ class Program:
         """
         for key, spec in op.inputs.items():
             if key in arrays or key not in op.optional:
-                self._expect(op, key, self._spec(op, arrays.get(key)), spec)
+                self._expect(op, key, arrays.get(key, ""), spec)
         for key, spec in op.outputs.items():
-            name = arrays.get(key)
-            if name is None:
+            if key not in arrays:
                 raise ShapeError(f"{layer}: {op.name} has an output {key} that is not named")
-            if name in self.given:
-                self._expect(op, key, self.given[name], spec)
+            if arrays[key] in self.given:
+                self._expect(op, key, arrays[key], spec)
             else:
-                self.made[name] = spec
+                self.made[arrays[key]] = spec
         for key, spec in op.workspace.items():
             arrays[key] = f"workspace.{len(self.steps)}.{key}"
             self.made[arrays[key]] = spec
@@ -79,13 +78,10 @@ class Program:
         """What an array is."""
         return self.given.get(array) or self.made[array]
 
-    def _spec(self, op: Op, name: str | None) -> Spec:
-        spec = self.given.get(name or "") or self.made.get(name or "")
-        if spec is None:
-            raise ShapeError(f"{op.name}: there is no array {name!r} yet")
-        return spec
-
-    def _expect(self, op: Op, key: str, got: Spec, expected: Spec) -> None:
+    def _expect(self, op: Op, key: str, array: str, expected: Spec) -> None:
+        got = self.given.get(array) or self.made.get(array)
+        if got is None:
+            raise ShapeError(f"{op.name}: there is no array {array!r} yet")
         if got != expected:
             raise ShapeError(f"{op.name}: {key} is {got.shape} {got.dtype}, expected {expected.shape} {expected.dtype}")
 
@@ -112,10 +108,9 @@ class Program:
         That is where another branch begins, so that memory is soon free again, or a step that needs what the branch
         makes, or changes what it touches.
         """
-        last = number
+        first = last = number
         while last + 1 < len(self.steps) and self.steps[last + 1].aside:
             last += 1
-        first = last
         while first and self.steps[first - 1].aside:
             first -= 1
         branch = self.steps[first : last + 1]
@@ -127,50 +122,50 @@ class Program:
                 return later
         return len(self.steps)
 
-    def bind(self, arrays: Mapping[str, Array]) -> "BoundProgram":
-        """The program on arrays that exist."""
-        joins = {self.join_of(number) for number, step in enumerate(self.steps) if step.aside}
-        return BoundProgram([(step, self._buffers(step, arrays)) for step in self.steps], joins)
-
-    def _buffers(self, step: Step, arrays: Mapping[str, Array]) -> Buffers:
-        absent: dict[str, Array | None] = dict.fromkeys(step.op.optional)
-        return Buffers(**absent | {key: arrays[name] for key, name in step.arrays.items()})
-
 
 class BoundProgram:
-    """A program whose arrays are all in place: to run it allocates nothing and waits for nothing."""
+    """A program on arrays of a device: those `given`, and all others in one arena, those in `kept` to the end of a run.
 
-    def __init__(self, steps: list[tuple[Step, Buffers]], joins: Container[int] = ()) -> None:
-        self._steps, self._joins = steps, joins
+    To run it allocates nothing and waits for nothing.
+    """
+
+    def __init__(
+        self, program: Program, device: Device, given: Mapping[str, Array | None], kept: Iterable[str] = ()
+    ) -> None:
+        self.device = device
+        self.arrays = {**given, **Arena.plan(program.lifetimes(kept)).allocate(device)}
+        self._steps = [(step, self._buffers(step)) for step in program.steps]
+        self._joins = {program.join_of(number) for number, step in enumerate(program.steps) if step.aside}
         self._compiled = False
 
-    def compile(self, device: Device, progress: Progress = no_progress) -> None:
+    def _buffers(self, step: Step) -> Buffers:
+        absent: dict[str, Array | None] = dict.fromkeys(step.op.optional)
+        return Buffers(**absent | {key: self.arrays[name] for key, name in step.arrays.items()})
+
+    def compile(self, progress: Progress = no_progress) -> None:
         """Compiles every kernel of the program, on all cores; `run` would do so, without saying how far it is."""
-        if device.runs_kernels and not self._compiled:
-            compile_for(device, launched_by(lambda: self._launch(device)), progress)
+        if self.device.runs_kernels and not self._compiled:
+            compile_for(self.device, launched_by(self._launch), progress)
         self._compiled = True
 
-    def _launch(self, device: Device) -> None:
+    def _launch(self) -> None:
         for step, buffers in self._steps:
-            step.op.run(device, buffers)
+            step.op.run(self.device, buffers)
 
     def run(
-        self,
-        device: Device,
-        enter: Callable[[str], None] = lambda phase: None,
-        after: Callable[[int], None] = lambda number: None,
+        self, enter: Callable[[str], None] = lambda phase: None, after: Callable[[int], None] = lambda number: None
     ) -> None:
         """Carries out every step; `enter` is told when another phase begins, `after` when a step has been given."""
-        self.compile(device)
+        self.compile()
         phase = ""
         for number, (step, buffers) in enumerate(self._steps):
             if step.phase != phase:
                 phase = step.phase
                 enter(phase)
             if number in self._joins:
-                device.join()
-            with scope(step.layer), device.beside() if step.aside else nullcontext():
-                carry_out(step.op, lambda op=step.op, b=buffers: op.run(device, b))  # type: ignore[misc]
+                self.device.join()
+            with scope(step.layer), self.device.beside() if step.aside else nullcontext():
+                carry_out(step.op, lambda op=step.op, b=buffers: op.run(self.device, b))  # type: ignore[misc]
             after(number)
         if len(self._steps) in self._joins:
-            device.join()
+            self.device.join()

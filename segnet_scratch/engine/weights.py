@@ -3,7 +3,7 @@
 import numpy as np
 
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import CLASSIFIER, RUNG_OF_PRECISION, check, padded, storage
+from segnet_scratch.engine.network import CLASSIFIER, check, padded, storage
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
@@ -22,11 +22,10 @@ class WorkingWeights:
         self.model, self.rung, self.storage = model, rung, storage(rung)
         device = model.device
         self.convolutions = Convolutions.on(device, rung)
-        outputs = padded(model.classes, rung)
+        beyond = 0, padded(model.classes, rung) - model.classes
         self._whole: dict[str, Array] = {}  # the classifier's parameters with their padding
-        for part, parameter in (("weight", model.classifier.weight), ("bias", model.classifier.bias)):
-            values = np.zeros((outputs, *parameter.shape[1:]), np.float32)
-            values[: model.classes] = parameter.numpy()
+        for part, parameter in model.classifier.named_parameters().items():
+            values = np.pad(parameter.numpy(), [beyond, *[(0, 0)] * (len(parameter.shape) - 1)])
             self._whole[f"{CLASSIFIER}.{part}"] = array = device.upload(values)
             parameter.data = array[: model.classes]
         self.copies: dict[str, Array] = {}
@@ -44,11 +43,6 @@ class WorkingWeights:
             self.gradients[name] = whole
             # Of the classifier the padding is left out; what remains lies together, as outputs come first.
             parameter.grad = whole[: parameter.shape[0]]
-
-    @classmethod
-    def of(cls, model: SegNet, precision: str) -> "WorkingWeights":
-        """For one of the settings of `precision`: float32, tf32, bf16."""
-        return cls(model, RUNG_OF_PRECISION[precision])
 
     def arrays(self) -> dict[str, Array]:
         """What the kernels read, by the names of the training program."""

@@ -10,12 +10,11 @@ from statistics import median
 
 import numpy as np
 
-from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.inference import inference_program
-from segnet_scratch.engine.network import RUNG_OF_PRECISION
-from segnet_scratch.engine.program import Program
-from segnet_scratch.engine.training import Objective, branches_key, training_program
+from segnet_scratch.engine.inference import InferenceProgram
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
+from segnet_scratch.engine.program import BoundProgram, Program
+from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.measure import CACHE_BYTES
 from segnet_scratch.ops.convolution import conv2d_mma as mma
@@ -26,11 +25,9 @@ from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, Hop
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op, Spec
 from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.segnet import Block
 from segnet_scratch.step import Replayed
 
 PASSES = 9  # timed, of each tile
-CLASSES = 21
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,9 @@ class Candidates:
     default: str
 
 
-def convolutions(
-    blocks: list[Block], batch: int, size: tuple[int, int], kernels: Convolutions, classifier_kernel: int
-) -> dict[str, Candidates]:
+def convolutions(network: Network, kernels: Convolutions) -> dict[str, Candidates]:
     """Candidates by key, of a training step and of inference, each shape once."""
-    training = training_program(blocks, batch, size, kernels, Objective(CLASSES), classifier_kernel)
-    inference = inference_program(blocks, CLASSES, batch, size, kernels, classifier_kernel)
+    training, inference = TrainingProgram(network, kernels, Objective()), InferenceProgram(network, kernels)
     found: dict[str, Candidates] = {}
     for step in (*training.steps, *inference.steps):
         for key, candidates in _candidates_of(step.op, kernels.rung):
@@ -92,11 +86,8 @@ def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
 
 def tune(
     device: Device,
-    blocks: list[Block],
-    batch: int,
-    size: tuple[int, int],
+    network: Network,
     precision: str,
-    classifier_kernel: int = 3,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Choice], Path]:
     """Times every tile of every convolution, then a whole step in one branch and in two, and stores the choices.
@@ -108,7 +99,7 @@ def tune(
             f"tune: tiles are measured on a GPU, and the device is {device.name}; run it where segnet doctor sees one"
         )
     kernels = Convolutions.on(device, RUNG_OF_PRECISION[precision])
-    work = convolutions(blocks, batch, size, kernels, classifier_kernel)
+    work = convolutions(network, kernels)
     scratch = device.empty((CACHE_BYTES,), np.uint8)
     table, choices = table_of(device), []
     for number, (key, candidates) in enumerate(work.items()):
@@ -117,13 +108,10 @@ def tune(
     table.choices |= {choice.key: choice.fastest for choice in choices}
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
     seconds = {
-        name: _seconds_of(
-            device,
-            training_program(blocks, batch, size, kernels, Objective(CLASSES), classifier_kernel, name == "two"),
-        )
+        name: _seconds_of(device, TrainingProgram(network, kernels, Objective(), name == "two"))
         for name in ("one", "two")
     }
-    choices.append(Choice(branches_key(blocks, batch, size, kernels.rung), seconds, "one"))
+    choices.append(Choice(branches_key(network, kernels.rung), seconds, "one"))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 
@@ -153,9 +141,8 @@ def _measure(device: Device, table: TileTable, key: str, ops: dict[str, Op], scr
 
 def _seconds_of(device: Device, program: Program) -> float:
     """The median of a program on random arrays, replayed as a graph."""
-    arrays = _random(device, program.given) | Arena.plan(program.lifetimes()).allocate(device)
-    bound = program.bind(arrays)
-    replayed, timer = Replayed(device, lambda: bound.run(device)), device.timer()
+    bound = BoundProgram(program, device, _random(device, program.given))
+    replayed, timer = Replayed(device, bound.run), device.timer()
     taken = []
     for _ in range(2 + PASSES):  # the first loads the kernels, the second records
         first = timer.mark()
