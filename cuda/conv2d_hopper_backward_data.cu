@@ -1,6 +1,6 @@
 // dgrad of the fused engine on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64, outputs too, or
-// pieces of less than 64 (a classifier's); bfloat16.
-// Element types: bf16; sm_90a only.
+// pieces of less than 64 (a classifier's); bfloat16, or float32 in planes.
+// Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes
 //   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer has of a tile the
@@ -74,12 +74,13 @@ struct StoreGradient {
             store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, sums));
         }
 
-        // Of 64 channels from `first` on: the lanes together.
+        // Of PART channels from `first` on: the lanes together.
         __device__ void finish(WayOut& out, int row, int first) const {
             const float* const numbers = out.exchange(sums.plain, sums.xhat);
-            const int kind = out.thread / 64, own = out.thread % 64;
+            const int kind = out.thread / PART, own = out.thread % PART;
+            if (kind > 1) return;
             float sum = 0;
-            for (int lane = 0; lane < WayOut::LANES; ++lane) sum += numbers[(kind * WayOut::LANES + lane) * 64 + own];
+            for (int lane = 0; lane < WayOut::LANES; ++lane) sum += numbers[(kind * WayOut::LANES + lane) * PART + own];
             to.partials[((int64)row * 2 + kind) * to.c + first + own] = sum;
         }
     };
@@ -87,8 +88,8 @@ struct StoreGradient {
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
     const accumulate_t* __restrict__ mean,               // (c)
     const accumulate_t* __restrict__ inv_std,            // (c)
@@ -98,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
     const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
     accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c, planes};
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const StoreGradient leave = {below, unpool_codes, dr, partials, c};
     convolve<Halo<2>, BackwardWeights<64>, 64, 9>(dy, weight, nullptr, g, row_tiles, leave);
@@ -107,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
     const accumulate_t* __restrict__ mean,               // (c)
     const accumulate_t* __restrict__ inv_std,            // (c)
@@ -118,8 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
     const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
     accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c, planes};
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const StoreGradient leave = {below, unpool_codes, dr, partials, c};
     convolve<Halo<2>, BackwardWeights<128>, 128, 5>(dy, weight, nullptr, g, row_tiles, leave);
@@ -127,8 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_128x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
     const accumulate_t* __restrict__ mean,               // (c)
     const accumulate_t* __restrict__ inv_std,            // (c)
@@ -138,8 +139,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
     const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
     accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c, planes};
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const StoreGradient leave = {below, unpool_codes, dr, partials, c};
     convolve<Halo<1>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);
@@ -147,8 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_256x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
     const accumulate_t* __restrict__ mean,               // (c)
     const accumulate_t* __restrict__ inv_std,            // (c)
@@ -158,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
     const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
     accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c, planes};
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const StoreGradient leave = {below, unpool_codes, dr, partials, c};
     convolve<Columns<2, 4>, BackwardWeights<128>, 128, 4>(dy, weight, nullptr, g, row_tiles, leave);
@@ -167,8 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_128x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, c)
+    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
+    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
     const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
     const accumulate_t* __restrict__ mean,               // (c)
     const accumulate_t* __restrict__ inv_std,            // (c)
@@ -178,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_
     const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
     accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
+    const Convolution g = {n, h, w, o, c, planes};
     const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
     const StoreGradient leave = {below, unpool_codes, dr, partials, c};
     convolve<Columns<1, 6>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);

@@ -1,6 +1,6 @@
 // wgrad on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64, outputs too, or pieces of less than 64
-// (a classifier's, the rest of whose tile is zeros); bfloat16, summed up in float.
-// Element types: bf16; sm_90a only.
+// (a classifier's, the rest of whose tile is not stored); bfloat16, or float32 in planes, summed up in float.
+// Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   partials[part][o][r][s][c] = sum over the pixels p of a part of  dy[p, o] * x[p + (r, s) - (1, 1), c]
 //
@@ -30,12 +30,36 @@ struct __align__(2 * sizeof(accumulate_t)) SumPair {
 
 typedef Ring<WEIGHT_STAGES, ATOM_BYTES + HALO_PLACE> Blocks;
 
+// Two rows of a block, 16 pixels.
+__device__ inline MNMajor pixels_of_dy(const char* block, int step) {
+    return mn_major(block + step * 2 * BLOCK_SIDE * ROW_BYTES, ATOM_BYTES, BLOCK_SIDE * ROW_BYTES);
+}
+__device__ inline MNMajor pixels_of_x(const char* block, int step) {
+    return mn_major(block + step * 2 * HALO_PITCH, ROW_BYTES, HALO_PITCH);
+}
+
+// A block added to the sums by ordinary additions: each tap has a sum of its own on the tensor cores.
+__device__ __forceinline__ void add_short_sums(Accumulators<192>& sums, const char* of_dy, const char* of_x) {
+    Accumulators<64> of_tap;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+            wgmma(of_tap, pixels_of_dy(of_dy, step), pixels_of_x(of_x + tap * ROW_BYTES, step), step > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 32; ++j) sums[tap * 32 + j] += of_tap[j];
+    }
+}
+
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps; grid (c / 64 * ceil(o / 64), parts)
 extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_backward_weight(
-    const __grid_constant__ TensorMap x,   // of (n, h, w, c)
-    const __grid_constant__ TensorMap dy,  // of (n, h, w, o)
+    const __grid_constant__ TensorMap x,   // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap dy,  // of (n, h, w, planes * o)
     accumulate_t* __restrict__ partials,   // (parts, o, 9, c)
-    int n, int h, int w, int c, int o, int parts, int blocks_of_part) {
+    int n, int h, int w, int c, int o, int planes, int parts, int blocks_of_part) {
     SHARED_DYNAMIC(char, memory);
     SHARED_ARRAY(Mbarrier, barriers, [2 * WEIGHT_STAGES]);
     Blocks blocks(align_stages(memory), barriers);
@@ -44,37 +68,44 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
         mbarrier_init_fence();
     }
     __syncthreads();
-    const Convolution g = {n, h, w, c, o};
+    const Convolution g = {n, h, w, c, o, planes};
     const int channel = blockIdx.x % (c / 64) * 64, output = blockIdx.x / (c / 64) * 64;
     const int across = (w + BLOCK_SIDE - 1) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1) / BLOCK_SIDE;
     const int first = blockIdx.y * blocks_of_part, last = min(first + blocks_of_part, n * across * down);
     if (warpgroup_index() == TAP_ROWS) {
         setmaxnreg_decrease<32>();  // 3 * 160 + 32 is what 512 threads of 128 registers have
+        auto load = [&](const BlockRows& block, int plane, int other) {
+            blocks.acquire(ATOM_BYTES + HALO_BYTES);
+            tma_load(blocks.stage(), dy, {other * o + output, block.x, block.y, block.image}, blocks.filled());
+            tma_load(blocks.stage() + ATOM_BYTES, x, {plane * c + channel, block.x - 1, block.y - 1, block.image}, blocks.filled());
+            blocks.position.advance();
+        };
         if (warpgroup_thread() == 0)
-            for (int i = first; i < last; ++i) {
-                const BlockRows block(g, i);
-                blocks.acquire(ATOM_BYTES + HALO_BYTES);
-                tma_load(blocks.stage(), dy, {output, block.x, block.y, block.image}, blocks.filled());
-                tma_load(blocks.stage() + ATOM_BYTES, x, {channel, block.x - 1, block.y - 1, block.image}, blocks.filled());
-                blocks.position.advance();
-            }
+            for (int i = first; i < last; ++i)
+                for (int plane = 0; plane < planes; ++plane)
+                    for (int other = 0; plane + other < planes; ++other) load(BlockRows(g, i), plane, other);
         return;
     }
     setmaxnreg_increase<160>();
     const bool leader = warpgroup_thread() == 0;
     Accumulators<192> sums;
-    for (int i = first; i < last; ++i) {
+    if constexpr (MULTIPLY == TF32X3)
+        for (int j = 0; j < 96; ++j) sums[j] = 0;
+    for (int i = 0, all = max(last - first, 0) * g.products(); i < all; ++i) {
         blocks.wait();
         const char* const of_dy = blocks.stage();
         const char* const of_x = of_dy + ATOM_BYTES + warpgroup_index() * HALO_PITCH;
-        wgmma_fence();
+        if constexpr (MULTIPLY == TF32X3) {
+            add_short_sums(sums, of_dy, of_x);
+        } else {
+            wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
-            wgmma(sums, mn_major(of_dy + step * 2 * BLOCK_SIDE * ROW_BYTES, ATOM_BYTES, BLOCK_SIDE * ROW_BYTES),
-                  mn_major(of_x + step * 2 * HALO_PITCH, ROW_BYTES, HALO_PITCH), i > first || step > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (leader && i > first) blocks.release_previous();
+            for (int step = 0; step < 4; ++step)
+                wgmma(sums, pixels_of_dy(of_dy, step), pixels_of_x(of_x, step), i > 0 || step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+        }
+        if (leader && i > 0) blocks.release_previous();
         blocks.position.advance();
     }
     wgmma_wait<0>();

@@ -1,6 +1,6 @@
 // Forward convolution of the fused engine on Hopper: 3x3, stride 1, padding 1, channels in multiples of 64, and the outputs of
-// a classifier, pieces of less than 64; bfloat16.
-// Element types: bf16; sm_90a only.
+// a classifier, pieces of less than 64; bfloat16, or float32 in planes.
+// Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   training   y = x * weight, and of the pixels that each consumer has of a tile their number, and of every channel the
 //              mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch norm's
@@ -105,22 +105,22 @@ struct StoreForward {
             count += added;
         }
 
-        // Of 64 channels from `first` on: the lanes together.
+        // Of PART channels from `first` on: the lanes together.
         __device__ void finish(WayOut& out, int row, int first) const {
             if (!to.partials) return;
             if (out.column() == 0) out.counts[out.lane()] = count;
             const float* const means = out.exchange(mean, m2);
             const int thread = out.thread;
-            if (thread >= 64 || first + thread >= to.o) return;
+            if (thread >= PART || first + thread >= to.o) return;
             float pixels = 0, total = 0, squares = 0;
             for (int lane = 0; lane < WayOut::LANES; ++lane) {
                 pixels += out.counts[lane];
-                total += out.counts[lane] * means[lane * 64 + thread];
+                total += out.counts[lane] * means[lane * PART + thread];
             }
             const float middle = pixels > 0 ? total / pixels : 0;
             for (int lane = 0; lane < WayOut::LANES; ++lane) {
-                const float distance = means[lane * 64 + thread] - middle;
-                squares += means[(WayOut::LANES + lane) * 64 + thread] + out.counts[lane] * (distance * distance);
+                const float distance = means[lane * PART + thread] - middle;
+                squares += means[(WayOut::LANES + lane) * PART + thread] + out.counts[lane] * (distance * distance);
             }
             accumulate_t* const partial = to.partials + (int64)row * 2 * to.o + first + thread;
             partial[0] = middle;
@@ -132,15 +132,15 @@ struct StoreForward {
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x64(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Halo<2>, ForwardWeights<64>, 64, 9>(x, weight, bias, g, row_tiles, leave);
 }
@@ -150,75 +150,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_h
 // that the measured 593 TFLOP/s of 64 -> 64 give there remain 75.
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x32(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Halo<2>, ForwardWeights<32>, 32, 9>(x, weight, bias, g, row_tiles, leave);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Halo<2>, ForwardWeights<128>, 128, 5>(x, weight, bias, g, row_tiles, leave);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_128x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Halo<1>, ForwardWeights<128>, 128, 6>(x, weight, bias, g, row_tiles, leave);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_256x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Columns<2, 4>, ForwardWeights<128>, 128, 4>(x, weight, bias, g, row_tiles, leave);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_128x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, c)
+    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
+    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
     const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
     storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
     accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
     int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
     uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o};
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
+    const Convolution g = {n, h, w, c, o, planes};
     const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
     convolve<Columns<1, 6>, ForwardWeights<128>, 128, 6>(x, weight, bias, g, row_tiles, leave);
 }

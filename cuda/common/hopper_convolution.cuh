@@ -1,6 +1,6 @@
 // 3x3 convolution (stride 1, padding 1) on Hopper's tensor cores: the main loop that fprop and dgrad share, and the way
-// out of its sums. Maps are bfloat16, sums float. Channels of x are a multiple of 64, outputs too, or pieces of less than 64
-// (a classifier's): what the TMA finds beyond the last of them is zeros.
+// out of its sums. Factors are bfloat16, sums float, results as they are stored. Channels of x are a multiple of 64, outputs
+// too, or pieces of less than 64 (a classifier's): what the TMA finds beyond the last of them is zeros.
 //
 //   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
 //   dgrad  dx[p, c] = sum over taps t, outputs o of   dy[p + t, o] * weight[o, 8 - t, c]    columns are channels of x
@@ -27,8 +27,20 @@
 // adds up at once. It depends on nothing else: not on the tile, not on the grid. It is that of the measured prototype
 // (docs/explanation/kernels.md), whose bits these kernels give, but for the sign of a zero: sums begin with 0 here.
 //
-// The way out (WayOut): a consumer rounds 64 pixels x 64 columns to bfloat16, exchanges them in shared memory, and goes on
-// with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
+// float32 is multiplied as the sum of `planes` bfloat16, each the rounding of what those before it leave (split_planes.cu): a
+// map (n, h, w, planes c), a weight (o, 9, planes c). Plane a of the one meets plane b of the other where a + b < planes, one
+// product of the same chunk of channels after the other:
+//
+//   planes  MULTIPLY  products  a product lacks
+//   1       BF16      1         nothing: the factors are bfloat16
+//   2       TF32      3         3 x 2^-16 of it, where tf32 would lack 2^-10
+//   3       TF32X3    6         2^-23 of it, where the roundings of a float32 cost 2^-24
+//
+// Tensor cores add with bits cut off. For float32's accuracy (TF32X3) they add 64 terms of a sum, one tap of a chunk, and
+// ordinary additions the rest: while one consumer adds, the other multiplies.
+//
+// The way out (WayOut): a consumer rounds 64 pixels x 128 bytes of columns to what is stored, exchanges them in shared memory,
+// and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
 // of a tile is what is stored. It has two places, used in turn: a place is written, a barrier of the warpgroup, it is
 // read. When it is written again, the barrier of the other place lies between, so nobody reads it any more.
 #pragma once
@@ -47,12 +59,16 @@
 #define CONSUMERS 2         // warpgroups that multiply
 #define THREADS ((CONSUMERS + 1) * WARPGROUP)
 #define PRODUCER_REGISTERS 40
+#define PART (8 * PIECE)     // columns in 128 bytes of a result
 #define CONSUMER_REGISTERS 232  // 2 * 232 + 40 is what 384 threads of 168 registers have
 
 struct Convolution {
     int n, h, w;  // of the maps on both sides
     int depth;    // channels of the map that is read
     int columns;  // channels of the map that is made
+    int planes;   // of each factor
+
+    __device__ int products() const { return planes * (planes + 1) / 2; }
 };
 
 template <int COLUMNS>
@@ -163,18 +179,21 @@ struct Columns {
 template <int COLUMNS>
 struct ForwardWeights {
     static constexpr int BYTES = COLUMNS * ROW_BYTES;
-    __device__ static void load(char* stage, const TensorMap& weight, int depth, int tap, int column, Mbarrier& full) {
-        tma_load(stage, weight, {depth, tap, column}, full);
+    __device__ static void load(char* stage, const TensorMap& weight, const Convolution& g, int plane, int depth, int tap, int column,
+                                Mbarrier& full) {
+        tma_load(stage, weight, {plane * g.depth + depth, tap, column}, full);
     }
     __device__ static KMajor operand(const char* stage, int step) { return k_major(stage + step * 32, 8 * ROW_BYTES); }
 };
 template <int COLUMNS>
 struct BackwardWeights {
     static constexpr int BYTES = COLUMNS * ROW_BYTES;
-    __device__ static void load(char* stage, const TensorMap& weight, int depth, int tap, int column, Mbarrier& full) {
+    __device__ static void load(char* stage, const TensorMap& weight, const Convolution& g, int plane, int depth, int tap, int column,
+                                Mbarrier& full) {
+        const int first = plane * g.columns + column;
 #pragma unroll
         for (int i = 0; i < COLUMNS / 64; ++i)
-            tma_load(stage + i * ATOM_BYTES, weight, {column + 64 * i, TAPS - 1 - tap, depth}, full);
+            tma_load(stage + i * ATOM_BYTES, weight, {first + 64 * i, TAPS - 1 - tap, depth}, full);
     }
     __device__ static MNMajor operand(const char* stage, int step) {
         return mn_major(stage + step * 16 * ROW_BYTES, ATOM_BYTES, 8 * ROW_BYTES);
@@ -193,7 +212,8 @@ __device__ inline int thread_read_anew() {
 #endif
 }
 
-#define PAIRS 16  // of neighbouring columns, that a thread has of 64 x 64 sums
+#define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
+#define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
 // What a consumer has of its two places on the way out, and how its threads meet.
 struct WayOut {
@@ -222,22 +242,24 @@ struct WayOut {
     }
     __device__ Piece piece(const char* place, int row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
 
-    // Writes 64 rounded columns of 64 pixels. pairs[2 k + r]: row and column of sums 4 k + 2 r of wgmma (wgmma.cuh).
-    __device__ void put(const unsigned (&pairs)[PAIRS]) {
-        const int row = thread / WARP * 16 + thread % WARP / 4;
+    // Writes PART rounded columns of 64 pixels, whose words are in the order of wgmma's sums (wgmma.cuh).
+    __device__ void put(const unsigned (&words)[WORDS]) {
+        const int row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < PAIRS; ++j)
-            *(unsigned*)(place() + offset(row + j % 2 * 8, j / 2) + thread % 4 * 4) = pairs[j];
+        for (int j = 0; j < WORDS; ++j) {
+            const int sum = j * NUMBERS, at = sum / 4 * 8 + column + sum % 2;
+            *(unsigned*)(place() + offset(row + sum / 2 % 2 * 8, at / PIECE) + at % PIECE / NUMBERS * 4) = words[j];
+        }
     }
 
-    // Two numbers for each of the 64 columns, of every lane; every thread brings those of its piece. Afterwards
-    // numbers[(kind * LANES + lane) * 64 + column].
+    // Two numbers for each of the PART columns, of every lane; every thread brings those of its piece. Afterwards
+    // numbers[(kind * LANES + lane) * PART + column].
     __device__ const float* exchange(const Values& first, const Values& second) {
         float* const numbers = (float*)place();
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
-            numbers[lane() * 64 + column() + i] = first.of[i];
-            numbers[(LANES + lane()) * 64 + column() + i] = second.of[i];
+            numbers[lane() * PART + column() + i] = first.of[i];
+            numbers[(LANES + lane()) * PART + column() + i] = second.of[i];
         }
         return (const float*)publish();
     }
@@ -256,23 +278,44 @@ struct Layout {
 template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
 __device__ void produce(Maps maps, Taps taps, const TensorMap& map, const TensorMap& weight, const Convolution& g, int tiles) {
     const int across = tiles_across<COLUMNS>(g);
+    auto load = [&](int tile, int channel, int plane, int other) {
+        for (int tap = 0; tap < TAPS; ++tap) {
+            if (tap % Source::TAPS_OF_STAGE == 0) {
+                maps.acquire(Source::COPIED);
+                Source::load(maps.stage(), map, g, tile / across, plane * g.depth + channel, tap, maps.filled());
+                maps.position.advance();
+            }
+            taps.acquire(Weights::BYTES);
+            Weights::load(taps.stage(), weight, g, other, channel, tap, tile % across * COLUMNS, taps.filled());
+            taps.position.advance();
+        }
+    };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
         for (int channel = 0; channel < g.depth; channel += DEPTH)
-            for (int tap = 0; tap < TAPS; ++tap) {
-                if (tap % Source::TAPS_OF_STAGE == 0) {
-                    maps.acquire(Source::COPIED);
-                    Source::load(maps.stage(), map, g, tile / across, channel, tap, maps.filled());
-                    maps.position.advance();
-                }
-                taps.acquire(Weights::BYTES);
-                Weights::load(taps.stage(), weight, channel, tap, tile % across * COLUMNS, taps.filled());
-                taps.position.advance();
-            }
+            for (int plane = 0; plane < g.planes; ++plane)
+                for (int other = 0; plane + other < g.planes; ++other) load(tile, channel, plane, other);
+}
+
+// A tap of a chunk added to the sums by ordinary additions: each 64 pixels a sum of their own on the tensor cores.
+template <class Source, class Weights, int COLUMNS>
+__device__ __forceinline__ void add_short_sums(Accumulators<COLUMNS> (&sums)[Source::TILES], const char* pixels, const char* weights) {
+    Accumulators<COLUMNS> of_tap;
+#pragma unroll
+    for (int i = 0; i < Source::TILES; ++i) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < DEPTH / 16; ++step)
+            wgmma(of_tap, k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH), Weights::operand(weights, step), step > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] += of_tap[j];
+    }
 }
 
 // A consumer: the sums of its part of one tile.
 template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
-__device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::TILES], Maps& maps, Taps& taps, int depth) {
+__device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::TILES], Maps& maps, Taps& taps, const Convolution& g) {
     const bool leader = warpgroup_thread() == 0;
     // A first product that ignores the sums would do, but to the compiler it reads them: they would hold their registers from
     // one tile to the next, and the way out would have none.
@@ -280,23 +323,27 @@ __device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::T
     for (int i = 0; i < Source::TILES; ++i)
 #pragma unroll
         for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] = 0;
-    for (int channel = 0; channel < depth; channel += DEPTH) {
+    for (int product = 0, all = (g.depth + DEPTH - 1) / DEPTH * g.products(); product < all; ++product) {
 #pragma unroll
         for (int tap = 0; tap < TAPS; ++tap) {
-            const bool next_of_maps = tap % Source::TAPS_OF_STAGE == 0, begun = channel + tap > 0;
+            const bool next_of_maps = tap % Source::TAPS_OF_STAGE == 0, begun = product + tap > 0;
             if (next_of_maps) maps.wait();
             taps.wait();
             const char* const pixels = maps.stage() + warpgroup_index() * Source::TILES * Source::TILE_BYTES + Source::offset(tap);
             const char* const weights = taps.stage();
-            wgmma_fence();
+            if constexpr (MULTIPLY == TF32X3) {
+                add_short_sums<Source, Weights, COLUMNS>(sums, pixels, weights);
+            } else {
+                wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < DEPTH / 16; ++step)
+                for (int step = 0; step < DEPTH / 16; ++step)
 #pragma unroll
-                for (int i = 0; i < Source::TILES; ++i)
-                    wgmma(sums[i], k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH),
-                          Weights::operand(weights, step), true);
-            wgmma_commit();
-            wgmma_wait<1>();  // the group before this one is done
+                    for (int i = 0; i < Source::TILES; ++i)
+                        wgmma(sums[i], k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH),
+                              Weights::operand(weights, step), true);
+                wgmma_commit();
+                wgmma_wait<1>();  // the group before this one is done
+            }
             if (leader && begun) {
                 taps.release_previous();
                 if (next_of_maps) maps.release_previous();
@@ -312,32 +359,40 @@ __device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::T
     }
 }
 
-// The sums as they are stored, two neighbouring columns in a register: of each 64 columns the TILES of 64 pixels. `bias`, of
-// the `columns` from the tile's first one on, may be null.
+// The sums as they are stored: of each PART columns the TILES of 64 pixels. `bias`, of the `columns` from the tile's first one
+// on, may be null.
 template <int TILES, int COLUMNS, int PARTS>
-__device__ void round_sums(unsigned (&pairs)[PARTS][PAIRS], const Accumulators<COLUMNS> (&sums)[TILES],
+__device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<COLUMNS> (&sums)[TILES],
                            const accumulate_t* bias, int columns) {
 #pragma unroll
     for (int j = 0; j < COLUMNS / 2; j += 2) {
-        const int column = wgmma_column(j);
+        const int column = wgmma_column(j), word = j / NUMBERS;
         const bool shifted = bias && column < columns;
         const float shifts[2] = {shifted ? bias[column] : 0, shifted ? bias[column + 1] : 0};
 #pragma unroll
-        for (int i = 0; i < TILES; ++i)
-            pairs[j / 2 / PAIRS * TILES + i][j / 2 % PAIRS] = bfloat16_pair(sums[i][j] + shifts[0], sums[i][j + 1] + shifts[1]);
+        for (int i = 0; i < TILES; ++i) {
+            const float first = sums[i][j] + shifts[0], second = sums[i][j + 1] + shifts[1];
+            unsigned(&part)[WORDS] = words[word / WORDS * TILES + i];
+            if constexpr (NUMBERS == 2) {
+                part[word % WORDS] = bfloat16_pair(first, second);
+            } else {
+                part[word % WORDS] = __float_as_uint(first);
+                part[word % WORDS + 1] = __float_as_uint(second);
+            }
+        }
     }
 }
 
-// The way of a consumer's part of a tile, 64 columns of 64 pixels at a time. The loop is not unrolled: it would need more
+// The way of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
 // registers than there are. So that it finds its part in registers, the other parts move up.
 //
-// What is done there is a Leave: for each 64 columns a Leave::Columns is made; its `prepare` may ask for what global memory
+// What is done there is a Leave: for each PART columns a Leave::Columns is made; its `prepare` may ask for what global memory
 // has of 64 pixels, `store` is given their place in shared memory, and `finish`, after the last of them, has the warpgroup.
 template <class Source, class Leave, int PARTS>
-__device__ void leave_tile(WayOut& out, unsigned (&pairs)[PARTS][PAIRS], const Leave& leave, const Convolution& g, int tile, int column) {
+__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], const Leave& leave, const Convolution& g, int tile, int column) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
 #pragma unroll 1
-    for (int part = 0; part < PARTS; part += Source::TILES, column += 64) {
+    for (int part = 0; part < PARTS; part += Source::TILES, column += PART) {
         out.begin();
         typename Leave::Columns columns(leave, column + out.column());
 #pragma unroll 1
@@ -345,12 +400,12 @@ __device__ void leave_tile(WayOut& out, unsigned (&pairs)[PARTS][PAIRS], const L
             out.begin();
             const typename Source::Rows rows = Source::rows(g, tile, warpgroup_index() * Source::TILES + i);
             columns.prepare(rows, out);
-            out.put(pairs[0]);
+            out.put(words[0]);
             columns.store(rows, out, out.publish());
 #pragma unroll
             for (int k = 1; k < PARTS; ++k)
 #pragma unroll
-                for (int j = 0; j < PAIRS; ++j) pairs[k - 1][j] = pairs[k][j];
+                for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
         out.begin();
         columns.finish(out, tile * CONSUMERS + warpgroup_index(), column);
@@ -385,12 +440,12 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     WayOut way_out(stages + Place::Maps::BYTES + Place::Taps::BYTES);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int column = tile % across * COLUMNS;
-        unsigned pairs[Source::TILES * ((COLUMNS + 63) / 64)][PAIRS] = {};
+        unsigned words[Source::TILES * ((COLUMNS + PART - 1) / PART)][WORDS] = {};
         {
             Accumulators<COLUMNS> sums[Source::TILES];
-            multiply<Source, Weights, COLUMNS>(sums, maps, taps, g.depth);
-            round_sums(pairs, sums, bias ? bias + column : nullptr, g.columns - column);
+            multiply<Source, Weights, COLUMNS>(sums, maps, taps, g);
+            round_sums(words, sums, bias ? bias + column : nullptr, g.columns - column);
         }
-        leave_tile<Source>(way_out, pairs, leave, g, tile / across, column);
+        leave_tile<Source>(way_out, words, leave, g, tile / across, column);
     }
 }

@@ -15,6 +15,7 @@
 #endif
 #include "bfloat16.cuh"
 
+enum Multiply { TF32, TF32X3, BF16 };
 typedef STORAGE storage_t;
 typedef ACCUMULATE accumulate_t;
 typedef unsigned char uint8;

@@ -16,8 +16,6 @@
 #include "mma.cuh"
 #include "piece.cuh"
 
-enum Multiply { TF32, TF32X3, BF16 };
-
 // What one instruction step of a warp's tile needs: M times 16 rows of the left factor, N times 8 columns of the right.
 template <int M, int N>
 struct Fragments {

@@ -25,7 +25,7 @@ class Convolutions:
     @staticmethod
     def on(device: Device, rung: str) -> "Convolutions":
         """For a device."""
-        return Convolutions(rung, hopper.tiles_on(device) if rung == "bf16" else None)
+        return Convolutions(rung, hopper.tiles_on(device))
 
     def _fits(self, x: tuple[int, ...], weight: Spec) -> bool:
         g = Geometry.of(x, weight.shape, 1, weight.shape[1] // 2)
@@ -37,18 +37,18 @@ class Convolutions:
         # A map so small that its depth is split stays with the kernels that split it.
         if portable.split is not None or not self._fits(x.shape, weight):
             return portable
-        return hopper.HopperForward.plan(x, weight, **options).in_best_tile(self.tiles)
+        return hopper.HopperForward.plan(x, weight, self.rung, **options).in_best_tile(self.tiles)
 
     def backward_data(self, dy: Spec, weight: Spec, below: Below, unpool: Size | None) -> FusedBackwardData:
         """dgrad; whether it takes the weight or its flipped copy, `inputs` says, as `needs_flipped` does."""
         if not self._fits((*dy.shape[:3], weight.shape[3]), weight):
             return FusedBackwardData.plan(dy, weight, below, self.rung, unpool)
-        return hopper.HopperBackwardData.plan(dy, weight, below, unpool).in_best_tile(self.tiles)
+        return hopper.HopperBackwardData.plan(dy, weight, below, self.rung, unpool).in_best_tile(self.tiles)
 
     def backward_weight(self, x: Spec, weight: Spec) -> Conv2dBackwardWeight:
         """wgrad."""
         if self._fits(x.shape, weight):
-            return hopper.HopperBackwardWeight.plan(x, weight)
+            return hopper.HopperBackwardWeight.plan(x, weight, self.rung)
         return Conv2dBackwardWeight.plan(x, weight, 1, weight.shape[1] // 2, self.rung)
 
     def needs_flipped(self, weight: tuple[int, ...]) -> bool:

@@ -140,8 +140,8 @@ def _check_tensor_map(home: KernelDevice, what: str, types: ElementTypes, argume
         raise DeviceError(
             f"{what} describes an array that is not of the {home.name} device; move it there and describe that"
         )
-    if argument.array.dtype != types.storage:
-        raise DTypeError(f"{what} is {argument.describe()}; expected element type {types.storage}")
+    if argument.array.dtype != types.factors:
+        raise DTypeError(f"{what} is {argument.describe()}; expected element type {types.factors}")
     address = home.address(argument.array)
     if address % 16:
         raise LaunchError(f"{what} describes an array at address {address:#x}; expected a multiple of 16; copy it")

@@ -69,6 +69,11 @@ class ElementTypes:
         return ElementTypes.of(BFLOAT16 if name == BFLOAT16.name else np.dtype(name))
 
     @property
+    def factors(self) -> np.dtype:
+        """What tensor maps are of: Hopper's tensor cores multiply bfloat16, into which float32 is split before."""
+        return BFLOAT16 if self.multiply else self.storage
+
+    @property
     def name(self) -> str:
         """What messages, tables and file names call them."""
         return self.multiply or self.storage.name

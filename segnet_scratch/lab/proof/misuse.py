@@ -109,7 +109,7 @@ def valid_call(kernel: Kernel, types: ElementTypes | None = None) -> Call:
         if p.pointer:
             arguments.append(sentinel_array(shape, p.dtype(types)))
         elif p.tensor_map:
-            arguments.append(_map_of(sentinel_array(shape if p.extent_code else (8, 8), types.storage)))
+            arguments.append(_map_of(sentinel_array(shape if p.extent_code else (8, 8), types.factors)))
         else:
             arguments.append(numbers[p.name] if p.dtype(types).kind in "iu" else 0.5)
     return Call(kernel, tuple(arguments), types=types)

@@ -2,7 +2,8 @@
 
 The ops are those of conv2d_fused.py and conv2d.py with the same inputs, outputs and references, except that pixels
 are summed up for batch norm in other groups, whose sizes are an output (`counts`), and that dgrad reads the weight as
-it is.
+it is. They multiply bfloat16; maps and weights of float32 (the rungs "tf32" and "tf32x3") are split into planes of it
+first (split_planes.py), the workspace of the ops.
 
 The rule of what they take stands in `misfit`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
 """
@@ -17,11 +18,12 @@ from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, spec_of
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
-from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 from segnet_scratch.runtime.signature import ElementTypes
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 
@@ -126,11 +128,43 @@ def tiles_on(device: Device) -> TileTable | None:
     return table_of(device) if able and wanted else None
 
 
-class _Tiled(Op):
+class _InPlanes(Op):
+    """A convolution whose factors are bfloat16, or are split into planes of it: more exact than tf32 would be."""
+
+    multiplied: str  # the rung
+    geometry: Geometry
+
+    @property
+    def types(self) -> ElementTypes:
+        return ElementTypes.named(self.multiplied)
+
+    def _factor(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(np.float32) if array.dtype == BFLOAT16 else array
+
+    def _workspace(self, *names: str) -> dict[str, Spec]:
+        """The planes of inputs; a plan of float64 is for the reference and has none."""
+        planes, split = PLANES[self.multiplied], [name for name in names if self.inputs[name].dtype == np.float32]
+        return {f"{name}_planes": SplitPlanes.plan(self.inputs[name], planes).outputs["y"] for name in split}
+
+    def _factors(self, device: Device, b: Buffers, *names: str) -> list[Array]:
+        """Inputs as the kernels multiply them."""
+        if self.multiplied == "bf16":
+            return [getattr(b, name) for name in names]
+        for name in names:
+            x, y = getattr(b, name), getattr(b, f"{name}_planes")
+            SplitPlanes.plan(spec_of(x), PLANES[self.multiplied]).launch(device, Buffers(x=x, y=y))
+        return [getattr(b, f"{name}_planes") for name in names]
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        """What the planes in the arrays do not tell."""
+        return {"planes": PLANES[self.multiplied], "c": self.geometry.c, "o": self.geometry.o}
+
+
+class _Tiled(_InPlanes):
     """What has a tile that could be another one, and is tuned by trying them."""
 
     tile: Tile
-    geometry: Geometry
     kind: ClassVar[str]  # of the key in the table of tiles
 
     def in_tile(self, tile: Tile) -> Self:
@@ -156,12 +190,13 @@ class _Tiled(Op):
     @property
     def key(self) -> str:
         """What its choice of a tile belongs to."""
-        return key_of(f"{self.kind}{'_windows' if self.has_windows else ''}", "bf16", self.geometry)
+        return key_of(f"{self.kind}{'_windows' if self.has_windows else ''}", self.multiplied, self.geometry)
 
     def _launch(self, device: Device, b: Buffers, rows: int, tiles: int, **given: Any) -> None:
         """The kernel for this tile, on as many blocks as the GPU holds at once."""
         name, grid = f"{self.name}_{self.tile.name}", min(tiles, device.multiprocessors if device.gpu else 2)
-        self.kernel(device, name, b, grid, THREADS, shared=self.tile.shared, row_tiles=rows, **given)
+        given |= self._sizes | {"row_tiles": rows}
+        self.kernel(device, name, b, grid, THREADS, shared=self.tile.shared, **given)
 
     def alternatives(self) -> dict[str, Self]:
         """The op in every tile that fits, by name."""
@@ -213,7 +248,7 @@ def _taps(weight: Array) -> Array:
     return weight.reshape(weight.shape[0], 9, weight.shape[3])
 
 
-class HopperForward(FusedForward, _Tiled):
+class HopperForward(_Tiled, FusedForward):
     """FusedForward on Hopper. With statistics `partials` has mean and M2 of groups of pixels, `counts` their sizes."""
 
     name = "conv2d_hopper_forward"
@@ -223,18 +258,19 @@ class HopperForward(FusedForward, _Tiled):
         self,
         x: Spec,
         weight: Spec,
+        rung: str = "bf16",
         tile: Tile | None = None,
         statistics: bool = False,
         bias: bool = False,
         relu: bool = False,
         pool: bool = False,
     ) -> None:
-        super().__init__(x, weight, "bf16", statistics=statistics, bias=bias, relu=relu, pool=pool)
-        g = self.geometry
+        super().__init__(x, weight, rung, statistics=statistics, bias=bias, relu=relu, pool=pool)
+        self.multiplied, g = rung, self.geometry
         _expect_fit(self.name, g)
         self.tile = tile or self.tile_of_shape
         _expect_tile(self.name, self.tile, g.o, pool)
-        self.split, self.workspace = None, {}
+        self.split, self.workspace = None, self._workspace("x", "weight")
         if statistics:
             groups = self.tile.groups(g.n, g.h, g.w)
             sums = {"partials": Spec((groups, 2, g.o), self.vector), "counts": Spec((groups,), np.dtype(np.int32))}
@@ -242,7 +278,7 @@ class HopperForward(FusedForward, _Tiled):
 
     def in_tile(self, tile: Tile) -> Self:
         options = {"statistics": self.statistics, "relu": self.relu, "pool": self.pool, "bias": "bias" in self.inputs}
-        return self.plan(self.inputs["x"], self.inputs["weight"], tile, **options)
+        return self.plan(self.inputs["x"], self.inputs["weight"], self.multiplied, tile, **options)
 
     @property
     def columns(self) -> int:
@@ -255,7 +291,8 @@ class HopperForward(FusedForward, _Tiled):
     def launch(self, device: Device, b: Buffers) -> None:
         g, tile = self.geometry, self.tile
         rows = tile.rows(g.n, g.h, g.w)
-        maps = {"x": tile.map(b.x), "weight": TensorMap(_taps(b.weight), (tile.columns, 1, CHANNELS))}
+        x, weight = self._factors(device, b, "x", "weight")
+        maps = {"x": tile.map(x), "weight": TensorMap(_taps(weight), (tile.columns, 1, CHANNELS))}
         self._launch(device, b, rows, rows * -(-g.o // tile.columns), **maps)
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
@@ -267,27 +304,34 @@ class HopperForward(FusedForward, _Tiled):
         return groups_of(self.tile, map_)
 
 
-class HopperBackwardData(FusedBackwardData, _Tiled):
+class HopperBackwardData(_Tiled, FusedBackwardData):
     """FusedBackwardData on Hopper, from the weight (o, 3, 3, c) as it is."""
 
     name = "conv2d_hopper_backward_data"
     kind = "hopper_backward_data"
 
     def __init__(
-        self, dy: Spec, weight: Spec, below: Below, unpool: Size | None = None, tile: Tile | None = None
+        self,
+        dy: Spec,
+        weight: Spec,
+        below: Below,
+        rung: str = "bf16",
+        unpool: Size | None = None,
+        tile: Tile | None = None,
     ) -> None:
-        super().__init__(dy, weight, below, "bf16", unpool)
-        g = self.geometry
+        super().__init__(dy, weight, below, rung, unpool)
+        self.multiplied, g = rung, self.geometry
         _expect_fit(self.name, g)
         self.tile = tile or self.tile_of_shape
         _expect_tile(self.name, self.tile, g.c, unpool is not None)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
+        self.workspace = self._workspace("dy", "weight")
         groups = self.tile.groups(g.n, g.h, g.w)
         self.outputs = {**self.outputs, "partials": Spec((groups, 2, g.c), self.vector)}
 
     def in_tile(self, tile: Tile) -> Self:
-        return self.plan(self.inputs["dy"], self.inputs["weight"], self.below, self.unpool, tile)
+        return self.plan(self.inputs["dy"], self.inputs["weight"], self.below, self.multiplied, self.unpool, tile)
 
     @property
     def columns(self) -> int:
@@ -300,7 +344,8 @@ class HopperBackwardData(FusedBackwardData, _Tiled):
     def launch(self, device: Device, b: Buffers) -> None:
         g, tile = self.geometry, self.tile
         rows = tile.rows(g.n, g.h, g.w)
-        maps = {"dy": tile.map(b.dy), "weight": TensorMap(_taps(b.weight), (CHANNELS, 1, CHANNELS))}
+        dy, weight = self._factors(device, b, "dy", "weight")
+        maps = {"dy": tile.map(dy), "weight": TensorMap(_taps(weight), (CHANNELS, 1, CHANNELS))}
         self._launch(device, b, rows, rows * (g.c // tile.columns), **maps, below_relu=int(self.below.relu))
 
     def flipped(self, b: Buffers) -> np.ndarray:
@@ -326,34 +371,34 @@ class Parts:
         return Parts(-(-blocks // each), each)
 
 
-class HopperBackwardWeight(Conv2dBackwardWeight):
+class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
     """Conv2dBackwardWeight on Hopper, 3x3 with stride 1 and padding 1."""
 
     name = "conv2d_hopper_backward_weight"
     THREADS: ClassVar[int] = 512
     SHARED: ClassVar[int] = 9 * (CHANNELS * ROW + HALO_PLACE) + ALIGNMENT
 
-    def __init__(self, x: Spec, weight: Spec) -> None:
-        super().__init__(x, weight, 1, 1, "bf16" if x.dtype == BFLOAT16 else None)
-        g = self.geometry
+    def __init__(self, x: Spec, weight: Spec, rung: str = "bf16") -> None:
+        # A plan of float64 is for the reference alone.
+        super().__init__(x, weight, 1, 1, rung if x.dtype == ELEMENTS_OF_RUNG[rung] else None)
+        self.multiplied, g = rung, self.geometry
         _expect_fit(self.name, g)
         self.parts = Parts.of(g)
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
-
-    @property
-    def types(self) -> ElementTypes:
-        return ElementTypes.named("bf16")
+        self.workspace |= self._workspace("x", "dy")
 
     def launch(self, device: Device, b: Buffers) -> None:
         g, parts = self.geometry, self.parts
-        arrays: dict[str, Any] = {"x": TensorMap(b.x, HALO), "dy": TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS))}
-        arrays["partials"] = b.partials if self.workspace else b.dweight
+        x, dy = self._factors(device, b, "x", "dy")
+        several = "partials" in self.workspace
+        arrays: dict[str, Any] = {"x": TensorMap(x, HALO), "dy": TensorMap(dy, (1, SIDE, SIDE, CHANNELS))}
+        arrays["partials"] = b.partials if several else b.dweight
         grid = g.c // CHANNELS * -(-g.o // CHANNELS), parts.count
-        arrays |= {"parts": parts.count, "blocks_of_part": parts.blocks}
+        arrays |= self._sizes | {"parts": parts.count, "blocks_of_part": parts.blocks}
         self.kernel(device, self.name, b, grid, self.THREADS, shared=self.SHARED, **arrays)
-        if self.workspace:
+        if several:
             self.launch_merge(device, b)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.cases import Bounds, Case, Refusal, of_magnitudes
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, MapRow, Refusal, Row, in_whole_pieces, of_magnitudes
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_fused_cases import (
     FusedBackwardDataRow,
@@ -27,7 +27,8 @@ from segnet_scratch.ops.convolution.conv2d_hopper import (
     HopperBackwardWeight,
     HopperForward,
 )
-from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
+from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -64,8 +65,15 @@ class HopperRow(FusedRow):
     channels = CHANNELS
     fewest_columns = 0
 
-    def __init__(self, name: str) -> None:
-        self.name, self.rung, self.elements = name, "bf16", (BFLOAT16,)
+    def __init__(self, name: str, rung: str) -> None:
+        FusedRow.__init__(self, name, rung)
+
+    def growth(self, terms: int, eps: float) -> float:
+        # Two planes leave 2^-16 of each factor, and the product of two second planes is left out.
+        return super().growth(terms, eps) + (3 * 2.0**-16 if self.rung == "tf32" else 0)
+
+    def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        return array
 
     def cases(self) -> list[Case]:
         found = []
@@ -116,9 +124,8 @@ class HopperForwardRow(HopperRow, FusedForwardRow):
     op = HopperForward
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return HopperForward.plan(
-            *self.specs(case, dtype), NAMED[case.sizes.get("tile", TILES[0].name)], statistics=True
-        )
+        tile = NAMED[case.sizes.get("tile", TILES[0].name)]
+        return HopperForward.plan(*self.specs(case, dtype), self.rung, tile, statistics=True)
 
 
 class HopperInferenceRow(HopperRow, FusedInferenceRow):
@@ -131,7 +138,8 @@ class HopperInferenceRow(HopperRow, FusedInferenceRow):
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
-        return HopperForward.plan(*self.specs(case, dtype), NAMED[case.sizes.get("tile", TILES[0].name)], **options)
+        tile = NAMED[case.sizes.get("tile", TILES[0].name)]
+        return HopperForward.plan(*self.specs(case, dtype), self.rung, tile, **options)
 
 
 class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
@@ -156,7 +164,9 @@ class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
         n, h, w, c = windows_of(size[0], size[1], size[2], c) if unpool else (*size, c)
         y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
         below, tile = Below(y, case.sizes.get("relu", True), pool), NAMED[case.sizes.get("tile", TILES[0].name)]
-        return HopperBackwardData.plan(spec((*size, o), dtype), weight, below, size[1:] if unpool else None, tile)
+        return HopperBackwardData.plan(
+            spec((*size, o), dtype), weight, below, self.rung, size[1:] if unpool else None, tile
+        )
 
 
 class HopperBackwardWeightRow(HopperRow):
@@ -165,7 +175,7 @@ class HopperBackwardWeightRow(HopperRow):
     op = HopperBackwardWeight
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return HopperBackwardWeight.plan(*self.specs(case, dtype))
+        return HopperBackwardWeight.plan(*self.specs(case, dtype), self.rung)
 
     def refusals(self) -> list[Refusal]:
         return [refusal for refusal in super().refusals() if refusal.reason != "columns"]
@@ -175,9 +185,47 @@ class HopperBackwardWeightRow(HopperRow):
         return {"dweight": self.growth(g.pixels, eps) * of_magnitudes(op, b).dweight}
 
 
-ROWS = (
-    HopperForwardRow("conv2d_hopper_forward"),
-    HopperInferenceRow("conv2d_hopper_inference"),
-    HopperBackwardDataRow("conv2d_hopper_backward_data"),
-    HopperBackwardWeightRow("conv2d_hopper_backward_weight"),
+class SplitPlanesRow(MapRow):
+    """Roundings and exact differences: every bit is the reference's."""
+
+    elements, typed = (np.dtype(np.float32),), False
+
+    def cases(self) -> list[Case]:
+        return [in_whole_pieces(case, 4) for case in super().cases()]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return in_whole_pieces(super().random_case(rng), 4)
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return SplitPlanes.plan(spec(case["x"]), 2 + case["x"][1] % 2)
+
+    def refusals(self) -> list[Refusal]:
+        plain = {"x": spec((2, 8)), "planes": 3}
+        wrong: dict[str, tuple[Any, ...]] = {
+            "empty": ("empty", {"x": spec((0, 8))}),
+            "channels": ("a multiple of 4", {"x": spec((2, 6))}),
+            "planes": ("expected 1 to 3", {"planes": 4}),
+            "bfloat16": ("expected float32", {"x": spec((2, 8), BFLOAT16)}, DTypeError),
+        }
+        return self.refused(plain, wrong)
+
+    def hostile(self, rng: np.random.Generator) -> Hostile:
+        x = np.array([np.inf, -np.inf, np.nan, 3.4e38, -0.0, 0, 1 + 2**-9, 1 + 2**-17], np.float32)
+        first = [np.inf, -np.inf, np.nan, np.inf, -0.0, 0, 1, 1]
+        planes = [*first, *(0, 0, 0, 0, 0, 0, 2**-9, 2**-17), *(0,) * 8]
+        return Hostile(SplitPlanes.plan(spec_of(x), 3), {"x": x}, {"y": np.array(planes).astype(BFLOAT16)})
+
+
+ROWS: tuple[Row, ...] = (
+    *(
+        row(name, rung)
+        for rung in PLANES
+        for row, name in (
+            (HopperForwardRow, "conv2d_hopper_forward"),
+            (HopperInferenceRow, "conv2d_hopper_inference"),
+            (HopperBackwardDataRow, "conv2d_hopper_backward_data"),
+            (HopperBackwardWeightRow, "conv2d_hopper_backward_weight"),
+        )
+    ),
+    SplitPlanesRow(SplitPlanes),
 )
