@@ -277,17 +277,19 @@ class TestHopper:
     def with_hopper(self, monkeypatch):
         monkeypatch.setenv("SEGNET_HOPPER", "1")
 
-    def test_a_step_is_that_of_mma_sync_but_for_the_order_of_sums(self, monkeypatch):
-        portable = Training("fused", "segnet", "host", "bf16")
+    @pytest.mark.parametrize(("precision", "loose"), [("bf16", 1), ("float32", 2e-4)])
+    def test_a_step_is_that_of_mma_sync_but_for_the_order_of_sums(self, monkeypatch, precision, loose):
+        portable = Training("fused", "segnet", "host", precision)
         images, labels = batch(np.random.default_rng(13), portable.size)
         expected = portable.loss(images, labels)
         monkeypatch.setenv("SEGNET_HOPPER", "1")
-        hopper, again = (Training("fused", "segnet", "host", "bf16") for _ in range(2))
+        hopper, again = (Training("fused", "segnet", "host", precision) for _ in range(2))
         loss = hopper.loss(images, labels)
-        assert loss == pytest.approx(expected, rel=1e-3)
-        assert distance(gradients(hopper.model), gradients(portable.model)) < 0.05
+        assert loss == pytest.approx(expected, rel=1e-3 * loose)
+        assert 0 < distance(gradients(hopper.model), gradients(portable.model)) < 0.05 * loose
         for key, buffer in hopper.model.named_buffers().items():
-            np.testing.assert_allclose(buffer.data, portable.model.named_buffers()[key].data, 0.02, 0.02, err_msg=key)
+            near, other = 0.02 * loose, portable.model.named_buffers()[key].data
+            np.testing.assert_allclose(buffer.data, other, near, near, err_msg=key)
         assert again.loss(images, labels) == loss
         assert distance(gradients(again.model), gradients(hopper.model)) == 0
 
@@ -304,8 +306,7 @@ class TestHopper:
         assert {f"{layer}.conv.weight" for layer in of_layer} == whole
         assert all(sorted(ops) == ["backward_data", "backward_weight", "forward"] for ops in of_layer.values())
         assert not whole & weights.flipped.keys()
-        # For float32 nothing changes.
-        assert WorkingWeights(model, "tf32").flipped.keys() >= whole
+        assert not whole & WorkingWeights(model, "tf32").flipped.keys()
 
     def test_inference(self, monkeypatch):
         model, size = build("segnet", "host")

@@ -179,28 +179,33 @@ def test_every_kernel_of_hopper_is_looked_at():
 
 
 @needs_disassembler
+@pytest.mark.parametrize("element", ["bf16", "tf32x3", *(["tf32"] if FULL else [])])
 @pytest.mark.parametrize("name", dict.fromkeys(source.path.stem for source in OF_HOPPER))
-def test_on_hopper(name):
+def test_on_hopper(name, element):
     kernels = [kernel for kernel, source in zip(HOPPER, OF_HOPPER, strict=True) if source.path.stem == name]
     source = find_kernel(kernels[0]).source
-    (compiled,) = compile_all([source], ["sm_90"], ["bf16"])  # first: it keeps the machine code, too
+    (compiled,) = compile_all([source], ["sm_90"], [element])  # first: it keeps the machine code, too
     assert compiled.remarks == ()  # as (C7510): products that are serialised
     for kernel in kernels:
         columns, products, transposed, boxes = HOPPER[kernel]
-        own = body_of(kernel, "bf16", "sm_90")
+        of_weight, short = transposed == "AB", element == "tf32x3"
+        groups = products // (4 if of_weight or short else products // 9)
+        if of_weight and short:  # a product for each tap, whose sum is added by itself
+            columns, products, groups = 64, 3 * products, 3
+        own = body_of(kernel, element, "sm_90")
         multiplied = re.findall(r"\bHGMMA\.(\S+)([^;]*);", own)
         assert [shape for shape, _ in multiplied] == [f"64x{columns}x16.F32.BF16"] * products, kernel
         for _, operands in multiplied:
             assert {side for side in "AB" if f"tnsp{side}" in operands} == set(transposed), kernel
         assert set(re.findall(r"\bUTMALDG\.(\S+)", own)) == boxes, kernel
-        # One group of products stays in flight; only after the last is none.
+        # One group of products stays in flight, only after the last is none; the sums of short ones are added at once.
         waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w)", own)
-        assert waits.count("0x0") == 1, kernel
-        groups = products // (4 if transposed == "AB" else products // 9)
-        assert waits.count("0x1") == len(re.findall(r"WARPGROUP\.ARRIVE", own)) == groups, kernel
+        assert len(re.findall(r"WARPGROUP\.ARRIVE", own)) == groups, kernel
+        assert (waits.count("0x0"), waits.count("0x1")) == ((groups + 1, 0) if short else (1, groups)), kernel
+        assert not short or len(re.findall(r"\bFADD\b", own)) >= groups * columns // 2, kernel
         # Registers move from the producer to the consumers.
         assert len(re.findall(r"USETMAXREG\.(?:DEALLOC|TRY_ALLOC)", own)) == 2, kernel
         assert not re.search(r"\b(?:LDL|STL)\b", own), kernel
         (usage,) = (u for u in compiled.usages if u.kernel == kernel)
-        assert usage.registers == (128 if transposed == "AB" else 168), kernel  # before they are shared out
+        assert usage.registers == (128 if of_weight else 168), kernel  # before they are shared out
         assert usage.spill_stores == usage.spill_loads == usage.stack == 0, kernel

@@ -25,6 +25,7 @@ from segnet_scratch.lab.proof.problems import NETWORKS
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import FULL, QUICK, Tally, Work
+from segnet_scratch.ops.convolution.split_planes import PLANES
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions, sanitizer_runtime
 from segnet_scratch.runtime.launch import shipped_kernels
@@ -72,7 +73,7 @@ class TestParts:
 
         everything = {row.name for row in ROWS}
         of_hopper = {name for name in everything if "hopper" in name}
-        assert len(of_hopper) == 4
+        assert len(of_hopper) == 4 * len(PLANES)
         assert names("sm_90") == names(None) == everything
         assert names("sm_80") == names("sm_120") == everything - of_hopper
         assert "conv2d_forward_tiled" in names("sm_75") < names("sm_80")

@@ -13,6 +13,7 @@ from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
+from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardWeight, HopperForward
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import Array, Device
 
@@ -35,12 +36,15 @@ class Accuracy(Part):
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.notes.append(f"errors of sums of {', '.join(map(str, DEPTHS))} terms, of a chain's")
-        for rung in ("tiled", "tf32x3", "tf32") if mma.has_tensor_cores(device) else ("tiled",):
-            for direction in ("fprop", "dgrad", "wgrad"):
+        rungs = ["tiled", *(["tf32x3", "tf32"] if mma.has_tensor_cores(device) else [])]
+        rungs += [f"hopper {rung}" for rung in rungs[1:] if device.architecture in (None, "sm_90")]
+        for rung in rungs:
+            # dgrad on Hopper is the loop of fprop, with an epilogue.
+            for direction in ("fprop", "wgrad") if "hopper" in rung else ("fprop", "dgrad", "wgrad"):
                 ratios = [error_beside_a_chain(device, rung, direction, depth) for depth in DEPTHS]
                 tally.counts["products"] += len(ratios)
                 tally.notes.append(f"{rung} {direction} {' '.join(f'{ratio:.3g}' for ratio in ratios)}")
-                if rung != "tf32" and not max(ratios) <= LIMIT:
+                if not rung.endswith("tf32") and not max(ratios) <= LIMIT:
                     errs = f"errs {max(ratios):.3g} times as much as a chain"
                     yield f"{rung} {direction} {errs}; expected at most {LIMIT:g}"
 
@@ -66,7 +70,18 @@ def _product(device: Device, rung: str, direction: str, left: np.ndarray, right:
         return device.upload(np.ascontiguousarray(array).reshape(shape))
 
     result: Array
-    if direction == "fprop":
+    if rung.startswith("hopper"):
+        rung = rung.removeprefix("hopper ")
+        if direction == "fprop":  # of a block of 8x8 pixels, through the middle tap of nine
+            weight = np.zeros((n, 3, 3, k), F32)
+            weight[:, 1, 1] = right.T
+            of_fprop = HopperForward.plan(spec((1, 8, m // 8, k), F32), spec(weight.shape, F32), rung)
+            result = of_fprop(device, x=upload(left, 1, 8, m // 8, k), weight=upload(weight, *weight.shape)).y
+        else:
+            columns, size = np.pad(right, ((0, 0), (0, m - n))), (1, k // 24, 24, m)
+            of_wgrad = HopperBackwardWeight.plan(spec(size, F32), spec((m, 3, 3, m), F32), rung)
+            result = of_wgrad(device, x=upload(columns, *size), dy=upload(left.T, *size)).dweight[:, 1, 1, :n]
+    elif direction == "fprop":
         fprop = Conv2dForward.plan(spec((1, 1, m, k), F32), spec((n, 1, 1, k), F32), 1, 0, rung)
         result = fprop(device, x=upload(left, 1, 1, m, k), weight=upload(right.T, n, 1, 1, k), bias=None).y
     elif direction == "dgrad":
