@@ -146,7 +146,7 @@ class TestAccuracy:
         assert "tiled fprop 1" in tally.notes, "the tiled kernels are such chains"
         monkeypatch.setattr(accuracy, "LIMIT", 0.1)
         messages = [failure.message for failure in PARTS["accuracy"].do(work).failures]
-        assert len(messages) == 6
+        assert len(messages) == 8
         assert all("times as much as a chain; expected at most 0.1" in message for message in messages)
 
 

@@ -189,13 +189,13 @@ class HopperBackwardWeightRow(HopperRow):
 class SplitPlanesRow(MapRow):
     """Roundings and exact differences: every bit is the reference's."""
 
-    elements, typed = (np.dtype(np.float32),), False
+    elements, typed, channels = (np.dtype(np.float32),), False, 4
 
     def cases(self) -> list[Case]:
-        return [in_whole_pieces(case, 4) for case in super().cases()]
+        return [in_whole_pieces(case, self.channels) for case in super().cases()]
 
     def random_case(self, rng: np.random.Generator) -> Case:
-        return in_whole_pieces(super().random_case(rng), 4)
+        return in_whole_pieces(super().random_case(rng), self.channels)
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return SplitPlanes.plan(spec(case["x"]), 2 + case["x"][1] % 2)
