@@ -189,7 +189,7 @@ class HopperBackwardWeightRow(HopperRow):
 class SplitPlanesRow(MapRow):
     """Roundings and exact differences: every bit is the reference's."""
 
-    elements, typed, channels = (np.dtype(np.float32),), False, 4
+    elements, channels = (np.dtype(np.float32),), 4
 
     def cases(self) -> list[Case]:
         return [in_whole_pieces(case, self.channels) for case in super().cases()]
@@ -198,7 +198,10 @@ class SplitPlanesRow(MapRow):
         return in_whole_pieces(super().random_case(rng), self.channels)
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return SplitPlanes.plan(spec(case["x"]), 2 + case["x"][1] % 2)
+        return SplitPlanes.plan(spec(case["x"], dtype), 2 + case["x"][1] % 2)
+
+    def reference_plan(self, case: Case) -> Op:
+        return self.plan(case, np.float32)
 
     def refusals(self) -> list[Refusal]:
         plain = {"x": spec((2, 8)), "planes": 3}
