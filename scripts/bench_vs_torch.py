@@ -14,6 +14,7 @@ its own.
 import argparse
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -34,14 +35,12 @@ from segnet_scratch.runtime.workers import worker_count
 def environment(threads: int) -> dict[str, Any]:
     """What a measurement depends on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     blas = [f"{i['internal_api']} {i['version']}" for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"]
-    packages = ("numpy", *(["torch"] if "torch" in sys.modules else []))
+    packages = [package for package in ("numpy", "torch") if package in sys.modules]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-        ),
+        "cpu": models[0] if models else platform.machine(),
         "threads": threads,
         "load": os.getloadavg(),
         "system": platform.platform(),

@@ -24,11 +24,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +36,11 @@ from torch.nn import functional
 from torch_segnet import VOID, TorchSegNet, TorchSegNetBasic, loss_of, parameter_groups
 
 from segnet_scratch.config import Config, load_config
-from segnet_scratch.data import (
-    Batch,
-    EvalTransform,
-    Loader,
-    VOCDataset,
-)
+from segnet_scratch.data import Batch, EvalTransform, Loader, VOCDataset
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.files import write_durably
 from segnet_scratch.inference_step import InferenceStep
+from segnet_scratch.metrics import Scores, confusion_matrix, scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.train import class_weights_of, training_step, transform_of
@@ -52,7 +48,7 @@ from segnet_scratch.weights import initialise
 
 PERTURBATION = 1e-7
 OF_VERDICT, STEPS_OF_VERDICT = 1e-12, 4  # far above the rounding of float64, far below any fault
-CONTENDERS = ("ours", "torch", "torch+1e-7", "torch+1e-7b")
+CONTENDERS = {"ours": None, "torch": 0, "torch+1e-7": 1, "torch+1e-7b": 2}  # seeds of a perturbation, 0 for none
 ERROR_RATE = 0.01  # how often an unchanged project may be called wrong
 FIRST_STEPS = 20
 # What both sides do, or the loader does for both.
@@ -73,18 +69,8 @@ def check_settings(config: Config) -> None:
             raise ConfigError(f"train_parity: {key} = {value!r} is not for both sides; leave it at {usual[key]!r}")
 
 
-class Contender(Protocol):
-    """Somebody who trains."""
-
-    def step(self, batch: Batch, lr: float) -> float:
-        """One step of SGD; the loss before it."""
-
-    def logits(self, image: np.ndarray) -> np.ndarray:
-        """Logits (h, w, classes) of one normalised image (h, w, 3), in evaluation mode."""
-
-
 class Ours:
-    """The package."""
+    """The package. Each side makes a step of SGD, of which it gives the loss before it, and logits of an image."""
 
     def __init__(self, config: Config, model: SegNet, class_weights: np.ndarray | None) -> None:
         self.model = model
@@ -101,14 +87,10 @@ class Ours:
 
 
 class Torch:
-    """The twin."""
+    """The twin: logits (h, w, classes) of one normalised image (h, w, 3), in evaluation mode, as ours."""
 
     def __init__(
-        self,
-        config: Config,
-        classes: int,
-        state: Mapping[str, np.ndarray],
-        class_weights: np.ndarray | None,
+        self, config: Config, classes: int, state: Mapping[str, np.ndarray], class_weights: np.ndarray | None
     ) -> None:
         twin = TorchSegNet if config.model == "segnet" else TorchSegNetBasic
         self.config = config
@@ -148,6 +130,9 @@ class Torch:
             return self.model(nchw(image[None]))[0].permute(1, 2, 0).numpy()
 
 
+Contender = Ours | Torch
+
+
 def perturbed(state: Mapping[str, np.ndarray], seed: int, by: float = PERTURBATION) -> dict[str, np.ndarray]:
     """Weights off by a relative `by`, float64."""
     rng = np.random.default_rng(seed)
@@ -161,34 +146,25 @@ def nchw(images: np.ndarray) -> torch.Tensor:
 
 def train(
     contenders: Mapping[str, Contender], config: Config, loader: Loader, steps: int
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step from 1, loss of each contender before that step)."""
-    step = 0
-    for epoch in range(-(-steps // loader.batches_per_epoch)):
-        for batch in loader.epoch(epoch):
-            if step == steps:
-                return
-            lr = learning_rate(
-                *(step, steps, config.lr, config.schedule, config.poly_power, config.warmup),
-                *(config.lr_steps, config.lr_gamma),
-            )
-            step += 1
-            yield step, {name: contender.step(batch, lr) for name, contender in contenders.items()}
+) -> Iterator[dict[str, float]]:
+    """The loss of each contender before each step."""
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    schedule = config.schedule, config.poly_power, config.warmup, config.lr_steps, config.lr_gamma
+    for step, batch in enumerate(itertools.islice(batches, steps)):
+        lr = learning_rate(step, steps, config.lr, *schedule)
+        yield {name: contender.step(batch, lr) for name, contender in contenders.items()}
 
 
-def miou(contender: Contender, dataset: VOCDataset, size: tuple[int, int]) -> tuple[float, float]:
-    """(mean IoU over the classes that occur, share of right pixels) on a split, logits resized to the ground truth."""
+def score(contender: Contender, dataset: VOCDataset, size: tuple[int, int]) -> Scores:
+    """On a split, logits resized to the ground truth."""
     counts = np.zeros((dataset.classes, dataset.classes), np.int64)
     transform, rng = EvalTransform(size), np.random.default_rng(0)
     for index in range(len(dataset)):
         image, mask, _ = dataset.sample(index)
         logits = torch.from_numpy(contender.logits(transform(image, mask, rng)[0]).copy()).permute(2, 0, 1)[None]
         resized = functional.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
-        prediction, valid = resized.argmax(1)[0].numpy(), mask != VOID
-        pairs = mask[valid].astype(np.int64) * dataset.classes + prediction[valid]
-        counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
-    right, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
-    return float((right[union > 0] / union[union > 0]).mean()), float(right.sum() / counts.sum())
+        counts += confusion_matrix(mask, resized.argmax(1)[0].numpy(), dataset.classes)
+    return scores(counts)
 
 
 def spread(losses: Mapping[str, np.ndarray], a: str, b: str) -> dict[str, float]:
@@ -225,12 +201,7 @@ def begin(
 
 
 def compared(
-    config: Config,
-    seed: int,
-    data: VOCDataset,
-    device: str,
-    start: Path | str | None,
-    weights: np.ndarray | None,
+    config: Config, seed: int, data: VOCDataset, device: str, start: Path | str | None, weights: np.ndarray | None
 ) -> float:
     """How much farther from a twin ours is than another twin: the logarithm of the ratio of their distances.
 
@@ -242,7 +213,7 @@ def compared(
     model.load_state_dict(states[0])
     sides: dict[str, Contender] = {"ours": Ours(config, model, weights)}
     sides |= {name: Torch(config, data.classes, state, weights) for name, state in zip("ab", states[1:], strict=True)}
-    rows = [row for _, row in train(sides, config, loader, STEPS_OF_VERDICT)]
+    rows = list(train(sides, config, loader, STEPS_OF_VERDICT))
     distances = [sum(abs(row[name] - row["a"]) for row in rows) for name in ("ours", "b")]
     return float(np.diff(np.log(np.array(distances[::-1]) + 1e-300))[0])
 
@@ -269,22 +240,20 @@ def main() -> int:
     start = options.init or config.init
     loader, model, initialised = begin(config, config.seed, dataset, options.device, start)
     steps, state = config.steps or (config.epochs or 0) * loader.batches_per_epoch, model.state_dict()
-    makers: dict[str, Callable[[], Contender]] = {
-        "ours": lambda: Ours(config, model, weights),
-        "torch": lambda: Torch(config, dataset.classes, state, weights),
-        "torch+1e-7": lambda: Torch(config, dataset.classes, perturbed(state, 1), weights),
-        "torch+1e-7b": lambda: Torch(config, dataset.classes, perturbed(state, 2), weights),
-    }
-    contenders = {name: makers[name]() for name in options.contenders}
+    contenders: dict[str, Contender] = {}
+    for name in options.contenders:
+        if (seed := CONTENDERS[name]) is None:
+            contenders[name] = Ours(config, model, weights)
+        else:
+            contenders[name] = Torch(config, dataset.classes, perturbed(state, seed) if seed else state, weights)
     print(f"{config.model}, {initialised}; {len(dataset)} images, {config.image_size}, {steps} steps")
     print("step    " + "".join(f"{name:>13}" for name in contenders))
 
     began, rows = time.perf_counter(), []
-    for step, losses in train(contenders, config, loader, steps):
+    for losses in train(contenders, config, loader, steps):
         rows.append(losses)
-        print(f"{step:<8}" + "".join(f"{loss:13.6f}" for loss in losses.values()), flush=True)
-    scores = {name: dict(zip(("miou", "global_accuracy"), miou(c, val, config.image_size), strict=True))
-              for name, c in contenders.items()}  # fmt: skip
+        print(f"{len(rows):<8}" + "".join(f"{loss:13.6f}" for loss in losses.values()), flush=True)
+    found = {name: score(contender, val, config.image_size) for name, contender in contenders.items()}
     curves = {name: np.array([row[name] for row in rows]) for name in contenders}
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -294,19 +263,16 @@ def main() -> int:
         "steps": steps,
         "config": {k: v for k, v in vars(config).items() if k in HONOURED and v is not None},
         "seconds": time.perf_counter() - began,
-        "scores": scores,
+        "scores": {name: {"miou": s.miou, "global_accuracy": s.global_accuracy} for name, s in found.items()},
         "losses": {name: curve.tolist() for name, curve in curves.items()},
     }
-    for name, score in scores.items():
-        print(f"{name}: val mIoU {score['miou']:.4f}, global accuracy {score['global_accuracy']:.4f}")
+    for name, s in found.items():
+        print(f"{name}: val mIoU {s.miou:.4f}, global accuracy {s.global_accuracy:.4f}")
     passed = True
     if "ours" in curves and "torch" in curves:
-        result["ours - torch"] = ours = spread(curves, "ours", "torch")
-        print("ours - torch: " + ", ".join(f"{key} {value:.2e}" for key, value in ours.items()))
-        others = {f"{name} - torch": spread(curves, name, "torch") for name in curves if name.startswith("torch+")}
-        for name, other in others.items():
-            print(f"{name}: " + ", ".join(f"{key} {value:.2e}" for key, value in other.items()))
-        result |= others
+        for name in (name for name in curves if name != "torch"):
+            result[f"{name} - torch"] = apart = spread(curves, name, "torch")
+            print(f"{name} - torch: " + ", ".join(f"{key} {value:.2e}" for key, value in apart.items()))
         differences = [
             compared(config, seed, dataset, options.device, start, weights)
             for seed in range(config.seed, config.seed + options.seeds)

@@ -71,7 +71,7 @@ class TestCases:
         clock = FakeClock()
         contenders = makers(clock, **{"ours, a": 2.0, "ours, b": 1.0, "PyTorch, x": 3.0, "PyTorch, y": 1.5})
         result = run.run_case(TRAINING, contenders, clock, 10.0)
-        assert (result.best_ours, result.best_peer) == ("ours, b", "PyTorch, y")
+        assert (result.best("ours"), result.best("PyTorch")) == ("ours, b", "PyTorch, y")
         assert result.speedup == pytest.approx(1.5)
         assert result.latency == {}
         assert run.run_case(ONE_IMAGE, contenders, clock, 10.0).latency.keys() == contenders.keys()

@@ -23,6 +23,7 @@ from segnet_scratch.segnet import SegNet, to_file_layout
 from segnet_scratch.step import TrainingStep
 
 State = Mapping[str, np.ndarray]
+Meter = Callable[[bool], int]  # bytes that are taken; told whether it is asked for the first time
 WAYS = ("eager", "graph", "compile", "max-autotune")
 FORMATS = ("channels_last", "contiguous_format")
 
@@ -184,11 +185,11 @@ def makers_of(case: Case, device: Device, right: Sequence[str], thorough: bool) 
 
     def maker(make: Callable[[], Ours | Peer], batches: Sequence[tuple[Any, Any]], meter: Meter) -> Maker:
         def build() -> tuple[Callable[[int], object], int]:
-            taken = meter()
+            before = meter(True)
             contender = make()
             for batch in batches[:2]:  # the second is recorded
                 contender.call(*batch)
-            return (lambda number: contender.call(*batches[number])), taken()
+            return (lambda number: contender.call(*batches[number])), meter(False) - before
 
         return build
 
@@ -200,41 +201,26 @@ def makers_of(case: Case, device: Device, right: Sequence[str], thorough: bool) 
     return made
 
 
-Meter = Callable[[], Callable[[], int]]  # begins to count bytes; what that gives tells how many were taken since
-
-
-def _of_gpu() -> Callable[[], int]:
+def _of_gpu(begin: bool) -> int:
     import cupy
 
-    cupy.get_default_memory_pool().free_all_blocks()
-    before = torch.cuda.mem_get_info()[0]
-
-    def taken() -> int:
-        torch.cuda.synchronize()
-        return before - torch.cuda.mem_get_info()[0]
-
-    return taken
+    if begin:
+        cupy.get_default_memory_pool().free_all_blocks()
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
-def _of_torch() -> Callable[[], int]:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-
-    def taken() -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    return taken
+def _of_torch(begin: bool) -> int:
+    if begin:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
-def _of_process() -> Callable[[], int]:
-    """Of the most that this process has held: it has to be one for this contender alone."""
-    before = _peak_memory()
-    return lambda: _peak_memory() - before
-
-
-def _peak_memory() -> int:
+def _of_process(begin: bool) -> int:
+    """The most that this process has held: it has to be one for this contender alone."""
     # ru_maxrss would do, but on Linux a process inherits it from whoever started it.
     status = Path("/proc/self/status")
     if status.exists():

@@ -8,7 +8,7 @@ import numpy as np
 import threadpoolctl
 
 from bench.run import console
-from bench.timing import WallClock, in_turn
+from bench.timing import Clock, in_turn
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import HostDevice
@@ -31,7 +31,7 @@ def measure(seconds: float) -> dict[str, Any]:
             name = f"{op.name}, {channels} -> {channels}, 3x3, 56x56"
             calls[name], flops[name] = functools.partial(op, device, **arrays), op.flops
     with threadpoolctl.threadpool_limits(1):
-        times = in_turn(calls, WallClock(), seconds, warm_up=1)
+        times = in_turn(calls, Clock(), seconds, warm_up=1)
     speeds = {name: flops[name] / t.median / 1e9 for name, t in times.items()}
     for name, speed in speeds.items():
         console.print(f"{name}: {speed:.2f} GFLOP/s, 1/{speeds[BLAS] / speed:.1f} of BLAS")

@@ -49,13 +49,26 @@ def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> It
     """One row for each shape of a convolution and each direction: FLOP, and TFLOP/s of cuDNN and of ours."""
     network = Network(SegNet.blocks_of(1.0), CLASSES, case.batch, case.size)
     shapes = dict.fromkeys((layer.full, layer.weight) for layer in network.layers)
-    classifier = network.classifier(RUNG_OF_PRECISION[case.precision])
+    rung = RUNG_OF_PRECISION[case.precision]
+    classifier = network.classifier(rung)
     shapes[(case.batch, *case.size, classifier[0]), classifier] = None
-    share = seconds / (3 * len(shapes))
-    for full, weight in shapes:
+    set_precision(case.precision)
+    kernels = Convolutions.on(device, rung)
+    for full, of_weight in shapes:
         for direction in ("fprop", "dgrad", "wgrad"):
-            if direction != "dgrad" or weight[3] != 3:
-                yield _measure(direction, case, full, weight, device, clock, share)
+            if direction == "dgrad" and of_weight[3] == 3:
+                continue
+            x, weight = Spec((*full[:3], of_weight[3]), storage(rung)), Spec(of_weight, storage(rung))
+            ops = _ours(kernels, direction, x, weight)
+            if kernels.tiles is not None:
+                ops["mma.sync"] = _ours(Convolutions(rung), direction, x, weight)["ours"]
+            calls: dict[str, Callable[[], object]] = {"cuDNN": _cudnn(direction, case.precision, x.shape, of_weight)}
+            calls |= {name: functools.partial(op.run, device, random_buffers(device, op)) for name, op in ops.items()}
+            flops = ops["ours"].flops
+            times = in_turn(calls, clock, seconds / (3 * len(shapes)))
+            shape = f"{of_weight[3]} -> {of_weight[0]}, {full[1]}x{full[2]}"
+            speeds = {name: flops / t.median / 1e12 for name, t in times.items()}
+            yield {"layer": shape, "direction": direction, "GFLOP": flops / 1e9, **speeds}
 
 
 def _ours(kernels: Convolutions, direction: str, x: Spec, weight: Spec) -> dict[str, Op]:
@@ -69,32 +82,6 @@ def _ours(kernels: Convolutions, direction: str, x: Spec, weight: Spec) -> dict[
         op = kernels.forward(x, weight, statistics=True)
     others = op.alternatives() if isinstance(op, HopperForward | HopperBackwardData) else {}
     return {"ours": op, **others}
-
-
-def _measure(
-    direction: str,
-    case: Case,
-    full: tuple[int, ...],
-    weight: tuple[int, ...],
-    device: Device,
-    clock: Clock,
-    seconds: float,
-) -> dict[str, object]:
-    set_precision(case.precision)
-    rung = RUNG_OF_PRECISION[case.precision]
-    x, of_weight = Spec((*full[:3], weight[3]), storage(rung)), Spec(weight, storage(rung))
-    kernels = Convolutions.on(device, rung)
-    ops = _ours(kernels, direction, x, of_weight)
-    if kernels.tiles is not None:
-        ops["mma.sync"] = _ours(Convolutions(rung), direction, x, of_weight)["ours"]
-    calls: dict[str, Callable[[], object]] = {"cuDNN": _cudnn(direction, case.precision, x.shape, weight)}
-    for name, op in ops.items():
-        buffers = random_buffers(device, op)
-        calls[name] = functools.partial(op.run, device, buffers)
-    times = in_turn(calls, clock, seconds)
-    speeds = {name: ops["ours"].flops / t.median / 1e12 for name, t in times.items()}
-    shape = f"{weight[3]} -> {weight[0]}, {full[1]}x{full[2]}"
-    return {"layer": shape, "direction": direction, "GFLOP": ops["ours"].flops / 1e9, **speeds}
 
 
 def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int, ...]) -> Callable[[], object]:

@@ -1,5 +1,6 @@
 """Cases in a budget of time: gate, ceilings, times in turn; a table and JSON."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import CASES, Case
-from bench.timing import Clock, CudaClock, Times, WallClock, in_turn, latencies
+from bench.timing import Clock, CudaClock, Times, in_turn, latencies
 from segnet_scratch.files import write_durably
 from segnet_scratch.runtime.compilation import compile_for
 from segnet_scratch.runtime.devices import Device
@@ -33,20 +34,14 @@ class Result:
     memory: dict[str, int] = field(default_factory=dict)  # bytes
     unavailable: dict[str, str] = field(default_factory=dict)  # contenders and why not
 
-    @property
-    def best_peer(self) -> str:
-        """PyTorch's fastest."""
-        return min((n for n in self.times if n.startswith("PyTorch")), key=lambda name: self.times[name].median)
-
-    @property
-    def best_ours(self) -> str:
-        """Our fastest."""
-        return min((n for n in self.times if n.startswith("ours")), key=lambda name: self.times[name].median)
+    def best(self, side: str) -> str:
+        """The fastest contender of "ours" or "PyTorch"."""
+        return min((n for n in self.times if n.startswith(side)), key=lambda name: self.times[name].median)
 
     @property
     def speedup(self) -> float:
         """PyTorch's best time over ours."""
-        return self.times[self.best_peer].median / self.times[self.best_ours].median
+        return self.times[self.best("PyTorch")].median / self.times[self.best("ours")].median
 
     def to_json(self) -> dict[str, Any]:
         """Everything measured."""
@@ -87,16 +82,10 @@ def run_case(case: Case, makers: Mapping[str, Maker], clock: Clock, seconds: flo
     return result
 
 
-def _rotating(call: Callable[[int], object]) -> Callable[[], None]:
+def _rotating(call: Callable[[int], object]) -> Callable[[], object]:
     """Each call takes the next of the batches, so that none stays in a cache."""
-    count = 0
-
-    def rotate() -> None:
-        nonlocal count
-        call(count % INPUTS)
-        count += 1
-
-    return rotate
+    numbers = itertools.cycle(range(INPUTS))
+    return lambda: call(next(numbers))
 
 
 def report(results: Sequence[Result], device: str) -> Table:
@@ -106,11 +95,11 @@ def report(results: Sequence[Result], device: str) -> Table:
         table.add_column(column)
     for result in results:
         cells = []
-        for name in (result.best_ours, result.best_peer):
-            times = result.times[name]
-            low, high = times.quartiles
-            cells += [f"{1e3 * times.median:.2f} ({1e3 * low:.2f} - {1e3 * high:.2f})", name.split(", ", 1)[1]]
-        ours, peer = result.memory[result.best_ours], result.memory[result.best_peer]
+        best = [result.best(side) for side in ("ours", "PyTorch")]
+        for name in best:
+            low, middle, high = (1e3 * seconds for seconds in np.percentile(result.times[name].seconds, (25, 50, 75)))
+            cells += [f"{middle:.2f} ({low:.2f} - {high:.2f})", name.split(", ", 1)[1]]
+        ours, peer = (result.memory[name] for name in best)
         met = "met" if result.speedup >= result.case.target else "MISSED"
         share = f"{ours / peer:.2f}" if peer else "-"
         table.add_row(str(result.case), *cells, f"{result.speedup:.2f}", f"{result.case.target} {met}", share)
@@ -136,7 +125,7 @@ def run(
     from bench.contenders import makers_of
 
     began, on_gpu = perf_counter(), device.gpu is not None
-    clock: Clock = CudaClock() if on_gpu else WallClock()
+    clock = CudaClock() if on_gpu else Clock()
     precisions = tuple(dict.fromkeys(case.precision for case in cases))
     errors = gate.errors_of(device, cases[0].width, on_gpu=on_gpu, precisions=precisions)
     verdicts = {precision: gate.right(measured) for precision, measured in errors.items()}
@@ -166,7 +155,7 @@ def run(
         if memory_of is not None:
             result.memory = {name: memory_of(case, name) for name in result.times}
         longest = max(longest, perf_counter() - start)
-        console.print(f"{case}: {result.speedup:.2f} x ({result.best_ours} / {result.best_peer})")
+        console.print(f"{case}: {result.speedup:.2f} x ({result.best('ours')} / {result.best('PyTorch')})")
         keep(cases=[result.to_json() for result in results], left_out=[str(other) for other in left_out])
     if thorough and on_gpu:
         keep(layers=list(layers.convolutions(CASES[0], device, clock, 0.1 * seconds)))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
 
 import numpy as np
 
@@ -12,27 +11,19 @@ WARM_UP = 20  # calls before anything counts
 LATENCIES = 50  # calls, each waited for
 
 
-class Clock(Protocol):
-    """What takes the time of work that is under way on a device."""
+class Clock:
+    """Takes the time of work that is done when a call returns."""
 
     def start(self) -> None:
         """Now."""
-
-    def stop(self) -> float:
-        """Seconds since `start`, once all that was begun since is done."""
-
-
-class WallClock:
-    """For work that is done when a call returns."""
-
-    def start(self) -> None:
         self._began = perf_counter()
 
     def stop(self) -> float:
+        """Seconds since `start`, once all that was begun since is done."""
         return perf_counter() - self._began
 
 
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events on the default stream, where both sides work."""
 
     def __init__(self) -> None:
@@ -79,8 +70,14 @@ def in_turn(
         for _ in range(warm_up):
             call()
         counts[name] = max(1, round(share / max(clock.stop() / warm_up, 1e-9)))
+    return _taken(calls, clock, counts, BLOCKS)
+
+
+def _taken(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, counts: Mapping[str, int], blocks: int
+) -> dict[str, Times]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(BLOCKS):
+    for _ in range(blocks):
         for name, call in calls.items():
             clock.start()
             for _ in range(counts[name]):
@@ -91,10 +88,4 @@ def in_turn(
 
 def latencies(calls: Mapping[str, Callable[[], object]], clock: Clock) -> dict[str, Times]:
     """Of single calls, each waited for, in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(LATENCIES):
-        for name, call in calls.items():
-            clock.start()
-            call()
-            taken[name].append(clock.stop())
-    return {name: Times(tuple(times)) for name, times in taken.items()}
+    return _taken(calls, clock, dict.fromkeys(calls, 1), LATENCIES)
