@@ -8,7 +8,7 @@ from support.kernels import needs_compiler
 
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.lab.proof.compare import Defect
 from segnet_scratch.lab.proof.launches import Replay
 from segnet_scratch.ops.convolution import conv2d_hopper as hopper
 from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
@@ -84,7 +84,7 @@ def test_a_failure_of_a_kernel_with_tensor_maps_is_reported_without_its_writer()
     op = hopper.HopperForward.plan(spec((1, 4, 4, 64), BFLOAT16), spec((64, 3, 3, 64), BFLOAT16))
     inputs = {name: np.ones(s.shape, s.dtype) for name, s in op.inputs.items()}
     replay = Replay(op, inputs, HostDevice())
-    assert replay.writer(Problem("y", "it is wrong", (0, 0, 0, 0))) == replay.race(2) == []
+    assert replay.writer(Defect("y", "it is wrong", (0, 0, 0, 0))) == replay.race(2) == []
 
 
 class TestRule:

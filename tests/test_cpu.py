@@ -67,7 +67,7 @@ def test_in_chunks_of_a_few_values(name, monkeypatch):
             for integers in (False, True) if row.exact else (False,):
                 for dtype in row.elements:
                     generator = row.generator(8, index)
-                    problems += examine(row, case, get_device("numpy"), generator, dtype, integers).problems
+                    problems += examine(row, case, get_device("numpy"), generator, dtype, integers).defects
     assert problems == []
 
 

@@ -322,7 +322,7 @@ class TestWithoutLibraries:
 
     def test_a_library_that_is_too_old(self, monkeypatch):
         project = {"dependencies": ["numpy>=99.1", "pillow>=1.0"]}
-        monkeypatch.setattr(software, "source_tree_project", lambda: project)
+        monkeypatch.setattr(software, "source_tree", lambda: project)
         good, bad = software.libraries()
         assert good.status == "ok"
         assert "pillow" in good.text

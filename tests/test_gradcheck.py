@@ -10,11 +10,12 @@ from support import FULL
 from support.kernels import needs_compiler, needs_sanitizers
 
 from segnet_scratch.errors import ConfigError, ShapeError
-from segnet_scratch.lab.proof import problems, table
-from segnet_scratch.lab.proof.gradcheck import DRAWS, Check, Where, gradcheck, names
+from segnet_scratch.lab.proof import differentiable as subjects
+from segnet_scratch.lab.proof import table
+from segnet_scratch.lab.proof.differentiable import Chosen, Subject, differentiable
+from segnet_scratch.lab.proof.gradcheck import DRAWS, GradientCheck, Where, gradcheck, names
 from segnet_scratch.lab.proof.gradcheck import RTOL as LIMITS
 from segnet_scratch.lab.proof.parts.gradients import Gradients
-from segnet_scratch.lab.proof.problems import Chosen, Problem, differentiable
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Arithmetic, OpFunction, Tensor, Unary
@@ -56,7 +57,7 @@ class TestWhatIsRight:
     def test_passes(self, name, device, monkeypatch):
         narrow = (name, device) == ("segnet", "host") and not FULL
         if narrow:  # SegNet takes half a minute; test_torch_parity.py has it
-            monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[1:2])  # SegNet-Basic
+            monkeypatch.setattr(subjects, "NETWORKS", subjects.NETWORKS[1:2])  # SegNet-Basic
         (result,) = gradcheck([name], device, directions=None if FULL or name != "segnet" else 1)
         assert result.passed, str(result)
         assert result.op == name
@@ -175,7 +176,7 @@ class TestWhatIsWrong:
     )
     def test_a_wrong_backward_is_found_in_the_network(self, name, mutation, monkeypatch):
         spoil(monkeypatch, name, MUTATIONS[mutation])
-        monkeypatch.setattr(problems, "NETWORKS", problems.NETWORKS[1:2])  # SegNet-Basic
+        monkeypatch.setattr(subjects, "NETWORKS", subjects.NETWORKS[1:2])  # SegNet-Basic
         (result,) = gradcheck(["segnet"], "numpy", cases=1, directions=2)
         assert not result.passed
 
@@ -185,7 +186,8 @@ class TestKinks:
     def check(values):
         device = get_device("numpy")
         x = Tensor(np.array([values]), device, requires_grad=True)
-        return Check(Problem("relu", {"x": x}, lambda: functions.relu(x)), device, np.random.default_rng(0))
+        subject = Subject("relu", {"x": x}, lambda: functions.relu(x))
+        return GradientCheck(subject, device, np.random.default_rng(0), subject)
 
     @pytest.mark.parametrize("values", [[1.0, -1.0], [5e-7, -5e-8]], ids=["away from kinks", "near one: smaller steps"])
     def test_nothing_is_skipped(self, values):
@@ -209,7 +211,8 @@ class TestKinks:
     def test_a_tie_in_a_pool_is_a_kink(self):
         device = get_device("numpy")
         x = Tensor(np.ones((1, 2, 2, 1)), device, requires_grad=True)
-        check = Check(Problem("pool", {"x": x}, lambda: functions.max_pool(x)[0]), device, np.random.default_rng(0))
+        subject = Subject("pool", {"x": x}, lambda: functions.max_pool(x)[0])
+        check = GradientCheck(subject, device, np.random.default_rng(0), subject)
         assert list(check.derivatives()) == []
 
     def test_too_many_kinks_prove_nothing(self, monkeypatch):
@@ -221,7 +224,7 @@ class TestKinks:
 
     def test_leaves_keep_their_values(self):
         check = self.check([1.0, -1.0])
-        leaf = check.problem.leaves["x"]
+        leaf = check.leaves["x"]
         before = leaf.numpy().copy()
         list(check.derivatives())
         np.testing.assert_array_equal(leaf.numpy(), before)

@@ -128,8 +128,8 @@ class TestAgainstTheReference:
         monkeypatch.setattr(winograd, "_LEAST_PRODUCTS", 0)
         row, problems = row_named(name), []
         for index, case in cases_of(row, EFFORT.shapes):
-            problems += examine(row, case, get_device("numpy"), row.generator(0, index)).problems
-            problems += examine(row, case, get_device("numpy"), row.generator(2, index), integers=True).problems
+            problems += examine(row, case, get_device("numpy"), row.generator(0, index)).defects
+            problems += examine(row, case, get_device("numpy"), row.generator(2, index), integers=True).defects
         assert problems == []
 
 
@@ -204,13 +204,13 @@ class TestTheComparisonCanFail:
     def test_a_right_op_passes(self):
         row = self.FakeRow(lambda b: np.add(b.x, 1, out=b.y))
         for index, case in cases_of(row, 5):
-            assert examine(row, case, get_device("numpy"), row.generator(0, index)).problems == []
+            assert examine(row, case, get_device("numpy"), row.generator(0, index)).defects == []
 
     @pytest.mark.parametrize("fault", FAULTS)
     def test_a_fault_is_found(self, fault):
         compute, report = FAULTS[fault]
         row = self.FakeRow(compute)
-        problems = examine(row, Case("odd", {"x": (1, 3, 5, 2)}), get_device("numpy"), row.generator(0, 0)).problems
+        problems = examine(row, Case("odd", {"x": (1, 3, 5, 2)}), get_device("numpy"), row.generator(0, 0)).defects
         assert any(report in str(problem) for problem in problems), problems
 
     def test_nan_shape_and_integers(self):

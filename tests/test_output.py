@@ -19,7 +19,7 @@ from segnet_scratch.display import scores_table
 from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.engine.network import Network
 from segnet_scratch.evaluate import Evaluation
-from segnet_scratch.lab.profile.measure import How, Work, profile_step
+from segnet_scratch.lab.profile.measure import How, Workload, profile_step
 from segnet_scratch.lab.profile.tables import show
 from segnet_scratch.lab.workbench import run_kernel
 from segnet_scratch.metrics import scores
@@ -111,7 +111,7 @@ def test_tables_keep_their_numbers_in_a_narrow_terminal(sample, width):
 
 
 def test_a_profile_goes_on_below_where_a_terminal_is_too_narrow():
-    found = profile_step(Work("segnet-basic", width=0.0625, size=(32, 32)), get_device("numpy"), How(1))
+    found = profile_step(Workload("segnet-basic", width=0.0625, size=(32, 32)), get_device("numpy"), How(1))
 
     def lines(width):
         out = io.StringIO()

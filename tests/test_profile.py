@@ -16,7 +16,7 @@ from support.kernels import FLOAT32, needs_compiler
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.profile import ceilings, kernels, ladder, measure, trace
 from segnet_scratch.lab.profile.ceilings import Ceilings
-from segnet_scratch.lab.profile.measure import CountingDevice, How, Step, Work, count
+from segnet_scratch.lab.profile.measure import CountingDevice, How, Step, Workload, count
 from segnet_scratch.lab.profile.record import OpRun, Profile, Recorder, Summary
 from segnet_scratch.nn.autograd import tensor
 from segnet_scratch.nn.functions import conv2d, relu
@@ -30,7 +30,7 @@ from segnet_scratch.runtime.launch import ElementTypes, find_kernel
 from segnet_scratch.runtime.multiprocessor import Occupancy, occupancy
 from segnet_scratch.segnet import DECODERS, SegNetBasic, segnet_blocks
 
-SMALL = Work("segnet", "indices", 1 / 16, 2, (32, 48))
+SMALL = Workload("segnet", "indices", 1 / 16, 2, (32, 48))
 
 
 @pytest.fixture
@@ -138,22 +138,22 @@ def convolution_flops(batch, h, w):
     ids=["16x224x224", "8x360x480"],
 )
 def test_convolutions_come_to_the_known_totals(batch, size, forward, step):
-    recorder, _, parameters = count(Work(batch=batch, size=size))
-    convolutions = [run for run in recorder.runs if run.name.startswith("conv2d") and "bias" not in run.name]
+    counted = count(Workload(batch=batch, size=size))
+    convolutions = [run for run in counted.runs if run.name.startswith("conv2d") and "bias" not in run.name]
     by_hand = convolution_flops(batch, *size)
     found = sum(run.flops for run in convolutions if run.phase == "forward"), sum(run.flops for run in convolutions)
     assert found == (batch * by_hand[0], by_hand[1])
     assert found[0] / batch == pytest.approx(forward, rel=2e-3)
     assert found[1] == pytest.approx(step, rel=2e-3)
     assert len(convolutions) == 26 + 25 + 26
-    assert parameters == 29_447_189
+    assert counted.parameters == 29_447_189
     # The other ops add little work: 0.3 GFLOP an image to forward.
-    assert sum(run.flops for run in recorder.runs) < 1.004 * found[1]
+    assert sum(run.flops for run in counted.runs) < 1.004 * found[1]
 
 
 def test_every_count_of_a_layer_by_hand():
     """decoder.1.1 at 2 images of 32x48: unpool, 4 -> 4 channels of 3x3, batch norm, ReLU, and their gradients."""
-    recorder, _, _ = count(SMALL)
+    counted = count(SMALL)
     pixels, c = 2 * 32 * 48, 4
     size, conv = pixels * c, 2 * 9 * pixels * c * c
     maps, windows = 4 * size, size // 4
@@ -169,7 +169,7 @@ def test_every_count_of_a_layer_by_hand():
         "conv2d_backward_weight": (conv, 2 * maps + weight),
         "max_unpool_backward": (0, maps + 4 * windows + windows),
     }
-    found = {run.name: (run.flops, run.bytes) for run in recorder.runs if run.layer == "decoder.1.1"}
+    found = {run.name: (run.flops, run.bytes) for run in counted.runs if run.layer == "decoder.1.1"}
     assert list(found) == list(expected)
     for name, (flops, nbytes) in expected.items():
         assert found[name][0] == flops, name
@@ -180,25 +180,25 @@ def test_every_count_of_a_layer_by_hand():
 
 
 def test_layers_and_phases_cover_the_step():
-    recorder, _, _ = count(SMALL)
+    counted = count(SMALL)
     blocks = [block.name for block in segnet_blocks(1.0, False)]
-    layers = list(dict.fromkeys(run.layer for run in recorder.runs))
+    layers = list(dict.fromkeys(run.layer for run in counted.runs))
     assert layers == [*blocks, "classifier", "loss", "update"]
-    phases = [run.phase for run in recorder.runs]
+    phases = [run.phase for run in counted.runs]
     assert phases == sorted(phases, key=["forward", "backward", "update"].index)
-    assert {run.layer for run in recorder.runs if run.phase == "backward"} == {*layers} - {"update"}
-    assert {(run.name.endswith("forward"), run.phase) for run in recorder.runs} == {
+    assert {run.layer for run in counted.runs if run.phase == "backward"} == {*layers} - {"update"}
+    assert {(run.name.endswith("forward"), run.phase) for run in counted.runs} == {
         *((True, "forward"), (False, "backward"), (False, "update")),
     }
 
 
 def test_inference_has_only_forward():
-    recorder, memory, _ = count(Work("segnet-basic", "bilinear", 1.0, 3, (32, 32), inference=True))
-    assert {run.name for run in recorder.runs} == {
+    counted = count(Workload("segnet-basic", "bilinear", 1.0, 3, (32, 32), inference=True))
+    assert {run.name for run in counted.runs} == {
         *("conv2d_forward", "batch_norm_evaluation_forward", "relu_forward"),
         *("max_pool_forward", "resize_bilinear_forward"),
     }
-    assert "kept for backward" not in memory
+    assert "kept for backward" not in counted.memory
 
 
 def test_the_counting_device_knows_what_is_alive():
@@ -216,8 +216,9 @@ def test_the_counting_device_knows_what_is_alive():
 def test_memory_of_a_step_by_hand():
     """SegNet-Basic keeps of each layer what its Functions say that they save; the rest of forward is gone by then."""
     n, h, w, c = 2, 32, 32, 64
-    work = Work("segnet-basic", "indices", 1.0, n, (h, w))
-    _, memory, parameters = count(work)
+    work = Workload("segnet-basic", "indices", 1.0, n, (h, w))
+    counted = count(work)
+    memory, parameters = counted.memory, counted.parameters
     pixels = [n * h * w // 4**k for k in range(5)]
     kept = 0
     for stage in range(4):
@@ -249,11 +250,10 @@ def decoder_figures():
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_figures_of_the_decoders_in_the_documentation(decoder):
-    recorder, memory, parameters = count(Work(decoder=decoder, batch=4))
-    _, inference, _ = count(Work(decoder=decoder, batch=4, inference=True))
-    forward = sum(run.flops for run in recorder.runs if run.phase == "forward") / 4
-    expected = [parameters / 1e6, forward / 1e9, sum(run.flops for run in recorder.runs) / 1e12]
-    expected += [memory["kept for backward"] / 1e6, memory["peak"] / 1e6, inference["peak"] / 1e6]
+    step, inference = (count(Workload(decoder=decoder, batch=4, inference=only)) for only in (False, True))
+    forward = sum(run.flops for run in step.runs if run.phase == "forward") / 4
+    expected = [step.parameters / 1e6, forward / 1e9, step.total.flops / 1e12]
+    expected += [step.memory["kept for backward"] / 1e6, step.memory["peak"] / 1e6, inference.memory["peak"] / 1e6]
     for written, measured in zip(decoder_figures()[decoder], expected, strict=True):
         assert written == pytest.approx(measured, rel=1e-3)
 
@@ -266,7 +266,7 @@ def test_the_figures_of_the_decoders_in_the_documentation(decoder):
 def test_a_step_on_every_device(name, request, quick):
     device = device_of(name, request)
     profile = measure.profile_step(SMALL, device, How(2), timeline=True)
-    counted = count(SMALL)[0]
+    counted = count(SMALL)
     assert [(r.name, r.phase, r.layer, r.flops, r.bytes) for r in profile.runs] == [
         (r.name, r.phase, r.layer, r.flops, r.bytes) for r in counted.runs
     ]
@@ -275,7 +275,7 @@ def test_a_step_on_every_device(name, request, quick):
     assert launches == [[x.kernel.name for x in run.launches] if name != "numpy" else [] for run in counted.runs]
     # The stand-in for a GPU runs the host's kernels, and so counts their barriers as well.
     assert (profile.total.barriers > 0) == (name != "numpy")
-    assert 0 < profile.total.of_ceiling(profile.ceilings) < np.inf
+    assert 0 < profile.total.of_ceiling < np.inf
     assert sum(s.seconds for s in profile.by(lambda run: run.layer)) == pytest.approx(profile.total.seconds)
     json.dumps(profile.to_json(), allow_nan=False)
     begins = [begin for _, begin, _ in profile.spans]
@@ -308,22 +308,22 @@ def test_a_median_ignores_one_pass_that_was_disturbed():
 def test_sums_by_hand():
     roof = Ceilings(flops=100.0, bandwidth=10.0, source="")
     computing, moving = (OpRun("a", "forward", "x", f, b, times=[t]) for f, b, t in ((1000, 10, 20.0), (10, 100, 40.0)))
-    both = Summary("both", (computing, moving))
+    both = Summary("both", (computing, moving), roof)
     assert roof.seconds(1000, 10) == 10.0
     assert roof.seconds(10, 100) == 10.0
-    assert Summary("", (computing,)).of_ceiling(roof) == 0.5
-    assert Summary("", (moving,)).of_ceiling(roof) == 0.25
-    assert both.of_ceiling(roof) == pytest.approx(20 / 60)
-    found = both.to_json(roof)
+    assert Summary("", (computing,), roof).of_ceiling == 0.5
+    assert Summary("", (moving,), roof).of_ceiling == 0.25
+    assert both.of_ceiling == pytest.approx(20 / 60)
+    found = both.to_json()
     assert found["gflops_per_second"] == pytest.approx(1010 / 60 / 1e9)
     assert found["gbytes_per_second"] == pytest.approx(110 / 60 / 1e9)
     assert found["seconds_of_bytes"] == pytest.approx(110 / 10)
     assert found["of_copy"] == pytest.approx(11 / 60)
     assert found["intensity"] == pytest.approx(1010 / 110)
-    untimed = Summary("", (computing, OpRun("a", "forward", "x", 1, 1)))
+    untimed = Summary("", (computing, OpRun("a", "forward", "x", 1, 1)), roof)
     assert untimed.seconds is None
-    assert untimed.of_ceiling(roof) is None
-    assert untimed.to_json(roof)["gflops_per_second"] is untimed.to_json(roof)["of_copy"] is None
+    assert untimed.of_ceiling is None
+    assert untimed.to_json()["gflops_per_second"] is untimed.to_json()["of_copy"] is None
 
 
 def test_each_op_is_held_against_the_ceiling_of_how_it_multiplies():
@@ -332,7 +332,7 @@ def test_each_op_is_held_against_the_ceiling_of_how_it_multiplies():
     assert roof.seconds(1000, 0, "float32") == roof.seconds(1000, 0) == 10.0
     launched = [observe.Launch(find_kernel("relu_forward"), ElementTypes.named("bf16"), (1,), (1,), 0)]
     run = OpRun("a", "forward", "x", 1000, 1, launches=launched, times=[2.0])
-    assert Summary("", (run,)).of_ceiling(roof) == 0.5
+    assert Summary("", (run,), roof).of_ceiling == 0.5
     found = Profile("", "cuda", [run], ceilings=roof).to_json()["ceilings"]
     assert found["tensor_core_flops_per_second"] == {"bf16": 1000.0}
 
@@ -394,20 +394,22 @@ def test_occupancy_by_hand(architecture, threads, registers, shared, expected):
 
 
 def some_launches():
-    return [x for run in count(SMALL)[0].runs if run.name == "relu_forward" for x in run.launches]
+    return [x for run in count(SMALL).runs if run.name == "relu_forward" for x in run.launches]
 
 
 def test_figures_of_launched_kernels():
     pytest.importorskip("nvidia", reason="needs NVRTC: pip install -e '.[nvrtc]'")
     launches = some_launches()
     figures, message = kernels.kernel_figures(launches, ["sm_75", "sm_90", "sm_121"])
-    found = [(f.usage.kernel, f.usage.architecture) for f in figures]
+    found = [(f["kernel"], f["architecture"]) for f in figures]
     assert found == [("relu_forward", "sm_75"), ("relu_forward", "sm_90")]
     assert "sm_121" in message
     for f in figures:
-        assert (f.threads, f.launches) == (256, len(launches))
-        assert 8 <= f.usage.registers <= 255
-        assert f.occupancy == occupancy(f.usage.architecture, 256, f.usage.registers, f.usage.shared)
+        assert (f["threads"], f["launches"]) == (256, len(launches))
+        assert 8 <= f["registers"] <= 255
+        expected = occupancy(f["architecture"], 256, f["registers"], f["shared_bytes"])
+        found = [f[name] for name in ("blocks_per_multiprocessor", "occupancy", "limited_by")]
+        assert found == [expected.blocks, expected.share, expected.limit]
 
 
 def test_without_nvrtc_the_rest_goes_on(segnet, monkeypatch, tmp_path):
@@ -522,7 +524,7 @@ def test_ranges_are_made_for_nsight(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
     recorder = How(1, nvtx=True).recorder(get_device("numpy"))
-    step = Step(Work("segnet-basic", "indices", 1 / 16, 1, (32, 32), inference=True), get_device("numpy"))
+    step = Step(Workload("segnet-basic", "indices", 1 / 16, 1, (32, 32), inference=True), get_device("numpy"))
     step.run(recorder)
     first = "encoder.1.1 conv2d_forward", "encoder.1.1 batch_norm_evaluation_forward"
     assert seen[:2] == [(name, "segnet") for name in first]

@@ -141,7 +141,7 @@ class TestTune:
 
     def test_tiles_of_hopper(self, cache, monkeypatch):
         monkeypatch.setenv("SEGNET_HOPPER", "1")
-        monkeypatch.setattr("segnet_scratch.lab.profile.tune.CACHE_BYTES", 1)
+        monkeypatch.setattr("segnet_scratch.lab.profile.measure.CACHE_BYTES", 1)
         device = TunedDevice({"columns_128x128": 10, "halo_128x128": 20})
         network = Network(SegNet.blocks_of(0.25), 21, 2, (32, 32))
         choices, _ = tune(device, network, "bf16")

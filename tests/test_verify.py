@@ -11,17 +11,16 @@ from support import TESTS, faulty_rows
 from support.kernels import line_of, needs_compiler, needs_sanitizers, written_kernel
 
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
-from segnet_scratch.lab.proof import processes, verify
+from segnet_scratch.lab.proof import processes, table, verify
+from segnet_scratch.lab.proof.differentiable import NETWORKS
 from segnet_scratch.lab.proof.launches import rows_on
 from segnet_scratch.lab.proof.misuse import MISUSES, valid_call
-from segnet_scratch.lab.proof.parts import sanitizers
+from segnet_scratch.lab.proof.parts import same_bits
 from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.lab.proof.parts.gate import refusal_problems
 from segnet_scratch.lab.proof.parts.hostile import HostileInputs
-from segnet_scratch.lab.proof.parts.orders import Orders
 from segnet_scratch.lab.proof.parts.reference import Integers, Reference
-from segnet_scratch.lab.proof.parts.variables import Variables
-from segnet_scratch.lab.proof.problems import NETWORKS
+from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Variables
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import FULL, QUICK, Tally, Work
@@ -50,6 +49,7 @@ class TestParts:
             (HostileInputs(), "max_pool_forward"),
             (Orders(), "cross_entropy_forward_weights"),
             (Variables(), "conv2d_backward_weight_direct"),
+            (Repeats(), "add_forward"),
         ],
         ids=lambda of: of if isinstance(of, str) else of.name,
     )
@@ -118,21 +118,24 @@ def line_of_fault(kind):
     return f"faulty.cu:{line_of('faulty.cu', f'// line of faulty_{kind}')}"
 
 
-def prove_faulty(part, kind, **effort):
+def prove_faulty(part, kind):
     """The failures of a part on a kernel of tests/kernels/faulty.cu, each in a single text."""
-    row, effort = faulty_rows.ROWS[kind], dataclasses.replace(QUICK, **effort)
     device = HostDevice(HostOptions(workers=1))
-    tally = part.prove(Work(part.name, "host", row.name, 0, 3, 0, effort), device, row)
+    tally = part.prove(Work(part.name, "host", faulty_rows.ROWS[kind].name, 0, 3, 0, QUICK), device)
     return [str(failure) for failure in tally.failures]
 
 
 class TestFaultyKernels:
     """Each fault is found by the part that is there for it, and named: kernel, block, thread, line."""
 
+    @pytest.fixture(autouse=True)
+    def rows(self, monkeypatch):
+        monkeypatch.setattr(table, "ROWS", (*ROWS, *faulty_rows.ROWS.values()))
+
     @pytest.mark.parametrize("part", [Reference(), Integers()], ids=lambda part: part.name)
     def test_a_wrong_value(self, part):
         first, *_ = prove_faulty(part, "value")
-        assert "y: 1 of 64 elements are wrong, worst (5,)" in first
+        assert "y: 1 of 64 elements are wrong; worst y[5] = " in first
         assert f"y is written by faulty_value (faulty.cu:{written_kernel('faulty_value').line})" in first
         assert "y[5] is written by thread (5, 0, 0) of block (0, 0, 0) alone" in first
 
@@ -144,7 +147,7 @@ class TestFaultyKernels:
 
     def test_a_race(self):
         first, *_ = prove_faulty(Orders(), "race")
-        assert "y: other bits than in ascending order of threads and blocks" in first
+        assert "y[0] has other bits than in ascending order of threads and blocks" in first
         assert "race: the result depends on the order of threads" in first
         line = line_of("faulty.cu", "// line of faulty_race")
         assert f"between the start of the kernel and the barrier in line {line}" in first
@@ -171,10 +174,11 @@ class TestFaultyKernels:
 def process(monkeypatch):
     """A worker process that knows the faulty rows; sanitized or not."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(processes, "WORKER", "support.faulty_rows")
     started = []
 
     def start(sanitized=False):
-        started.append(Process(sanitized, "support.faulty_rows"))
+        started.append(Process(sanitized))
         return started[-1]
 
     yield start
@@ -217,7 +221,7 @@ class TestProcesses:
         works += [Work("losses", "cuda", str(number)) for number in range(3)]
         done = []
         monkeypatch.setattr(Process, "do", lambda self, work: Tally(seconds=1.0))
-        processes.do_all(works, lambda work: False, lambda work, tally: done.append(work), lanes=3)
+        processes.do_all(works, lambda work, tally: done.append(work), lanes=3)
         assert sorted(w.target for w in done) == sorted(w.target for w in works)
         on_gpu = [w.target for w in done if w.device == "cuda"]
         assert on_gpu == ["0", "1", "2"]
@@ -228,7 +232,7 @@ class TestProcesses:
 
         monkeypatch.setattr(Process, "do", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            processes.do_all([Work("losses", "numpy", "0")] * 5, lambda work: False, lambda work, tally: None)
+            processes.do_all([Work("losses", "numpy", "0")] * 5, lambda work, tally: None)
 
 
 @needs_sanitizers
@@ -284,7 +288,7 @@ class TestVerify:
         def missing():
             raise CompileError("it brings none; install one")
 
-        monkeypatch.setattr(sanitizers, "sanitizer_runtime", missing)
+        monkeypatch.setattr(same_bits, "sanitizer_runtime", missing)
         report = verify.verify(["host"], parts=["sanitizers"], rows=["add_forward"])
         (line,) = report.lines
         assert line.verdict == "skipped"
@@ -301,10 +305,10 @@ class TestVerify:
         }
 
     def test_failures_are_reported(self, segnet, monkeypatch, tmp_path):
-        def broken(works, sanitized, done, until):
+        def broken(works, done, until):
             for one in works:
                 tally = Tally(counts=Counter(derivatives=7), worst=float("inf"))
-                tally.fail(one, one.target, "x=(3,4)", "y[0] is wrong\nadd.cu:7: thread (0, 0, 0)")
+                tally.fail(one, "x=(3,4)", "y[0] is wrong\nadd.cu:7: thread (0, 0, 0)")
                 done(one, tally)
             return []
 

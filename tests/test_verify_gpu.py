@@ -189,12 +189,12 @@ class TestOnAGpu:
     def test_hopper_that_hangs_costs_itself_alone(self, gpu, monkeypatch):
         done = []
 
-        def do(works, sanitized, tell, until):
+        def do(works, tell, until):
             done.append([(work.target, work.limit) for work in works])
             for work in works:
                 tally = Tally(Counter(shapes=1))
                 if "hopper" in work.target:
-                    tally.fail(work, work.target, "a case", f"the process did not end within {work.limit:.0f} s")
+                    tally.fail(work, "a case", f"the process did not end within {work.limit:.0f} s")
                 tell(work, tally)
             return []
 
@@ -228,7 +228,7 @@ class TestAhead:
         monkeypatch.setattr(Process, "do", lambda self, work: order.append(work) or Tally())
         works = [Work("reference", "cuda", str(number), folder="f") for number in range(6)]
         works += [Work("losses", "cuda", "free")]
-        left = processes.do_all(works, lambda work: False, lambda work, tally: None, lanes=2)
+        left = processes.do_all(works, lambda work, tally: None, lanes=2)
         assert left == []
         for number in range(6):
             ahead, on_gpu = [work for work in order if work.target == str(number)]
@@ -237,7 +237,7 @@ class TestAhead:
     def test_what_was_not_begun_is_returned(self, monkeypatch):
         monkeypatch.setattr(Process, "do", lambda self, work: pytest.fail("time was over"))
         works = [Work("reference", "cuda", "a", folder="f"), Work("losses", "numpy", "b")]
-        assert processes.do_all(works, lambda work: False, lambda work, tally: None, until=0.0) == works
+        assert processes.do_all(works, lambda work, tally: None, until=0.0) == works
 
     def test_expectations_come_back_as_they_were(self, tmp_path):
         expected = {

@@ -20,7 +20,7 @@ from segnet_scratch.lab.profile.measure import (
     DEFAULTS,
     CountingDevice,
     How,
-    Work,
+    Workload,
     count_step,
     profile_op,
     profile_step,
@@ -113,7 +113,9 @@ def profile(
         else:
             sides = (pixels, pixels) if size is None else options.image_size(size)
             shared = ALONE if counts else ranks.on(chosen)
-            work = Work(model, decoder, width, batch or images, sides, inference, engine, precision, shared, sync_bn)
+            work = Workload(
+                model, decoder, width, batch or images, sides, inference, engine, precision, shared, sync_bn
+            )
             found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
     if not ranks.leads:
         return

@@ -18,10 +18,10 @@ from segnet_scratch.cli.command import command
 from segnet_scratch.cli.common import app, console, fail, problems, say
 from segnet_scratch.display import write_json
 from segnet_scratch.errors import ConfigError
+from segnet_scratch.lab.proof.differentiable import Chosen
 from segnet_scratch.lab.proof.gradcheck import Result
 from segnet_scratch.lab.proof.gradcheck import gradcheck as run_gradcheck
 from segnet_scratch.lab.proof.parts import PARTS
-from segnet_scratch.lab.proof.problems import Chosen
 from segnet_scratch.lab.proof.verify import verify as run_verify
 from segnet_scratch.lab.proof.work import FULL, QUICK
 from segnet_scratch.lab.workbench.sanitizers import read_reports, sanitized_environment
@@ -169,9 +169,8 @@ def _remarks(result: Result) -> Iterator[str]:
         yield str(result)
     for kink in result.kinks:
         yield f"{result.op}: {kink}"
-    given_up = round(result.skipped * result.compared / max(1 - result.skipped, 1e-9))
-    if result.kinks and given_up > len(result.kinks):
-        yield f"{result.op}: ... {given_up} differences met a kink"
+    if result.kinks and result.given_up > len(result.kinks):
+        yield f"{result.op}: ... {result.given_up} differences met a kink"
 
 
 # ------------------------------------------------------------------------------------------------ verify

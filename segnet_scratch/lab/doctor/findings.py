@@ -72,11 +72,11 @@ def pip(command: str, *arguments: str) -> str:
 def install_extra(extra: str) -> str:
     """The command that installs what an extra of this project needs."""
     # A source tree need not be installed, and where it is, pip knows the extras of that day.
-    packages = source_tree_project().get("optional-dependencies", {}).get(extra, [f"segnet_scratch[{extra}]"])
+    packages = source_tree().get("optional-dependencies", {}).get(extra, [f"segnet_scratch[{extra}]"])
     return pip("install", *packages)
 
 
-def source_tree_project() -> dict[str, Any]:
+def source_tree() -> dict[str, Any]:
     """The table `project` of the source tree's pyproject.toml; {} for an installed package, which has none."""
     try:
         return tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -1,5 +1,6 @@
 """The NVIDIA driver, the GPUs, CuPy and NVRTC: first the facts are gathered, then they are judged."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -14,6 +15,7 @@ from segnet_scratch.lab.doctor.findings import Finding, first_lines, install_ext
 _OLDEST_CUDA = (12, 0)
 _OLDEST_GPU = (7, 5)
 _ON_THE_CPU = "segnet train --device numpy --data DIR --out RUN"
+_GIVE_THE_CONTAINER = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility ..."
 _INSTALL_DRIVER = "sudo ubuntu-drivers install  # or the way of your system; version 525 or newer"
 
 
@@ -33,18 +35,10 @@ class Facts:
     @staticmethod
     def gather(cupy: dict[str, Any], nvrtc: dict[str, Any]) -> "Facts":
         """`cupy` and `nvrtc` are answers of own_process.py."""
-        smi, problem = _ask_nvidia_smi()
-        packages = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
-        return Facts(
-            cuda=_driver_cuda() or _version(cupy.get("driver", 0)),
-            smi=smi,
-            smi_problem=problem,
-            on_the_bus=_is_on_the_bus(),
-            hidden=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            packages=sorted(name for name in packages if name == "cupy" or name.startswith("cupy-")),
-            cupy=cupy,
-            nvrtc=nvrtc,
-        )
+        cuda, hidden = _driver_cuda() or _version(cupy.get("driver", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
+        packages = sorted(name for name in names if name == "cupy" or name.startswith("cupy-"))
+        return Facts(cuda, *_ask_nvidia_smi(), _is_on_the_bus(), hidden, packages, cupy, nvrtc)
 
     @property
     def extra(self) -> str:
@@ -74,11 +68,8 @@ def _ask_nvidia_smi() -> tuple[str, str]:
 def _driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA that the driver runs; None without a driver."""
     number = ctypes.c_int()
-    try:
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
     return _version(number.value)
 
 
@@ -89,13 +80,12 @@ def _version(number: int) -> tuple[int, int] | None:
 
 def _is_on_the_bus() -> bool:
     """Does Linux list a display controller (class 03) made by NVIDIA (vendor 10de)?"""
-    try:
-        return any(
-            (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
-            for device in Path("/sys/bus/pci/devices").glob("*")
-        )
-    except OSError:
-        return False
+    with contextlib.suppress(OSError):
+        for device in Path("/sys/bus/pci/devices").glob("*"):
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            if vendor == "0x10de" and kind.startswith("0x03"):
+                return True
+    return False
 
 
 def findings(facts: Facts) -> list[Finding]:
@@ -105,24 +95,22 @@ def findings(facts: Facts) -> list[Finding]:
 
 
 def _driver(facts: Facts) -> Finding:
-    if facts.cuda is None and not facts.smi and not facts.smi_problem:
-        if facts.on_the_bus:
-            text = "none, but an NVIDIA GPU is in this machine (a container must be started with --gpus all)"
-            return Finding("driver", "missing", text, _INSTALL_DRIVER)
-        return Finding("driver", "missing", "none, and no NVIDIA GPU that could use one: train on the CPU", _ON_THE_CPU)
-    if facts.cuda is None and facts.smi:
+    if facts.cuda is not None:
+        text = f"CUDA {facts.cuda[0]}.{facts.cuda[1]}; nvidia-smi: {facts.smi or facts.smi_problem or 'not there'}"
+        if facts.cuda < _OLDEST_CUDA:
+            return Finding("driver", "broken", f"{text}; too old: CUDA 12 or newer is needed", _INSTALL_DRIVER)
+        return Finding("driver", "ok", text)
+    if facts.smi:
         text = f"nvidia-smi: {facts.smi}; but libcuda.so.1 does not load: a container without the right to compute?"
-        return Finding(
-            "driver", "broken", text, "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility ..."
-        )
-    if facts.cuda is None:
+        return Finding("driver", "broken", text, _GIVE_THE_CONTAINER)
+    if facts.smi_problem:
         # After an update the running kernel still has the old driver.
         fix = "sudo reboot" if "mismatch" in facts.smi_problem else "sudo modprobe nvidia  # or install it again"
         return Finding("driver", "broken", f"nvidia-smi: {last_line(facts.smi_problem)}", fix)
-    text = f"CUDA {facts.cuda[0]}.{facts.cuda[1]}; nvidia-smi: {facts.smi or facts.smi_problem or 'not there'}"
-    if facts.cuda < _OLDEST_CUDA:
-        return Finding("driver", "broken", f"{text}; too old: CUDA 12 or newer is needed", _INSTALL_DRIVER)
-    return Finding("driver", "ok", text)
+    if facts.on_the_bus:
+        text = "none, but an NVIDIA GPU is in this machine (a container must be started with --gpus all)"
+        return Finding("driver", "missing", text, _INSTALL_DRIVER)
+    return Finding("driver", "missing", "none, and no NVIDIA GPU that could use one: train on the CPU", _ON_THE_CPU)
 
 
 def _gpus(facts: Facts, driver: bool) -> list[Finding]:
@@ -130,10 +118,9 @@ def _gpus(facts: Facts, driver: bool) -> list[Finding]:
     for gpu in facts.gpus:
         major, minor = gpu["capability"]
         text = f"{gpu['name']}, compute capability {major}.{minor}, {gpu['bytes'] / 2**30:.0f} GiB"
-        if (major, minor) < _OLDEST_GPU:
-            found.append(Finding("GPU", "broken", f"{text}; too old: 7.5 (Turing) or newer is needed", _ON_THE_CPU))
-        else:
-            found.append(Finding("GPU", "ok", text))
+        old = f"{text}; too old: 7.5 (Turing) or newer is needed", _ON_THE_CPU
+        is_old = (major, minor) < _OLDEST_GPU
+        found.append(Finding("GPU", "broken", *old) if is_old else Finding("GPU", "ok", text))
     if found:
         return found
     if not driver:

@@ -9,20 +9,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.doctor.findings import (
-    PACKAGE,
-    Finding,
-    first_lines,
-    install_extra,
-    last_line,
-    pip,
-    source_tree_project,
-)
+from segnet_scratch.lab.doctor.findings import PACKAGE, Finding, first_lines, install_extra, last_line, pip, source_tree
 
+_UNSET = "unset CXX"
 _MODULES = {"pillow": "PIL"}  # where a package and its module have different names
 
 
@@ -32,9 +24,8 @@ def python() -> Finding:
 
 def system() -> Finding:
     text = f"{platform.platform()}, {os.cpu_count()} cores"
-    if sys.platform in ("linux", "darwin"):
-        return Finding("system", "ok", text)
-    return Finding("system", "broken", f"{text}; the host device needs Linux or macOS", "wsl --install")
+    other = f"{text}; the host device needs Linux or macOS", "wsl --install"
+    return Finding("system", "ok", text) if sys.platform in ("linux", "darwin") else Finding("system", "broken", *other)
 
 
 def kernels() -> Finding:
@@ -45,22 +36,18 @@ def kernels() -> Finding:
     try:
         text = f"{len(shipped_kernels())} in {len(shipped_sources())} files of {cuda_directory()}"
     except CompileError as error:
-        tree = PACKAGE.parent
-        fix = pip("install", "--force-reinstall", "--no-deps", "segnet_scratch")
-        if (tree / ".git").exists():
-            fix = f"git -C {shlex.quote(str(tree))} checkout -- cuda"
+        tree, again = PACKAGE.parent, pip("install", "--force-reinstall", "--no-deps", "segnet_scratch")
+        fix = f"git -C {shlex.quote(str(tree))} checkout -- cuda" if (tree / ".git").exists() else again
         return Finding("kernels", "broken", str(error), fix)
     return Finding("kernels", "ok", text)
 
 
 def libraries() -> list[Finding]:
     """One line for the libraries that are as they should be, one for all that are missing, one for each broken one."""
-    requirements = source_tree_project().get("dependencies") or [
+    requirements = source_tree().get("dependencies") or [
         text for text in importlib.metadata.requires("segnet_scratch") or () if "extra ==" not in text
     ]
-    good: list[str] = []
-    missing: list[str] = []
-    broken: list[Finding] = []
+    good, missing, broken = list[str](), list[str](), list[Finding]()
     for requirement in requirements:
         name, _, bounds = requirement.partition(">=")
         minimum = bounds.partition(",")[0]
@@ -105,8 +92,7 @@ def compiler() -> Finding:
     try:
         command = find_compiler()
     except CompileError as error:
-        fix = "unset CXX" if _chosen() else install_extra("compiler")
-        return Finding("C++ compiler", "missing", str(error), fix)
+        return Finding("C++ compiler", "missing", str(error), _UNSET if _chosen() else install_extra("compiler"))
     result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
     output = (result.stdout or result.stderr).strip()
     if result.returncode:
@@ -121,9 +107,8 @@ def _chosen() -> bool:
 
 def _another_compiler() -> str:
     """The command that replaces a compiler which is there and does not work."""
-    if _chosen():
-        return "unset CXX"
-    return f"{install_extra('compiler')} && export CXX={shlex.quote(f'{sys.executable} -m ziglang c++')}"
+    ours = f"{install_extra('compiler')} && export CXX={shlex.quote(f'{sys.executable} -m ziglang c++')}"
+    return _UNSET if _chosen() else ours
 
 
 def ranks(mpi: dict[str, Any], cupy: dict[str, Any]) -> list[Finding]:
@@ -147,8 +132,7 @@ def cache() -> Finding:
     """Where compiled kernels are kept."""
     from segnet_scratch.runtime.cache import cache_directory, outlives_process, publish
 
-    other = Path(tempfile.gettempdir()) / "segnet_scratch"
-    fix = f"export SEGNET_CACHE={shlex.quote(str(other))}"
+    fix = f"export SEGNET_CACHE={shlex.quote(f'{tempfile.gettempdir()}/segnet_scratch')}"
     try:
         folder = cache_directory()
         if not outlives_process(folder):

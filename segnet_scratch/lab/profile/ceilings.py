@@ -1,10 +1,11 @@
 """What this machine can do at most, measured in the same run as what is held against it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,11 @@ MMA_SOURCE = Path(__file__).with_name("ceilings_mma.cu")
 COPY_BYTES = {"cuda": 1 << 30}  # elsewhere 64 MiB: also far more than a cache holds
 MATRIX = 1536  # a product of 7 GFLOP
 CHAINS = 8  # of ceilings.cu
-FMA_THREADS, FMA_BLOCK, FMA_ROUNDS = 1 << 20, 256, 4096  # 69 GFLOP
+BLOCK = 256
+FMA_THREADS, FMA_ROUNDS = 1 << 20, 4096  # 69 GFLOP
 MMA_THREADS, MMA_ROUNDS = 1 << 18, 4096  # CHAINS products of 16 x 8 x (32 bytes) a warp and round
 MMA_FLOPS = {"tf32": 2 * 16 * 8 * 8, "bf16": 2 * 16 * 8 * 16}  # of one
-PASSES = 5
+PASSES = 9
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Ceilings:
     bandwidth: float  # bytes read and written
     source: str
     tensor_cores: Mapping[str, float] = field(default_factory=dict)  # operations a second by rung: tf32, tf32x3, bf16
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        per_second = {"flops_per_second": self.flops, "bytes_per_second": self.bandwidth}
+        return {**per_second, "tensor_core_flops_per_second": dict(self.tensor_cores), "source": self.source}
 
     def flops_of(self, multiply: str) -> float:
         """Operations a second for kernels that multiply so: a rung of tensor cores, or anything else."""
@@ -63,31 +70,41 @@ def measure(device: Device) -> Ceilings:
     return Ceilings(flops, bandwidth, "a large copy and a float32 matrix product by NumPy, on all cores")
 
 
-def multiply_adds(device: Device) -> np.ndarray:
+def multiply_adds(device: Device) -> Array:
     """Launches the kernel of ceilings.cu; its result, one number a thread."""
-    (kernel,) = parse_kernels(read_source(SOURCE))
-    y = device.empty((FMA_THREADS,), np.float32)
-    types = ElementTypes.of(np.dtype(np.float32))
-    launch(device, kernel, FMA_THREADS // FMA_BLOCK, FMA_BLOCK, (y, FMA_THREADS, FMA_ROUNDS), types)
-    return y
+    return _launch(device, SOURCE, FMA_THREADS, FMA_ROUNDS, "float32")
 
 
 def products(device: Device, rung: str) -> Array:
     """Launches the kernel of ceilings_mma.cu; its result, one number a thread."""
-    (kernel,) = parse_kernels(read_source(MMA_SOURCE))
-    y = device.empty((MMA_THREADS,), np.float32)
-    types = ElementTypes.named(rung)
-    launch(device, kernel, MMA_THREADS // FMA_BLOCK, FMA_BLOCK, (y, MMA_THREADS, MMA_ROUNDS), types)
+    return _launch(device, MMA_SOURCE, MMA_THREADS, MMA_ROUNDS, rung)
+
+
+def _launch(device: Device, source: Path, threads: int, rounds: int, types: str) -> Array:
+    (kernel,) = parse_kernels(read_source(source))
+    y = device.empty((threads,), np.float32)
+    launch(device, kernel, threads // BLOCK, BLOCK, (y, threads, rounds), ElementTypes.named(types))
     return y
 
 
-def _seconds(device: Device, work: Callable[[], object]) -> float:
-    """The median time of some repetitions, after one that does not count."""
+def seconds_of(
+    device: Device, works: Sequence[Callable[[], object]], warm: int = 1, before: Callable[[], object] = lambda: None
+) -> list[float]:
+    """The median time of each piece of work, all in turn PASSES times, after `warm` turns that do not count.
+
+    `before` is called before each, outside of its time.
+    """
     timer = device.timer()
-    work()
-    marks = []
-    for _ in range(PASSES):
-        begin = timer.mark()
-        work()
-        marks.append((begin, timer.mark()))
-    return median(timer.seconds(*pair) for pair in marks)
+    marks: list[list[tuple[Any, Any]]] = [[] for _ in works]
+    for _ in range(warm + PASSES):
+        for work, pairs in zip(works, marks, strict=True):
+            before()
+            begin = timer.mark()
+            work()
+            pairs.append((begin, timer.mark()))
+    return [median(timer.seconds(*pair) for pair in pairs[warm:]) for pairs in marks]
+
+
+def _seconds(device: Device, work: Callable[[], object]) -> float:
+    (seconds,) = seconds_of(device, [work])
+    return seconds

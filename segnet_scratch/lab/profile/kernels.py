@@ -2,52 +2,22 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, Occupancy, occupancy
+from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, occupancy
 from segnet_scratch.runtime.nvrtc import supported_architectures
 from segnet_scratch.runtime.observe import Launch
-from segnet_scratch.runtime.resources import LogError, Usage, compile_all
-
-
-@dataclass(frozen=True)
-class KernelFigures:
-    """A kernel in one block size on one architecture."""
-
-    usage: Usage
-    threads: int  # of a block
-    dynamic_shared: int  # bytes
-    launches: int
-    occupancy: Occupancy
-
-    def to_json(self) -> dict[str, Any]:
-        """For programs."""
-        usage = self.usage
-        return {
-            "kernel": usage.kernel,
-            "architecture": usage.architecture,
-            "element": usage.element,
-            "threads": self.threads,
-            "launches": self.launches,
-            "registers": usage.registers,
-            "spill_bytes": usage.spill_stores + usage.spill_loads,
-            "stack_bytes": usage.stack,
-            "shared_bytes": usage.shared + self.dynamic_shared,
-            "occupancy": self.occupancy.share,
-            "blocks_per_multiprocessor": self.occupancy.blocks,
-            "limited_by": self.occupancy.limit,
-        }
+from segnet_scratch.runtime.resources import LogError, compile_all
 
 
 def kernel_figures(
     launches: Iterable[Launch],
     architectures: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[KernelFigures], str]:
-    """(figures, message): of each kernel and block size that was launched, on each architecture.
+) -> tuple[list[dict[str, Any]], str]:
+    """(figures, message): by name, of each kernel and block size that was launched, on each architecture.
 
     The message says what is left out and how to get it: NVRTC, or an architecture that it does not know. CompileError
     for a kernel that does not compile.
@@ -73,5 +43,20 @@ def kernel_figures(
         for architecture in wanted:
             usage = usages[kernel.name, types.name, architecture]
             held = occupancy(architecture, threads, usage.registers, usage.shared + shared)
-            figures.append(KernelFigures(usage, threads, shared, number, held))
+            figures.append(
+                {
+                    "kernel": kernel.name,
+                    "architecture": architecture,
+                    "element": types.name,
+                    "threads": threads,
+                    "launches": number,
+                    "registers": usage.registers,
+                    "stack_bytes": usage.stack,
+                    "spill_bytes": usage.spill_stores + usage.spill_loads,
+                    "shared_bytes": usage.shared + shared,
+                    "occupancy": held.share,
+                    "blocks_per_multiprocessor": held.blocks,
+                    "limited_by": held.limit,
+                }
+            )
     return figures, message

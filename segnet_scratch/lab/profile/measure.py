@@ -4,10 +4,11 @@ Warm up, count, time several passes, measure ceilings, compile for figures. Or c
 and launches without computing: a step's work and memory, at any size, in a moment.
 """
 
-import contextlib
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -18,7 +19,7 @@ from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings
 from segnet_scratch.lab.profile.kernels import kernel_figures
-from segnet_scratch.lab.profile.record import Profile, RangeOf, Recorder
+from segnet_scratch.lab.profile.record import Profile, Recorder
 from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.runtime.devices import Array, Device, NumpyDevice
 from segnet_scratch.runtime.launch import Launch
@@ -35,7 +36,7 @@ DEFAULTS = {"cuda": (16, 224, 20), "numpy": (1, 224, 5), "host": (1, 32, 2), "co
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Which network is profiled, and on what."""
 
     model: str = "segnet"
@@ -97,7 +98,7 @@ class CountingDevice(NumpyDevice):
 class Step:
     """One step, ready to be made again and again."""
 
-    def __init__(self, work: Work, device: Device) -> None:
+    def __init__(self, work: Workload, device: Device) -> None:
         self.work, self.device = work, device
         rng = np.random.default_rng(0)
         self.model = ARCHITECTURES[work.model](CLASSES, work.width, device, decoder=work.decoder)
@@ -116,36 +117,29 @@ class Step:
             self._step = TrainingStep(self.model, work.engine, work.precision, ranks=work.ranks)
             self._step.write(images, labels, 1e-3)
 
-    def run(self, recorder: Recorder) -> None:
-        """Makes the step under the eyes of a recorder."""
+    def run(self, recorder: Recorder, enter: Callable[[str], None] | None = None) -> None:
+        """Makes the step under the eyes of a recorder; `enter` is told of phases in its place."""
         recorder.begin_pass()
         with observe(recorder):
-            self._step.walk(recorder.enter)
+            self._step.walk(enter or recorder.enter)
 
 
-def count(work: Work) -> tuple[Recorder, dict[str, int], int]:
-    """(recorder, bytes of memory by what for, number of parameters) of a step that is planned and not computed."""
-    device = CountingDevice()
-    step, recorder = Step(work, device), _Watcher(device)
+def count(work: Workload) -> Profile:
+    """Every op of a step that is planned and launched and not computed, and the memory that it would take."""
+    device, recorder = CountingDevice(), Recorder()
+    step, alive = Step(work, device), {}
+
+    def enter(phase: str) -> None:
+        alive[phase] = device.live
+        recorder.enter(phase)
+
     before = device.live
-    step.run(recorder)
+    step.run(recorder, enter)
     memory = {"weights, momenta and batch": before}
-    if recorder.at_backward:
-        memory["kept for backward"] = recorder.at_backward - before
-    return recorder, {**memory, "peak": device.peak}, step.parameters
-
-
-class _Watcher(Recorder):
-    """Also notes what is alive when backward begins."""
-
-    def __init__(self, device: CountingDevice) -> None:
-        super().__init__()
-        self._device, self.at_backward = device, 0
-
-    def enter(self, phase: str) -> None:
-        super().enter(phase)
-        if phase == "backward":
-            self.at_backward = self._device.live
+    if "backward" in alive:
+        memory["kept for backward"] = alive["backward"] - before
+    memory["peak"] = device.peak
+    return Profile(str(work), device.name, recorder.runs, parameters=step.parameters, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -159,26 +153,21 @@ class How:
 
     def recorder(self, device: Device) -> Recorder:
         """A recorder that times on the device's clock, on a GPU each op with a cache that holds nothing of use."""
-        scratch = device.empty((CACHE_BYTES,), np.uint8) if device.name == "cuda" else None
-
-        def before() -> None:
-            if scratch is not None:
-                device.write(scratch, 0)
-
-        return Recorder(device.timer(), before, nvtx_ranges() if self.nvtx else _no_range)
+        if isinstance(device, CountingDevice):
+            return Recorder()
+        # Ranges are shown by Nsight Systems.
+        nvtx = partial(require("nvtx", "profile", "--nvtx").annotate, domain="segnet") if self.nvtx else nullcontext
+        return Recorder(device.timer(), cache_flush(device), nvtx)
 
 
-def _no_range(name: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+def cache_flush(device: Device) -> Callable[[], object]:
+    """What empties a GPU's caches; on other devices nothing."""
+    if device.gpu is None:
+        return lambda: None
+    return partial(device.write, device.empty((CACHE_BYTES,), np.uint8), 0)
 
 
-def nvtx_ranges() -> RangeOf:
-    """Ranges that Nsight Systems shows; MissingLibraryError without the package nvtx."""
-    annotate = require("nvtx", "profile", "--nvtx").annotate
-    return lambda name: annotate(name, domain="segnet")
-
-
-def profile_step(work: Work, device: Device, how: How, timeline: bool = False) -> Profile:
+def profile_step(work: Workload, device: Device, how: How, timeline: bool = False) -> Profile:
     """Every op of a step, timed. With `timeline` one more pass is made without emptying caches, and its spans kept."""
     recorder = how.recorder(device)  # first, so that a missing library shows at once
     how.progress("building the network")
@@ -189,22 +178,17 @@ def profile_step(work: Work, device: Device, how: How, timeline: bool = False) -
         how.progress(f"pass {done + 1} of {how.passes}")
         step.run(recorder)
     recorder.take_times()
-    spans = []
+    last = Recorder(device.timer()) if timeline else Recorder()
     if timeline:
-        last = Recorder(device.timer())
         step.run(last)
-        spans = last.spans()
-    profile = Profile(str(work), device.name, recorder.runs, parameters=step.parameters, spans=spans)
+    profile = Profile(str(work), device.name, recorder.runs, parameters=step.parameters, spans=last.spans())
     return _finish(profile, device, how)
 
 
-def count_step(work: Work, how: How) -> Profile:
-    """Every op of a step, planned and launched on a device that computes nothing, and the memory that it would take."""
+def count_step(work: Workload, how: How) -> Profile:
+    """Every op of a step, planned and launched on a device that computes nothing, and what the compiler says."""
     how.progress("counting")
-    recorder, memory, parameters = count(work)
-    device = CountingDevice()
-    profile = Profile(str(work), device.name, recorder.runs, parameters=parameters, memory=memory)
-    return _finish(profile, device, how)
+    return _finish(count(work), CountingDevice(), how)
 
 
 def profile_op(
@@ -219,15 +203,12 @@ def profile_op(
     """One op of the op table in all its directions and rungs, or in one rung, on random inputs."""
     rows = ladder.rows_of(op, device, rung)
     cases = [ladder.case_of(row, shape, outputs, kernel) for row in rows]
-    recorder = Recorder() if isinstance(device, CountingDevice) else how.recorder(device)
+    recorder = how.recorder(device)
     how.progress(f"{op}, {how.passes} passes")
     ladder.measure(recorder, rows, cases, device, how.passes)
-    spans = []
-    if not isinstance(device, CountingDevice):
-        recorder.take_times()
-        spans = recorder.spans()
+    recorder.take_times()
     title = f"{op}, map {'x'.join(map(str, shape))}"
-    return _finish(Profile(title, device.name, recorder.runs, spans=spans), device, how)
+    return _finish(Profile(title, device.name, recorder.runs, spans=recorder.spans()), device, how)
 
 
 def _finish(profile: Profile, device: Device, how: How) -> Profile:

@@ -3,19 +3,16 @@
 Counts come from an op's plan; launches, barriers, and the times of several passes are noted while it runs.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 from segnet_scratch.lab.profile.ceilings import Ceilings
-from segnet_scratch.lab.profile.kernels import KernelFigures
 from segnet_scratch.parallel.communicator import GATHER, SUM, WAIT
 from segnet_scratch.runtime.devices import Timer
 from segnet_scratch.runtime.observe import Launch, Listener, Planned, current_scope
-
-RangeOf = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass
@@ -56,8 +53,8 @@ class Recorder(Listener):
     def __init__(
         self,
         timer: Timer | None = None,
-        before: Callable[[], None] = lambda: None,
-        range_of: RangeOf = lambda name: contextlib.nullcontext(),
+        before: Callable[[], object] = lambda: None,
+        range_of: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.runs: list[OpRun] = []
         self._timer, self._before, self._range_of = timer, before, range_of
@@ -99,86 +96,42 @@ class Recorder(Listener):
     def take_times(self) -> None:
         """Turns the marks of all passes into times; waits for the device."""
         for run in self.runs:
-            assert self._timer is not None
-            run.times = [self._timer.seconds(*marks) for marks in run.marks]
+            run.times = [self._timer.seconds(*marks) for marks in run.marks] if self._timer else []
 
     def spans(self) -> list[Span]:
-        """When each op ran in the last pass."""
-        timer, start = self._timer, self.runs[0].marks[-1][0]
-        assert timer is not None
-        ends = [(run, *run.marks[-1]) for run in self.runs]
+        """When each op ran in the last pass; nothing without a timer."""
+        if (timer := self._timer) is None:
+            return []
+        start, ends = self.runs[0].marks[-1][0], [(run, *run.marks[-1]) for run in self.runs]
         return [(run, timer.seconds(start, begin), timer.seconds(start, end)) for run, begin, end in ends]
 
 
-@dataclass(frozen=True)
 class Summary:
-    """Several runs of ops, added up."""
+    """Several runs of ops, added up, by the figures that programs and tables are shown; None what was not measured."""
 
-    key: str
-    runs: tuple[OpRun, ...]
+    def __init__(self, key: str, runs: Sequence[OpRun], ceilings: Ceilings | None = None) -> None:
+        self.key, self.runs = key, runs
+        self.launches = sum(len(run.launches) for run in runs)
+        self.barriers = sum(run.barriers for run in runs)  # met by all blocks together
+        # By the plans; the bytes are the least that must cross the memory bus.
+        self.flops, self.bytes = sum(run.flops for run in runs), sum(run.bytes for run in runs)
+        self.intensity = self.flops / self.bytes if self.bytes else 0.0
+        medians = [run.seconds for run in runs if run.seconds is not None]
+        self.seconds = sum(medians) if len(medians) == len(runs) else None
+        self.gflops_per_second, self.gbytes_per_second = self._per_second(self.flops / 1e9, self.bytes / 1e9)
+        # What its bytes would take at the rate of a large copy is the prediction for what memory binds. Each op is held
+        # against its own ceiling; what lies above it does less than its definition (Winograd) or reads from a cache.
+        self.seconds_of_bytes = self.bytes / ceilings.bandwidth if ceilings else None
+        least = sum(ceilings.seconds(r.flops, r.bytes, r.multiply) for r in runs) if ceilings else None
+        self.of_copy, self.of_ceiling = self._per_second(self.seconds_of_bytes, least)
 
-    @property
-    def launches(self) -> int:
-        """Kernels launched."""
-        return sum(len(run.launches) for run in self.runs)
+    def _per_second(self, *amounts: float | None) -> list[float | None]:
+        return [amount / self.seconds if self.seconds and amount is not None else None for amount in amounts]
 
-    @property
-    def barriers(self) -> int:
-        """Barriers met by all blocks together."""
-        return sum(run.barriers for run in self.runs)
-
-    @property
-    def flops(self) -> int:
-        """By the plans."""
-        return sum(run.flops for run in self.runs)
-
-    @property
-    def bytes(self) -> int:
-        """By the plans: the least that must cross the memory bus."""
-        return sum(run.bytes for run in self.runs)
-
-    @property
-    def intensity(self) -> float:
-        """Operations a byte."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    @property
-    def seconds(self) -> float | None:
-        """The sum of the medians; None where no time was taken."""
-        times = [run.seconds for run in self.runs]
-        return None if None in times else sum(time for time in times if time is not None)
-
-    def of_ceiling(self, ceilings: Ceilings | None) -> float | None:
-        """The shortest possible time as a share of the time taken, 0 to 1; each op held against its own ceiling.
-
-        Above 1 where an op does less than its definition: Winograd's convolution, or data that stays in a cache.
-        """
-        if ceilings is None or not self.seconds:
-            return None
-        return sum(ceilings.seconds(run.flops, run.bytes, run.multiply) for run in self.runs) / self.seconds
-
-    def seconds_of_bytes(self, ceilings: Ceilings | None) -> float | None:
-        """What its bytes would take at the rate of a large copy: the prediction for what memory binds."""
-        return None if ceilings is None else self.bytes / ceilings.bandwidth
-
-    def to_json(self, ceilings: Ceilings | None) -> dict[str, Any]:
-        """For programs; what was not measured is None."""
-        seconds, of_bytes = self.seconds, self.seconds_of_bytes(ceilings)
-        return {
-            "name": self.key,
-            "runs": len(self.runs),
-            "launches": self.launches,
-            "barriers": self.barriers,
-            "flops": self.flops,
-            "bytes": self.bytes,
-            "intensity": self.intensity,
-            "seconds": seconds,
-            "gflops_per_second": self.flops / seconds / 1e9 if seconds else None,
-            "gbytes_per_second": self.bytes / seconds / 1e9 if seconds else None,
-            "seconds_of_bytes": of_bytes,
-            "of_copy": of_bytes / seconds if seconds and of_bytes is not None else None,
-            "of_ceiling": self.of_ceiling(ceilings),
-        }
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        figures = {name: value for name, value in vars(self).items() if name != "key"}
+        return {"name": self.key, **figures, "runs": len(self.runs)}
 
 
 @dataclass
@@ -189,7 +142,7 @@ class Profile:
     device: str
     runs: list[OpRun]
     ceilings: Ceilings | None = None
-    kernels: list[KernelFigures] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)  # see kernels.py
     messages: list[str] = field(default_factory=list)
     parameters: int = 0  # of the network
     memory: dict[str, int] = field(default_factory=dict)  # bytes, of a step that was counted
@@ -200,12 +153,16 @@ class Profile:
         groups: dict[str, list[OpRun]] = {}
         for run in self.runs:
             groups.setdefault(key(run), []).append(run)
-        return [Summary(name, tuple(runs)) for name, runs in groups.items()]
+        return [Summary(name, runs, self.ceilings) for name, runs in groups.items()]
+
+    def each(self, key: Callable[[OpRun], str] = lambda run: run.name) -> list[Summary]:
+        """Every run by itself."""
+        return [Summary(key(run), [run], self.ceilings) for run in self.runs]
 
     @property
     def total(self) -> Summary:
         """Over everything."""
-        return Summary("total", tuple(self.runs))
+        return Summary("total", self.runs, self.ceilings)
 
     @property
     def communication(self) -> dict[str, float]:
@@ -223,39 +180,17 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """For programs: totals, sums by op, layer and phase, every run, kernels."""
-        ceilings = self.ceilings
-
-        def sums(summaries: Iterable[Summary]) -> list[dict[str, Any]]:
-            return [summary.to_json(ceilings) for summary in summaries]
-
+        sums = {"phases": lambda run: run.phase, "ops": lambda run: run.name, "layers": lambda run: run.layer}
+        runs = []
+        for run, summary in zip(self.runs, self.each(), strict=True):
+            launched = [{"kernel": x.kernel.name, "grid": x.grid, "block": x.block} for x in run.launches]
+            place = {"phase": run.phase, "layer": run.layer, "times": run.times, "kernels": launched}
+            runs.append(summary.to_json() | place)
         return {
-            "title": self.title,
-            "device": self.device,
-            "messages": self.messages,
-            "parameters": self.parameters,
-            "memory": self.memory,
+            **{name: value for name, value in vars(self).items() if name != "spans"},
             "communication": self.communication,
-            "ceilings": None
-            if ceilings is None
-            else {
-                "flops_per_second": ceilings.flops,
-                "tensor_core_flops_per_second": dict(ceilings.tensor_cores),
-                "bytes_per_second": ceilings.bandwidth,
-                "source": ceilings.source,
-            },
-            "total": self.total.to_json(ceilings),
-            "phases": sums(self.by(lambda run: run.phase)),
-            "ops": sums(self.by(lambda run: run.name)),
-            "layers": sums(self.by(lambda run: run.layer)),
-            "runs": [
-                {
-                    **Summary(run.name, (run,)).to_json(ceilings),
-                    "phase": run.phase,
-                    "layer": run.layer,
-                    "times": run.times,
-                    "kernels": [{"kernel": x.kernel.name, "grid": x.grid, "block": x.block} for x in run.launches],
-                }
-                for run in self.runs
-            ],
-            "kernels": [figures.to_json() for figures in self.kernels],
+            "ceilings": self.ceilings and self.ceilings.to_json(),
+            "total": self.total.to_json(),
+            **{name: [summary.to_json() for summary in self.by(key)] for name, key in sums.items()},
+            "runs": runs,
         }

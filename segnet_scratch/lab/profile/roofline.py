@@ -12,7 +12,7 @@ import numpy as np
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.extras import require
 from segnet_scratch.files import write_durably
-from segnet_scratch.lab.profile.record import Profile, Summary
+from segnet_scratch.lab.profile.record import Profile
 
 LARGEST, SMALLEST = 260, 14  # areas of points, in square points of print
 
@@ -27,7 +27,8 @@ def draw(profile: Profile, path: Path, by_layer: bool) -> None:
 
     ConfigError without times or without any op that computes.
     """
-    points = [Summary(run.name if by_layer else run.layer, (run,)) for run in profile.runs if run.flops and run.seconds]
+    each = profile.each(lambda run: run.name if by_layer else run.layer)
+    points = [s for s in each if s.flops and s.gflops_per_second]
     ceilings = profile.ceilings
     if ceilings is None or not points:
         raise ConfigError("--roofline: no op with operations and a time; leave out --counts, choose another op")
@@ -49,7 +50,7 @@ def draw(profile: Profile, path: Path, by_layer: bool) -> None:
         times = np.array([s.seconds for s in chosen])
         axes.scatter(
             [s.intensity for s in chosen],
-            [s.flops / (s.seconds or 1.0) / 1e9 for s in chosen],
+            [s.gflops_per_second for s in chosen],
             s=np.maximum(LARGEST * times / longest, SMALLEST),
             color=f"C{position % 10}",
             marker="o" if position < 10 else "s",

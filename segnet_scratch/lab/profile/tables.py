@@ -6,11 +6,23 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from segnet_scratch.lab.profile.kernels import KernelFigures
 from segnet_scratch.lab.profile.record import Profile, Summary
 
 SLOWEST = 20  # ops that are listed one by one
-
+# Of each column the figure of a Summary, its unit, and how it is written.
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "launches": ("launches", 1, "{:.0f}"),
+    "barriers": ("barriers", 1, "{:.0f}"),
+    "GFLOP": ("flops", 1e9, "{:.3f}"),
+    "MB": ("bytes", 1e6, "{:.1f}"),
+    "FLOP/B": ("intensity", 1, "{:.2f}"),
+    "bytes' ms": ("seconds_of_bytes", 1e-3, "{:.3f}"),
+    "ms": ("seconds", 1e-3, "{:.3f}"),
+    "GFLOP/s": ("gflops_per_second", 1, "{:.1f}"),
+    "GB/s": ("gbytes_per_second", 1, "{:.1f}"),
+    "of copy": ("of_copy", 1e-2, "{:.0f} %"),
+    "of ceiling": ("of_ceiling", 1e-2, "{:.0f} %"),
+}
 
 Row = tuple[Sequence[str], str]  # cells and their style
 
@@ -54,13 +66,19 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
         halves = ["bytes' ms", "forward ms", "backward ms", "share", "of ceiling"] if timed else []
         _sums(console, profile, layers, "layer", [*halves, "GFLOP", "MB"])
         if timed:
-            each = sorted((Summary(run.name, (run,)) for run in profile.runs), key=_longest_first)[:SLOWEST]
+            each = sorted(profile.each(), key=_longest_first)[:SLOWEST]
             _sums(console, profile, each, "slowest ops", ["layer", "phase", *times, "GFLOP", "MB"])
     else:
         rungs = profile.by(lambda run: run.layer)  # in the order of the ladder
         _sums(console, profile, rungs, "op and rung", ["passes" if timed else "runs", *columns])
     if profile.kernels:
-        _kernels(console, profile.kernels)
+        wide = ["kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by"]
+        names = ("kernel", "architecture", "launches", "threads", "registers", "spill_bytes", "shared_bytes")
+        rows = []
+        for kernel in profile.kernels:
+            cells = [*(str(kernel[name]) for name in names), f"{100 * kernel['occupancy']:.0f} %", kernel["limited_by"]]
+            rows.append((cells, "red" if kernel["spill_bytes"] else ""))
+        print_columns(console, wide, rows)
     for line in _footnotes(profile):
         console.print(line, style="dim", soft_wrap=True)
     for message in profile.messages:
@@ -89,41 +107,21 @@ def _sums(
 
 def _cell(s: Summary, column: str, profile: Profile) -> str:
     """What stands in a column of this name."""
-    seconds, reached = s.seconds or 0.0, s.of_ceiling(profile.ceilings)
-    of_bytes = s.seconds_of_bytes(profile.ceilings) or 0.0
-    forward = Summary("", tuple(run for run in s.runs if run.phase == "forward")).seconds or 0.0
+    if column in COLUMNS:
+        figure, unit, form = COLUMNS[column]
+        value = getattr(s, figure)
+        return "-" if value is None else form.format(value / unit)
+    seconds = s.seconds or 0.0
+    forward = Summary("", [run for run in s.runs if run.phase == "forward"]).seconds or 0.0
     return {
-        "runs": lambda: str(len(s.runs)),
-        "passes": lambda: str(max(len(run.times) for run in s.runs)),
-        "layer": lambda: s.runs[0].layer,
-        "phase": lambda: s.runs[0].phase,
-        "launches": lambda: str(s.launches),
-        "barriers": lambda: str(s.barriers),
-        "GFLOP": lambda: f"{s.flops / 1e9:.3f}",
-        "MB": lambda: f"{s.bytes / 1e6:.1f}",
-        "FLOP/B": lambda: f"{s.intensity:.2f}",
-        "bytes' ms": lambda: f"{1e3 * of_bytes:.3f}",
-        "ms": lambda: f"{1e3 * seconds:.3f}",
-        "forward ms": lambda: f"{1e3 * forward:.3f}",
-        "backward ms": lambda: f"{1e3 * (seconds - forward):.3f}",  # everything after it
-        "share": lambda: f"{100 * seconds / (profile.total.seconds or 1.0):.1f} %",
-        "GFLOP/s": lambda: f"{s.flops / seconds / 1e9:.1f}" if seconds else "-",
-        "GB/s": lambda: f"{s.bytes / seconds / 1e9:.1f}" if seconds else "-",
-        "of copy": lambda: f"{100 * of_bytes / seconds:.0f} %" if seconds else "-",
-        "of ceiling": lambda: "-" if reached is None else f"{100 * reached:.0f} %",
-    }[column]()
-
-
-def _kernels(console: Console, kernels: Sequence[KernelFigures]) -> None:
-    rows = []
-    for figures in kernels:
-        usage, held = figures.usage, figures.occupancy
-        numbers = [figures.launches, figures.threads, usage.registers, usage.spill_stores + usage.spill_loads]
-        numbers.append(usage.shared + figures.dynamic_shared)
-        cells = [usage.kernel, usage.architecture, *map(str, numbers), f"{100 * held.share:.0f} %", held.limit]
-        rows.append((cells, "red" if numbers[3] else ""))
-    headings = ["kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by"]
-    print_columns(console, headings, rows)
+        "runs": str(len(s.runs)),
+        "passes": str(max(len(run.times) for run in s.runs)),
+        "layer": s.runs[0].layer,
+        "phase": s.runs[0].phase,
+        "forward ms": f"{1e3 * forward:.3f}",
+        "backward ms": f"{1e3 * (seconds - forward):.3f}",  # everything after it
+        "share": f"{100 * seconds / (profile.total.seconds or 1.0):.1f} %",
+    }[column]
 
 
 def _footnotes(profile: Profile) -> list[str]:

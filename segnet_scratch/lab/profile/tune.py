@@ -5,8 +5,8 @@ The fastest are kept: ops/convolution/tile_table.py.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
 from segnet_scratch.engine.program import BoundProgram, Program
 from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key
 from segnet_scratch.errors import DeviceError
-from segnet_scratch.lab.profile.measure import CACHE_BYTES
+from segnet_scratch.lab.profile.ceilings import seconds_of
+from segnet_scratch.lab.profile.measure import cache_flush
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import FusedBackwardData, FusedForward
@@ -26,8 +27,6 @@ from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_o
 from segnet_scratch.ops.op import Buffers, Op, Spec
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.step import Replayed
-
-PASSES = 9  # timed, of each tile
 
 
 @dataclass(frozen=True)
@@ -95,68 +94,54 @@ def tune(
     Says where. DeviceError without a GPU.
     """
     if device.gpu is None:
-        raise DeviceError(
-            f"tune: tiles are measured on a GPU, and the device is {device.name}; run it where segnet doctor sees one"
-        )
+        where = f"tiles are measured on a GPU, and the device is {device.name}"
+        raise DeviceError(f"tune: {where}; run it where segnet doctor sees one")
     kernels = Convolutions.on(device, RUNG_OF_PRECISION[precision])
     work = convolutions(network, kernels)
-    scratch = device.empty((CACHE_BYTES,), np.uint8)
-    table, choices = table_of(device), []
+    flush, table, choices = cache_flush(device), table_of(device), []
     for number, (key, candidates) in enumerate(work.items()):
         progress(number, len(work))
-        choices.append(Choice(key, _measure(device, table, key, candidates.ops, scratch), candidates.default))
+        choices.append(Choice(key, _measure(device, table, key, candidates.ops, flush), candidates.default))
     table.choices |= {choice.key: choice.fastest for choice in choices}
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
-    seconds = {
-        name: _seconds_of(device, TrainingProgram(network, kernels, Objective(), name == "two"))
-        for name in ("one", "two")
-    }
+    planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
+    seconds = {name: _seconds_of(device, program) for name, program in planned.items()}
     choices.append(Choice(branches_key(network, kernels.rung), seconds, "one"))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 
 
-def _measure(device: Device, table: TileTable, key: str, ops: dict[str, Op], scratch: Array) -> dict[str, float]:
+def _measure(
+    device: Device, table: TileTable, key: str, ops: dict[str, Op], flush: Callable[[], object]
+) -> dict[str, float]:
     """Median seconds with each tile, in turn, with a cache that holds nothing of use."""
     buffers = {op: random_buffers(device, op) for op in set(ops.values())}
-    timer = device.timer()
-    taken: dict[str, list[float]] = {name: [] for name in ops}
-    before = table.choices.get(key)
+
+    def run(name: str) -> None:
+        table.choices[key] = name
+        ops[name].run(device, buffers[ops[name]])
+
+    before = dict(table.choices)
     try:
-        for repetition in range(-1, PASSES):  # the first loads the kernel
-            for name, op in ops.items():
-                table.choices[key] = name
-                device.write(scratch, 0)
-                first = timer.mark()
-                op.run(device, buffers[op])
-                seconds = timer.seconds(first, timer.mark())
-                if repetition >= 0:
-                    taken[name].append(seconds)
+        return dict(zip(ops, seconds_of(device, [partial(run, name) for name in ops], before=flush), strict=True))
     finally:
-        table.choices.pop(key, None)
-        if before is not None:
-            table.choices[key] = before
-    return {name: median(seconds) for name, seconds in taken.items()}
+        table.choices.clear()
+        table.choices |= before
 
 
 def _seconds_of(device: Device, program: Program) -> float:
     """The median of a program on random arrays, replayed as a graph."""
     bound = BoundProgram(program, device, _random(device, program.given))
-    replayed, timer = Replayed(device, bound.run), device.timer()
-    taken = []
-    for _ in range(2 + PASSES):  # the first loads the kernels, the second records
-        first = timer.mark()
-        replayed()
-        taken.append(timer.seconds(first, timer.mark()))
-    return median(taken[2:])
+    # The first loads the kernels, the second records.
+    (seconds,) = seconds_of(device, [Replayed(device, bound.run)], warm=2)
+    return seconds
 
 
 def _random(device: Device, specs: Mapping[str, Spec]) -> dict[str, Array]:
     rng, arrays = np.random.default_rng(0), {}
     for name, spec in specs.items():
-        random = (
-            rng.integers(0, 256, spec.shape) if spec.dtype == np.uint8 else rng.standard_normal(spec.shape, np.float32)
-        )
+        of_bytes = spec.dtype == np.uint8
+        random = rng.integers(0, 256, spec.shape) if of_bytes else rng.standard_normal(spec.shape, np.float32)
         arrays[name] = device.upload(random.astype(spec.dtype))
     return arrays
 

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.lab.workbench.guards import FIRST, SECOND, Fill, GuardedArrays
+from segnet_scratch.lab.workbench.guards import FIRST, SECOND, Fill, GuardedArrays, bits
+from segnet_scratch.lab.workbench.reference import worst_element
 from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
-from segnet_scratch.runtime.precision import BFLOAT16, BFLOAT16_ROUNDING, is_floating
+from segnet_scratch.runtime.precision import BFLOAT16, BFLOAT16_ROUNDING
 
 
 @dataclass(frozen=True)
-class Problem:
+class Defect:
     """What is wrong with an array.
 
     `element` is the worst where values are wrong; `memory` says that an access is wrong: outside of an array, or of
@@ -37,19 +38,23 @@ class Problem:
 
 
 @dataclass
-class Run:
+class GuardedRun:
     """What came of one run: outputs (and inputs that the op updates) by name, and what went wrong on the way."""
 
     outputs: dict[str, np.ndarray]
-    problems: list[Problem]
+    defects: list[Defect]
     guarded: int  # arrays between guard zones
 
-    def unlike(self, other: "Run") -> str | None:
-        """The name of an output that differs from the other run's in a bit."""
-        return next((n for n, output in self.outputs.items() if not same_bits(output, other.outputs[n])), None)
+    def unlike(self, other: "GuardedRun") -> tuple[str, tuple[int, ...]] | None:
+        """The first output, and the first element of it, that has other bits after the other run."""
+        for name, output in self.outputs.items():
+            if not same_bits(output, other.outputs[name]):
+                unlike = bits(output.reshape(-1)) != bits(other.outputs[name].reshape(-1))
+                return name, tuple(int(i) for i in np.unravel_index(int(unlike.argmax()), output.shape))
+        return None
 
 
-def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FIRST) -> Run:
+def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device, fill: Fill = FIRST) -> GuardedRun:
     """Runs an op on copies of the inputs; memory without a value holds `fill`."""
     arrays = GuardedArrays(device, fill)
     buffers = {name: None if a is None else arrays.add(name, a, a.shape, a.dtype) for name, a in inputs.items()}
@@ -61,12 +66,12 @@ def run_guarded(op: Op, inputs: Mapping[str, np.ndarray | None], device: Device,
         device.synchronise()
     finally:
         reports = arrays.damage()
-    problems = [Problem(name, report, memory=True) for name in reports for report in reports[name]]
+    defects = [Defect(name, report, memory=True) for name in reports for report in reports[name]]
     for name, before in inputs.items():
         if before is not None and name not in op.updates and not same_bits(before, device.download(buffers[name])):
-            problems.append(Problem(name, f"{name}: the input was changed", memory=True))
+            defects.append(Defect(name, f"{name}: the input was changed", memory=True))
     outputs = {name: device.download(buffers[name]) for name in (*op.outputs, *op.updates)}
-    return Run(outputs, problems, len(arrays))
+    return GuardedRun(outputs, defects, len(arrays))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -89,15 +94,8 @@ def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[s
 Expectation = dict[str, tuple[np.ndarray, np.ndarray | float]]  # by output: what it must be, and how far it may be off
 
 
-def expectation(
-    row: Row, case: Case, rng: np.random.Generator, dtype: DTypeLike | None = None, integers: bool = False
-) -> Expectation:
-    """What `examine` compares with, from the reference: the same arguments give the same inputs. It needs no device."""
-    dtype = row.elements[0] if dtype is None else np.dtype(dtype)
-    return _expectation(row, case, row.inputs(row.plan(case, dtype), case, rng, integers), dtype, integers)
-
-
-def _expectation(row: Row, case: Case, inputs: Inputs, dtype: np.dtype, integers: bool) -> Expectation:
+def expectation(row: Row, case: Case, inputs: Inputs, dtype: np.dtype, integers: bool = False) -> Expectation:
+    """What `examine` compares with, from the reference for these inputs. It needs no device."""
     wide, b, expected = reference(row, case, inputs)
     sums = np.finfo(ElementTypes.of(dtype).accumulate)
     # In float64 the reference has rounding errors of its own, as large as those of the op.
@@ -114,7 +112,7 @@ class Examination:
 
     op: Op
     inputs: Inputs
-    problems: list[Problem]
+    defects: list[Defect]
     guarded: int  # arrays that lay between guard zones, over both runs
 
 
@@ -136,43 +134,30 @@ def examine(
     op = row.plan(case, dtype)
     inputs = row.inputs(op, case, rng, integers)
     first, second = (run_guarded(op, inputs, device, fill) for fill in (FIRST, SECOND))
-    problems = first.problems + second.problems
-    expected = _expectation(row, case, inputs, dtype, integers) if expected is None else expected
+    defects = first.defects + second.defects
+    expected = expected or expectation(row, case, inputs, dtype, integers)
     for name, got in first.outputs.items():
         if not same_bits(got, second.outputs[name]):
             what = f"{name}: depends on what the output held before, or on what lies beside an array"
-            problems.append(Problem(name, what, memory=True))
+            defects.append(Defect(name, what, memory=True))
         wanted, bound = expected[name]
         if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
             if integers:  # the exact sum has one nearest bfloat16
                 wanted = wanted.astype(BFLOAT16)
             else:
                 bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
-        problems += deviations(name, got, wanted, bound)
-    return Examination(op, inputs, problems, first.guarded + second.guarded)
+        defects += deviations(name, got, wanted, bound)
+    return Examination(op, inputs, defects, first.guarded + second.guarded)
 
 
-def deviations(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> list[Problem]:
-    """A report on the worst element that is further from the expected value than allowed; NaN is never allowed."""
+def deviations(
+    name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, same: bool = False
+) -> list[Defect]:
+    """A report on the worst element that is further from the expected value than allowed; see `worst_element`."""
     if got.shape != expected.shape:
-        return [Problem(name, f"{name}: has shape {got.shape}, expected {expected.shape}")]
-    if not is_floating(got.dtype):
-        wrong = got != expected
-        excess = wrong.astype(np.float64)
-    else:
-        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-        wrong = ~(error <= bound)
-        excess = np.where(np.isnan(error), np.inf, error - bound)
-    if not wrong.any():
+        return [Defect(name, f"{name}: has shape {got.shape}, expected {expected.shape}")]
+    count, at = worst_element(got, expected, bound, same)
+    if not count:
         return []
-    where = np.unravel_index(int(np.argmax(np.where(wrong, excess, -np.inf))), got.shape)
-    element = tuple(int(i) for i in where)
-    allowed = np.broadcast_to(bound, got.shape)[where]
-    return [
-        Problem(
-            name,
-            f"{name}: {np.count_nonzero(wrong)} of {got.size} elements are wrong, worst {element}: "
-            f"got {got[where]}, expected {expected[where]} +- {allowed:.3g}",
-            element,
-        )
-    ]
+    values = f"{got[at]}, expected {expected[at]} +- {np.broadcast_to(bound, got.shape)[at]:.3g}"
+    return [Defect(name, f"{name}: {count} of {got.size} elements are wrong; worst {name}{list(at)} = {values}", at)]

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.proof.problems import Chosen, Maker, Problem, differentiable, differentiables
+from segnet_scratch.lab.proof.differentiable import Chosen, Maker, Subject, differentiable, differentiables
 from segnet_scratch.nn.autograd import Function, OpFunction, Tensor
 from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
@@ -100,6 +100,11 @@ class Result:
         return RTOL[self.dtype]
 
     @property
+    def given_up(self) -> int:
+        """Differences that met a kink."""
+        return round(self.skipped * self.compared / max(1 - self.skipped, 1e-9))
+
+    @property
     def verdict(self) -> str:
         """In a word; "kinks only" where a user's inputs have no derivative anywhere."""
         return ("passed" if self.compared else "kinks only") if self.passed else "FAILED"
@@ -152,12 +157,11 @@ def gradcheck(
     `dtype` is that of the backward pass that is checked, `directions` their number for each input of more than
     SINGLE_ELEMENTS elements, `chosen` what a user chose of a single op: then `cases` (1) are so many fillings of it.
     """
-    chosen = chosen or Chosen()
-    known = names() if np.dtype(dtype) == np.float64 else [name for name in names() if name != "segnet"]
-    wanted = known if op_names is None else list(op_names)
+    chosen, narrow = chosen or Chosen(), np.dtype(dtype) != np.float64
+    wanted = [name for name in names() if not (narrow and name == "segnet")] if op_names is None else list(op_names)
     for name in wanted:
         differentiable(name).expect_known(chosen)
-        if name == "segnet" and name not in known:
+        if narrow and name == "segnet":
             raise ConfigError(
                 "gradcheck: a network cannot be checked in float32: rounding alone moves the maximum of pooling "
                 "windows (docs/explanation/numerics.md); use float64 for segnet"
@@ -167,10 +171,8 @@ def gradcheck(
 
     def check(name: str) -> Result:
         count = cases if cases is not None else 1 if chosen.sizes else differentiable(name).usual
-        few = FEW_DIRECTIONS if name == "segnet" and cases is None else DIRECTIONS
-        return check_cases(
-            name, get_device(device), seed, range(count), dtype=dtype, directions=directions or few, chosen=chosen
-        )
+        along = directions or (FEW_DIRECTIONS if name == "segnet" and cases is None else DIRECTIONS)
+        return check_cases(name, get_device(device), seed, range(count), dtype, along, chosen)
 
     return (check(name) for name in wanted)
 
@@ -180,7 +182,6 @@ def check_cases(
     device: Device,
     seed: int,
     indices: Sequence[int],
-    *,
     dtype: DTypeLike = np.float64,
     directions: int = DIRECTIONS,
     chosen: Chosen | None = None,
@@ -188,37 +189,30 @@ def check_cases(
     """Checks the cases of an op that have these numbers."""
     chosen, dtype = chosen or Chosen(), np.dtype(dtype)
     start = time.perf_counter()
+    checks: list[GradientCheck] = []
     derivatives: list[Where] = []
-    kinks: list[Kink] = []
     uncompared: list[str] = []
-    attempts = skipped = tensors = 0
     for index in indices:
-
-        def made(storage: DTypeLike, index: int = index) -> tuple[Problem, np.random.Generator]:
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
-            make = Maker(device, rng, dtype, np.dtype(storage), chosen)
-            return differentiable(name).make(make, index), rng
-
         with np.errstate(all="ignore"):  # NaN and infinity are found by the comparison
-            problem, rng = made(np.float64)
-            narrow = problem if dtype == np.float64 else made(dtype)[0]
-            check = Check(problem, device, rng, narrow, may_tie=chosen.may_tie)
+            made = []
+            for storage in dict.fromkeys((np.dtype(np.float64), dtype)):
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
+                made.append(differentiable(name).make(Maker(device, rng, dtype, storage, chosen), index))
+            check = GradientCheck(made[0], device, rng, made[-1], may_tie=chosen.may_tie)
             found = list(check.derivatives(directions))
+        checks.append(check)
         derivatives += found
-        kinks += check.kinks
         compared = {where.input for where in found}
-        uncompared += [f"{leaf} ({problem.case})" for leaf in problem.leaves if leaf not in compared]
-        tensors += len(problem.leaves)
-        attempts, skipped = attempts + check.attempts, skipped + check.skipped
+        uncompared += [f"{leaf} ({check.case})" for leaf in check.leaves if leaf not in compared]
+    attempts = sum(check.attempts for check in checks)
+    share = sum(check.skipped for check in checks) / max(attempts, 1)
     where = max(derivatives, key=lambda w: w.error, default=None)
     worst = where.error if where else 0.0 if chosen.may_tie else inf
-    share = skipped / max(attempts, 1)
-    enough = chosen.may_tie or (share <= MAX_SKIPPED and not uncompared)
+    kinks = [kink for check in checks for kink in check.kinks]
     return Result(
-        name,
-        dtype.name,
-        *(len(indices), tensors, len(derivatives), share, worst, where),
-        passed=worst <= RTOL[dtype.name] and enough,
+        *(name, dtype.name, len(indices), sum(len(check.leaves) for check in checks), len(derivatives)),
+        *(share, worst, where),
+        passed=worst <= RTOL[dtype.name] and (chosen.may_tie or (share <= MAX_SKIPPED and not uncompared)),
         seconds=time.perf_counter() - start,
         kinks=tuple(kinks[:KINKS_KEPT]),
         uncompared=tuple(uncompared),
@@ -228,41 +222,34 @@ def check_cases(
 Pattern = list[tuple[str, np.ndarray]]  # what makes a kink, and on which side of it each element is
 
 
-class Check:
-    """All derivatives of one problem. `narrow` is the same problem in the precision that is checked."""
+class GradientCheck:
+    """All derivatives of one subject. `narrow` is the same one in the precision that is checked."""
 
     def __init__(
-        self,
-        problem: Problem,
-        device: Device,
-        rng: np.random.Generator,
-        narrow: Problem | None = None,
-        may_tie: bool = False,
+        self, subject: Subject, device: Device, rng: np.random.Generator, narrow: Subject, may_tie: bool = False
     ) -> None:
-        self.problem, self.device, self.rng, self.may_tie = problem, device, rng, may_tie
+        self.case, self.leaves, self.forward = subject.case, subject.leaves, subject.forward
+        self.device, self.rng, self.may_tie, self._narrow = device, rng, may_tie, narrow.leaves
         self.attempts = self.skipped = 0
         self.kinks: list[Kink] = []
-        self._narrow = narrow or problem
-        y = self._narrow.forward()
+        y = narrow.forward()
         self.cotangent = rng.standard_normal(y.shape).astype(y.dtype)
-        self.pattern = _pattern(y if self._narrow is problem else problem.forward(), device)
+        self.pattern = _pattern(y if narrow is subject else subject.forward(), device)
         y.backward(device.upload(self.cotangent))
 
     def derivatives(self, directions: int = DIRECTIONS) -> Iterator[Where]:
         """Every derivative that has no kink beside it, by both ways."""
-        leaves = self.problem.leaves
-        total = sum(leaf.data.size for leaf in leaves.values())
-        for name, leaf in leaves.items():
-            narrow = self._narrow.leaves[name]
+        total = sum(leaf.data.size for leaf in self.leaves.values())
+        for name, leaf in self.leaves.items():
+            narrow = self._narrow[name]
             gradient = np.full(leaf.shape, np.nan)  # fails where backward gave nothing, or something else
             if narrow.grad is not None and tuple(narrow.grad.shape) == leaf.shape and narrow.grad.dtype == narrow.dtype:
                 gradient = self.device.download(narrow.grad).astype(np.float64)
             for label, direction in self._directions(leaf, directions, total):
-                found = self._numeric(name, label, leaf, direction)
-                if found is not None:
+                if found := self._numeric(name, label, leaf, direction):
                     numeric, along = found
                     analytic = float((gradient * along)[along != 0].sum())
-                    yield Where(self.problem.case, name, label, numeric, analytic, narrow.dtype.name)
+                    yield Where(self.case, name, label, numeric, analytic, narrow.dtype.name)
 
     def _directions(self, leaf: Tensor, directions: int, total: int) -> Iterator[tuple[str, np.ndarray | None]]:
         """(label, direction) of every derivative of a leaf; None is a random direction.
@@ -274,7 +261,7 @@ class Check:
             for k in range(directions):
                 yield f"direction {k}", None
             return
-        share = max(1, SINGLE_ELEMENTS // len(self.problem.leaves))
+        share = max(1, SINGLE_ELEMENTS // len(self.leaves))
         drawn = range(size) if total <= SINGLE_ELEMENTS else sorted(self.rng.permutation(size)[:share])
         for flat in drawn:
             direction = np.zeros(leaf.shape)
@@ -295,7 +282,7 @@ class Check:
                 if difference is not None:
                     return difference, along
             self.skipped += 1
-        self.kinks.append(Kink(self.problem.case, name, label, why))
+        self.kinks.append(Kink(self.case, name, label, why))
         return None
 
     def _difference(self, leaf: Tensor, direction: np.ndarray, step: float) -> tuple[float | None, str]:
@@ -305,7 +292,7 @@ class Check:
         try:
             for sign in (1, -1):
                 self.device.write(leaf.data, at + sign * step * direction)
-                y = self.problem.forward()
+                y = self.forward()
                 # Differences of elements first: they are small, and lose less than a difference of sums.
                 values.append(y.numpy())
                 why = _unlike(self.pattern, _pattern(y, self.device))
@@ -319,18 +306,17 @@ class Check:
 def _pattern(y: Tensor, device: Device) -> Pattern:
     """Which side of its kinks the computation of y is on: the sign behind each ReLU, the codes of each pool."""
     pattern: Pattern = []
-    seen: set[int] = set()
-    stack: list[Function] = [y.maker] if y.maker else []
-    while stack:
-        function = stack.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
+    functions: dict[int, Function] = {id(y.maker): y.maker} if y.maker else {}
+    waiting = list(functions.values())
+    while waiting:
+        function = waiting.pop()
         if isinstance(function, OpFunction) and isinstance(function.op, ReluForward):
             pattern.append(("a ReLU at 0", device.download(function.held["y"]) > 0))
         elif isinstance(function, OpFunction) and isinstance(function.op, MaxPoolForward):
             pattern.append(("a tie in a pooling window", device.download(function.held["codes"]).copy()))
-        stack.extend(edge.maker for edge in function.inputs if edge.maker)
+        new = {id(edge.maker): edge.maker for edge in function.inputs if edge.maker and id(edge.maker) not in functions}
+        functions |= new
+        waiting += new.values()
     return pattern
 
 

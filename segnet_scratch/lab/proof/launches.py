@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.lab.proof.compare import Defect
 from segnet_scratch.lab.proof.misuse import Recorder
 from segnet_scratch.lab.workbench.execution import Executor
 from segnet_scratch.lab.workbench.races import describe_writers, find_race
@@ -101,16 +101,16 @@ class Replay:
         self._launches = list(zip(recorder.setups, recorder.addresses, strict=True))
         self._alone = [setup for setup in recorder.setups if runs_alone(setup.kernel)]
 
-    def writer(self, problem: Problem) -> list[str]:
+    def writer(self, defect: Defect) -> list[str]:
         """The kernel that wrote an array of the op last, and the block and thread behind the element."""
-        array = self._arrays[problem.array]
+        array = self._arrays[defect.array]
         for setup, addresses in reversed(self._launches):
             written = [n for n, at in addresses.items() if at == array.ctypes.data and setup.role(n) == "updated"]
             if not written:
                 continue
-            lines = [f"{problem.array} is written by {_named(setup)}"]
-            if problem.element is not None and runs_alone(setup.kernel):
-                element = int(np.ravel_multi_index(problem.element, array.shape))
+            lines = [f"{defect.array} is written by {_named(setup)}"]
+            if defect.element is not None and runs_alone(setup.kernel):
+                element = int(np.ravel_multi_index(defect.element, array.shape))
                 lines += describe_writers(Executor(setup, self._device), written[0], element)
             return lines
         return []

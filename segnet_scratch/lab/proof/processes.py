@@ -15,14 +15,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from math import inf
-from pathlib import Path
+from typing import Any
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.proof.parts.base import CASE_MARK
 from segnet_scratch.lab.proof.work import Tally, Work
-from segnet_scratch.lab.workbench.sanitizers import read_reports, sanitized_environment
+from segnet_scratch.lab.workbench.sanitizers import python_path, read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
 AHEAD = 4  # pieces of work for each core of the others that a GPU may be behind them: their results lie on the disk
@@ -33,39 +34,38 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SEGNET
 class Process:
     """A worker process, started when it is needed, and again where a piece of work ended it."""
 
-    def __init__(self, sanitized: bool, module: str = "", alone: bool = False) -> None:
-        self.sanitized, self.module, self.alone = sanitized, module or WORKER, alone
+    def __init__(self, sanitized: bool, alone: bool = False) -> None:
+        self.sanitized, self.alone = sanitized, alone
         self._process: subprocess.Popen[str] | None = None
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
 
     def do(self, work: Work) -> Tally:
         """What came of a piece of work. A process that ends or is too slow is a failure; nothing is raised for it."""
-        tally = Tally()
         try:
             process = self._process or self._start()
         except CompileError as error:
-            tally.skipped = str(error)
-            return tally
+            return Tally(skipped=str(error))
         assert process.stdin is not None
         assert process.stdout is not None
         begin = self._stderr.seek(0, os.SEEK_END)
         try:
-            process.stdin.write(json.dumps(work.to_json()) + "\n")
+            process.stdin.write(json.dumps(asdict(work)) + "\n")
             process.stdin.flush()
             ready, _, _ = select.select([process.stdout], [], [], work.limit)
             answer = process.stdout.readline() if ready else ""
         except BrokenPipeError:
             ready, answer = [process.stdout], ""
-        if answer:
-            tally = Tally.from_json(json.loads(answer))
-        else:
-            code = self._end()
+        code = 0 if answer else self._end()
+        tally = Tally.from_json(json.loads(answer)) if answer else Tally()
         self._stderr.seek(begin)
         text = self._stderr.read()
-        found = _sanitizer_failures(work, text, tally) if self.sanitized else False
-        if not answer and not found:
-            ended = f"ended with {_meaning(code)}" if ready else f"did not end within {work.limit:.0f} s"
-            tally.fail(work, work.target, _last_case(work, text), f"the process {ended}:\n{text.strip()[-2000:]}")
+        reports = read_reports(text, work.target) if self.sanitized else []
+        for report in reports:
+            tally.fail(work, _last_case(work, text.partition("ERROR: AddressSanitizer")[0]), report)
+        if not answer and not reports:
+            meaning = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            ended = f"ended with {meaning}" if ready else f"did not end within {work.limit:.0f} s"
+            tally.fail(work, _last_case(work, text), f"the process {ended}:\n{text.strip()[-2000:]}")
         return tally
 
     def close(self) -> None:
@@ -75,20 +75,11 @@ class Process:
         self._stderr.close()
 
     def _start(self) -> subprocess.Popen[str]:
-        environment = sanitized_environment() if self.sanitized else dict(os.environ)
-        package = str(Path(__file__).resolve().parents[3])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment = sanitized_environment() if self.sanitized else {**os.environ, "PYTHONPATH": python_path()}
         # The processes share the cores; each has one for itself. That of a GPU compiles on all.
         environment |= dict.fromkeys(THREADS[: 3 if self.alone else 4], "1")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", self.module],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        self._process = subprocess.Popen([sys.executable, "-P", "-m", WORKER], env=environment, text=True, **pipes)
         return self._process
 
     def _end(self) -> int:
@@ -97,10 +88,8 @@ class Process:
         process, self._process = self._process, None
         for stream in (process.stdin, process.stdout):
             assert stream is not None
-            try:
+            with suppress(BrokenPipeError):  # it had ended, and something was still to be written to it
                 stream.close()
-            except BrokenPipeError:  # it had ended, and something was still to be written to it
-                continue
         try:
             return process.wait(timeout=1)  # its input has ended
         except subprocess.TimeoutExpired:
@@ -109,11 +98,7 @@ class Process:
 
 
 def do_all(
-    works: Sequence[Work],
-    sanitized: Callable[[Work], bool],
-    done: Callable[[Work, Tally], None],
-    lanes: int = 0,
-    until: float = inf,
+    works: Sequence[Work], done: Callable[[Work, Tally], None], lanes: int = 0, until: float = inf
 ) -> list[Work]:
     """Does all the work, in order, on as many processes at a time as there are cores (or `lanes`).
 
@@ -151,11 +136,10 @@ def do_all(
                     work = take(gpu)
                     if work is None:
                         return
-                    kind = sanitized(work)
-                    if kind not in own:
-                        own[kind] = Process(kind, alone=gpu)
-                        processes.append(own[kind])
-                tally = own[kind].do(work)
+                    if work.sanitize not in own:
+                        own[work.sanitize] = Process(work.sanitize, alone=gpu)
+                        processes.append(own[work.sanitize])
+                tally = own[work.sanitize].do(work)
                 with state:
                     if work.ahead:  # what went wrong there goes wrong once more, where it is told of
                         waiting.remove(replace(work, ahead=False))
@@ -182,20 +166,8 @@ def do_all(
     return [*on_gpu, *(work for work in others if not work.ahead)]
 
 
-def _sanitizer_failures(work: Work, text: str, tally: Tally) -> bool:
-    """Notes what the sanitizers wrote to stderr; was there anything?"""
-    reports = read_reports(text, work.target)
-    for report in reports:
-        tally.fail(work, work.target, _last_case(work, text.partition("ERROR: AddressSanitizer")[0]), report)
-    return bool(reports)
-
-
 def _last_case(work: Work, text: str) -> str:
     """The case that was begun last."""
     if CASE_MARK in text:
         return text.rpartition(CASE_MARK)[2].partition("\n")[0]
     return f"one of the {work.cases}"
-
-
-def _meaning(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -1,6 +1,7 @@
 """Runs the proof on this machine: behind `segnet verify`. What it consists of is in lab/proof/parts."""
 
 import datetime
+import itertools
 import os
 import platform
 import tempfile
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch import __version__
-from segnet_scratch.errors import CompileError, ConfigError, DeviceError
+from segnet_scratch.errors import ConfigError, DeviceError
 from segnet_scratch.lab.proof.launches import device_has, kernels_of, rows_on
 from segnet_scratch.lab.proof.parts import PARTS
-from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.base import Part, reason_against
 from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, HostBuilds
 from segnet_scratch.lab.proof.processes import do_all
 from segnet_scratch.lab.proof.table import ROWS, row_named
@@ -60,23 +61,12 @@ class Line:
         left = f"time was over: {len(self.left)} pieces of work are left out" if self.left else ""
         return "; ".join(filter(None, [self.tally.skipped, left]))
 
-    @property
-    def ran(self) -> str:
-        """What has been run, in figures."""
-        return self.part.ran(self.tally) or f"{self.part.proves}: not run"
-
     def to_json(self) -> dict[str, Any]:
         """For programs to read."""
-        return {
-            "part": self.part.name,
-            "proves": self.part.proves,
-            "device": self.device,
-            "verdict": self.verdict,
-            "ran": self.part.ran(self.tally),
-            **self.tally.to_json(),
-            "skipped": self.remark,
-            "worst": self.tally.worst if isfinite(self.tally.worst) else None,  # JSON has no infinity
-        }
+        head = {"part": self.part.name, "proves": self.part.proves, "device": self.device, "verdict": self.verdict}
+        worst = self.tally.worst if isfinite(self.tally.worst) else None  # JSON has no infinity
+        ran = {"ran": self.part.ran(self.tally), **self.tally.to_json()}
+        return {**head, **ran, "skipped": self.remark, "worst": worst}
 
 
 @dataclass(frozen=True)
@@ -106,21 +96,16 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """For programs to read, and for whoever gets the report."""
-        return {
-            "passed": self.passed,
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "environment": self.environment,
-            "missing": self.missing,
-            "effort": asdict(self.effort),
-            "parts": [line.to_json() for line in self.lines],
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "lines"}
+        parts = [line.to_json() for line in self.lines]
+        return {"passed": self.passed, **fields, "effort": asdict(self.effort), "parts": parts}
 
     def text(self) -> Iterator[tuple[str, str]]:
         """A line for each part, then the failures: each a verdict, or "", and the text."""
         wide = max([len(line.part.name) for line in self.lines], default=0)
         for line in self.lines:
-            yield line.verdict, f"{line.part.name:{wide}} {line.device:5} {line.verdict:10} {line.ran}"
+            ran = line.part.ran(line.tally) or f"{line.part.proves}: not run"
+            yield line.verdict, f"{line.part.name:{wide}} {line.device:5} {line.verdict:10} {ran}"
             if line.remark:
                 yield "skipped", f"{'':{wide}} {line.remark}"
         for name, reason in self.missing.items():
@@ -131,7 +116,8 @@ class Report:
             yield "FAILED", f"... {len(self.failures) - FAILURES_SHOWN} more failures: --json FILE has all of them"
         where = f"on {self.environment['devices']}, seed {self.seed}, {self.seconds:.0f} s"
         if self.passed:
-            yield "passed", f"everything holds: {len([x for x in self.lines if x.verdict == 'passed'])} parts {where}"
+            held = sum(line.verdict == "passed" for line in self.lines)
+            yield "passed", f"everything holds: {held} parts {where}"
         elif self.failures or not self.lines:
             yield "FAILED", f"FAILED: {', '.join(self.named('FAILED')) or 'nothing has been run'}, {where}"
         else:
@@ -155,8 +141,8 @@ def verify(
 
     `order` and `sanitize` are those of the host device (see HostOptions). No piece of work begins after so many
     `minutes`. `keep` gets the report as it stands when a part is done: a machine may be taken away. `progress` is told
-    how many pieces of work are done of how many. ConfigError for names that are unknown; DeviceError or CompileError
-    where a device that was asked for is missing.
+    how many pieces of work are done of how many. ConfigError for names that are unknown; DeviceError where a device
+    that was asked for is missing.
     """
     start = time.monotonic()
     chosen = [PARTS[name] for name in parts or PARTS if _known("part", name, PARTS)]
@@ -168,21 +154,22 @@ def verify(
     # A machine with a GPU is not rented to compile for others.
     anywhere = [ANY] if parts or present != ["cuda"] else []
     with tempfile.TemporaryDirectory(prefix="segnet-verify-") as folder:
-        for part in chosen:
-            for device in (*present, *anywhere):
-                if device not in part.devices:
-                    if parts and device != ANY and ANY not in part.devices:
-                        reason = f"it is for {' and '.join(part.devices)}, not for {device}"
-                        lines[part.name, device] = Line(part, device, Tally(skipped=reason))
-                    continue
+        for part, device in itertools.product(chosen, (*present, *anywhere)):
+            if device in part.devices:
                 reason = part.unavailable()
-                lines[part.name, device] = Line(part, device, Tally(skipped=reason))
-                for work in () if reason else part.works(device, effort, seed, tables[device]):
-                    if work.device == "cuda":
-                        limit = RISKY_LIMIT if _is_risky(work) else GPU_LIMIT
-                        work = replace(work, limit=limit, folder=folder if part.ahead else "")
-                    lines.setdefault((part.name, work.device), Line(part, work.device, Tally()))
-                    works[_on_host(work, order, sanitize or part.sanitized)] = None
+            elif parts and device != ANY and ANY not in part.devices:
+                reason = f"it is for {' and '.join(part.devices)}, not for {device}"
+            else:
+                continue
+            lines[part.name, device] = Line(part, device, Tally(skipped=reason))
+            for work in () if reason else part.works(device, effort, seed, tables[device]):
+                if work.device == "cuda":
+                    limit = RISKY_LIMIT if _is_risky(work) else GPU_LIMIT
+                    work = replace(work, limit=limit, folder=folder if part.ahead else "")
+                elif work.device == "host":
+                    work = replace(work, order=order, sanitize=sanitize or part.sanitized)
+                lines.setdefault((part.name, work.device), Line(part, work.device, Tally()))
+                works[work] = None
         finished = 0
         remaining = Counter((work.part, work.device) for work in works)
 
@@ -207,7 +194,7 @@ def verify(
         for stage, batch in enumerate(stages):
             if stage == 2 and any(_is_risky(work) and lines[work.part, "cuda"].tally.failures for work in stages[1]):
                 os.environ["SEGNET_HOPPER"] = "0"  # the engine does without what has failed
-            for work in do_all(batch, lambda work: work.sanitize, done, until=start + 60 * minutes):
+            for work in do_all(batch, done, until=start + 60 * minutes):
                 lines[work.part, work.device].left.append(work)
     if table is ROWS and "reference" in (part.name for part in chosen):
         _expect_every_kernel(lines)
@@ -234,10 +221,6 @@ def _turn(work: Work) -> tuple[float, ...]:
     return (not part.long,)
 
 
-def _on_host(work: Work, order: str, sanitize: bool) -> Work:
-    return replace(work, order=order, sanitize=sanitize) if work.device == "host" else work
-
-
 def _known(what: str, name: str, known: Any) -> bool:
     if name not in known:
         raise ConfigError(f"verify: there is no {what} {name!r}; expected one of {', '.join(known)}")
@@ -246,24 +229,15 @@ def _known(what: str, name: str, known: Any) -> bool:
 
 def _present(devices: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     """The devices to run on, and why others are missing; one that was asked for must be there."""
-    present, missing = [], {}
+    missing = {}
     for device in devices or DEVICES:
         _known("device", device, DEVICES)
-        reason = cuda_missing() if device == "cuda" else None
-        try:
-            if device == "host":
-                find_compiler()
-        except CompileError as error:
-            if devices:
-                raise
-            reason = str(error)
-        if reason and devices:
-            raise DeviceError(reason)
+        reason = cuda_missing() if device == "cuda" else reason_against(find_compiler) if device == "host" else None
         if reason:
             missing[device] = reason
-        else:
-            present.append(device)
-    return present, missing
+    if missing and devices:
+        raise DeviceError(next(iter(missing.values())))
+    return [device for device in devices or DEVICES if device not in missing], missing
 
 
 def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
@@ -275,7 +249,8 @@ def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
             if os.environ.get("SEGNET_HOPPER") == "0":
                 able -= {kernel for row in ROWS if isinstance(row, HopperRow) for kernel in kernels_of(row)}
             for kernel in sorted(able - line.tally.kernels.keys()):
-                line.tally.fail(work, kernel, "any", "no row of the op table (lab/proof/table.py) launches this kernel")
+                message = "no row of the op table (lab/proof/table.py) launches this kernel"
+                line.tally.fail(work, "any", message, kernel)
 
 
 def _environment(devices: Sequence[str]) -> dict[str, str]:

@@ -3,51 +3,39 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from segnet_scratch.errors import SegnetError
 
 
+def _figure(quick: int, full: int) -> Any:
+    return field(default=quick, metadata={"full": full})
+
+
 @dataclass(frozen=True)
 class Effort:
-    """How many of everything; quick unless given. Shapes of ops are random ones, beside the fixed cases of each row."""
+    """How many of everything, quick and full. Shapes of ops are random ones, beside the fixed cases of each row."""
 
-    shapes: int = 8  # of each op, float32, against the reference
-    doubles: int = 2  # the same in float64
-    integers: int = 5  # shapes of each op that is exact for integers
-    gradients: int = 0  # shapes of each op; 0: as many as suit it
-    kinds: int = 2  # of whole networks
-    networks: int = 1  # seeds of each of them
-    directions: int = 1  # along which the gradient of each of its parameters is taken
-    ordered: int = 2  # shapes of each op, in every order of threads
-    shuffles: int = 2  # orders beside ascending and descending
-    variables: int = 2  # shapes of each op, in builds with unlike automatic variables
-    sanitized: int = 2  # shapes of each op under the sanitizers
-    hostile: int = 25  # inputs of each op that takes hostile ones
-    repeats: int = 10  # of each op
-    steps: int = 3  # of training
-    runs: int = 2  # of these steps
+    shapes: int = _figure(8, 500)  # of each op, float32, against the reference
+    doubles: int = _figure(2, 100)  # the same in float64
+    integers: int = _figure(5, 100)  # shapes of each op that is exact for integers
+    gradients: int = _figure(0, 50)  # shapes of each op; 0: as many as suit it
+    kinds: int = _figure(2, 7)  # of whole networks
+    networks: int = _figure(1, 3)  # seeds of each of them
+    directions: int = _figure(1, 5)  # along which the gradient of each of its parameters is taken
+    ordered: int = _figure(2, 50)  # shapes of each op, in every order of threads
+    shuffles: int = _figure(2, 6)  # orders beside ascending and descending
+    variables: int = _figure(2, 100)  # shapes of each op, in builds with unlike automatic variables
+    sanitized: int = _figure(2, 100)  # shapes of each op under the sanitizers
+    hostile: int = _figure(25, 200)  # inputs of each op that takes hostile ones
+    repeats: int = _figure(10, 250)  # of each op
+    steps: int = _figure(3, 50)  # of training
+    runs: int = _figure(2, 3)  # of these steps
 
 
 QUICK = Effort()
-FULL = Effort(
-    shapes=500,
-    doubles=100,
-    integers=100,
-    gradients=50,
-    kinds=7,
-    networks=3,
-    directions=5,
-    ordered=50,
-    shuffles=6,
-    variables=100,
-    sanitized=100,
-    hostile=200,
-    repeats=250,
-    steps=50,
-    runs=3,
-)
+FULL = Effort(**{figure.name: figure.metadata["full"] for figure in fields(Effort)})
 
 
 @dataclass(frozen=True)
@@ -74,13 +62,9 @@ class Work:
         """Names them, so that they can be run again."""
         return f"cases {self.first} to {self.first + self.count - 1}, seed {self.seed}"
 
-    def to_json(self) -> dict[str, Any]:
-        """For the other process."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """From what `asdict` gave in another process."""
         return cls(**{**data, "effort": Effort(**data["effort"])})
 
 
@@ -110,17 +94,17 @@ class Tally:
     notes: list[str] = field(default_factory=list)  # what was measured
     seconds: float = 0.0
 
-    def fail(self, work: Work, target: str, case: object, message: object) -> None:
+    def fail(self, work: Work, case: object, message: object, target: str = "") -> None:
         """Notes a failure."""
-        self.failures.append(Failure(work.part, work.device, target, str(case), str(message)))
+        self.failures.append(Failure(work.part, work.device, target or work.target, str(case), str(message)))
 
     @contextmanager
-    def attempt(self, work: Work, target: str, case: object) -> Iterator[None]:
+    def attempt(self, work: Work, case: object) -> Iterator[None]:
         """An error of the project's own inside is a failure of this case; a kernel's fault names block and thread."""
         try:
             yield
         except SegnetError as error:
-            self.fail(work, target, case, f"{type(error).__name__}: {error}")
+            self.fail(work, case, f"{type(error).__name__}: {error}")
 
     def add(self, other: "Tally") -> None:
         """Takes in what another piece of work came to."""
@@ -135,12 +119,10 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         """For the other process, and for reports."""
         # Not asdict of the whole: that would count the items of a Counter, not copy it.
-        counters = {"counts": dict(self.counts), "kernels": dict(self.kernels)}
-        failures = [asdict(failure) for failure in self.failures]
-        return {**vars(self), **counters, "failures": failures}
+        return {**vars(self), "failures": [asdict(failure) for failure in self.failures]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """What `to_json` gave."""
-        data = {**data, "failures": [Failure(**failure) for failure in data["failures"]]}
-        return cls(**{**data, "counts": Counter(data["counts"]), "kernels": Counter(data["kernels"])})
+        counters = {name: Counter(data[name]) for name in ("counts", "kernels")}
+        return cls(**{**data, **counters, "failures": [Failure(**failure) for failure in data["failures"]]})

@@ -21,11 +21,10 @@ def main() -> None:
         work = Work.from_json(json.loads(line))
         start = time.perf_counter()
         try:
-            part = PARTS[work.part]
-            tally = part.prepare(work) if work.ahead else part.do(work)
+            tally = PARTS[work.part].do(work)
         except Exception:  # of no kind that a part expects: the report has to show where
             tally = Tally()
-            tally.fail(work, work.target, work.cases, traceback.format_exc())
+            tally.fail(work, work.cases, traceback.format_exc())
         tally.seconds = time.perf_counter() - start
         answers.write(json.dumps(tally.to_json()) + "\n")
         answers.flush()

@@ -11,6 +11,7 @@ import numpy as np
 from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.files import real
 from segnet_scratch.lab.workbench.setup import Setup
+from segnet_scratch.runtime.precision import is_floating
 
 Reference = Callable[..., Any]
 
@@ -94,29 +95,35 @@ def _by_name(function: str, result: Any, setup: Setup) -> dict[str, np.ndarray]:
     return arrays
 
 
+def worst_element(
+    got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, same: bool = False
+) -> tuple[int, tuple[int, ...]]:
+    """(how many elements lie beyond the bound, the one furthest beyond it). Integers must be equal; NaN is never near.
+
+    With `same` a NaN is right where a NaN is expected, and an infinity where the same one is.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+        if is_floating(got.dtype) or is_floating(expected.dtype):
+            right = same & ((got == expected) | (np.isnan(got) & np.isnan(expected)))
+            wrong = ~((error <= bound) & np.isfinite(error) | right)
+            error = np.where(np.isnan(error), np.inf, error - bound)
+        else:
+            wrong = got != expected
+        at = np.unravel_index(int(np.argmax(np.where(wrong, error, -np.inf))), got.shape)
+    return int(np.count_nonzero(wrong)), tuple(int(i) for i in at)
+
+
 def deviation(name: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> tuple[bool, str]:
     """(within tolerance?, the largest error and where). A NaN is right only where a NaN is expected."""
-    if got.dtype.kind != "f" and expected.dtype.kind != "f":
-        wrong = got != expected
-        excess = error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-        allowed = "exactly"
-    else:
-        wide = expected.astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            error = np.abs(got.astype(np.float64) - wide)
-            error = np.where(got == wide, 0.0, error)  # equal infinities
-            excess = error - (atol + rtol * np.abs(wide))
-        same_nan = np.isnan(got) & np.isnan(wide)
-        wrong = ~((excess <= 0) | same_nan)
-        excess = np.where(same_nan, -np.inf, np.where(np.isnan(excess), np.inf, excess))
-        allowed = f"within {rtol:g} |expected| + {atol:g}"
-    if not wrong.any():
-        finite = error[np.isfinite(error)]
-        largest = float(finite.max()) if finite.size else 0.0
+    floating = is_floating(got.dtype) or is_floating(expected.dtype)
+    wide = expected.astype(np.float64)
+    allowed = f"within {rtol:g} |expected| + {atol:g}" if floating else "exactly"
+    with np.errstate(invalid="ignore", over="ignore"):
+        count, at = worst_element(got, expected, atol + rtol * np.abs(wide), same=True)
+        error = np.abs(got.astype(np.float64) - wide)
+    if not count:
+        largest = np.max(error, initial=0.0, where=np.isfinite(error))
         return True, f"{name} equals the reference {allowed}; largest error {largest:.3g}"
-    worst = np.unravel_index(int(np.argmax(np.where(wrong, excess, -np.inf))), got.shape)
-    index = ", ".join(str(int(i)) for i in worst)
-    return False, (
-        f"{name}: {np.count_nonzero(wrong)} of {got.size} elements differ from the reference; worst {name}[{index}] = "
-        f"{got[worst]}, expected {expected[worst]} {allowed}"
-    )
+    values = f"{name}{list(at)} = {got[at]}, expected {expected[at]} {allowed}"
+    return False, f"{name}: {count} of {got.size} elements differ from the reference; worst {values}"

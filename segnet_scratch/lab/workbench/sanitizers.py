@@ -99,9 +99,13 @@ def sanitized_environment() -> dict[str, str]:
 
     CompileError where the compiler has none.
     """
+    return {**os.environ, **OPTIONS, "LD_PRELOAD": str(sanitizer_runtime()), "PYTHONPATH": python_path()}
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that is to find this package."""
     package = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **OPTIONS, "LD_PRELOAD": str(sanitizer_runtime()), "PYTHONPATH": path}
+    return os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def read_reports(stderr: str, kernel: str) -> list[str]:

@@ -5,10 +5,8 @@
     reference.py     results against the reference, guard zones, memory of any contents; integers; the host's bits
     accuracy.py      errors of float32 sums beside a chain's
     gradients.py     gradient checks of ops and networks
-    orders.py        orders of threads and blocks
-    variables.py     reads of variables that have no value yet
-    sanitizers.py    AddressSanitizer and UndefinedBehaviorSanitizer
-    repeats.py       the same bits again
+    same_bits.py     orders of threads and blocks, variables without a value, sanitizers, the same bits again
+    training.py      the same bits of whole training runs
     hostile.py       hostile inputs of pooling and its like
     losses.py        edges of the loss
     refusals.py      inputs that must be refused
@@ -30,14 +28,12 @@ from segnet_scratch.lab.proof.parts.gradients import Gradients, Networks
 from segnet_scratch.lab.proof.parts.hostile import HostileInputs
 from segnet_scratch.lab.proof.parts.learning import Demo, Learning
 from segnet_scratch.lab.proof.parts.losses import Losses
-from segnet_scratch.lab.proof.parts.orders import Orders
 from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Integers, Reference
 from segnet_scratch.lab.proof.parts.refusals import Refusals
-from segnet_scratch.lab.proof.parts.repeats import Repeats, Training
-from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
+from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Sanitizers, Variables
 from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
-from segnet_scratch.lab.proof.parts.variables import Variables
+from segnet_scratch.lab.proof.parts.training import Training
 
 # In the order of the report, in which a GPU has them, too.
 PARTS: dict[str, Part] = {

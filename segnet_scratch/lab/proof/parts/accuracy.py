@@ -3,18 +3,17 @@
 What tensor cores cut off shows here, on a GPU, and on the host device as its emulation predicts it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Row
+from segnet_scratch.lab.proof.parts.base import Part, Rows
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardWeight, HopperForward
-from segnet_scratch.ops.op import spec
+from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.devices import Array, Device
 
 F32 = np.dtype(np.float32)
@@ -30,9 +29,8 @@ class Accuracy(Part):
     proves = "float32 errs no more than a chain of multiply-adds, on tensor cores too"
     devices = ("host", "cuda")
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        if any(row.op is Conv2dForward for row in rows):
-            yield Work(self.name, device, "conv2d", seed=seed, effort=effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return ["conv2d"] if any(row.op is Conv2dForward for row in rows) else []
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.notes.append(f"errors of sums of {', '.join(map(str, DEPTHS))} terms, of a chain's")
@@ -69,25 +67,25 @@ def _product(device: Device, rung: str, direction: str, left: np.ndarray, right:
     def upload(array: np.ndarray, *shape: int) -> Array:
         return device.upload(np.ascontiguousarray(array).reshape(shape))
 
-    result: Array
-    if rung.startswith("hopper"):
-        rung = rung.removeprefix("hopper ")
-        if direction == "fprop":  # of a block of 8x8 pixels, through the middle tap of nine
+    cut: Any = ...
+    match rung.partition("hopper ")[2], direction:
+        case "", "fprop":
+            op: Op = Conv2dForward.plan(spec((1, 1, m, k), F32), spec((n, 1, 1, k), F32), 1, 0, rung)
+            factors = {"x": upload(left, 1, 1, m, k), "weight": upload(right.T, n, 1, 1, k), "bias": None}
+        case "", "dgrad":
+            op = Conv2dBackwardData.plan(spec((1, 1, m, n), F32), spec((k, 1, 1, n), F32), 1, 0, rung)
+            factors = {"dy": upload(left, 1, 1, m, k), "weight": upload(right, k, 1, 1, n)}
+        case "", _:
+            op = Conv2dBackwardWeight.plan(spec((1, 1, k, n), F32), spec((m, 1, 1, n), F32), 1, 0, rung)
+            factors = {"x": upload(right, 1, 1, k, n), "dy": upload(left.T, 1, 1, k, m)}
+        case rung, "fprop":  # of a block of 8x8 pixels, through the middle tap of nine
             weight = np.zeros((n, 3, 3, k), F32)
             weight[:, 1, 1] = right.T
-            of_fprop = HopperForward.plan(spec((1, 8, m // 8, k), F32), spec(weight.shape, F32), rung)
-            result = of_fprop(device, x=upload(left, 1, 8, m // 8, k), weight=upload(weight, *weight.shape)).y
-        else:
+            op = HopperForward.plan(spec((1, 8, m // 8, k), F32), spec(weight.shape, F32), rung)
+            factors = {"x": upload(left, 1, 8, m // 8, k), "weight": upload(weight, *weight.shape)}
+        case rung, _:
             columns, size = np.pad(right, ((0, 0), (0, m - n))), (1, k // 24, 24, m)
-            of_wgrad = HopperBackwardWeight.plan(spec(size, F32), spec((m, 3, 3, m), F32), rung)
-            result = of_wgrad(device, x=upload(columns, *size), dy=upload(left.T, *size)).dweight[:, 1, 1, :n]
-    elif direction == "fprop":
-        fprop = Conv2dForward.plan(spec((1, 1, m, k), F32), spec((n, 1, 1, k), F32), 1, 0, rung)
-        result = fprop(device, x=upload(left, 1, 1, m, k), weight=upload(right.T, n, 1, 1, k), bias=None).y
-    elif direction == "dgrad":
-        dgrad = Conv2dBackwardData.plan(spec((1, 1, m, n), F32), spec((k, 1, 1, n), F32), 1, 0, rung)
-        result = dgrad(device, dy=upload(left, 1, 1, m, k), weight=upload(right, k, 1, 1, n)).dx
-    else:
-        wgrad = Conv2dBackwardWeight.plan(spec((1, 1, k, n), F32), spec((m, 1, 1, n), F32), 1, 0, rung)
-        result = wgrad(device, x=upload(right, 1, 1, k, n), dy=upload(left.T, 1, 1, k, m)).dweight
+            op, cut = HopperBackwardWeight.plan(spec(size, F32), spec((m, 3, 3, m), F32), rung), np.s_[:, 1, 1, :n]
+            factors = {"x": upload(columns, *size), "dy": upload(left.T, *size)}
+    result = getattr(op(device, **factors), next(iter(op.outputs)))[cut]
     return device.download(result).reshape(m, n).astype(np.float64)

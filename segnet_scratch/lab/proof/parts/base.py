@@ -1,7 +1,7 @@
 """What a part of the proof is, and what those that go over the op table share."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from segnet_scratch.errors import CompileError, SegnetError
-from segnet_scratch.lab.proof.compare import Problem
+from segnet_scratch.errors import SegnetError
+from segnet_scratch.lab.proof.compare import Defect
 from segnet_scratch.lab.proof.launches import Replay, noting_launches
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
@@ -24,6 +24,8 @@ CASES_AT_ONCE_ON_GPU = 10  # few, so that the GPU need not wait long for what th
 CASE_MARK = "segnet-case: "  # begins the line that tells a sanitizer's reader which case comes next
 ENOUGH = 5  # failures after which the rest of a piece of work is left out
 
+Rows = tuple[Row, ...]  # of the op table
+
 
 class Part:
     """One property that is proven. Subclasses say what work there is, and what is wrong with what it comes to."""
@@ -33,16 +35,19 @@ class Part:
     devices: ClassVar[tuple[str, ...]] = ("numpy", "host", "cuda")
     sanitized: ClassVar[bool] = False  # its work needs a process under AddressSanitizer
     long: ClassVar[bool] = False  # its pieces of work take long, and are begun first; on a GPU, which has but one, last
-    ahead: ClassVar[bool] = False  # what a GPU's results are compared with is computed ahead of it: `prepare`
+    ahead: ClassVar[bool] = False  # what a GPU's results are compared with is computed ahead of it
 
     def unavailable(self) -> str:
         """Why it cannot run on this machine, with the fix; "" where it can."""
         return ""
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        """The pieces of work on a device, each apart from the others; one, where it is about the rows together."""
-        if rows is ROWS:
-            yield Work(self.name, device, "SegNet", seed=seed, effort=effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        """What each piece of work is about; one, where it is about the rows together."""
+        return ["SegNet"] if rows is ROWS else []
+
+    def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterable[Work]:
+        """The pieces of work on a device, each apart from the others."""
+        return [Work(self.name, device, target, seed=seed, effort=effort) for target in self.targets(rows)]
 
     def do(self, work: Work) -> Tally:
         """Does one of them."""
@@ -51,17 +56,13 @@ class Part:
     def prove(self, work: Work, device: Device) -> Tally:
         """Does it on a device, which may be one with a fault."""
         tally = Tally()
-        with np.errstate(all="ignore"), tally.attempt(work, work.target, work.cases):
+        with np.errstate(all="ignore"), tally.attempt(work, work.cases):
             for problem in self.problems(work, device, tally):
-                tally.fail(work, work.target, work.cases, problem)
+                tally.fail(work, work.cases, problem)
         return tally
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[object]:
         """What is wrong; what was run and measured goes to the tally."""
-        raise NotImplementedError
-
-    def prepare(self, work: Work) -> Tally:
-        """Puts what the results are to be compared with into the folder of the work."""
         raise NotImplementedError
 
     def ran(self, tally: Tally) -> str:
@@ -92,28 +93,29 @@ class CaseRun:
 
     def fail(self, how: str, message: str) -> None:
         """Notes a failure."""
-        self.tally.fail(self.work, self.row.name, f"{how}, {self.where}" if how else self.where, message)
+        self.tally.fail(self.work, f"{how}, {self.where}" if how else self.where, message)
 
     def attempt(self, how: str = "") -> AbstractContextManager[None]:
         """An error of the project's own inside is a failure."""
-        return self.tally.attempt(self.work, self.row.name, f"{how}, {self.where}" if how else self.where)
+        return self.tally.attempt(self.work, f"{how}, {self.where}" if how else self.where)
 
 
 class RowPart(Part):
     """A part that goes over cases of the rows of the op table: the fixed ones, then random ones."""
 
-    def random(self, effort: Effort) -> int:
-        """How many random cases."""
-        raise NotImplementedError
+    random: ClassVar[str] = ""  # the figure of Effort that says how many random cases; none without
 
     def takes(self, row: Row) -> bool:
         """Is this a row for this part?"""
         return True
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        for row in filter(self.takes, rows):
-            fixed = len(row.cases())
-            count, at_once = fixed + self.random(effort), CASES_AT_ONCE if device != "cuda" else CASES_AT_ONCE_ON_GPU
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return [row.name for row in rows if self.takes(row)]
+
+    def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
+        for row in map(row_named, self.targets(rows)):
+            fixed, at_once = len(row.cases()), CASES_AT_ONCE if device != "cuda" else CASES_AT_ONCE_ON_GPU
+            count = fixed + (getattr(effort, self.random) if self.random else 0)
             firsts = sorted({*range(0, fixed, at_once), *range(fixed, count, at_once)})
             for first, end in pairwise([*firsts, count]):
                 cost = max(self.cost(row, index, seed) for index in range(first, end)) if device == "cuda" else 0.0
@@ -125,18 +127,17 @@ class RowPart(Part):
         op = row.plan(case_of(row, index, seed), row.elements[0])
         return op.flops + op.bytes
 
-    def runs(self, work: Work, device: Device, tally: Tally, row: Row | None = None) -> Iterator[CaseRun]:
+    def runs(self, work: Work, device: Device, tally: Tally) -> Iterator[CaseRun]:
         """The cases that the work names."""
-        row = row or row_named(work.target)
+        row = row_named(work.target)
         for index in range(work.first, work.first + work.count):
             yield CaseRun(row, case_of(row, index, work.seed), index, work, device, tally)
 
-    def prove(self, work: Work, device: Device, row: Row | None = None) -> Tally:
-        """Proves the cases that the work names for a row, which need not be in the table."""
+    def prove(self, work: Work, device: Device) -> Tally:
         tally = Tally()
         tally.counts["rows"] += work.first == 0
         with np.errstate(all="ignore"):  # what a fault makes of numbers is found by comparison
-            for run in self.runs(work, device, tally, row):
+            for run in self.runs(work, device, tally):
                 if work.sanitize:
                     os.write(2, f"{CASE_MARK}{run.where}\n".encode())
                 with run.attempt(), noting_launches() as launched:
@@ -166,10 +167,10 @@ def case_of(row: Row, index: int, seed: int) -> Case:
 
 
 def reason_against(attempt: Callable[[], object]) -> str:
-    """The message of the CompileError that an attempt meets; "" where it meets none."""
+    """The message of the project's error that an attempt meets; "" where it meets none."""
     try:
         attempt()
-    except CompileError as error:
+    except SegnetError as error:
         return str(error)
     return ""
 
@@ -184,21 +185,20 @@ def device_of(work: Work) -> Device:
     return HostDevice(HostOptions(work.order, work.seed, workers=1, sanitize=work.sanitize))
 
 
-def blame(op: Op, inputs: Inputs, device: Device, problem: Problem | None, shuffles: int = 2) -> str:
+def blame(run: CaseRun, op: Op, inputs: Inputs, defect: Defect | None) -> str:
     """What more can be found out about a failure on the host device: kernel, block, thread, line; "" where nothing.
 
-    Without a problem it is sought in the order of threads.
+    Without a defect it is sought in the order of threads. It takes many runs: once for each piece of work.
     """
-    if not isinstance(device, HostDevice) or device.options.sanitize:
+    device = run.device
+    if run.tally.failures or not isinstance(device, HostDevice) or device.options.sanitize:
         return ""
     try:
         replay = Replay(op, inputs, device)
-        if problem is None:
-            lines = replay.race(shuffles)
-        elif problem.memory:
-            lines = replay.memory_errors() or replay.writer(problem)
+        if defect is None:
+            lines = replay.race(run.work.effort.shuffles)
         else:
-            lines = replay.writer(problem)
+            lines = (replay.memory_errors() if defect.memory else []) or replay.writer(defect)
     except SegnetError:
         return ""  # the fault itself has been reported
     return "".join(f"\n{line}" for line in lines)

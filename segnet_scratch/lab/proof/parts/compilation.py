@@ -1,18 +1,16 @@
 """Every kernel compiles: for the host device in each build that the other parts need, and for every GPU without one."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from segnet_scratch.lab.doctor.findings import Diagnosis
 from segnet_scratch.lab.doctor.kernels import examine_kernels
 from segnet_scratch.lab.proof.launches import device_has
-from segnet_scratch.lab.proof.parts.base import Part, reason_against
-from segnet_scratch.lab.proof.parts.sanitizers import Sanitizers
-from segnet_scratch.lab.proof.parts.variables import Variables
+from segnet_scratch.lab.proof.parts.base import Part, Rows, reason_against
+from segnet_scratch.lab.proof.parts.same_bits import Sanitizers, Variables
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Row
 from segnet_scratch.runtime.compilation import on_all_cores
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.host import VARIABLES, build, find_compiler
@@ -34,7 +32,7 @@ class HostBuilds(Part):
     proves = "every kernel compiles for the CPU, plain, sanitized, with set variables"
     devices = ("host", "cuda")  # a GPU is compared with the host device
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+    def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
         unavailable = {"sanitized": Sanitizers().unavailable(), **dict.fromkeys(VARIABLES, Variables().unavailable())}
         if device == "cuda":
             unavailable = {**dict.fromkeys(BUILDS, "not needed"), "plain": reason_against(find_compiler)}
@@ -60,8 +58,8 @@ class CudaBuilds(Part):
     proves = "every kernel compiles for this GPU"
     devices = ("cuda",)
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        yield Work(self.name, device, "every kernel", seed=seed, effort=effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return ["every kernel"]
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         def build(what: tuple[Kernel, ElementTypes]) -> str:

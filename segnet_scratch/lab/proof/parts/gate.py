@@ -1,16 +1,15 @@
 """The launch gate refuses misuse of every kernel, and launches nothing."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from segnet_scratch.lab.proof.launches import kernels_of
 from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE, SENTINEL, Attempt, Call, Recorder, valid_call
-from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Row
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import find_kernel, shipped_kernels
 
@@ -24,10 +23,8 @@ class Gate(Part):
     proves = "a wrong launch is refused with a named error, and nothing runs"
     devices = ("any",)
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        kernels = set(shipped_kernels()) if rows is ROWS else set().union(*map(kernels_of, rows))
-        for kernel in sorted(kernels):
-            yield Work(self.name, device, kernel, seed=seed, effort=effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return sorted(shipped_kernels() if rows is ROWS else set().union(*map(kernels_of, rows)))
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.counts["kernels"] += 1

@@ -1,16 +1,17 @@
 """Hand-written gradients against numeric ones, in float64: ops, and whole networks."""
 
 from collections.abc import Iterator
+from itertools import product
 
+from segnet_scratch.lab.proof.differentiable import NETWORKS, differentiables
 from segnet_scratch.lab.proof.gradcheck import DIRECTIONS, RTOL, Result, check_cases
-from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.problems import NETWORKS, differentiables
+from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Row
 from segnet_scratch.runtime.devices import Device
 
 NETWORK = "segnet"
+LOST = "lost to kinks"
 CASES_AT_ONCE = 10
 
 
@@ -21,8 +22,8 @@ class _Checked(Part):
         indices = range(work.first, work.first + work.count)
         result = check_cases(work.target, device, work.seed, indices, directions=self.directions(work.effort))
         tally.worst = result.worst
-        tally.counts.update({"derivatives": result.compared, "tensors": result.tensors, **self.counts(work)})
-        tally.counts["lost to kinks"] = round(result.skipped * result.compared / max(1 - result.skipped, 1e-9))
+        what = {"networks": 1} if work.target == NETWORK else {"ops": int(work.first == 0), "shapes": work.count}
+        tally.counts.update({"derivatives": result.compared, "tensors": result.tensors, **what, LOST: result.given_up})
         if not result.passed:
             yield result
 
@@ -30,16 +31,12 @@ class _Checked(Part):
         """Of each input, where there are many elements."""
         return DIRECTIONS
 
-    def counts(self, work: Work) -> dict[str, int]:
-        """How many of what a piece of work checks."""
-        return {"ops": int(work.first == 0), "shapes": work.count}
-
     def ran(self, tally: Tally) -> str:
-        lost = tally.counts["lost to kinks"]
-        share = lost / max(tally.counts["derivatives"] + lost, 1)
-        counts = {what: count for what, count in tally.counts.items() if what != "lost to kinks"}
+        counts = {**tally.counts}
+        lost, compared = counts.pop(LOST, 0), counts.get("derivatives", 0)
         text = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-        return f"{text}, {share:.1%} lost to kinks; worst error {tally.worst:.1e} (limit {RTOL['float64']:.0e})"
+        share = f"{lost / max(compared + lost, 1):.1%} {LOST}"
+        return f"{text}, {share}; worst error {tally.worst:.1e} (limit {RTOL['float64']:.0e})"
 
 
 class Gradients(_Checked):
@@ -48,7 +45,7 @@ class Gradients(_Checked):
     name = "gradients"
     proves = "hand-written gradients of every op equal numeric ones"
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
+    def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
         for name, op in differentiables().items():
             if name == NETWORK or not any(row.op.name.startswith(name) for row in rows):
                 continue
@@ -64,14 +61,10 @@ class Networks(_Checked):
     long = True
     proves = "gradients of whole networks, every parameter tensor, equal numeric ones"
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        if rows is ROWS:
-            for offset in range(effort.networks):
-                for index in range(min(effort.kinds, len(NETWORKS))):
-                    yield Work(self.name, device, NETWORK, index, 1, seed + offset, effort)
+    def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
+        for offset, index in product(range(effort.networks), range(min(effort.kinds, len(NETWORKS)))):
+            if rows is ROWS:
+                yield Work(self.name, device, NETWORK, index, 1, seed + offset, effort)
 
     def directions(self, effort: Effort) -> int:
         return effort.directions
-
-    def counts(self, work: Work) -> dict[str, int]:
-        return {"networks": 1}

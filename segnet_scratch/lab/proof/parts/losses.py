@@ -4,18 +4,17 @@ Each edge is a function of a device that gives what is wrong; what is expected w
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from segnet_scratch.errors import DataError, DTypeError, SegnetError, ShapeError
-from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.parts.refusals import unrefused
-from segnet_scratch.lab.proof.table import ROWS
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import cross_entropy
-from segnet_scratch.ops.cases import Refusal, Row
+from segnet_scratch.ops.cases import Refusal
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS
 from segnet_scratch.ops.op import VOID
 from segnet_scratch.runtime.devices import Device
@@ -30,14 +29,13 @@ class Losses(Part):
     name = "loss edges"
     proves = "all void, logits of +-1e4, labels that are no class: finite, or a named error"
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        if any(row.op.name.startswith("cross_entropy") for row in rows):
-            yield Work(self.name, device, "cross_entropy", 0, len(EDGES), seed, effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return ["cross_entropy"] if any(row.op.name.startswith("cross_entropy") for row in rows) else []
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Problems:
         for edge, problems in EDGES.items():
             tally.counts["edges"] += 1
-            with tally.attempt(work, work.target, edge):
+            with tally.attempt(work, edge):
                 yield from (f"{edge}: {problem}" for problem in problems(device))
 
 

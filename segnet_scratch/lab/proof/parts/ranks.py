@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from segnet_scratch.errors import MissingLibraryError
-from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.parts.repeats import hash_of
+from segnet_scratch.lab.proof.parts.base import Part, reason_against
 from segnet_scratch.lab.proof.parts.steps import CLASSES, Steps
+from segnet_scratch.lab.proof.parts.training import hash_of
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.parallel.communicator import ALONE, Communicator, Value
 from segnet_scratch.parallel.nccl import NcclArrays, new_identity
@@ -35,11 +34,7 @@ class Nccl(Part):
     devices = ("cuda",)
 
     def unavailable(self) -> str:
-        try:
-            nccl_library()
-        except MissingLibraryError as error:
-            return str(error)
-        return ""
+        return reason_against(nccl_library)
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         ranks = _WithNobody()

@@ -6,7 +6,7 @@ import numpy as np
 
 from segnet_scratch.lab.proof.compare import Expectation, examine, expectation, run_guarded, same_bits
 from segnet_scratch.lab.proof.parts.base import CaseRun, RowPart, blame
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution.conv2d_fused_cases import FusedRow
 from segnet_scratch.ops.convolution.conv2d_mma_cases import TensorCoreRow
@@ -19,7 +19,9 @@ class _Compared(RowPart):
 
     ahead = True
 
-    def prepare(self, work: Work) -> Tally:
+    def do(self, work: Work) -> Tally:
+        if not work.ahead:
+            return super().do(work)
         tally = Tally()
         for run in self.runs(work, NumpyDevice(), tally):
             for dtype in self.elements(run):
@@ -46,17 +48,16 @@ class Reference(_Compared):
 
     name = "reference"
     proves = "results within the row's bound, whatever memory held; nothing else is written"
+    random = "shapes"
     integers = False
-
-    def random(self, effort: Effort) -> int:
-        return effort.shapes
 
     def elements(self, run: CaseRun) -> tuple[np.dtype, ...]:
         in_double = run.index < len(run.row.cases()) + run.work.effort.doubles
         return run.row.elements if in_double else run.row.elements[:1]
 
     def expected(self, run: CaseRun, dtype: np.dtype) -> Expectation:
-        return expectation(run.row, run.case, self.generator(run), dtype, self.integers)
+        inputs = run.row.inputs(run.row.plan(run.case, dtype), run.case, self.generator(run), self.integers)
+        return expectation(run.row, run.case, inputs, dtype, self.integers)
 
     def generator(self, run: CaseRun) -> np.random.Generator:
         """Of the inputs."""
@@ -68,10 +69,8 @@ class Reference(_Compared):
             expected = self.found(run, dtype)
             found = examine(run.row, run.case, run.device, self.generator(run), dtype, self.integers, expected)
             run.tally.counts.update({f"in {how}": 1, "arrays between guard zones": found.guarded})
-            for problem in found.problems:
-                # To find the culprit takes many runs: once for each piece of work.
-                culprit = "" if run.tally.failures else blame(found.op, found.inputs, run.device, problem)
-                run.fail(how, f"{problem}{culprit}")
+            for defect in found.defects:
+                run.fail(how, f"{defect}{blame(run, found.op, found.inputs, defect)}")
 
 
 class Integers(Reference):
@@ -79,10 +78,8 @@ class Integers(Reference):
 
     name = "integers"
     proves = "results equal to the last bit for integer inputs"
+    random = "integers"
     integers = True
-
-    def random(self, effort: Effort) -> int:
-        return effort.integers
 
     def takes(self, row: Row) -> bool:
         return row.exact
@@ -101,9 +98,6 @@ class HostBits(_Compared):
     name = "host bits"
     proves = "a GPU gives the bits of the host device"
     devices = ("cuda",)
-
-    def random(self, effort: Effort) -> int:
-        return 0
 
     def takes(self, row: Row) -> bool:
         return not isinstance(row, CrossEntropyRow | TensorCoreRow | FusedRow)

@@ -1,20 +1,17 @@
 """What every row must refuse, with the error expected for each: plans and calls that do not fit."""
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
-from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.table import ROWS, row_named
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
-from segnet_scratch.ops.cases import Inputs, Refusal, Row
-from segnet_scratch.ops.op import Op
-from segnet_scratch.runtime.devices import Device
-
-Call = tuple[str, dict[str, Any], type[SegnetError], str]  # what is wrong, the arrays, the error, how it begins
+from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.lab.proof.parts.base import Part, Rows
+from segnet_scratch.lab.proof.table import row_named
+from segnet_scratch.lab.proof.work import Tally, Work
+from segnet_scratch.ops.cases import Inputs, Refusal
+from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.runtime.devices import Array, Device
 
 
 class Refusals(Part):
@@ -23,25 +20,26 @@ class Refusals(Part):
     name = "refusals"
     proves = "inputs that do not fit meet the error of their row, by name"
 
-    def works(self, device: str, effort: Effort, seed: int, rows: tuple[Row, ...] = ROWS) -> Iterator[Work]:
-        for row in rows:
-            yield Work(self.name, device, row.name, seed=seed, effort=effort)
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return [row.name for row in rows]
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         row = row_named(work.target)
         tally.counts["rows"] += 1
-        for refusal in [*row.refusals(), *_element_types(row)]:
+        types = (np.float16, np.int32, np.complex64, np.bool_)
+        plans = {np.dtype(dtype).name: functools.partial(row.plan, row.cases()[0], dtype) for dtype in types}
+        of_types = [Refusal(dtype, plan, DTypeError, "expected float32") for dtype, plan in plans.items()]
+        for refusal in [*row.refusals(), *of_types]:
             tally.counts["plans"] += 1
             yield from unrefused(refusal)
         case = min(row.cases()[1:], key=lambda case: row.plan(case, row.elements[0]).bytes)
         op = row.plan(case, row.elements[0])
         inputs = row.inputs(op, case, row.generator(work.seed, 0))
-        with tally.attempt(work, row.name, f"{case}, a call that fits"):
+        with tally.attempt(work, f"{case}, a call that fits"):
             op(device, **{name: None if a is None else device.upload(a.copy()) for name, a in inputs.items()})
-        for reason, arrays, error, begin in _wrong_calls(op, inputs, device):
+        for refusal in _wrong_calls(op, inputs, device):
             tally.counts["calls"] += 1
-            attempt = functools.partial(op, device, **arrays)
-            yield from unrefused(Refusal(reason, attempt, error, f"{op.name}: {begin}"))
+            yield from unrefused(refusal)
 
 
 def unrefused(refusal: Refusal) -> Iterator[str]:
@@ -57,29 +55,25 @@ def unrefused(refusal: Refusal) -> Iterator[str]:
         yield f"{refusal.reason}: it was taken; expected {refusal.error.__name__}: {refusal.message}"
 
 
-def _element_types(row: Row) -> Iterator[Refusal]:
-    case = row.cases()[0]
-    for dtype in (np.float16, np.int32, np.complex64, np.bool_):
-        attempt = functools.partial(row.plan, case, dtype)
-        yield Refusal(np.dtype(dtype).name, attempt, DTypeError, "expected float32")
-
-
-def _wrong_calls(op: Op, inputs: Inputs, device: Device) -> Iterator[Call]:
+def _wrong_calls(op: Op, inputs: Inputs, device: Device) -> Iterator[Refusal]:
     """Calls with an array that is missing, too much, or not what was planned."""
     good = {name: None if a is None else device.upload(a) for name, a in inputs.items()}
-    first = next(iter(good))
-    yield "an array missing", {name: a for name, a in good.items() if name != first}, ShapeError, "takes "
-    yield "an array too much", {**good, "another": good[first]}, ShapeError, "takes "
-    for name, array in inputs.items():
-        if array is None:
-            continue
-        other = np.float64 if array.dtype != np.float64 else np.float32
-        five = device.upload(array.reshape(-1, 1, 1, 1, 1))
-        yield f"{name} of five dimensions", {**good, name: five}, ShapeError, f"{name} has shape"
-        cast = device.upload(array.astype(other))
-        yield f"{name} of another type", {**good, name: cast}, DTypeError, f"{name} has element type"
+    first, *others = good
+
+    def with_another(name: str, array: Array | None) -> functools.partial[Buffers]:
+        return functools.partial(op, device, **{**good, name: array})
+
+    missing = functools.partial(op, device, **{name: good[name] for name in others})
+    yield Refusal("an array missing", missing, ShapeError, f"{op.name}: takes ")
+    yield Refusal("an array too much", with_another("another", good[first]), ShapeError, f"{op.name}: takes ")
+    for name, array in ((name, a) for name, a in inputs.items() if a is not None):
+        place, wrong = f"{op.name}: {name}", functools.partial(with_another, name)
+        five = wrong(device.upload(array.reshape(-1, 1, 1, 1, 1)))
+        yield Refusal(f"{name} of five dimensions", five, ShapeError, f"{place} has shape")
+        cast = wrong(device.upload(array.astype(np.float64 if array.dtype != np.float64 else np.float32)))
+        yield Refusal(f"{name} of another type", cast, DTypeError, f"{place} has element type")
         if name not in op.optional:
-            yield f"{name} is None", {**good, name: None}, ShapeError, f"{name} is None"
+            yield Refusal(f"{name} is None", wrong(None), ShapeError, f"{place} is None")
         if array.size > 1:
-            doubled = device.upload(np.repeat(array, 2, axis=-1))[..., ::2]
-            yield f"{name} is a view", {**good, name: doubled}, ShapeError, f"{name} is a view"
+            view = wrong(device.upload(np.repeat(array, 2, axis=-1))[..., ::2])
+            yield Refusal(f"{name} is a view", view, ShapeError, f"{place} is a view")

@@ -12,7 +12,7 @@ import numpy as np
 
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.parts.repeats import hash_of
+from segnet_scratch.lab.proof.parts.training import hash_of
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,22 @@ from segnet_scratch.errors import ConfigError, ShapeError
 from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, apply
-from segnet_scratch.ops.cases import MAPS, Case, Row, Shape, random_map, size_of_result
+from segnet_scratch.ops.cases import MAPS, Case, Row, Shape
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
+from segnet_scratch.ops.loss.log_softmax_cases import LogSoftmaxRow
 from segnet_scratch.ops.op import VOID
+from segnet_scratch.ops.resampling.resize_cases import ResizeRow
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES
 
 LARGEST = 20_000  # elements of inputs: larger cases are about sizes, and not about gradients
+# What stands for an option with a default of this type.
+KINDS: dict[type, tuple[Any, str]] = {str: (str, "a name"), int: (int, "an integer"), float: (int | float, "a number")}
 
 
 @dataclass(frozen=True)
-class Problem:
+class Subject:
     """A function of some leaf tensors: `forward` computes it from what they hold at the moment."""
 
     case: str
@@ -62,9 +68,9 @@ class Chosen:
 
 @dataclass
 class Maker:
-    """Makes the tensors of a problem on a device. Values are those that `values` can hold, kept as `storage`.
+    """Makes the tensors of a subject on a device. Values are those that `values` can hold, kept as `storage`.
 
-    Two makers with the same random numbers and `values` but unlike `storage` make the same problem in two precisions.
+    Two makers with the same random numbers and `values` but unlike `storage` make the same subject in two precisions.
     """
 
     device: Device
@@ -92,10 +98,6 @@ class Maker:
         return self.device.upload(array.astype(drawn.dtype))
 
 
-def _described(leaves: Mapping[str, Tensor], options: Mapping[str, Any]) -> str:
-    return ", ".join([*(f"{n} {leaf.shape}" for n, leaf in leaves.items()), *(f"{n} {v}" for n, v in options.items())])
-
-
 class Differentiable:
     """What has a name, usual cases, and arrays and options that a user may choose: the parameters of `chosen`."""
 
@@ -119,8 +121,8 @@ class Differentiable:
         """Cases, unless one asks for more."""
         raise NotImplementedError
 
-    def make(self, make: Maker, index: int) -> Problem:
-        """The index-th usual problem, or the one that the user chose."""
+    def make(self, make: Maker, index: int) -> Subject:
+        """The index-th usual subject, or the one that the user chose."""
         raise NotImplementedError
 
     def sizes_of(self, chosen: Chosen) -> Any:
@@ -135,23 +137,19 @@ class Differentiable:
             ("array", (*self.arrays, *self.others), chosen.contents),
             ("option", tuple(self.options), chosen.arguments),
         ):
-            for name in given:
-                if name not in known:
-                    has = ", ".join(known) or "none"
-                    raise ConfigError(f"gradcheck: {self.name} has no {what} {name!r}; it has {has}")
+            for name in given.keys() - {*known}:
+                has = ", ".join(known) or "none"
+                raise ConfigError(f"gradcheck: {self.name} has no {what} {name!r}; it has {has}")
         for name, value in chosen.arguments.items():
             default = self.options[name]
-            text = isinstance(default, str)
-            if isinstance(value, str) != text or (isinstance(default, int) and not isinstance(value, int)):
-                expected = "a name" if text else "an integer" if isinstance(default, int) else "a number"
-                raise ConfigError(
-                    f"gradcheck: {self.name}: {name} is {value!r}; expected {expected}, such as {default}"
-                )
-        if chosen.sizes and self.arrays[0] not in chosen.given_shapes:
-            raise ConfigError(
-                f"gradcheck: {self.name} needs the shape of {self.arrays[0]} beside what was given, for example "
-                f"--shape {self.arrays[0]}=2,9,7,3"
-            )
+            kind, expected = KINDS[type(default)]
+            if not isinstance(value, kind):
+                what = f"{self.name}: {name} is {value!r}"
+                raise ConfigError(f"gradcheck: {what}; expected {expected}, such as {default}")
+        first = self.arrays[0]
+        if chosen.sizes and first not in chosen.given_shapes:
+            needs = f"{self.name} needs the shape of {first} beside what was given"
+            raise ConfigError(f"gradcheck: {needs}, for example --shape {first}=2,9,7,3")
 
 
 class OfRows(Differentiable):
@@ -179,18 +177,15 @@ class OfRows(Differentiable):
     def usual(self) -> int:
         return sum(1 for _ in self._cases())
 
-    def make(self, make: Maker, index: int) -> Problem:
-        row, case = self.rows[0], Case("", {})
-        if make.chosen.sizes:
-            case = self.sizes_of(make.chosen)
-        else:
+    def make(self, make: Maker, index: int) -> Subject:
+        row, case = self.rows[0], self.sizes_of(make.chosen) if make.chosen.sizes else None
+        if case is None:
             row, case = next(islice(self._cases(make.rng), index, None))
         wide, op = row.plan(case, np.float64), row.plan(case, make.storage)
         for name, shape in make.chosen.shapes.items():
             if np.prod(shape) != wide.inputs[name].size:
-                raise ShapeError(
-                    f"gradcheck: {name} {shape} does not fit the others; expected {wide.inputs[name].shape}"
-                )
+                expected = wide.inputs[name].shape
+                raise ShapeError(f"gradcheck: {name} {shape} does not fit the others; expected {expected}")
         arrays: dict[str, Tensor | Array | None] = {}
         for name, drawn in row.inputs(wide, case, make.rng).items():
             if drawn is None:
@@ -205,7 +200,7 @@ class OfRows(Differentiable):
 
         function = _function(_function_of(row))
         if function is None:
-            return Problem(str(case), make.leaves, lambda: apply(op, **fresh()))
+            return Subject(str(case), make.leaves, lambda: apply(op, **fresh()))
         known = inspect.signature(function).parameters
         settings = {name: getattr(row, name) for name in known if hasattr(row, name)}
 
@@ -218,41 +213,27 @@ class OfRows(Differentiable):
             return result[0] if isinstance(result, tuple) else result  # a pool gives its codes beside it
 
         options = {name: value for name, value in taken().items() if not hasattr(value, "dtype") and name not in arrays}
-        return Problem(_described(make.leaves, options), make.leaves, forward)
+        sizes = {name: leaf.shape for name, leaf in make.leaves.items()} | options
+        return Subject(", ".join(f"{name} {value}" for name, value in sizes.items()), make.leaves, forward)
 
 
-class Fit(Differentiable):
+class FitRow(ResizeRow):
     """functions.fit, which is no op: it copies."""
 
-    name, usual = "fit", len(MAPS)
+    function = "fit"
 
-    def chosen(self, x: Shape, h: int = 0, w: int = 0) -> tuple[Shape, tuple[int, int]]:
-        return x, size_of_result(x, h, w)
-
-    def make(self, make: Maker, index: int) -> Problem:
-        if make.chosen.sizes:
-            x, size = self.sizes_of(make.chosen)
-        else:
-            x = [*MAPS.values()][index] if index < len(MAPS) else random_map(make.rng)
-            # A row more, as many, or one less; a column more or less.
-            size = max(1, x[1] + 1 - index % 3), x[2] + 1 if x[2] == 1 or index % 2 else x[2] - 1
-        leaf = make.leaf("x", make.rng.standard_normal(x))
-        return Problem(_described(make.leaves, {"size": size}), make.leaves, lambda: functions.fit(leaf, size))
+    def cases(self) -> list[Case]:
+        # A row more, as many, or one less; a column more or less.
+        return [
+            Case(reason, {"x": x, "size": (max(1, x[1] + 1 - k % 3), x[2] + 1 if x[2] == 1 or k % 2 else x[2] - 1)})
+            for k, (reason, x) in enumerate(MAPS.items())
+        ]
 
 
-class Softmax(Differentiable):
+class SoftmaxRow(LogSoftmaxRow):
     """functions.softmax, which is no op: it is the exponential of log_softmax."""
 
-    name, usual = "softmax", len(MAPS)
-
-    def chosen(self, x: Shape) -> Shape:
-        return x
-
-    def make(self, make: Maker, index: int) -> Problem:
-        usual = [*MAPS.values()][index] if index < len(MAPS) else random_map(make.rng)
-        x = self.sizes_of(make.chosen) if make.chosen.sizes else usual
-        leaf = make.leaf("x", make.rng.standard_normal(x))
-        return Problem(_described(make.leaves, {}), make.leaves, lambda: functions.softmax(leaf))
+    function = "softmax"
 
 
 # (architecture, training, dropout, decoder)
@@ -286,24 +267,16 @@ class Network(Differentiable):
             raise ConfigError(f"gradcheck: architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
         return {name: value for name, value in locals().items() if name != "self"}
 
-    def make(self, make: Maker, index: int) -> Problem:
-        if make.chosen.sizes:
-            sizes = self.sizes_of(make.chosen)
-        else:
-            architecture, training, dropout, decoder = NETWORKS[index % len(NETWORKS)]
-            shape = (2, 32, 33, 3) if architecture == "segnet" else (1, 33, 32, 3)
-            sizes = self.chosen(shape, architecture, decoder, training, dropout)
-        architecture, dropout, classes = sizes["architecture"], bool(sizes["dropout"]), sizes["classes"]
-        device, rng = make.device, make.rng
+    def make(self, make: Maker, index: int) -> Subject:
+        architecture, training, dropout, decoder = NETWORKS[index % len(NETWORKS)]
+        shape = (2, 32, 33, 3) if architecture == "segnet" else (1, 33, 32, 3)
+        usual = self.chosen(shape, architecture, decoder, training, dropout)
+        sizes = SimpleNamespace(**(self.sizes_of(make.chosen) if make.chosen.sizes else usual))
+        device, rng, dropout = make.device, make.rng, bool(sizes.dropout)
         seed = int(rng.integers(2**31))
-        model = ARCHITECTURES[architecture](
-            *(classes, float(sizes["width"]), device),
-            dropout=dropout,
-            decoder=sizes["decoder"],
-            seed=seed,
-            dtype=make.storage,
-        )
-        model.train(bool(sizes["training"]))
+        options = {"dropout": dropout, "decoder": sizes.decoder, "seed": seed, "dtype": make.storage}
+        model = ARCHITECTURES[sizes.architecture](sizes.classes, float(sizes.width), device, **options)
+        model.train(bool(sizes.training))
         model.set_random_state(seed, seed % 1000)
         for name, buffer in model.named_buffers().items():  # statistics as of a network that has been trained
             low, high = (0.5, 2.0) if name.endswith("var") else (-0.3, 0.3)
@@ -311,14 +284,13 @@ class Network(Differentiable):
         for parameter in model.parameters():
             if len(parameter.shape) == 1:
                 device.write(parameter.data, parameter.numpy() + 0.2 * rng.standard_normal(parameter.shape))
-        image = make.leaf("image", rng.standard_normal(sizes["image"]))
-        labels = rng.integers(0, classes, image.shape[:-1]).astype(np.uint8)
+        image = make.leaf("image", rng.standard_normal(sizes.image))
+        labels = rng.integers(0, sizes.classes, image.shape[:-1]).astype(np.uint8)
         labels[rng.random(labels.shape) < 0.1] = VOID
         make.leaves.update(model.named_parameters())
-        mode = "training" if sizes["training"] else "evaluation"
-        what = f"{architecture} in {mode}, decoder {sizes['decoder']}"
+        what = f"{sizes.architecture} in {'training' if sizes.training else 'evaluation'}, decoder {sizes.decoder}"
         case = f"{what}, image {image.shape}, dropout {dropout}, seed {seed}"
-        return Problem(case, make.leaves, lambda: functions.cross_entropy(model(image), labels))
+        return Subject(case, make.leaves, lambda: functions.cross_entropy(model(image), labels))
 
 
 def _function_of(row: Row) -> str:
@@ -346,20 +318,17 @@ def functions_of(rows: Sequence[Row]) -> dict[str, OfRows]:
 
 def differentiables() -> dict[str, Differentiable]:
     """Everything that is checked: functions, ops of the table that have none, and whole networks."""
-    every = functions_of(table.ROWS)
-    known = {name: op for name, op in every.items() if _function(name)}
-    return {**dict(sorted({**known, "fit": Fit(), "softmax": Softmax()}.items())), "segnet": Network(), **every}
+    every = functions_of((*table.ROWS, FitRow(), SoftmaxRow(LogSoftmaxForward)))
+    return {**{name: every[name] for name in sorted(every) if _function(name)}, "segnet": Network(), **every}
 
 
 def differentiable(name: str) -> Differentiable:
     """What has this name: one of `differentiables`, or a row of the op table. ConfigError lists the names there are."""
-    known = differentiables()
-    rows = {row.name: row for row in table.ROWS if functions_of([row])}
-    if name in known:
-        return known[name]
-    if name in rows:
-        return OfRows(name, [rows[name]])
-    close = difflib.get_close_matches(name, [*known, *rows], n=1)
+    usual: dict[str, Differentiable] = differentiables()
+    rows = {row.name: found for row in table.ROWS for found in functions_of([row]).values()}
+    if name in usual or name in rows:
+        return usual[name] if name in usual else rows[name]
+    close = difflib.get_close_matches(name, [*usual, *rows], n=1)
     hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
     more = f"; of the op table also {', '.join(rows)}"
-    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(known)}{more}")
+    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(usual)}{more}")
