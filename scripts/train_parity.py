@@ -43,7 +43,8 @@ from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.metrics import Scores, confusion_matrix, scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
-from segnet_scratch.train import class_weights_of, training_step, transform_of
+from segnet_scratch.step import TrainingStep
+from segnet_scratch.train import class_weights_of, transform_of
 from segnet_scratch.weights import initialise
 
 PERTURBATION = 1e-7
@@ -74,8 +75,7 @@ class Ours:
 
     def __init__(self, config: Config, model: SegNet, class_weights: np.ndarray | None) -> None:
         self.model = model
-        resolved = replace(config, engine="layers", precision="float32")
-        self._step = training_step(resolved, model, [] if class_weights is None else list(class_weights))
+        self._step = TrainingStep(model, "layers", "float32", config, () if class_weights is None else class_weights)
         self._inference = InferenceStep(model)
 
     def step(self, batch: Batch, lr: float) -> float:
@@ -149,9 +149,8 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """The loss of each contender before each step."""
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    schedule = config.schedule, config.poly_power, config.warmup, config.lr_steps, config.lr_gamma
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        lr = learning_rate(step, steps, config.lr, *schedule)
+        lr = learning_rate(step, steps, config)
         yield {name: contender.step(batch, lr) for name, contender in contenders.items()}
 
 

@@ -42,12 +42,10 @@ def boundary_f1(truth: np.ndarray, prediction: np.ndarray, tolerance: float = TO
         matched = found_contour & near(true_contour, radius)
         recalled = true_contour & near(found_contour, radius)
         counted = matched | (found_contour & ~void)
-        # Without a match on one side there is none on the other.
-        if not matched.any():
-            f1[label] = 0.0
-            continue
-        precision, recall = matched.sum() / counted.sum(), recalled.sum() / true_contour.sum()
-        f1[label] = float(2 * precision * recall / (precision + recall))
+        f1[label] = 0.0
+        if matched.any():  # without a match on one side there is none on the other
+            precision, recall = matched.sum() / counted.sum(), recalled.sum() / true_contour.sum()
+            f1[label] = float(2 * precision * recall / (precision + recall))
     return f1
 
 
@@ -80,22 +78,14 @@ def corners(region: np.ndarray) -> np.ndarray:
 
 def _pairs(first: np.ndarray, second: np.ndarray, radius: float) -> int:
     """How many pixels of two maps, bool (h, w), can be matched one to one at distances of at most `radius`."""
-    sparse = require("scipy.sparse", "boundary", "boundary F1 of the authors")
-    matching = require("scipy.sparse.csgraph", "boundary", "boundary F1 of the authors").maximum_bipartite_matching
-    reach = int(radius)
-    numbers = np.full((second.shape[0] + 2 * reach, second.shape[1] + 2 * reach), -1, np.int64)
-    inside = numbers[reach : reach + second.shape[0], reach : reach + second.shape[1]]
-    inside[second] = np.arange(np.count_nonzero(second))
-    rows, columns = np.nonzero(first)
-    near = [(d, e) for d in range(-reach, reach + 1) for e in range(-reach, reach + 1) if hypot(d, e) <= radius]
-    partners = np.stack([numbers[rows + reach + d, columns + reach + e] for d, e in near])  # (offsets, pixels)
-    found = partners >= 0
-    pixels = np.broadcast_to(np.arange(len(rows)), partners.shape)[found]
-    shape = len(rows), int(np.count_nonzero(second))
-    if not pixels.size:
+    purpose = "boundary F1 of the authors"
+    tree = require("scipy.spatial", "boundary", purpose).KDTree
+    matching = require("scipy.sparse.csgraph", "boundary", purpose).maximum_bipartite_matching
+    if not (first.any() and second.any()):
         return 0
-    graph = sparse.csr_matrix((np.ones(pixels.size, bool), (pixels, partners[found])), shape)
-    return int(np.count_nonzero(matching(graph, perm_type="column") >= 0))
+    near = tree(np.argwhere(first)).sparse_distance_matrix(tree(np.argwhere(second)), radius, output_type="coo_matrix")
+    near.data[:] = 1  # a distance of 0 is one, too
+    return int(np.count_nonzero(matching(near.tocsr(), perm_type="column") >= 0))
 
 
 def contour(region: np.ndarray) -> np.ndarray:

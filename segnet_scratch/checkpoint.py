@@ -65,15 +65,11 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
         write_durably(Path(path), [safetensors.numpy.save(arrays, {_KEY: _record(plain, arrays)})])
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: could not be saved: {reason(error)}. The file there, if any, is complete; what was training goes "
-            "on with --resume."
-        ) from error
+        hint = "The file there, if any, is complete; what was training goes on with --resume."
+        raise CheckpointError(f"{path}: could not be saved: {reason(error)}. {hint}") from error
     except (SafetensorError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be saved: {error}; give NumPy arrays of numbers of up to 64 bits, and metadata that "
-            "JSON can hold, without NaN or infinity."
-        ) from error
+        fix = "give NumPy arrays of numbers of up to 64 bits, and metadata that JSON can hold, without NaN or infinity."
+        raise CheckpointError(f"{path}: cannot be saved: {error}; {fix}") from error
 
 
 def load(path: _Path) -> Checkpoint:
@@ -139,10 +135,9 @@ def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
     text = file.metadata.get(_KEY)
     if text is None:
         raise ValueError("a file that was not written by this project (segnet convert reads others)")
-    try:
+    record = None
+    with suppress(ValueError, RecursionError):
         record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
     if not isinstance(record, dict) or not isinstance(record.get("metadata"), dict):
         raise ValueError("metadata that is no JSON object")
     if record.get("format") != FORMAT:
@@ -171,10 +166,9 @@ class _File:
             long = f"a header of {length} bytes, more than {_MAX_HEADER}"
             raise ValueError(long if length <= size else f"another kind of file: it begins with {start!r}")
         self._file = file
-        try:
+        header = None
+        with suppress(ValueError):
             header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
-        except ValueError:
-            header = None
         if len(start) < 8 or not isinstance(header, dict):
             raise ValueError("a header that is no JSON object")
         metadata = header.pop("__metadata__", None)
@@ -185,9 +179,8 @@ class _File:
         end = 0
         for (begin, after, _, _), name in places:
             if begin != end:
-                raise ValueError(
-                    f"tensor {name[:80]} at byte {begin} of the data, expected {end}: a hole or an overlap"
-                )
+                where = f"at byte {begin} of the data, expected {end}"
+                raise ValueError(f"tensor {name[:80]} {where}: a hole or an overlap")
             end = after
         if end != size - 8 - length:
             raise ValueError(f"{size - 8 - length} bytes of data, expected {end}")

@@ -160,10 +160,8 @@ def to_pytorch(
             elif ours.endswith(".conv.bias"):
                 state[name] = np.zeros_like(theirs[name])
             if state[name].shape != theirs[name].shape and not ours.startswith("classifier."):  # other classes will do
-                raise CheckpointError(
-                    f"{like}: {name} is {_sides(theirs[name])}, but {_sides(state[name])} in {source}; give the state "
-                    "dict of the same network"
-                )
+                sides = f"{name} is {_sides(theirs[name])}, but {_sides(state[name])} in {source}"
+                raise CheckpointError(f"{like}: {sides}; give the state dict of the same network")
     notes = {**metadata, "pooling": metadata["model"].get("pooling", "ceil")}
     texts = {key: json.dumps(notes[key]) for key in _KEPT if notes.get(key)}
     try:

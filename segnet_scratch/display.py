@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections import deque
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from segnet_scratch.data import VOC_CLASSES, Loader
 from segnet_scratch.errors import printable
 from segnet_scratch.evaluate import Evaluation
 from segnet_scratch.files import write_durably
+from segnet_scratch.metrics import plain
 from segnet_scratch.progress import SECONDS_BETWEEN_LINES, Watch, bar, remaining
 from segnet_scratch.train import Listener, Trainer
 
@@ -26,37 +28,31 @@ _WIDE = 100  # columns of a terminal with room for everything that is said of a 
 
 def write_json(path: Path | None, result: Any) -> None:
     """Writes a result for programs to read, whole or not at all; nothing where no path is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, [json.dumps(result, indent=2, allow_nan=False).encode() + b"\n"])
+    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def write_per_image(path: Path | None, evaluation: Evaluation) -> None:
     """Writes one row an image as CSV: id, fractions as in JSON, empty where there is none; nothing without a path."""
-    if path is None:
-        return
     columns = ["id", "miou", "global_accuracy", "pixels"]
-    if evaluation.boundary_f1 is not None:
-        columns.append("boundary_f1")
+    columns += [] if evaluation.boundary_f1 is None else ["boundary_f1"]
     text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for image in evaluation.per_image:
-        values = [getattr(image, column) for column in columns]
-        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, [text.getvalue().encode()])
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain(asdict(image)) for image in evaluation.per_image)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, [text.encode()])
 
 
 def numbers_table(name: str, *headings: str, first: str = "") -> Table:
     """A table with a column of names, of which long ones are folded, and columns of numbers, which are never cut."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    if first:
-        table.add_column(first, justify="right", no_wrap=True)
-    table.add_column(name, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+    leading, *numbers = (Column(heading, justify="right", no_wrap=True) for heading in (first, *headings))
+    columns = [*([leading] if first else []), Column(name, overflow="fold"), *numbers]
+    return Table(*columns, box=SIMPLE, pad_edge=False)
 
 
 def scores_table(evaluation: Evaluation) -> Table:
@@ -65,8 +61,7 @@ def scores_table(evaluation: Evaluation) -> Table:
     table = numbers_table("class", "IoU %", "accuracy %", "precision %", "pixels %")
     table.title = f"{evaluation.images} images, {scores.pixels:,} pixels"
     shares = scores.class_pixels / max(1, scores.pixels)
-    rows = zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, shares, strict=True)
-    for name, *fractions in rows:
+    for name, *fractions in zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, shares, strict=True):
         table.add_row(name, *map(_percent, fractions))
     table.add_section()
     table.add_row("mean IoU", _percent(scores.miou), style="bold")

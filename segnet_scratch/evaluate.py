@@ -14,7 +14,7 @@ from segnet_scratch.boundary import Boundary, authors_boundary_f1, boundary_f1
 from segnet_scratch.data import VOID, VOCDataset, ordered_map, resize_mask
 from segnet_scratch.errors import DataError
 from segnet_scratch.inference import Segmented, Segmenter
-from segnet_scratch.metrics import Scores, confusion_matrix, mean_of_numbers, scores
+from segnet_scratch.metrics import Scores, confusion_matrix, mean_of_numbers, plain, scores
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.parallel import ALONE, Communicator
@@ -56,10 +56,10 @@ class Evaluation:
 
         `boundary_f1` is there where it was asked for.
         """
-        result = {**self.scores.to_json(self.names), "loss": _json_number(self.loss), "images": self.images}
+        result = {**self.scores.to_json(self.names), "loss": self.loss, "images": self.images}
         if self.boundary_f1 is not None:
-            result["boundary_f1"] = _json_number(self.boundary_f1)
-        return result
+            result["boundary_f1"] = self.boundary_f1
+        return plain(result)
 
 
 class Tally:
@@ -172,22 +172,15 @@ def check_classes(model: SegNet, dataset: VOCDataset) -> None:
     """
     trained = tuple(model.metadata.get("classes") or dataset.names)
     if dataset.classes != model.classes:
-        raise DataError(
-            f"{dataset.root}: the data set has {dataset.classes} classes, the model {model.classes}; evaluate it on "
-            "the data it was trained for, or check labels.txt"
-        )
+        counts = f"the data set has {dataset.classes} classes, the model {model.classes}"
+        raise DataError(f"{dataset.root}: {counts}; evaluate it on the data it was trained for, or check labels.txt")
     differ = [label for label, (one, other) in enumerate(zip(trained, dataset.names, strict=False)) if one != other]
     if not differ:
         return
-    label = differ[0]
+    label, many = differ[0], f"{len(differ)} of {dataset.classes} classes differ"
     problem = (
-        f"{dataset.root}: class {label} is '{dataset.names[label]}', for the checkpoint '{trained[label]}' "
-        f"({len(differ)} of {dataset.classes} classes differ)"
+        f"{dataset.root}: class {label} is '{dataset.names[label]}', for the checkpoint '{trained[label]}' ({many})"
     )
     if {trained[label] for label in differ} & set(dataset.names):
         raise DataError(f"{problem}, and classes change places; use the data it was trained for, or correct labels.txt")
     log.warning("%s; do they mean the same?", problem)
-
-
-def _json_number(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no NaN

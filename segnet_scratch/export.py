@@ -103,20 +103,14 @@ class _Graph:
             "logits": (kinds.FLOAT, ["batch", self.model.classes, "height", "width"]),
             "labels": (kinds.UINT8, ["batch", "height", "width"]),
         }
-        graph = helper.make_graph(
-            [node for node in self._nodes if "labels" in outputs or not node.name.startswith("labels.")],
-            self.model.architecture,
-            [helper.make_tensor_value_info("image", kind, ["batch", 3, "height", "width"])],
-            [helper.make_tensor_value_info(name, *ends[name]) for name in outputs],
-            list(self._constants.values()),
-        )
-        proto = helper.make_model(
-            graph,
-            ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            producer_name="segnet_scratch",
-            producer_version=__version__,
-        )
+        nodes = [node for node in self._nodes if "labels" in outputs or not node.name.startswith("labels.")]
+        image = helper.make_tensor_value_info("image", kind, ["batch", 3, "height", "width"])
+        results = [helper.make_tensor_value_info(name, *ends[name]) for name in outputs]
+        constants = list(self._constants.values())
+        graph = helper.make_graph(nodes, self.model.architecture, [image], results, constants)
+        versions = {"ir_version": IR_VERSION, "opset_imports": [helper.make_opsetid("", OPSET)]}
+        producer = {"producer_name": "segnet_scratch", "producer_version": __version__}
+        proto = helper.make_model(graph, **versions, **producer)
         helper.set_model_props(proto, {name: json.dumps(value) for name, value in self._notes(inputs).items()})
         self.onnx.checker.check_model(proto, full_check=True)
         return proto
@@ -198,9 +192,9 @@ class _Graph:
         parts = [self._name(f"place{code}") for code in range(4)]
         self._add("Split", self._add("SpaceToDepth", x, blocksize=2), result=parts[0], more=parts[1:], axis=1)
         y = self._add("Max", *parts)
-        code = self._codes_of(3)
+        code = self._constant(np.int32(3))
         for k in (2, 1, 0):  # the first of equals last, so that it wins
-            code = self._add("Where", self._add("Equal", parts[k], y), self._codes_of(k), code)
+            code = self._add("Where", self._add("Equal", parts[k], y), self._constant(np.int32(k)), code)
         return y, _Pooled(size, odd, code)
 
     def _unpool(self, x: str, block: Block, pooled: "_Pooled") -> str:
@@ -215,7 +209,7 @@ class _Graph:
             x = self._add("MaxUnpool", x, pooled.places, kernel_shape=[2, 2], strides=[2, 2])
         else:
             zero = self._constant(self.dtype.type(0))
-            here = [self._add("Equal", pooled.places, self._codes_of(k)) for k in range(4)]
+            here = [self._add("Equal", pooled.places, self._constant(np.int32(k))) for k in range(4)]
             parts = [self._add("Where", condition, x, zero) for condition in here]
             x = self._add("DepthToSpace", self._add("Concat", *parts, axis=1), blocksize=2)
         return self._cut(x, pooled.size) if self.model.pooling == "ceil" else self._padded(x, pooled.odd)
@@ -234,9 +228,6 @@ class _Graph:
 
     def _integers(self, *values: int) -> str:
         return self._constant(np.array(values, np.int64))
-
-    def _codes_of(self, code: int) -> str:
-        return self._constant(np.int32(code))
 
     def _constant(self, array: Any, name: str = "") -> str:
         """Small ones are kept once, under what they hold."""
@@ -273,27 +264,22 @@ def _agreement(runtime: Any, proto: Any, model: SegNet, inputs: str, dtype: np.d
         return SegnetError(f"the ONNX file was not written: onnxruntime {runtime.__version__} {what}; {fix}")
 
     rng = np.random.default_rng(0)
-    found, expected, other = [], [], 0
+    images = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in CHECKED]
+    pixels = [np.stack([normalise(image) for image in some]) for some in images]
+    fed = {"normalised": pixels, "float": [some / np.float32(255) for some in images], "uint8": images}[inputs]
+    with no_grad():
+        own = [model(some.astype(model.dtype)).numpy() for some in pixels]
     try:
         session = runtime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        for shape in CHECKED:
-            images = rng.integers(0, 256, (*shape, 3), np.uint8)
-            pixels = np.stack([normalise(image) for image in images])
-            fed = {"normalised": pixels, "float": images / np.float32(255), "uint8": images}[inputs]
-            logits, labels = session.run(["logits", "labels"], {"image": fed.transpose(0, 3, 1, 2)})
-            with no_grad():
-                own = model(pixels.astype(model.dtype)).numpy()
-            found.append(logits.transpose(0, 2, 3, 1).ravel())
-            expected.append(own.ravel().astype(np.float64))
-            other += int(np.count_nonzero(labels != own.argmax(axis=3)))
-    except SegnetError:
-        raise
+        found = [session.run(["logits", "labels"], {"image": some.transpose(0, 3, 1, 2)}) for some in fed]
     except Exception as error:  # its errors share no public class
         raise refused(f"cannot compute it in {dtype}: {error}") from error
-    theirs, ours = np.concatenate(found), np.concatenate(expected)
+    other = sum(np.count_nonzero(labels != k.argmax(axis=3)) for (_, labels), k in zip(found, own, strict=True))
+    theirs = np.concatenate([logits.transpose(0, 2, 3, 1).ravel() for logits, _ in found])
+    ours = np.concatenate([logits.ravel().astype(np.float64) for logits in own])
     with np.errstate(invalid="ignore"):
         errors = np.abs(theirs - ours)
         share = float(np.sqrt(np.square(errors).mean() / max(np.square(ours).mean(), 1e-30)))
     if not share <= _TOLERANCE[dtype]:  # NaN too
         raise refused(f"is off by {share:.2g} of the logits in {dtype}, expected at most {_TOLERANCE[dtype]}")
-    return Agreement(float(errors.max()), float(np.abs(ours).max()), other, ours.size // model.classes)
+    return Agreement(float(errors.max()), float(np.abs(ours).max()), int(other), ours.size // model.classes)

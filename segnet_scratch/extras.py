@@ -11,7 +11,5 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise MissingLibraryError(
-            f"{purpose}: expected the library {module}, which cannot be imported ({error}); "
-            f"pip install 'segnet_scratch[{extra}]'"
-        ) from error
+        problem = f"expected the library {module}, which cannot be imported ({error})"
+        raise MissingLibraryError(f"{purpose}: {problem}; pip install 'segnet_scratch[{extra}]'") from error

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from segnet_scratch.errors import ConfigError, DataError
@@ -45,8 +45,7 @@ _FIXES = {
 def reason(error: OSError) -> str:
     """What the system said, and what mends just that: `No space left on device; make room on that disk`."""
     said = error.strerror or str(error) or type(error).__name__
-    fix = next((fix for fix, numbers in _FIXES.items() if error.errno in numbers), "")
-    return f"{said}; {fix}" if fix else said
+    return "; ".join([said, *(fix for fix, numbers in _FIXES.items() if error.errno in numbers)])
 
 
 def real(path: str | os.PathLike[str]) -> Path:
@@ -100,29 +99,33 @@ def whole_file(path: Path, synced: bool = True) -> Iterator[int]:
     temporary = temporary_beside(path)
     try:
         # Opened first: a directory that cannot be opened must be noticed while the old file is still in place.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with _opened(path.parent) as directory:
             try:
-                yield descriptor
+                with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                    yield descriptor
+                    if synced:
+                        os.fsync(descriptor)
+                temporary.replace(path)
                 if synced:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            temporary.replace(path)
-            if synced:
-                _sync(directory)
-        except BaseException:
-            # The first error is the one to report; a leftover is swept at the next start.
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        finally:
-            os.close(directory)
+                    _sync(directory)
+            except BaseException:
+                # The first error is the one to report; a leftover is swept at the next start.
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
     except OSError as error:
         if error.filename not in (None, str(temporary)):  # something that was read meanwhile
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def sweep_temporaries(directory: Path) -> list[Path]:
@@ -157,11 +160,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for path in litter:
             path.unlink(missing_ok=True)
         temporary.rename(target)
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
+        with _opened(target.parent) as directory:
             _sync(directory)
-        finally:
-            os.close(directory)
 
 
 @contextmanager
@@ -172,13 +172,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     temporary = temporary_beside(target)
     temporary.mkdir()
     try:
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
+        with _opened(temporary) as descriptor:
             # The lock tells `_sweep_folders` of another program that this one is alive; it goes with the process.
             lock(descriptor, temporary)
             yield temporary
-        finally:
-            os.close(descriptor)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -189,21 +186,22 @@ def held(folder: Path) -> Iterator[bool]:
 
     NFS locks no folders, but files: there it is `.lock` in the folder.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            alone = False
+            alone = _locked(stack.enter_context(_opened(folder)))
         except OSError:
-            file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            os.close(descriptor)
-            descriptor = file
-            alone = lock(descriptor, folder / ".lock")
+            file = folder / ".lock"
+            alone = lock(stack.enter_context(_opened(file, os.O_RDWR | os.O_CREAT)), file)
         yield alone
-    finally:
-        os.close(descriptor)
+
+
+def _locked(descriptor: int, wait: bool = False) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lock(descriptor: int, what: Path, wait: bool = False) -> bool:
@@ -213,14 +211,12 @@ def lock(descriptor: int, what: Path, wait: bool = False) -> bool:
     NFS without lockd) is no obstacle: a warning asks that nobody else write there.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
+        return _locked(descriptor, wait)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         _tell_unlocked(what.parent, error.strerror)
-    return True
+        return True
 
 
 @functools.cache
@@ -245,14 +241,11 @@ def _sweep_folders(target: Path) -> None:
     """Removes what killed programs left of a folder beside `target`."""
     pattern = re.compile(rf"\.{re.escape(target.name[:_NAME_KEPT])}\.[0-9a-f]{{16}}\.segnet-tmp")
     for folder in target.parent.iterdir():
-        if not pattern.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-            continue
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # somebody is filling it, or the file system knows no locks
-            continue
-        else:
-            shutil.rmtree(folder)
-        finally:
-            os.close(descriptor)
+        if pattern.fullmatch(folder.name) and not folder.is_symlink() and folder.is_dir():
+            with _opened(folder) as descriptor:
+                try:
+                    abandoned = _locked(descriptor)  # else somebody is filling it
+                except OSError:  # the file system knows no locks
+                    continue
+                if abandoned:
+                    shutil.rmtree(folder)

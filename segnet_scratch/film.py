@@ -54,21 +54,17 @@ class Film:
         av = pyav()
         # AVI has no times of presentation: what frames claim is in the order of decoding.
         clock = _Clock(1 / self.rate, by_decoding=self._container.format.name == "avi")
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except (av.error.FFmpegError, OSError) as error:
-                raise DataError(f"{self._name}: breaks off: {error.strerror or error}") from error
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError:
-                self.damaged += 1
-                continue
-            for frame in frames:
-                yield upright(frame, self._stream.sample_aspect_ratio), clock(frame)
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    frames = packet.decode()
+                except av.error.FFmpegError:
+                    self.damaged += 1
+                    continue
+                for frame in frames:
+                    yield upright(frame, self._stream.sample_aspect_ratio), clock(frame)
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError(f"{self._name}: breaks off: {error.strerror or error}") from error
 
 
 class _Clock:
@@ -121,12 +117,9 @@ def upright(frame: Any, aspect: Fraction | None) -> np.ndarray:
     if matrix is None:
         return picture
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(int)
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    picture = picture[:, ::-1] if across < 0 else picture
-    return np.ascontiguousarray(picture[::-1] if down < 0 else picture)
+    lying = abs(b) + abs(c) > abs(a) + abs(d)
+    picture, across, down = (picture.swapaxes(0, 1), c, b) if lying else (picture, a, d)
+    return np.ascontiguousarray(picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 class FilmWriter:
@@ -144,10 +137,8 @@ class FilmWriter:
             self._open(image)
         height, width = image.shape[:2]
         if (height, width) != self._size:
-            raise DataError(
-                f"{self._target}: frames change their size from {self._size[0]}x{self._size[1]} to {height}x{width}; "
-                "cut the video there"
-            )
+            change = f"from {self._size[0]}x{self._size[1]} to {height}x{width}"
+            raise DataError(f"{self._target}: frames change their size {change}; cut the video there")
         canvas = self._canvas.copy()
         canvas[:height, :width] = self._style.blend(image, labels)
         picture = pyav().VideoFrame.from_ndarray(canvas, format="rgb24")
@@ -199,7 +190,8 @@ def opened_film(name: str, path: Path | None, location: str = "", interface: str
             source = location if path is None else stack.enter_context(path.open("rb"))
             container = stack.enter_context(av.open(source, format=interface, options=options))
         except (av.error.FFmpegError, OSError) as error:
-            expected = f"expected a camera at {location}; connect one or name another, camera:1"
-            fix = expected if path is None else "expected a video that FFmpeg reads; convert it, or copy it again"
-            raise DataError(f"{name}: {error.strerror or error}; {fix}") from error
+            expected = "a video that FFmpeg reads; convert it, or copy it again"
+            if path is None:
+                expected = f"a camera at {location}; connect one or name another, camera:1"
+            raise DataError(f"{name}: {error.strerror or error}; expected {expected}") from error
         yield Film(container, name)

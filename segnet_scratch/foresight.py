@@ -37,12 +37,9 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     hint = f"try --set batch={fitting}" if fitting > 0 else "try a smaller size or width"
     if fitting > 0 and config.engine == "layers":
         hint += f", or --set accumulate={-(-config.batch * config.accumulate // fitting)}"
-    raise DeviceMemoryError(
-        f"batch = {config.batch} at {height}x{width} needs about {_gigabytes(needed)} GB on the {model.device.name} "
-        f"device, {_gigabytes(free)} are free; {hint}",
-        needed,
-        free,
-    )
+    need, have = (f"{count / 1e9:.{1 if count < 1e10 else 0}f}" for count in (needed, free))
+    problem = f"batch = {config.batch} at {height}x{width} needs about {need} GB on the {model.device.name} device"
+    raise DeviceMemoryError(f"{problem}, {have} are free; {hint}", needed, free)
 
 
 def _bytes_of_image(model: SegNet, config: Config) -> int:
@@ -55,7 +52,3 @@ def _bytes_of_image(model: SegNet, config: Config) -> int:
         logits = 2 * pixels * model.classes * itemsize
         maps = layers_account(network, itemsize).peak + logits
     return maps + _PREPARED * pixels * (3 * itemsize + 1)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f}" if count < 1e10 else f"{count / 1e9:.0f}"

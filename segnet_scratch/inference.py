@@ -69,19 +69,16 @@ class Inference:
             raise ConfigError(f"scales {self.scales}: one of them is given twice; each counts once")
         if self.samples < 0 or self.samples == 1:
             raise ConfigError(f"samples {self.samples}: expected at least 2, or 0 for a network without dropout")
-        if self.window is None:
-            if self.stride is not None:
-                raise ConfigError("a stride is given without a window; give the size of the window too")
-            return
-        if min(self.window) < MINIMUM_SIZE:
-            raise ConfigError(f"window {_sides(self.window)}: expected at least {MINIMUM_SIZE} pixels on each side")
-        stride = self.stride or (self.window[0] * 3 // 4, self.window[1] * 3 // 4)
-        if not all(1 <= step <= side for step, side in zip(stride, self.window, strict=True)):
-            raise ConfigError(
-                f"stride {_sides(stride)}: expected 1 pixel up to the window's {_sides(self.window)}, or "
-                "what lies between two windows is never seen"
-            )
-        object.__setattr__(self, "stride", stride)
+        if self.window is None and self.stride is not None:
+            raise ConfigError("a stride is given without a window; give the size of the window too")
+        if self.window is not None:
+            if min(self.window) < MINIMUM_SIZE:
+                raise ConfigError(f"window {_sides(self.window)}: expected at least {MINIMUM_SIZE} pixels on each side")
+            stride = self.stride or (self.window[0] * 3 // 4, self.window[1] * 3 // 4)
+            if not all(1 <= step <= side for step, side in zip(stride, self.window, strict=True)):
+                expected = f"1 pixel up to the window's {_sides(self.window)}, or what lies between two is never seen"
+                raise ConfigError(f"stride {_sides(stride)}: expected {expected}")
+            object.__setattr__(self, "stride", stride)
 
     @property
     def views(self) -> list[tuple[float, bool]]:
@@ -96,16 +93,12 @@ class Inference:
     def check(self, model: SegNet, size: tuple[int, int]) -> None:
         """ConfigError where this does not fit a network or its input size (height, width)."""
         if self.samples and not model.has_dropout:
-            raise ConfigError(
-                f"samples {self.samples}: the network has no dropout, so that all samples would be equal; train one "
-                "with --set dropout=true"
-            )
+            why = "the network has no dropout, so that all would be equal; train one with --set dropout=true"
+            raise ConfigError(f"samples {self.samples}: {why}")
         smallest = scaled(size, min(self.scales))
         if self.window is None and min(smallest) < MINIMUM_SIZE:
-            raise ConfigError(
-                f"scale {min(self.scales):g} of the input size {_sides(size)} is {_sides(smallest)}; expected at least "
-                f"{MINIMUM_SIZE} pixels on each side; give larger scales or a larger size"
-            )
+            given = f"scale {min(self.scales):g} of the input size {_sides(size)} is {_sides(smallest)}"
+            raise ConfigError(f"{given}; expected at least {MINIMUM_SIZE} pixels on each side; give a larger size")
 
 
 @dataclass(frozen=True)
@@ -159,8 +152,6 @@ class Segmenter:
         """Segments an RGB image, uint8 (h, w, 3)."""
         height, width = image.shape[:2]
         self.images += 1
-        if self.inference.single:
-            return self._read(self._whole(image, 1.0, False, None), with_logits)()
         samples = range(self.inference.samples) if self.inference.samples else (None,)
         views = [[self._view(image, *view, sample) for view in self.inference.views] for sample in samples]
         self._done, self._windows = 0, sum(view.windows for of_sample in views for view in of_sample)
@@ -201,8 +192,7 @@ class Segmenter:
         threads = self.workers if workers is None else workers
         with closing(ordered_map(prepare, items, threads, 2 * self.batch, weigh, BYTES_AHEAD)) as ready:
             if not self.inference.single:
-                for what, image, _ in ready:
-                    yield what, image, self(image, with_logits)
+                yield from ((what, image, self(image, with_logits)) for what, image, _ in ready)
                 return
             groups = iter(lambda: list(islice(ready, self.batch)), [])
             waiting: list[tuple[What, np.ndarray, Callable[[], Segmentation]]] = []
@@ -305,13 +295,8 @@ class Segmenter:
         image = image[:, ::-1] if flip else image
         if self.inference.window is not None:
             return _Windows(self, image, scaled(image.shape, scale), flip, sample)
-        view = self._whole(image, scale, flip, sample)
-        view.logits = self.device.copy(view.logits)  # the next view's step overwrites them
-        return view
-
-    def _whole(self, image: np.ndarray, scale: float, flip: bool, sample: int | None) -> "_Whole":
-        pixels = self._pixels(image, scaled(self.size, scale))
-        return _Whole(self, self.forward(pixels, sample), image.shape, flip)
+        logits = self.forward(self._pixels(image, scaled(self.size, scale)), sample)
+        return _Whole(self, self.device.copy(logits), image.shape, flip)  # the next view's step overwrites them
 
     def _pixels(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """An image as a batch for the network, (1, *size, 3)."""
@@ -368,8 +353,11 @@ class _Whole:
 
     def rows(self, first: int, count: int) -> Array:
         """Logits (1, count, w, channels) of some rows, in the size of the image; asked for from top to bottom."""
-        rows = Rows(first, count, 0, self.logits.shape[1])
-        return ResizeBilinearForward.plan(spec_of(self.logits), self.size, rows)(self.segmenter.device, x=self.logits).y
+        return _resized(self.segmenter, self.logits, self.size, Rows(first, count, 0, self.logits.shape[1]))
+
+
+def _resized(segmenter: Segmenter, logits: Array, size: tuple[int, int], rows: Rows) -> Array:
+    return ResizeBilinearForward.plan(spec_of(logits), size, rows)(segmenter.device, x=logits).y
 
 
 class _Windows:
@@ -409,10 +397,7 @@ class _Windows:
         part = slice(low - self._first, high - self._first)
         seen = self._in_rows[low:high, None, None] * self._in_columns[:width, None]
         logits = self._segmenter.device.upload((self._sums[part, :width] / seen.astype(self._dtype))[None])
-        if same:
-            return logits
-        rows = Rows(first, count, low, height)
-        return ResizeBilinearForward.plan(spec_of(logits), self.size, rows)(self._segmenter.device, x=logits).y
+        return logits if same else _resized(self._segmenter, logits, self.size, Rows(first, count, low, height))
 
     def _add_windows(self, top: int, low: int) -> None:
         """The windows of one row, from `top` on; the sums above `low` are needed no more."""
@@ -448,10 +433,8 @@ _View = _Whole | _Windows
 
 def _coverage(length: int, side: int, starts: Sequence[int]) -> np.ndarray:
     """In how many windows each position along a side lies."""
-    seen = np.zeros(length, np.int64)
-    for start in starts:
-        seen[start : start + side] += 1
-    return seen
+    behind = np.arange(length)[:, None] - np.array(starts)
+    return np.count_nonzero((behind >= 0) & (behind < side), axis=1)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

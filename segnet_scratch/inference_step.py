@@ -9,7 +9,6 @@ The first step of each shape of batch runs op by op, all later ones replay it as
 
 from collections import OrderedDict
 from contextlib import nullcontext
-from typing import Protocol
 
 import numpy as np
 
@@ -26,15 +25,6 @@ from segnet_scratch.step import Enter, Replayed, nobody
 SHAPES = 4  # of batches whose maps and graphs are kept; the one that was used least recently makes room
 
 
-class Pass(Protocol):
-    """Logits of batches of one shape. images: where the batch is written."""
-
-    images: Array
-
-    def run(self, enter: Enter = nobody) -> Array:
-        """One pass over what the images hold, op by op."""
-
-
 class LayersInference:
     """The pass of the layers; `state` (seed, step): dropout drops by it, although the model is in evaluation mode."""
 
@@ -43,9 +33,13 @@ class LayersInference:
         self.images = model.device.zeros(shape, model.dtype)
 
     def run(self, enter: Enter = nobody) -> Array:
+        """One pass over what the images hold, op by op."""
         enter("forward")
         with no_grad(), nullcontext() if self._state is None else dropout_sampling(self._state):
             return self._model(Tensor(self.images, self._model.device)).data
+
+
+Pass = LayersInference | FusedInference  # logits of batches of one shape, which is written to `images`
 
 
 class InferenceStep:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -58,16 +59,14 @@ class Scores:
         Raises DataError unless there is one name for each class.
         """
         if len(names) != len(self.iou) or len(set(names)) != len(names):
-            raise DataError(
-                f"class names: expected {len(self.iou)} different names, got {len(names)}: "
-                f"{', '.join(names)}; pass the names of the data set that was scored."
-            )
-        found: dict[str, Any] = {
-            name: getattr(self, name) for name in ("miou", "global_accuracy", "class_accuracy", "pixels")
+            got = f"got {len(names)}: {', '.join(names)}; pass the names of the data set that was scored."
+            raise DataError(f"class names: expected {len(self.iou)} different names, {got}")
+        whole = {name: getattr(self, name) for name in ("miou", "global_accuracy", "class_accuracy", "pixels")}
+        of_class = {
+            name: dict(zip(names, getattr(self, name).tolist(), strict=True))
+            for name in ("iou", "accuracy", "precision", "class_pixels")
         }
-        for what in ("iou", "accuracy", "precision", "class_pixels"):
-            found[what] = dict(zip(names, getattr(self, what).tolist(), strict=True))
-        return _finite_or_none(found | {"confusion": self.confusion.tolist()})
+        return plain({**whole, **of_class, "confusion": self.confusion.tolist()})
 
 
 def scores(confusion: np.ndarray) -> Scores:
@@ -84,8 +83,7 @@ def scores(confusion: np.ndarray) -> Scores:
         )
     confusion = confusion.astype(np.int64)
     right = confusion.diagonal()  # (K,)
-    truth = confusion.sum(axis=1)  # (K,)
-    prediction = confusion.sum(axis=0)  # (K,)
+    truth, prediction = confusion.sum(axis=1), confusion.sum(axis=0)  # (K,)
     iou = _ratio(right, truth + prediction - right)
     accuracy = _ratio(right, truth)
     return Scores(
@@ -129,11 +127,8 @@ class MetricsLog:
         try:
             line = _encode_row(row)
         except (TypeError, ValueError) as error:
-            raise TrainingError(
-                f"{self.path}: expected a row that JSON can hold, got {row!r} ({error}); log numbers and text."
-            ) from error
-        if not _has_step(json.loads(line)):
-            raise TrainingError(f"{self.path}: expected a row with an integer step, got {row!r}; add step=...")
+            expected = "a row of numbers and text with an integer step"
+            raise TrainingError(f"{self.path}: expected {expected}, got {row!r}; {error}") from error
         try:
             # Unbuffered, so that closing the file has nothing left to write that could fail or be lost.
             with self.path.open("a+b", buffering=0) as file:
@@ -141,9 +136,8 @@ class MetricsLog:
                 while line:
                     line = line[file.write(line) :]
         except OSError as error:
-            raise TrainingError(
-                f"{self.path}: could not be written: {reason(error)}, then continue with --resume."
-            ) from error
+            problem = f"could not be written: {reason(error)}, then continue with --resume."
+            raise TrainingError(f"{self.path}: {problem}") from error
 
     def truncate_after(self, step: int, validation_due: bool = False) -> None:
         """Drop the rows with a larger step and a torn last line, atomically; without a log, do nothing.
@@ -159,9 +153,8 @@ class MetricsLog:
         try:
             write_durably(self.path, kept)
         except OSError as error:
-            raise TrainingError(
-                f"{self.path}: could not be written: {reason(error)}. The old log is complete."
-            ) from error
+            problem = f"could not be written: {reason(error)}. The old log is complete."
+            raise TrainingError(f"{self.path}: {problem}") from error
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -172,27 +165,25 @@ class MetricsLog:
         try:
             lines = Path(path).read_bytes().split(b"\n")
         except OSError as error:
-            raise DataError(
-                f"{os.fspath(path)}: expected the metrics of a run, got {error.strerror}; check the path of the run."
-            ) from error
+            problem = f"expected the metrics of a run, got {error.strerror}; check the path of the run."
+            raise DataError(f"{path}: {problem}") from error
         rows = []
-        whole_lines = lines[:-1]  # behind the last line feed stands nothing, or a torn line
-        for number, line in enumerate(whole_lines, start=1):
-            try:
+        for number, line in enumerate(lines[:-1], start=1):  # behind the last line feed stands nothing, or a torn line
+            row: Any = None
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
             if not _has_step(row):
-                raise DataError(
-                    f"{os.fspath(path)}: line {number}: expected a JSON object with an integer step, got "
-                    f"{line[:60]!r}; remove the line."
-                )
+                expected = f"expected a JSON object with an integer step, got {line[:60]!r}; remove the line."
+                raise DataError(f"{path}: line {number}: {expected}")
             rows.append(row)
         return rows
 
 
 def _encode_row(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(_finite_or_none(row), allow_nan=False).encode() + b"\n"
+    numbers = plain(row)
+    if not _has_step(numbers):
+        raise ValueError("add step=...")
+    return json.dumps(numbers, allow_nan=False).encode() + b"\n"
 
 
 def _drop_torn_line(file: FileIO) -> None:
@@ -222,14 +213,14 @@ def _has_step(row: Any) -> bool:
     return isinstance(row, dict) and type(row.get("step")) is int
 
 
-def _finite_or_none(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A copy for JSON: NumPy scalars as Python numbers, NaN and infinity as None, nested ones too."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _finite_or_none(inner) for name, inner in value.items()}
+        return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite_or_none(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value

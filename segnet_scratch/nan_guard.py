@@ -12,17 +12,6 @@ from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
 
-def broken_gradient(model: SegNet) -> str | None:
-    """The first parameter, in the order of backward, whose gradient holds NaN or infinity; None where all are finite.
-
-    Backward runs from the classifier to the first convolution, so the fault is at this layer or just after it.
-    """
-    for name, parameter in reversed(model.named_parameters().items()):
-        if parameter.grad is not None and not _finite(model, parameter.grad):
-            return name
-    return None
-
-
 def first_not_finite(model: SegNet, images: "np.ndarray | Tensor | Array") -> str | None:
     """Names the first array of a training step that holds NaN or infinity, in the order in which it is computed.
 
@@ -32,32 +21,26 @@ def first_not_finite(model: SegNet, images: "np.ndarray | Tensor | Array") -> st
     last part, for the whole batch. Running statistics are put back. None where all of it is finite: then the
     loss itself overflowed.
     """
+    return next(_broken(model, images), None)
+
+
+def _broken(model: SegNet, images: "np.ndarray | Tensor | Array") -> Iterator[str]:
+    """Every array that is not finite, in order of use."""
     if not _finite(model, images.data if isinstance(images, Tensor) else images):
-        return "images"
-    found = next(_broken_forward(model, images), None)
-    if found is None and (name := broken_gradient(model)) is not None:
-        found = f"gradient of {name}"
-    if found is None:
-        buffers = model.named_buffers().items()
-        found = next((name for name, buffer in buffers if not _finite(model, buffer.data)), None)
-    return found
-
-
-def _broken_forward(model: SegNet, images: "np.ndarray | Tensor | Array") -> Iterator[str]:
-    """Each parameter and output that is not finite, in order of use."""
-    outputs = _outputs(model, images)
+        yield "images"
     parameters = model.named_parameters()
-    for layer, finite in outputs.items():
+    for layer, finite in _outputs(model, images).items():
         # The last dot keeps encoder.1.1 apart from encoder.1.10. A stage's learned upsampling precedes its first block.
-        prefixes = [f"{layer}."]
-        if layer.startswith("decoder.") and layer.endswith(".1"):
-            prefixes.insert(0, f"{layer.removesuffix('1')}up.")
-        for prefix in prefixes:
-            for name, parameter in parameters.items():
-                if name.startswith(prefix) and not _finite(model, parameter.data):
-                    yield name
+        up = [f"{layer.removesuffix('1')}up."] if layer.startswith("decoder.") and layer.endswith(".1") else []
+        used = {name: p for name, p in parameters.items() if name.startswith((*up, f"{layer}."))}
+        yield from (name for name, parameter in used.items() if not _finite(model, parameter.data))
         if not finite:
             yield f"output of {layer}"
+    # Backward runs from the classifier to the first convolution: the fault is at the layer named, or just after it.
+    for name, parameter in reversed(parameters.items()):
+        if parameter.grad is not None and not _finite(model, parameter.grad):
+            yield f"gradient of {name}"
+    yield from (name for name, buffer in model.named_buffers().items() if not _finite(model, buffer.data))
 
 
 def _outputs(model: SegNet, images: "np.ndarray | Tensor | Array") -> dict[str, bool]:

@@ -7,6 +7,7 @@ from math import inf
 
 import numpy as np
 
+from segnet_scratch.config import Config
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
 from segnet_scratch.ops.op import Buffers, Op
@@ -21,21 +22,11 @@ from segnet_scratch.segnet import SegNet, from_file_layout, to_file_layout
 
 @dataclass(frozen=True)
 class Update:
-    """The optimiser's work for whoever watches it: a norm of the gradients, a step, and bytes of copies."""
+    """The optimiser's work for whoever watches it: a norm of the gradients, a step, and copies."""
 
-    parameters: int
-    itemsize: int
-    copies: int
+    flops: int
+    bytes: int
     name: str = "sgd_step"
-
-    @property
-    def flops(self) -> int:
-        return 8 * self.parameters
-
-    @property
-    def bytes(self) -> int:
-        # The gradients are read twice; weights and momenta are read and written.
-        return 6 * self.parameters * self.itemsize + self.copies
 
 
 class SGD:
@@ -93,8 +84,9 @@ class SGD:
         self._of_norm = {"scale": self._scale, **{name: device.zeros(s.shape, s.dtype) for name, s in made.items()}}
         self.norm = self._of_norm["norm"]  # of all gradients together, before clipping
         held = [] if working is None else [*working.copies.values(), *working.flipped.values()]
-        parameters = sum(array.size for array in arrays)
-        self._work = Update(parameters, model.dtype.itemsize, sum(array.nbytes for array in held))
+        # The gradients are read twice; weights and momenta are read and written.
+        moved = 6 * sum(array.nbytes for array in arrays) + sum(array.nbytes for array in held)
+        self._work = Update(8 * sum(array.size for array in arrays), moved)
         self.refresh()
 
     def refresh(self) -> None:
@@ -126,16 +118,13 @@ class SGD:
             carry_out(self._work, self._update)
 
     def _update(self) -> None:
-        device, gradients = self.model.device, columns(gradient=self._gradients())
+        if missing := [name for name, parameter in self.parameters.items() if parameter.grad is None]:
+            raise TrainingError(f"sgd: {missing[0]} has no gradient; call loss.backward() before step()")
+        device = self.model.device
+        gradients = columns(gradient=[parameter.grad for parameter in self.parameters.values()])
         self._norm.run(device, Buffers(**gradients, **self._of_norm))
         self._keep_finite(self._scale)
         self._step.run(device, Buffers(**self._moved, **gradients, lr=self._lr, scale=self._scale))
-
-    def _gradients(self) -> list[Array]:
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                raise TrainingError(f"sgd: {name} has no gradient; call loss.backward() before step()")
-        return [parameter.grad for parameter in self.parameters.values()]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The momentum of every parameter, by the parameter's name, in the layout of checkpoints."""
@@ -154,28 +143,19 @@ class SGD:
         self.refresh()
 
 
-def learning_rate(
-    step: int,
-    total: int,
-    lr: float,
-    schedule: str,
-    poly_power: float = 0.9,
-    warmup: int = 0,
-    lr_steps: Sequence[float] = (),
-    lr_gamma: float = 0.1,
-) -> float:
+def learning_rate(step: int, total: int, settings: Config) -> float:
     """The learning rate of step 0, 1, ... total - 1.
 
-    "constant" stays at `lr`; "poly" falls as lr (1 - step / total)^poly_power (DeepLab, arXiv 1606.00915); "step" is
-    multiplied by `lr_gamma` at each of `lr_steps`, which are steps, or below 1 shares of `total`. The first `warmup`
-    steps rise linearly to the schedule.
+    The schedule "constant" stays at `lr`; "poly" falls as lr (1 - step / total)^poly_power (DeepLab, arXiv 1606.00915);
+    "step" is multiplied by `lr_gamma` at each of `lr_steps`, which are steps, or below 1 shares of `total`. The first
+    `warmup` steps rise linearly to the schedule.
     """
-    rate = lr
-    if schedule == "poly":
-        rate *= (1 - step / total) ** poly_power
-    elif schedule == "step":
-        rate *= lr_gamma ** sum(step >= (round(at * total) if at < 1 else at) for at in lr_steps)
-    return rate * min(1.0, (step + 1) / (warmup + 1))
+    rate = settings.lr
+    if settings.schedule == "poly":
+        rate *= (1 - step / total) ** settings.poly_power
+    elif settings.schedule == "step":
+        rate *= settings.lr_gamma ** sum(step >= (round(at * total) if at < 1 else at) for at in settings.lr_steps)
+    return rate * min(1.0, (step + 1) / (settings.warmup + 1))
 
 
 def _factors(names: Sequence[str], multipliers: Mapping[str, float]) -> list[float]:

@@ -6,9 +6,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from segnet_scratch.files import left_by_system, real, reason, visible_files, wr
 from segnet_scratch.inference import BYTES_AHEAD, Segmentation, Segmented, Segmenter
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# What the names of an image's files end in, by what they hold.
+_ENDINGS = {"labels": ".png", "overlay": "_overlay.png", "logits": ".npy"}
+_ENDINGS |= {"uncertainty": "_uncertainty.png", "uncertainty_array": "_uncertainty.npy"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Prediction:
 
     image: Path
     files: dict[str, Path]
-    shares: dict[str, float]
+    shares: dict[str, float] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -48,10 +52,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         if path.is_dir():
             images = [file for file in visible_files(path) if file.suffix.lower() in IMAGE_SUFFIXES]
             if not images:
-                raise DataError(
-                    f"{path}: no images in this folder; expected files that end in {', '.join(IMAGE_SUFFIXES)}; "
-                    "folders below it are not searched"
-                )
+                expected = f"files that end in {', '.join(IMAGE_SUFFIXES)}; folders below it are not searched"
+                raise DataError(f"{path}: no images in this folder; expected {expected}")
             found += images
         elif path.exists():  # before patterns: a name may hold brackets
             found.append(path)
@@ -63,13 +65,6 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
                 raise DataError(f"{path}: no such file{pattern}; check the path")
             found += matches
     return list(dict.fromkeys(found))
-
-
-@dataclass(frozen=True)
-class _Job:
-    image: Path
-    files: dict[str, Path]
-    problem: str = ""
 
 
 def predict_files(
@@ -84,20 +79,25 @@ def predict_files(
     images one at a time. DataError, before anything is written, for an image that does not exist, and where a result
     would overwrite another result or one of the images; later where a file cannot be written.
     """
-    _refuse_missing(images)
-    targets = plan_targets(images, out, _endings(with_logits, segmenter.inference.samples > 0))
+    if missing := [path for path in images if not path.is_file()]:
+        problem = "is a folder; name the images in it" if missing[0].is_dir() else "no such file; check the path"
+        others = f" (and {len(missing) - 1} more of {len(images)} images)" if len(missing) > 1 else ""
+        raise DataError(f"{missing[0]}: {problem}{others}")
+    absent = set() if with_logits else {"logits", "uncertainty_array"}
+    absent |= set() if segmenter.inference.samples else {"uncertainty", "uncertainty_array"}
+    targets = plan_targets(images, out, {kind: end for kind, end in _ENDINGS.items() if kind not in absent})
     out.mkdir(parents=True, exist_ok=True)
 
-    def load(job: _Job) -> tuple[_Job, np.ndarray]:
+    def load(job: Prediction) -> tuple[Prediction, np.ndarray]:
         try:
             return job, read_image(job.image, for_prediction=True)
-        except DataError as error:
-            return _Job(job.image, {}, str(error)), np.zeros((1, 1, 3), np.uint8)  # goes the way of all the others
+        except DataError as error:  # goes the way of all the others
+            return Prediction(job.image, {}, problem=str(error)), np.zeros((1, 1, 3), np.uint8)
 
-    def write(result: Segmented[_Job]) -> Prediction:
+    def write(result: Segmented[Prediction]) -> Prediction:
         job, image, found = result
         if job.problem:
-            return Prediction(job.image, {}, {}, job.problem)
+            return job
         try:
             for kind, file in job.files.items():
                 write_durably(file, [_content(kind, image, found, style)])
@@ -105,13 +105,12 @@ def predict_files(
             problem = f"{error.filename}: could not be written: {reason(error)}"
             if error.errno != errno.ENAMETOOLONG:
                 raise DataError(problem) from error
-            return Prediction(job.image, {}, {}, problem)
+            return Prediction(job.image, {}, problem=problem)
         counts = label_counts(found.labels)
         order = np.argsort(-counts[: len(style.names)], kind="stable")
-        shares = {style.names[k]: float(counts[k] / found.labels.size) for k in order if counts[k]}
-        return Prediction(job.image, job.files, shares)
+        return replace(job, shares={style.names[k]: float(counts[k] / found.labels.size) for k in order if counts[k]})
 
-    jobs = [_Job(path, files) for path, files in zip(images, targets, strict=True)]
+    jobs = [Prediction(path, files) for path, files in zip(images, targets, strict=True)]
     ahead = segmenter.workers, _bytes_of, BYTES_AHEAD
     while jobs:
         results = segmenter.stream(jobs, load, weigh=lambda job: picture_bytes(job.image), with_logits=with_logits)
@@ -122,11 +121,11 @@ def predict_files(
                     yield prediction
         except (DeviceMemoryError, MemoryError) as error:  # the others go on
             short = "memory is too short for this image; pass --window, a smaller --size, or end other programs"
-            yield Prediction(jobs[0].image, {}, {}, str(error) or f"{jobs[0].image}: {short}")
+            yield Prediction(jobs[0].image, {}, problem=str(error) or f"{jobs[0].image}: {short}")
             jobs = jobs[1:]
 
 
-def _bytes_of(result: Segmented[_Job]) -> int:
+def _bytes_of(result: Segmented[Prediction]) -> int:
     _, image, found = result
     arrays = image, found.labels, found.logits, found.uncertainty
     return sum(array.nbytes for array in arrays if array is not None)
@@ -152,19 +151,10 @@ def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str])
             if real(target) in inputs:
                 raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")
             if other := made_from.get(_same_anywhere(target.name)):
-                raise DataError(
-                    f"{target}: {other} and {path} would both be written there; predict them into separate folders"
-                )
+                both = f"{other} and {path} would both be written there"
+                raise DataError(f"{target}: {both}; predict them into separate folders")
             made_from[_same_anywhere(target.name)] = path
     return targets
-
-
-def _refuse_missing(images: Sequence[Path]) -> None:
-    missing = [path for path in images if not path.is_file()]
-    if missing:
-        problem = "is a folder; name the images in it" if missing[0].is_dir() else "no such file; check the path"
-        others = f" (and {len(missing) - 1} more of {len(images)} images)" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0]}: {problem}{others}")
 
 
 def _same_anywhere(name: str) -> str:
@@ -172,31 +162,15 @@ def _same_anywhere(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _endings(with_logits: bool, with_uncertainty: bool) -> dict[str, str]:
-    """What the names of an image's files end in, by what they hold."""
-    endings = {"labels": ".png", "overlay": "_overlay.png"}
-    if with_logits:
-        endings["logits"] = ".npy"
-    if with_uncertainty:
-        endings["uncertainty"] = "_uncertainty.png"
-    if with_logits and with_uncertainty:
-        endings["uncertainty_array"] = "_uncertainty.npy"
-    return endings
-
-
-def _content(kind: str, image: np.ndarray, result: Segmentation, style: Style) -> bytes:
+def _content(kind: str, image: np.ndarray, found: Segmentation, style: Style) -> bytes:
     """The bytes of one file: one at a time, since those of a large image are large."""
-    if kind == "labels":
-        return png_bytes(indexed_picture(result.labels, style.palette))
-    if kind == "overlay":
-        return png_bytes(style.overlay(image, result.labels))
-    if kind == "logits" and result.logits is not None:
-        return _npy(result.logits)
-    assert result.uncertainty is not None  # asked for only where there are samples
-    return png_bytes(heat_map(result.uncertainty, "variance")) if kind == "uncertainty" else _npy(result.uncertainty)
-
-
-def _npy(array: np.ndarray) -> bytes:
+    match kind:
+        case "labels":
+            return png_bytes(indexed_picture(found.labels, style.palette))
+        case "overlay":
+            return png_bytes(style.overlay(image, found.labels))
+        case "uncertainty":
+            return png_bytes(heat_map(cast(np.ndarray, found.uncertainty), "variance"))
     buffer = BytesIO()
-    np.save(buffer, array)
+    np.save(buffer, cast(np.ndarray, found.logits if kind == "logits" else found.uncertainty))
     return buffer.getvalue()

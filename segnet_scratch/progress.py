@@ -6,14 +6,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from segnet_scratch.errors import printable
@@ -27,17 +20,13 @@ def bar(console: Console, *more: ProgressColumn, transient: bool = True, left: b
 
     Without `left` the status says how much time is left.
     """
-    drawn = [BarColumn(bar_width=24)] if console.width >= _NARROW else []
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        *drawn,
-        *(more or (MofNCompleteColumn(table_column=Column(no_wrap=True)),)),
-        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
-        *([TimeRemainingColumn(table_column=Column(no_wrap=True))] if left else []),
-        console=console,
-        transient=transient,
-        disable=not console.is_terminal,
-    )
+    whole = Column(no_wrap=True)
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=whole)]
+    columns += [BarColumn(bar_width=24)] if console.width >= _NARROW else []
+    columns += more or (MofNCompleteColumn(table_column=whole),)
+    columns += [TextColumn("{task.fields[status]}", markup=False, table_column=whole)]
+    columns += [TimeRemainingColumn(table_column=whole)] if left else []
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
 
 
 class Watch:

@@ -7,6 +7,7 @@ moved meanwhile. Here the weights stand still and every batch counts alike.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,9 @@ from segnet_scratch.segnet import SegNet
 class _Moments:
     """Count, mean and sum of squared distances from it, merged batch by batch (Chan, Golub, LeVeque 1983)."""
 
-    count: int
-    mean: np.ndarray
-    squares: np.ndarray
+    count: int = 0
+    mean: Any = 0.0
+    squares: Any = 0.0
 
     def merge(self, count: int, mean: np.ndarray, squares: np.ndarray) -> None:
         total, distance = self.count + count, mean - self.mean
@@ -40,12 +41,9 @@ def recalibrate(model: SegNet, batches: Iterable[np.ndarray]) -> int:
     norm is folded into the convolutions, DataError without a batch.
     """
     if model.folded:
-        raise TrainingError(
-            "recalibrate: batch norm is folded into this network; load the checkpoint without fold=True"
-        )
-    layers = model.named_modules(BatchNorm2d)
-    moments: dict[str, _Moments] = {}
-    images = 0
+        raise TrainingError("recalibrate: batch norm is folded into this network; load it without fold=True")
+    layers, images = model.named_modules(BatchNorm2d), 0
+    moments = {name: _Moments() for name in layers}
     with no_grad(), _statistics_of_one_batch(model, layers):
         for batch in batches:
             model(batch.astype(model.dtype, copy=False))
@@ -56,12 +54,8 @@ def recalibrate(model: SegNet, batches: Iterable[np.ndarray]) -> int:
                     model.device.download(buffer.data).astype(np.float64)
                     for buffer in (layer.running_mean, layer.running_var)
                 )
-                found = count, mean, var * (count - 1)
-                if name in moments:
-                    moments[name].merge(*found)
-                else:
-                    moments[name] = _Moments(*found)
-    if not moments:
+                moments[name].merge(count, mean, var * (count - 1))
+    if not images:
         raise DataError("recalibrate: there is no batch of images; give one at least")
     for name, layer in layers.items():
         total = moments[name]

@@ -69,15 +69,11 @@ class RunFolder:
             except OSError as error:
                 raise TrainingError(f"{error.filename or self.path}: cannot be locked: {reason(error)}") from error
             if not alone:
-                raise TrainingError(
-                    f"{self.path}: another process trains in this folder; wait for its end, stop it, or choose another "
-                    "--out"
-                )
+                fix = "wait for its end, stop it, or choose another --out"
+                raise TrainingError(f"{self.path}: another process trains in this folder; {fix}")
             if self._state() != self._seen:
-                raise TrainingError(
-                    f"{self.path}: another run has been taken up in this folder meanwhile; start again, with --resume "
-                    "to go on from there"
-                )
+                fix = "start again, with --resume to go on from there"
+                raise TrainingError(f"{self.path}: another run has been taken up in this folder meanwhile; {fix}")
             try:
                 yield
             finally:

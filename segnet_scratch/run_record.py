@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,11 +50,21 @@ class RunRecord(Listener):
     """Keeps the record of a session: written at its start, after each validation and at its end."""
 
     def started(self, trainer: Trainer) -> None:
-        self._first_step, self._began = trainer.step, perf_counter()
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._began = perf_counter()
+        self._session = Session(
+            data=str(trainer.train_set.root.resolve()),
+            device=trainer.model.device.name,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            first_step=trainer.step,
+            last_step=trainer.step,
+            batch=trainer.config.batch,
+            seconds=0.0,
+            system=platform.platform(),
+            versions=versions(),
+            revision=revision(),
+        )
         # A session that began at this step or later has lost its steps: the run went on from an earlier checkpoint.
         self._earlier = [s for s in read_sessions(trainer.folder.path) if s.first_step < trainer.step]
-        self._versions, self._revision = versions(), revision()
         self._write(trainer)
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
@@ -64,18 +74,7 @@ class RunRecord(Listener):
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        session = Session(
-            data=str(trainer.train_set.root.resolve()),
-            device=trainer.model.device.name,
-            started=self._started,
-            first_step=self._first_step,
-            last_step=trainer.step,
-            batch=trainer.config.batch,
-            seconds=round(perf_counter() - self._began, 1),
-            system=platform.platform(),
-            versions=self._versions,
-            revision=self._revision,
-        )
+        session = replace(self._session, last_step=trainer.step, seconds=round(perf_counter() - self._began, 1))
         sessions = [asdict(s) for s in (*self._earlier, session)]
         write_durably(trainer.folder.path / FILE, [json.dumps(sessions, indent=2).encode() + b"\n"])
 
@@ -86,11 +85,13 @@ def read_sessions(run: Path) -> list[Session]:
     if not path.is_file():
         return []
     try:
-        return [Session(**{field.name: entry[field.name] for field in fields(Session)}) for entry in _entries(path)]
+        entries = json.loads(path.read_bytes())
+        if not isinstance(entries, list):
+            raise ValueError("no list")
+        return [Session(**{field.name: entry[field.name] for field in fields(Session)}) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: expected the record of a run's sessions, got {error!r:.80}; delete the file"
-        ) from error
+        problem = f"expected the record of a run's sessions, got {error!r:.80}; delete the file"
+        raise DataError(f"{path}: {problem}") from error
 
 
 def versions() -> dict[str, str]:
@@ -117,10 +118,3 @@ def revision() -> str:
 def _git(tree: Path, *arguments: str) -> str:
     command = ["git", "-C", str(tree), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
-def _entries(path: Path) -> list[dict]:
-    entries = json.loads(path.read_bytes())
-    if not isinstance(entries, list):
-        raise ValueError("no list")
-    return entries

@@ -49,13 +49,10 @@ def score(
 def _read_prediction(path: Path, size: tuple[int, ...], classes: int) -> np.ndarray:
     labels = mask_labels(path, decode(path, "mask"))
     if labels.shape != size:
-        raise DataError(
-            f"{path}: {labels.shape[0]} x {labels.shape[1]} (height x width), its ground truth {size[0]} x {size[1]}; "
-            "resize the logits to the size of the ground truth before taking the class"
-        )
+        sizes = f"{labels.shape[0]} x {labels.shape[1]} (height x width), its ground truth {size[0]} x {size[1]}"
+        raise DataError(f"{path}: {sizes}; resize the logits to that size before taking the class")
     if labels.max() >= classes:
-        raise DataError(
-            f"{path}: label {labels.max()}; expected 0..{classes - 1} in every pixel, void or not, as the VOC "
-            "development kit does; write numbers of classes, in the order of the data set"
-        )
+        expected = f"expected 0..{classes - 1} in every pixel, void or not, as the VOC development kit does"
+        fix = "write numbers of classes, in the order of the data set"
+        raise DataError(f"{path}: label {labels.max()}; {expected}; {fix}")
     return labels

@@ -191,10 +191,8 @@ class SegNet(Module):
     def _input(self, images: "np.ndarray | Tensor") -> Tensor:
         name = type(self).__name__
         if images.dtype != self.dtype:
-            raise DTypeError(
-                f"{name}: images are {images.dtype}, expected {self.dtype}: RGB scaled to [0, 1] and normalised; see "
-                "segnet_scratch.data.normalise"
-            )
+            fix = "RGB scaled to [0, 1] and normalised; see segnet_scratch.data.normalise"
+            raise DTypeError(f"{name}: images are {images.dtype}, expected {self.dtype}: {fix}")
         if len(images.shape) != 4 or images.shape[3] != 3:
             hint = "; move the channels last" if len(images.shape) == 4 and images.shape[1] == 3 else ""
             raise ShapeError(f"{name}: images have shape {tuple(images.shape)}, expected (n, h, w, 3){hint}")
@@ -214,10 +212,8 @@ class SegNet(Module):
     def train(self, training: bool = True) -> Self:
         """Training mode: batch statistics, dropout on. Returns self. TrainingError once batch norm is folded."""
         if training and self.folded:
-            raise TrainingError(
-                f"{type(self).__name__}: batch norm is folded into the convolutions, which leaves nothing to train; "
-                "load the checkpoint without fold=True"
-            )
+            fix = "which leaves nothing to train; load the checkpoint without fold=True"
+            raise TrainingError(f"{type(self).__name__}: batch norm is folded into the convolutions, {fix}")
         return super().train(training)
 
     def synchronise_batch_norm(self, ranks: Communicator) -> None:
@@ -231,14 +227,8 @@ class SegNet(Module):
 
     def describe(self) -> dict[str, Any]:
         """What `build` needs to make this network again; kept in checkpoints."""
-        return {
-            "architecture": self.architecture,
-            "classes": self.classes,
-            "width": self.width,
-            "dropout": self.has_dropout,
-            "decoder": self.decoder_kind,
-            "pooling": self.pooling,
-        }
+        size = {"architecture": self.architecture, "classes": self.classes, "width": self.width}
+        return size | {"dropout": self.has_dropout, "decoder": self.decoder_kind, "pooling": self.pooling}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All parameters and running statistics as float32, weights OIHW, under the names of checkpoints.

@@ -9,13 +9,13 @@ by op, all later ones replay it as a CUDA graph where the device is a GPU. Loss 
 whose gradients are not finite changes nothing there (optim.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, Protocol
+from typing import Generic
 
 import numpy as np
 
-from segnet_scratch.config import AUTO
+from segnet_scratch.config import AUTO, Config
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
@@ -34,17 +34,13 @@ from segnet_scratch.runtime.observe import scope
 from segnet_scratch.segnet import SegNet
 
 Enter = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
-
-
 Given = Callable[[Array], None]  # is told of a gradient that is done
+Shape = tuple[int, int, int]  # of the labels of a batch
+Objective = tuple[Array | None, str, float]  # weights of the classes, normalisation, smoothing of the labels
 
 
-def nobody(phase: str) -> None:
+def nobody(what: object) -> None:
     """Nobody wants to know."""
-
-
-def nowhere(gradient: Array) -> None:
-    """Nor of gradients."""
 
 
 def resolve(
@@ -74,31 +70,11 @@ def resolve(
     return engine, precision
 
 
-class Pass(Protocol):
-    """Forward, loss and backward for batches of one shape; parameters have their gradients afterwards.
-
-    images, labels: where the batch is written. loss (1): what this rank adds to that of the batch of all ranks.
-    """
-
-    images: Array
-    labels: Array
-    loss: Array
-
-    def prepare(self, number: int, labels: Array) -> None:
-        """Everything else that differs from step to step, before step `number`; `labels` as they were given."""
-
-    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nowhere) -> None:
-        """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more).
-
-        `given` is told of each gradient when nothing more is added to it.
-        """
-
-
 class Normaliser:
     """What the loss is divided by, of the batch of all ranks: the sum of its weights, or its valid pixels."""
 
     def __init__(self, model: SegNet, ranks: Communicator, class_weights: Array | None, normalisation: str) -> None:
-        self._device, self._ranks = model.device, ranks
+        self._device, self.ranks = model.device, ranks
         self._weights = np.zeros(VOID + 1)
         self._weights[: model.classes] = 1
         if class_weights is not None and normalisation == "weights":
@@ -110,7 +86,7 @@ class Normaliser:
         counts = [np.bincount(found[cut].reshape(-1), minlength=VOID + 1) for cut in cuts]
         weights = np.array([float(self._weights @ count) for count in counts])
         # Where all is void, loss and gradients are 0 whatever they are multiplied by.
-        return weights / (self._ranks.total(float(weights.sum())) or 1.0)
+        return weights / (self.ranks.total(float(weights.sum())) or 1.0)
 
 
 class LayersTraining:
@@ -121,28 +97,26 @@ class LayersTraining:
     """
 
     def __init__(
-        self,
-        model: SegNet,
-        parts: int,
-        seed: int,
-        class_weights: Array | None,
-        normalisation: str,
-        smoothing: float,
-        shape: tuple[int, int, int],
-        ranks: Communicator = ALONE,
+        self, model: SegNet, parts: int, seed: int, objective: Objective, shape: Shape, normaliser: Normaliser
     ) -> None:
-        self.model, self.device, self._seed, self._parts, self._ranks = model, model.device, seed, parts, ranks
+        self.model, self.device, self._seed, self._parts, self._ranks = (
+            model,
+            model.device,
+            seed,
+            parts,
+            normaliser.ranks,
+        )
         self.images, self.labels = self.device.zeros((*shape, 3), model.dtype), self.device.zeros(shape, np.uint8)
-        self._objective = class_weights, normalisation, smoothing
+        self._objective, self._normaliser = objective, normaliser
         count = min(parts, shape[0])
         self._cuts = [slice(shape[0] * k // count, shape[0] * (k + 1) // count) for k in range(count)]
-        self._whole = count == 1 and ranks.size == 1  # the normaliser is that of the logits at hand
-        self._normaliser = Normaliser(model, ranks, class_weights, normalisation)
+        self._whole = count == 1 and normaliser.ranks.size == 1  # the normaliser is that of the logits at hand
         self.shares = self.device.upload(np.ones(count, model.dtype))
         self.loss: Array = self.shares[:1]
         self._number = 0
 
     def prepare(self, number: int, labels: Array) -> None:
+        """Everything else that differs from step to step, before step `number`; `labels` as they were given."""
         self._number = number
         self._draw(0)
         if not self._whole:
@@ -153,7 +127,11 @@ class LayersTraining:
         number = self._number * self._parts + part
         self.model.set_random_state(self._seed, number * self._ranks.size + self._ranks.rank)
 
-    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nowhere) -> None:
+    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nobody) -> None:
+        """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more).
+
+        `given` is told of each gradient when nothing more is added to it.
+        """
         self.model.zero_grad()
         for part, cut in enumerate(self._cuts):
             enter("forward")
@@ -173,13 +151,18 @@ class LayersTraining:
             self.loss = compute(self.device, "add", self.loss, of_part) if part else of_part
 
 
+# Forward, loss and backward for batches of one shape; parameters have their gradients afterwards. images, labels: where
+# the batch is written. loss (1): what this rank adds to that of the batch of all ranks.
+Pass = LayersTraining | FusedTraining
+
+
 class TrainingStep:
     """Steps of SGD of a model, computed by the `layers` or by the `fused` engine, for batches of any shape.
 
-    `precision` is how the fused engine multiplies; layers do it as their model was built. `parts` and `seed` (of
-    dropout masks) belong to the layers. Each of several `ranks` takes its share of every batch, and all make the step
-    of the whole; `rounded` gradients go between them in bfloat16. ConfigError where the fused engine cannot
-    compute the model.
+    `precision` is how the fused engine multiplies; layers do it as their model was built. `settings` give all else but
+    the weights of the classes (empty: all 1): SGD's numbers, the loss, the parts of a batch, the seed of dropout masks.
+    Each of several `ranks` takes its share of every batch, and all make the step of the whole. ConfigError where the
+    fused engine cannot compute the model.
     """
 
     def __init__(
@@ -187,41 +170,38 @@ class TrainingStep:
         model: SegNet,
         engine: str = "layers",
         precision: str = "float32",
-        *,
-        momentum: float = 0.9,
-        decay: float = 5e-4,
-        bias_lr: float = 1.0,
-        multipliers: Mapping[str, float] | None = None,
-        clip_norm: float = 0.0,
-        class_weights: np.ndarray | None = None,
-        normalisation: str = "weights",
-        smoothing: float = 0.0,
-        parts: int = 1,
-        seed: int = 0,
+        settings: Config | None = None,
+        class_weights: Sequence[float] | np.ndarray = (),
         ranks: Communicator = ALONE,
-        rounded: bool = False,
     ) -> None:
+        settings = settings or Config()
+        parts, normalisation = settings.accumulate, settings.loss_normalisation
         if engine == "fused" and parts > 1:
             raise ConfigError(f"training step: the fused engine takes a batch whole, got {parts} parts; use the layers")
         self.model, self.device = model, model.device
         # The engine lays the classifier's parameters where its kernels want them: before SGD looks where they are.
         working = WorkingWeights(model, RUNG_OF_PRECISION[precision]) if engine == "fused" else None
-        self.optimiser = SGD(model, momentum, decay, bias_lr, clip_norm, working, multipliers)
-        weights = None if class_weights is None else self._checked(class_weights)
-        objective = weights, normalisation, smoothing
+        numbers = settings.momentum, settings.decay, settings.bias_lr, settings.clip_norm
+        self.optimiser = SGD(model, *numbers, working, {"encoder": settings.encoder_lr})
+        weights = None
+        if len(class_weights):
+            rounded = np.array(class_weights, np.float32)
+            weights = self.device.upload(check_class_weights(rounded, model.classes, model.dtype))
+        objective = weights, normalisation, settings.label_smoothing
+        normaliser = Normaliser(model, ranks, weights, normalisation)
 
-        def plan(shape: tuple[int, int, int]) -> Pass:
-            if working is not None:
-                normaliser = Normaliser(model, ranks, weights, normalisation)
-                return FusedTraining(model, working, *objective, shape, normaliser.shares if ranks.size > 1 else None)
-            return LayersTraining(model, parts, seed, *objective, shape, ranks)
+        def plan(shape: Shape) -> Pass:
+            if working is None:
+                return LayersTraining(model, parts, settings.seed, objective, shape, normaliser)
+            return FusedTraining(model, working, *objective, shape, normaliser.shares if ranks.size > 1 else None)
 
-        self._plan, self._ranks, self._sum = plan, ranks, GradientSum(ranks, self.device, rounded)
+        self._plan, self._ranks, self._sum = (
+            plan,
+            ranks,
+            GradientSum(ranks, self.device, settings.gradient_sum == "bf16"),
+        )
         self._captures = parts == 1 and ranks.arrays.capturable  # between parts random numbers are written
         self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[Array, list[Array]]]]] = {}
-
-    def _checked(self, class_weights: np.ndarray) -> Array:
-        return self.device.upload(check_class_weights(class_weights, self.model.classes, self.model.dtype))
 
     def __call__(self, images: Array, labels: Array, lr: float, number: int = 0) -> None:
         """One step on a batch; waits for nothing. Gradients and losses are there until the next one.
@@ -236,17 +216,13 @@ class TrainingStep:
         """Everything that differs from step to step: what `run` works on."""
         shape = tuple(images.shape[:3])
         if tuple(images.shape) != (*shape, 3) or tuple(labels.shape) != shape:
-            raise ShapeError(
-                f"training step: images {tuple(images.shape)} and labels {tuple(labels.shape)}; expected (n, h, w, 3) "
-                "and (n, h, w)"
-            )
+            got = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+            raise ShapeError(f"training step: {got}; expected (n, h, w, 3) and (n, h, w)")
         if isinstance(labels, np.ndarray):
             labels = check_labels(labels, self.model.classes)
         if images.dtype != self.model.dtype or labels.dtype != np.uint8:
-            raise DTypeError(
-                f"training step: images of {images.dtype} and labels of {labels.dtype}; expected {self.model.dtype} "
-                "and uint8"
-            )
+            got = f"images of {images.dtype} and labels of {labels.dtype}"
+            raise DTypeError(f"training step: {got}; expected {self.model.dtype} and uint8")
         if shape not in self._passes:
             planned = self._plan((shape[0], shape[1], shape[2]))
             self._passes[shape] = planned, Replayed(self.device, lambda: self._unit(planned), self._captures)

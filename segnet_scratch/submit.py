@@ -109,9 +109,9 @@ def _check_classes(model: SegNet, dataset: VOCDataset) -> None:
     trained = tuple(model.metadata.get("classes", ()))
     for what, names in ((f"{dataset.root}: the data set", dataset.names), ("the checkpoint", trained)):
         if names and tuple(names) != VOC_CLASSES:
+            theirs, vocs = (f"{len(some)} classes ({', '.join(some[:3])}, ...)" for some in (names, VOC_CLASSES))
             raise DataError(
-                f"{what} has {len(names)} classes ({', '.join(names[:3])}, ...); VOC's server takes its own "
-                f"{len(VOC_CLASSES)} ({', '.join(VOC_CLASSES[:3])}, ...); submit a network that was trained on them"
+                f"{what} has {theirs}; VOC's server takes its own {vocs}; submit one that was trained on them"
             )
     if model.classes != len(VOC_CLASSES):
         raise DataError(f"the checkpoint has {model.classes} classes, VOC {len(VOC_CLASSES)}; train one on VOC's")
@@ -129,11 +129,6 @@ def _pack(packed: Path, mode: _Mode, folder: PurePosixPath, files: Path, names: 
 
 def _unpack(packed: Path, folder: PurePosixPath) -> dict[str, bytes]:
     """The content of every file of the archive that lies in the folder, by its name without the ending."""
-    files = {}
     with tarfile.open(packed) as archive:
-        for entry in archive:
-            stream = archive.extractfile(entry)
-            path = PurePosixPath(entry.name)
-            if stream is not None and path.parent == folder:
-                files[path.stem] = stream.read()
-    return files
+        inside = [(PurePosixPath(entry.name), archive.extractfile(entry)) for entry in archive]
+        return {path.stem: stream.read() for path, stream in inside if stream is not None and path.parent == folder}

@@ -3,7 +3,8 @@
 import importlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from time import time
 from typing import Any
 
@@ -37,48 +38,44 @@ class TensorBoard(Listener):
 
     def started(self, trainer: Trainer) -> None:
         folder = trainer.folder.path / FOLDER
-        try:
+        began = self._events.Event(wall_time=time(), step=trainer.step + 1)
+        began.session_log.status = self._events.SessionLog.START  # what was logged from this step on is dropped
+        with self._guarded():
             folder.mkdir(parents=True, exist_ok=True)
             # The writer below tensorboardX's own, whose thread a fault ends: then its queue fills up, and all waits.
             # Files are named by the second; a run resumed within the same one must not write over its beginning.
             self._writer = self._files.EventsWriter(str(folder / "events"), f".{trainer.step}")
-        except OSError as error:
-            self._end(error)
-        began = self._events.Event(wall_time=time(), step=trainer.step + 1)
-        began.session_log.status = self._events.SessionLog.START  # what was logged from this step on is dropped
-        self._attempt(lambda writer: writer.write_event(began))
+            self._writer.write_event(began)
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
-        self._add("loss/training", loss, trainer.step)
-        self._add("learning_rate", lr, trainer.step)
+        self._add(trainer.step, {"loss/training": loss, "learning_rate": lr})
 
     def validated(self, trainer: Trainer, evaluation: Evaluation) -> None:
         scores = evaluation.scores
-        self._add("loss/validation", evaluation.loss, trainer.step)
-        self._add("mean_IoU", scores.miou, trainer.step)
-        self._add("accuracy/global", scores.global_accuracy, trainer.step)
-        self._add("accuracy/class", scores.class_accuracy, trainer.step)
-        for name, iou in zip(evaluation.names, scores.iou.tolist(), strict=True):
-            self._add(f"IoU/{name}", iou, trainer.step)
-        self._attempt(lambda writer: writer.flush())
+        found = {"loss/validation": evaluation.loss, "mean_IoU": scores.miou}
+        found |= {"accuracy/global": scores.global_accuracy, "accuracy/class": scores.class_accuracy}
+        found |= {f"IoU/{name}": iou for name, iou in zip(evaluation.names, scores.iou.tolist(), strict=True)}
+        self._add(trainer.step, found, flush=True)
 
     def ended(self, trainer: Trainer) -> None:
-        self._attempt(lambda writer: writer.close())
-
-    def _add(self, name: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # NaN: a class that does not occur
-            summary = self._summary.scalar(name, value)
-            event = self._events.Event(wall_time=time(), step=step, summary=summary)
-            self._attempt(lambda writer: writer.write_event(event))
-
-    def _attempt(self, act: Callable[[Any], object]) -> None:
         if self._writer is not None:
-            try:
-                act(self._writer)
-            except (OSError, ValueError) as error:  # ValueError: of a file that is closed
-                self._end(error)
+            with self._guarded():
+                self._writer.close()
 
-    def _end(self, error: Exception) -> None:
-        self._writer = None
-        why = reason(error) if isinstance(error, OSError) else error
-        log.warning("%s: %s; the run goes on without", FOLDER, why)
+    def _add(self, step: int, values: Mapping[str, float], flush: bool = False) -> None:
+        if self._writer is not None:
+            with self._guarded():
+                for name, value in values.items():
+                    if math.isfinite(value):  # NaN: a class that does not occur
+                        summary = self._summary.scalar(name, value)
+                        self._writer.write_event(self._events.Event(wall_time=time(), step=step, summary=summary))
+                if flush:
+                    self._writer.flush()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: of a file that is closed
+            self._writer, why = None, reason(error) if isinstance(error, OSError) else error
+            log.warning("%s: %s; the run goes on without", FOLDER, why)

@@ -207,7 +207,9 @@ def _tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple
     return as_strided(elements[offset:], size, [step * elements.itemsize for step in stride])
 
 
-_CALLS: dict[str, Callable[..., Any]] = {
+# What stands for the names of a pickle: functions of ours, and the element types of storages.
+_NAMES: dict[str, Any] = {f"torch.{kind}Storage": np.dtype(code) for kind, code in _STORAGES.items()}
+_NAMES |= {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -217,26 +219,24 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def _answer(module: str, name: str) -> Any:
-    """What stands for a name of a pickle: a function of ours, or a storage's element type."""
-    if module == "torch" and name.endswith("Storage") and name.removesuffix("Storage") in _STORAGES:
-        return np.dtype(_STORAGES[name.removesuffix("Storage")])
-    if f"{module}.{name}" not in _CALLS:
+    if f"{module}.{name}" not in _NAMES:
         raise ValueError(f"a pickle that wants {module}.{name}, which no state dict needs and which may run code")
-    return _CALLS[f"{module}.{name}"]
+    return _NAMES[f"{module}.{name}"]
 
 
 def _state_dict(loaded: Any) -> dict[str, np.ndarray]:
     """The state dict: what was loaded, what it holds as "state_dict", or its only dict of tensors."""
 
-    def tensors(value: Any) -> dict[str, np.ndarray]:
+    def items(value: Any) -> dict[str, Any]:
         pairs = value.items() if isinstance(value, dict) else ()
-        plain = {str(name): a.data if isinstance(a, _Parameter) else a for name, a in pairs}
-        return {name: array for name, array in plain.items() if isinstance(array, np.ndarray)}
+        return {str(name): item.data if isinstance(item, _Parameter) else item for name, item in pairs}
+
+    def tensors(value: Any) -> dict[str, np.ndarray]:
+        return {name: array for name, array in items(value).items() if isinstance(array, np.ndarray)}
 
     if own := tensors(loaded):
         return own
-    pairs = loaded.items() if isinstance(loaded, dict) else ()
-    inner = {str(name): found for name, value in pairs if (found := tensors(value))}
+    inner = {name: found for name, value in items(loaded).items() if (found := tensors(value))}
     if "state_dict" not in inner and len(inner) != 1:
         names = f"several ({', '.join(inner)}), of which none is named state_dict" if inner else "none"
         raise ValueError(f"a file that should hold a dict of tensors and holds {names}")

@@ -96,10 +96,8 @@ class Trainer:
         self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, mode)
         self.ranks = ranks = ranks.on(on)
         if config.batch // ranks.size < config.accumulate:
-            raise ConfigError(
-                f"batch: {config.batch} images do not give each of {ranks.size} ranks {config.accumulate} parts; raise "
-                f"it to {ranks.size * config.accumulate}, or take fewer ranks"
-            )
+            problem = f"{config.batch} images do not give each of {ranks.size} ranks {config.accumulate} parts"
+            raise ConfigError(f"batch: {problem}; raise it to {ranks.size * config.accumulate}, or take fewer ranks")
         drop_last, skip_bad = len(self.train_set) >= config.batch, config.bad_samples == "skip"
         share = ranks.rank, ranks.size
         source = self.train_set, transform_of(config), config.batch
@@ -112,8 +110,7 @@ class Trainer:
             )
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = network_of(config, self.train_set.classes, on)
-        synchronised = config.sync_bn and ranks.size > 1
-        if synchronised:
+        if synchronised := config.sync_bn and ranks.size > 1:
             self.model.synchronise_batch_norm(ranks)
         layers_only = config.accumulate > 1 or synchronised
         engine, precision = resolve(self.model, config.engine, config.precision, layers_only)
@@ -133,16 +130,14 @@ class Trainer:
             self._begin()
         else:
             self._take_up(saved[2])
-        self.training = training_step(config, self.model, self.class_weights, ranks)
+        self.training = TrainingStep(self.model, engine, precision, config, self.class_weights, ranks)
         if saved is not None:
             with of_file(self.folder.last):
                 self.model.load_state_dict(saved[0])
                 self.training.optimiser.load_state_dict(saved[1])
         if self.step > self.total_steps:
-            raise ConfigError(
-                f"{self.folder.path}: {self.step} steps have been made, {self.total_steps} are asked for; "
-                "resume with at least as many"
-            )
+            asked = f"{self.step} steps have been made, {self.total_steps} are asked for"
+            raise ConfigError(f"{self.folder.path}: {asked}; resume with at least as many")
         ranks.first(lambda: self._take_folder(resume))
 
     def _begin(self) -> None:
@@ -157,10 +152,8 @@ class Trainer:
         """The place in the run at which a checkpoint was written."""
         for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
             if metadata.get(what) != now:
-                raise CheckpointError(
-                    f"{self.folder.last}: the run was started with {what} = {metadata.get(what)}, the data set has "
-                    f"{now}; resume with the same --data"
-                )
+                problem = f"the run was started with {what} = {metadata.get(what)}, the data set has {now}"
+                raise CheckpointError(f"{self.folder.last}: {problem}; resume with the same --data")
         self.step, self.best_miou = metadata["step"], metadata["miou"]
         # A run that an earlier version began has neither.
         self.class_weights = metadata.get("class_weights", self.class_weights)
@@ -235,8 +228,7 @@ class Trainer:
 
     def _segmenter(self) -> Segmenter:
         """The network as it is now, as validation applies it."""
-        config = self.config
-        batch = self._own(config.batch)
+        config, batch = self.config, self._own(self.config.batch)
         return Segmenter(self.model, config.image_size, None, config.engine, config.precision, batch)
 
     def _rescue(self, error: Exception) -> None:
@@ -320,11 +312,7 @@ class Trainer:
 
     def _begin_step(self, batch: Batch) -> None:
         """Gives the device a step to make, and waits for nothing."""
-        config, number = self.config, self._begun
-        lr = learning_rate(
-            *(number, self.total_steps, config.lr, config.schedule, config.poly_power, config.warmup),
-            *(config.lr_steps, config.lr_gamma),
-        )
+        number, lr = self._begun, learning_rate(self._begun, self.total_steps, self.config)
         self.training(batch.images, batch.labels, lr, number)
         self._open.append((self.training.read(), lr))
 
@@ -485,27 +473,6 @@ def network_of(config: Config, classes: int, device: Device) -> SegNet:
     )
 
 
-def training_step(
-    config: Config, model: SegNet, class_weights: Sequence[float], ranks: Communicator = ALONE
-) -> TrainingStep:
-    """The step that the settings ask for, their engine and precision resolved; without `class_weights` all are 1."""
-    return TrainingStep(
-        *(model, config.engine, config.precision),
-        momentum=config.momentum,
-        decay=config.decay,
-        bias_lr=config.bias_lr,
-        multipliers={"encoder": config.encoder_lr},
-        clip_norm=config.clip_norm,
-        class_weights=np.array(class_weights, np.float32) if class_weights else None,
-        normalisation=config.loss_normalisation,
-        smoothing=config.label_smoothing,
-        parts=config.accumulate,
-        seed=config.seed,
-        ranks=ranks,
-        rounded=config.gradient_sum == "bf16",
-    )
-
-
 def _fingerprint(dataset: VOCDataset) -> str:
     """The number and the ids of a split's images, so that a resumed run notices another split."""
     digest = hashlib.sha256("\n".join(dataset.ids).encode()).hexdigest()
@@ -525,9 +492,8 @@ def class_weights_of(config: Config, train_set: VOCDataset) -> list[float]:
     if given == MEDIAN_FREQUENCY:
         given = class_statistics(train_set, config.workers).weights.tolist()
     elif given and len(given) != train_set.classes:
-        raise ConfigError(
-            f"class_weights: {len(given)} numbers for {train_set.classes} classes; give one for each class"
-        )
+        problem = f"{len(given)} numbers for {train_set.classes} classes"
+        raise ConfigError(f"class_weights: {problem}; give one for each class")
     return list(given)
 
 

@@ -124,12 +124,11 @@ def predict_video(
             except (SegnetError, MemoryError) as error:
                 if not writer.frames:
                     raise
-                problem = (
-                    str(error) or f"{video.name}: memory is short after {writer.frames} frames; end other programs"
-                )
+                short = f"memory is short after {writer.frames} frames; end other programs"
+                problem = str(error) or f"{video.name}: {short}"
+            if interrupted and not writer.frames:
+                raise KeyboardInterrupt
             if not writer.frames:
-                if interrupted:
-                    raise KeyboardInterrupt
                 raise DataError(f"{video.name}: not one frame could be read; copy the file from the source again")
             if film.damaged and not problem:
                 problem = f"{video.name}: {film.damaged} packets are damaged and were passed over"

@@ -81,10 +81,8 @@ def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = No
     with of_file(path):
         pooling = told.get("model", {}).get("pooling", "ceil")
         if told and pooling != model.pooling:
-            raise CheckpointError(
-                f"its network pools odd maps in {pooling!r} mode, this one in {model.pooling!r} mode; set "
-                f'pooling = "{pooling}"'
-            )
+            modes = f"pools odd maps in {pooling!r} mode, this one in {model.pooling!r} mode"
+            raise CheckpointError(f'its network {modes}; set pooling = "{pooling}"')
         if "encoder.1.1.conv.weight" not in weights:
             model.load_vgg16(weights)
             return f"encoder from VGG16{'-BN' if 'features.1.running_mean' in weights else ''} ({path})"

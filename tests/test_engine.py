@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from segnet_scratch import no_grad
-from segnet_scratch.config import load_config
+from segnet_scratch.config import Config, load_config
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import FoldedWeights, FusedInference
@@ -62,8 +62,9 @@ class Training:
             if len(parameter.shape) == 4:
                 factor = (1 + noise * rng.uniform(-1, 1, parameter.shape)).astype(parameter.dtype)
                 self.model.device.write(parameter.data, parameter.numpy() * factor)
-        keys = "class_weights", "normalisation", "smoothing"
-        self.step = TrainingStep(self.model, engine, precision, **dict(zip(keys, objective, strict=False)))
+        weights, *rest = objective or ((),)
+        settings = Config(**dict(zip(("loss_normalisation", "label_smoothing"), rest, strict=False)))
+        self.step = TrainingStep(self.model, engine, precision, settings, weights)
 
     def loss(self, images, labels):
         self.step.gradients(images.astype(self.model.dtype), labels)

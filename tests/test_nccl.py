@@ -6,6 +6,7 @@ from support.fake_nccl import Mirrors
 from support.fake_streams import Race
 from support.kernels import needs_compiler
 
+from segnet_scratch.config import Config
 from segnet_scratch.errors import MissingLibraryError
 from segnet_scratch.parallel import gradients
 from segnet_scratch.parallel.mpi import HostArrays, MpiCommunicator
@@ -20,7 +21,7 @@ pytestmark = needs_compiler
 ENGINES = [("layers", "float32", False), ("layers", "float32", True), ("fused", "bf16", False)]
 
 
-def steps(engine, precision, ranks=None, sync_bn=False, count=3, **options):
+def steps(engine, precision, ranks=None, sync_bn=False, count=3, rounded=False, **options):
     """The losses and norms of so many steps, the last of them replays of a graph; and the parameters then."""
     rng, device = np.random.default_rng(0), CudaDevice()
     model = SegNetBasic(CLASSES, 0.125, device, seed=1)
@@ -28,7 +29,8 @@ def steps(engine, precision, ranks=None, sync_bn=False, count=3, **options):
         options["ranks"] = ranks.on(device)
         if sync_bn:
             model.synchronise_batch_norm(ranks)
-    step = TrainingStep(model, engine, precision, clip_norm=1.0, class_weights=np.arange(1, 6.0), **options)
+    settings = Config(clip_norm=1.0, gradient_sum="bf16" if rounded else "float32")
+    step = TrainingStep(model, engine, precision, settings, np.arange(1, 6.0), **options)
     found = []
     for _ in range(count):
         labels = rng.integers(0, CLASSES, SHAPE).astype(np.uint8)

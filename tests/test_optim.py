@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from segnet_scratch import SegNet, SegNetBasic
+from segnet_scratch.config import Config
 from segnet_scratch.errors import CheckpointError, TrainingError
 from segnet_scratch.ops.optimiser.sgd import CHUNK
 from segnet_scratch.optim import SGD, learning_rate
@@ -120,7 +121,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, part):
 
 
 def rates(total=10, schedule="constant", **options):
-    return [learning_rate(step, total, 0.5, schedule, **options) for step in range(total)]
+    return [learning_rate(step, total, Config(lr=0.5, schedule=schedule, **options)) for step in range(total)]
 
 
 def test_constant_rate():

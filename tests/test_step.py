@@ -21,7 +21,7 @@ ENGINES = [("layers", "float32"), ("fused", "float32"), ("fused", "bf16")]
 
 
 def training(engine, precision, device):
-    return TrainingStep(SegNetBasic(CLASSES, 0.125, device, seed=1), engine, precision, clip_norm=1.0)
+    return TrainingStep(SegNetBasic(CLASSES, 0.125, device, seed=1), engine, precision, Config(clip_norm=1.0))
 
 
 def batch(seed, poison=None):
@@ -138,7 +138,7 @@ def test_nothing_is_planned_for_a_batch_that_is_refused():
 
 def test_the_fused_engine_takes_no_parts():
     with pytest.raises(ConfigError, match="takes a batch whole, got 2 parts"):
-        TrainingStep(SegNetBasic(CLASSES, 0.125, "numpy"), "fused", parts=2)
+        TrainingStep(SegNetBasic(CLASSES, 0.125, "numpy"), "fused", settings=Config(accumulate=2))
 
 
 def test_a_batch_that_does_not_fit_is_refused():

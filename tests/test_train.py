@@ -79,7 +79,8 @@ def test_what_a_run_leaves(sample, tmp_path):
     assert [row["step"] for row in found] == [1, 2, 3, 3, 4, 5, 6, 6]
     for row in found:
         assert set(row) == ({"step", "val_loss", "miou"} if "miou" in row else {"step", "loss", "lr"})
-    assert [row["lr"] for row in found if "lr" in row] == [learning_rate(k, 6, 0.05, "poly", 0.9, 2) for k in range(6)]
+    poly = Config(lr=0.05, schedule="poly", warmup=2)
+    assert [row["lr"] for row in found if "lr" in row] == [learning_rate(k, 6, poly) for k in range(6)]
     validations = {row["step"]: row["miou"] for row in found if "miou" in row}
     assert all(0 <= miou <= 1 for miou in validations.values())
     _, momenta, metadata = weights.read(out / "best.safetensors")

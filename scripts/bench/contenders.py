@@ -17,6 +17,7 @@ from torch_segnet import TorchSegNet, gradients_of, loss_of, parameter_groups
 
 from bench.cases import CLASSES, DECAY, LR, MOMENTUM, Arrays, Case, initial_state
 from bench.run import INPUTS, Maker
+from segnet_scratch.config import Config
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.segnet import SegNet, to_file_layout
@@ -38,7 +39,7 @@ class Ours:
         self.model = SegNet(CLASSES, case.width, device, rung="tf32" if case.precision == "tf32" else None)
         self.model.load_state_dict(state)
         if case.task == "training":
-            self._step = TrainingStep(self.model, engine, case.precision, momentum=MOMENTUM, decay=DECAY)
+            self._step = TrainingStep(self.model, engine, case.precision, Config(momentum=MOMENTUM, decay=DECAY))
         else:
             self._infer = InferenceStep(self.model, engine, case.precision)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from segnet_scratch import recipes
+from segnet_scratch.config import Config
 from segnet_scratch.data import EvalTransform, VOCDataset, write_sample
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part
@@ -43,10 +44,11 @@ class Learning(Part):
             pairs = [transform(*data.sample(index)[:2], rng) for index in range(4)]
         images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
         model = SegNet(data.classes, 1 / 4, device, seed=1)
-        training, found = TrainingStep(model, decay=0.0, normalisation="valid"), None
+        settings = Config(decay=0.0, loss_normalisation="valid", lr=0.1, schedule="poly")
+        training, found = TrainingStep(model, settings=settings), None
         x, y = device.upload(images), device.upload(labels)
         for step in range(MOST_STEPS):
-            training(x, y, learning_rate(step, MOST_STEPS, 0.1, "poly"))
+            training(x, y, learning_rate(step, MOST_STEPS, settings))
             tally.counts["steps"] += 1
             if (step + 1) % 25 == 0:
                 found = scores_of(model, x, labels)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from segnet_scratch.config import Config
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part
 from segnet_scratch.lab.proof.parts.training import hash_of
@@ -30,7 +31,7 @@ class Steps:
 
     def __init__(self, model: SegNet, batch: int, size: tuple[int, int], **options: Any) -> None:
         self.model, self.device, self.shape = model, model.device, (batch, *size)
-        self.step = TrainingStep(model, seed=7, **options)
+        self.step = TrainingStep(model, settings=Config(seed=7), **options)
 
     def data(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of step `number`."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from segnet_scratch.config import Config
 from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device
@@ -32,7 +33,7 @@ class Training(Part):
     def _train(self, device: Device, steps: int, seed: int) -> str:
         rng = np.random.default_rng(seed)
         model = SegNet(5, 1 / 16, device, dropout=True, seed=seed)
-        step = TrainingStep(model, seed=seed)
+        step = TrainingStep(model, settings=Config(seed=seed))
         for number in range(steps):
             images = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
             step(images, rng.integers(0, 5, (2, 32, 32)), 0.01, number)
