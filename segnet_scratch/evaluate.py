@@ -146,8 +146,7 @@ def evaluate(
             closing(ordered_map(measure, results, threads, ahead=2 * threads)) as measured,
         ):
             for done in range(0, count, ranks.size):
-                for image, counts in islice(measured, 1):  # none where the images do not suffice for the last ranks
-                    found.append((image, counts))
+                found += islice(measured, 1)  # none where the images do not suffice for the last ranks
                 advance(min(ranks.size, count - done))
     finally:
         model.train(was_training)
@@ -178,9 +177,8 @@ def check_classes(model: SegNet, dataset: VOCDataset) -> None:
     if not differ:
         return
     label, many = differ[0], f"{len(differ)} of {dataset.classes} classes differ"
-    problem = (
-        f"{dataset.root}: class {label} is '{dataset.names[label]}', for the checkpoint '{trained[label]}' ({many})"
-    )
+    names = f"class {label} is '{dataset.names[label]}', for the checkpoint '{trained[label]}'"
+    problem = f"{dataset.root}: {names} ({many})"
     if {trained[label] for label in differ} & set(dataset.names):
         raise DataError(f"{problem}, and classes change places; use the data it was trained for, or correct labels.txt")
     log.warning("%s; do they mean the same?", problem)

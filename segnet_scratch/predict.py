@@ -137,17 +137,15 @@ def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str])
     Sources whose files would be called the same, on any file system, keep their suffix. DataError where a file would
     still overwrite another one, or a source.
     """
-    stems = [path.stem for path in sources]
-    names = [[_same_anywhere(stem + ending) for ending in endings.values()] for stem in stems]
-    often = Counter(name for of_one in names for name in of_one)
-    targets = []
-    for path, stem, of_one in zip(sources, stems, names, strict=True):
-        kept = path.name if any(often[name] > 1 for name in of_one) else stem
-        targets.append({kind: out / (kept + ending) for kind, ending in endings.items()})
+    often = Counter(_same_anywhere(path.stem + ending) for path in sources for ending in endings.values())
     inputs = {real(path) for path in sources}
     made_from: dict[str, Path] = {}
-    for path, files in zip(sources, targets, strict=True):
-        for target in files.values():
+    targets = []
+    for path in sources:
+        clashes = any(often[_same_anywhere(path.stem + ending)] > 1 for ending in endings.values())
+        kept = path.name if clashes else path.stem
+        targets.append({kind: out / (kept + ending) for kind, ending in endings.items()})
+        for target in targets[-1].values():
             if real(target) in inputs:
                 raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")
             if other := made_from.get(_same_anywhere(target.name)):

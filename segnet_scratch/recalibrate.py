@@ -50,10 +50,8 @@ def recalibrate(model: SegNet, batches: Iterable[np.ndarray]) -> int:
             images += len(batch)
             for name, layer in layers.items():
                 count = len(batch) * _pixels(name, batch.shape[1:3])
-                mean, var = (
-                    model.device.download(buffer.data).astype(np.float64)
-                    for buffer in (layer.running_mean, layer.running_var)
-                )
+                arrays = (model.device.download(b.data) for b in (layer.running_mean, layer.running_var))
+                mean, var = (array.astype(np.float64) for array in arrays)
                 moments[name].merge(count, mean, var * (count - 1))
     if not images:
         raise DataError("recalibrate: there is no batch of images; give one at least")

@@ -27,11 +27,9 @@ def score(
     """
     files = [predictions / f"{name}.png" for name in dataset.ids]
     if missing := [path for path in files if not path.is_file()]:
-        raise DataError(
-            f"{predictions}: {len(missing)} of {len(files)} predictions are missing:",
-            *some_of(missing),
-            f"Name the folder that holds ID.png for every id of the list {dataset.split}.",
-        )
+        problem = f"{predictions}: {len(missing)} of {len(files)} predictions are missing:"
+        fix = f"Name the folder that holds ID.png for every id of the list {dataset.split}."
+        raise DataError(problem, *some_of(missing), fix)
     tally = Tally(dataset.names, boundary)
 
     def measure(index: int) -> tuple[ImageScore, np.ndarray]:

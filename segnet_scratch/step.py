@@ -99,13 +99,8 @@ class LayersTraining:
     def __init__(
         self, model: SegNet, parts: int, seed: int, objective: Objective, shape: Shape, normaliser: Normaliser
     ) -> None:
-        self.model, self.device, self._seed, self._parts, self._ranks = (
-            model,
-            model.device,
-            seed,
-            parts,
-            normaliser.ranks,
-        )
+        self.model, self.device, self._ranks = model, model.device, normaliser.ranks
+        self._seed, self._parts = seed, parts
         self.images, self.labels = self.device.zeros((*shape, 3), model.dtype), self.device.zeros(shape, np.uint8)
         self._objective, self._normaliser = objective, normaliser
         count = min(parts, shape[0])
@@ -195,11 +190,8 @@ class TrainingStep:
                 return LayersTraining(model, parts, settings.seed, objective, shape, normaliser)
             return FusedTraining(model, working, *objective, shape, normaliser.shares if ranks.size > 1 else None)
 
-        self._plan, self._ranks, self._sum = (
-            plan,
-            ranks,
-            GradientSum(ranks, self.device, settings.gradient_sum == "bf16"),
-        )
+        self._plan, self._ranks = plan, ranks
+        self._sum = GradientSum(ranks, self.device, settings.gradient_sum == "bf16")
         self._captures = parts == 1 and ranks.arrays.capturable  # between parts random numbers are written
         self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[Array, list[Array]]]]] = {}
 

@@ -69,14 +69,12 @@ def submit(
             for name, shape in saved:
                 sizes[name] = shape
                 advance(1)
-        if mode is None:
-            check_results({path.stem: path.read_bytes() for path in target.iterdir()}, sizes, target)
-            (scratch / "results").replace(final)
-        else:
-            packed = scratch / "packed.tar"
-            _pack(packed, mode, folder, target, dataset.ids)
-            check_results(_unpack(packed, folder), sizes, out)
-            packed.replace(final)
+        whole = scratch / ("packed.tar" if mode else "results")
+        if mode is not None:
+            _pack(whole, mode, folder, target, dataset.ids)
+        files = _unpack(whole, folder) if mode else {path.stem: path.read_bytes() for path in target.iterdir()}
+        check_results(files, sizes, out)
+        whole.replace(final)
     return folder
 
 

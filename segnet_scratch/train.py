@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from segnet_scratch import weights
-from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config, init_setting
+from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config
 from segnet_scratch.data import Batch, ColourJitter, Loader, TrainTransform, VOCDataset, class_statistics, open_dataset
 from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.download import pretrained_file
@@ -39,7 +39,6 @@ from segnet_scratch.runtime.compilation import compile_for, launched_by
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import Outcome, TrainingStep, resolve
-from segnet_scratch.weights import initialise
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +71,10 @@ class Listener:
 class Trainer:
     """One training run: a model, its data, its optimiser, its place in the run.
 
-    `data` is a VOC root or a folder above it; `init` a weights file for a fresh start. On resume the state of
-    `last.safetensors` is taken up, and metrics written after it are dropped. Of several `ranks` each makes a trainer
-    with the same arguments; `batch` counts the images of all of them, so that the run is the same with another number
-    of ranks, but for batch norm's statistics. The first one alone touches the run folder.
+    `data` is a VOC root or a folder above it. On resume the state of `last.safetensors` is taken up, and metrics
+    written after it are dropped. Of several `ranks` each makes a trainer with the same arguments; `batch` counts the
+    images of all of them, so that the run is the same with another number of ranks, but for batch norm's statistics.
+    The first one alone touches the run folder.
     """
 
     def __init__(
@@ -84,12 +83,9 @@ class Trainer:
         data: str | Path,
         out: str | Path,
         device: str = "auto",
-        init: str | Path | None = None,
         resume: bool = False,
         ranks: Communicator = ALONE,
     ) -> None:
-        if init is not None:
-            config = replace(config, init=init_setting(init))
         self.folder = RunFolder(Path(out))
         on, mode = get_device(device), cast(CacheMode, "none" if config.cache == "device" else config.cache)
         self.train_set = open_dataset(data, config.train_split, mode)
@@ -146,7 +142,7 @@ class Trainer:
             log.warning("%s: %s", finding.path, finding.detail)
         self.class_weights = self.ranks.first(lambda: class_weights_of(self.config, self.train_set))
         if file := self.config.init:
-            self.initialised = self.init = initialise(self.model, pretrained_file(file), self.train_set.names)
+            self.initialised = self.init = weights.initialise(self.model, pretrained_file(file), self.train_set.names)
 
     def _take_up(self, metadata: dict[str, Any]) -> None:
         """The place in the run at which a checkpoint was written."""
@@ -447,30 +443,18 @@ class Trainer:
         self._saved_step = self.step
 
     def _metadata(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "miou": self.best_miou,
-            "classes": list(self.train_set.names),
-            "colours": self.train_set.palette[: self.train_set.classes].tolist(),
-            "size": list(self.config.image_size),
-            "init": self.init,
-            "train_split": _fingerprint(self.train_set),
-            "class_weights": self.class_weights,
-            "validations_since_best": self._validations_since_best,
-        }
+        data, size = self.train_set, list(self.config.image_size)
+        place = {"step": self.step, "miou": self.best_miou, "validations_since_best": self._validations_since_best}
+        began = {"init": self.init, "train_split": _fingerprint(data), "class_weights": self.class_weights}
+        shown = {"classes": list(data.names), "colours": data.palette[: data.classes].tolist(), "size": size}
+        return place | began | shown
 
 
 def network_of(config: Config, classes: int, device: Device) -> SegNet:
     """The network that the settings ask for, its weights at random."""
-    return ARCHITECTURES[config.model](
-        *(classes, config.width, device),
-        dropout=config.dropout,
-        decoder=config.decoder,
-        pooling=config.pooling,
-        seed=config.seed,
-        dtype=config.dtype,
-        rung="tf32" if config.precision == "tf32" else None,
-    )
+    rung = "tf32" if config.precision == "tf32" else None
+    options = {name: getattr(config, name) for name in ("dropout", "decoder", "pooling", "seed", "dtype")}
+    return ARCHITECTURES[config.model](classes, config.width, device, **options, rung=rung)
 
 
 def _fingerprint(dataset: VOCDataset) -> str:

@@ -34,7 +34,7 @@ def test_it_goes_on_with_the_same_bits(sample, tmp_path):
 def test_initial_weights_reach_the_kernels(sample, tmp_path):
     train(sample, tmp_path / "first", steps=2, **FUSED, precision="bf16")
     init = tmp_path / "first" / "last.safetensors"
-    trainer = start(sample, tmp_path / "second", init=init, steps=2, **FUSED, precision="bf16")
+    trainer = start(sample, tmp_path / "second", init=str(init), steps=2, **FUSED, precision="bf16")
     model, moved = trainer.model, trainer.training.optimiser._moved
     copies = {name: moved[f"copy{i}"] for i, name in enumerate(model.named_parameters()) if f"copy{i}" in moved}
     assert len(copies) == 9

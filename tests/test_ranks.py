@@ -78,7 +78,7 @@ def launch(ranks, folder, *jobs):
 
 def alone(data, out, resume=False, faults=None, settings=()):
     """The same by one process."""
-    Trainer(Config(**rank_program.TINY | dict(settings)), data, out, "numpy", None, resume).run()
+    Trainer(Config(**rank_program.TINY | dict(settings)), data, out, "numpy", resume).run()
 
 
 def assert_same(out, expected, rtol):

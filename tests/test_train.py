@@ -139,12 +139,12 @@ def test_class_weights_weigh_and_must_be_one_a_class(sample, tmp_path):
 
 def test_initial_weights_come_from_a_checkpoint_but_not_on_resume(sample, tmp_path):
     first, _ = train(sample, tmp_path / "first", steps=2)
-    second = start(sample, tmp_path / "second", steps=1, init=tmp_path / "first" / "best.safetensors")
+    second = start(sample, tmp_path / "second", steps=1, init=str(tmp_path / "first" / "best.safetensors"))
     assert "first" in second.initialised
     for name, array in second.model.state_dict().items():
         np.testing.assert_array_equal(array, first.model.state_dict()[name])
     second.run()
-    again = start(sample, tmp_path / "second", steps=1, init=tmp_path / "none.safetensors", resume=True)
+    again = start(sample, tmp_path / "second", steps=1, init=str(tmp_path / "none.safetensors"), resume=True)
     assert again.step == 1
 
 

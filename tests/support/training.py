@@ -12,8 +12,8 @@ FILES = {"config.toml", "metrics.jsonl", "last.safetensors", "best.safetensors"}
 TINY = {"model": "segnet-basic", "width": 1 / 16, "size": 32, "batch": 2, "lr": 0.05, "workers": 0}
 
 
-def start(data, out, device="numpy", resume=False, init=None, ranks=ALONE, **settings):
-    return Trainer(Config(**TINY | settings), data, out, device, init, resume, ranks)
+def start(data, out, device="numpy", resume=False, ranks=ALONE, **settings):
+    return Trainer(Config(**TINY | settings), data, out, device, resume, ranks)
 
 
 def train(data, out, *listeners, **options):
