@@ -10,14 +10,14 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from inspect import getdoc
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-from segnet_scratch.errors import ConfigError
+from segnet_scratch.errors import ConfigError, of_file
 
 MINIMUM_SIZE = 32  # five 2x2 pools leave one position of a 32-pixel side
 DEFAULT_EPOCHS = 100
@@ -274,21 +274,16 @@ class Config:
 
     def to_toml(self) -> str:
         """The settings as TOML, each under a comment with its meaning; load_config reads it back equal."""
-        return "\n".join(
-            f"# {meaning}\n{name} = {value}\n"
-            for name, value, meaning in _rows(self)
-            if value != "-"  # TOML has no null: the key is left out
-        )
+        given = [row for row in _rows(self) if row[1] != "-"]  # TOML has no null: the key is left out
+        return "\n".join(f"# {meaning}\n{name} = {value}\n" for name, value, meaning in given)
 
 
 def _rows(config: Config) -> list[tuple[str, str, str]]:
     """Key, value in TOML ("-" for none) and meaning of each setting, in the order of the configuration file."""
     meanings = dict(re.findall(r"^(\w+): (.+(?:\n .+)*)", getdoc(Config) or "", re.MULTILINE))
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
-    return [
-        (name, "-" if value is None else toml_value(value), " ".join(meanings.get(name, "").split()))
-        for name, value in values.items()
-    ]
+    told = {name: "-" if value is None else toml_value(value) for name, value in values.items()}
+    return [(name, value, " ".join(meanings.get(name, "").split())) for name, value in told.items()]
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -312,19 +307,22 @@ def load_config(path: str | os.PathLike[str] | Sequence[Path] | None, overrides:
     paths = [] if path is None else [Path(path)] if isinstance(path, str | os.PathLike) else path
     for file in paths:
         found = _read_toml(file)
-        try:
-            _check_keys(found)
-            Config(**found)  # on its own first, so that the error can name the file
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
-        values = _over(values, found)
+        with of_file(file):
+            values = _over(values, found)
+            Config(**found)  # by itself, so that the error can name the file
     for override in overrides:
         values = _over(values, _parse_override(override))
     return Config(**values)
 
 
 def _over(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """The values with later ones over them; a length takes the place of the other."""
+    """The values with later ones over them; a length takes the place of the other. ConfigError for unknown keys."""
+    known = [setting.name for setting in fields(Config)]
+    for key in later:
+        if key not in known:
+            near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+            raise ConfigError(f"unknown setting {key!r}; {hint}")
     replaced = _LENGTH if set(later) & set(_LENGTH) else ()
     return {key: value for key, value in values.items() if key not in replaced} | later
 
@@ -385,26 +383,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected valid TOML, got: {error}; correct the file.") from error
 
 
-def _check_keys(keys: Iterable[str]) -> None:
-    known = [setting.name for setting in fields(Config)]
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
-            raise ConfigError(f"unknown setting {key!r}; {hint}")
-
-
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key or not text:
         raise _unexpected(f"--set {override}", "key=value", repr(override), "write for example lr=0.01")
-    _check_keys([key])
-    if re.fullmatch(r"[A-Za-z_][\w-]*", text) and text not in ("true", "false", "inf", "nan"):
-        return {key: text}
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
-        parsed = {}
+        parsed = {"value": text} if re.fullmatch(r"[A-Za-z_][\w-]*", text) else {}
     if list(parsed) != ["value"]:
         fix = "write for example lr=0.01, size=[96,128] or flip=false"
         raise _unexpected(f"--set {override}", "a TOML value after the '='", repr(text), fix)

@@ -99,10 +99,8 @@ class _Graph:
         """The file's content, with these outputs; checked."""
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
         kind = kinds.UINT8 if inputs == "uint8" else kinds.FLOAT
-        ends = {
-            "logits": (kinds.FLOAT, ["batch", self.model.classes, "height", "width"]),
-            "labels": (kinds.UINT8, ["batch", "height", "width"]),
-        }
+        ends = {"logits": (kinds.FLOAT, ["batch", self.model.classes, "height", "width"])}
+        ends |= {"labels": (kinds.UINT8, ["batch", "height", "width"])}
         nodes = [node for node in self._nodes if "labels" in outputs or not node.name.startswith("labels.")]
         image = helper.make_tensor_value_info("image", kind, ["batch", 3, "height", "width"])
         results = [helper.make_tensor_value_info(name, *ends[name]) for name in outputs]
@@ -119,15 +117,10 @@ class _Graph:
         """What a user of the file must know; each becomes JSON in the file's metadata."""
         metadata = self.model.metadata
         style = Style.of(metadata, self.model.classes)
-        return {
-            "classes": list(style.names),
-            "palette": style.palette[: len(style.names)].tolist(),
-            "size": metadata.get("size"),
-            "input": inputs,
-            "mean": IMAGENET_MEAN.astype(float).round(3).tolist(),
-            "std": IMAGENET_STD.astype(float).round(3).tolist(),
-            "model": self.model.describe(),
-        }
+        classes = {"classes": list(style.names), "palette": style.palette[: len(style.names)].tolist()}
+        mean, std = (array.astype(float).round(3).tolist() for array in (IMAGENET_MEAN, IMAGENET_STD))
+        images = {"size": metadata.get("size"), "input": inputs, "mean": mean, "std": std}
+        return classes | images | {"model": self.model.describe()}
 
     def network(self, inputs: str) -> None:
         """All of it: from `image` to `logits`, and on to `labels`."""

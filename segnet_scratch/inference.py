@@ -161,7 +161,7 @@ class Segmenter:
         logits = np.empty((height, width, self.model.classes), np.float32) if with_logits else None
         uncertainty = np.empty((height, width), np.float32) if self.inference.samples else None
         for rows in self._row_blocks((height, width)):
-            mean, variance = self._mean(views, rows.start, rows.stop - rows.start)
+            mean, variance = self._mean(views, rows)
             labels[rows] = mean.argmax(axis=2)
             if logits is not None:
                 logits[rows] = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
@@ -214,19 +214,15 @@ class Segmenter:
                     raise
                 yield from ((what, image, read()) for what, image, read in waiting)
 
-    def _passes(self, batch: list[What], pixels: Array) -> Iterator[tuple[list[What], Array]]:
+    def _passes(self, batch: list[What], pixels: Array) -> Iterable[tuple[list[What], Array]]:
         """Items and their logits: all of a batch, or from here on one by one where memory is short for more."""
         try:
-            together = self.forward(pixels)
+            return [(batch, self.forward(pixels))]
         except (DeviceMemoryError, MemoryError):
             if len(batch) == 1:
                 raise
             self.batch = 1
-        else:
-            yield batch, together
-            return
-        for k, item in enumerate(batch):
-            yield [item], self.forward(pixels[k : k + 1])
+        return (([item], self.forward(pixels[k : k + 1])) for k, item in enumerate(batch))
 
     @property
     def seconds(self) -> float:
@@ -249,7 +245,7 @@ class Segmenter:
         logits = np.empty((*view.size, self.model.classes), np.float32) if with_logits else None
         parts = []
         for rows in self._row_blocks(view.size):
-            found = view.rows(rows.start, rows.stop - rows.start)
+            found = view.rows(rows)
             parts.append((rows, self.device.read([classify(self.model, found)])))
             if logits is not None:
                 logits[rows] = self.device.download(found)[0, ..., : self.model.classes]
@@ -264,8 +260,8 @@ class Segmenter:
     def _row_blocks(self, size: tuple[int, int]) -> Iterator[slice]:
         return row_blocks(size, _BLOCK // self.step.channels)
 
-    def _mean(self, views: "list[list[_View]]", first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean probabilities (count, w, classes) of some rows, and their variance (count, w) where there are samples.
+    def _mean(self, views: "list[list[_View]]", rows: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mean probabilities (h, w, classes) of some rows, and their variance (h, w) where there are samples.
 
         The variance is from the summed squared deviations from the mean, by Welford's recurrence.
         """
@@ -273,7 +269,7 @@ class Segmenter:
         squares: Any = 0.0
         with no_grad():
             for sample, of_sample in enumerate(views):
-                total = reduce(add, (self._probabilities(view, first, count) for view in of_sample))
+                total = reduce(add, (self._probabilities(view, rows) for view in of_sample))
                 probabilities = total / len(of_sample)
                 if len(views) == 1:
                     return _read(probabilities), None
@@ -282,9 +278,9 @@ class Segmenter:
                 squares = squares + deviation * (probabilities - mean)
             return _read(mean), _read(squares.mean(axis=2) / len(views))
 
-    def _probabilities(self, view: "_View", first: int, count: int) -> Any:
-        """Those of some rows of a view (count, w, classes): on a GPU a Tensor, which stays there, else an array."""
-        found = view.rows(first, count)
+    def _probabilities(self, view: "_View", rows: slice) -> Any:
+        """Those of some rows of a view (h, w, classes): on a GPU a Tensor, which stays there, else an array."""
+        found = view.rows(rows)
         logits = (found if self._on_gpu else self.device.download(found))[0, ..., : self.model.classes]
         logits = logits[:, ::-1] if view.flip else logits
         if self._on_gpu:
@@ -351,13 +347,14 @@ class _Whole:
     def __init__(self, segmenter: Segmenter, logits: Array, shape: tuple[int, ...], flip: bool) -> None:
         self.segmenter, self.logits, self.size, self.flip = segmenter, logits, (shape[0], shape[1]), flip
 
-    def rows(self, first: int, count: int) -> Array:
-        """Logits (1, count, w, channels) of some rows, in the size of the image; asked for from top to bottom."""
-        return _resized(self.segmenter, self.logits, self.size, Rows(first, count, 0, self.logits.shape[1]))
+    def rows(self, rows: slice) -> Array:
+        """Logits (1, h, w, channels) of some rows, in the size of the image; asked for from top to bottom."""
+        return _resized(self, self.segmenter, rows, self.logits, 0, self.logits.shape[1])
 
 
-def _resized(segmenter: Segmenter, logits: Array, size: tuple[int, int], rows: Rows) -> Array:
-    return ResizeBilinearForward.plan(spec_of(logits), size, rows)(segmenter.device, x=logits).y
+def _resized(view: "_View", segmenter: Segmenter, rows: slice, logits: Array, low: int, height: int) -> Array:
+    part = Rows(rows.start, rows.stop - rows.start, low, height)
+    return ResizeBilinearForward.plan(spec_of(logits), view.size, part)(segmenter.device, x=logits).y
 
 
 class _Windows:
@@ -387,17 +384,19 @@ class _Windows:
         self._first = 0  # the row that the sums begin with
         self._sums = np.zeros((0, lengths[1], segmenter.step.channels), self._dtype)
 
-    def rows(self, first: int, count: int) -> Array:
+    def rows(self, rows: slice) -> Array:
         """As `_Whole.rows`."""
         height, width = self._pixels.shape[:2]
         same = (height, width) == self.size
-        low, high = (first, first + count) if same else source_rows(first, count, self.size[0], height)
+        low, high = rows.start, rows.stop
+        if not same:
+            low, high = source_rows(low, high - low, self.size[0], height)
         while self._tops and self._tops[0] < high:
             self._add_windows(self._tops.pop(0), low)
         part = slice(low - self._first, high - self._first)
         seen = self._in_rows[low:high, None, None] * self._in_columns[:width, None]
         logits = self._segmenter.device.upload((self._sums[part, :width] / seen.astype(self._dtype))[None])
-        return logits if same else _resized(self._segmenter, logits, self.size, Rows(first, count, low, height))
+        return logits if same else _resized(self, self._segmenter, rows, logits, low, height)
 
     def _add_windows(self, top: int, low: int) -> None:
         """The windows of one row, from `top` on; the sums above `low` are needed no more."""

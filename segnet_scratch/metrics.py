@@ -62,11 +62,9 @@ class Scores:
             got = f"got {len(names)}: {', '.join(names)}; pass the names of the data set that was scored."
             raise DataError(f"class names: expected {len(self.iou)} different names, {got}")
         whole = {name: getattr(self, name) for name in ("miou", "global_accuracy", "class_accuracy", "pixels")}
-        of_class = {
-            name: dict(zip(names, getattr(self, name).tolist(), strict=True))
-            for name in ("iou", "accuracy", "precision", "class_pixels")
-        }
-        return plain({**whole, **of_class, "confusion": self.confusion.tolist()})
+        of_class = {name: getattr(self, name).tolist() for name in ("iou", "accuracy", "precision", "class_pixels")}
+        named = {what: dict(zip(names, numbers, strict=True)) for what, numbers in of_class.items()}
+        return plain({**whole, **named, "confusion": self.confusion.tolist()})
 
 
 def scores(confusion: np.ndarray) -> Scores:
@@ -77,10 +75,8 @@ def scores(confusion: np.ndarray) -> Scores:
     """
     square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1] and confusion.size > 0
     if not square or not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
-        raise DataError(
-            "confusion matrix: expected a square matrix of pixel counts that are not negative, got "
-            f"{confusion.dtype} {confusion.shape}; pass the sum of the matrices of the images."
-        )
+        got = f"got {confusion.dtype} {confusion.shape}; pass the sum of the matrices of the images."
+        raise DataError(f"confusion matrix: expected a square matrix of counts that are not negative, {got}")
     confusion = confusion.astype(np.int64)
     right = confusion.diagonal()  # (K,)
     truth, prediction = confusion.sum(axis=1), confusion.sum(axis=0)  # (K,)

@@ -258,10 +258,8 @@ class SegNet(Module):
                 got, expected = np.shape(state[name]), to_file_layout(np.empty(target.shape, np.bool_)).shape
                 fix = f"was the model built with width {self.width}?"
                 if name.startswith("classifier") and got and got[0] != self.classes:
-                    fix = (
-                        f"the weights are for {got[0]} classes, this model has {self.classes}; build it with "
-                        f"classes={got[0]}, or use the data set it was trained on"
-                    )
+                    fix = f"the weights are for {got[0]} classes, this model has {self.classes}; "
+                    fix += f"build it with classes={got[0]}, or use the data set it was trained on"
                 raise CheckpointError(f"{name} has shape {got}, expected {expected}; {fix}")
         for name, target in targets.items():
             self.device.write(target, values[name].astype(self.dtype))

@@ -108,9 +108,7 @@ def _check_classes(model: SegNet, dataset: VOCDataset) -> None:
     for what, names in ((f"{dataset.root}: the data set", dataset.names), ("the checkpoint", trained)):
         if names and tuple(names) != VOC_CLASSES:
             theirs, vocs = (f"{len(some)} classes ({', '.join(some[:3])}, ...)" for some in (names, VOC_CLASSES))
-            raise DataError(
-                f"{what} has {theirs}; VOC's server takes its own {vocs}; submit one that was trained on them"
-            )
+            raise DataError(f"{what} has {theirs}; VOC's server takes its own {vocs}; train on those")
     if model.classes != len(VOC_CLASSES):
         raise DataError(f"the checkpoint has {model.classes} classes, VOC {len(VOC_CLASSES)}; train one on VOC's")
 

@@ -30,10 +30,8 @@ class TensorBoard(Listener):
 
     def __init__(self) -> None:
         require("tensorboardX", "tensorboard", "--tensorboard")
-        self._files, self._summary, self._events = (
-            importlib.import_module(f"tensorboardX.{name}")
-            for name in ("event_file_writer", "summary", "proto.event_pb2")
-        )
+        names = ("event_file_writer", "summary", "proto.event_pb2")
+        self._files, self._summary, self._events = (importlib.import_module(f"tensorboardX.{name}") for name in names)
         self._writer: Any = None
 
     def started(self, trainer: Trainer) -> None:
