@@ -248,10 +248,9 @@ class SegNet(Module):
         targets = self._arrays()
         missing, unknown = targets.keys() - state.keys(), state.keys() - targets.keys()
         if missing or unknown:
-            raise CheckpointError(
-                f"the weights are not those of this {type(self).__name__}: {_some('missing', missing)}; "
-                f"{_some('not known', unknown)}; expected {len(targets)} arrays, got {len(state)}"
-            )
+            wrong = f"{_some('missing', missing)}; {_some('not known', unknown)}"
+            counts = f"expected {len(targets)} arrays, got {len(state)}"
+            raise CheckpointError(f"the weights are not those of this {type(self).__name__}: {wrong}; {counts}")
         values = {name: from_file_layout(np.asarray(state[name])) for name in targets}
         for name, target in targets.items():
             if values[name].shape != tuple(target.shape):

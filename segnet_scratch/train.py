@@ -136,6 +136,8 @@ class Trainer:
             raise ConfigError(f"{self.folder.path}: {asked}; resume with at least as many")
         ranks.first(lambda: self._take_folder(resume))
 
+    # What it begins from
+
     def _begin(self) -> None:
         """The beginning of a run: its data are looked over, its class weights counted, its weights initialised."""
         for finding in look_over(self.train_set, self.config.workers) if self.ranks.leads else ():
@@ -169,6 +171,8 @@ class Trainer:
     def _alone(self) -> AbstractContextManager[None]:
         """Keeps others out of the folder, in the one rank that writes there."""
         return self.folder.in_use() if self.ranks.leads else nullcontext()
+
+    # From the first step to the last
 
     def run(self, *listeners: Listener) -> bool:
         """Trains to the end; True when it is reached, False when a signal (Ctrl-C) ended it after saving.
@@ -262,6 +266,8 @@ class Trainer:
                     self._settle(0)
                     raise _Stopped
 
+    # Batches
+
     @contextmanager
     def _advice(self) -> Iterator[None]:
         """What to try where memory does not suffice."""
@@ -295,6 +301,8 @@ class Trainer:
             for batch, (images, labels) in uploaded:
                 # A step in parts, or of several ranks, counts the labels of each, where they still are.
                 yield replace(batch, images=images, labels=batch.labels if counted else labels)
+
+    # Steps, and what became of them
 
     @property
     def _asked_to_stop(self) -> bool:
@@ -361,6 +369,8 @@ class Trainer:
             f"infinity first in: {origin}; {kept}; train with a smaller lr than {self.config.lr}, or with warmup"
         )
 
+    # Validation
+
     @property
     def _validation_interval(self) -> int:
         """Steps from one validation to the next."""
@@ -415,6 +425,8 @@ class Trainer:
                 weights.save(self.folder.best, self.model, self._metadata())
         self._tell(Listener.validated, self, evaluation)
 
+    # Checkpoints
+
     def _average_statistics(self) -> None:
         """Gives all ranks the mean of their running statistics of batch norm.
 
@@ -450,6 +462,9 @@ class Trainer:
         return place | began | shown
 
 
+# What the settings ask for
+
+
 def network_of(config: Config, classes: int, device: Device) -> SegNet:
     """The network that the settings ask for, its weights at random."""
     rung = "tf32" if config.precision == "tf32" else None
@@ -481,6 +496,9 @@ def class_weights_of(config: Config, train_set: VOCDataset) -> list[float]:
     return list(given)
 
 
+# Ends
+
+
 class _NotFinite(TrainingError):
     """A step whose loss or gradients are not finite: the one error after which nothing is to be saved."""
 
@@ -505,11 +523,8 @@ def _stop_requests() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    # What is ignored stays so, as SIGHUP behind nohup.
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, request) for number in heeded}
-    try:
+    with ExitStack() as former:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # what is ignored stays so, as SIGHUP behind nohup
+                former.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

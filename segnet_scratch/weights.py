@@ -24,10 +24,10 @@ def save(
     tensors = model.state_dict()
     tensors |= {MOMENTUM + name: array for name, array in (momenta or {}).items()}
     if broken := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
-        raise CheckpointError(
-            f"{path}: not saved, {len(broken)} arrays hold NaN or infinity ({broken[0]}, ...); the file there, if any, "
-            "is an earlier, finite one; train with a smaller lr, or with warmup"
+        problem = (
+            f"{len(broken)} arrays hold NaN or infinity ({broken[0]}, ...); the file there, if any, is an earlier one"
         )
+        raise CheckpointError(f"{path}: not saved, {problem}; train with a smaller lr, or with warmup")
     checkpoint.save(path, tensors, {**metadata, "model": model.describe()})
 
 
