@@ -16,7 +16,7 @@ from segnet_scratch.data import VOCDataset, read_mask, voc_palette
 from segnet_scratch.data.download import SBD, VOC2012, install_sbd, install_voc2012
 from segnet_scratch.data.download import sbd as sbd_module
 from segnet_scratch.data.verify import verify
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import DataError, MissingLibraryError
 
 scipy_io = pytest.importorskip("scipy.io", reason="SBD's masks are MATLAB files, which scipy (extra test) writes")
 
@@ -155,11 +155,17 @@ def test_an_interrupted_merge_writes_no_list_and_is_completed_by_the_next(merge,
     [
         ({"cls/2008_n.mat": b"MATLAB 5.0 MAT-file" + bytes(200)}, "2008_n.mat: no class map"),
         ({"cls/2008_n.mat": matlab(labels(101))[:200]}, "2008_n.mat: no class map"),
-        ({"cls/2008_n.mat": matlab(np.full(SIZE, 21, np.uint8))}, r"2008_n.mat: labels 21\.\.21"),
-        ({"cls/2008_n.mat": matlab(np.full(SIZE, -1, np.int16))}, r"2008_n.mat: labels -1\.\.-1"),
-        ({"cls/2008_n.mat": matlab(np.full(SIZE, 0.5))}, "2008_n.mat: expected a map of class numbers, got float64"),
+        (
+            {"cls/2008_n.mat": matlab(np.full(SIZE, 21, np.uint8))},
+            r"2008_n.mat: expected .* 0\.\.20, got .* with 21\.\.21",
+        ),
+        (
+            {"cls/2008_n.mat": matlab(np.full(SIZE, -1, np.int16))},
+            r"2008_n.mat: expected .* 0\.\.20, got .* with -1\.\.-1",
+        ),
+        ({"cls/2008_n.mat": matlab(np.full(SIZE, 0.5))}, "2008_n.mat: expected a map of .*, got float64"),
         ({"cls/2008_n.mat": matlab(np.zeros((0, 0), np.uint8))}, "2008_n.mat: expected a map"),
-        ({"cls/2008_n.mat": matlab(labels(1)[:19])}, r"2008_n.png: mask of \(30, 19\)"),
+        ({"cls/2008_n.mat": matlab(labels(1)[:19])}, "2008_n.png: mask of 19 x 30"),
         ({"train.txt": b"2008_a\n2008_missing\n"}, "1 of the 4 ids in its lists have no mask"),
         ({"train.txt": b"../../etc/passwd\n"}, "1 of the 3 ids"),
         ({"img/2008_o.jpg": b"no picture"}, "2008_o.jpg: cannot be read"),
@@ -183,7 +189,7 @@ def test_voc_comes_first(tmp_path):
 
 def test_without_scipy_the_extra_is_named(merge, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(DataError, match=r"pip install 'segnet_scratch\[sbd\]'"):
+    with pytest.raises(MissingLibraryError, match=r"pip install 'segnet_scratch\[sbd\]'"):
         merge(sbd_files())
 
 

@@ -7,32 +7,26 @@ handed out as bytes, and who takes them decides where they go.
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
+from segnet_scratch.data.download.sources import Source
+from segnet_scratch.data.walk import Progress, silent
 from segnet_scratch.errors import DataError
 
 
-def read_files(
-    archive: Path,
-    prefix: str,
-    wanted: Mapping[str, str],
-    limit: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[str, bytes]]:
-    """Path below `prefix`, with slashes, and content of each wanted file, in the order of the archive (tar or tar.gz).
+def read_files(archive: Path, source: Source, progress: Progress = silent) -> Iterator[tuple[str, bytes]]:
+    """Path below the source's prefix, with slashes, and content of each wanted file, in the archive's order.
 
-    wanted: suffix of the files taken, by their folder; a name consists of letters, digits, _ and -. limit: bytes that
-    all of them may have together. progress is told of the bytes of the archive read, and their number.
+    archive: tar or tar.gz. progress is told of the bytes of it that are read, and their number. The name of a wanted
+    file consists of letters, digits, _ and -.
 
     Raises DataError for an archive that is damaged, for a link or device in place of a wanted file, and beyond the
     limit. Other entries are passed over, whatever they are. An archive cut off between two files looks whole.
     """
-    shapes = "|".join(
-        f"{re.escape(folder + '/' if folder else '')}[A-Za-z0-9_-]+{re.escape(suffix)}"
-        for folder, suffix in wanted.items()
-    )
-    pattern = re.compile(rf"(?:\./)?{re.escape(prefix)}/({shapes})")
+    folders = {re.escape(f"{folder}/".lstrip("/")): re.escape(suffix) for folder, suffix in source.wanted.items()}
+    shapes = [f"{folder}[A-Za-z0-9_-]+{suffix}" for folder, suffix in folders.items()]
+    pattern = re.compile(rf"(?:\./)?{re.escape(source.prefix)}/({'|'.join(shapes)})")
     total, taken = archive.stat().st_size, 0
     try:
         # "r|" reads strictly forward: no header can send it back, so that it would never end.
@@ -41,8 +35,9 @@ def read_files(
                 if match := pattern.fullmatch(member.name):
                     taken += member.size
                     reader = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                    if reader is None or taken > limit:
-                        raise tarfile.ReadError(f"{member.name} is no file, or together they have over {limit:,} bytes")
+                    if reader is None or taken > source.limit:
+                        limit = f"together they have over {source.limit:,} bytes"
+                        raise tarfile.ReadError(f"{member.name} is no file, or {limit}")
                     content = reader.read()
                     if len(content) != member.size:
                         raise tarfile.ReadError(f"{member.name} ends early")

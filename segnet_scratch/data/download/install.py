@@ -2,23 +2,22 @@
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from segnet_scratch.data.download.archive import read_files
-from segnet_scratch.data.download.fetch import Progress, fetch
+from segnet_scratch.data.download.fetch import Progress, fetch, silent
 from segnet_scratch.data.download.sbd import Merge, merge_sbd
 from segnet_scratch.data.download.sources import SBD, VOC2012, Source
-from segnet_scratch.data.voc import FOLDERS, VOCDataset, find_root
+from segnet_scratch.data.voc import VOCDataset, find_root
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason, whole_folder
 
 _MARGIN = 200_000_000  # bytes left free, so that the machine stays usable
 
-_SILENT: Progress = lambda what, done, total: None  # noqa: E731
-
 
 def install_voc2012(
-    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = _SILENT, source: Source = VOC2012
+    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = silent, source: Source = VOC2012
 ) -> Path:
     """Downloads VOC2012 into `directory` and returns its root, `directory`/VOCdevkit/VOC2012.
 
@@ -35,13 +34,7 @@ def install_voc2012(
     archive = _archive(directory, source, mirrors, progress)
     try:
         with whole_folder(root) as folder:
-            files = read_files(
-                archive,
-                source.prefix,
-                source.wanted,
-                source.limit,
-                lambda done, total: progress("unpack", done, total),
-            )
+            files = read_files(archive, source, partial(progress, "unpack"))
             for name in source.wanted:
                 (folder / name).mkdir(parents=True)
             for name, content in files:
@@ -56,7 +49,7 @@ def install_voc2012(
 
 
 def install_sbd(
-    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = _SILENT, source: Source = SBD
+    directory: str | Path, mirrors: Sequence[str] = (), progress: Progress = silent, source: Source = SBD
 ) -> Merge:
     """Downloads SBD into `directory` and adds its masks to the VOC2012 that is there, see `merge_sbd`.
 
@@ -67,7 +60,7 @@ def install_sbd(
     except DataError as error:
         raise DataError(*error.args, "SBD adds masks to VOC2012: download that into the same folder first.") from error
     archive = _archive(Path(directory), source, mirrors, progress)
-    return merge_sbd(archive, root, source, lambda done, total: progress("convert", done, total))
+    return merge_sbd(archive, root, source, partial(progress, "convert"))
 
 
 def _archive(directory: Path, source: Source, mirrors: Sequence[str], progress: Progress) -> Path:
@@ -78,19 +71,15 @@ def _archive(directory: Path, source: Source, mirrors: Sequence[str], progress: 
     existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise DataError(
-            f"{directory}: {needed / 1e9:.1f} GB of free space expected ({source.size / 1e9:.1f} for the archive less "
-            f"{there / 1e9:.1f} that are there, {source.room / 1e9:.1f} for its files), got {free / 1e9:.1f} GB; "
-            "make room, or choose a folder on another disk."
-        )
+        sizes = [f"{size / 1e9:.1f}" for size in (needed, source.size, there, source.room, free)]
+        room = "{} GB of free space expected ({} for the archive less {} that are there, {} for its files), got {} GB"
+        raise DataError(f"{directory}: {room.format(*sizes)}; make room, or choose a folder on another disk.")
     fetch((*mirrors, *source.urls), archive, f"md5:{source.md5}", source.size, progress)
     return archive
 
 
 def _fault(root: Path) -> str:
     """What the lists for training and validation, or the files that they name, lack; empty where all are there."""
-    if missing := [name for name in FOLDERS if not (root / name).is_dir()]:
-        return f"{root} lacks {', '.join(missing)}."
     try:
         for split in ("train", "val"):
             VOCDataset(root, split)

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from segnet_scratch.config import PRETRAINED
-from segnet_scratch.data.download.fetch import Progress, fetch
+from segnet_scratch.data.download.fetch import Progress, fetch, silent
 from segnet_scratch.runtime.cache import cache_directory
 
 _ADDRESS = "https://download.pytorch.org/models/"
 
 
-def pretrained_file(init: str, progress: Progress = lambda what, done, total: None) -> Path:
+def pretrained_file(init: str, progress: Progress = silent) -> Path:
     """The file that the setting `init` means, downloaded and verified if it is one of PRETRAINED and not there yet.
 
     DataError, with the addresses and the place to put the file, where it cannot be had.

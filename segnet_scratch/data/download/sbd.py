@@ -7,11 +7,10 @@ leaves the 10,582 images of training that the literature calls train_aug (VOC's 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,8 +19,18 @@ from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.sources import Source
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import indexed_picture, png_bytes
-from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER, find_image, mask_file, read_split
+from segnet_scratch.data.voc import (
+    IMAGE_FOLDER,
+    MASK_FOLDER,
+    SPLIT_FOLDER,
+    check_sizes,
+    find_image,
+    mask_file,
+    read_split,
+)
+from segnet_scratch.data.walk import Progress, silent
 from segnet_scratch.errors import DataError
+from segnet_scratch.extras import require
 from segnet_scratch.files import reason, sweep_temporaries, write_durably
 
 SPLIT = "train_aug"
@@ -30,8 +39,7 @@ SPLIT = "train_aug"
 _CLASSES = 21
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(NamedTuple):
     """root: of the VOC2012 merged into. ids: in the list. added: masks written by this merge."""
 
     root: Path
@@ -39,19 +47,14 @@ class Merge:
     added: int
 
 
-def merge_sbd(
-    archive: Path,
-    root: Path,
-    source: Source,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Merge:
+def merge_sbd(archive: Path, root: Path, source: Source, progress: Progress = silent) -> Merge:
     """Adds the masks of SBD's archive to the VOC2012 at `root`, and the list train_aug.
 
     A mask or image that is there stays as it is, so VOC's own masks go before SBD's. Every file appears whole or not
     at all, the list last; an interrupted merge is completed by the next. Raises DataError for an archive that is not
-    SBD's, for a damaged mask, and where scipy, which reads MATLAB's files, is not installed.
+    SBD's, and for a damaged mask; MissingLibraryError where scipy, which reads MATLAB's files, is not installed.
     """
-    loadmat = _matlab_reader()
+    loadmat = require("scipy.io", "sbd", "SBD's masks, which are MATLAB files").loadmat
     train, val = read_split(root, "train"), set(read_split(root, "val"))
     listed: set[str] = set()
     found: set[str] = set()
@@ -60,7 +63,7 @@ def merge_sbd(
             sweep_temporaries(folder)
 
         def jobs() -> Iterator[tuple[str, str, bytes]]:
-            for path, content in read_files(archive, source.prefix, source.wanted, source.limit, progress):
+            for path, content in read_files(archive, source, progress):
                 name = PurePosixPath(path)
                 if name.suffix == ".txt":
                     if name.stem in ("train", "val"):
@@ -80,23 +83,14 @@ def merge_sbd(
                 f"{source.file}, with lists and a mask for each id."
             )
         ids = [*train, *sorted(found - val - set(train))]
-        _check_pairs(root, ids)
+        for name in ids:
+            image, mask = find_image(root, name), mask_file(root, name)
+            check_sizes(image, _size(image), mask, _size(mask))
         os.sync()  # some ten thousand files at once; before the list, which says that they are there
         write_durably(root / SPLIT_FOLDER / f"{SPLIT}.txt", ["".join(f"{name}\n" for name in ids).encode()])
     except OSError as error:
         raise DataError(f"{error.filename or root}: {reason(error)}.") from error
     return Merge(root, len(ids), added)
-
-
-def _matlab_reader() -> Callable[..., dict[str, Any]]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(
-            f"SBD's masks are MATLAB files, which scipy reads, and that cannot be imported ({error}); "
-            "pip install 'segnet_scratch[sbd]'."
-        ) from error
-    return loadmat
 
 
 def _add(archive: Path, root: Path, loadmat: Callable[..., dict[str, Any]], job: tuple[str, str, bytes]) -> int:
@@ -116,28 +110,20 @@ def _add(archive: Path, root: Path, loadmat: Callable[..., dict[str, Any]], job:
 def _labels(where: str, loadmat: Callable[..., dict[str, Any]], content: bytes) -> np.ndarray:
     """The class map in one of SBD's .mat files, uint8 (H, W), labels 0..20."""
     try:
-        labels = loadmat(BytesIO(content), variable_names=("GTcls",))["GTcls"]["Segmentation"][0, 0]
-        labels = np.asarray(labels)
+        labels = np.asarray(loadmat(BytesIO(content), variable_names=("GTcls",))["GTcls"]["Segmentation"][0, 0])
+        values = f"{labels.min()}..{labels.max()}" if labels.size else "nothing"
     except Exception as error:  # damage is met with almost any type
         raise DataError(f"{where}: no class map of SBD ({error}); download the archive again.") from error
-    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or not labels.size:
-        raise DataError(f"{where}: expected a map of class numbers, got {labels.dtype} {labels.shape}.")
-    if labels.min() < 0 or labels.max() >= _CLASSES:
-        raise DataError(f"{where}: labels {labels.min()}..{labels.max()}; expected 0..{_CLASSES - 1}.")
+    if labels.ndim != 2 or not np.isin(labels, range(_CLASSES)).all() or not labels.size:
+        got = f"{labels.dtype} {labels.shape} with {values}"
+        raise DataError(f"{where}: expected a map of class numbers 0..{_CLASSES - 1}, got {got}.")
     return labels.astype(np.uint8)
 
 
-def _check_pairs(root: Path, ids: list[str]) -> None:
-    for name in ids:
-        image, mask = find_image(root, name), mask_file(root, name)
-        sizes = []
-        for path in (image, mask):
-            try:
-                with Image.open(path, formats=("JPEG", "PNG")) as picture:
-                    sizes.append(picture.size)
-            except Exception as error:
-                raise DataError(f"{path}: cannot be read ({error}); download the data set again.") from error
-        if sizes[0] != sizes[1]:
-            raise DataError(
-                f"{mask}: mask of {sizes[1]} for an image of {sizes[0]} pixels ({image}); are both of VOC2012?"
-            )
+def _size(path: Path) -> tuple[int, int]:
+    """(height, width), by the header."""
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            return picture.height, picture.width
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read ({error}); download the data set again.") from error

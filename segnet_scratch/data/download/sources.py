@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from segnet_scratch.data.annotations import ANNOTATION_FOLDER
+from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,12 +38,7 @@ VOC2012 = Source(
     ),
     prefix="VOCdevkit/VOC2012",
     # SegmentationObject (instances) and the lists of the other tasks stay where they are: nothing here reads them.
-    wanted={
-        "JPEGImages": ".jpg",
-        "SegmentationClass": ".png",
-        "Annotations": ".xml",
-        "ImageSets/Segmentation": ".txt",
-    },
+    wanted={IMAGE_FOLDER: ".jpg", MASK_FOLDER: ".png", ANNOTATION_FOLDER: ".xml", SPLIT_FOLDER.as_posix(): ".txt"},
     limit=2_000_000_000,
     room=2_000_000_000,
 )
