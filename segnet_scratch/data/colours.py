@@ -28,12 +28,12 @@ class ColourTable:
     names: tuple[str, ...]
     labels: Mapping[Colour, int]
 
+    # What masks may hold that the table does not tell, and what to do then.
     lacks: ClassVar = (
         "colours that the table lacks",
         "Add the colours to the table (as void, if they mean nothing), or correct the masks: many colours at few "
         "pixels are left along borders by interpolation and by JPEG.",
     )
-    """What masks may hold that the table does not tell, and what to do then."""
 
     def palette(self, old: np.ndarray | None = None) -> np.ndarray:
         """The colour of every label, uint8 (256, 3): of a class with several colours the first."""

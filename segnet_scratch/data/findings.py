@@ -131,8 +131,8 @@ class FoundError(DataError):
         self.finding = Finding(code, path, detail)
 
 
+# Told the code, the file and the detail of what is found: `refuse` while reading, a Findings while verifying.
 Tell = Callable[[str, Path, str], None]
-"""Told the code, the file and the detail of what is found: `refuse` while reading, a Findings while verifying."""
 
 
 class Findings(list[Finding]):

@@ -23,11 +23,11 @@ class Relabelling:
     kept: tuple[int, ...]
     lookup: np.ndarray
     known: np.ndarray
+    # What masks may hold that it does not tell, and what to do then.
     lacks: ClassVar = (
         "numbers that are no class",
         "Say what each means, for example --relabel 7=void, or name its class in labels.txt.",
     )
-    """What masks may hold that it does not tell, and what to do then."""
 
     def palette(self, old: np.ndarray | None = None) -> np.ndarray:
         """The colour of every label, uint8 (256, 3): that of its old number, as far as these are known."""

@@ -9,8 +9,7 @@ from segnet_scratch.data.loader import ordered_map
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-"""Told how many are done, of how many."""
+Progress = Callable[[int, int], None]  # told how many are done, of how many
 
 
 def silent(done: int, total: int) -> None:

@@ -1,8 +1,7 @@
 """The curves of a run as SVG, drawn by matplotlib (the extra `report`)."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import StringIO
 from typing import Any
 
@@ -12,6 +11,8 @@ from segnet_scratch.extras import require
 
 _POINTS = 1000  # of a curve, at most; more than a page is pixels wide would only make the file large
 _RAW, _SMOOTH, _OTHER = "#b9cdea", "#1f5fbf", "#d1622b"
+Rows = Sequence[dict[str, Any]]  # of the log of a run
+
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: the page's font, to be searched and read aloud
     "svg.hashsalt": "segnet",  # the same run gives the same bytes
@@ -30,23 +31,27 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Axis:
-    """The horizontal axis: steps, or epochs where it is known how many steps one has."""
-
-    steps_per_epoch: int | None
-
-    @property
-    def label(self) -> str:
-        """What it shows."""
-        return "step" if self.steps_per_epoch is None else "epoch"
-
-    def of(self, steps: Sequence[int]) -> np.ndarray:
-        """Steps as positions on the axis."""
-        return np.asarray(steps, float) / (self.steps_per_epoch or 1)
+def series(rows: Rows, key: str, unit: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, in so many each, and values of the rows of a log that have a key: float64 (n,); null there means NaN."""
+    steps, values = np.array([(row["step"], row[key]) for row in rows if key in row], float).reshape(-1, 2).T
+    return steps / unit, values
 
 
-def smooth(values: Sequence[float], span: int) -> np.ndarray:
+def draw_curves(rows: Rows, steps_per_epoch: int | None) -> dict[str, str | None]:
+    """<svg> elements `loss_svg`, `miou_svg` and `rate_svg` of the rows of a log; None where there is nothing to draw.
+
+    The horizontal axis has steps, or epochs where it is known how many steps one has.
+    """
+    unit, label = steps_per_epoch or 1, "epoch" if steps_per_epoch else "step"
+    with require("matplotlib", "report", "the report").rc_context(_STYLE):
+        return {
+            "loss_svg": _loss_curve(rows, unit, label),
+            "miou_svg": _miou_curve(rows, unit, label),
+            "rate_svg": _rate_curve(rows, unit, label),
+        }
+
+
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
     """Exponential moving average of so many steps, without the pull of a start value: float64 of the same length.
 
     s_k = sum_j d^j v_(k-j) / sum_j d^j over the steps so far, d = 1 - 2 / (span + 1). NaN stays where it stood and
@@ -73,66 +78,57 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = _POINTS) -> tuple[np.nda
     return x[kept], y[kept]
 
 
-def loss_curve(
-    steps: Sequence[int], losses: Sequence[float], validation: Sequence[tuple[int, float]], span: int, axis: Axis
-) -> str:
-    """Training loss, raw and smoothed over `span` steps, and validation loss."""
-
-    def draw(axes: Any) -> None:
-        raw = np.asarray(losses, float)
-        axes.plot(*thinned(axis.of(steps), raw), color=_RAW, linewidth=0.8, label="training, each step")
-        smoothed = smooth(losses, span)
-        axes.plot(
-            *thinned(axis.of(steps), smoothed), color=_SMOOTH, linewidth=1.8, label=f"training, over {span} steps"
-        )
-        if validation:
-            validated, values = zip(*validation, strict=True)
-            axes.plot(axis.of(validated), values, "o-", color=_OTHER, linewidth=1.2, markersize=4, label="validation")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right")
-
-    return _svg(draw, "loss", axis, "Loss of training and validation", (9.6, 3.3))
+def _loss_curve(rows: Rows, unit: int, label: str) -> str | None:
+    """Training loss, raw and smoothed, and validation loss."""
+    (x, losses), validation = series(rows, "loss", unit), series(rows, "val_loss", unit)
+    if not len(x):
+        return None
+    axes, span = _axes(label, "loss", (9.6, 3.3)), max(5, len(x) // 40)
+    axes.plot(*thinned(x, losses), color=_RAW, linewidth=0.8, label="training, each step")
+    axes.plot(*thinned(x, smooth(losses, span)), color=_SMOOTH, linewidth=1.8, label=f"training, over {span} steps")
+    if len(validation[0]):
+        axes.plot(*validation, "o-", color=_OTHER, linewidth=1.2, markersize=4, label="validation")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    return _svg(axes, "Loss of training and validation")
 
 
-def miou_curve(validations: Sequence[tuple[int, float]], axis: Axis) -> str:
+def _miou_curve(rows: Rows, unit: int, label: str) -> str | None:
     """mIoU of every validation, in percent, the best one marked."""
+    x, mious = series([row for row in rows if row.get("miou") is not None], "miou", unit)
+    if not len(x):
+        return None
+    axes, values, best = _axes(label, "mIoU %", (4.7, 2.9)), 100 * mious, int(mious.argmax())
+    axes.plot(x, values, "o-", color=_SMOOTH, linewidth=1.8, markersize=4)
+    axes.plot(x[best], values[best], "o", color=_OTHER, markersize=7)
+    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right" if best else "left", "color": _OTHER}
+    axes.annotate(f"{values[best]:.1f}", (x[best], values[best]), **place)
+    axes.set_ylim(0, max(5, 1.2 * values[best]))
+    return _svg(axes, "Mean IoU of every validation")
 
-    def draw(axes: Any) -> None:
-        at, values = axis.of([step for step, _ in validations]), 100 * np.array([miou for _, miou in validations])
-        axes.plot(at, values, "o-", color=_SMOOTH, linewidth=1.8, markersize=4)
-        best = int(np.nanargmax(values))
-        axes.plot(at[best], values[best], "o", color=_OTHER, markersize=7)
-        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right" if best else "left", "color": _OTHER}
-        axes.annotate(f"{values[best]:.1f}", (at[best], values[best]), **place)
-        axes.set_ylim(0, max(5, 1.2 * np.nanmax(values)))
 
-    return _svg(draw, "mIoU %", axis, "Mean IoU of every validation", (4.7, 2.9))
-
-
-def rate_curve(steps: Sequence[int], rates: Sequence[float], axis: Axis) -> str:
+def _rate_curve(rows: Rows, unit: int, label: str) -> str | None:
     """Learning rate of every step."""
+    x, rates = series(rows, "lr", unit)
+    if not len(x):
+        return None
+    axes = _axes(label, "learning rate", (4.7, 2.9))
+    axes.plot(*thinned(x, rates), color=_SMOOTH, linewidth=1.8)
+    axes.set_ylim(bottom=0, top=1.1 * rates.max())
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    return _svg(axes, "Learning rate of every step")
 
-    def draw(axes: Any) -> None:
-        axes.plot(*thinned(axis.of(steps), np.asarray(rates, float)), color=_SMOOTH, linewidth=1.8)
-        axes.set_ylim(bottom=0, top=1.1 * max(rates))
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
 
-    return _svg(draw, "learning rate", axis, "Learning rate of every step", (4.7, 2.9))
+def _axes(label: str, what: str, inches: tuple[float, float]) -> Any:
+    figure = require("matplotlib.figure", "report", "the report").Figure(figsize=inches, layout="constrained")
+    return figure.add_subplot(xlabel=label, ylabel=what)
 
 
-def _svg(draw: Callable[[Any], None], what: str, axis: Axis, title: str, inches: tuple[float, float]) -> str:
+def _svg(axes: Any, title: str) -> str:
     """An <svg> element for a page."""
-    matplotlib = require("matplotlib", "report", "the report")
-    figures = require("matplotlib.figure", "report", "the report")
-    with matplotlib.rc_context(_STYLE):
-        figure = figures.Figure(figsize=inches, layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_xlabel(axis.label)
-        axes.set_ylabel(what)
-        axes.set_xlim(left=0)
-        text = StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    axes.set_xlim(left=0)
+    text = StringIO()
+    axes.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), title)
 
 

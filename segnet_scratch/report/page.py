@@ -20,7 +20,7 @@ from segnet_scratch.extras import require
 from segnet_scratch.files import write_durably
 from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog
-from segnet_scratch.report.curves import Axis, loss_curve, miou_curve, rate_curve
+from segnet_scratch.report.curves import Rows, draw_curves, series
 from segnet_scratch.report.pictures import Example, example
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.run_record import Session, read_sessions, versions
@@ -28,6 +28,8 @@ from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
 
 _EXAMPLES = 4  # best ones, and as many worst ones
+
+Progress = Callable[[int], Callable[[int], None]]  # told the number of images, gives what is told how many are done
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,29 @@ class Validation:
     seconds: float
     palette: np.ndarray  # the colour of every label, uint8 (256, 3)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that were learnt."""
+        return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
+
+    @property
+    def classes(self) -> list[dict[str, Any]]:
+        """One row a class, in the order of labels: fractions, NaN where there is no number."""
+        scores = self.evaluation.scores
+        names = ("name", "colour", "iou", "accuracy", "precision", "share")
+        colours = ["#" + bytes(colour).hex() for colour in self.palette]
+        shares = scores.class_pixels / max(1, scores.pixels)
+        columns = (self.evaluation.names, colours, scores.iou, scores.accuracy, scores.precision, shares)
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=False)]
+
+    @property
+    def confusion(self) -> list[tuple[str, list[float]]]:
+        """Name of a true class, and the share of its pixels that went to each class (NaN where it has none)."""
+        counts = self.evaluation.scores.confusion
+        totals = counts.sum(axis=1, keepdims=True)
+        shares = np.where(totals > 0, counts / np.maximum(1, totals), np.nan)
+        return list(zip(self.evaluation.names, shares.tolist(), strict=True))
+
 
 def write_report(
     run: Path,
@@ -49,7 +74,7 @@ def write_report(
     device: str = "auto",
     engine: str = AUTO,
     precision: str = AUTO,
-    progress: Callable[[int], Callable[[int], None]] = lambda images: lambda done: None,
+    progress: Progress = lambda images: lambda done: None,
 ) -> bool:
     """Writes the page of a run folder; whether it shows scores by class and predictions, which need the data set.
 
@@ -62,22 +87,16 @@ def write_report(
     require("matplotlib", "report", "the report")
     folder = RunFolder(run)
     if not folder.metrics.is_file() or not folder.config.is_file():
-        raise DataError(
-            f"{run}: expected the folder of a run, with {folder.config.name} and {folder.metrics.name}; "
-            "give the folder that was --out of segnet train"
-        )
-    config = load_config(folder.config)
-    rows = MetricsLog.read(folder.metrics)
-    sessions = read_sessions(run)
-    data = data or _recorded_data(sessions)
+        what = f"expected the folder of a run, with {folder.config.name} and {folder.metrics.name}"
+        raise DataError(f"{run}: {what}; give the folder that was --out of segnet train")
+    config, rows, sessions = load_config(folder.config), MetricsLog.read(folder.metrics), read_sessions(run)
+    if data is None and sessions and Path(sessions[-1].data).is_dir():
+        data = Path(sessions[-1].data)
     scored = data if config.val_split != NO_VALIDATION else None
     validation = None if scored is None else _validate(folder, config, scored, (device, engine, precision), progress)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _percent, "thousands": _thousands, "duration": _duration}
     html = environment.get_template("page.html").render(**_content(run, config, rows, sessions, validation, data))
@@ -87,52 +106,33 @@ def write_report(
 
 
 def _content(
-    run: Path,
-    config: Config,
-    rows: list[dict[str, Any]],
-    sessions: list[Session],
-    validation: Validation | None,
-    data: Path | None,
+    run: Path, config: Config, rows: Rows, sessions: list[Session], validation: Validation | None, data: Path | None
 ) -> dict[str, Any]:
     """Every value that the template names."""
-    trained = [row for row in rows if "loss" in row]
-    validated = [row for row in rows if "miou" in row]
-    steps = [row["step"] for row in trained]
-    per_epoch = _steps_per_epoch(config, data)
-    axis, span = Axis(per_epoch), max(5, len(steps) // 40)
-    losses = [_number(row["loss"]) for row in trained]
-    mious = [(row["step"], _number(row["miou"])) for row in validated]
-    known = [(step, miou) for step, miou in mious if math.isfinite(miou)]
-    best = max(known, key=lambda pair: pair[1], default=None)
-    val_losses = [(row["step"], _number(row["val_loss"])) for row in validated]
+    steps, losses = series(rows, "loss")
+    known = [(row["step"], row["miou"]) for row in rows if row.get("miou") is not None]
+    per_epoch = max(1, len(VOCDataset(data, config.train_split)) // config.batch) if data else None
+    changed = difference(Config(), config)
+    settings = [(key, getattr(config, key), meaning, key in changed) for key, _, meaning in describe()]
     return {
         "name": run.resolve().name,
-        "dataset": None if data is None else data.resolve().name,
+        "dataset": data and data.resolve().name,
         "config": config,
-        "parameters": None if validation is None else _parameters(validation.model),
         "size": "{}\u2009×\u2009{}".format(*config.image_size),
-        "steps": steps[-1] if steps else 0,
-        "epochs": None if per_epoch is None or not steps else steps[-1] / per_epoch,
-        "best": best,
-        "last_loss": losses[-1] if losses else None,
-        "loss_svg": loss_curve(steps, losses, val_losses, span, axis) if steps else None,
-        "miou_svg": miou_curve(known, axis) if known else None,
-        "rate_svg": rate_curve(steps, [row["lr"] for row in trained], axis) if steps else None,
+        "steps": int(steps.max(initial=0)),
+        "epochs": steps[-1] / per_epoch if per_epoch and len(steps) else None,
+        "best": max(known, key=lambda pair: pair[1], default=None),
+        "last_loss": losses[-1] if len(losses) else None,
+        **draw_curves(rows, per_epoch),
         "validation": validation,
-        "classes": [] if validation is None else _class_rows(validation.evaluation, validation.palette),
-        "confusion": [] if validation is None else _confusion_rows(validation.evaluation),
-        "settings": _settings(config),
+        "settings": [setting for setting in settings if setting[1] is not None],
         "sessions": sessions,
         "here": {"system": platform.platform(), **versions()},
     }
 
 
 def _validate(
-    folder: RunFolder,
-    config: Config,
-    data: Path,
-    how: tuple[str, str, str],
-    progress: Callable[[int], Callable[[int], None]],
+    folder: RunFolder, config: Config, data: Path, how: tuple[str, str, str], progress: Progress
 ) -> Validation:
     """Scores the best network, and segments the images it does best and worst once more, for their pictures."""
     device, engine, precision = how
@@ -148,79 +148,18 @@ def _validate(
     count = min(_EXAMPLES, len(ranked) // 2) or len(ranked)
 
     def shown(indices: Sequence[int]) -> list[Example]:
-        examples = []
-        for index in indices:
-            image, mask, _ = dataset.sample(index)
-            found = segmenter(image).labels
-            examples.append(example(evaluation.per_image[index], image, mask, found, dataset.palette))
-        return examples
+        return [example(evaluation.per_image[index], index, dataset, segmenter) for index in indices]
 
     worst = ranked[:count] if len(ranked) > 1 else []
     return Validation(model, evaluation, shown(ranked[::-1][:count]), shown(worst), seconds, dataset.palette)
 
 
-def _recorded_data(sessions: Sequence[Session]) -> Path | None:
-    """The data set of the run's last session, where it still is there."""
-    data = Path(sessions[-1].data) if sessions else None
-    return data if data and data.is_dir() else None
+def _percent(fraction: float, digits: int = 1) -> str:
+    return "–" if math.isnan(fraction) else f"{100 * fraction:.{digits}f}"
 
 
-def _steps_per_epoch(config: Config, data: Path | None) -> int | None:
-    if data is None:
-        return None
-    return max(1, len(VOCDataset(data, config.train_split)) // config.batch)
-
-
-def _class_rows(evaluation: Evaluation, palette: np.ndarray) -> list[dict[str, Any]]:
-    """One row a class, in the order of labels: fractions, None where there is no number."""
-    scores = evaluation.scores
-    columns = zip(evaluation.names, scores.iou, scores.accuracy, scores.precision, scores.class_pixels, strict=True)
-    return [
-        {
-            "name": name,
-            "colour": "#{:02x}{:02x}{:02x}".format(*palette[label].tolist()),
-            "iou": iou,
-            "accuracy": accuracy,
-            "precision": precision,
-            "share": pixels / max(1, scores.pixels),
-        }
-        for label, (name, iou, accuracy, precision, pixels) in enumerate(columns)
-    ]
-
-
-def _confusion_rows(evaluation: Evaluation) -> list[tuple[str, list[float]]]:
-    """Name of a true class, and the share of its pixels that went to each class (NaN where it has none)."""
-    counts = evaluation.scores.confusion
-    totals = counts.sum(axis=1, keepdims=True)
-    shares = np.where(totals > 0, counts / np.maximum(1, totals), np.nan)
-    return list(zip(evaluation.names, shares.tolist(), strict=True))
-
-
-def _parameters(model: SegNet) -> int:
-    return sum(math.prod(parameter.shape) for parameter in model.parameters())
-
-
-def _settings(config: Config) -> list[tuple[str, Any, str, bool]]:
-    """(key, value, meaning, whether it differs from the default) of every setting that has a value."""
-    changed = difference(Config(), config)
-    rows = []
-    for key, _, meaning in describe():
-        value = getattr(config, key)
-        if value is not None:
-            rows.append((key, list(value) if isinstance(value, tuple) else value, meaning, key in changed))
-    return rows
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)  # null is how the log spells NaN
-
-
-def _percent(fraction: float | None, digits: int = 1) -> str:
-    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f}"
-
-
-def _thousands(number: int) -> str:
-    return f"{number:,}".replace(",", "\u2009")
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}".replace(",", "\u2009")
 
 
 def _duration(seconds: float) -> str:

@@ -7,10 +7,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data import VOID, indexed_picture, resize_image, resize_mask
+from segnet_scratch.data import VOID, VOCDataset, indexed_picture, resize_image, resize_mask
 from segnet_scratch.data.palette import png_bytes
 from segnet_scratch.evaluate import ImageScore
-from segnet_scratch.inference import scaled
+from segnet_scratch.inference import Segmenter, scaled
 
 _WIDTH = 420  # pixels of a picture at most: twice what the page gives it, for fine screens and for print
 _WRONG = np.array([214, 40, 40])
@@ -20,35 +20,24 @@ _WRONG = np.array([214, 40, 40])
 class Example:
     """One image of the validation set on the page; its pictures are data URIs."""
 
-    id: str
-    miou: float
-    accuracy: float
+    score: ImageScore
     image: str
     truth: str
     prediction: str
     errors: str
 
 
-def example(score: ImageScore, image: np.ndarray, truth: np.ndarray, found: np.ndarray, palette: np.ndarray) -> Example:
-    """Pictures of image uint8 (h, w, 3), truth and prediction uint8 (h, w), made as small as the page needs them.
-
-    palette: uint8 (256, 3), the colour of each label.
-    """
+def example(score: ImageScore, index: int, dataset: VOCDataset, segmenter: Segmenter) -> Example:
+    """Image, truth and prediction of a sample, made as small as the page needs them."""
+    image, truth, _ = dataset.sample(index)
+    found = segmenter(image).labels
     size = scaled(truth.shape, min(1.0, _WIDTH / truth.shape[1]))
-    image = resize_image(image, size)
-    truth, found = resize_mask(truth, size), resize_mask(found, size)
+    image, truth, found = resize_image(image, size), resize_mask(truth, size), resize_mask(found, size)
     wrong = (truth != found) & (truth != VOID)
     grey = 0.6 * image.mean(axis=2, keepdims=True) + 90  # pale, so that red stands out
     errors = np.where(wrong[..., None], _WRONG, np.where((truth == VOID)[..., None], 255, grey))
-    return Example(
-        score.id,
-        score.miou,
-        score.global_accuracy,
-        jpeg_uri(image),
-        png_uri(indexed_picture(truth, palette)),
-        png_uri(indexed_picture(found, palette)),
-        jpeg_uri(np.rint(np.clip(errors, 0, 255)).astype(np.uint8)),
-    )
+    right, predicted = (png_uri(indexed_picture(mask, dataset.palette)) for mask in (truth, found))
+    return Example(score, jpeg_uri(image), right, predicted, jpeg_uri(np.rint(errors.clip(0, 255)).astype(np.uint8)))
 
 
 def jpeg_uri(image: np.ndarray) -> str:
