@@ -1,15 +1,14 @@
 """The XML beside each image of VOC (Annotations/ID.xml): boxes and names of its objects.
 
-Read with expat directly, because xml.etree's parser expands entities: a kilobyte of them can become gigabytes, and an
-external one reads any file. Here a document type declaration, without which there are no entities, ends the reading.
+xml.etree's parser expands entities: a kilobyte of them can become gigabytes, and an external one reads any file. Here
+a document type declaration, without which there are no entities, ends the reading.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from typing import Any, NoReturn
+from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser, fromstring
 
 from segnet_scratch.data.findings import FoundError
 from segnet_scratch.errors import DataError
@@ -68,40 +67,38 @@ def read_annotation(path: str | Path) -> Annotation:
     return Annotation((int(height), int(width)), objects)
 
 
+class _Builder(TreeBuilder):
+    """Builds the tree of a file, and ends with a FoundError where that is not worth it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._depth = path, 0
+
+    def start(self, tag: str, attributes: dict[Any, Any], /) -> Element:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise FoundError("annotation-too-large", self._path, f"elements nested deeper than {_MAX_DEPTH}.")
+        return super().start(tag, attributes)
+
+    def end(self, tag: str, /) -> Element:
+        self._depth -= 1
+        return super().end(tag)
+
+    def doctype(self, *_: object) -> NoReturn:
+        """Told of a declaration before anything in it is read."""
+        detail = "declares a document type, which can hide anything; remove it."
+        raise FoundError("annotation-dtd", self._path, detail)
+
+
 def _parse(path: Path, content: bytes) -> Element:
     """The root element. Whatever is wrong becomes a FoundError."""
     if len(content) > _MAX_BYTES:
         raise FoundError("annotation-too-large", path, f"more than {_MAX_BYTES} bytes; no annotation needs them.")
-    builder, depth = TreeBuilder(), 0
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        nonlocal depth
-        depth += 1
-        if depth > _MAX_DEPTH:
-            raise FoundError("annotation-too-large", path, f"elements nested deeper than {_MAX_DEPTH}.")
-        builder.start(tag, attributes)
-
-    def end(tag: str) -> None:
-        nonlocal depth
-        depth -= 1
-        builder.end(tag)
-
-    def declaration(*_: object) -> NoReturn:
-        raise FoundError("annotation-dtd", path, "declares a document type, which can hide anything; remove it.")
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = builder.data
-    parser.StartDoctypeDeclHandler = declaration
     try:
-        parser.Parse(content, True)
-        return builder.close()
-    except DataError:
-        raise
-    except (expat.ExpatError, LookupError, ValueError) as error:  # the latter two: an encoding that Python lacks
-        fix = "copy it from the source again"
-        raise FoundError("annotation-not-xml", path, f"no well-formed XML ({error}); {fix}.") from error
+        return fromstring(content, XMLParser(target=_Builder(path)))
+    except (ParseError, LookupError, ValueError) as error:  # the latter two: an encoding that Python lacks
+        detail = f"no well-formed XML ({error}); copy it from the source again."
+        raise FoundError("annotation-not-xml", path, detail) from error
 
 
 def _object(path: Path, element: Element) -> ObjectBox:
