@@ -1,7 +1,7 @@
 """Reading images and masks, and refusing what is damaged, hostile or no mask at all."""
 
-import errno
 import logging
+import re
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -38,17 +38,16 @@ _TURNS = {
 }
 
 # What people's data sets hold in place of pictures, by their first bytes.
-_STARTS = (
-    (b"\xff\xd8\xff", "is-jpeg"),
-    (b"II*\0", "is-tiff"),
-    (b"MM\0*", "is-tiff"),
-    (b"GIF8", "is-gif"),
-    (b"BM", "is-bmp"),
-    (b"version https://git-lfs", "is-lfs-pointer"),
-    (b"<!DOCTYPE html", "is-html"),
-    (b"<!doctype html", "is-html"),
-    (b"<html", "is-html"),
-)
+_STARTS = {
+    "is-png": rb"\x89PNG\r\n\x1a\n",
+    "is-jpeg": rb"\xff\xd8\xff",
+    "is-tiff": rb"II\*\0|MM\0\*",
+    "is-gif": rb"GIF8",
+    "is-bmp": rb"BM",
+    "is-webp": rb"RIFF....WEBP",
+    "is-lfs-pointer": rb"version https://git-lfs",
+    "is-html": rb"(?i:<!doctype html|<html)",
+}
 
 
 def read_image(path: str | Path, *, for_prediction: bool = False, stream: BinaryIO | None = None) -> np.ndarray:
@@ -112,50 +111,29 @@ def decode(
 
     A `stream` is read in place of the file. Whatever goes wrong becomes a FoundError, whose code begins with the role.
     """
-    formats = formats or _FORMATS[role]
-    expected = " or ".join(formats)
-
-    def problem(code: str, detail: str) -> FoundError:
-        return FoundError(f"{role}-{code}", path, detail)
-
+    formats, start = formats or _FORMATS[role], b""
     if stream is None and not path.is_file():
-        if path.is_symlink() and not path.exists():
-            raise problem("link-broken", "is a link to nowhere; put the file there, or correct the link.")
+        expected = f"expected a {' or '.join(formats)} picture there."
         if path.exists():
-            raise problem("not-a-file", f"is a folder or a device; expected a {expected} picture there.")
-        raise FoundError(f"missing-{role}", path, f"no such file; expected a {expected} picture there.")
+            raise FoundError(f"{role}-not-a-file", path, f"is a folder or a device; {expected}")
+        if path.is_symlink():
+            raise FoundError(f"{role}-link-broken", path, f"is a link to nowhere; {expected}")
+        raise FoundError(f"missing-{role}", path, f"no such file; {expected}")
     try:
         with stream or path.open("rb") as stream:
             start = stream.read(32)
-            if not start:
-                raise problem("zero-bytes", "the file is empty (0 bytes); copy it from the source again.")
             picture = Image.open(stream, formats=formats)
             if picture.width * picture.height > MAX_PIXELS:
-                raise problem("bomb", _TOO_LARGE)
+                raise Image.DecompressionBombError
             if picture.format == "PNG":
                 # Decoding alone skips the checksums, so that a flipped bit would pass as another label.
                 picture.verify()
                 picture = Image.open(stream, formats=formats)
             picture.load()
             return picture
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise problem(
-            _kind(start, role),
-            f"not readable as {expected} (the file starts with {start[:8]!r}); {_convert(path)}, or copy it from the "
-            "source again.",
-        ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise problem("bomb", _TOO_LARGE) from error
-    except MemoryError as error:
-        raise problem("unreadable", "there is too little memory to decode it; end other programs.") from error
     except Exception as error:  # decoders meet damage with almost any type: SyntaxError, struct.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of the decoder
-            raise problem("unreadable", f"{reason(error)}.") from error
-        raise problem(
-            _kind_of_damage(error), f"the picture is damaged or cut off ({error}); copy it from the source again."
-        ) from error
+        code, detail = _fault(error, path, start, formats)
+        raise FoundError(f"{role}-{code}", path, detail) from error
 
 
 def rgb_pixels(picture: Image.Image) -> np.ndarray:
@@ -249,9 +227,6 @@ def palette_of(picture: Image.Image) -> bytes:
     return bytes(picture.getpalette("RGB") or ()) if picture.mode == "P" else b""
 
 
-_TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."
-
-
 def _is_16_bit(picture: Image.Image) -> bool:
     return picture.mode.startswith(_16_BIT) or (picture.mode == "I" and picture.format == "PNG")
 
@@ -262,25 +237,28 @@ def _convert(path: Path) -> str:
     return f"convert it, for example by ImageMagick: magick '{path}[0]' -depth 8 '{converted}'"
 
 
-def _kind(start: bytes, role: Role) -> str:
-    """The code, less the role, of a file that Pillow takes for no picture of the formats asked for."""
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "is-webp"
-    kind = next((kind for prefix, kind in _STARTS if start.startswith(prefix)), "wrong-format")
-    # The start of a picture that it should be, yet unreadable: its header is broken.
-    if start.startswith(b"\x89PNG\r\n\x1a\n") or (kind == "is-jpeg" and role == "image"):
-        return "damaged"
-    return kind
-
-
-def _kind_of_damage(error: Exception) -> str:
+def _fault(error: Exception, path: Path, start: bytes, formats: tuple[str, ...]) -> tuple[str, str]:
+    """The code, less the role, of what decoding a file with this start has met, and what is said of it."""
     text = str(error).lower()
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EIO, errno.EACCES):
-        return "unreadable"
-    if "truncated" in text or isinstance(error, EOFError):
-        return "truncated"
+    match error:
+        case UnidentifiedImageError() if not start:
+            return "zero-bytes", "the file is empty (0 bytes); copy it from the source again."
+        case UnidentifiedImageError():
+            kind = next((kind for kind, first in _STARTS.items() if re.match(first, start, re.DOTALL)), "wrong-format")
+            expected = f"not readable as {' or '.join(formats)} (the file starts with {start[:8]!r})"
+            # The start of a picture that it should be, yet unreadable: its header is broken.
+            code = "damaged" if kind.removeprefix("is-").upper() in formats else kind
+            return code, f"{expected}; {_convert(path)}, or copy it from the source again."
+        case Image.DecompressionBombError() | Image.DecompressionBombWarning():
+            return "bomb", f"expected at most {MAX_PIXELS:,} pixels, got more; scale the picture down."
+        case MemoryError():
+            return "unreadable", "there is too little memory to decode it; end other programs."
+        case OSError(errno=int()):  # of the system, not of the decoder
+            return "unreadable", f"{reason(error)}."
     # PngImagePlugin's caps on text chunks, which a bomb made of metadata meets.
-    return "bomb" if "decompressed data too large" in text or "too much memory" in text else "damaged"
+    bomb = "decompressed data too large" in text or "too much memory" in text
+    code = "truncated" if "truncated" in text or isinstance(error, EOFError) else "bomb" if bomb else "damaged"
+    return code, f"the picture is damaged or cut off ({error}); copy it from the source again."
 
 
 def _png_bit_depth(path: Path) -> int:
