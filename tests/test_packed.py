@@ -33,7 +33,7 @@ def clear_of_borders(view, source, size):
 
 def made(device, pairs, views, size, dtype=np.float32):
     chosen = get_device(device)
-    arrays = [chosen.upload(a) for a in pack(pairs, views, dtype).arrays]
+    arrays = [chosen.upload(a) for a in pack(pairs, views, dtype)]
     return [chosen.download(a) for a in augment(chosen, arrays, size)]
 
 

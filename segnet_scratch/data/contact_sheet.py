@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from segnet_scratch.data.annotations import Annotation, ObjectBox, annotation_file, read_annotation
+from segnet_scratch.data.annotations import ObjectBox, annotation_file, read_annotation
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.data.transforms import resize_image, resize_mask
 from segnet_scratch.data.voc import VOCDataset
@@ -35,29 +35,27 @@ def contact_sheet(dataset: VOCDataset, indices: Sequence[int]) -> Image.Image:
     if not 0 < len(indices) <= MAX_COUNT:
         raise DataError(f"contact sheet of {len(indices)} images: expected 1 to {MAX_COUNT}; choose some of them.")
     style = Style(dataset.names, dataset.palette[: dataset.classes].tolist(), _OPACITY)
-    cells, present = [], np.zeros(256, bool)
+    cells, present = [], set()
     for index in indices:
         image, mask, name = dataset.sample(index)
         path = annotation_file(dataset.root, name)
-        annotation = read_annotation(path) if path.is_file() else None
-        cells.append(_cell(image, mask, name, annotation, style))
-        present[np.unique(mask)] = True
+        objects = read_annotation(path).objects if path.is_file() else ()
+        cells.append(_cell(image, mask, name, objects, style))
+        present |= {*np.unique(mask).tolist()}
     columns = max(1, min(len(cells), round((len(cells) / 2) ** 0.5)))  # a cell is about twice as wide as high
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    width = columns * (cells[0].width + _GAP) + _GAP
-    key = style.legend(np.flatnonzero(present).tolist(), width)
-    heights = [max(cell.height for cell in row) for row in rows]
-    sheet = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) + 1) + key.height), _PAPER)
-    top = _GAP
-    for row, height in zip(rows, heights, strict=True):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (_GAP + column * (cell.width + _GAP), top))
-        top += height + _GAP
-    sheet.paste(key, (0, top))
+    step = cells[0].width + _GAP
+    heights = [max(cell.height for cell in cells[k : k + columns]) + _GAP for k in range(0, len(cells), columns)]
+    tops = np.cumsum([_GAP, *heights]).tolist()
+    key = style.legend(sorted(present), columns * step + _GAP)
+    sheet = Image.new("RGB", (columns * step + _GAP, tops[-1] + key.height), _PAPER)
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, columns)
+        sheet.paste(cell, (_GAP + column * step, tops[row]))
+    sheet.paste(key, (0, tops[-1]))
     return sheet
 
 
-def _cell(image: np.ndarray, mask: np.ndarray, name: str, annotation: Annotation | None, style: Style) -> Image.Image:
+def _cell(image: np.ndarray, mask: np.ndarray, name: str, objects: Sequence[ObjectBox], style: Style) -> Image.Image:
     """The id above image and mask, side by side."""
     scale = _PANEL / max(mask.shape)
     height, width = (max(1, round(side * scale)) for side in mask.shape)
@@ -69,7 +67,7 @@ def _cell(image: np.ndarray, mask: np.ndarray, name: str, annotation: Annotation
         title = title[:-1]
     draw.text((0, 1), title, fill=_INK, font=font)
     photo = Image.fromarray(small)
-    _draw_boxes(photo, annotation.objects if annotation else (), scale, style)
+    _draw_boxes(photo, objects, scale, style)
     cell.paste(photo, (0, _LINE))
     cell.paste(Image.fromarray(style.blend(small, labels)), (_PANEL + 2, _LINE))
     return cell
@@ -91,9 +89,5 @@ def _draw_boxes(picture: Image.Image, objects: Sequence[ObjectBox], scale: float
         width, height = int(font.getlength(text)) + 4, 13
         x, y = max(0, min(left, picture.width - width)), max(0, min(top, picture.height - height))
         draw.rectangle((x, y, x + width, y + height), fill=colour)
-        draw.text((x + 2, y), text, fill=_readable_on(colour), font=font)
-
-
-def _readable_on(colour: tuple[int, ...]) -> tuple[int, ...]:
-    red, green, blue = colour
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else _PAPER  # luma of ITU-R BT.601
+        luma = np.dot(colour, (0.299, 0.587, 0.114))  # of ITU-R BT.601
+        draw.text((x + 2, y), text, fill=_INK if luma > 120 else _PAPER, font=font)

@@ -61,9 +61,28 @@ class Style:
         return mixed
 
     def legend(self, labels: Sequence[int], width: int) -> Image.Image:
-        """Coloured squares with the names of classes, and void, as `legend` lays them out."""
+        """Rows of coloured squares with the names of classes, and void, as many beside each other as the width takes.
+
+        The picture is `width` pixels wide, or as wide as the longest name needs, which stays readable below an image
+        that is narrower than it.
+        """
         named = dict(enumerate(self.names)) | {VOID: "void"}
-        return legend([(named[k], self.palette[k]) for k in labels if k in named], width)
+        entries = [(named[k], tuple(self.palette[k].tolist())) for k in labels if k in named]
+        font = ImageFont.load_default(size=12)
+        widths = [_SQUARE + 4 + int(font.getlength(name)) for name, _ in entries]
+        width = max([width, *(2 * _MARGIN + needed for needed in widths)])
+        places, x, y = [], _MARGIN, _MARGIN
+        for needed in widths:
+            if x > _MARGIN and x + needed + 10 > width:
+                x, y = _MARGIN, y + _LINE
+            places.append((x, y))
+            x += needed + 10
+        picture = Image.new("RGB", (width, y + _LINE), "white")
+        draw = ImageDraw.Draw(picture)
+        for (name, colour), (left, top) in zip(entries, places, strict=True):
+            draw.rectangle((left, top, left + _SQUARE, top + _SQUARE), fill=colour, outline="black")
+            draw.text((left + _SQUARE + 4, top - 2), name, fill="black", font=font)
+        return picture
 
     def overlay(self, image: np.ndarray, labels: np.ndarray) -> Image.Image:
         """The image uint8 (h, w, 3) with its labels (h, w) as `blend` paints them; below it the classes that occur."""
@@ -75,30 +94,6 @@ def row_blocks(shape: tuple[int, ...], pixels: int = 1 << 20) -> Iterator[slice]
     """The rows of a picture (h, w, ...) in blocks of about so many pixels, to bound what is computed at a time."""
     step = max(1, pixels // max(1, shape[1]))
     return (slice(top, min(top + step, shape[0])) for top in range(0, shape[0], step))
-
-
-def legend(entries: Sequence[tuple[str, Sequence[int]]], width: int) -> Image.Image:
-    """Rows of coloured squares with class names, as many beside each other as the width takes, at least one.
-
-    `entries` are (name, colour). The picture is `width` pixels wide, or as wide as the longest name needs.
-    """
-    font = ImageFont.load_default(size=12)
-    # The name of a class stays readable below an image that is narrower than it.
-    width = max([width, *(2 * _MARGIN + _SQUARE + 4 + int(font.getlength(name)) for name, _ in entries)])
-    positions, x, y = [], _MARGIN, _MARGIN
-    for name, _ in entries:
-        needed = _SQUARE + 4 + int(font.getlength(name)) + 10
-        if x > _MARGIN and x + needed > width:
-            x, y = _MARGIN, y + _LINE
-        positions.append((x, y))
-        x += needed
-    picture = Image.new("RGB", (width, y + _LINE), "white")
-    draw = ImageDraw.Draw(picture)
-    for (name, colour), (left, top) in zip(entries, positions, strict=True):
-        fill = tuple(int(channel) for channel in colour)
-        draw.rectangle((left, top, left + _SQUARE, top + _SQUARE), fill=fill, outline="black")
-        draw.text((left + _SQUARE + 4, top - 2), name, fill="black", font=font)
-    return picture
 
 
 def heat_map(values: np.ndarray, what: str) -> Image.Image:

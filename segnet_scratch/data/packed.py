@@ -5,7 +5,7 @@ where a position falls exactly between two pixels: Pillow adds up rounded steps 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -16,9 +16,8 @@ from segnet_scratch.ops.resampling.augment import AugmentForward
 from segnet_scratch.runtime.devices import Array, Device
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The inputs of AugmentForward for one batch. `device.prefetch` brings `arrays` to the device."""
+class Packed(NamedTuple):
+    """The inputs of AugmentForward for one batch."""
 
     images: np.ndarray
     masks: np.ndarray
@@ -27,11 +26,6 @@ class Packed:
     views: np.ndarray
     tones: np.ndarray
     channels: np.ndarray
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """All of them."""
-        return self.images, self.masks, self.starts, self.sizes, self.views, self.tones, self.channels
 
 
 def pack(
@@ -61,8 +55,7 @@ def pack(
 
 def augment(device: Device, arrays: Sequence[Array], size: tuple[int, int]) -> tuple[Array, Array]:
     """Images (n, *size, 3), normalised, and labels uint8 (n, *size), from the arrays of a Packed on the device."""
-    images, masks, starts, sizes, views, tones, channels = arrays
-    op = AugmentForward.plan(starts.shape[0], masks.shape[0], size, tones.dtype)
-    tables = {"starts": starts, "sizes": sizes, "views": views, "tones": tones, "channels": channels}
-    out = op(device, images=images, masks=masks, **tables)
+    inputs = Packed(*arrays)
+    op = AugmentForward.plan(len(inputs.starts), len(inputs.masks), size, inputs.tones.dtype)
+    out = op(device, **inputs._asdict())
     return out.y, out.labels
