@@ -144,16 +144,6 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
     }
 }
 
-// The sums of a block's tile, by the main loop that the tile is made for.
-template <class Block>
-__device__ void multiply(typename Block::Tile& tile, const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
-                         const Convolution& g, const RowOrder& order) {
-    if constexpr (Block::GATHERED)
-        block_gather_forward<Block>(tile, x, weight, g, order);
-    else
-        block_multiply_forward<Block>(tile, x, weight, g, order);
-}
-
 // How many of the rows of this block exist.
 template <class Block>
 __device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
@@ -168,7 +158,7 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
                         bool with_relu) {
     const RowOrder order(g, pool_codes != nullptr);
     typename Block::Tile tile;
-    multiply<Block>(tile, x, weight, g, order);
+    block_multiply<Block>(tile, x, weight, g, order);
     const StoredTile<Block> stored(tile, bias, g.o);
     const int count = rows_of_block<Block>(g, order);
     if (pool_codes) {
@@ -241,120 +231,68 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
     store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
 }
 
+// What the kernels of fprop take.
+#define FPROP_PARAMETERS                                                                                           \
+    const storage_t* __restrict__ x,                 /* (n, h, w, c) */                                            \
+    const storage_t* __restrict__ weight,            /* (o, kh, kw, c) */                                          \
+    const accumulate_t* __restrict__ OPTIONAL bias,  /* (o) */                                                     \
+    storage_t* __restrict__ y,                       /* (n, out_h, out_w, o) */                                    \
+    accumulate_t* __restrict__ OPTIONAL partials,    /* (tiles, 2, o): mean, M2 */                                 \
+    uint8* __restrict__ OPTIONAL pool_codes,         /* (n, (oh + 1) / 2, (ow + 1) / 2, o / 4) */                  \
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, \
+    int tiles, int relu
+
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_forward_128x128(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 128>>(x, weight, bias, y, partials, pool_codes, g, relu);
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_forward_128x128(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 128>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x64(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 64>>(x, weight, bias, y, partials, pool_codes, g, relu);
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x64(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x32(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<BlockTile<128, 32>>(x, weight, bias, y, partials, pool_codes, g, relu);
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x32(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 32>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (tiles, 2, o): mean, M2
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w,
-    int tiles, int relu) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    forward<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, g, relu);
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(FPROP_PARAMETERS) {
+    forward<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
+}
+
+#define BELOW {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0}
+
+// What the kernels of dgrad take.
+#define DGRAD_PARAMETERS                                                                                                      \
+    const storage_t* __restrict__ dy,                 /* (n, h, w, c): of fprop (n, oh, ow, o) */                             \
+    const storage_t* __restrict__ flipped,            /* (o, kh, kw, c) */                                                    \
+    const storage_t* __restrict__ below_y,            /* (n, below_h, below_w, o) */                                          \
+    const accumulate_t* __restrict__ mean,            /* (o) */                                                               \
+    const accumulate_t* __restrict__ inv_std,         /* (o) */                                                               \
+    const accumulate_t* __restrict__ bn_weight,       /* (o) */                                                               \
+    const accumulate_t* __restrict__ bn_bias,         /* (o) */                                                               \
+    const uint8* __restrict__ OPTIONAL pool_codes,    /* (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4) */                  \
+    const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (oh + 1) / 2, (ow + 1) / 2, o / 4) */                            \
+    storage_t* __restrict__ dr,                       /* (n, out_h, out_w, o) */                                              \
+    accumulate_t* __restrict__ partials,              /* (tiles, 2, o): sum of dr, of dr xhat */                              \
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles, \
+    int below_h, int below_w, int below_relu
+
+// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_backward_data_128x128(DGRAD_PARAMETERS) {
+    backward_data<BlockTile<128, 128>>(dy, flipped, BELOW, unpool_codes, dr, partials, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_backward_data_128x128(
-    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
-    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
-    const accumulate_t* __restrict__ mean,               // (o)
-    const accumulate_t* __restrict__ inv_std,            // (o)
-    const accumulate_t* __restrict__ bn_weight,          // (o)
-    const accumulate_t* __restrict__ bn_bias,            // (o)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
-    int below_h, int below_w, int below_relu) {
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 128>>(dy, flipped, below, unpool_codes, dr, partials, g);
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x64(DGRAD_PARAMETERS) {
+    backward_data<BlockTile<128, 64>>(dy, flipped, BELOW, unpool_codes, dr, partials, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x64(
-    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
-    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
-    const accumulate_t* __restrict__ mean,               // (o)
-    const accumulate_t* __restrict__ inv_std,            // (o)
-    const accumulate_t* __restrict__ bn_weight,          // (o)
-    const accumulate_t* __restrict__ bn_bias,            // (o)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
-    int below_h, int below_w, int below_relu) {
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 64>>(dy, flipped, below, unpool_codes, dr, partials, g);
-}
-
-// Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x32(
-    const storage_t* __restrict__ dy,                    // (n, h, w, c): of fprop (n, oh, ow, o)
-    const storage_t* __restrict__ flipped,               // (o, kh, kw, c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, o)
-    const accumulate_t* __restrict__ mean,               // (o)
-    const accumulate_t* __restrict__ inv_std,            // (o)
-    const accumulate_t* __restrict__ bn_weight,          // (o)
-    const accumulate_t* __restrict__ bn_bias,            // (o)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (oh + 1) / 2, (ow + 1) / 2, o / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ partials,                 // (tiles, 2, o): sum of dr, of dr xhat
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles,
-    int below_h, int below_w, int below_relu) {
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    backward_data<BlockTile<128, 32>>(dy, flipped, below, unpool_codes, dr, partials, g);
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backward_data_128x32(DGRAD_PARAMETERS) {
+    backward_data<BlockTile<128, 32>>(dy, flipped, BELOW, unpool_codes, dr, partials, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
@@ -364,6 +302,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     accumulate_t* __restrict__ partials,     // (chunks, rows, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
     int chunks, int parts_per_chunk) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    split<BlockTile<128, 64>>(x, weight, partials, g, rows, by_windows, parts_per_chunk);
+    split<BlockTile<128, 64>>(x, weight, partials, SIZES, rows, by_windows, parts_per_chunk);
 }

@@ -86,102 +86,45 @@ struct StoreGradient {
     };
 };
 
+// What the kernels take, and what they convolve.
+#define DGRAD_PARAMETERS                                                                                     \
+    const __grid_constant__ TensorMap dy,             /* of (n, h, w, planes * o) */                         \
+    const __grid_constant__ TensorMap weight,         /* of (o, 9, planes * c) */                            \
+    const storage_t* __restrict__ below_y,            /* (n, below_h, below_w, c) */                         \
+    const accumulate_t* __restrict__ mean,            /* (c) */                                              \
+    const accumulate_t* __restrict__ inv_std,         /* (c) */                                              \
+    const accumulate_t* __restrict__ bn_weight,       /* (c) */                                              \
+    const accumulate_t* __restrict__ bn_bias,         /* (c) */                                              \
+    const uint8* __restrict__ OPTIONAL pool_codes,    /* (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4) */ \
+    const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (h + 1) / 2, (w + 1) / 2, c / 4) */             \
+    storage_t* __restrict__ dr,                       /* (n, out_h, out_w, c) */                             \
+    accumulate_t* __restrict__ partials,              /* (2 * row_tiles, 2, c): sum of dr, of dr xhat */     \
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu
+#define BELOW Below{below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0}
+#define DGRAD_ARGUMENTS \
+    dy, weight, nullptr, {n, h, w, o, c, planes}, row_tiles, StoreGradient{BELOW, unpool_codes, dr, partials, c}
+
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
-    const accumulate_t* __restrict__ mean,               // (c)
-    const accumulate_t* __restrict__ inv_std,            // (c)
-    const accumulate_t* __restrict__ bn_weight,          // (c)
-    const accumulate_t* __restrict__ bn_bias,            // (c)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
-    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c, planes};
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
-    convolve<Halo<2>, BackwardWeights<64>, 64, 9>(dy, weight, nullptr, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(DGRAD_PARAMETERS) {
+    convolve<Halo<2>, BackwardWeights<64>, 9>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
-    const accumulate_t* __restrict__ mean,               // (c)
-    const accumulate_t* __restrict__ inv_std,            // (c)
-    const accumulate_t* __restrict__ bn_weight,          // (c)
-    const accumulate_t* __restrict__ bn_bias,            // (c)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
-    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c, planes};
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
-    convolve<Halo<2>, BackwardWeights<128>, 128, 5>(dy, weight, nullptr, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x128(DGRAD_PARAMETERS) {
+    convolve<Halo<2>, BackwardWeights<128>, 5>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_128x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
-    const accumulate_t* __restrict__ mean,               // (c)
-    const accumulate_t* __restrict__ inv_std,            // (c)
-    const accumulate_t* __restrict__ bn_weight,          // (c)
-    const accumulate_t* __restrict__ bn_bias,            // (c)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
-    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c, planes};
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
-    convolve<Halo<1>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_128x128(DGRAD_PARAMETERS) {
+    convolve<Halo<1>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_256x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
-    const accumulate_t* __restrict__ mean,               // (c)
-    const accumulate_t* __restrict__ inv_std,            // (c)
-    const accumulate_t* __restrict__ bn_weight,          // (c)
-    const accumulate_t* __restrict__ bn_bias,            // (c)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
-    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c, planes};
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
-    convolve<Columns<2, 4>, BackwardWeights<128>, 128, 4>(dy, weight, nullptr, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_256x128(DGRAD_PARAMETERS) {
+    convolve<Columns<2, 4>, BackwardWeights<128>, 4>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_128x128(
-    const __grid_constant__ TensorMap dy,                // of (n, h, w, planes * o)
-    const __grid_constant__ TensorMap weight,            // of (o, 9, planes * c)
-    const storage_t* __restrict__ below_y,               // (n, below_h, below_w, c)
-    const accumulate_t* __restrict__ mean,               // (c)
-    const accumulate_t* __restrict__ inv_std,            // (c)
-    const accumulate_t* __restrict__ bn_weight,          // (c)
-    const accumulate_t* __restrict__ bn_bias,            // (c)
-    const uint8* __restrict__ OPTIONAL pool_codes,       // (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4)
-    const uint8* __restrict__ OPTIONAL unpool_codes,     // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ dr,                          // (n, out_h, out_w, c)
-    accumulate_t* __restrict__ partials,                 // (2 * row_tiles, 2, c): sum of dr, of dr xhat
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu) {
-    const Convolution g = {n, h, w, o, c, planes};
-    const Below below = {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0};
-    const StoreGradient leave = {below, unpool_codes, dr, partials, c};
-    convolve<Columns<1, 6>, BackwardWeights<128>, 128, 6>(dy, weight, nullptr, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_128x128(DGRAD_PARAMETERS) {
+    convolve<Columns<1, 6>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
 }

@@ -130,95 +130,48 @@ struct StoreForward {
     };
 };
 
+// What the kernels take, and what they convolve.
+#define FPROP_PARAMETERS                                                                        \
+    const __grid_constant__ TensorMap x,             /* of (n, h, w, planes * c) */             \
+    const __grid_constant__ TensorMap weight,        /* of (o, 9, planes * c) */                \
+    const accumulate_t* __restrict__ OPTIONAL bias,  /* (o) */                                  \
+    storage_t* __restrict__ y,                       /* (n, out_h, out_w, o) */                 \
+    accumulate_t* __restrict__ OPTIONAL partials,    /* (2 * row_tiles, 2, o): mean, M2 */      \
+    int* __restrict__ OPTIONAL counts,               /* (2 * row_tiles) */                      \
+    uint8* __restrict__ OPTIONAL pool_codes,         /* (n, (h + 1) / 2, (w + 1) / 2, o / 4) */ \
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu
+#define FPROP_ARGUMENTS \
+    x, weight, bias, {n, h, w, c, o, planes}, row_tiles, StoreForward{y, partials, counts, pool_codes, o, relu != 0}
+
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x64(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Halo<2>, ForwardWeights<64>, 64, 9>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x64(FPROP_PARAMETERS) {
+    convolve<Halo<2>, ForwardWeights<64>, 9>(FPROP_ARGUMENTS);
 }
 
 // Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s. Each
 // product of 64 x 32 x 16 asks shared memory for 3 KB, 24 clocks; 64 columns, of which 40 are zeros, would take 32: of the 100 us
 // that the measured 593 TFLOP/s of 64 -> 64 give there remain 75.
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x32(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Halo<2>, ForwardWeights<32>, 32, 9>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x32(FPROP_PARAMETERS) {
+    convolve<Halo<2>, ForwardWeights<32>, 9>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Halo<2>, ForwardWeights<128>, 128, 5>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x128(FPROP_PARAMETERS) {
+    convolve<Halo<2>, ForwardWeights<128>, 5>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_128x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Halo<1>, ForwardWeights<128>, 128, 6>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_128x128(FPROP_PARAMETERS) {
+    convolve<Halo<1>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_256x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Columns<2, 4>, ForwardWeights<128>, 128, 4>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_256x128(FPROP_PARAMETERS) {
+    convolve<Columns<2, 4>, ForwardWeights<128>, 4>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_128x128(
-    const __grid_constant__ TensorMap x,             // of (n, h, w, planes * c)
-    const __grid_constant__ TensorMap weight,        // of (o, 9, planes * c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, out_h, out_w, o)
-    accumulate_t* __restrict__ OPTIONAL partials,    // (2 * row_tiles, 2, o): mean, M2
-    int* __restrict__ OPTIONAL counts,               // (2 * row_tiles)
-    uint8* __restrict__ OPTIONAL pool_codes,         // (n, (h + 1) / 2, (w + 1) / 2, o / 4)
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu) {
-    const Convolution g = {n, h, w, c, o, planes};
-    const StoreForward leave = {y, partials, counts, pool_codes, o, relu != 0};
-    convolve<Columns<1, 6>, ForwardWeights<128>, 128, 6>(x, weight, bias, g, row_tiles, leave);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_128x128(FPROP_PARAMETERS) {
+    convolve<Columns<1, 6>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
 }

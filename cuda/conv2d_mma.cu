@@ -61,82 +61,57 @@ template <class Block>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
     typename Block::Tile tile;
-    block_multiply_forward<Block>(tile, x, weight, g, RowOrder(g, false));
+    block_multiply<Block>(tile, x, weight, g, RowOrder(g, false));
     store<Block>(tile, bias, y, g);
 }
 
+// What the kernels of fprop take.
+#define FPROP_PARAMETERS                                                  \
+    const storage_t* __restrict__ x,                 /* (n, h, w, c) */   \
+    const storage_t* __restrict__ weight,            /* (o, kh, kw, c) */ \
+    const accumulate_t* __restrict__ OPTIONAL bias,  /* (o) */            \
+    storage_t* __restrict__ y,                       /* (n, oh, ow, o) */ \
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x
+
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_forward_mma_128x128(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, oh, ow, o)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 128>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_forward_mma_128x128(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 128>>(x, weight, bias, y, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x64(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, oh, ow, o)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 64>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x64(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 64>>(x, weight, bias, y, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x32(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, oh, ow, o)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    forward<BlockTile<128, 32>>(x, weight, bias, y, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x});
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_forward_mma_128x32(FPROP_PARAMETERS) {
+    forward<BlockTile<128, 32>>(x, weight, bias, y, SIZES);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_forward_mma_elements(
-    const storage_t* __restrict__ x,                 // (n, h, w, c)
-    const storage_t* __restrict__ weight,            // (o, kh, kw, c)
-    const accumulate_t* __restrict__ OPTIONAL bias,  // (o)
-    storage_t* __restrict__ y,                       // (n, oh, ow, o)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
-    const Convolution g = {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x};
-    GatherTile<128, 64>::Tile tile;
-    block_gather_forward<GatherTile<128, 64>>(tile, x, weight, g, RowOrder(g, false));
-    store<GatherTile<128, 64>>(tile, bias, y, g);
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_forward_mma_elements(FPROP_PARAMETERS) {
+    forward<GatherTile<128, 64>>(x, weight, bias, y, SIZES);
+}
+
+// What the kernels of wgrad take.
+#define WGRAD_PARAMETERS                                                                                 \
+    const storage_t* __restrict__ x,      /* (n, h, w, c) */                                             \
+    const storage_t* __restrict__ dy,     /* (n, oh, ow, o) */                                           \
+    accumulate_t* __restrict__ partials,  /* (chunks, o, kh, kw, c) */                                   \
+    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks, \
+    int64 pixels_per_chunk
+
+// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x128(WGRAD_PARAMETERS) {
+    block_backward_weight<BlockTile<128, 128>>(x, dy, partials, SIZES, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x128(
-    const storage_t* __restrict__ x,      // (n, h, w, c)
-    const storage_t* __restrict__ dy,     // (n, oh, ow, o)
-    accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
-    int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 128>>(
-        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x64(WGRAD_PARAMETERS) {
+    block_backward_weight<BlockTile<128, 64>>(x, dy, partials, SIZES, pixels_per_chunk);
 }
 
 // Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_backward_weight_mma_128x64(
-    const storage_t* __restrict__ x,      // (n, h, w, c)
-    const storage_t* __restrict__ dy,     // (n, oh, ow, o)
-    accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
-    int64 pixels_per_chunk) {
-    block_backward_weight<BlockTile<128, 64>>(
-        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
-}
-
-// Launch: by ops/convolution/conv2d_mma.py only, which gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_WEIGHT_BLOCKS) conv2d_backward_weight_mma_elements(
-    const storage_t* __restrict__ x,      // (n, h, w, c)
-    const storage_t* __restrict__ dy,     // (n, oh, ow, o)
-    accumulate_t* __restrict__ partials,  // (chunks, o, kh, kw, c)
-    int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int chunks,
-    int64 pixels_per_chunk) {
-    block_gather_backward_weight<GatherTile<32, 64>>(
-        x, dy, partials, {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}, pixels_per_chunk);
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_WEIGHT_BLOCKS) conv2d_backward_weight_mma_elements(WGRAD_PARAMETERS) {
+    block_gather_backward_weight<GatherTile<32, 64>>(x, dy, partials, SIZES, pixels_per_chunk);
 }

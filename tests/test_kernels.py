@@ -17,7 +17,7 @@ from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_GRID
 from segnet_scratch.runtime.launch import ElementTypes, Launch, find_kernel, launch, shipped_kernels
 from segnet_scratch.runtime.multiprocessor import MAX_SHARED
-from segnet_scratch.runtime.signature import without_linkage
+from segnet_scratch.runtime.signature import defined_kernels
 from segnet_scratch.runtime.source import read_source
 
 
@@ -182,7 +182,32 @@ class TestSignature:
     )
     def test_kernels_without_c_linkage_are_not_found_by_name(self, tmp_path, text):
         assert parse(tmp_path, text.replace("KERNEL", "__global__ void f(float* x) {}")) == ()
-        assert [name for name, _ in without_linkage(read_source(tmp_path / "written.cu"))] == ["f"]
+        assert [kernel.name for kernel in defined_kernels(read_source(tmp_path / "written.cu"))] == ["f"]
+
+    LIST = """#define LIST                        \\
+    const float* __restrict__ x, /* (n, m + 1) of the input */ \\
+    /* (not, this) */ int n,     \\
+    TYPE* y, /* (n) */           \\
+    int m
+extern "C" __global__ void f(LIST) {}
+extern "C" __global__ void g(LIST) {}
+"""
+
+    def test_a_list_of_parameters_that_several_kernels_share(self, tmp_path):
+        f, g = parse(tmp_path, self.LIST.replace("TYPE", "float"))
+        assert f.parameters == g.parameters
+        assert [(p.name, p.extent) for p in f.parameters] == [
+            ("x", "(n, m + 1)"),
+            ("n", None),
+            ("y", "(n)"),
+            ("m", None),
+        ]
+        f, _ = parse(tmp_path, self.LIST.replace("TYPE", "half"))
+        with pytest.raises(CompileError, match=r"written\.cu:4: .*'half'"):
+            _ = f.parameters
+        (f,) = parse(tmp_path, 'extern "C" __global__ void f(LIST) {}')
+        with pytest.raises(CompileError, match="cannot understand the kernel parameter 'LIST'"):
+            _ = f.parameters
 
     def test_no_parameters(self, tmp_path):
         (kernel,) = parse(tmp_path, 'extern "C" __global__ void f() {}')

@@ -18,11 +18,11 @@
 
 namespace host {
 
-inline void begin_copy(const char* operation, int line, void* to, const void* from, size_t size, int bytes) {
+inline void begin_copy(const char* operation, Place here, void* to, const void* from, size_t size, int bytes) {
     if (!worker->cooperative) throw NeedsFibers();
-    if (bytes < 0 || size_t(bytes) > size) fault_at(operation, line, "reads more bytes than it writes");
+    if (bytes < 0 || size_t(bytes) > size) fault(operation, here, "reads more bytes than it writes");
     if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
-        fault_at(operation, line, "has an address that is no multiple of its size");
+        fault(operation, here, "has an address that is no multiple of its size");
 #ifdef __SANITIZE_ADDRESS__
     // The copy itself is carried out elsewhere; a wrong address is to be reported here.
     volatile const char* source = static_cast<const char*>(from);
@@ -48,11 +48,11 @@ inline void finish_copies(size_t pending_groups) {
 
 }  // namespace host
 
-inline void cp_async_16(void* to, const void* from, int bytes FROM_LINE) {
-    host::begin_copy("cp_async_16", line, to, from, 16, bytes);
+inline void cp_async_16(void* to, const void* from, int bytes, HERE) {
+    host::begin_copy("cp_async_16", here, to, from, 16, bytes);
 }
-inline void cp_async_4(void* to, const void* from, int bytes FROM_LINE) {
-    host::begin_copy("cp_async_4", line, to, from, 4, bytes);
+inline void cp_async_4(void* to, const void* from, int bytes, HERE) {
+    host::begin_copy("cp_async_4", here, to, from, 4, bytes);
 }
 inline void cp_async_commit() {
     if (!host::worker->cooperative) throw host::NeedsFibers();

@@ -176,18 +176,18 @@ struct Columns {
 };
 
 // The weights of one tap: `depth` of 64, for COLUMNS of the columns.
-template <int COLUMNS>
+template <int COLUMNS_>
 struct ForwardWeights {
-    static constexpr int BYTES = COLUMNS * ROW_BYTES;
+    static constexpr int COLUMNS = COLUMNS_, BYTES = COLUMNS * ROW_BYTES;
     __device__ static void load(char* stage, const TensorMap& weight, const Convolution& g, int plane, int depth, int tap, int column,
                                 Mbarrier& full) {
         tma_load(stage, weight, {plane * g.depth + depth, tap, column}, full);
     }
     __device__ static KMajor operand(const char* stage, int step) { return k_major(stage + step * 32, 8 * ROW_BYTES); }
 };
-template <int COLUMNS>
+template <int COLUMNS_>
 struct BackwardWeights {
-    static constexpr int BYTES = COLUMNS * ROW_BYTES;
+    static constexpr int COLUMNS = COLUMNS_, BYTES = COLUMNS * ROW_BYTES;
     __device__ static void load(char* stage, const TensorMap& weight, const Convolution& g, int plane, int depth, int tap, int column,
                                 Mbarrier& full) {
         const int first = plane * g.columns + column;
@@ -265,19 +265,11 @@ struct WayOut {
     }
 };
 
-// Where everything lies in dynamic shared memory: stages of maps, stages of weights, the places on the way out. How much that
-// takes, ops/convolution/conv2d_hopper.py knows.
-template <class Source, class Weights, int WEIGHT_STAGES>
-struct Layout {
-    typedef Ring<Source::STAGES, Source::STAGE_BYTES> Maps;
-    typedef Ring<WEIGHT_STAGES, Weights::BYTES> Taps;
-    static constexpr int BARRIERS = 2 * (Source::STAGES + WEIGHT_STAGES);
-};
-
 // The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
-template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
-__device__ void produce(Maps maps, Taps taps, const TensorMap& map, const TensorMap& weight, const Convolution& g, int tiles) {
-    const int across = tiles_across<COLUMNS>(g);
+template <class Source, class Weights, class MapRing, class WeightRing>
+__device__ void produce(MapRing maps, WeightRing weights, const TensorMap& map, const TensorMap& weight, const Convolution& g,
+                        int tiles) {
+    const int across = tiles_across<Weights::COLUMNS>(g);
     auto load = [&](int tile, int channel, int plane, int other) {
         for (int tap = 0; tap < TAPS; ++tap) {
             if (tap % Source::TAPS_OF_STAGE == 0) {
@@ -285,9 +277,10 @@ __device__ void produce(Maps maps, Taps taps, const TensorMap& map, const Tensor
                 Source::load(maps.stage(), map, g, tile / across, plane * g.depth + channel, tap, maps.filled());
                 maps.position.advance();
             }
-            taps.acquire(Weights::BYTES);
-            Weights::load(taps.stage(), weight, g, other, channel, tap, tile % across * COLUMNS, taps.filled());
-            taps.position.advance();
+            weights.acquire(Weights::BYTES);
+            const int column = tile % across * Weights::COLUMNS;
+            Weights::load(weights.stage(), weight, g, other, channel, tap, column, weights.filled());
+            weights.position.advance();
         }
     };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
@@ -297,9 +290,10 @@ __device__ void produce(Maps maps, Taps taps, const TensorMap& map, const Tensor
 }
 
 // A tap of a chunk added to the sums by ordinary additions: each 64 pixels a sum of their own on the tensor cores.
-template <class Source, class Weights, int COLUMNS>
-__device__ __forceinline__ void add_short_sums(Accumulators<COLUMNS> (&sums)[Source::TILES], const char* pixels, const char* weights) {
-    Accumulators<COLUMNS> of_tap;
+template <class Source, class Weights>
+__device__ __forceinline__ void add_short_sums(Accumulators<Weights::COLUMNS> (&sums)[Source::TILES], const char* pixels,
+                                               const char* weights) {
+    Accumulators<Weights::COLUMNS> of_tap;
 #pragma unroll
     for (int i = 0; i < Source::TILES; ++i) {
         wgmma_fence();
@@ -309,30 +303,30 @@ __device__ __forceinline__ void add_short_sums(Accumulators<COLUMNS> (&sums)[Sou
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] += of_tap[j];
+        for (int j = 0; j < Weights::COLUMNS / 2; ++j) sums[i][j] += of_tap[j];
     }
 }
 
 // A consumer: the sums of its part of one tile.
-template <class Source, class Weights, int COLUMNS, class Maps, class Taps>
-__device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::TILES], Maps& maps, Taps& taps, const Convolution& g) {
+template <class Source, class Weights, class MapRing, class WeightRing>
+__device__ __forceinline__ void multiply(Accumulators<Weights::COLUMNS> (&sums)[Source::TILES], MapRing& maps, WeightRing& weights,
+                                         const Convolution& g) {
     const bool leader = warpgroup_thread() == 0;
     // A first product that ignores the sums would do, but to the compiler it reads them: they would hold their registers from
     // one tile to the next, and the way out would have none.
 #pragma unroll
     for (int i = 0; i < Source::TILES; ++i)
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] = 0;
+        for (int j = 0; j < Weights::COLUMNS / 2; ++j) sums[i][j] = 0;
     for (int product = 0, all = (g.depth + DEPTH - 1) / DEPTH * g.products(); product < all; ++product) {
 #pragma unroll
         for (int tap = 0; tap < TAPS; ++tap) {
             const bool next_of_maps = tap % Source::TAPS_OF_STAGE == 0, begun = product + tap > 0;
             if (next_of_maps) maps.wait();
-            taps.wait();
+            weights.wait();
             const char* const pixels = maps.stage() + warpgroup_index() * Source::TILES * Source::TILE_BYTES + Source::offset(tap);
-            const char* const weights = taps.stage();
             if constexpr (MULTIPLY == TF32X3) {
-                add_short_sums<Source, Weights, COLUMNS>(sums, pixels, weights);
+                add_short_sums<Source, Weights>(sums, pixels, weights.stage());
             } else {
                 wgmma_fence();
 #pragma unroll
@@ -340,21 +334,21 @@ __device__ __forceinline__ void multiply(Accumulators<COLUMNS> (&sums)[Source::T
 #pragma unroll
                     for (int i = 0; i < Source::TILES; ++i)
                         wgmma(sums[i], k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH),
-                              Weights::operand(weights, step), true);
+                              Weights::operand(weights.stage(), step), true);
                 wgmma_commit();
                 wgmma_wait<1>();  // the group before this one is done
             }
             if (leader && begun) {
-                taps.release_previous();
+                weights.release_previous();
                 if (next_of_maps) maps.release_previous();
             }
-            taps.position.advance();
+            weights.position.advance();
             if (tap % Source::TAPS_OF_STAGE == Source::TAPS_OF_STAGE - 1) maps.position.advance();
         }
     }
     wgmma_wait<0>();
     if (leader) {
-        taps.release_previous();
+        weights.release_previous();
         maps.release_previous();
     }
 }
@@ -412,38 +406,39 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], const L
     }
 }
 
-// The kernel.
-template <class Source, class Weights, int COLUMNS, int WEIGHT_STAGES, class Leave>
+// The kernel. In dynamic shared memory lie stages of maps, stages of weights, the places on the way out; how much that takes,
+// ops/convolution/conv2d_hopper.py knows.
+template <class Source, class Weights, int WEIGHT_STAGES, class Leave>
 __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
                                          const Convolution& g, int row_tiles, const Leave& leave) {
-    typedef Layout<Source, Weights, WEIGHT_STAGES> Place;
+    constexpr int COLUMNS = Weights::COLUMNS;
     SHARED_DYNAMIC(char, memory);
-    SHARED_ARRAY(Mbarrier, barriers, [Place::BARRIERS]);
+    SHARED_ARRAY(Mbarrier, barriers, [2 * (Source::STAGES + WEIGHT_STAGES)]);
     char* const stages = align_stages(memory);
-    typename Place::Maps maps(stages, barriers);
-    typename Place::Taps taps(stages + Place::Maps::BYTES, barriers + 2 * Source::STAGES);
+    Ring<Source::STAGES, Source::STAGE_BYTES> maps(stages, barriers);
+    Ring<WEIGHT_STAGES, Weights::BYTES> weights(stages + maps.BYTES, barriers + 2 * Source::STAGES);
     if (threadIdx.x == 0) {
         tma_prefetch(map);
         tma_prefetch(weight);
         maps.initialise(CONSUMERS);
-        taps.initialise(CONSUMERS);
+        weights.initialise(CONSUMERS);
         mbarrier_init_fence();
     }
     __syncthreads();
     const int across = tiles_across<COLUMNS>(g), tiles = row_tiles * across;
     if (warpgroup_index() == CONSUMERS) {
         setmaxnreg_decrease<PRODUCER_REGISTERS>();
-        if (warpgroup_thread() == 0) produce<Source, Weights, COLUMNS>(maps, taps, map, weight, g, tiles);
+        if (warpgroup_thread() == 0) produce<Source, Weights>(maps, weights, map, weight, g, tiles);
         return;
     }
     setmaxnreg_increase<CONSUMER_REGISTERS>();
-    WayOut way_out(stages + Place::Maps::BYTES + Place::Taps::BYTES);
+    WayOut way_out(stages + maps.BYTES + weights.BYTES);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int column = tile % across * COLUMNS;
         unsigned words[Source::TILES * ((COLUMNS + PART - 1) / PART)][WORDS] = {};
         {
             Accumulators<COLUMNS> sums[Source::TILES];
-            multiply<Source, Weights, COLUMNS>(sums, maps, taps, g);
+            multiply<Source, Weights>(sums, maps, weights, g);
             round_sums(words, sums, bias ? bias + column : nullptr, g.columns - column);
         }
         leave_tile<Source>(way_out, words, leave, g, tile / across, column);

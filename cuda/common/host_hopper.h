@@ -11,50 +11,18 @@
 // between.)
 #pragma once
 
+#include <algorithm>
 #include <deque>
+#include <set>
 
 namespace host {
 
 // Code that looks at memory which AddressSanitizer may know as forbidden.
 #define HOST_UNCHECKED __attribute__((no_sanitize("address")))
 
-// What kernels call again and again, in every unrolled step: inlined it would cost seconds of compilation.
-#define HOST_CALL inline __attribute__((noinline))
-
 constexpr int kWarpgroup = 128;
 constexpr int kUnit = 16;  // bytes of shared memory: what swizzles move and what is kept account of
 constexpr size_t kUnits = kSharedLimit / kUnit;
-
-// Where in the source an instruction stands; as a default argument, where its wrapper was called.
-struct Place {
-    const char* file;
-    int line;
-};
-#define HERE ::host::Place here = {__builtin_FILE(), __builtin_LINE()}
-
-// "line 12", or "ring.cuh:12" in a header.
-inline const char* text_of(Place place, char (&text)[96]) {
-    const char* const slash = std::strrchr(place.file, '/');
-    const char* const name = slash ? slash + 1 : place.file;
-    const size_t length = std::strlen(name);
-    if (length > 3 && std::strcmp(name + length - 3, ".cu") == 0)
-        std::snprintf(text, sizeof text, "line %d", place.line);
-    else
-        std::snprintf(text, sizeof text, "%s:%d", name, place.line);
-    return text;
-}
-
-template <class... Details>
-[[noreturn]] void fault(const char* operation, Place place, const char* format, Details... details) {
-    Worker* const w = worker;
-    const uint3 thread = w->current->index;
-    char message[480], where[96], what[320];
-    std::snprintf(what, sizeof what, format, details...);
-    std::snprintf(message, sizeof message, "thread (%u, %u, %u), %s: %s %s", thread.x, thread.y, thread.z,
-                  text_of(place, where), operation, what);
-    w->fail(message);
-    leave_block(w);
-}
 
 HOST_CALL unsigned shared_offset(const char* operation, Place place, const void* pointer, unsigned alignment) {
     if (!worker->cooperative) throw NeedsFibers();
@@ -149,7 +117,7 @@ struct Fragment {
 
 struct NamedBarrier {
     int threads, arrived;
-    std::vector<unsigned> waiting;
+    std::set<unsigned> waiting;
 };
 
 // 128 threads that have come to do something together.
@@ -157,7 +125,6 @@ struct Gathering {
     const char* operation;
     Place place;
     int arrived = 0;
-    bool here[kWarpgroup] = {};
 };
 
 struct Wait {
@@ -211,6 +178,7 @@ class Hopper : public Engine {
 
     void begin_block() override;
     bool advance() override;
+    void report_waits() override;
     void end_block() override;
 
     // The thread that runs waits until somebody calls wake(it).
@@ -249,11 +217,9 @@ class Hopper : public Engine {
             g.operation = operation;
             g.place = place;
         } else if (g.place.line != place.line || std::strcmp(g.operation, operation) != 0) {
-            char other[96];
             fault(operation, place, "is reached while others of the warpgroup are in %s at %s: an incomplete warpgroup",
-                  g.operation, text_of(g.place, other));
+                  g.operation, text(g.place).of);
         }
-        g.here[thread - first] = true;
         if (++g.arrived < kWarpgroup) return wait(operation, place);
         g = Gathering();
         if (!carry_out()) return wait(operation, place);  // whoever makes it possible wakes them all
@@ -266,17 +232,13 @@ class Hopper : public Engine {
 
     Barrier& barrier_at(const char* operation, Place place, const void* pointer);
     void complete_if_done(Barrier& barrier);
-    void report_waits() override;
-    void describe(const Wait& wait, char* text, size_t size) const;
     HOST_UNCHECKED void update_view(Place place);
     // Reads what TMA or wgmma see; a fault where a fence is missing.
     HOST_UNCHECKED void read(const char* operation, Place place, unsigned offset, void* to, unsigned bytes) const {
         const unsigned char *stored = worker->arena_base + offset, *seen = view.data() + offset;
-        unsigned char* const target = static_cast<unsigned char*>(to);
-        for (unsigned i = 0; i < bytes; ++i) {
+        for (unsigned i = 0; i < bytes; ++i)
             if (stored[i] != seen[i]) missing_fence(operation, place, offset + i);
-            target[i] = seen[i];
-        }
+        std::memcpy(to, seen, bytes);
     }
     [[noreturn]] void missing_fence(const char* operation, Place place, unsigned offset) const {
         const SharedArray* const array = array_at(offset);
@@ -289,8 +251,8 @@ class Hopper : public Engine {
         for (unsigned i = 0; i < bytes; ++i) worker->arena_base[offset + i] = view[offset + i] = from[i];
     }
 
-    void arrive(unsigned i);  // load i brings its box
-    void read_store(Transfer& store);   // a store reads its box
+    void arrive(unsigned i);           // load i brings its box
+    void read_store(Transfer& store);  // a store reads its box
     void write_store(const Transfer& store);
     void maybe_early() {
         if (worker->launch->order == int(Order::shuffled) && !loads.empty() && worker->next_random() % 2)
@@ -308,11 +270,9 @@ inline Barrier& Hopper::barrier_at(const char* operation, Place place, const voi
         if (barrier.offset != offset) continue;
         if (*static_cast<const unsigned long long*>(pointer) != kBarrierMark + offset)
             fault(operation, place, "uses an mbarrier over which something else was written");
-        if (!barrier.fenced && thread_number() != barrier.initialiser) {
-            char where[96];
+        if (!barrier.fenced && thread_number() != barrier.initialiser)
             fault(operation, place, "uses the mbarrier that was initialised at %s without mbarrier_init_fence after it",
-                  text_of(barrier.initialised, where));
-        }
+                  text(barrier.initialised).of);
         return barrier;
     }
     fault(operation, place, "uses an mbarrier that is not initialised");
@@ -328,51 +288,6 @@ inline void Hopper::complete_if_done(Barrier& barrier) {
     });
 }
 
-HOST_CALL void barrier_initialise(void* pointer, int arrivals, Place place) {
-    const char* const operation = "mbarrier_init";
-    Hopper& hopper = Hopper::get();
-    const unsigned offset = shared_offset(operation, place, pointer, 8);
-    if (arrivals < 1 || arrivals >= 1 << 20) fault(operation, place, "announces %d arrivals; 1 to 2^20 - 1 are possible", arrivals);
-    for (const Barrier& other : hopper.barriers)
-        if (other.offset == offset) fault(operation, place, "initialises an mbarrier that is in use");
-    *static_cast<unsigned long long*>(pointer) = kBarrierMark + offset;
-    hopper.barriers.push_back({offset, place, thread_number(), false, arrivals, arrivals, 0, 0});
-}
-
-inline void barrier_initialise_fence() {
-    for (Barrier& barrier : Hopper::get().barriers)
-        if (barrier.initialiser == thread_number()) barrier.fenced = true;
-}
-
-HOST_CALL void barrier_arrive(const char* operation, void* pointer, long long bytes, Place place) {
-    Hopper& hopper = Hopper::get();
-    Barrier& barrier = hopper.barrier_at(operation, place, pointer);
-    if (bytes < 0 || bytes >= 1 << 20) fault(operation, place, "announces %lld bytes; 0 to 2^20 - 1 are possible", bytes);
-    if (barrier.pending == 0)
-        fault(operation, place, "comes after the %d arrivals of the phase, of which %lld bytes are still to come", barrier.arrivals,
-              barrier.bytes);
-    barrier.bytes += bytes;
-    --barrier.pending;
-    if (barrier.pending == 0 && barrier.bytes < 0)
-        fault(operation, place, "completes the arrivals of a phase to which %lld bytes more were copied than announced", -barrier.bytes);
-    hopper.complete_if_done(barrier);
-    hopper.maybe_early();
-}
-
-HOST_CALL void barrier_wait(void* pointer, unsigned parity, Place place) {
-    const char* const operation = "mbarrier_wait";
-    Hopper& hopper = Hopper::get();
-    const Barrier* barrier = &hopper.barrier_at(operation, place, pointer);
-    if (parity > 1) fault(operation, place, "waits for parity %u; it is 0 or 1", parity);
-    hopper.maybe_early();
-    if ((barrier->phase & 1) != parity) return;
-    const unsigned long long phase = barrier->phase;
-    hopper.wait(operation, place, barrier, parity);
-    if (barrier->phase > phase + 1)
-        fault(operation, place, "misses a phase: %llu were completed before this thread saw that the first of them was",
-              barrier->phase - phase);
-}
-
 // ------------------------------------------------------------------------------------------------ warpgroups
 
 HOST_CALL void named_barrier(const char* operation, int id, int count, bool waits, Place place) {
@@ -386,15 +301,11 @@ HOST_CALL void named_barrier(const char* operation, int id, int count, bool wait
     barrier.threads = count;
     if (++barrier.arrived < count) {
         if (!waits) return;
-        barrier.waiting.push_back(thread_number());
+        barrier.waiting.insert(thread_number());
         return hopper.wait(operation, place);
     }
-    std::vector<unsigned> waiting;
-    waiting.swap(barrier.waiting);
     barrier.arrived = 0;
-    std::vector<bool> chosen(hopper.threads.size());
-    for (unsigned thread : waiting) chosen[thread] = true;
-    hopper.wake_all(0, unsigned(chosen.size()), [&](unsigned thread) { return chosen[thread]; });
+    hopper.wake_all(0, unsigned(hopper.threads.size()), [&](unsigned thread) { return barrier.waiting.erase(thread) == 1; });
 }
 
 // The registers that each thread of a block has at first: its share of the 65536, which __launch_bounds__(threads, 1) lets
@@ -458,40 +369,28 @@ inline bool Hopper::advance() {
     return true;
 }
 
-inline void Hopper::describe(const Wait& wait, char* text, size_t size) const {
-    char where[96];
-    int length = std::snprintf(text, size, "%s at %s", wait.operation, text_of(wait.place, where));
-    if (!wait.barrier || size_t(length) >= size) return;
-    const SharedArray* const array = array_at(wait.barrier->offset);
-    std::snprintf(text + length, size - size_t(length), " (parity %u of %s[%zu]: phase %llu has %d of %d arrivals and lacks %lld bytes)",
-                  wait.parity, array ? array->name : "?", array ? (wait.barrier->offset - array->offset) / 8 : 0,
-                  wait.barrier->phase, wait.barrier->arrivals - wait.barrier->pending, wait.barrier->arrivals, wait.barrier->bytes);
-}
-
 inline void Hopper::report_waits() {
-    // The first thread of every kind of wait.
-    std::vector<const Wait*> told;
-    char message[480] = "endless wait: nothing is under way, and", one[256];
+    char message[sizeof(Text)] = "endless wait: nothing is under way, and";
+    auto add = [&](const Text& more) { std::strncat(message, more.of, sizeof message - 1 - std::strlen(message)); };
+    std::vector<const Wait*> told;  // the first thread of every kind of wait
     for (size_t i = 0; i < threads.size(); ++i) {
         const Wait& wait = threads[i].wait;
-        if (!wait.operation) continue;
-        bool known = false;
-        for (const Wait* other : told) known |= other->place.line == wait.place.line && other->barrier == wait.barrier;
-        if (known) continue;
+        auto same = [&](const Wait* other) { return other->place.line == wait.place.line && other->barrier == wait.barrier; };
+        if (!wait.operation || std::any_of(told.begin(), told.end(), same)) continue;
+        add(text("%s thread %s waits in %s at %s", told.empty() ? "" : ";", text(worker->fibers[i].index).of, wait.operation,
+                 text(wait.place).of));
         told.push_back(&wait);
-        const size_t length = std::strlen(message);
-        const uint3 index = worker->fibers[i].index;
-        describe(wait, one, sizeof one);
-        std::snprintf(message + length, sizeof message - length, "%s thread (%u, %u, %u) waits in %s",
-                      told.size() > 1 ? ";" : "", index.x, index.y, index.z, one);
+        const Barrier* const barrier = wait.barrier;
+        if (!barrier) continue;
+        const SharedArray* const array = array_at(barrier->offset);
+        add(text(" (parity %u of %s[%zu]: phase %llu has %d of %d arrivals and lacks %lld bytes)", wait.parity,
+                 array ? array->name : "?", array ? (barrier->offset - array->offset) / 8 : 0, barrier->phase,
+                 barrier->arrivals - barrier->pending, barrier->arrivals, barrier->bytes));
     }
-    for (const WarpgroupState& group : warpgroups) {
-        if (!group.gathering.arrived) continue;
-        const size_t length = std::strlen(message);
-        std::snprintf(message + length, sizeof message - length, "; an incomplete warpgroup: %d of its 128 threads are in %s",
-                      group.gathering.arrived, group.gathering.operation);
-    }
-    worker->fail(message);
+    for (const WarpgroupState& group : warpgroups)
+        if (group.gathering.arrived)
+            add(text("; an incomplete warpgroup: %d of its 128 threads are in %s", group.gathering.arrived, group.gathering.operation));
+    worker->fail("%s", message);
 }
 
 inline void Hopper::update_view(Place place) {
@@ -514,9 +413,7 @@ inline void Hopper::update_view(Place place) {
 
 inline void Hopper::end_block() {
     auto report = [](const char* operation, Place place, const char* what) {
-        char message[320], where[96];
-        std::snprintf(message, sizeof message, "%s at %s %s", operation, text_of(place, where), what);
-        worker->fail(message);
+        worker->fail("%s at %s %s", operation, text(place).of, what);
     };
     for (const auto& load : loads) return report(load->operation, load->place, "is under way when the block ends: nobody waits for it");
     for (const WarpgroupState& group : warpgroups)
@@ -525,13 +422,9 @@ inline void Hopper::end_block() {
     for (const auto& store : stores)
         if (!store->read)
             return report(store->operation, store->place, "still reads shared memory when the block ends: no tma_store_wait_read covers it");
-    for (int i = 1; i < 16; ++i) {
-        if (!named[i].arrived) continue;
-        char message[160];
-        std::snprintf(message, sizeof message, "named barrier %d has %d of %d threads when the block ends", i, named[i].arrived,
-                      named[i].threads);
-        return worker->fail(message);
-    }
+    for (int i = 1; i < 16; ++i)
+        if (named[i].arrived)
+            return worker->fail("named barrier %d has %d of %d threads when the block ends", i, named[i].arrived, named[i].threads);
     for (const Barrier& barrier : barriers)
         if (barrier.bytes)
             return report("mbarrier_init", barrier.initialised, "makes a barrier that still expects bytes when the block ends");

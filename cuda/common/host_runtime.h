@@ -60,113 +60,65 @@ struct dim3 {
     unsigned x, y, z;
 };
 
-using std::abs;
-using std::ceil;
-using std::cos;
-using std::exp;
-using std::fabs;
-using std::floor;
-using std::fma;
-using std::fmax;
-using std::fmin;
-using std::isfinite;
-using std::isnan;
-using std::log;
-using std::pow;
-using std::sin;
-using std::sqrt;
-using std::tanh;
+using std::abs, std::ceil, std::cos, std::exp, std::fabs, std::floor, std::fma, std::fmax, std::fmin, std::isfinite, std::isnan;
+using std::log, std::pow, std::sin, std::sqrt, std::tanh;
 template <class T>
-inline T rsqrt(T x) {
-    return T(1) / std::sqrt(x);
-}
-template <class T>
-inline T min(T a, T b) {
-    return b < a ? b : a;
-}
-template <class T>
-inline T max(T a, T b) {
-    return a < b ? b : a;
-}
-
-template <class A, class B>  // of unlike types, as CUDA's overloads allow
+inline T rsqrt(T x) { return T(1) / std::sqrt(x); }
+template <class A, class B>  // of unlike types, too, as CUDA's overloads allow
 inline std::common_type_t<A, B> min(A a, B b) {
-    const std::common_type_t<A, B> left = a, right = b;
-    return right < left ? right : left;
+    const std::common_type_t<A, B> first = a, second = b;
+    return second < first ? second : first;
 }
 template <class A, class B>
 inline std::common_type_t<A, B> max(A a, B b) {
-    const std::common_type_t<A, B> left = a, right = b;
-    return left < right ? right : left;
+    const std::common_type_t<A, B> first = a, second = b;
+    return first < second ? second : first;
 }
 template <class T>
-inline T __ldg(const T* address) {
-    return *address;
-}
+inline T __ldg(const T* address) { return *address; }
 
 // Integer atomics only: float atomics would make sums depend on the order of threads, so they do not compile.
 template <class T>
 struct Value {
     typedef T type;  // not deduced: atomicAdd(&counts[i], 1) means a 1 of the type of the counts
 };
-template <class T>
-inline T atomicAdd(T* address, typename Value<T>::type value) {
-    static_assert(std::is_integral<T>::value, "atomicAdd on floating-point numbers is not deterministic");
-    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicSub(T* address, typename Value<T>::type value) {
-    static_assert(std::is_integral<T>::value, "atomicSub on floating-point numbers is not deterministic");
-    return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicAnd(T* address, typename Value<T>::type value) {
-    return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicOr(T* address, typename Value<T>::type value) {
-    return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicXor(T* address, typename Value<T>::type value) {
-    return __atomic_fetch_xor(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicExch(T* address, typename Value<T>::type value) {
-    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
-}
+#define HOST_ATOMIC(name, builtin)                                                                                        \
+    template <class T>                                                                                                    \
+    inline T name(T* address, typename Value<T>::type value) {                                                            \
+        static_assert(std::is_integral<T>::value, #name " on floating-point numbers is not deterministic");               \
+        return builtin(address, value, __ATOMIC_RELAXED);                                                                 \
+    }
+HOST_ATOMIC(atomicAdd, __atomic_fetch_add)
+HOST_ATOMIC(atomicSub, __atomic_fetch_sub)
+HOST_ATOMIC(atomicAnd, __atomic_fetch_and)
+HOST_ATOMIC(atomicOr, __atomic_fetch_or)
+HOST_ATOMIC(atomicXor, __atomic_fetch_xor)
+HOST_ATOMIC(atomicExch, __atomic_exchange_n)
 template <class T>
 inline T atomicCAS(T* address, typename Value<T>::type expected, typename Value<T>::type value) {
     __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;  // now what was there before
 }
-template <class T>
-inline T atomicMin(T* address, typename Value<T>::type value) {
-    T before = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (value < before &&
-           !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+// What is there is replaced while the value lies on this side of it.
+#define HOST_ATOMIC_EXTREME(name, side)                                                                                   \
+    template <class T>                                                                                                    \
+    inline T name(T* address, typename Value<T>::type value) {                                                            \
+        T before = __atomic_load_n(address, __ATOMIC_RELAXED);                                                            \
+        while (value side before &&                                                                                       \
+               !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue; \
+        return before;                                                                                                    \
     }
-    return before;
-}
-template <class T>
-inline T atomicMax(T* address, typename Value<T>::type value) {
-    T before = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (before < value &&
-           !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return before;
-}
+HOST_ATOMIC_EXTREME(atomicMin, <)
+HOST_ATOMIC_EXTREME(atomicMax, >)
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
-inline unsigned __float_as_uint(float value) {
-    unsigned bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
+template <class To, class From>
+inline To same_bits(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
-inline float __uint_as_float(unsigned bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
+inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
 
 // ---------------------------------------------------------------------------------------------- fibers
 
@@ -176,8 +128,7 @@ enum class Order : int { ascending = 0, descending = 1, shuffled = 2 };
 
 // One launch, as segnet_scratch/runtime/host.py fills it in (same fields, same order).
 struct Launch {
-    unsigned grid[3];
-    unsigned block[3];
+    dim3 grid, block;
     unsigned long long dynamic_shared;  // bytes
     unsigned long long seed;            // of the shuffled order
     unsigned long long part_mask;       // only that part of the work runs whose number, masked, is part_value; numbered
@@ -220,10 +171,36 @@ struct AsyncCopy {
     size_t bytes, read;  // what lies between is zeros
 };
 
+// Where in the source an instruction stands; as a default argument, where its wrapper was called.
+struct Place {
+    const char* file;
+    int line;
+};
+#define HERE ::host::Place here = {__builtin_FILE(), __builtin_LINE()}
+
+// A short text for a message.
+struct Text {
+    char of[320];
+};
+template <class... Details>
+Text text(const char* format, Details... details) {
+    Text text;
+    std::snprintf(text.of, sizeof text.of, format, details...);
+    return text;
+}
+inline Text text(uint3 index) { return text("(%u, %u, %u)", index.x, index.y, index.z); }
+// "line 12", or "ring.cuh:12" in a header.
+inline Text text(Place place) {
+    const char* const slash = std::strrchr(place.file, '/');
+    const char* const name = slash ? slash + 1 : place.file;
+    const char* const ending = std::strrchr(name, '.');
+    return ending && std::strcmp(ending, ".cu") == 0 ? text("line %d", place.line) : text("%s:%d", name, place.line);
+}
+
 // Threads of a warp that have come to do something together (host_warp.h).
 struct Meeting {
     const char* operation;
-    int line;
+    Place place;
     unsigned mask, arrived;  // a bit for each lane of the warp
     void* posts[32];         // what each lane brings and takes away
 };
@@ -254,16 +231,14 @@ struct StackPool {
     std::mutex mutex;
     std::vector<char*> free;
     char* take() {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            if (!free.empty()) {
-                char* stack = free.back();
-                free.pop_back();
-                return stack;
-            }
+        std::lock_guard<std::mutex> lock(mutex);
+        if (free.empty()) {
+            void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+            return stack == MAP_FAILED ? nullptr : static_cast<char*>(stack);
         }
-        void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-        return stack == MAP_FAILED ? nullptr : static_cast<char*>(stack);
+        char* const stack = free.back();
+        free.pop_back();
+        return stack;
     }
     void give(char* stack) {
         allow(stack, kStackBytes);  // a fiber that was left in the middle has not cleared the marks round its variables
@@ -284,7 +259,6 @@ struct Worker {
     Launch* launch = nullptr;
     const char* kernel = "";
     uint3 block_index{};
-    dim3 block_size{}, grid_size{};
     // The thread that runs now.
     Fiber* current = nullptr;
     // Fibers: `order` is the order of the phase, `position` who has begun it; `ready` can go on in the midst of it, the
@@ -315,14 +289,15 @@ struct Worker {
         return z ^ (z >> 31);
     }
     template <class T>
-    void shuffle(std::vector<T>& items) {
-        for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random() % i]);
+    void shuffle(std::vector<T>& items, size_t first = 0) {
+        for (size_t i = items.size() - first; i > 1; --i) std::swap(items[first + i - 1], items[first + next_random() % i]);
     }
     bool left_out(uint64_t number) const { return (number & launch->part_mask) != launch->part_value; }
-    void fail(const char* what) {
+    template <class... Details>
+    void fail(const char* format, Details... details) {
         failed = true;
-        std::snprintf(launch->message, sizeof launch->message, "%s: block (%u, %u, %u): %s", kernel, block_index.x,
-                      block_index.y, block_index.z, what);
+        std::snprintf(launch->message, sizeof launch->message, "%s: block %s: %s", kernel, text(block_index).of,
+                      text(format, details...).of);
     }
 };
 static thread_local Worker* worker = nullptr;
@@ -331,9 +306,7 @@ static thread_local Worker* worker = nullptr;
 // Adds to a report which thread caused it.
 inline void tell_thread(const char*) {
     if (!worker || !worker->current) return;
-    const uint3 block = worker->block_index, thread = worker->current->index;
-    std::fprintf(stderr, "segnet: block (%u, %u, %u), thread (%u, %u, %u)\n", block.x, block.y, block.z, thread.x, thread.y,
-                 thread.z);
+    std::fprintf(stderr, "segnet: block %s, thread %s\n", text(worker->block_index).of, text(worker->current->index).of);
 }
 #endif
 
@@ -403,12 +376,9 @@ inline void trace_shared(Worker* w, int line) {
         if (!w->launch->compare_trace) {
             entry = hash;
         } else if (entry != hash) {
-            char from[32] = "the start of the kernel", to[32] = "its end", what[256];
-            if (w->last_barrier_line) std::snprintf(from, sizeof from, "the barrier in line %d", w->last_barrier_line);
-            if (line) std::snprintf(to, sizeof to, "the barrier in line %d", line);
-            std::snprintf(what, sizeof what, "between %s and %s the threads disturb each other in shared array '%s'", from,
-                          to, array.name);
-            return w->fail(what);
+            auto barrier = [](int at, const char* none) { return at ? text("the barrier in line %d", at) : text(none); };
+            return w->fail("between %s and %s the threads disturb each other in shared array '%s'",
+                           barrier(w->last_barrier_line, "the start of the kernel").of, barrier(line, "its end").of, array.name);
         }
     }
 }
@@ -418,16 +388,11 @@ inline void report_parted_warp(Worker* w, const Fiber& waiting) {
     const Meeting& meeting = *waiting.meeting;
     const size_t warp = size_t(&waiting - w->fibers.data()) / 32 * 32;
     const Fiber& other = w->fibers[warp + unsigned(__builtin_ctz(meeting.mask & ~meeting.arrived))];
-    char where[96] = "has returned", what[384];
-    if (other.meeting)
-        std::snprintf(where, sizeof where, "waits in %s at line %d", other.meeting->operation, other.meeting->line);
-    else if (other.barrier_line)
-        std::snprintf(where, sizeof where, "waits at the barrier in line %d", other.barrier_line);
-    std::snprintf(what, sizeof what,
-                  "divergent warp: thread (%u, %u, %u) waits in %s at line %d for thread (%u, %u, %u), which %s",
-                  waiting.index.x, waiting.index.y, waiting.index.z, meeting.operation, meeting.line, other.index.x,
-                  other.index.y, other.index.z, where);
-    w->fail(what);
+    const Text where = other.meeting        ? text("waits in %s at %s", other.meeting->operation, text(other.meeting->place).of)
+                       : other.barrier_line ? text("waits at the barrier in line %d", other.barrier_line)
+                                            : text("has returned");
+    w->fail("divergent warp: thread %s waits in %s at %s for thread %s, which %s", text(waiting.index).of, meeting.operation,
+            text(meeting.place).of, text(other.index).of, where.of);
 }
 
 // No thread can run: all have arrived at a barrier, or returned, or wait for their warp. True: a next phase begins.
@@ -445,21 +410,11 @@ inline bool finish_phase(Worker* w) {
     }
     for (const Fiber& fiber : w->fibers) {
         if (fiber.barrier_line == line) continue;
-        const Fiber& first = w->fibers[0];
-        char what[256];
-        const Fiber& waiting = line ? first : fiber;
-        const Fiber& other = line ? fiber : first;
-        if (other.barrier_line == 0)
-            std::snprintf(what, sizeof what,
-                          "divergent barrier: thread (%u, %u, %u) waits at line %d, thread (%u, %u, %u) has returned",
-                          waiting.index.x, waiting.index.y, waiting.index.z, waiting.barrier_line, other.index.x,
-                          other.index.y, other.index.z);
-        else
-            std::snprintf(what, sizeof what,
-                          "divergent barrier: thread (%u, %u, %u) waits at line %d, thread (%u, %u, %u) at line %d",
-                          waiting.index.x, waiting.index.y, waiting.index.z, waiting.barrier_line, other.index.x,
-                          other.index.y, other.index.z, other.barrier_line);
-        w->fail(what);
+        const Fiber& waiting = line ? w->fibers[0] : fiber;
+        const Fiber& other = line ? fiber : w->fibers[0];
+        const Text where = other.barrier_line ? text("at line %d", other.barrier_line) : text("has returned");
+        w->fail("divergent barrier: thread %s waits at line %d, thread %s %s", text(waiting.index).of, waiting.barrier_line,
+                text(other.index).of, where.of);
         return false;
     }
     if (w->launch->trace) trace_shared(w, line);
@@ -516,10 +471,7 @@ inline void* shared_memory(const void* key, const char* name, size_t bytes) {
     const size_t start = w->shared.empty() ? 0 : w->shared.back().offset + ((w->shared.back().bytes + 63) & ~size_t(63));
     SharedArray array{key, name, start + kRedZone, bytes};
     if (array.offset + bytes > kSharedLimit) {
-        char what[256];
-        std::snprintf(what, sizeof what, "shared array '%s' (%zu bytes) does not fit into the %zu bytes of a block", name,
-                      bytes, kSharedLimit);
-        w->fail(what);
+        w->fail("shared array '%s' (%zu bytes) does not fit into the %zu bytes of a block", name, bytes, kSharedLimit);
         leave_block(w);
     }
     w->shared.push_back(array);
@@ -551,24 +503,22 @@ inline void check_shared(Worker* w) {
         for (size_t i = 0; i < kRedZone && !kAddressSanitizer; ++i) {  // it watches the red zones itself
             const bool before = base[-1 - long(i)] != kRedByte, after = base[array.bytes + i] != kRedByte;
             if (!before && !after) continue;
-            char what[256];
-            std::snprintf(what, sizeof what, "wrote %s shared array '%s' (%zu bytes)", before ? "before" : "past the end of",
-                          array.name, array.bytes);
-            return w->fail(what);
+            return w->fail("wrote %s shared array '%s' (%zu bytes)", before ? "before" : "past the end of", array.name, array.bytes);
         }
         std::memset(w->arena_base + array.offset, w->launch->shared_byte, array.bytes);
     }
 }
 
+inline uint3 index_of(uint64_t number, const dim3& size) {
+    return {unsigned(number % size.x), unsigned(number / size.x % size.y), unsigned(number / size.x / size.y)};
+}
+
 inline void run_block_flat(Worker* w, uint64_t block) {
     Fiber thread{};
     w->current = &thread;
-    const unsigned count = w->block_size.x * w->block_size.y * w->block_size.z;
-    for (unsigned i = 0; i < count; ++i) {
-        const unsigned linear = w->order[i];
-        if (w->left_out(block * count + linear)) continue;
-        thread.index = {linear % w->block_size.x, linear / w->block_size.x % w->block_size.y,
-                        linear / w->block_size.x / w->block_size.y};
+    for (const unsigned number : w->order) {
+        if (w->left_out(block * w->order.size() + number)) continue;
+        thread.index = index_of(number, w->launch->block);
         w->body(w->closure);
     }
 }
@@ -602,7 +552,7 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_set_error_report_callback(tell_thread);
 #endif
-    const unsigned threads = w.block_size.x * w.block_size.y * w.block_size.z;
+    const unsigned threads = w.launch->block.x * w.launch->block.y * w.launch->block.z;
     w.order.resize(threads);
     auto order_threads = [&] {
         for (unsigned i = 0; i < threads; ++i)
@@ -619,7 +569,7 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
         w.meetings.resize(threads);
         for (unsigned i = 0; i < threads; ++i) {
             Fiber& fiber = w.fibers[i];
-            fiber.index = {i % w.block_size.x, i / w.block_size.x % w.block_size.y, i / w.block_size.x / w.block_size.y};
+            fiber.index = index_of(i, w.launch->block);
             fiber.stack = stacks.take();
             if (!fiber.stack) {
                 w.fail("out of memory for the stacks of the threads");
@@ -632,8 +582,7 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
     }
     uint64_t block;
     while (!w.failed && !stop.load(std::memory_order_relaxed) && next_block(&block)) {
-        w.block_index = {unsigned(block % w.grid_size.x), unsigned(block / w.grid_size.x % w.grid_size.y),
-                         unsigned(block / w.grid_size.x / w.grid_size.y)};
+        w.block_index = index_of(block, w.launch->grid);
         if (w.launch->order == int(Order::shuffled)) {
             // From the seed and the block alone: a failure comes again, whichever worker gets the block.
             w.random = w.launch->seed;
@@ -658,7 +607,7 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
 }
 
 inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body)(void*), void* closure) {
-    const uint64_t blocks = uint64_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
+    const uint64_t blocks = uint64_t(launch->grid.x) * launch->grid.y * launch->grid.z;
     std::vector<uint64_t> block_order;
     if (launch->block_order == int(Order::shuffled)) {
         Worker shuffler;
@@ -683,8 +632,6 @@ inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body
         Worker& w = workers[i];
         w.launch = &launches[i];
         w.kernel = kernel;
-        w.block_size = {launch->block[0], launch->block[1], launch->block[2]};
-        w.grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
         w.cooperative = cooperative;
         w.body = body;
         w.closure = closure;
@@ -729,8 +676,8 @@ int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P.
 
 #define threadIdx (::host::worker->current->index)
 #define blockIdx (::host::worker->block_index)
-#define blockDim (::host::worker->block_size)
-#define gridDim (::host::worker->grid_size)
+#define blockDim (::host::worker->launch->block)
+#define gridDim (::host::worker->launch->grid)
 #define __syncthreads() ::host::barrier(__LINE__)
 
 #define SHARED_ARRAY(type, name, dimensions)      \

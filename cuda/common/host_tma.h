@@ -60,10 +60,12 @@ inline unsigned box_bytes(const MapFields& m) {
 }
 
 // A transfer that begins: what is wrong with it is found here.
-inline std::unique_ptr<Transfer> transfer(const char* operation, const void* map, const int* corner, int rank, const void* shared,
-                                          Place place) {
+HOST_CALL std::unique_ptr<Transfer> transfer(const char* operation, const void* map, const int* corner, int rank, const void* shared,
+                                             Place place, bool im2col = false) {
     const MapFields& fields = fields_of(operation, map, place);
     if (fields.rank != rank) fault(operation, place, "has %d coordinates; its map has %d dimensions", rank, int(fields.rank));
+    if (fields.im2col != im2col)
+        fault(operation, place, im2col ? "has a map of boxes, not of im2col" : "has a map of im2col, not of boxes");
     std::unique_ptr<Transfer> t(new Transfer());
     t->operation = operation;
     t->place = place;
@@ -78,8 +80,9 @@ inline std::unique_ptr<Transfer> transfer(const char* operation, const void* map
     return t;
 }
 
-HOST_CALL void begin_load(const char* operation, std::unique_ptr<Transfer> t, void* full) {
+HOST_CALL void begin_load(std::unique_ptr<Transfer> t, const void* full) {
     Hopper& hopper = Hopper::get();
+    const char* const operation = t->operation;
     const Place place = t->place;
     t->barrier = &hopper.barrier_at(operation, place, full);
     if (!t->barrier->fenced)
@@ -128,15 +131,15 @@ inline void Hopper::arrive(unsigned i) {
     complete_if_done(barrier);
 }
 
-HOST_CALL void begin_store(const char* operation, std::unique_ptr<Transfer> t) {
+HOST_CALL void begin_store(std::unique_ptr<Transfer> t) {
     Hopper& hopper = Hopper::get();
     t->group = kUncommitted;
     t->contents.resize(t->bytes);
     for (unsigned unit = t->offset / kUnit; unit < (t->offset + t->bytes) / kUnit; ++unit) {
-        if (hopper.usage[unit].load) fault(operation, t->place, "reads a place to which a copy is under way");
+        if (hopper.usage[unit].load) fault(t->operation, t->place, "reads a place to which a copy is under way");
         ++hopper.usage[unit].stores;
     }
-    hopper.read(operation, t->place, t->offset, t->contents.data(), t->bytes);
+    hopper.read(t->operation, t->place, t->offset, t->contents.data(), t->bytes);
     hopper.stores.push_back(std::move(t));
 }
 
@@ -156,7 +159,7 @@ inline void Hopper::write_store(const Transfer& store) {
     });
 }
 
-HOST_CALL void commit_stores() {
+HOST_CALL void tma_store_commit() {
     Hopper& hopper = Hopper::get();
     const unsigned long long group = hopper.self().store_groups++;
     for (auto& store : hopper.stores)
@@ -168,27 +171,19 @@ HOST_CALL void wait_for_stores(unsigned long long pending, bool only_read) {
     Hopper& hopper = Hopper::get();
     const unsigned long long groups = hopper.self().store_groups;
     auto& stores = hopper.stores;
-    for (size_t i = 0; i < stores.size();) {
-        Transfer& store = *stores[i];
-        if (store.thread != thread_number() || store.group == kUncommitted || store.group + pending >= groups) {
-            ++i;
-            continue;
-        }
-        if (!store.read) hopper.read_store(store);
-        if (only_read) {
-            ++i;
-            continue;
-        }
-        hopper.write_store(store);
-        stores.erase(stores.begin() + long(i));
-    }
+    auto done = [&](const std::unique_ptr<Transfer>& store) {
+        if (store->thread != thread_number() || store->group == kUncommitted || store->group + pending >= groups) return false;
+        if (!store->read) hopper.read_store(*store);
+        if (!only_read) hopper.write_store(*store);
+        return !only_read;
+    };
+    stores.erase(std::remove_if(stores.begin(), stores.end(), done), stores.end());
 }
 
-HOST_CALL void begin_load_im2col(const void* map, const int* pixel, const int* tap, const void* to, void* full, Place place) {
+HOST_CALL void begin_load_im2col(const void* map, const int* pixel, const int* tap, const void* to, const void* full, Place place) {
     const char* const operation = "tma_load_im2col";
-    std::unique_ptr<Transfer> t = transfer(operation, map, pixel, 4, to, place);
+    std::unique_ptr<Transfer> t = transfer(operation, map, pixel, 4, to, place, true);
     const MapFields& m = t->map;
-    if (!m.im2col) fault(operation, place, "has a map of boxes, not of im2col");
     for (int d = 0; d < 2; ++d) {
         const int first = m.lower[d], end = int(m.sizes[1 + d]) + m.upper[d];
         if (pixel[1 + d] < first || pixel[1 + d] >= end)
@@ -196,21 +191,7 @@ HOST_CALL void begin_load_im2col(const void* map, const int* pixel, const int* t
         if (tap[d] < 0 || tap[d] > 255) fault(operation, place, "has the offset %d; 0 to 255 are possible", tap[d]);
         t->tap[d] = tap[d];
     }
-    begin_load(operation, std::move(t), full);
-}
-
-HOST_CALL void begin_load_tile(const void* map, const int* corner, int rank, const void* to, void* full, Place place) {
-    const char* const operation = "tma_load";
-    std::unique_ptr<Transfer> t = transfer(operation, map, corner, rank, to, place);
-    if (t->map.im2col) fault(operation, place, "has a map of im2col, not of boxes");
-    begin_load(operation, std::move(t), full);
-}
-
-HOST_CALL void begin_store_tile(const void* map, const int* corner, int rank, const void* from, Place place) {
-    const char* const operation = "tma_store";
-    std::unique_ptr<Transfer> t = transfer(operation, map, corner, rank, from, place);
-    if (t->map.im2col) fault(operation, place, "has a map of im2col, not of boxes");
-    begin_store(operation, std::move(t));
+    begin_load(std::move(t), full);
 }
 
 }  // namespace host

@@ -13,14 +13,14 @@ namespace host {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-[[noreturn]] inline void fault_at(const char* operation, int line, const char* what) {
-    Worker* w = worker;
-    const uint3 thread = w->current->index;
-    char message[384];
-    std::snprintf(message, sizeof message, "thread (%u, %u, %u), line %d: %s %s", thread.x, thread.y, thread.z, line,
-                  operation, what);
-    w->fail(message);
-    leave_block(w);
+// What kernels call again and again, in every unrolled step: inlined it would cost seconds of compilation.
+#define HOST_CALL inline __attribute__((noinline))
+
+// Ends the block: what the thread that runs does there is wrong.
+template <class... Details>
+[[noreturn]] void fault(const char* operation, Place here, const char* format, Details... details) {
+    worker->fail("thread %s, %s: %s %s", text(worker->current->index).of, text(here).of, operation, text(format, details...).of);
+    leave_block(worker);
 }
 
 // The number in its block of the thread that runs.
@@ -37,11 +37,11 @@ inline unsigned present_lanes() {
 
 // The lanes of `mask` do something together: the last to arrive calls carry_out(posts), which has the post of each.
 template <class Post, class CarryOut>
-void meet(const char* operation, int line, unsigned mask, Post* post, CarryOut carry_out) {
+void meet(const char* operation, Place here, unsigned mask, Post* post, CarryOut carry_out) {
     Worker* const w = worker;
     Fiber* const self = w->current;
     const unsigned thread = thread_number(), lane = thread % 32, warp = thread - lane;
-    if (!(mask >> lane & 1)) fault_at(operation, line, "has a mask that does not name the thread itself");
+    if (!(mask >> lane & 1)) fault(operation, here, "has a mask that does not name the thread itself");
     Meeting* open = nullptr;  // whoever of these lanes has come waits there
     for (unsigned left = mask; left && !open; left &= left - 1) {
         const Fiber& other = w->fibers[warp + unsigned(__builtin_ctz(left))];
@@ -50,15 +50,13 @@ void meet(const char* operation, int line, unsigned mask, Post* post, CarryOut c
     Meeting& meeting = open ? *open : w->meetings[thread];
     if (!open) {
         meeting.operation = operation;
-        meeting.line = line;
+        meeting.place = here;
         meeting.mask = mask;
         meeting.arrived = 0;
-    } else if (meeting.line != line || std::strcmp(meeting.operation, operation) != 0) {
+    } else if (meeting.place.line != here.line || std::strcmp(meeting.operation, operation) != 0) {
         const Fiber& first = w->fibers[warp + unsigned(__builtin_ctz(meeting.arrived))];
-        char what[192];
-        std::snprintf(what, sizeof what, "and thread (%u, %u, %u), line %d: %s are parts of a divergent warp", first.index.x,
-                      first.index.y, first.index.z, meeting.line, meeting.operation);
-        fault_at(operation, line, what);
+        fault(operation, here, "and thread %s, %s: %s are parts of a divergent warp", text(first.index).of,
+              text(meeting.place).of, meeting.operation);
     }
     meeting.posts[lane] = post;
     meeting.arrived |= 1u << lane;
@@ -72,18 +70,16 @@ void meet(const char* operation, int line, unsigned mask, Post* post, CarryOut c
             w->fibers[warp + other].meeting = nullptr;
             w->ready.push_back(warp + other);
         }
-        if (w->launch->order == int(Order::shuffled))
-            for (size_t i = w->ready.size() - before; i > 1; --i)
-                std::swap(w->ready[before + i - 1], w->ready[before + w->next_random() % i]);
+        if (w->launch->order == int(Order::shuffled)) w->shuffle(w->ready, before);
     }
     pass_on(w);
 }
 
 // A meeting of all 32 lanes, for instructions that take no fewer.
 template <class Post, class CarryOut>
-void meet_full_warp(const char* instruction, int line, Post* post, CarryOut carry_out) {
-    if (present_lanes() != kFullWarp) fault_at(instruction, line, "takes a warp of 32 threads; the block has no more");
-    meet(instruction, line, kFullWarp, post, carry_out);
+void meet_full_warp(const char* instruction, Place here, Post* post, CarryOut carry_out) {
+    if (present_lanes() != kFullWarp) fault(instruction, here, "takes a warp of 32 threads; the block has no more");
+    meet(instruction, here, kFullWarp, post, carry_out);
 }
 
 template <class T>
@@ -94,16 +90,12 @@ struct Shuffle {
 
 // Every lane of `mask` posts a value and receives that of a lane; `source` is no lane: its own.
 template <class T>
-T shuffle(const char* operation, int line, unsigned mask, T value, int source) {
+T shuffle(const char* operation, Place here, unsigned mask, T value, int source) {
     mask &= present_lanes();
     const unsigned lane = source < 0 ? thread_number() % 32 : unsigned(source);
-    if (!(mask >> lane & 1)) {
-        char what[96];
-        std::snprintf(what, sizeof what, "reads lane %u, which its mask 0x%08x does not name", lane, mask);
-        fault_at(operation, line, what);
-    }
+    if (!(mask >> lane & 1)) fault(operation, here, "reads lane %u, which its mask 0x%08x does not name", lane, mask);
     Shuffle<T> post{value, T(), lane};
-    meet(operation, line, mask, &post, [mask](Shuffle<T>* const* lanes) {
+    meet(operation, here, mask, &post, [mask](Shuffle<T>* const* lanes) {
         for (unsigned i = 0; i < 32; ++i)
             if (mask >> i & 1) lanes[i]->received = lanes[lanes[i]->source]->value;
     });
@@ -115,10 +107,10 @@ struct Vote {
     unsigned ballot;
 };
 
-inline unsigned vote(const char* operation, int line, unsigned mask, bool value) {
+inline unsigned vote(const char* operation, Place here, unsigned mask, bool value) {
     mask &= present_lanes();
     Vote post{value, 0};
-    meet(operation, line, mask, &post, [mask](Vote* const* lanes) {
+    meet(operation, here, mask, &post, [mask](Vote* const* lanes) {
         unsigned ballot = 0;
         for (unsigned i = 0; i < 32; ++i)
             if (mask >> i & 1) ballot |= unsigned(lanes[i]->value) << i;
@@ -130,36 +122,26 @@ inline unsigned vote(const char* operation, int line, unsigned mask, bool value)
 
 }  // namespace host
 
-// `width` cuts the warp into parts of that many lanes, a power of two; lanes are counted from the start of the part.
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, int line = __builtin_LINE()) {
-    const int self = int(::host::thread_number() % 32), first = self & -width;
-    return ::host::shuffle("__shfl_sync", line, mask, value, first + (lane & (width - 1)));
+// `width` cuts the warp into parts of that many lanes, a power of two; `first` is the first of the part. A thread receives
+// the value of `lane`, or its own where that does not exist.
+#define HOST_SHUFFLE(name, Amount, lane_, exists)                                  \
+    template <class T>                                                             \
+    T name(unsigned mask, T value, Amount amount, int width = 32, HERE) {          \
+        const int self = int(::host::thread_number() % 32), first = self & -width; \
+        const int lane = lane_;                                                    \
+        return ::host::shuffle(#name, here, mask, value, exists ? lane : -1);      \
+    }
+HOST_SHUFFLE(__shfl_sync, int, first + (amount & (width - 1)), true)
+HOST_SHUFFLE(__shfl_up_sync, unsigned, self - int(amount), lane >= first)
+HOST_SHUFFLE(__shfl_down_sync, unsigned, self + int(amount), lane < first + width)
+HOST_SHUFFLE(__shfl_xor_sync, int, self ^ amount, lane < first + width)
+inline unsigned __ballot_sync(unsigned mask, int predicate, HERE) {
+    return ::host::vote("__ballot_sync", here, mask, predicate != 0);
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
-    const int self = int(::host::thread_number() % 32), source = self - int(delta);
-    return ::host::shuffle("__shfl_up_sync", line, mask, value, source >= (self & -width) ? source : -1);
+inline int __any_sync(unsigned mask, int predicate, HERE) {
+    return ::host::vote("__any_sync", here, mask, predicate != 0) != 0;
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
-    const int self = int(::host::thread_number() % 32), source = self + int(delta);
-    return ::host::shuffle("__shfl_down_sync", line, mask, value, source < (self & -width) + width ? source : -1);
+inline int __all_sync(unsigned mask, int predicate, HERE) {
+    return ::host::vote("__all_sync", here, mask, predicate == 0) == 0;
 }
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = __builtin_LINE()) {
-    const int self = int(::host::thread_number() % 32), source = self ^ bits;
-    return ::host::shuffle("__shfl_xor_sync", line, mask, value, source < (self & -width) + width ? source : -1);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    return ::host::vote("__ballot_sync", line, mask, predicate != 0);
-}
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    return ::host::vote("__any_sync", line, mask, predicate != 0) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    return ::host::vote("__all_sync", line, mask, predicate == 0) == 0;
-}
-inline void __syncwarp(unsigned mask = ::host::kFullWarp, int line = __builtin_LINE()) {
-    ::host::vote("__syncwarp", line, mask, false);
-}
+inline void __syncwarp(unsigned mask = ::host::kFullWarp, HERE) { ::host::vote("__syncwarp", here, mask, false); }

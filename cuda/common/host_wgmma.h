@@ -99,18 +99,9 @@ void compute(const Product& product) {
 
 inline void compute(const Product& product) {
     switch (product.b.count) {
-#define HOST_WGMMA(n) \
-    case n:           \
-        return compute<n>(product);
-        HOST_WGMMA(8)
-        HOST_WGMMA(16)
-        HOST_WGMMA(24)
-        HOST_WGMMA(32)
-        HOST_WGMMA(64)
-        HOST_WGMMA(96)
-        HOST_WGMMA(128)
-        HOST_WGMMA(192)
-        HOST_WGMMA(256)
+#define HOST_WGMMA(n) case n: return compute<n>(product);
+        HOST_WGMMA(8) HOST_WGMMA(16) HOST_WGMMA(24) HOST_WGMMA(32) HOST_WGMMA(64)
+        HOST_WGMMA(96) HOST_WGMMA(128) HOST_WGMMA(192) HOST_WGMMA(256)
 #undef HOST_WGMMA
     }
 }
@@ -140,11 +131,9 @@ HOST_CALL void begin_product(Fragment& fragment, Operand a, Operand b, bool accu
     Product& product = *group.products[index];
     const bool same = product.place.line == place.line && product.a.descriptor == a.descriptor && product.b.descriptor == b.descriptor &&
                       product.accumulate == accumulate && product.b.count == b.count;
-    if (!same || (fragment.pending && fragment.pending != product.sums)) {
-        char other[96];
+    if (!same || (fragment.pending && fragment.pending != product.sums))
         fault("wgmma", place, "differs from what another thread of the warpgroup gave to the same product, at %s: operands, "
-              "accumulate or accumulators", text_of(product.place, other));
-    }
+              "accumulate or accumulators", text(product.place).of);
     if (fragment.pending) return;
     fragment.pending = product.sums;
     fragment.begun = place;
@@ -156,14 +145,16 @@ HOST_CALL void begin_product(Fragment& fragment, Operand a, Operand b, bool accu
     }
 }
 
-HOST_CALL void commit_products(Place place) {
+inline void wgmma_fence() { ++Hopper::get().self().epoch; }
+
+HOST_CALL void wgmma_commit(HERE) {
     Hopper& hopper = Hopper::get();
-    hopper.whole_warpgroup("wgmma_commit", place);
+    hopper.whole_warpgroup("wgmma_commit", here);
     ThreadState& self = hopper.self();
     WarpgroupState& group = hopper.warpgroups[thread_number() / kWarpgroup];
     if (self.groups == group.group_ends.size()) group.group_ends.push_back(self.products);
     if (group.group_ends[self.groups++] != self.products)
-        fault("wgmma_commit", place, "ends a group of other products than it does for another thread of the warpgroup");
+        fault("wgmma_commit", here, "ends a group of other products than it does for another thread of the warpgroup");
 }
 
 HOST_CALL void wait_for_products(size_t pending, Place place) {
@@ -197,8 +188,7 @@ HOST_CALL void wait_for_products(size_t pending, Place place) {
 }
 
 HOST_CALL void Fragment::report_access(Place place) const {
-    char where[96];
-    fault("access to accumulators", place, "before a wgmma_wait covers the product begun at %s", text_of(begun, where));
+    fault("access to accumulators", place, "before a wgmma_wait covers the product begun at %s", text(begun).of);
 }
 
 // An index with the place where it was written.

@@ -24,6 +24,7 @@ constexpr int BLOCKS = 2;  // on a multiprocessor: more have no room for their s
 constexpr int WIDE_BLOCKS = 256 / THREADS;  // of 128 x 128, and of wgrad
 #define STAGES 3
 
+#define SIZES {n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x}  // a Convolution of a kernel's parameters
 struct Convolution {
     int n, h, w, c, oh, ow, o, kh, kw, pad_y, pad_x;
     __device__ int depth() const { return kh * kw * c; }

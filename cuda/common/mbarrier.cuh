@@ -37,15 +37,7 @@ struct RingPosition {
 };
 
 #ifdef SEGNET_HOST
-
-inline void mbarrier_init(Mbarrier& barrier, int arrivals, HERE) { host::barrier_initialise(&barrier, arrivals, here); }
-inline void mbarrier_init_fence() { host::barrier_initialise_fence(); }
-inline void mbarrier_arrive(Mbarrier& barrier, HERE) { host::barrier_arrive("mbarrier_arrive", &barrier, 0, here); }
-inline void mbarrier_arrive_expect_tx(Mbarrier& barrier, int bytes, HERE) {
-    host::barrier_arrive("mbarrier_arrive_expect_tx", &barrier, bytes, here);
-}
-inline void mbarrier_wait(Mbarrier& barrier, unsigned parity, HERE) { host::barrier_wait(&barrier, parity, here); }
-
+#include "host_mbarrier.h"
 #else
 
 __device__ inline void mbarrier_init(Mbarrier& barrier, int arrivals) {

@@ -104,29 +104,29 @@ void load_matrices(MatrixRows* const* lanes) {
 }
 
 template <bool TRANSPOSED>
-void ldmatrix(const char* instruction, int line, unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row) {
-    if (reinterpret_cast<uintptr_t>(row) % 16) fault_at(instruction, line, "has a row at an address that is no multiple of 16");
+void ldmatrix(const char* instruction, Place here, unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) fault(instruction, here, "has a row at an address that is no multiple of 16");
     MatrixRows post{static_cast<const char*>(row), {&r0, &r1, &r2, &r3}};
-    meet_full_warp(instruction, line, &post, load_matrices<TRANSPOSED>);
+    meet_full_warp(instruction, here, &post, load_matrices<TRANSPOSED>);
 }
 
 }  // namespace host
 
 template <int N>
-inline void mma_m16n8k8_tf32(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2] FROM_LINE) {
+inline void mma_m16n8k8_tf32(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2], HERE) {
     host::Product post{d, a, b};
-    host::meet_full_warp("mma_m16n8k8_tf32", line, &post, host::multiply<1, N>);
+    host::meet_full_warp("mma_m16n8k8_tf32", here, &post, host::multiply<1, N>);
 }
 template <int N>
-inline void mma_m16n8k16_bf16(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2] FROM_LINE) {
+inline void mma_m16n8k16_bf16(float (&d)[N][4], const unsigned (&a)[4], const unsigned (&b)[N][2], HERE) {
     host::Product post{d, a, b};
-    host::meet_full_warp("mma_m16n8k16_bf16", line, &post, host::multiply<2, N>);
+    host::meet_full_warp("mma_m16n8k16_bf16", here, &post, host::multiply<2, N>);
 }
-inline void ldmatrix_x4(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row FROM_LINE) {
-    host::ldmatrix<false>("ldmatrix_x4", line, r0, r1, r2, r3, row);
+inline void ldmatrix_x4(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row, HERE) {
+    host::ldmatrix<false>("ldmatrix_x4", here, r0, r1, r2, r3, row);
 }
-inline void ldmatrix_x4_trans(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row FROM_LINE) {
-    host::ldmatrix<true>("ldmatrix_x4_trans", line, r0, r1, r2, r3, row);
+inline void ldmatrix_x4_trans(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, const void* row, HERE) {
+    host::ldmatrix<true>("ldmatrix_x4_trans", here, r0, r1, r2, r3, row);
 }
 
 #else

@@ -37,26 +37,20 @@ struct __align__(64) TensorMap {
 inline void tma_prefetch(const TensorMap& map, HERE) { host::fields_of("tma_prefetch", &map, here); }
 template <int RANK>
 inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], Mbarrier& full, HERE) {
-    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
-    host::begin_load_tile(&map, corner, RANK, to, &full, here);
+    host::begin_load(host::transfer("tma_load", &map, corner, RANK, to, here), &full);
 }
 inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2], Mbarrier& full, HERE) {
     host::begin_load_im2col(&map, pixel, tap, to, &full, here);
 }
 template <int RANK>
 inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from, HERE) {
-    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
-    host::begin_store_tile(&map, corner, RANK, from, here);
+    host::begin_store(host::transfer("tma_store", &map, corner, RANK, from, here));
 }
-inline void tma_store_commit() { host::commit_stores(); }
+using host::tma_store_commit;
 template <int PENDING>
-inline void tma_store_wait_read() {
-    host::wait_for_stores(PENDING, true);
-}
+inline void tma_store_wait_read() { host::wait_for_stores(PENDING, true); }
 template <int PENDING>
-inline void tma_store_wait() {
-    host::wait_for_stores(PENDING, false);
-}
+inline void tma_store_wait() { host::wait_for_stores(PENDING, false); }
 inline void fence_proxy_async(HERE) { host::Hopper::get().update_view(here); }
 
 #else
@@ -65,27 +59,28 @@ __device__ inline void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// The coordinates of a corner in an instruction: their names from %2 or %3 on, and their operands.
+#define AT_2(a, b, c, d) "{%" #a ", %" #b "}"
+#define AT_3(a, b, c, d) "{%" #a ", %" #b ", %" #c "}"
+#define AT_4(a, b, c, d) "{%" #a ", %" #b ", %" #c ", %" #d "}"
+#define CORNER_2 "r"(corner[0]), "r"(corner[1])
+#define CORNER_3 CORNER_2, "r"(corner[2])
+#define CORNER_4 CORNER_3, "r"(corner[3])
+
+#define TMA_LOAD(rank)                                                                                                  \
+    asm volatile("cp.async.bulk.tensor." #rank "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, " \
+                 AT_##rank(3, 4, 5, 6) "], [%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&full)),     \
+                 CORNER_##rank                                                                                          \
+                 : "memory")
 template <int RANK>
 __device__ inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], Mbarrier& full) {
     static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
-    const unsigned place = shared_address(to), barrier = shared_address(&full);
     if constexpr (RANK == 2)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(place),
-            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1])
-            : "memory");
+        TMA_LOAD(2);
     else if constexpr (RANK == 3)
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-                place),
-            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1]), "r"(corner[2])
-            : "memory");
+        TMA_LOAD(3);
     else
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-            "[%2];" ::"r"(place),
-            "l"(&map), "r"(barrier), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3])
-            : "memory");
+        TMA_LOAD(4);
 }
 
 __device__ inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2],
@@ -98,22 +93,19 @@ __device__ inline void tma_load_im2col(void* to, const TensorMap& map, const int
         : "memory");
 }
 
+#define TMA_STORE(rank)                                                                                                       \
+    asm volatile("cp.async.bulk.tensor." #rank "d.global.shared::cta.tile.bulk_group [%0, " AT_##rank(2, 3, 4, 5) "], [%1];" \
+                 ::"l"(&map), "r"(shared_address(from)), CORNER_##rank                                                       \
+                 : "memory")
 template <int RANK>
 __device__ inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from) {
     static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
-    const unsigned place = shared_address(from);
     if constexpr (RANK == 2)
-        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(place),
-                     "r"(corner[0]), "r"(corner[1])
-                     : "memory");
+        TMA_STORE(2);
     else if constexpr (RANK == 3)
-        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-                     "r"(place), "r"(corner[0]), "r"(corner[1]), "r"(corner[2])
-                     : "memory");
+        TMA_STORE(3);
     else
-        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-                     "r"(place), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3])
-                     : "memory");
+        TMA_STORE(4);
 }
 
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -1,18 +1,12 @@
 // The warp: the 32 threads that execute together. CUDA's own shuffles and votes need no wrapper; the host device has
 // them too (host_warp.h).
 //
-// Operations of a whole warp (mma.cuh) take all 32 threads at one line. On the host a default argument notes the line
-// of the call, for faults: FROM_LINE ends the parameter list of such an operation.
+// Operations of a whole warp (mma.cuh) take all 32 threads at one line. On the host a default argument, HERE, notes where the
+// call stands, for faults.
 #pragma once
 #include "types.cuh"
 
 #define WARP 32
-
-#ifdef SEGNET_HOST
-#define FROM_LINE , int line = __builtin_LINE()
-#else
-#define FROM_LINE
-#endif
 
 // The lane of this thread and the number of its warp, in a one-dimensional block.
 __device__ inline int warp_lane() { return (int)(threadIdx.x % WARP); }

@@ -30,19 +30,11 @@ __device__ inline int warpgroup_thread() { return (int)(threadIdx.x % WARPGROUP)
 
 inline unsigned shared_address(const void* pointer, HERE) { return host::shared_offset("shared_address", here, pointer, 1); }
 template <int REGISTERS>
-inline void setmaxnreg_decrease(HERE) {
-    host::set_registers("setmaxnreg_decrease", REGISTERS, false, here);
-}
+inline void setmaxnreg_decrease(HERE) { host::set_registers("setmaxnreg_decrease", REGISTERS, false, here); }
 template <int REGISTERS>
-inline void setmaxnreg_increase(HERE) {
-    host::set_registers("setmaxnreg_increase", REGISTERS, true, here);
-}
-inline void named_barrier_sync(int id, int threads, HERE) {
-    host::named_barrier("named_barrier_sync", id, threads, true, here);
-}
-inline void named_barrier_arrive(int id, int threads, HERE) {
-    host::named_barrier("named_barrier_arrive", id, threads, false, here);
-}
+inline void setmaxnreg_increase(HERE) { host::set_registers("setmaxnreg_increase", REGISTERS, true, here); }
+inline void named_barrier_sync(int id, int threads, HERE) { host::named_barrier("named_barrier_sync", id, threads, true, here); }
+inline void named_barrier_arrive(int id, int threads, HERE) { host::named_barrier("named_barrier_arrive", id, threads, false, here); }
 
 #else
 

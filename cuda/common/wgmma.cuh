@@ -74,17 +74,10 @@ constexpr bool is_mn_major<MNMajor> = true;
 
 // Accumulators that know whether products are under way.
 template <int N>
-class Accumulators {
+struct Accumulators {
     float values[N / 2];
     host::Fragment fragment;
 
-    float& access(host::Index i) {
-        if (fragment.pending) fragment.report_access(i.place);
-        fragment.touched = *fragment.epoch;
-        return values[i.value];
-    }
-
-  public:
     Accumulators() {
         std::memset(values, host::kPoisonByte, sizeof values);
         const unsigned long long& epoch = host::Hopper::get().self().epoch;
@@ -94,24 +87,20 @@ class Accumulators {
     ~Accumulators() {
         if (fragment.pending) host::fault("the end of accumulators", fragment.begun, "comes before a wgmma_wait covers this product");
     }
-    float& operator[](host::Index i) { return access(i); }
-    float operator[](host::Index i) const { return const_cast<Accumulators*>(this)->access(i); }
-
-    template <class A, class B>
-    void add_product(A a, B b, bool accumulate, host::Place here) {
-        host::begin_product(fragment, {a.descriptor, is_mn_major<A>, 64}, {b.descriptor, is_mn_major<B>, N}, accumulate, here);
+    float& operator[](host::Index i) {
+        if (fragment.pending) fragment.report_access(i.place);
+        fragment.touched = *fragment.epoch;
+        return values[i.value];
     }
+    float operator[](host::Index i) const { return const_cast<Accumulators&>(*this)[i]; }
 };
 
-inline void wgmma_fence() { ++host::Hopper::get().self().epoch; }
-inline void wgmma_commit(HERE) { host::commit_products(here); }
+using host::wgmma_fence, host::wgmma_commit;
 template <int PENDING>
-inline void wgmma_wait(HERE) {
-    host::wait_for_products(PENDING, here);
-}
+inline void wgmma_wait(HERE) { host::wait_for_products(PENDING, here); }
 template <int N, class A, class B>
 inline void wgmma(Accumulators<N>& sums, A a, B b, bool accumulate, HERE) {
-    sums.add_product(a, b, accumulate, here);
+    host::begin_product(sums.fragment, {a.descriptor, is_mn_major<A>, 64}, {b.descriptor, is_mn_major<B>, N}, accumulate, here);
 }
 
 #else
@@ -157,13 +146,14 @@ __device__ inline void wgmma_wait() {
 #define SUMS_96(i) SUMS_64(i), SUMS_32(i + 64)
 #define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
 
-// Operands are numbered through: the sums, then a, b, accumulate and whether a and b are MN-major.
-#define WGMMA(N, COUNT, A, B, ACCUMULATE, A_MN, B_MN)                                                          \
+// Of one N. Operands are numbered through: the sums, then a, b, accumulate and whether a and b are MN-major.
+#define WGMMA(n, COUNT, A, B, ACCUMULATE, A_MN, B_MN)                                                          \
+    if constexpr (N == n)                                                                                      \
     asm volatile(                                                                                              \
         "{\n"                                                                                                  \
         ".reg .pred accumulate;\n"                                                                             \
         "setp.ne.b32 accumulate, " ACCUMULATE ", 0;\n"                                                         \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES_##COUNT "}, " A ", " B              \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" NAMES_##COUNT "}, " A ", " B              \
         ", accumulate, 1, 1, " A_MN ", " B_MN ";\n"                                                            \
         "}"                                                                                                    \
         : SUMS_##COUNT(0)                                                                                      \
@@ -172,27 +162,17 @@ __device__ inline void wgmma_wait() {
 
 template <int N, class A_Operand, class B_Operand>
 __device__ __forceinline__ void wgmma(Accumulators<N>& accumulators, A_Operand a, B_Operand b, bool accumulate) {
+    static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "no such N");
     float(&sums)[N / 2] = accumulators.values;
-    if constexpr (N == 8)
-        WGMMA(8, 4, "%4", "%5", "%6", "%7", "%8");
-    else if constexpr (N == 16)
-        WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12");
-    else if constexpr (N == 24)
-        WGMMA(24, 12, "%12", "%13", "%14", "%15", "%16");
-    else if constexpr (N == 32)
-        WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20");
-    else if constexpr (N == 64)
-        WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36");
-    else if constexpr (N == 96)
-        WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52");
-    else if constexpr (N == 128)
-        WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68");
-    else if constexpr (N == 192)
-        WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100");
-    else {
-        static_assert(N == 256, "N is 8, 16, 24, 32, 64, 96, 128, 192 or 256");
-        WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132");
-    }
+    WGMMA(8, 4, "%4", "%5", "%6", "%7", "%8");
+    WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12");
+    WGMMA(24, 12, "%12", "%13", "%14", "%15", "%16");
+    WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20");
+    WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36");
+    WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52");
+    WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68");
+    WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100");
+    WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132");
 }
 
 #undef WGMMA

@@ -26,7 +26,7 @@ from segnet_scratch.files import reason
 from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.shared_memory import rewrite_shared
-from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, blank_kernels, parse_kernels
+from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, blank, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
 
 log = logging.getLogger(__name__)
@@ -215,14 +215,14 @@ def _unit(source: Source) -> str:
     path = source.path.as_posix()
     kernels = parse_kernels(source)
     # What cannot be launched is left out: its types may be known to CUDA alone.
-    unknown = {kernel.name for kernel in kernels if not kernel.launchable}
-    text = blank_kernels(source, unknown) if unknown else source.text
+    unknown = [kernel.span for kernel in kernels if not kernel.launchable]
+    text = blank(source.text, unknown)
     # Lines keep the names and numbers of the .cu file: errors, debuggers and sanitizers point there.
     name = json.dumps(path, ensure_ascii=False)
     # An #include knows no escapes.
     rewritten = bool(unknown) or "__shared__" in text or name != f'"{path}"'
     body = f"#line 1 {name}\n{rewrite_shared(text)}\n" if rewritten else f"#include {name}\n"
-    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in kernels if k.name not in unknown)
+    entries = "".join(f"HOST_ENTRY({k.name}, {str(k.cooperative).lower()})\n" for k in kernels if k.launchable)
     return f'#include "common/host_runtime.h"\n{body}{entries}'
 
 

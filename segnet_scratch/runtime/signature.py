@@ -6,11 +6,15 @@ A pointer parameter may carry its shape as a comment on its line, in terms of th
 
 The comment is not decoration: the gate evaluates it at every launch and refuses an array of another size. Of a tensor
 map it is the shape of the array: `const __grid_constant__ TensorMap x,  // of (n, h, w, c)`.
+
+Kernels that take the same may name a macro of their file in place of the list. No `//` can stand in one: there the
+shape is a comment of the other kind at the end of a line, `const storage_t* x,  /* (n, h, w, c) */ \\`.
 """
 
 import ast
 import functools
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import CodeType
@@ -38,12 +42,14 @@ _NAMES = {
 }
 _FIXED_TYPES = {name: kind for kind, names in _NAMES.items() for name in names}
 TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh
+_QUALIFIERS = {"const", "volatile", "__restrict__", "__restrict", "OPTIONAL", "__grid_constant__"}
 _ATTRIBUTES = r"(?:__\w+__\s*(?:\((?:[^()]|\([^()]*\))*\)\s*)?)*"  # __global__ __launch_bounds__(256)
 _FUNCTION = re.compile(rf'(extern\s+"C"\s+)?({_ATTRIBUTES})\bvoid\s+({_ATTRIBUTES})(\w+)\s*\(')
 _C_BLOCK = re.compile(r'extern\s+"C"\s*\{')
 _SYNCHRONISES = re.compile(
     r"__sync\w*\s*\(|\b__\w+_sync\s*\(|\bSHARED_(?:ARRAY|DYNAMIC)\b|__shared__|\bblock_\w+\s*[(<]"
     r"|\b(?:warp|mma|ldmatrix|cp_async|mbarrier|tma|named_barrier|setmaxnreg)_\w+\s*[(<]|\bwgmma\w*\s*[(<]"
+    rf"|\b{TENSOR_MAP}\b"  # boxes go to shared memory
 )
 
 
@@ -116,10 +122,8 @@ class Parameter:
 
     def dtype(self, types: ElementTypes) -> np.dtype:
         """The element type of the array, or the type of the scalar."""
-        if self.c_type == "storage_t":
-            return types.storage
-        if self.c_type == "accumulate_t":
-            return types.accumulate
+        if self.c_type in ("storage_t", "accumulate_t"):
+            return types.storage if self.c_type == "storage_t" else types.accumulate
         return np.dtype("V128" if self.tensor_map else _FIXED_TYPES[self.c_type])
 
     def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
@@ -148,7 +152,9 @@ class Kernel:
     name: str
     source: Source
     line: int
-    declaration: tuple[int, str, str]  # of the parameters: the line they begin on, their text, that without comments
+    span: tuple[int, int]  # of its definition in the source's text
+    list_span: tuple[int, int]  # of its parameters, between the parentheses
+    c_linkage: bool  # without it nobody finds it under its name
     cooperative: bool  # its threads meet, as blocks or as warps, or share memory
 
     @functools.cached_property
@@ -157,7 +163,7 @@ class Kernel:
 
         Found out when asked for: one kernel of a file that cannot be launched from here is no obstacle to the others.
         """
-        return _parse_parameters(self.source, *self.declaration)
+        return tuple(_parameters(self.source, *self.list_span))
 
     @property
     def launchable(self) -> bool:
@@ -174,63 +180,24 @@ class Kernel:
         return f"{self.name}({', '.join(p.c_type + ('* ' if p.pointer else ' ') + p.name for p in self.parameters)})"
 
 
-@dataclass(frozen=True)
-class _Definition:
-    """Where a function with `__global__` stands in a text."""
-
-    name: str
-    c_linkage: bool
-    start: int
-    parameters: slice
-    body: slice | None  # with its braces; None of a declaration
-
-
 def parse_kernels(source: Source) -> tuple[Kernel, ...]:
     """All kernels of a source that have C linkage, in order. CompileError names file and line of half a kernel."""
-    text = blank_comments(source.text)
-    definitions = [d for d in _definitions(source, text) if d.body is not None]
-    # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
-    outside = _outside(text, [(d.start, d.body.stop) for d in definitions if d.body])
-    helper_synchronises = bool(_SYNCHRONISES.search(outside))
     kernels: dict[str, Kernel] = {}
-    for d in definitions:
-        if not d.c_linkage or d.body is None:
-            continue
-        line = _line(text, d.start)
-        if d.name in kernels:
-            first = kernels[d.name].line
-            raise CompileError(f"{source.path}:{line}: the kernel {d.name} is defined twice, first at line {first}")
-        declaration = _line(text, d.parameters.start), source.text[d.parameters], text[d.parameters]
-        cooperative = helper_synchronises or bool(_SYNCHRONISES.search(text[d.body]))
-        cooperative |= TENSOR_MAP in text[d.parameters]  # boxes go to shared memory
-        kernels[d.name] = Kernel(d.name, source, line, declaration, cooperative)
+    for kernel in defined_kernels(source):
+        if kernel.c_linkage and kernels.setdefault(kernel.name, kernel) is not kernel:
+            first = f"first at line {kernels[kernel.name].line}"
+            raise CompileError(f"{source.path}:{kernel.line}: the kernel {kernel.name} is defined twice, {first}")
     return tuple(kernels.values())
 
 
-def without_linkage(source: Source) -> list[tuple[str, int]]:
-    """(name, line) of the kernels without C linkage: nobody finds them under their name."""
-    text = blank_comments(source.text)
-    return [(d.name, _line(text, d.start)) for d in _definitions(source, text) if d.body and not d.c_linkage]
-
-
-def blank_kernels(source: Source, names: set[str]) -> str:
-    """The text with the definitions of these kernels replaced by spaces; lines stay what they were."""
-    characters = list(source.text)
-    for d in _definitions(source, blank_comments(source.text)):
-        if d.body is not None and d.name in names:
-            for position in range(d.start, d.body.stop):
-                if characters[position] != "\n":
-                    characters[position] = " "
-    return "".join(characters)
-
-
-def _definitions(source: Source, text: str) -> list[_Definition]:
-    """Every kernel of a text without comments, and declarations of kernels.
+def defined_kernels(source: Source) -> list[Kernel]:
+    """Every kernel of a source, in order, whatever its linkage.
 
     C linkage comes from `extern "C"` in front, from a block of it around the kernel, or from a declaration before.
     """
+    text = blank_comments(source.text)
     blocks = [(m.end(), _closing(text, m.end() - 1, "{}")) for m in _C_BLOCK.finditer(text)]
-    found: list[_Definition] = []
+    found: list[tuple[str, tuple[int, int], tuple[int, int], bool]] = []
     linked: set[str] = set()
     for match in _FUNCTION.finditer(text):
         extern, before, after, name = match.groups()
@@ -238,9 +205,24 @@ def _definitions(source: Source, text: str) -> list[_Definition]:
             continue
         if extern or any(start <= match.start() < end for start, end in blocks):
             linked.add(name)
-        parameters_end, body = _spans(source, text, match)
-        found.append(_Definition(name, name in linked, match.start(), slice(match.end(), parameters_end), body))
-    return found
+        list_end = _closing(text, match.end() - 1, "()")
+        body = re.compile(r"\s*[{;]").match(text, list_end + 1) if list_end >= 0 else None
+        if body and body[0].endswith(";"):
+            continue
+        end = _closing(text, body.end() - 1, "{}") + 1 if body else 0
+        if not end:
+            where = f"{source.path}:{_line(text, match.start())}"
+            raise CompileError(f"{where}: the kernel {name} has no complete parameter list and body")
+        found.append((name, (match.start(), end), (match.end(), list_end), name in linked))
+    # Barriers may hide in device functions of the same file; then every kernel of it is run with fibers.
+    helpers_meet = _SYNCHRONISES.search(blank(text, [span for _, span, _, _ in found])) is not None
+    return [
+        Kernel(
+            *(name, source, _line(text, span[0]), span, inside, linkage),
+            cooperative=helpers_meet or _SYNCHRONISES.search(text, inside[0], span[1]) is not None,
+        )
+        for name, span, inside, linkage in found
+    ]
 
 
 def _line(text: str, position: int) -> int:
@@ -249,99 +231,71 @@ def _line(text: str, position: int) -> int:
 
 def blank_comments(text: str) -> str:
     """The text with comments, and what strings and characters hold, replaced by spaces: lines and positions stay."""
-    return _BLANKED.sub(lambda m: m[0] if m[0] == '"C"' else re.sub(r"[^\n]", " ", m[0]), text)
+    return _BLANKED.sub(lambda m: m[0] if m[0] == '"C"' else _spaces(m[0]), text)
 
 
-_BLANKED = re.compile(
-    r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\[^'\n]+|[^'\\\n])'""",
-    re.DOTALL,
-)
+_BLANKED = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\[^'\n]+|[^'\\\n])'""", re.DOTALL)
 
 
-def _spans(source: Source, text: str, match: re.Match[str]) -> tuple[int, slice | None]:
-    """(end of the parameter list, body), no body where the function is only declared."""
-    parameters_end = _closing(text, match.end() - 1, "()")
-    body = re.compile(r"\s*[{;]").match(text, parameters_end + 1) if parameters_end >= 0 else None
-    if body is not None and text[body.end() - 1] == ";":
-        return parameters_end, None
-    body_end = _closing(text, body.end() - 1, "{}") if body else -1
-    if body is None or body_end < 0:
-        line = _line(text, match.start())
-        raise CompileError(f"{source.path}:{line}: the kernel {match.group(4)} has no complete parameter list and body")
-    return parameters_end, slice(body.end() - 1, body_end + 1)
+def blank(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text with these parts of it replaced by spaces; lines stay what they were."""
+    for start, end in spans:
+        text = text[:start] + _spaces(text[start:end]) + text[end:]
+    return text
+
+
+def _spaces(text: str) -> str:
+    return re.sub(r"[^\n]", " ", text)
 
 
 def _closing(text: str, start: int, pair: str) -> int:
     """Position of the bracket that closes the one at `start`; -1 where there is none."""
     depth = 0
-    for position in range(start, len(text)):
-        if text[position] == pair[0]:
-            depth += 1
-        elif text[position] == pair[1]:
-            depth -= 1
-            if depth == 0:
-                return position
+    for match in re.compile(f"[{re.escape(pair)}]").finditer(text, start):
+        depth += 1 if match[0] == pair[0] else -1
+        if depth == 0:
+            return match.start()
     return -1
 
 
-def _outside(text: str, spans: list[tuple[int, int]]) -> str:
-    """The text without the kernels: device functions and macros."""
-    parts, position = [], 0
-    for start, end in spans:
-        parts.append(text[position:start])
-        position = end
-    parts.append(text[position:])
-    return "".join(parts)
-
-
-def _parse_parameters(source: Source, line: int, text: str, blanked: str) -> tuple[Parameter, ...]:
-    """Parameters from a list that begins on `line`; `blanked` is its text without comments."""
-    parameters: list[Parameter] = []
-    for offset, (row, code) in enumerate(zip(text.split("\n"), blanked.split("\n"), strict=True)):
+def _parameters(source: Source, start: int, end: int) -> Iterator[Parameter]:
+    """Those of the list that a source has between two positions."""
+    text = source.text[start:end]
+    if name := re.fullmatch(r"\s*([A-Za-z_]\w*)\s*", text):
+        macro = re.search(rf"^[ \t]*#[ \t]*define[ \t]+{name[1]}\b((?:.*\\\n)*.*)", source.text, re.MULTILINE)
+        if macro:
+            start = macro.start(1)
+            text = re.sub(r"/\*(.*?)\*/([ \t]*\\?)$", r"//\1", macro[1], flags=re.MULTILINE).replace("\\\n", "\n")
+    rows = zip(text.split("\n"), blank_comments(text).split("\n"), strict=True)
+    for number, (row, code) in enumerate(rows, _line(source.text, start)):
         declarations = [part.strip() for part in code.split(",") if part.strip()]
-        comment = re.sub(r"/\*.*?\*/", "", row[len(code.rstrip()) :]).partition("//")[2]
-        for position, declaration in enumerate(declarations):
-            # A shape belongs to the last declaration before it.
-            extent = (
-                _leading_parenthesis(comment.strip().removeprefix("of ")) if position == len(declarations) - 1 else None
-            )
-            parameters.append(_parse_parameter(f"{source.path}:{line + offset}", declaration, extent))
-    return tuple(parameters)
+        comment = re.sub(r"/\*.*?\*/", "", row[len(code.rstrip()) :]).partition("//")[2].strip().removeprefix("of ")
+        shape = comment[: _closing(comment, 0, "()") + 1] if comment.startswith("(") else ""
+        for left, declaration in enumerate(declarations, 1 - len(declarations)):
+            yield _parameter(f"{source.path}:{number}", declaration, shape if left == 0 else "")  # the last one's
 
 
-def _leading_parenthesis(comment: str) -> str | None:
-    if not comment.startswith("("):
-        return None
-    end = _closing(comment, 0, "()")
-    return comment[: end + 1] if end > 0 else None
-
-
-def _parse_parameter(where: str, declaration: str, extent: str | None) -> Parameter:
-    words = re.findall(r"\w+|\*|\S", declaration)
-    pointer = "*" in words
-    qualifiers = {"const", "volatile", "__restrict__", "__restrict", "OPTIONAL", "*", "__grid_constant__"}
-    kept = [word for word in words if word not in qualifiers]
-    strange = any(not (word == "*" or re.fullmatch(r"\w+", word)) for word in words)
-    if strange or words.count("*") > 1 or len(kept) < 2:
+def _parameter(where: str, declaration: str, shape: str) -> Parameter:
+    before, star, after = declaration.partition("*")
+    words = f"{before} {after}".split()
+    *type_words, name = [word for word in words if word not in _QUALIFIERS] or [""]
+    if not type_words or not all(re.fullmatch(r"\w+", word) for word in words):
         raise CompileError(
             f"{where}: cannot understand the kernel parameter '{declaration}'; expected a scalar or a pointer, "
             "for example 'const float* __restrict__ x' or 'int n'"
         )
-    name, c_type = kept[-1], " ".join(kept[:-1])
-    if c_type == TENSOR_MAP:
-        if pointer or not {"const", "__grid_constant__"} <= set(words):
-            expected = f"const __grid_constant__ {TENSOR_MAP} {name}"
-            raise CompileError(f"{where}: a tensor map is passed as '{expected}', not '{declaration}'")
-        code = compile_expression(where, extent) if extent else None
-        return Parameter(name, c_type, False, True, False, extent if code else None, code)
-    if c_type not in _FIXED_TYPES and c_type not in ("storage_t", "accumulate_t"):
-        known = ", ".join(["storage_t", "accumulate_t", TENSOR_MAP, *_FIXED_TYPES])
+    c_type = " ".join(type_words)
+    tensor_map = c_type == TENSOR_MAP
+    if tensor_map and (star or not {"const", "__grid_constant__"} <= set(words)):
+        expected = f"const __grid_constant__ {TENSOR_MAP} {name}"
+        raise CompileError(f"{where}: a tensor map is passed as '{expected}', not '{declaration}'")
+    if c_type not in (known := ("storage_t", "accumulate_t", TENSOR_MAP, *_FIXED_TYPES)):
         raise CompileError(
-            f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {known}"
+            f"{where}: the kernel parameter '{declaration}' has type '{c_type}'; expected one of {', '.join(known)}"
         )
-    const = pointer and "const" in words[: words.index("*")]
-    code = compile_expression(where, extent) if pointer and extent else None
-    return Parameter(name, c_type, pointer, const, "OPTIONAL" in words, extent if code else None, code)
+    const = tensor_map or (bool(star) and "const" in before.split())
+    code = compile_expression(where, shape) if shape and (star or tensor_map) else None
+    return Parameter(name, c_type, bool(star), const, "OPTIONAL" in words, shape if code else None, code)
 
 
 def compile_expression(where: str, text: str, what: str = "shape comment") -> CodeType:

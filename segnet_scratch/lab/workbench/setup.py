@@ -16,7 +16,7 @@ import numpy as np
 from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.runtime.geometry import declared_geometry, declared_threads
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, three
-from segnet_scratch.runtime.signature import Parameter, parse_kernels, without_linkage
+from segnet_scratch.runtime.signature import Parameter, defined_kernels, parse_kernels
 from segnet_scratch.runtime.source import Source, read_source
 
 Shape = tuple[int, ...]
@@ -81,9 +81,7 @@ def load_kernel(kernel: str | Path | Kernel) -> Kernel:
 
 
 def _what_it_has(source: Source) -> str:
-    unlinked = without_linkage(source)
-    if unlinked:
-        lines = ", ".join(f"{name} (line {line})" for name, line in unlinked)
+    if lines := ", ".join(f"{kernel.name} (line {kernel.line})" for kernel in defined_kernels(source)):
         return f'write extern "C" in front of the __global__ of {lines}, without template parameters'
     return 'a kernel begins with: extern "C" __global__ void name(...)'
 
