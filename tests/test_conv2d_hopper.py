@@ -56,6 +56,18 @@ class TestTiles:
         assert Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight).tile is hopper.NAMED["halo_256x128"]
 
 
+@pytest.mark.parametrize(("rung", "planes"), [("tf32", 2), ("tf32x3", 3)])
+def test_float32_goes_through_planes(rung, planes):
+    x, weight = spec((1, 8, 16, 128)), spec((64, 3, 3, 128))
+    op = Convolutions(rung, TileTable({})).forward(x, weight)
+    assert type(op) is hopper.HopperForward
+    assert op.workspace["x_planes"] == spec((1, 8, 16, planes * 128), BFLOAT16)
+    assert op.workspace["weight_planes"] == spec((64, 3, 3, planes * 128), BFLOAT16)
+    moved = sum(s.nbytes for s in (x, weight, op.outputs["y"]))
+    assert op.bytes == moved + 4 * planes * (x.size + weight.size)
+    assert rung in op.key
+
+
 class TestGroups:
     @pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: tile.name)
     @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 17), (3, 8, 8), (5, 7, 3)], ids=str)

@@ -156,6 +156,11 @@ class _InPlanes(Op):
         return [getattr(b, f"{name}_planes") for name in names]
 
     @property
+    def bytes(self) -> int:
+        """Planes are written, and read once at least."""
+        return super().bytes + 2 * sum(s.nbytes for name, s in self.workspace.items() if name.endswith("_planes"))
+
+    @property
     def _sizes(self) -> dict[str, Any]:
         """What the planes in the arrays do not tell."""
         return {"planes": PLANES[self.multiplied], "c": self.geometry.c, "o": self.geometry.o}
