@@ -110,26 +110,24 @@ class NetworkProgram(Program):
 
 def misfit(model: SegNet, rung: str, training: bool) -> str | None:
     """Why the fused engine cannot compute a network; None where it can."""
-    if rung == "tf32x3" and without_tensor_cores():
-        return "multiplies float32 on tensor cores, and SEGNET_FMA=1 asks for it without"
-    if model.decoder_kind != "indices":
-        return f"unpools by pooling indices, and the decoder of this network is {model.decoder_kind!r}"
-    if model.pooling != "ceil":
-        return f"pools odd maps in ceil mode, and this network in {model.pooling!r} mode"
-    if training and model.has_dropout:
-        return "has no dropout, and this network does (Bayesian SegNet)"
-    if training and model.folded:
-        return "trains batch norm, which is folded into the convolutions of this network"
-    if model.dtype != np.float32:
-        return f"keeps parameters in float32, and those of this network are {model.dtype}"
     piece = piece_of(ELEMENTS_OF_RUNG[rung])
-    for block in model.blocks:
-        if block.out_channels % piece:
-            return (
-                f"moves pieces of {piece} channels, and {block.name} has {block.out_channels} at width "
-                f"{model.width:g}; widths 1, 0.5, 0.25 and 0.125 fit"
-            )
-    return None
+    width = f"at width {model.width:g}; widths 1, 0.5, 0.25 and 0.125 fit"
+    reasons = (
+        (rung == "tf32x3" and without_tensor_cores(), "multiplies float32 on tensor cores, which SEGNET_FMA=1 forbids"),
+        (
+            model.decoder_kind != "indices",
+            f"unpools by indices, the decoder of this network is {model.decoder_kind!r}",
+        ),
+        (model.pooling != "ceil", f"pools odd maps in ceil mode, and this network in {model.pooling!r} mode"),
+        (training and model.has_dropout, "has no dropout, and this network does (Bayesian SegNet)"),
+        (training and model.folded, "trains batch norm, which is folded into the convolutions of this network"),
+        (model.dtype != np.float32, f"keeps parameters in float32, and those of this network are {model.dtype}"),
+        *(
+            (b.out_channels % piece, f"moves pieces of {piece} channels, and {b.name} has {b.out_channels} {width}")
+            for b in model.blocks
+        ),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def check(model: SegNet, rung: str, training: bool = True) -> None:

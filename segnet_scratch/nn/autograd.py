@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,20 +21,27 @@ from segnet_scratch.runtime.devices import Array, Device, get_device
 from segnet_scratch.runtime.observe import current_scope, scope
 from segnet_scratch.runtime.precision import is_floating
 
+T = TypeVar("T")
+
 # Of each thread and asyncio task its own: one may predict while another trains.
 _recording = ContextVar("recording", default=True)
 _keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
 
 
 @contextlib.contextmanager
-def no_grad() -> Iterator[None]:
-    """Within this context no graph is recorded, in this thread: for evaluation and prediction."""
-    previous = _recording.get()
-    _recording.set(False)
+def within(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Within this context a variable has a value, in this thread."""
+    previous = variable.get()
+    variable.set(value)
     try:
         yield
     finally:
-        _recording.set(previous)  # no token: a generator with this in it may be closed in another context
+        variable.set(previous)  # no token: a generator with this in it may be closed in another context
+
+
+def no_grad() -> contextlib.AbstractContextManager[None]:
+    """Within this context no graph is recorded, in this thread: for evaluation and prediction."""
+    return within(_recording, False)
 
 
 class Tensor:

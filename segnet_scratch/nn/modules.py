@@ -1,15 +1,15 @@
 """Modules: objects that hold parameters and buffers and apply ops to tensors."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from segnet_scratch.nn.autograd import Tensor
+from segnet_scratch.nn.autograd import Tensor, within
 from segnet_scratch.nn.functions import batch_norm, conv2d, conv_transpose2d, dropout, relu
 from segnet_scratch.ops.convolution.conv_transpose2d import bilinear_weight
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
@@ -85,32 +85,37 @@ def _walk(kind: type, name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _walk(kind, f"{name}.{key}", item)
 
 
-def he_normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Normal numbers of variance 2 / fan-in for a weight (o, kh, kw, c) (He et al., arXiv 1502.01852, equation 10)."""
-    fan_in = int(np.prod(shape[1:]))
-    return (rng.standard_normal(shape) * sqrt(2 / fan_in)).astype(dtype)
+@dataclass(frozen=True)
+class Setting:
+    """Where and how the parameters of a network's modules are made; `rung` picks the convolution kernels by name."""
+
+    device: Device
+    rng: np.random.Generator
+    dtype: np.dtype
+    rung: str | None = None
+
+    def parameter(self, values: np.ndarray) -> Tensor:
+        """A trained tensor that begins with these values."""
+        return Tensor(self.array(values), self.device, requires_grad=True)
+
+    def array(self, values: np.ndarray) -> Array:
+        """An array on the device."""
+        return self.device.upload(values.astype(self.dtype))
+
+    def he_normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Normal numbers of variance 2 / fan-in for a weight (o, kh, kw, c) (He et al., arXiv 1502.01852, eq. 10)."""
+        return self.rng.standard_normal(shape) * sqrt(2 / int(np.prod(shape[1:])))
 
 
 class Conv2d(Module):
     """Convolution of stride 1 that keeps the image size: odd kernel k, padding k // 2. Weight (out, k, k, in)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        bias: bool,
-        device: Device,
-        rng: np.random.Generator,
-        dtype: DTypeLike,
-        rung: str | None = None,
-    ) -> None:
-        weight = he_normal(rng, (out_channels, kernel, kernel, in_channels), dtype)
-        self.weight = Tensor(device.upload(weight), device, requires_grad=True)
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool, setting: Setting) -> None:
+        self.weight = setting.parameter(setting.he_normal((out_channels, kernel, kernel, in_channels)))
         if bias:
-            self.bias = Tensor(device.zeros((out_channels,), dtype), device, requires_grad=True)
+            self.bias = setting.parameter(np.zeros(out_channels))
         self.padding = kernel // 2
-        self.rung = rung
+        self.rung = setting.rung
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, in) to (n, h, w, out)."""
@@ -120,10 +125,9 @@ class Conv2d(Module):
 class Upsample2d(Module):
     """Learned upsampling by 2: a transposed convolution of kernel 4 that starts as bilinear. Weight (in, 4, 4, out)."""
 
-    def __init__(self, channels: int, device: Device, dtype: DTypeLike, rung: str | None = None) -> None:
-        weight = bilinear_weight(channels).astype(dtype)
-        self.weight = Tensor(device.upload(weight), device, requires_grad=True)
-        self.rung = rung
+    def __init__(self, channels: int, setting: Setting) -> None:
+        self.weight = setting.parameter(bilinear_weight(channels))
+        self.rung = setting.rung
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(n, ceil(h/2), ceil(w/2), channels) to (n, h, w, channels), `size` = (h, w)."""
@@ -133,12 +137,10 @@ class Upsample2d(Module):
 class BatchNorm2d(Module):
     """Batch normalisation of every channel over batch and image."""
 
-    def __init__(self, channels: int, device: Device, dtype: DTypeLike) -> None:
-        ones = np.ones(channels, dtype)
-        self.weight = Tensor(device.upload(ones), device, requires_grad=True)
-        self.bias = Tensor(device.zeros((channels,), dtype), device, requires_grad=True)
-        self.running_mean = Buffer(device.zeros((channels,), dtype))
-        self.running_var = Buffer(device.upload(ones.copy()))
+    def __init__(self, channels: int, setting: Setting) -> None:
+        zeros, ones = np.zeros(channels), np.ones(channels)
+        self.weight, self.bias = setting.parameter(ones), setting.parameter(zeros)
+        self.running_mean, self.running_var = Buffer(setting.array(zeros)), Buffer(setting.array(ones))
         self.momentum = MOMENTUM  # share of a batch in the running statistics
         self.ranks = ALONE  # those over whose batches statistics are taken
 
@@ -152,15 +154,9 @@ class BatchNorm2d(Module):
 _sampling: ContextVar[Array | None] = ContextVar("sampling", default=None)
 
 
-@contextmanager
-def dropout_sampling(state: Array) -> Iterator[None]:
+def dropout_sampling(state: Array) -> AbstractContextManager[None]:
     """Within it dropout drops in evaluation mode, too, in this thread; `state` (seed, step) says what."""
-    previous = _sampling.get()
-    _sampling.set(state)
-    try:
-        yield
-    finally:
-        _sampling.set(previous)
+    return within(_sampling, state)
 
 
 class Dropout(Module):
@@ -182,19 +178,9 @@ class ConvUnit(Module):
 
     bn: BatchNorm2d | None
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        activate: bool,
-        device: Device,
-        rng: np.random.Generator,
-        dtype: DTypeLike,
-        rung: str | None = None,
-    ) -> None:
-        self.conv = Conv2d(in_channels, out_channels, kernel, False, device, rng, dtype, rung)
-        self.bn = BatchNorm2d(out_channels, device, dtype)
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, activate: bool, setting: Setting) -> None:
+        self.conv = Conv2d(in_channels, out_channels, kernel, False, setting)
+        self.bn = BatchNorm2d(out_channels, setting)
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
