@@ -74,15 +74,8 @@ def statistics_table(statistics: ClassStatistics, split: str) -> Table:
     """Pixels, masks, frequency and weight by class."""
     table = numbers_table("class", "pixels", "%", "masks", "frequency", "weight", first="#")
     table.title = f"{split}: {statistics.masks} masks, {statistics.void:,} pixels void"
-    rows = zip(
-        statistics.names,
-        statistics.pixels,
-        statistics.share,
-        statistics.images,
-        statistics.frequency,
-        statistics.weights,
-        strict=True,
-    )
+    columns = ("names", "pixels", "share", "images", "frequency", "weights")
+    rows = zip(*(getattr(statistics, column) for column in columns), strict=True)
     for label, (name, pixels, share, images, frequency, weight) in enumerate(rows):
         seen = "-" if np.isnan(frequency) else f"{frequency:.5f}"
         table.add_row(str(label), name, f"{pixels:,}", f"{100 * share:.3f}", str(images), seen, f"{weight:.4f}")

@@ -1,5 +1,6 @@
 """`segnet run`, `doctor`: kernels, and what this machine can do with them."""
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,29 +120,24 @@ def _show(run: KernelRun) -> None:
     """Prints a run."""
     s = run.setup
     shared = f", {s.shared} bytes of dynamic shared memory" if s.shared else ""
-    console.print(
+    say(
         f"{s.kernel.name} ({s.kernel.source.path.name}:{s.kernel.line}) on {run.device}, {s.types.name}: "
-        f"grid {_size(s.grid)}, block {_size(s.block)}{shared}",
-        soft_wrap=True,
+        f"grid {_size(s.grid)}, block {_size(s.block)}{shared}"
     )
     if s.scalars:
-        console.print("  " + ", ".join(f"{k} = {v}" for k, v in s.scalars.items()), soft_wrap=True)
+        say("  " + ", ".join(f"{k} = {v}" for k, v in s.scalars.items()))
     console.print(_arrays(run))
     meaning = "on the CPU: it says nothing about a GPU" if run.device == "host" else "from launch to completion"
     time = f"{run.seconds * 1e3:.3g} ms ({meaning})" if run.seconds else "did not finish"
-    console.print(f"{s.blocks * prod(s.block)} threads: {time}", soft_wrap=True)
+    say(f"{s.blocks * prod(s.block)} threads: {time}")
     for check in run.checks:
         verdict = Text("ok    ", "green") if check.passed else Text("FAILED", "bold red")
-        first, *others = check.message.split("\n")
-        console.print(verdict, f"{check.name}: {first}", soft_wrap=True)
-        for line in others:
-            console.print(f"       {line}", soft_wrap=True)
+        message = check.message.replace("\n", "\n       ")
+        console.print(verdict, f"{check.name}: {message}", soft_wrap=True)
 
 
 def _size(size: tuple[int, ...]) -> str:
-    while len(size) > 1 and size[-1] == 1:
-        size = size[:-1]
-    return " x ".join(map(str, size))
+    return re.sub(r"( x 1)+$", "", " x ".join(map(str, size)))
 
 
 def _arrays(run: KernelRun) -> Table:

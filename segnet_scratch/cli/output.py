@@ -22,7 +22,9 @@ class Output(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Writes what can be written."""
-        self._attempt(lambda stream: stream.write(_encodable(text, stream.encoding or "utf-8")))
+        encoding = self.encoding
+        encodable = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._attempt(lambda stream: stream.write(encodable))
         return len(text)
 
     def flush(self) -> None:
@@ -62,11 +64,3 @@ class Output(io.TextIOBase):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
-
-
-def _encodable(text: str, encoding: str) -> str:
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-    return text

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.box import SIMPLE
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,7 @@ from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import ORDERS, HostOptions
 
+_WHERE = "by, numeric, backward"  # gives way in a narrow terminal
 _SANITIZED = "SEGNET_SANITIZED"  # set in the process under the sanitizers
 
 
@@ -82,13 +84,8 @@ def gradcheck(
         options.by_name("--input", content, _contents),
         ties,
     )
-    results = []
-    checks = run_gradcheck(
-        *(ops or None, _device(device, order, seed, sanitize), seed, cases),
-        dtype=np.dtype(dtype),
-        directions=directions,
-        chosen=chosen,
-    )
+    results, on = [], _device(device, order, seed, sanitize)
+    checks = run_gradcheck(ops or None, on, seed, cases, dtype=np.dtype(dtype), directions=directions, chosen=chosen)
     with watched(problems, "checking") as watch:
         for result in checks:
             results.append(result)
@@ -149,12 +146,9 @@ def _repeat_sanitized(device: str) -> None:
 def _gradients_table(results: list[Result]) -> Table:
     limits = ", ".join(sorted({f"{r.limit:.0e}" for r in results}))
     table = Table(title=f"worst error, and where; up to {limits} passes", box=SIMPLE)
-    for column in ("op", "verdict"):
-        table.add_column(column, no_wrap=True)
-    for column in ("cases", "compared", "kinks", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("by, numeric, backward", overflow="fold")  # gives way in a narrow terminal
-    table.add_column("s", justify="right", no_wrap=True)
+    for column in ("op", "verdict", "cases", "compared", "kinks", "error", _WHERE, "s"):
+        justify: JustifyMethod = "left" if column in ("op", "verdict", _WHERE) else "right"
+        table.add_column(column, justify=justify, no_wrap=column != _WHERE, overflow="fold")
     for r in results:
         style = {"passed": "green", "FAILED": "bold red"}.get(r.verdict, "yellow")
         worst = f"{r.where.place} {r.where.numeric:.7g} {r.where.analytic:.7g}" if r.where else "-"
