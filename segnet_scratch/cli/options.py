@@ -93,9 +93,8 @@ def by_name(option: str, texts: Sequence[str] | None, convert: Callable[[str, st
     for text in texts or []:
         name, separator, value = text.partition("=")
         if not separator or not name:
-            raise ConfigError(
-                f"{option} {text}: expected NAME=VALUE, for example {option} x={_EXAMPLES.get(option, '1')}"
-            )
+            example = f"{option} x={_EXAMPLES[option]}"
+            raise ConfigError(f"{option} {text}: expected NAME=VALUE, for example {example}")
         if name in values:
             raise ConfigError(f"{option} {text}: {name} is given twice")
         values[name] = convert(f"{option} {text}", value)

@@ -13,18 +13,8 @@ from segnet_scratch.display import numbers_table, write_json
 from segnet_scratch.engine.ledger import Account, accounts
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.profile import roofline, trace
+from segnet_scratch.lab.profile import measure, roofline, trace
 from segnet_scratch.lab.profile.ladder import SHAPES
-from segnet_scratch.lab.profile.measure import (
-    CLASSES,
-    DEFAULTS,
-    CountingDevice,
-    How,
-    Workload,
-    count_step,
-    profile_op,
-    profile_step,
-)
 from segnet_scratch.lab.profile.tables import print_columns, show
 from segnet_scratch.lab.profile.tune import Choice
 from segnet_scratch.lab.profile.tune import tune as measure_tiles
@@ -105,18 +95,19 @@ def profile(
     if picture is not None:
         roofline.load()
     with watched(console, "profile") as watch:
-        chosen = CountingDevice() if counts else get_device(device)
-        images, pixels, usual = DEFAULTS[chosen.name]
-        how = How(passes or usual, ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ()), nvtx, watch.say)
+        chosen = measure.CountingDevice() if counts else get_device(device)
+        images, pixels, usual = measure.DEFAULTS[chosen.name]
+        shown = ARCHITECTURES if "all" in (arch or ()) else tuple(arch or ())
+        how = measure.How(passes or usual, shown, nvtx, watch.say)
         if op is not None:
-            found = profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how, rung)
+            found = measure.profile_op(op, _shape(shape, chosen.name), outputs, kernel, chosen, how, rung)
         else:
             sides = (pixels, pixels) if size is None else options.image_size(size)
             shared = ALONE if counts else ranks.on(chosen)
-            work = Workload(
-                model, decoder, width, batch or images, sides, inference, engine, precision, shared, sync_bn
-            )
-            found = count_step(work, how) if counts else profile_step(work, chosen, how, timeline is not None)
+            network = model, decoder, width, batch or images, sides
+            work = measure.Workload(*network, inference, engine, precision, shared, sync_bn)
+            spans = timeline is not None
+            found = measure.count_step(work, how) if counts else measure.profile_step(work, chosen, how, spans)
     if not ranks.leads:
         return
     show(console, found, by_layer=op is None)
@@ -152,7 +143,7 @@ def tune(
     For the shapes of one batch size and image size, training and inference. The choices lie in the cache folder, apart
     for each GPU and each version of the kernels. Convolutions keep their bits; batch norm's sums may round otherwise.
     """
-    network = _network(model, width, CLASSES, batch, options.image_size(size))
+    network = _network(model, width, measure.CLASSES, batch, options.image_size(size))
     with watched(console, "convolution") as watch:
         choices, path = measure_tiles(get_device(device), network, precision, watch.update)
     show_tiles(console, choices)

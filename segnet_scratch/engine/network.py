@@ -114,10 +114,7 @@ def misfit(model: SegNet, rung: str, training: bool) -> str | None:
     width = f"at width {model.width:g}; widths 1, 0.5, 0.25 and 0.125 fit"
     reasons = (
         (rung == "tf32x3" and without_tensor_cores(), "multiplies float32 on tensor cores, which SEGNET_FMA=1 forbids"),
-        (
-            model.decoder_kind != "indices",
-            f"unpools by indices, the decoder of this network is {model.decoder_kind!r}",
-        ),
+        (model.decoder_kind != "indices", f"unpools by indices, the decoder of this network is {model.decoder_kind!r}"),
         (model.pooling != "ceil", f"pools odd maps in ceil mode, and this network in {model.pooling!r} mode"),
         (training and model.has_dropout, "has no dropout, and this network does (Bayesian SegNet)"),
         (training and model.folded, "trains batch norm, which is folded into the convolutions of this network"),

@@ -21,15 +21,7 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.convolution.conv2d_fused import Below, Size
 from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
-from segnet_scratch.ops.normalisation.norm_relu import (
-    NormMergeGradients,
-    NormMergeStatistics,
-    NormReluBackward,
-    NormReluForward,
-    NormReluPoolBackward,
-    NormReluPoolForward,
-    NormReluUnpoolForward,
-)
+from segnet_scratch.ops.normalisation import norm_relu
 from segnet_scratch.ops.op import Op, Spec, spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array, Device
@@ -111,7 +103,7 @@ class TrainingProgram(NetworkProgram):
         partials = self.spec_of(statistics["partials"])
         self.add(
             name,
-            NormMergeStatistics.plan(partials, op.geometry.pixels, counted=counted),
+            norm_relu.NormMergeStatistics.plan(partials, op.geometry.pixels, counted=counted),
             **statistics,
             running_mean=f"{name}.bn.running_mean",
             running_var=f"{name}.bn.running_var",
@@ -119,7 +111,7 @@ class TrainingProgram(NetworkProgram):
             inv_std=f"{name}.inv_std",
         )
         if layer.block.pool:
-            pool = NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
+            pool = norm_relu.NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
             out = {"pooled": f"{name}.pooled", "codes": f"{name}.codes"}
             self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
 
@@ -134,14 +126,14 @@ class TrainingProgram(NetworkProgram):
             if layer.block.pool:
                 return f"{name}.pooled"
             made = f"{name}.z{again}"
-            self.add(name, NormReluForward.plan(y, relu), y=f"{name}.y", **self._norm(layer), z=made)
+            self.add(name, norm_relu.NormReluForward.plan(y, relu), y=f"{name}.y", **self._norm(layer), z=made)
             return made
         made = f"{name}.unpooled{again}"
         if layer.block.pool:
             pooled = f"{name}.pooled"
             self.add(name, UnpoolPacked.plan(self.spec_of(pooled), unpool), x=pooled, codes=codes, y=made)
         else:
-            op = NormReluUnpoolForward.plan(y, unpool, relu)
+            op = norm_relu.NormReluUnpoolForward.plan(y, unpool, relu)
             self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
         return made
 
@@ -171,17 +163,17 @@ class TrainingProgram(NetworkProgram):
         name, weight = layer.name, f"{layer.name}.conv.weight"
         sums = {"dweight": f"d{name}.bn.weight", "dbias": f"d{name}.bn.bias"}
         partials = f"d{name}.sums"
-        self.add(name, NormMergeGradients.plan(self.spec_of(partials)), partials=partials, **sums)
+        self.add(name, norm_relu.NormMergeGradients.plan(self.spec_of(partials)), partials=partials, **sums)
         norm = self._norm(layer)
         del norm["bias"]
         y = self.spec_of(f"{name}.y")
         if layer.block.pool:
             dy, codes = f"d{name}.y", f"{name}.codes"
-            op: Op = NormReluPoolBackward.plan(y)
+            op: Op = norm_relu.NormReluPoolBackward.plan(y)
             self.add(name, op, y=f"{name}.y", dr=f"d{name}.r", codes=codes, **norm, **sums, dy=dy)
         else:
             dy = f"d{name}.r"  # in place
-            self.add(name, NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
+            self.add(name, norm_relu.NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
         with self._aside():
             x = self._output(below, ".again") if below else self.first_input
             self._weight_gradient(name, weight, x, dy)

@@ -14,26 +14,14 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dForward, rung_for
 from segnet_scratch.ops.convolution.conv_transpose2d import ConvTranspose2dForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluForward
-from segnet_scratch.ops.loss.cross_entropy import (
-    NORMALISATIONS,
-    REDUCTIONS,
-    CrossEntropyForward,
-    check_class_weights,
-    check_labels,
-    expect_one_of,
-)
+from segnet_scratch.ops.loss import cross_entropy as objective
 from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
+from segnet_scratch.ops.normalisation import batch_norm_ranks as over_ranks
 from segnet_scratch.ops.normalisation.batch_norm import (
     EPS,
     MOMENTUM,
     BatchNormEvaluationForward,
     BatchNormTrainingForward,
-)
-from segnet_scratch.ops.normalisation.batch_norm_ranks import (
-    BatchNormBackwardSums,
-    BatchNormMoments,
-    BatchNormRanksBackward,
-    BatchNormRanksForward,
 )
 from segnet_scratch.ops.op import VOID, Op, Spec, expect, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
@@ -49,12 +37,7 @@ def _spec(x: Tensor) -> Spec:
 
 
 def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: int = 0,
-    rung: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, rung: str | None = None
 ) -> Tensor:
     """y (n, oh, ow, o) of x (n, h, w, c), weight (o, kh, kw, c), bias (o); oh = (h + 2 padding - kh) // stride + 1."""
     options = _spec(x), _spec(weight), stride, padding
@@ -98,18 +81,18 @@ class SharedBatchNorm(Function):
         self.ranks, self.running, self.options = ranks, running, options
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
-        own = BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
+        own = over_ranks.BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
         moments = self.ranks.arrays.gather(self.device, own)
-        op = BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
+        op = over_ranks.BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
         out = op(self.device, x=x, moments=moments, weight=weight, bias=bias, **self.running)
         self.saved = {"x": x, "mean": out.mean, "inv_std": out.inv_std}
         self.merged = {"weight": weight, "moments": moments}
         return out.y
 
     def backward(self, dy: Array) -> tuple[Array, Array, Array]:
-        own = BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
+        own = over_ranks.BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
         sums = self.ranks.arrays.gather(self.device, own.sums)
-        op = BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
+        op = over_ranks.BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
         return op(self.device, dy=dy, sums=sums, **self.saved, **self.merged).dx, own.dweight, own.dbias
 
 
@@ -136,7 +119,7 @@ class CrossEntropy(OpFunction):
     @classmethod
     def of(cls, logits: Tensor, labels: Array, class_weights: Array | None, *options: str | float) -> Tensor:
         """The loss against labels (...) that have been checked; options are those of the op."""
-        op = CrossEntropyForward.plan(_spec(logits).with_shape(labels.size, logits.shape[-1]), *options)
+        op = objective.CrossEntropyForward.plan(_spec(logits).with_shape(labels.size, logits.shape[-1]), *options)
         given = {"logits": logits, "labels": labels.reshape(-1), "class_weights": class_weights}
         return cls(logits.device, op, given)(logits)
 
@@ -175,18 +158,18 @@ def cross_entropy(
         f"cross_entropy: logits have shape {logits.shape}; expected (..., classes), no side of them empty",
     )
     device, classes = logits.device, logits.shape[-1]
-    expect_one_of("reduction", reduction, REDUCTIONS)
-    expect_one_of("normalisation", normalisation, NORMALISATIONS)
+    objective.expect_one_of("reduction", reduction, objective.REDUCTIONS)
+    objective.expect_one_of("normalisation", normalisation, objective.NORMALISATIONS)
     if tuple(labels.shape) != logits.shape[:-1]:
         raise ShapeError(f"cross_entropy: labels {tuple(labels.shape)} do not fit logits {logits.shape}")
     if isinstance(labels, np.ndarray):
-        labels = device.upload(check_labels(labels, classes, ignore_index))
+        labels = device.upload(objective.check_labels(labels, classes, ignore_index))
     else:
         expect(
             ignore_index == VOID, f"cross_entropy: ignore_index {ignore_index} with labels on the device; pass {VOID}"
         )
     if class_weights is not None and (not device.owns(class_weights) or isinstance(class_weights, np.ndarray)):
-        class_weights = device.upload(check_class_weights(class_weights, classes, logits.dtype))
+        class_weights = device.upload(objective.check_class_weights(class_weights, classes, logits.dtype))
     if reduction == "none":
         return _losses(logits, device.download(labels), class_weights, smoothing)
     divide = "none" if reduction == "sum" else normalisation

@@ -57,9 +57,6 @@ def application(segmenter: Segmenter, style: Style, name: str, hosts: tuple[str,
     about = _about(segmenter, style, name)
     worker = ThreadPoolExecutor(1, "segnet")  # a network is for one thread at a time
 
-    def show() -> Any:
-        return flask.Response(page, mimetype="text/html")
-
     def segment() -> dict[str, Any]:
         if flask.request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
             flask.abort(403, "asked for by the page of another site")
@@ -82,7 +79,7 @@ def application(segmenter: Segmenter, style: Style, name: str, hosts: tuple[str,
         response.headers.update(headers)
         return response
 
-    app.add_url_rule("/", view_func=show)
+    app.add_url_rule("/", "page", lambda: flask.Response(page, mimetype="text/html"))
     app.add_url_rule("/model", "model", lambda: about)
     app.add_url_rule("/segment", view_func=segment, methods=["POST"])
     app.register_error_handler(Exception, refuse)
