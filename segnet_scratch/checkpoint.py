@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from segnet_scratch.errors import CheckpointError
 from segnet_scratch.files import reason, write_durably
+from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.torch_file import is_torch_file, read_state_dict
 
 FORMAT = "1"
@@ -37,8 +38,8 @@ _NO_SAFETENSORS = {
     b"version ": "a pointer of Git LFS, whose file git lfs pull brings",
     b"<": "a web page or XML",
 }
-# NumPy's types by safetensors' names. NumPy has no bfloat16: it is read as the integer of its bits.
-_DTYPES = {"BOOL": "?", "BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+# NumPy's types by safetensors' names.
+_DTYPES: dict[str, Any] = {"BOOL": "?", "BF16": BFLOAT16, "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _DTYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _DTYPES |= {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
@@ -198,11 +199,7 @@ class _File:
             raise ValueError(f"tensor {name[:80]}, which NumPy cannot hold: {error}") from error
         if self._file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
             raise ValueError("data that ends too early: it was cut off while it was read")
-        if dtype != "BF16":
-            return array
-        bits = array.astype("<u4")
-        bits <<= 16  # bfloat16 is the upper half of a float32
-        return bits.view("<f4")
+        return array.astype(np.float32) if dtype == "BF16" else array
 
 
 def _place_of(name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:

@@ -62,35 +62,30 @@ class Evaluation:
         return plain(result)
 
 
-class Tally:
-    """Adds up what predictions score, image after image: for networks of ours and for label maps from elsewhere."""
+Scored = tuple[ImageScore, np.ndarray]  # an image's scores, and its confusion matrix
 
-    def __init__(self, names: Sequence[str], boundary: Boundary | None = None) -> None:
-        self._names, self._boundary = tuple(names), boundary
-        self._confusion = np.zeros((len(names), len(names)), np.int64)
-        self.images: list[ImageScore] = []
 
-    def measure(self, name: str, truth: np.ndarray, prediction: np.ndarray) -> tuple[ImageScore, np.ndarray]:
-        """The scores of one image, uint8 (h, w) both, and its confusion matrix; from any thread."""
-        counts = confusion_matrix(truth, prediction, len(self._names))
-        image, f1 = scores(counts), None
-        if self._boundary is not None:  # the mean over its classes, NaN without a contour
-            measure = authors_boundary_f1 if self._boundary is Boundary.authors else boundary_f1
-            f1 = mean_of_numbers(np.array(list(measure(truth, prediction).values())))
-        return ImageScore(name, image.miou, image.global_accuracy, image.pixels, f1), counts
+def measure(name: str, truth: np.ndarray, prediction: np.ndarray, classes: int, boundary: Boundary | None) -> Scored:
+    """What a prediction scores, of a network of ours or a label map from elsewhere; uint8 (h, w) both."""
+    counts = confusion_matrix(truth, prediction, classes)
+    image, f1 = scores(counts), None
+    if boundary is not None:  # the mean over its classes, NaN without a contour
+        contours = authors_boundary_f1 if boundary is Boundary.authors else boundary_f1
+        f1 = mean_of_numbers(np.array(list(contours(truth, prediction).values())))
+    return ImageScore(name, image.miou, image.global_accuracy, image.pixels, f1), counts
 
-    def add(self, image: ImageScore, counts: np.ndarray) -> None:
-        """Counts one image."""
-        self._confusion += counts
-        self.images.append(image)
 
-    def evaluation(self, loss: float = math.nan) -> Evaluation:
-        """The scores of all that was added."""
-        found = np.array([image.boundary_f1 for image in self.images], float)
-        if self._boundary is Boundary.authors:
-            found = np.nan_to_num(found)
-        f1 = mean_of_numbers(found) if self._boundary else None
-        return Evaluation(scores(self._confusion), loss, len(self.images), self._names, f1, tuple(self.images))
+def summed(
+    found: Sequence[Scored], names: Sequence[str], boundary: Boundary | None, loss: float = math.nan
+) -> Evaluation:
+    """The scores of all images together."""
+    images, counts = tuple(image for image, _ in found), np.sum([of_image for _, of_image in found], axis=0)
+    f1 = np.array([image.boundary_f1 for image in images], float)
+    if boundary is Boundary.authors:
+        f1 = np.nan_to_num(f1)
+    return Evaluation(
+        scores(counts), loss, len(images), tuple(names), mean_of_numbers(f1) if boundary else None, images
+    )
 
 
 _Truth = tuple[str, np.ndarray, np.ndarray]  # id, mask at its own size and at the network's
@@ -115,8 +110,8 @@ def evaluate(
     """
     model, device = segmenter.model, segmenter.device
     check_classes(model, dataset)
-    tally, losses, count = Tally(dataset.names, boundary), [], len(dataset)
-    found: list[tuple[ImageScore, np.ndarray]] = []
+    losses, count = [], len(dataset)
+    found: list[Scored] = []
     threads = segmenter.workers if workers is None else workers
 
     def load(index: int) -> tuple[_Truth, np.ndarray]:
@@ -135,15 +130,15 @@ def evaluate(
         op = CrossEntropyForward.plan(spec_of(flat))
         losses.append(device.read([op(device, logits=flat, labels=labels, class_weights=None).sums]))
 
-    def measure(result: Segmented[_Truth]) -> tuple[ImageScore, np.ndarray]:
+    def score(result: Segmented[_Truth]) -> Scored:
         (name, mask, _), _, segmented = result
-        return tally.measure(name, mask, segmented.labels)
+        return measure(name, mask, segmented.labels, dataset.classes, boundary)
 
     was_training = model.training
     try:
         with (
             closing(segmenter.stream(range(ranks.rank, count, ranks.size), load, threads, watch=watch)) as results,
-            closing(ordered_map(measure, results, threads, ahead=2 * threads)) as measured,
+            closing(ordered_map(score, results, threads, ahead=2 * threads)) as measured,
         ):
             for done in range(0, count, ranks.size):
                 found += islice(measured, 1)  # none where the images do not suffice for the last ranks
@@ -152,16 +147,14 @@ def evaluate(
         model.train(was_training)
     sums = np.sum([reading.get()[0] for reading in losses], axis=0) if losses else np.zeros(3)
     of_ranks = ranks.exchange((found, sums))
-    for row in zip_longest(*(images for images, _ in of_ranks)):  # in the order of the data set
-        for image, counts in filter(None, row):
-            if image.id:
-                tally.add(image, counts)
-    if not tally.images:
+    rows = zip_longest(*(images for images, _ in of_ranks))  # in the order of the data set
+    found = [scored for row in rows for scored in row if scored is not None and scored[0].id]
+    if not found:
         raise DataError(f"{dataset.root}: not one image of split '{dataset.split}' can be read; see segnet data verify")
     if not segmenter.inference.single:
-        return tally.evaluation()
+        return summed(found, dataset.names, boundary)
     sums = np.sum([of_rank for _, of_rank in of_ranks], axis=0)
-    return tally.evaluation(float(sums[0] / sums[1]) if sums[1] else 0.0)
+    return summed(found, dataset.names, boundary, float(sums[0] / sums[1]) if sums[1] else 0.0)
 
 
 def check_classes(model: SegNet, dataset: VOCDataset) -> None:

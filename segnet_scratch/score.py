@@ -10,7 +10,7 @@ from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import VOCDataset, ordered_map, read_mask
 from segnet_scratch.data.pictures import decode, mask_labels
 from segnet_scratch.errors import DataError, some_of
-from segnet_scratch.evaluate import Evaluation, ImageScore, Tally
+from segnet_scratch.evaluate import Evaluation, Scored, measure, summed
 
 
 def score(
@@ -30,18 +30,18 @@ def score(
         problem = f"{predictions}: {len(missing)} of {len(files)} predictions are missing:"
         fix = f"Name the folder that holds ID.png for every id of the list {dataset.split}."
         raise DataError(problem, *some_of(missing), fix)
-    tally = Tally(dataset.names, boundary)
+    found: list[Scored] = []
 
-    def measure(index: int) -> tuple[ImageScore, np.ndarray]:
+    def score_one(index: int) -> Scored:
         truth = read_mask(dataset.mask_path(index), dataset.classes)
         prediction = _read_prediction(files[index], truth.shape, dataset.classes)
-        return tally.measure(dataset.ids[index], truth, prediction)
+        return measure(dataset.ids[index], truth, prediction, dataset.classes, boundary)
 
-    with closing(ordered_map(measure, range(len(files)), workers, ahead=8)) as measured:
-        for image, counts in measured:
-            tally.add(image, counts)
+    with closing(ordered_map(score_one, range(len(files)), workers, ahead=8)) as measured:
+        for scored in measured:
+            found.append(scored)
             advance(1)
-    return tally.evaluation()
+    return summed(found, dataset.names, boundary)
 
 
 def _read_prediction(path: Path, size: tuple[int, ...], classes: int) -> np.ndarray:

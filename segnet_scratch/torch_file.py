@@ -18,12 +18,13 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from segnet_scratch.runtime.precision import BFLOAT16
+
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 _MAGIC = 0x1950A86A20F9469CFC6C  # what a file of before PyTorch 1.6 holds first
 
-_BFLOAT16 = np.dtype("<u2")  # NumPy has none: the integer of its bits. PyTorch's old storages know no uint16.
-_STORAGES = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": "<u2", "Bool": "?"}
+_STORAGES: dict[str, Any] = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": BFLOAT16, "Bool": "?"}
 _STORAGES |= {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1"}
 
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -67,11 +68,7 @@ class _Storage:
     def fill(self, content: bytes) -> None:
         if len(content) != self.elements.size * self.dtype.itemsize:
             raise ValueError(f"a storage of {len(content)} bytes in place of {self.elements.nbytes}: it is cut off")
-        bits = np.frombuffer(content, self.dtype)
-        if self.dtype == _BFLOAT16:  # the upper half of a float32
-            np.left_shift(bits, 16, out=self.elements.view("<u4"), dtype="<u4")
-        else:
-            self.elements[...] = bits
+        self.elements[...] = np.frombuffer(content, self.dtype)
 
 
 class _Storages(dict[str, _Storage]):
@@ -85,15 +82,13 @@ class _Storages(dict[str, _Storage]):
         """What a program tells of a storage: a word, type, key, device, count, and what it is a view of."""
         match told:
             case ("storage", np.dtype() as dtype, str(key), _, int(count), *view) if not any(view):
-                pass
-            case _:
-                raise ValueError("a pickle with objects of its own, or views of storages as of before PyTorch 0.4")
-        if key not in self:
-            self.left -= count * dtype.itemsize
-            if count < 0 or self.left < 0:
-                raise ValueError(f"a storage of {count} elements, more than there are: it is cut off")
-            self[key] = _Storage(dtype, np.empty(count, "<f4" if dtype == _BFLOAT16 else dtype))
-        return self[key]
+                if key not in self:
+                    self.left -= count * dtype.itemsize
+                    if count < 0 or self.left < 0:
+                        raise ValueError(f"a storage of {count} elements, more than there are: it is cut off")
+                    self[key] = _Storage(dtype, np.empty(count, "<f4" if dtype == BFLOAT16 else dtype))
+                return self[key]
+        raise ValueError("a pickle with objects of its own, or views of storages as of before PyTorch 0.4")
 
 
 def _read_zip(file: BinaryIO, storages: _Storages) -> Any:
