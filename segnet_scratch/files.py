@@ -187,8 +187,9 @@ def held(folder: Path) -> Iterator[bool]:
     NFS locks no folders, but files: there it is `.lock` in the folder.
     """
     with ExitStack() as stack:
+        descriptor = stack.enter_context(_opened(folder))
         try:
-            alone = _locked(stack.enter_context(_opened(folder)))
+            alone = _locked(descriptor)
         except OSError:
             file = folder / ".lock"
             alone = lock(stack.enter_context(_opened(file, os.O_RDWR | os.O_CREAT)), file)
