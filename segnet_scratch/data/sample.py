@@ -7,6 +7,7 @@ and a void border of 2 px runs round each as in VOC. A small network learns it i
 import json
 from collections.abc import Iterator
 from colorsys import hsv_to_rgb
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from segnet_scratch.data.loader import sample_rng
 from segnet_scratch.data.palette import VOID, save_indexed_png
-from segnet_scratch.data.voc import IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
+from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import left_by_system, reason
 
@@ -30,11 +31,7 @@ _MARKER_VERSION = 1  # raise it whenever the same settings give other pixels
 
 
 def write_sample(
-    directory: str | Path,
-    train: int = 160,
-    val: int = 40,
-    size: tuple[int, int] = (96, 128),
-    seed: int = 0,
+    directory: str | Path, train: int = 160, val: int = 40, size: tuple[int, int] = (96, 128), seed: int = 0
 ) -> Path:
     """Writes `train` + `val` images of `size` (height, width) and returns the VOC root, which is `directory`.
 
@@ -51,27 +48,26 @@ def write_sample(
         raise DataError(f"{root}: sample size {size}: expected (height, width), both in {_SMALLEST}..4096.")
     settings = {"version": _MARKER_VERSION, "train": train, "val": val, "size": list(size), "seed": seed}
     ids = [f"sample_{number:05d}" for number in range(train + val)]
-    splits = {"train": ids[:train], "val": ids[train:], "trainval": ids}
-    split_files = {root / SPLIT_FOLDER / f"{split}.txt": members for split, members in splits.items()}
+    lists = {"train": ids[:train], "val": ids[train:], "trainval": ids}
+    texts = {root / SPLIT_FOLDER / f"{split}.txt": members for split, members in lists.items()}
+    pairs = [(root / IMAGE_FOLDER / f"{name}.jpg", root / MASK_FOLDER / f"{name}.png") for name in ids]
+    names = root / "labels.txt"
     try:
         _claim(root, settings)
-        pairs = [(root / IMAGE_FOLDER / f"{name}.jpg", root / MASK_FOLDER / f"{name}.png") for name in ids]
-        names = root / "labels.txt"
-        if all(path.is_file() for path in (names, *split_files, *(path for pair in pairs for path in pair))):
+        if all(path.is_file() for path in (names, *texts, *chain(*pairs))):
             return root
         # The marker comes first: with it, what an interrupted run leaves is known as ours.
         root.mkdir(parents=True, exist_ok=True)
         (root / _MARKER).write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        for folder in (IMAGE_FOLDER, MASK_FOLDER, SPLIT_FOLDER):
+        for folder in FOLDERS:
             (root / folder).mkdir(parents=True, exist_ok=True)
-        for path in split_files:
+        for path in texts:
             path.unlink(missing_ok=True)
-        names.write_text("\n".join(SAMPLE_CLASSES) + "\n", encoding="utf-8")
         for number, (image_path, mask_path) in enumerate(pairs):
             image, mask = draw_sample(size, sample_rng(seed, 0, number))
             Image.fromarray(image).save(image_path, format="JPEG", quality=92)
             save_indexed_png(mask_path, mask)
-        for path, members in split_files.items():
+        for path, members in {names: SAMPLE_CLASSES, **texts}.items():
             path.write_text("\n".join(members) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{root}: the sample cannot be written: {reason(error)}.") from error
@@ -86,8 +82,7 @@ def draw_sample(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.nda
     mask = np.zeros(size, np.uint8)
     for label, (middle_row, middle_column), radius in _arrangement(size, rng):
         shape = SAMPLE_CLASSES[label]
-        y = (rows - middle_row) / radius
-        x = (columns - middle_column) / radius
+        y, x = (rows - middle_row) / radius, (columns - middle_column) / radius
         turn = rng.uniform(0, 2 * np.pi)
         # In pixels from here on: negative inside, so that edge, void border and shadow are thresholds of it.
         distance = radius * _outline(shape, x, y, turn)
@@ -103,15 +98,14 @@ def draw_sample(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.nda
 
 def _claim(root: Path, settings: dict[str, object]) -> None:
     """Raises DataError unless `root` is free or holds this very sample."""
-    if not root.exists() or (root.is_dir() and all(left_by_system(path.name) for path in root.iterdir())):
-        return
-    marker = root / _MARKER
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{root}: holds something else than a sample; choose a new or an empty folder.") from error
-    if found != settings:
-        raise DataError(f"{marker}: another sample ({found}) than the one asked for ({settings}); choose a new folder.")
+    if root.exists() and not (root.is_dir() and all(left_by_system(path.name) for path in root.iterdir())):
+        try:
+            found = json.loads((root / _MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{root}: holds something else than a sample; choose a new or an empty folder.") from error
+        if found != settings:
+            what = f"another sample ({found}) than the one asked for ({settings})"
+            raise DataError(f"{root / _MARKER}: {what}; choose a new folder.")
 
 
 def _arrangement(size: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[int, tuple[float, float], float]]:

@@ -25,7 +25,7 @@ def normalise(image: np.ndarray) -> np.ndarray:
     Raises DTypeError or ShapeError for anything but such an image (a float image may be in [0, 1]
     already, and scaling it twice would go unnoticed).
     """
-    _check_image(image)
+    _check_pixels("image", image, (3,))
     scaled = image.astype(np.float32)
     scaled /= 255
     scaled -= IMAGENET_MEAN
@@ -38,7 +38,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Raises DTypeError or ShapeError for another kind of array and DataError for a size that is not positive.
     """
-    _check_image(image)
+    _check_pixels("image", image, (3,))
     _check_size(size)
     return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
@@ -48,7 +48,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Raises DTypeError or ShapeError for another kind of array and DataError for a size that is not positive.
     """
-    _check_mask(mask)
+    _check_pixels("mask", mask)
     _check_size(size)
     return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
@@ -84,10 +84,9 @@ class ColourJitter:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
-        limits = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
-        for name, highest in limits.items():
-            if not 0 <= getattr(self, name) <= highest:
-                raise DataError(f"{name} {getattr(self, name)}: expected 0 (off) to {highest}.")
+        for name, strength in vars(self).items():
+            if not 0 <= strength <= (highest := 0.5 if name == "hue" else 1):
+                raise DataError(f"{name} {strength}: expected 0 (off) to {highest}.")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 (H, W, 3) -> the same, in other colours."""
@@ -145,8 +144,7 @@ class TrainTransform:
         check_pair(image, mask)
         view = self.view(rng, mask.shape)
         height, width = self.size
-        image = resize_image(image, view.scaled)
-        mask = resize_mask(mask, view.scaled)
+        image, mask = resize_image(image, view.scaled), resize_mask(mask, view.scaled)
         if view.flip:
             image = image[:, ::-1]
             mask = mask[:, ::-1]
@@ -162,12 +160,10 @@ class TrainTransform:
         """(height, width) that a picture of this shape is resized to; `draw` in [0, 1) chooses in the range."""
         if self.short_side:
             low, high = self.short_side
-            factor = (low + int(draw * (high - low + 1))) / min(shape)
-            height, width = shape
+            (height, width), factor = shape, (low + int(draw * (high - low + 1))) / min(shape)
         else:
-            low_factor, high_factor = self.scale
-            factor = low_factor + (high_factor - low_factor) * draw
-            height, width = self.size
+            least, most = self.scale
+            (height, width), factor = self.size, least + (most - least) * draw
         return max(1, round(height * factor)), max(1, round(width * factor))
 
 
@@ -216,23 +212,18 @@ def _check_size(size: tuple[int, int]) -> None:
         raise DataError(f"size {size}: expected (height, width), both at least 1.")
 
 
-def _check_image(image: np.ndarray) -> None:
-    if image.dtype != np.uint8:
-        raise DTypeError(f"image: expected uint8 in 0..255, got {image.dtype}; pass the picture as it was read.")
-    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ShapeError(f"image: expected (H, W, 3), got {image.shape}; pass one RGB picture at a time.")
-
-
-def _check_mask(mask: np.ndarray) -> None:
-    if mask.dtype != np.uint8:
-        raise DTypeError(f"mask: expected uint8 labels, got {mask.dtype}; read it with read_mask.")
-    if mask.ndim != 2 or mask.size == 0:
-        raise ShapeError(f"mask: expected (H, W), got {mask.shape}; pass one map of labels at a time.")
+def _check_pixels(what: str, array: np.ndarray, channels: tuple[int, ...] = ()) -> None:
+    """DTypeError or ShapeError unless these are uint8 (H, W, *channels), one at least."""
+    expected = f"{what}: expected uint8 (H, W{', 3' if channels else ''}), got {array.dtype} {array.shape}"
+    if array.dtype != np.uint8:
+        raise DTypeError(f"{expected}; pass it as it was read, by read_image or read_mask.")
+    if array.ndim != 2 + len(channels) or array.shape[2:] != channels or array.size == 0:
+        raise ShapeError(f"{expected}; pass one {what} at a time.")
 
 
 def check_pair(image: np.ndarray, mask: np.ndarray) -> None:
     """ShapeError or DTypeError unless these are an image uint8 (H, W, 3) and a mask uint8 (H, W) of one size."""
-    _check_image(image)
-    _check_mask(mask)
+    _check_pixels("image", image, (3,))
+    _check_pixels("mask", mask)
     if image.shape[:2] != mask.shape:
         raise ShapeError(f"image {image.shape} and mask {mask.shape} differ in size; pass the mask of this image.")
