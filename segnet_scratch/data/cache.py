@@ -22,13 +22,13 @@ from segnet_scratch.runtime.cache import cache_directory
 
 CacheMode = Literal["none", "memory", "disk"]
 
+# Bytes that a cache takes at most, unless told otherwise: some 5,000 samples of VOC's size.
 MEMORY_LIMIT = 4 << 30
-"""Bytes that a cache takes at most, unless told otherwise: some 5,000 samples of VOC's size."""
 
 _DIGEST = hashlib.sha256().digest_size
 
+# Image uint8 (H, W, 3), mask uint8 (H, W), id.
 Sample = tuple[np.ndarray, np.ndarray, str]
-"""Image uint8 (H, W, 3), mask uint8 (H, W), id."""
 
 
 def open_dataset(path: str | Path, split: str, cache: CacheMode = "none") -> VOCDataset:

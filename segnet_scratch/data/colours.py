@@ -11,14 +11,14 @@ from segnet_scratch.data.palette import VOID, class_palette, voc_palette
 from segnet_scratch.data.pictures import decode
 from segnet_scratch.errors import DataError
 
+# Red, green and blue, each 0..255.
 Colour = tuple[int, int, int]
-"""Red, green and blue, each 0..255."""
 
 _NAMED = 3  # colours of a mask that the table lacks
 
+# What people call what belongs to no class, in lower case.
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored", "unknown", "unannotated", "don't care",
               "dontcare")  # fmt: skip
-"""What people call what belongs to no class, in lower case."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from segnet_scratch.data.transforms import resize_image, resize_mask
 from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.errors import DataError
 
+# More images than this on one sheet are refused: it would be larger than picture viewers open.
 MAX_COUNT = 400
-"""More images than this on one sheet are refused: it would be larger than picture viewers open."""
 
 _PANEL = 240  # longest side of a picture on the sheet
 _GAP, _LINE = 8, 18

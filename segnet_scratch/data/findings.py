@@ -105,8 +105,8 @@ WARNINGS = _of_both(
         "annotation-unknown-class": "an object has a name that is not among the classes",
     }
 )
+# All codes with their meanings.
 CODES = {**ERRORS, **WARNINGS}
-"""All codes with their meanings."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The text files of a data set, lists of ids and labels.txt: read to the end, everything odd in them named."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -85,13 +86,8 @@ def parse_labels(
 
 def is_plain_name(name: str) -> bool:
     """Whether a name is one file name on every system: no separator, drive, blank or leading dot (`..`)."""
-    return (
-        bool(name)
-        and name.isprintable()
-        and len(os.fsencode(name)) <= 240
-        and not name.startswith(".")
-        and not any(mark in name for mark in "/\\: ")
-    )
+    fits = name.isprintable() and len(os.fsencode(name)) <= 240
+    return fits and re.fullmatch(r"[^./\\: ][^/\\: ]*", name) is not None
 
 
 def _fault(name: str) -> str | None:

@@ -16,8 +16,8 @@ VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
                "tvmonitor")  # fmt: skip
 
+# What people call the class of all that is nothing in particular, in lower case.
 BACKGROUND_NAMES = ("background", "_background_", "__background__", "bg")
-"""What people call the class of all that is nothing in particular, in lower case."""
 
 
 def has_background(names: Sequence[str]) -> bool:

@@ -13,8 +13,8 @@ from segnet_scratch.data.palette import VOID, says_nothing
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason
 
+# Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels.
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: a file of some kB can claim to hold gigapixels."""
 
 log = logging.getLogger(__name__)
 

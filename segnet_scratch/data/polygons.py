@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from math import hypot
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +23,8 @@ _BACKGROUND = ("background", "_background_", "bg")
 _VOID = ("void", "__ignore__")
 
 
-class Shape(NamedTuple):
-    """A region of one label: `inside` is bool (H, W) for a size (H, W), `area` in pixels."""
-
-    label: str
-    area: float
-    inside: Callable[[tuple[int, int]], np.ndarray]
-
-
-class Outlines(NamedTuple):
-    """What a file says of an image: its regions, the later covering the earlier, and its size where that is told."""
-
-    source: Path
-    image: Path
-    shapes: Sequence[Shape]
-    told: tuple[int, int] | None
+Size = tuple[int, int]  # height, width
+Shape = tuple[str, Callable[[Size], np.ndarray]]  # label of a region, and what tells, bool (H, W), where it lies
 
 
 def read_labelme(
@@ -49,15 +36,15 @@ def read_labelme(
     `imagePath`. Shapes are drawn in the order of the file, as LabelMe draws them: the later covers the earlier.
     DataError names the file and the entry at fault.
     """
-    found: list[Outlines] = []
+    found: dict[Path, tuple[Path, list[Shape], Size | None]] = {}
     for path in [file for file in visible_files(folder) if file.suffix.lower() == ".json"]:
         data = _read_json(path, "shapes")
         told = str(data.get("imagePath")).replace("\\", "/")
         image = _find_image(path, [path.parent / told, path.parent / Path(told).name], images, told)
         shapes = [_labelme_shape(f"{path}: shape {k}", entry) for k, entry in enumerate(data["shapes"], start=1)]
-        found.append(Outlines(path, image, shapes, _size(data.get("imageHeight"), data.get("imageWidth"))))
-    names = _names(labels or sorted({shape.label for outlines in found for shape in outlines.shapes}))
-    return names, {outlines.source.stem: _pair(outlines, names) for outlines in found}
+        found[path] = image, shapes, _size(data.get("imageHeight"), data.get("imageWidth"))
+    names = _names(labels or sorted({label for _, shapes, _ in found.values() for label, _ in shapes}))
+    return names, {path.stem: _pair(path, *item, names) for path, item in found.items()}
 
 
 def read_coco(
@@ -72,25 +59,26 @@ def read_coco(
     data = _read_json(path, "images", "annotations", "categories")
     categories = {c["id"]: str(c["name"]) for c in _entries(path, data, "categories", "id", "name")}
     files = {entry["id"]: entry for entry in _entries(path, data, "images", "id", "file_name")}
-    shapes: dict[Any, list[tuple[bool, Shape]]] = {key: [] for key in files}
+    shapes: dict[Any, list[tuple[tuple[bool, float], Shape]]] = {key: [] for key in files}
     for entry in _entries(path, data, "annotations", "image_id", "category_id", "segmentation"):
         where = f"{path}: annotation {entry.get('id')}"
         if entry["image_id"] not in files or entry["category_id"] not in categories:
             raise DataError(f"{where}: its image or its category is not among those of the file.")
-        shape = _coco_shape(where, categories[entry["category_id"]], entry["segmentation"])
-        shapes[entry["image_id"]].append((not entry.get("iscrowd"), shape))
+        area, inside = _coco_region(where, entry["segmentation"])
+        rank = not entry.get("iscrowd"), -area
+        shapes[entry["image_id"]].append((rank, (categories[entry["category_id"]], inside)))
     names = _names(labels or [name for _, name in sorted(categories.items())])
     pairs = {}
     for key, entry in files.items():
         told = str(entry["file_name"]).replace("\\", "/")
         image = _find_image(path, [path.parent / told, path.parent / "images" / told], images, told)
-        ordered = [shape for _, shape in sorted(shapes[key], key=lambda item: (item[0], -item[1].area))]
-        outlines = Outlines(path, image, ordered, _size(entry.get("height"), entry.get("width")))
-        pairs[str(Path(told).with_suffix(""))] = _pair(outlines, names)
+        ordered = [shape for _, shape in sorted(shapes[key], key=lambda item: item[0])]
+        size = _size(entry.get("height"), entry.get("width"))
+        pairs[str(Path(told).with_suffix(""))] = _pair(path, image, ordered, size, names)
     return names, pairs
 
 
-def polygon_inside(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def polygon_inside(points: np.ndarray, size: Size) -> np.ndarray:
     """Which pixels have their centre inside a polygon, points (n, 2) of x and y, by the even-odd rule: bool (H, W)."""
     height, width = size
     flips = np.zeros((height, width + 1), bool)  # where a row of centres crosses an edge
@@ -127,18 +115,18 @@ def _labelme_shape(where: str, entry: Any) -> Shape:
     points = _points(where, entry.get("points"))
     if kind == "circle" and len(points) == 2:
         (x, y), radius = points[0], hypot(*(points[1] - points[0]))
-        return Shape(entry["label"], np.pi * radius**2, partial(_disc, x, y, radius))
+        return entry["label"], partial(_disc, x, y, radius)
     if kind == "rectangle" and len(points) in (2, 4):
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
         points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
     elif kind != "polygon" or len(points) < 3:
-        raise DataError(
-            f"{where}: a {kind} of {len(points)} points; expected a polygon of 3 or more, a rectangle or circle of 2."
-        )
-    return Shape(entry["label"], _area(points), partial(polygon_inside, points))
+        expected = "expected a polygon of 3 or more, a rectangle or circle of 2"
+        raise DataError(f"{where}: a {kind} of {len(points)} points; {expected}.")
+    return entry["label"], partial(polygon_inside, points)
 
 
-def _coco_shape(where: str, label: str, told: Any) -> Shape:
+def _coco_region(where: str, told: Any) -> tuple[float, Callable[[Size], np.ndarray]]:
+    """Its area in pixels, and what tells where it lies."""
     if isinstance(told, dict):
         try:
             counts, (height, width) = told["counts"], told["size"]
@@ -147,24 +135,23 @@ def _coco_shape(where: str, label: str, told: Any) -> Shape:
                 raise ValueError(f"runs of {runs.sum()} pixels for {height} x {width}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{where}: expected runs as COCO writes them, counts and size, got {error}.") from error
-        return Shape(label, float(runs[1::2].sum()), partial(_run_mask, where, runs, (height, width)))
+        return float(runs[1::2].sum()), partial(_run_mask, where, runs, (height, width))
     if not isinstance(told, list) or not told or not all(isinstance(part, list) and len(part) > 5 for part in told):
         raise DataError(f"{where}: expected polygons [[x, y, x, y, x, y, ...], ...] of at least 3 points, or runs.")
     parts = [_points(where, part) for part in told]
-    return Shape(label, sum(map(_area, parts)), lambda size: np.any([polygon_inside(p, size) for p in parts], axis=0))
+    return sum(map(_area, parts)), lambda size: np.any([polygon_inside(points, size) for points in parts], axis=0)
 
 
-def _pair(outlines: Outlines, names: list[str]) -> Pair:
-    """The image, and the mask that the regions make with these classes; where there is none it is background."""
-    source, image, shapes, told = outlines
+def _pair(source: Path, image: Path, shapes: Sequence[Shape], told: Size | None, names: list[str]) -> Pair:
+    """The image, and the mask that its regions make, the later covering the earlier; beside them is background."""
     labels = dict.fromkeys(_VOID, VOID) | dict.fromkeys(_BACKGROUND, 0) | {name: k for k, name in enumerate(names)}
 
-    def drawn(size: tuple[int, int]) -> np.ndarray:
+    def drawn(size: Size) -> np.ndarray:
         if told and told != size:
             sizes = "an image of {} x {} (height x width); {} has {} x {}".format(*told, image, *size)
             raise DataError(f"{source}: outlines for {sizes}; take the image that they were drawn on.")
         mask = np.zeros(size, np.uint8)
-        for label, _, inside in shapes:
+        for label, inside in shapes:
             if label not in labels:
                 raise DataError(f"{source}: label {label!r} of {image.name} is not among {', '.join(names)}; add it.")
             mask[inside(size)] = labels[label]
@@ -178,12 +165,12 @@ def _names(labels: Sequence[str]) -> list[str]:
     return ["background", *(label for label in labels if label not in (*_BACKGROUND, *_VOID))]
 
 
-def _disc(x: float, y: float, radius: float, size: tuple[int, int]) -> np.ndarray:
+def _disc(x: float, y: float, radius: float, size: Size) -> np.ndarray:
     rows, columns = np.ogrid[: size[0], : size[1]]
     return (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= radius**2
 
 
-def _run_mask(where: str, runs: np.ndarray, told: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def _run_mask(where: str, runs: np.ndarray, told: Size, size: Size) -> np.ndarray:
     """Runs go down the columns, one after the other; outside and inside take turns."""
     if told != size:
         raise DataError(f"{where}: runs for {told[0]} x {told[1]} pixels (height x width), the image has {size}.")
@@ -206,7 +193,7 @@ def _points(where: str, told: Any) -> np.ndarray:
     return points
 
 
-def _size(height: Any, width: Any) -> tuple[int, int] | None:
+def _size(height: Any, width: Any) -> Size | None:
     return (height, width) if type(height) is int and type(width) is int else None
 
 

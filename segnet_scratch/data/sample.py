@@ -19,8 +19,8 @@ from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, MASK_FOLDER, SPLIT_FO
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import left_by_system, reason
 
+# Names of the classes, by label.
 SAMPLE_CLASSES = ("background", "circle", "square", "triangle", "star", "ring")
-"""Names of the classes, by label."""
 
 _HUES = {"circle": 0.99, "square": 0.61, "triangle": 0.13, "star": 0.79, "ring": 0.41}
 _HUE_JITTER = 0.035

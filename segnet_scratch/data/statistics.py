@@ -21,10 +21,10 @@ from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.data.walk import Progress, silent, walk
 from segnet_scratch.errors import DataError, printable
 
+# The weight of a class without a pixel: no loss is ever multiplied by it, so it only has to be harmless. With 1, the
+# weight of the median class, the class counts as any other should the weights be used where it does occur; 0 would
+# silently ignore it there, and the formula gives infinity.
 ABSENT_WEIGHT = 1.0
-"""The weight of a class without a pixel: no loss is ever multiplied by it, so it only has to be harmless. With 1, the
-weight of the median class, the class counts as any other should the weights be used where it does occur; 0 would
-silently ignore it there, and the formula gives infinity."""
 
 
 @dataclass(frozen=True)

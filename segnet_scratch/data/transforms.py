@@ -12,11 +12,11 @@ from PIL import Image, ImageEnhance
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.errors import DataError, DTypeError, ShapeError
 
+# Mean of ImageNet's RGB in [0, 1]: what the VGG16 weights were trained with.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-"""Mean of ImageNet's RGB in [0, 1]: what the VGG16 weights were trained with."""
 
+# Standard deviation of ImageNet's RGB in [0, 1].
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""Standard deviation of ImageNet's RGB in [0, 1]."""
 
 
 def normalise(image: np.ndarray) -> np.ndarray:

@@ -23,11 +23,11 @@ SPLIT_FOLDER = Path("ImageSets", "Segmentation")
 IMAGE_FOLDER = "JPEGImages"
 MASK_FOLDER = "SegmentationClass"
 
+# What a VOC root holds at least.
 FOLDERS = (SPLIT_FOLDER.as_posix(), IMAGE_FOLDER, MASK_FOLDER)
-"""What a VOC root holds at least."""
 
+# Suffixes of images; where an id has several, the first goes.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Suffixes of images; where an id has several, the first goes."""
 
 
 def find_root(path: str | Path, with_masks: bool = True) -> Path:

@@ -21,14 +21,15 @@ from segnet_scratch import __version__
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import lock, reason
 
+# Told what is being done, and how many bytes of how many are.
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many bytes of how many are."""
 
 _BLOCK = 1 << 18
 _TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 _PAUSE = 2.0  # seconds before a second try, twice as long before the next
 _FRUITLESS_TRIES = 3  # in a row, of one mirror
 _TRIES = 50  # of one mirror in all: one that breaks off after every few bytes is no mirror
+_OTHER_MIRROR = "give another address with --mirror"
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -37,12 +38,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def fetch(
-    urls: Sequence[str],
-    target: Path,
-    checksum: str,
-    size: int,
-    progress: Progress = silent,
-    fix: str = "give another address with --mirror",
+    urls: Sequence[str], target: Path, checksum: str, size: int, progress: Progress = silent, fix: str = _OTHER_MIRROR
 ) -> None:
     """Gets a file of `size` bytes with this checksum, "md5:DIGITS" or "sha256:DIGITS", to `target`, unless it is there.
 

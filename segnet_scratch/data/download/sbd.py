@@ -33,8 +33,8 @@ from segnet_scratch.errors import DataError
 from segnet_scratch.extras import require
 from segnet_scratch.files import reason, sweep_temporaries, write_durably
 
+# The list that is written.
 SPLIT = "train_aug"
-"""The list that is written."""
 
 _CLASSES = 21
 

@@ -1,7 +1,6 @@
 """What a data set is made of, before any picture is opened: root, class names, lists of ids and how they overlap."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -13,17 +12,10 @@ from segnet_scratch.errors import DataError
 _NAMED_AT_MOST = 5
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The root, the class names by label, and the ids of each split."""
-
-    root: Path
-    names: tuple[str, ...]
-    splits: dict[str, list[str]]
-
-
-def examine_layout(path: Path, wanted: Sequence[str], found: Tell) -> Layout:
-    """The layout of the data set that `path` means; of the splits `wanted`, or of all there are.
+def examine_layout(
+    path: Path, wanted: Sequence[str], found: Tell
+) -> tuple[Path, tuple[str, ...], dict[str, list[str]]]:
+    """Root, names of the classes, and ids by split, of those `wanted` or all, of the data set that `path` means.
 
     Raises DataError where nothing there resembles a data set, and for a wanted split that does not exist.
     """
@@ -39,7 +31,7 @@ def examine_layout(path: Path, wanted: Sequence[str], found: Tell) -> Layout:
     if not splits and folder.is_dir():
         found("no-splits", folder, "expected lists such as train.txt and val.txt, got none.")
     _examine_overlaps(folder, splits, found)
-    return Layout(root, names, splits)
+    return root, names, splits
 
 
 def purpose(split: str) -> str | None:

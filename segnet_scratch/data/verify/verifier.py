@@ -2,19 +2,79 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
-from segnet_scratch.data.findings import Findings, Tell
+from segnet_scratch.data.findings import CODES, Finding, Findings, Tell
+from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.suspicions import suspect, suspect_palette
-from segnet_scratch.data.verify.layout import Layout, examine_layout, purpose
+from segnet_scratch.data.verify.layout import examine_layout, purpose
 from segnet_scratch.data.verify.pair import Folders, PairFacts, examine_pair
-from segnet_scratch.data.verify.report import Report
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file
 from segnet_scratch.data.walk import Progress, silent, walk
+
+
+@dataclass(frozen=True)
+class Report:
+    """The facts about a data set and what is wrong with it.
+
+    splits: number of ids by split. pairs: number of ids looked at, each once. sizes: number of images by
+    (height, width). image_modes, mask_modes: number of files by Pillow's mode. unlisted: images and masks that no
+    split names. pixels: int64 (256,), pixels by label over all masks; images: int64 (256,), masks that hold a label.
+    findings: errors first, then by code, then by file.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    splits: dict[str, int]
+    pairs: int
+    sizes: Counter[tuple[int, int]]
+    image_modes: Counter[str]
+    mask_modes: Counter[str]
+    unlisted: dict[str, int]
+    pixels: np.ndarray
+    images: np.ndarray
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing but warnings was found."""
+        return not any(finding.is_error for finding in self.findings)
+
+    @property
+    def void_share(self) -> float:
+        """The fraction of all pixels that are void; 0 where no mask could be read."""
+        return float(self.pixels[VOID] / max(1, self.pixels.sum()))
+
+    def by_code(self) -> dict[str, list[Finding]]:
+        """The findings of each code that occurs, in their order."""
+        return {code: list(group) for code, group in groupby(self.findings, lambda finding: finding.code)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object; sizes as "HEIGHTxWIDTH", pixels and images by class name and "void"."""
+        labels = {**dict(enumerate(self.names)), VOID: "void"}
+        return {
+            "root": str(self.root),
+            "passed": self.passed,
+            "splits": self.splits,
+            "pairs": self.pairs,
+            "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.most_common()},
+            "image_modes": dict(self.image_modes),
+            "mask_modes": dict(self.mask_modes),
+            "unlisted": self.unlisted,
+            "pixels": {name: int(self.pixels[label]) for label, name in labels.items()},
+            "images": {name: int(self.images[label]) for label, name in labels.items()},
+            "void_share": self.void_share,
+            "findings": [
+                {"code": f.code, "error": f.is_error, "meaning": CODES[f.code], "file": str(f.path), "detail": f.detail}
+                for f in self.findings
+            ],
+        }
 
 
 def verify(
@@ -27,19 +87,25 @@ def verify(
     What passes, VOCDataset reads. Raises DataError where there is nothing like a data set, or no such split.
     """
     found = Findings()
-    layout = examine_layout(Path(path), splits, found)
-    ids = list(dict.fromkeys(chain(*layout.splits.values())))
-    folders = Folders(layout.root)
-    facts = list(walk(partial(examine_pair, folders, layout.names), ids, workers, progress))
+    root, names, lists = examine_layout(Path(path), splits, found)
+    ids = list(dict.fromkeys(chain(*lists.values())))
+    folders = Folders(root)
+    facts = list(walk(partial(examine_pair, folders, names), ids, workers, progress))
     found += chain(*(pair.found for pair in facts))
-    _examine_twins(layout, facts, found)
-    _examine_palettes(layout, facts, found)
-    _examine_labels(layout, facts, found)
+    _examine_twins(root, lists, facts, found)
+    _examine_palettes(root, facts, found)
+    doubts, by_name = Findings(), {pair.name: pair for pair in facts}
+    for split, members in lists.items():
+        histograms = _histograms(by_name[name] for name in members)
+        if purpose(split) == "train" and len(histograms):
+            masks = f"the {len(histograms):,} masks"
+            suspect(root, split, names, histograms.sum(axis=0), masks, doubts)
+    found += dict.fromkeys(doubts)  # two lists may give the same
     histograms = _histograms(facts)
     return Report(
-        root=layout.root,
-        names=layout.names,
-        splits={split: len(members) for split, members in layout.splits.items()},
+        root=root,
+        names=names,
+        splits={split: len(members) for split, members in lists.items()},
         pairs=len(ids),
         sizes=Counter(filter(None, (pair.image_size for pair in facts))),
         image_modes=Counter(filter(None, (pair.image_mode for pair in facts))),
@@ -59,10 +125,10 @@ def _histograms(facts: Iterable[PairFacts]) -> np.ndarray:
     return np.array([pair.labels for pair in facts if pair.labels is not None], np.int64).reshape(-1, 256)
 
 
-def _examine_twins(layout: Layout, facts: list[PairFacts], found: Tell) -> None:
+def _examine_twins(root: Path, lists: dict[str, list[str]], facts: list[PairFacts], found: Tell) -> None:
     """Tells of ids whose image files hold the same bytes; across a training and a scoring split that is a leak."""
     purposes, first = defaultdict(set), dict[bytes, str]()
-    for split, members in layout.splits.items():
+    for split, members in lists.items():
         for name in members:
             purposes[name].add(purpose(split))
     for pair in facts:
@@ -70,10 +136,10 @@ def _examine_twins(layout: Layout, facts: list[PairFacts], found: Tell) -> None:
         if other != pair.name:
             code = "image-leak" if {"train", "score"} <= purposes[pair.name] | purposes[other] else "same-image"
             detail = f"holds the same bytes as the image of '{other}'; take one of the two ids out of the lists."
-            found(code, find_image(layout.root, pair.name), detail)
+            found(code, find_image(root, pair.name), detail)
 
 
-def _examine_palettes(layout: Layout, facts: list[PairFacts], found: Tell) -> None:
+def _examine_palettes(root: Path, facts: list[PairFacts], found: Tell) -> None:
     """Tells once where masks give one label several colours: each may have been numbered anew, on its own.
 
     Only colours of labels that a mask holds count, since programs cut or fill the rest of the palette as they like.
@@ -87,19 +153,8 @@ def _examine_palettes(layout: Layout, facts: list[PairFacts], found: Tell) -> No
     if odd:
         detail = f"{len(odd)} of {len(used)} masks, this one the first, give a label another colour than most do"
         fix = "do their numbers mean the same? Look at them with segnet data show."
-        found("palettes-differ", mask_file(layout.root, odd[0]), f"{detail}; {fix}")
-    suspect_palette(layout.root, dict(chain(*(colours.items() for colours in used.values()))), found)
-
-
-def _examine_labels(layout: Layout, facts: list[PairFacts], found: Findings) -> None:
-    """Tells what the labels of each training list give reason to doubt; what two lists give, once."""
-    doubts, by_name = Findings(), {pair.name: pair for pair in facts}
-    for split, members in layout.splits.items():
-        histograms = _histograms(by_name[name] for name in members)
-        if purpose(split) == "train" and len(histograms):
-            masks = f"the {len(histograms):,} masks"
-            suspect(layout.root, split, layout.names, histograms.sum(axis=0), masks, doubts)
-    found += dict.fromkeys(doubts)
+        found("palettes-differ", mask_file(root, odd[0]), f"{detail}; {fix}")
+    suspect_palette(root, dict(chain(*(colours.items() for colours in used.values()))), found)
 
 
 def _unlisted(files: Iterable[str], ids: set[str], suffixes: tuple[str, ...]) -> int:
