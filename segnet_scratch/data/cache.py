@@ -53,9 +53,8 @@ class MemoryCachedDataset(VOCDataset):
 
     def sample(self, index: int) -> Sample:
         """As VOCDataset, from memory where it is there; the arrays cannot be written to."""
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
+        if index in self._kept:
+            return self._kept[index]
         sample = image, mask, _ = super().sample(index)
         for array in (image, mask):
             array.flags.writeable = False
@@ -96,10 +95,8 @@ class DiskCachedDataset(VOCDataset):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_durably(file, [hashlib.sha256(made_of + pixels).digest(), pixels], synced=False)
         except OSError as error:
-            raise DataError(
-                f"{file}: the cache of decoded images cannot be kept: {reason(error)}; or set SEGNET_CACHE to a folder "
-                'on another disk, or train with cache = "none".'
-            ) from error
+            fix = 'or set SEGNET_CACHE to a folder on another disk, or train with cache = "none"'
+            raise DataError(f"{file}: the cache of decoded images cannot be kept: {reason(error)}; {fix}.") from error
         stream = BytesIO(pixels)
         image, mask = np.load(stream), np.load(stream)
         image.flags.writeable = mask.flags.writeable = False

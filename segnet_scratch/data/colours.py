@@ -92,9 +92,7 @@ def read_colours(path: str | Path) -> ColourTable:
     return ColourTable(tuple(names), labels)
 
 
-def labels_from_colours(
-    colours: np.ndarray, table: ColourTable
-) -> tuple[np.ndarray, dict[Colour, tuple[int, int, int]]]:
+def labels_from_colours(colours: np.ndarray, table: ColourTable) -> tuple[np.ndarray, dict[Colour, Colour]]:
     """Labels, uint8 (H, W), of a picture, uint8 (H, W, 3); and the colours that the table lacks.
 
     Of these the number of pixels, and the row and column of the first. Where there are any, the labels are of no use.
@@ -131,10 +129,8 @@ def _shown(path: Path) -> np.ndarray:
     see_through = np.argwhere(shown[..., 3] != 255).tolist()
     if see_through:
         row, column = see_through[0]
-        raise DataError(
-            f"{path}: {len(see_through)} pixels are transparent, first at row {row}, column {column}, so that their "
-            "colour is not to be told; save the mask without transparency."
-        )
+        what = f"{len(see_through)} pixels are transparent, first at row {row}, column {column}"
+        raise DataError(f"{path}: {what}, so that their colour is not to be told; save the mask without transparency.")
     return shown[..., :3]
 
 

@@ -153,12 +153,9 @@ def mask_labels(path: Path, picture: Image.Image) -> np.ndarray:
         colours = picture.mode.startswith("RGB")
         code = "mask-rgb" if colours else "mask-has-alpha" if picture.mode.endswith("A") else "mask-16-bit"
         what, how = (", a colour-coded mask", " (segnet data convert does)") if colours else ("", "")
-        raise FoundError(
-            code,
-            path,
-            f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}{what}; replace "
-            f"every colour by the number of its class and save it as an indexed PNG{how}.",
-        )
+        got = f"expected class numbers as palette indices (PNG of mode P or L), got mode {picture.mode}{what}"
+        fix = f"replace every colour by the number of its class and save it as an indexed PNG{how}"
+        raise FoundError(code, path, f"{got}; {fix}.")
     mask = np.array(picture, dtype=np.uint8)
     if picture.mode == "L":
         # Greyscale of 2 or 4 bits a pixel comes out of Pillow stretched to 0..255; labels must not be.
@@ -178,17 +175,17 @@ def mask_colours(path: Path, classes: int) -> list[tuple[int, int, int]] | None:
     return [(int(r), int(g), int(b)) for r, g, b in palette] if meant else None
 
 
-def colours_in_use(counts: np.ndarray, picture: Image.Image) -> dict[int, bytes]:
-    """The palette's colour of each label in a mask; none for void, of which not all have the same."""
-    palette = palette_of(picture)
-    colours = {label: palette[3 * label : 3 * label + 3] for label in np.flatnonzero(counts[:VOID]).tolist()}
-    return {label: colour for label, colour in colours.items() if colour}
-
-
 def label_counts(mask: np.ndarray) -> np.ndarray:
     """The number of pixels of each label of a mask, uint8 (H, W): int64 (256,)."""
     # Three times as fast as np.bincount, which widens the whole mask to 64 bits first.
     return np.array(Image.fromarray(mask).histogram(), np.int64)
+
+
+def label_facts(mask: np.ndarray, picture: Image.Image) -> tuple[np.ndarray, dict[int, bytes]]:
+    """`label_counts` of a mask, and the colour that its palette gives each label but void, which has many."""
+    counts, palette = label_counts(mask), palette_of(picture)
+    colours = {label: palette[3 * label : 3 * label + 3] for label in np.flatnonzero(counts[:VOID]).tolist()}
+    return counts, {label: colour for label, colour in colours.items() if colour}
 
 
 def check_mask(path: Path, mask: np.ndarray, classes: int, found: Tell = refuse) -> None:

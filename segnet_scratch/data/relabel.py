@@ -55,15 +55,13 @@ def parse_relabelling(text: str, names: Sequence[str]) -> Relabelling:
         old, equals, new = (word.strip() for word in part.partition("="))
         source, target = _number(old, names), _number(new, names)
         if not equals or source is None or target is None or not (target < len(names) or target == VOID):
-            raise ConfigError(
-                f"--relabel {part.strip()}: expected OLD=NEW, to the left a number of 0..255 or a class, to the right "
-                f"a number below {len(names)}, a class, or void; for example 255=1 or {names[-1]}=void"
-            )
+            expected = f"a number of 0..255 or a class, to the right a number below {len(names)}, a class, or void"
+            example = f"for example 255=1 or {names[-1]}=void"
+            raise ConfigError(f"--relabel {part.strip()}: expected OLD=NEW, to the left {expected}; {example}")
         if source in given:
             raise ConfigError(f"--relabel {text}: {old} is given twice")
-        given[source] = target
-    for source, target in given.items():
-        lookup[source], known[source] = target, True
+        given[source] = lookup[source] = target
+        known[source] = True
     kept = tuple(label for label in range(len(names)) if given.get(label, label) == label or label in given.values())
     if not kept:
         raise ConfigError(f"--relabel {text}: no class is left")

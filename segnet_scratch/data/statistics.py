@@ -102,9 +102,7 @@ def class_statistics(dataset: VOCDataset, workers: int | None = None, progress: 
     of_classes, void = counts[:, : dataset.classes], int(counts[:, VOID].sum())
     reachable = np.where(of_classes > 0, of_classes.sum(axis=1, keepdims=True), 0).sum(axis=0)
     if not of_classes.any():
-        raise DataError(
-            f"{dataset.root}: all {len(dataset)} masks of split '{dataset.split}' are void throughout, so there is "
-            "nothing to weigh; mark some pixels, or use another split."
-        )
+        what = f"all {len(dataset)} masks of split '{dataset.split}' are void throughout, so there is nothing to weigh"
+        raise DataError(f"{dataset.root}: {what}; mark some pixels, or use another split.")
     pixels, images = of_classes.sum(axis=0), (of_classes > 0).sum(axis=0)
     return ClassStatistics(dataset.names, pixels, images, reachable, void, len(dataset))

@@ -8,7 +8,7 @@ import numpy as np
 from segnet_scratch.data.colours import VOID_NAMES
 from segnet_scratch.data.findings import Findings, Tell
 from segnet_scratch.data.palette import VOID, says_nothing
-from segnet_scratch.data.pictures import colours_in_use, convert_command, decode, label_counts, mask_labels
+from segnet_scratch.data.pictures import convert_command, decode, label_facts, mask_labels
 from segnet_scratch.data.voc import SPLIT_FOLDER, VOCDataset
 from segnet_scratch.data.walk import walk
 from segnet_scratch.errors import DataError
@@ -64,10 +64,9 @@ def look_over(dataset: VOCDataset, workers: int = 2, at_most: int = 2000) -> Fin
         path = dataset.mask_path(index)
         try:
             picture = decode(path, "mask")
-            counts = label_counts(mask_labels(path, picture))
+            return label_facts(mask_labels(path, picture), picture)
         except DataError:
             return None
-        return counts, colours_in_use(counts, picture)
 
     for counts, seen in filter(None, walk(examine, order.tolist(), workers)):
         pixels += counts

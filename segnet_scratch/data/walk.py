@@ -17,10 +17,7 @@ def silent(done: int, total: int) -> None:
 
 
 def walk(
-    function: Callable[[Item], Result],
-    items: Collection[Item],
-    workers: int | None = None,
-    progress: Progress = silent,
+    function: Callable[[Item], Result], items: Collection[Item], workers: int | None = None, progress: Progress = silent
 ) -> Generator[Result, None, None]:
     """function(item) of every item, in order. workers: threads, as many as cores unless given."""
     workers = (os.cpu_count() or 1) if workers is None else workers

@@ -19,15 +19,7 @@ from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.sources import Source
 from segnet_scratch.data.loader import ordered_map
 from segnet_scratch.data.palette import indexed_picture, png_bytes
-from segnet_scratch.data.voc import (
-    IMAGE_FOLDER,
-    MASK_FOLDER,
-    SPLIT_FOLDER,
-    check_sizes,
-    find_image,
-    mask_file,
-    read_split,
-)
+from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, check_sizes, find_image, mask_file, read_split
 from segnet_scratch.data.walk import Progress, silent
 from segnet_scratch.errors import DataError
 from segnet_scratch.extras import require
@@ -59,8 +51,8 @@ def merge_sbd(archive: Path, root: Path, source: Source, progress: Progress = si
     listed: set[str] = set()
     found: set[str] = set()
     try:
-        for folder in (root / IMAGE_FOLDER, root / MASK_FOLDER):
-            sweep_temporaries(folder)
+        for folder in FOLDERS:
+            sweep_temporaries(root / folder)
 
         def jobs() -> Iterator[tuple[str, str, bytes]]:
             for path, content in read_files(archive, source, progress):
@@ -78,10 +70,8 @@ def merge_sbd(archive: Path, root: Path, source: Source, progress: Progress = si
         with closing(ordered_map(partial(_add, archive, root, loadmat), jobs(), workers, ahead=8 * workers)) as results:
             added = sum(results)
         if not listed or listed - found:
-            raise DataError(
-                f"{archive}: {len(listed - found)} of the {len(listed)} ids in its lists have no mask; expected SBD's "
-                f"{source.file}, with lists and a mask for each id."
-            )
+            what = f"{len(listed - found)} of the {len(listed)} ids in its lists have no mask"
+            raise DataError(f"{archive}: {what}; expected SBD's {source.file}, with lists and a mask for each id.")
         ids = [*train, *sorted(found - val - set(train))]
         for name in ids:
             image, mask = find_image(root, name), mask_file(root, name)

@@ -12,16 +12,7 @@ from PIL import Image
 from segnet_scratch.data.annotations import ANNOTATION_FOLDER, annotation_file, read_annotation
 from segnet_scratch.data.findings import Finding, Findings, FoundError
 from segnet_scratch.data.palette import VOID
-from segnet_scratch.data.pictures import (
-    Role,
-    check_mask,
-    colours_in_use,
-    decode,
-    label_counts,
-    mask_labels,
-    orientation,
-    rgb_pixels,
-)
+from segnet_scratch.data.pictures import Role, check_mask, decode, label_facts, mask_labels, orientation, rgb_pixels
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, check_sizes, find_image, mask_file
 from segnet_scratch.files import visible_files
 
@@ -29,12 +20,9 @@ _SMALL = 32  # five 2x2 pools leave one position of a 32-pixel side
 _PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 _ODD_MODES = {
-    "CMYK": "image-cmyk",
-    "YCCK": "image-cmyk",
-    "L": "image-grey",
-    "1": "image-grey",
-    "LA": "image-has-alpha",
-    "RGBA": "image-has-alpha",
+    **dict.fromkeys(("CMYK", "YCCK"), "image-cmyk"),
+    **dict.fromkeys(("L", "1"), "image-grey"),
+    **dict.fromkeys(("LA", "RGBA"), "image-has-alpha"),
     "P": "image-palette",
 }
 
@@ -112,8 +100,7 @@ def _examine_mask(facts: PairFacts, root: Path, path: Path, classes: int) -> Non
     picture = _examine_file(facts, root, path, "mask")
     facts.mask_size, facts.mask_mode = (picture.height, picture.width), picture.mode
     mask = mask_labels(path, picture)
-    facts.labels = label_counts(mask)
-    facts.colours = colours_in_use(facts.labels, picture)
+    facts.labels, facts.colours = label_facts(mask, picture)
     if facts.labels[VOID] == mask.size:
         facts.found("mask-all-void", path, "nothing can be learnt from it; mark some pixels.")
     # The histogram tells whether there are any; where they are is worth a second look at the pixels only then.

@@ -59,14 +59,10 @@ class Report:
         """The report as a JSON object; sizes as "HEIGHTxWIDTH", pixels and images by class name and "void"."""
         labels = {**dict(enumerate(self.names)), VOID: "void"}
         return {
+            **{key: value for key, value in vars(self).items() if key != "names"},
             "root": str(self.root),
             "passed": self.passed,
-            "splits": self.splits,
-            "pairs": self.pairs,
             "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.most_common()},
-            "image_modes": dict(self.image_modes),
-            "mask_modes": dict(self.mask_modes),
-            "unlisted": self.unlisted,
             "pixels": {name: int(self.pixels[label]) for label, name in labels.items()},
             "images": {name: int(self.images[label]) for label, name in labels.items()},
             "void_share": self.void_share,
