@@ -378,7 +378,7 @@ class TestMaps:
         for name in ("loads_2d", "stores_4d"):
             for call, error, named in MISUSES[kind](kernels.valid_call(kernels.written_kernel(name), BF16)):
                 with pytest.raises(error, match=re.escape(named)):
-                    call.launch(kernels.Recorder())
+                    call.launch(kernels.DryDevice())
 
     def test_a_kernel_says_what_its_maps_are_of(self, tmp_path):
         text = '#include "common/tma.cuh"\n// Element types: bf16; sm_90a only.\nextern "C" __global__ void f(%s) {}'
@@ -387,7 +387,7 @@ class TestMaps:
         assert kernel.cooperative
         assert kernel.signature == "f(TensorMap x, int n)"
         with pytest.raises(ShapeError, match=r"x describes an array of shape \(4, 8\); expected \(3, 8\), \(n, 8\)"):
-            launch(kernels.Recorder(), kernel, 1, 1, (TensorMap(np.zeros((4, 8), BFLOAT16), (4, 8)), 3), BF16)
+            launch(kernels.DryDevice(), kernel, 1, 1, (TensorMap(np.zeros((4, 8), BFLOAT16), (4, 8)), 3), BF16)
         for wrong in ("TensorMap x", "const TensorMap x", "const __grid_constant__ TensorMap* x"):
             with pytest.raises(CompileError, match="is passed as 'const __grid_constant__ TensorMap x'"):
                 _ = kernels.parse(tmp_path, text % wrong)[0].parameters

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import ROOT, raises
-from support.kernels import FLOAT32, Recorder, needs_compiler, parse, sentinel_array, valid_call
+from support.kernels import FLOAT32, DryDevice, needs_compiler, parse, sentinel_array, valid_call
 
 from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.lab.proof.misuse import MISUSES
@@ -90,7 +90,7 @@ class TestSignature:
         (typed,) = parse(tmp_path, "// Element types: bfloat16.\n" + kernel, "typed.cu")
         assert typed.source.elements == ("bfloat16",)
         with pytest.raises(DTypeError, match=r"f: cannot be launched for float32; declared.cu is for tf32, bf16"):
-            launch(Recorder(), declared, 1, 1, (np.ones(4, np.float32),), FLOAT32)
+            launch(DryDevice(), declared, 1, 1, (np.ones(4, np.float32),), FLOAT32)
 
     def test_types_are_those_of_cuda(self, tmp_path):
         names = {
@@ -277,13 +277,13 @@ extern "C" __global__ void g(LIST) {}
             with pytest.raises(
                 SegnetError, match=r"written\.cu: f: the shape comment .* of x uses a name that is no integer"
             ):
-                launch(Recorder(), kernel, 1, 1, (np.ones(4, np.float32), 4), FLOAT32)
+                launch(DryDevice(), kernel, 1, 1, (np.ones(4, np.float32), 4), FLOAT32)
 
     def test_a_shape_that_divides_by_zero(self, tmp_path):
         (kernel,) = parse(tmp_path, 'extern "C" __global__ void f(float* x, // (n / s)\nint n, int s) {}')
         with pytest.raises(ShapeError, match=r"f: argument x .*\(n / s\).* s=0"):
-            launch(Recorder(), kernel, 1, 1, (np.ones(4, np.float32), 4, 0), FLOAT32)
-        launch(Recorder(), kernel, 1, 1, (np.ones(2, np.float32), 4, 2), FLOAT32)
+            launch(DryDevice(), kernel, 1, 1, (np.ones(4, np.float32), 4, 0), FLOAT32)
+        launch(DryDevice(), kernel, 1, 1, (np.ones(2, np.float32), 4, 2), FLOAT32)
 
     def test_sources_that_cannot_be_read(self, tmp_path):
         with pytest.raises(CompileError, match=r"cannot read the kernel source .*absent\.cu"):
@@ -392,7 +392,7 @@ class TestGate:
     def test_a_right_launch_passes_with_exact_types(self, name, element):
         # Without this, a gate that refuses everything, or a recorder that records nothing, would pass the tests above.
         types = ElementTypes.named(element)
-        call, device = valid_call(find_kernel(name), types), Recorder()
+        call, device = valid_call(find_kernel(name), types), DryDevice()
         call.launch(device)
         (launched,) = device.launches
         values, kernel = launched.arguments, call.kernel
@@ -423,7 +423,7 @@ class TestGate:
         np.testing.assert_array_equal(y, a + 1)
 
     def test_legal_extremes(self):
-        call, device = valid_call(find_kernel("sgd_step")), Recorder()
+        call, device = valid_call(find_kernel("sgd_step")), DryDevice()
         replace(call, grid=MAX_GRID, block=(1, 16, 64), shared=MAX_SHARED).launch(device)
         replace(call, grid=[2, 3], block=[1024]).launch(device)
         assert [(launched.grid, launched.block) for launched in device.launches] == [
@@ -438,7 +438,7 @@ class TestGate:
 
     @pytest.mark.parametrize(("architecture", "kib"), [("sm_75", 64), ("sm_80", 163), ("sm_89", 99), ("sm_90", 227)])
     def test_each_gpu_has_its_own_limit_of_shared_memory(self, architecture, kib):
-        call, device = valid_call(find_kernel("sgd_step")), Recorder()
+        call, device = valid_call(find_kernel("sgd_step")), DryDevice()
         device.architecture = architecture
         replace(call, shared=kib * 1024).launch(device)
         with pytest.raises(LaunchError, match=f"dynamic shared memory; expected an integer, 0 to {kib * 1024}"):
@@ -446,27 +446,27 @@ class TestGate:
         assert len(device.launches) == 1
 
     def test_shapes_are_compared_by_their_number_of_elements(self):
-        call, device = valid_call(find_kernel("batch_norm_forward")), Recorder()
-        x = next(a for p, a in call.arrays if p.name == "x")  # (rows, c)
+        call, device = valid_call(find_kernel("batch_norm_forward")), DryDevice()
+        x = next(a for p, a in call.of("arrays") if p.name == "x")  # (rows, c)
         call.put("x", x.reshape(2, 3, 4)).launch(device)
         assert len(device.launches) == 1
 
     def test_an_array_without_a_shape_may_have_any_size_but_none(self, tmp_path):
         (kernel,) = parse(tmp_path, 'extern "C" __global__ void f(float* x) {}')
-        device = Recorder()
+        device = DryDevice()
         launch(device, kernel, 1, 1, (np.zeros((7, 1, 3), np.float32),), FLOAT32)
         with pytest.raises(ShapeError, match="f: argument x is empty"):
             launch(device, kernel, 1, 1, (np.zeros((7, 0, 3), np.float32),), FLOAT32)
         assert len(device.launches) == 1
 
     def test_two_inputs_may_be_the_same_array_and_neighbours_may_touch(self):
-        call, device = valid_call(find_kernel("add_forward")), Recorder()
+        call, device = valid_call(find_kernel("add_forward")), DryDevice()
         memory = sentinel_array(12, np.float32)
         call.put("a", memory[:6]).put("b", memory[:6]).put("y", memory[6:]).launch(device)
         assert len(device.launches) == 1
 
     def test_array_of_another_device(self):
-        class Elsewhere(Recorder):
+        class Elsewhere(DryDevice):
             name = "cuda"
 
             def owns(self, array: Any) -> bool:

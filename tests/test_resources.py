@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from support import ROOT
-from support.kernels import INCLUDE, Recorder, needs_compiler, parse
+from support.kernels import INCLUDE, DryDevice, needs_compiler, parse
 
 from segnet_scratch.errors import CompileError, ConfigError
 from segnet_scratch.lab.proof.compare import run_guarded
@@ -319,7 +319,7 @@ class TestShippedKernels:
     @needs_compiler
     def test_every_launch_fits_into_every_gpu(self, usages):
         """A block takes registers times threads and static plus dynamic shared memory; too much is a failed launch."""
-        device = Recorder()
+        device = DryDevice()
         for row in ROWS:
             for index, (case, element) in enumerate(itertools.product(row.cases(), row.elements)):
                 op = row.plan(case, element)

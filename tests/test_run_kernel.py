@@ -12,7 +12,7 @@ import pytest
 from support import ROOT, TESTS, kernels, raises
 from support import kernel_references as references
 from support.fake_cupy import FakeCupy
-from support.kernels import FLOAT32, Recorder, needs_compiler, needs_sanitizers, parse
+from support.kernels import FLOAT32, DryDevice, needs_compiler, needs_sanitizers, parse
 
 from segnet_scratch.cli import options
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError, DTypeError, LaunchError, ShapeError
@@ -467,7 +467,7 @@ def test_declared_geometry_is_what_the_ops_launch():
     declared = set()
     for row in ROWS:
         for index, case in enumerate(row.cases()):
-            recorder, op = Recorder(), row.plan(case, row.elements[0])
+            recorder, op = DryDevice(), row.plan(case, row.elements[0])
             inputs = row.inputs(op, case, row.generator(0, index))
             workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
             op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))

@@ -4,7 +4,7 @@ without a step, arrays that do not fit. Faults put into it: test_mutants.py.
 
 import numpy as np
 import pytest
-from support.kernels import Recorder, needs_compiler
+from support.kernels import DryDevice, needs_compiler
 
 from segnet_scratch.errors import DeviceError, DTypeError, ShapeError
 from segnet_scratch.ops.op import Buffers
@@ -157,7 +157,7 @@ def test_a_parameter_may_have_either_copy():
     ids=str,
 )
 def test_blocks_of_a_parameter(shape, blocks):
-    recorder = Recorder()
+    recorder = DryDevice()
     Step(recorder, F32, [(shape, None)]).refresh()
     (launched,) = recorder.launches
     assert (launched.kernel.name, launched.grid[0], launched.block[:2]) == ("sgd_pack_step", blocks, (32, 8))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, Recorder, sentinel_array, valid_call
+from segnet_scratch.lab.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, DryDevice, sentinel_array, valid_call
 from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.runtime import host
 from segnet_scratch.runtime.devices import HostDevice
@@ -25,7 +25,7 @@ from segnet_scratch.runtime.signature import parse_kernels
 from segnet_scratch.runtime.source import read_source
 from support import ROOT, TESTS
 
-__all__ = ["FLOAT32", "FLOAT64", "SENTINEL", "Call", "Recorder", "sentinel_array", "valid_call"]  # from the package
+__all__ = ["FLOAT32", "FLOAT64", "SENTINEL", "Call", "DryDevice", "sentinel_array", "valid_call"]  # from the package
 
 INCLUDE = '#include "common/types.cuh"\n'
 

@@ -49,10 +49,8 @@ class KernelReport:
             lines.append((f"{kernel:34}{element:8}{cells}{shared:8}{threads:8}", "bold red" if any(marks) else ""))
         legend = "shared: static bytes for each block; threads: the largest block that the registers allow"
         lines.append((f"{legend}; !: spills, or has a stack", "dim"))
-        for architecture in self.left_out:
-            lines.append((f"{architecture} is left out: NVRTC {self.nvrtc} does not know it", "yellow"))
-        for problem in self.problems:
-            lines.append((problem, "bold red"))
+        lines += [(f"{a} is left out: NVRTC {self.nvrtc} does not know it", "yellow") for a in self.left_out]
+        lines += [(problem, "bold red") for problem in self.problems]
         if self.problems and self.nvrtc != self.budget_nvrtc:
             lines.append((f"this is NVRTC {self.nvrtc}; the budget is for {self.budget_nvrtc}", "yellow"))
         if not self.problems:
@@ -63,13 +61,8 @@ class KernelReport:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         kernels = [{**asdict(usage), "max_threads": max_threads(usage.registers)} for usage in self.usages]
-        return {
-            "passed": self.passed,
-            "nvrtc": self.nvrtc,
-            "problems": self.problems,
-            "left_out": self.left_out,
-            "kernels": kernels,
-        }
+        report = {"passed": self.passed, "nvrtc": self.nvrtc, "problems": self.problems, "left_out": self.left_out}
+        return {**report, "kernels": kernels}
 
 
 def examine_kernels(progress: Callable[[int, int], None] = lambda done, total: None) -> KernelReport | Diagnosis:

@@ -1,23 +1,17 @@
 """One op in all its forms: forward and gradients, and every rung of its ladder, each a row of the op table."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.profile.record import Recorder
-from segnet_scratch.lab.proof.table import ROWS
+from segnet_scratch.lab.proof.table import ROWS, unknown_op
 from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.observe import observe, scope
 
 # A map of SegNet's third stage; on the host device a smaller one.
-SHAPES = {
-    "cuda": (16, 56, 56, 256),
-    "counting": (16, 56, 56, 256),
-    "numpy": (1, 56, 56, 256),
-    "host": (1, 28, 28, 64),
-}
+SHAPES = dict.fromkeys(("cuda", "counting"), (16, 56, 56, 256)) | {"numpy": (1, 56, 56, 256), "host": (1, 28, 28, 64)}
 DIRECTIONS = ("_training_forward", "_evaluation_forward", "_forward", "_backward", "_accumulate", "_step")
 
 
@@ -38,7 +32,9 @@ def rows_of(op: str, device: Device, rung: str | None = None) -> list[Row]:
     ConfigError for an unknown op or rung.
     """
     rows = [row for row in ROWS if _family(row) == op]
-    if rung is not None and rows:
+    if not rows:
+        raise unknown_op("profile", op, op_names())
+    if rung is not None:
         of_rung = {row: getattr(row, "rung", None) for row in rows}
         of_rung |= {row: rung for row in ROWS if _family(row) == f"{op}_{rung}"}
         rows = [row for row, own in of_rung.items() if own == rung]
@@ -46,13 +42,8 @@ def rows_of(op: str, device: Device, rung: str | None = None) -> list[Row]:
             known = ", ".join(sorted({own for own in of_rung.values() if own})) or "none"
             raise ConfigError(f"profile: {op} has no rung {rung!r}; expected one of {known}")
     if not device.runs_kernels:  # NumPy has one way, whatever the rung
-        rows = list({row.name.removesuffix(f"_{getattr(row, 'rung', '')}"): row for row in reversed(rows)}.values())[
-            ::-1
-        ]
-    if not rows:
-        close = difflib.get_close_matches(op, op_names(), n=1)
-        hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
-        raise ConfigError(f"profile: there is no op {op!r}; {hint}{', '.join(op_names())}")
+        first = {row.name.removesuffix(f"_{getattr(row, 'rung', '')}"): row for row in reversed(rows)}
+        rows = [row for row in rows if row in first.values()]
     return rows
 
 
@@ -66,14 +57,14 @@ def case_of(row: Row, shape: tuple[int, int, int, int], outputs: int | None, ker
     # By the names that rows give their sizes; a row has some of them.
     sizes: Mapping[str, Any] = {
         "x": (n, h, w, c),
+        "y": (n, 2 * h, 2 * w, o),
+        "size": (2 * h, 2 * w),
+        "c": c,
         "o": o,
+        "bias": False,
         "kernel": (kernel, kernel),
         "padding": kernel // 2,
         "stride": 1,
-        "y": (n, 2 * h, 2 * w, o),
-        "c": c,
-        "size": (2 * h, 2 * w),
-        "bias": False,
         "pixels": n * h * w,
         "classes": c,
         "sizes": (n * h * w * c,) * 3,

@@ -59,25 +59,31 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
     timed = total.seconds is not None
     times = ["bytes' ms", "ms", "share", "of copy", "of ceiling", "GFLOP/s", "GB/s"] if timed else []
     columns = [*times, "GFLOP", "MB", "FLOP/B", *counts]
+
+    def cells(s: Summary, columns: Sequence[str]) -> list[str]:
+        return [s.key, *(_cell(s, column, profile) for column in columns)]
+
+    def sums(first: str, summaries: Sequence[Summary], columns: Sequence[str], whole: Summary | None = None) -> None:
+        headings = [first, *("runs" if column == "passes" else column for column in columns)]
+        last = None if whole is None else (cells(whole, columns), "bold")
+        print_columns(console, headings, [(cells(s, columns), "") for s in summaries], last)
+
     if by_layer:
-        ops = sorted(profile.by(lambda run: run.name), key=_longest_first)
-        _sums(console, profile, ops, "op", ["runs", *columns], total)
-        layers = profile.by(lambda run: run.layer)
+        sums("op", sorted(profile.by(lambda run: run.name), key=_longest_first), ["runs", *columns], total)
         halves = ["bytes' ms", "forward ms", "backward ms", "share", "of ceiling"] if timed else []
-        _sums(console, profile, layers, "layer", [*halves, "GFLOP", "MB"])
+        sums("layer", profile.by(lambda run: run.layer), [*halves, "GFLOP", "MB"])
         if timed:
-            each = sorted(profile.each(), key=_longest_first)[:SLOWEST]
-            _sums(console, profile, each, "slowest ops", ["layer", "phase", *times, "GFLOP", "MB"])
-    else:
-        rungs = profile.by(lambda run: run.layer)  # in the order of the ladder
-        _sums(console, profile, rungs, "op and rung", ["passes" if timed else "runs", *columns])
+            slowest = sorted(profile.each(), key=_longest_first)[:SLOWEST]
+            sums("slowest ops", slowest, ["layer", "phase", *times, "GFLOP", "MB"])
+    else:  # in the order of the ladder
+        sums("op and rung", profile.by(lambda run: run.layer), ["passes" if timed else "runs", *columns])
     if profile.kernels:
         wide = ["kernel", "GPU", "launches", "threads", "registers", "spills", "shared", "occupancy", "limited by"]
         names = ("kernel", "architecture", "launches", "threads", "registers", "spill_bytes", "shared_bytes")
         rows = []
         for kernel in profile.kernels:
-            cells = [*(str(kernel[name]) for name in names), f"{100 * kernel['occupancy']:.0f} %", kernel["limited_by"]]
-            rows.append((cells, "red" if kernel["spill_bytes"] else ""))
+            shown = [*(str(kernel[name]) for name in names), f"{100 * kernel['occupancy']:.0f} %", kernel["limited_by"]]
+            rows.append((shown, "red" if kernel["spill_bytes"] else ""))
         print_columns(console, wide, rows)
     for line in _footnotes(profile):
         console.print(line, style="dim", soft_wrap=True)
@@ -87,22 +93,6 @@ def show(console: Console, profile: Profile, by_layer: bool) -> None:
 
 def _longest_first(summary: Summary) -> float:
     return -(summary.seconds or summary.flops)
-
-
-def _sums(
-    console: Console,
-    profile: Profile,
-    summaries: Sequence[Summary],
-    first: str,
-    columns: Sequence[str],
-    total: Summary | None = None,
-) -> None:
-    def cells(summary: Summary) -> list[str]:
-        return [summary.key, *(_cell(summary, column, profile) for column in columns)]
-
-    headings = [first, *("runs" if column == "passes" else column for column in columns)]
-    rows = [(cells(summary), "") for summary in summaries]
-    print_columns(console, headings, rows, None if total is None else (cells(total), "bold"))
 
 
 def _cell(s: Summary, column: str, profile: Profile) -> str:

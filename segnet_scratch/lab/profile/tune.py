@@ -43,16 +43,10 @@ class Choice:
         return min(self.seconds, key=lambda name: self.seconds[name])
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """One convolution in every tile that it could take, by name, and the tile that its shape suggests.
-
-    Kernels of mma.sync look their tile up when they are launched: there all are the same op. One of Hopper's kernels is
-    another op, as other pixels are summed up together.
-    """
-
-    ops: dict[str, Op]
-    default: str
+# One convolution in every tile that it could take, by name, and the tile that its shape suggests. Kernels of mma.sync
+# look their tile up when they are launched: there all are the same op. One of Hopper's kernels is another op, as other
+# pixels are summed up together.
+Candidates = tuple[Mapping[str, Op], str]
 
 
 def convolutions(network: Network, kernels: Convolutions) -> dict[str, Candidates]:
@@ -61,7 +55,7 @@ def convolutions(network: Network, kernels: Convolutions) -> dict[str, Candidate
     found: dict[str, Candidates] = {}
     for step in (*training.steps, *inference.steps):
         for key, candidates in _candidates_of(step.op, kernels.rung):
-            if len(candidates.ops) > 1:
+            if len(candidates[0]) > 1:
                 found.setdefault(key, candidates)
     return found
 
@@ -70,11 +64,10 @@ def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
     """(key, candidates) of the convolution of an op, if it has one whose tile can be chosen."""
 
     def of_mma(kind: str, g: Geometry, default: mma.Tile) -> tuple[str, Candidates]:
-        tiles = mma.candidates(default)
-        return key_of(kind, rung, g), Candidates({tile.name: op for tile in tiles}, default.name)
+        return key_of(kind, rung, g), ({tile.name: op for tile in mma.candidates(default)}, default.name)
 
     if isinstance(op, HopperForward | HopperBackwardData):
-        yield op.key, Candidates(dict(op.alternatives()), op.tile_of_shape.name)
+        yield op.key, (dict(op.alternatives()), op.tile_of_shape.name)
     elif isinstance(op, FusedForward) and op.split is None:
         yield of_mma("fused_forward", op.geometry, op.default_tile)
     elif isinstance(op, FusedBackwardData):
@@ -99,9 +92,9 @@ def tune(
     kernels = Convolutions.on(device, RUNG_OF_PRECISION[precision])
     work = convolutions(network, kernels)
     flush, table, choices = cache_flush(device), table_of(device), []
-    for number, (key, candidates) in enumerate(work.items()):
+    for number, (key, (ops, default)) in enumerate(work.items()):
         progress(number, len(work))
-        choices.append(Choice(key, _measure(device, table, key, candidates.ops, flush), candidates.default))
+        choices.append(Choice(key, _measure(device, table, key, ops, flush), default))
     table.choices |= {choice.key: choice.fastest for choice in choices}
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
     planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
@@ -112,7 +105,7 @@ def tune(
 
 
 def _measure(
-    device: Device, table: TileTable, key: str, ops: dict[str, Op], flush: Callable[[], object]
+    device: Device, table: TileTable, key: str, ops: Mapping[str, Op], flush: Callable[[], object]
 ) -> dict[str, float]:
     """Median seconds with each tile, in turn, with a cache that holds nothing of use."""
     buffers = {op: random_buffers(device, op) for op in set(ops.values())}

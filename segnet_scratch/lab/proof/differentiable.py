@@ -4,7 +4,6 @@ Shapes, options and inputs are those of the rows of the op table: their fixed ca
 after them, or what a user chooses. An op that nn/functions.py does not know is applied as it is.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,8 +112,8 @@ class Differentiable:
     @property
     def options(self) -> dict[str, int | float | str]:
         """With their defaults."""
-        parameters = inspect.signature(self.chosen).parameters.items()
-        return {n: p.default for n, p in parameters if n not in self.arrays}
+        parameters = inspect.signature(self.chosen).parameters
+        return {name: parameters[name].default for name in parameters if name not in self.arrays}
 
     @property
     def usual(self) -> int:
@@ -326,9 +325,6 @@ def differentiable(name: str) -> Differentiable:
     """What has this name: one of `differentiables`, or a row of the op table. ConfigError lists the names there are."""
     usual: dict[str, Differentiable] = differentiables()
     rows = {row.name: found for row in table.ROWS for found in functions_of([row]).values()}
-    if name in usual or name in rows:
-        return usual[name] if name in usual else rows[name]
-    close = difflib.get_close_matches(name, [*usual, *rows], n=1)
-    hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
-    more = f"; of the op table also {', '.join(rows)}"
-    raise ConfigError(f"gradcheck: there is no op {name!r}; {hint}{', '.join(usual)}{more}")
+    if name not in usual and name not in rows:
+        raise table.unknown_op("gradcheck", name, [*usual], [*rows])
+    return usual[name] if name in usual else rows[name]

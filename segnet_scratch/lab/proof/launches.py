@@ -6,14 +6,14 @@ writes an element, which threads disturb each other, and what line accesses memo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.proof.compare import Defect
-from segnet_scratch.lab.proof.misuse import Recorder
+from segnet_scratch.lab.proof.misuse import DryDevice
 from segnet_scratch.lab.workbench.execution import Executor
+from segnet_scratch.lab.workbench.guards import FIRST
 from segnet_scratch.lab.workbench.races import describe_writers, find_race
 from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
 from segnet_scratch.lab.workbench.setup import Setup
@@ -27,13 +27,17 @@ from segnet_scratch.runtime.observe import Listener, observe
 
 def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:
     """The kernels that these cases of a row launch, or all its fixed ones; nothing runs."""
-    recorder = Recorder()
+    device = DryDevice()
     for index, case in enumerate(cases or row.cases()):
         op = row.plan(case, row.elements[0])
-        inputs = row.inputs(op, case, row.generator(0, index))
-        workspace = {name: np.empty(s.shape, s.dtype) for name, s in op.workspace.items()}
-        op.run(recorder, Buffers(**inputs, **empty_outputs(op), **workspace))
-    return {launch.kernel.name for launch in recorder.launches}
+        op.run(device, _buffers(op, row.inputs(op, case, row.generator(0, index))))
+    return {launch.kernel.name for launch in device.launches}
+
+
+def _buffers(op: Op, inputs: Inputs) -> Buffers:
+    """Inputs, outputs and workspace of an op, as NumPy arrays."""
+    workspace = {name: np.zeros(s.shape, s.dtype) for name, s in op.workspace.items()}
+    return Buffers(**inputs, **empty_outputs(op), **workspace)
 
 
 def rows_on(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -49,61 +53,51 @@ def device_has(device: Device, kernel: str) -> bool:
     return device.architecture is None or find_kernel(kernel).source.compiles_for(device.architecture)
 
 
-class _Names(Listener):
-    """The names of the kernels that are launched."""
+class _Told(Listener):
+    """Tells of each launch before it is made."""
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
+    def __init__(self, tell: Callable[[Launch], None]) -> None:
+        self._tell = tell
 
     def launch(self, launch: Launch, run: Callable[[], None]) -> None:
-        self.names.append(launch.kernel.name)
+        self._tell(launch)
         run()
 
 
 @contextmanager
 def noting_launches() -> Iterator[list[str]]:
     """The list that is given grows by the name of each kernel that is launched inside."""
-    listener = _Names()
-    with observe(listener):
-        yield listener.names
-
-
-class _Recorder(Listener):
-    """Takes down each launch on the host device, with the contents of its arrays before it."""
-
-    def __init__(self) -> None:
-        self.setups: list[Setup] = []
-        self.addresses: list[dict[str, int]] = []  # of the arrays of each launch, by parameter
-
-    def launch(self, launch: Launch, run: Callable[[], None]) -> None:
-        kernel = launch.kernel
-        if not any(parameter.tensor_map for parameter in kernel.parameters):  # a setup has none: it is not run again
-            pairs = list(zip(kernel.parameters, launch.arguments, strict=True))
-            scalars = {p.name: value.item() for p, value in pairs if not p.pointer}
-            contents = {p.name: None if a is None else np.copy(a) for p, a in pairs if p.pointer}
-            shapes = {name: () if a is None else a.shape for name, a in contents.items()}
-            geometry = launch.grid, launch.block, launch.shared
-            self.setups.append(Setup(kernel, launch.types, scalars, contents, shapes, *geometry))
-            self.addresses.append({p.name: a.ctypes.data for p, a in pairs if p.pointer and a is not None})
-        run()
+    names: list[str] = []
+    with observe(_Told(lambda launch: names.append(launch.kernel.name))):
+        yield names
 
 
 class Replay:
     """The launches of one op on the host device, each ready to be run again."""
 
     def __init__(self, op: Op, inputs: Inputs, device: HostDevice) -> None:
-        recorder = _Recorder()
-        self._arrays: dict[str, Any] = {name: None if a is None else a.copy() for name, a in inputs.items()}
-        self._arrays |= empty_outputs(op) | {name: np.zeros(s.shape, s.dtype) for name, s in op.workspace.items()}
-        with observe(recorder):
-            op.run(device, Buffers(**self._arrays))
+        self._arrays = _buffers(op, {name: None if a is None else a.copy() for name, a in inputs.items()})
         self._device = HostDevice()
-        self._launches = list(zip(recorder.setups, recorder.addresses, strict=True))
-        self._alone = [setup for setup in recorder.setups if runs_alone(setup.kernel)]
+        self._launches: list[tuple[Setup, dict[str, int]]] = []  # and the addresses of its arrays, by parameter
+        with observe(_Told(self._take_down)):
+            op.run(device, self._arrays)
+        self._alone = [setup for setup, _ in self._launches if runs_alone(setup.kernel)]
+
+    def _take_down(self, launch: Launch) -> None:
+        """With the contents of its arrays before it."""
+        kernel = launch.kernel
+        if any(p.tensor_map for p in kernel.parameters):  # a setup has none: it is not run again
+            return
+        pairs = list(zip(kernel.parameters, launch.arguments, strict=True))
+        scalars = {p.name: value.item() for p, value in pairs if not p.pointer}
+        contents = {p.name: None if a is None else np.copy(a) for p, a in pairs if p.pointer}
+        shapes = {name: () if a is None else a.shape for name, a in contents.items()}
+        setup = Setup(kernel, launch.types, scalars, contents, shapes, launch.grid, launch.block, launch.shared)
+        self._launches.append((setup, {p.name: a.ctypes.data for p, a in pairs if p.pointer and a is not None}))
 
     def writer(self, defect: Defect) -> list[str]:
         """The kernel that wrote an array of the op last, and the block and thread behind the element."""
-        array = self._arrays[defect.array]
+        array = getattr(self._arrays, defect.array)
         for setup, addresses in reversed(self._launches):
             written = [n for n, at in addresses.items() if at == array.ctypes.data and setup.role(n) == "updated"]
             if not written:
@@ -118,8 +112,8 @@ class Replay:
     def race(self, shuffles: int) -> list[str]:
         """A report on the first launch whose result depends on the order of threads or blocks."""
         for setup in self._alone:
-            report = find_race(Executor(setup, self._device), shuffles)
-            if report is not None:
+            executor = Executor(setup, self._device)
+            if report := find_race(executor, executor.run(FIRST), shuffles):
                 return f"{_named(setup)}: {report}".split("\n")
         return []
 

@@ -28,7 +28,7 @@ FLOAT64 = ElementTypes.of(np.dtype(np.float64))
 SENTINEL = 0xA7  # every byte of the arrays of a call
 
 
-class Recorder(NumpyDevice):
+class DryDevice(NumpyDevice):
     """Passes for the host device, but notes a launch instead of carrying it out; it needs no compiler."""
 
     name = "host"
@@ -57,30 +57,14 @@ class Call:
         index = [p.name for p in self.kernel.parameters].index(name)
         return replace(self, arguments=(*self.arguments[:index], value, *self.arguments[index + 1 :]))
 
-    @property
-    def arrays(self) -> list[tuple[Parameter, np.ndarray]]:
-        """The pointer parameters and their arrays."""
-        return [(p, a) for p, a in zip(self.kernel.parameters, self.arguments, strict=True) if p.pointer]
-
-    @property
-    def scalars(self) -> list[tuple[Parameter, np.dtype]]:
-        """The scalar parameters and their types."""
-        return [(p, p.dtype(self.types)) for p in self.kernel.parameters if p.scalar]
-
-    @property
-    def integers(self) -> list[tuple[Parameter, np.dtype]]:
-        """Those of integer types."""
-        return [(p, dtype) for p, dtype in self.scalars if dtype.kind in "iu"]
-
-    @property
-    def floats(self) -> list[tuple[Parameter, np.dtype]]:
-        """Those of floating-point types."""
-        return [(p, dtype) for p, dtype in self.scalars if dtype.kind == "f"]
-
-    @property
-    def maps(self) -> list[tuple[Parameter, TensorMap]]:
-        """The tensor maps and their parameters."""
-        return [(p, a) for p, a in zip(self.kernel.parameters, self.arguments, strict=True) if p.tensor_map]
+    def of(self, kind: str) -> list[tuple[Parameter, Any]]:
+        """Its "arrays" or "maps", each with its parameter; of "scalars", "integers" and "floats" the types instead."""
+        pairs = list(zip(self.kernel.parameters, self.arguments, strict=True))
+        if kind in ("arrays", "maps"):
+            return [(p, value) for p, value in pairs if (p.pointer if kind == "arrays" else p.tensor_map)]
+        kinds = {"scalars": "biuf", "integers": "iu", "floats": "f"}[kind]
+        scalars = [(p, p.dtype(self.types)) for p, _ in pairs if p.scalar]
+        return [(p, dtype) for p, dtype in scalars if dtype.kind in kinds]
 
     def launch(self, device: Device) -> None:
         """Through the gate."""
@@ -171,8 +155,7 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
     ("arrays", DeviceError): {
         "a list for an array": lambda p, a: [a.tolist()],
         "an array of another library": lambda p, a: [
-            a.view(np.uint8).data,  # Python's buffers know no bfloat16
-            _alike(a, "__array_interface__"),
+            *(a.view(np.uint8).data, _alike(a, "__array_interface__")),  # Python's buffers know no bfloat16
             *((ctypes.c_float * a.size)(), a.tobytes(), a.ctypes.data, a.flat[0]),
         ],
     },
@@ -187,10 +170,7 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
     },
     ("integers", LaunchError): {
         "an integer over 2^31, or over 2^63 for int64": lambda p, dtype: [
-            np.iinfo(dtype).max + 1,
-            np.iinfo(dtype).min - 1,
-            2**64,
-            -(2**64),
+            *(np.iinfo(dtype).max + 1, np.iinfo(dtype).min - 1, 2**64, -(2**64))
         ],
         "a 64-bit NumPy integer out of range": lambda p, dtype: [
             *(np.uint64(np.iinfo(dtype).max + 1), *[np.int64(-(2**31) - 1)] * (dtype.itemsize == 4))
@@ -224,40 +204,65 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
 
 
 def _put_instead(arguments: str, error: type[SegnetError], wrong: Wrong, call: Call) -> Iterator[Attempt]:
-    for p, right in getattr(call, arguments):
+    for p, right in call.of(arguments):
         for value in wrong(p, right):
             yield call.put(p.name, value), error, p.name
 
 
-MISUSES: dict[str, Callable[[Call], Iterator[Attempt]]] = {
+# The same for what is no argument: by kind the field of a Call, how messages name it, and what may stand there.
+NO_INTEGERS = (1.0, (1, 1.5), None, "11", True, np.float64(1), (1, None), (1, True))
+LAUNCHES: dict[str, tuple[str, str, Sequence[Any]]] = {
+    "a grid of zero, negative or too many blocks": (
+        *("grid", "grid"),
+        [*((1,) * axis + (n,) for axis in range(3) for n in (0, -1, MAX_GRID[axis] + 1, 2**40)), 0, -1, (1, 1, 1, 1)],
+    ),
+    "a block of zero, negative or over 1024 threads": (
+        *("block", "block"),
+        [
+            *((1,) * axis + (n,) for axis in range(3) for n in (0, -1, MAX_BLOCK[axis] + 1)),
+            *(1025, (32, 33), (16, 16, 5), (2, 9, 64), (1, 1, 1, 1)),
+        ],
+    ),
+    "a grid that is no integer": ("grid", "grid", NO_INTEGERS),
+    "a block that is no integer": ("block", "block", NO_INTEGERS),
+    "dynamic shared memory out of range": (
+        *("shared", "dynamic shared memory"),
+        (MAX_SHARED + 1, -1, 2**40, 16.0, None, "16", True),
+    ),
+}
+
+
+def _launch_otherwise(field: str, named: str, values: Sequence[Any], call: Call) -> Iterator[Attempt]:
+    for value in values:
+        yield replace(call, **{field: value}), LaunchError, named
+
+
+Misuse = Callable[[Call], Iterator[Attempt]]
+ARGUMENTS: dict[str, Misuse] = {
     kind: functools.partial(_put_instead, arguments, error, wrong)
     for (arguments, error), kinds in INSTEAD.items()
     for kind, wrong in kinds.items()
 }
+MISUSES = ARGUMENTS | {kind: functools.partial(_launch_otherwise, *row) for kind, row in LAUNCHES.items()}
 
 
-def misuse(kind: str) -> Callable[[Callable[[Call], Iterator[Attempt]]], None]:
+def misuse(kind: str) -> Callable[[Misuse], None]:
     """Registers a function that turns a right call into wrong ones."""
     return functools.partial(MISUSES.__setitem__, kind)
 
 
-@misuse("too few arguments")
+@misuse("too few or too many arguments")
 def _(call: Call) -> Iterator[Attempt]:
-    for arguments in (call.arguments[:-1], call.arguments[1:], ()):
+    right = call.arguments
+    for arguments in (right[:-1], right[1:], (), *((*right, extra) for extra in (1, None, np.zeros(4, np.float32)))):
         yield replace(call, arguments=arguments), LaunchError, call.kernel.parameters[-1].name
-
-
-@misuse("too many arguments")
-def _(call: Call) -> Iterator[Attempt]:
-    for extra in (1, None, np.zeros(4, np.float32)):
-        yield replace(call, arguments=(*call.arguments, extra)), LaunchError, call.kernel.parameters[-1].name
 
 
 @misuse("float32 for float64")
 def _(call: Call) -> Iterator[Attempt]:
     if "float64" in call.kernel.source.elements:
         call = valid_call(call.kernel, FLOAT64)
-        for p, a in call.arrays:
+        for p, a in call.of("arrays"):
             if a.dtype == np.float64:
                 yield call.put(p.name, np.ones(a.shape, np.float32)), DTypeError, p.name
 
@@ -273,14 +278,14 @@ def _(call: Call) -> Iterator[Attempt]:
 @misuse("a size of zero")
 def _(call: Call) -> Iterator[Attempt]:
     used = " ".join(p.extent for p in call.kernel.parameters if p.extent)
-    for p, _ in call.integers:
+    for p, _ in call.of("integers"):
         if re.search(rf"\b{p.name}\b", used):
             yield call.put(p.name, 0), ShapeError, "expected"
 
 
 @misuse("an output that overlaps another array")
 def _(call: Call) -> Iterator[Attempt]:
-    for (p, a), (q, b) in itertools.permutations(call.arrays, 2):
+    for (p, a), (q, b) in itertools.permutations(call.of("arrays"), 2):
         for start in sorted({0, (a.nbytes - 1) // 8 * 8}):  # the same beginning; the last element only
             if not p.const:
                 memory = sentinel_array(start + a.nbytes + b.nbytes, np.uint8)
@@ -292,52 +297,18 @@ def _(call: Call) -> Iterator[Attempt]:
 
 @misuse("an output that overlaps the array of a tensor map")
 def _(call: Call) -> Iterator[Attempt]:
-    for (p, m), (q, b) in itertools.product(call.maps, call.arrays):
+    for (p, m), (q, b) in itertools.product(call.of("maps"), call.of("arrays")):
         if not q.const and b.nbytes <= m.array.nbytes:
             yield call.put(q.name, m.array.view(np.uint8).reshape(-1)[: b.nbytes].view(b.dtype)), LaunchError, p.name
 
 
-@misuse("a grid of zero, negative or too many blocks")
-def _(call: Call) -> Iterator[Attempt]:
-    for axis, limit in enumerate(MAX_GRID):
-        for n in (0, -1, limit + 1, 2**40):
-            grid = (1,) * axis + (n,)
-            yield replace(call, grid=grid), LaunchError, "grid"
-    for size in (0, -1, (1, 1, 1, 1)):
-        yield replace(call, grid=size), LaunchError, "grid"
-
-
-@misuse("a grid or block that is no integer")
-def _(call: Call) -> Iterator[Attempt]:
-    for size in (1.0, (1, 1.5), None, "11", True, np.float64(1), (1, None), (1, True)):
-        yield replace(call, grid=size), LaunchError, "grid"
-        yield replace(call, block=size), LaunchError, "block"
-
-
-@misuse("a block of zero, negative or over 1024 threads")
-def _(call: Call) -> Iterator[Attempt]:
-    for axis, limit in enumerate(MAX_BLOCK):
-        for n in (0, -1, limit + 1):
-            yield replace(call, block=(1,) * axis + (n,)), LaunchError, "block"
-    for block in (1025, (32, 33), (16, 16, 5), (2, 9, 64), (1, 1, 1, 1)):
-        yield replace(call, block=block), LaunchError, "block"
-
-
-@misuse("dynamic shared memory out of range")
-def _(call: Call) -> Iterator[Attempt]:
-    for shared in (MAX_SHARED + 1, -1, 2**40, 16.0, None, "16", True):
-        yield replace(call, shared=shared), LaunchError, "dynamic shared memory"
-
-
+NO_OUTPUT = "has no output among its arrays: it writes through a table of addresses"
 NOT_APPLICABLE = {
     "float64 for float32": "has no array of storage_t or accumulate_t",
     "float32 for float64": "has no array of storage_t, accumulate_t or double, or is for tensor cores",
     "signed for unsigned and back": "has no array of integers",
     "an array at an address that is no multiple of its element size": "has arrays of bytes only",
-    "a read-only output": "has no output among its arrays: it writes through a table of addresses",
-    "an output that overlaps another array": "has no output among its arrays: it writes through a table of addresses",
+    **dict.fromkeys(("a read-only output", "an output that overlaps another array"), NO_OUTPUT),
     "a float that becomes infinite": "has no float parameter",
-    **dict.fromkeys(
-        (kind for kind in MISUSES if "tensor map" in kind), "has no tensor map, or no shape comment of one"
-    ),
+    **{kind: "has no tensor map, or no shape comment of one" for kind in MISUSES if "tensor map" in kind},
 }

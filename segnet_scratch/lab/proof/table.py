@@ -3,6 +3,9 @@
 What a row is stands in ops/cases.py; the rows of a chapter stand in its folder, as ROWS of each module listed here.
 """
 
+import difflib
+from collections.abc import Sequence
+
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution import (
@@ -36,3 +39,11 @@ def row_named(name: str) -> Row:
         if row.name == name:
             return row
     raise ConfigError(f"there is no row {name!r} in the op table; its rows are {', '.join(row.name for row in ROWS)}")
+
+
+def unknown_op(command: str, name: str, ops: Sequence[str], rows: Sequence[str] = ()) -> ConfigError:
+    """What to raise where a command knows no such op: with the name that is nearest, and all there are."""
+    close = difflib.get_close_matches(name, [*ops, *rows], n=1)
+    hint = f"did you mean {close[0]}? The ops are " if close else "expected one of "
+    more = f"; of the op table also {', '.join(rows)}" if rows else ""
+    return ConfigError(f"{command}: there is no op {name!r}; {hint}{', '.join(ops)}{more}")

@@ -254,18 +254,13 @@ def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
 
 
 def _environment(devices: Sequence[str]) -> dict[str, str]:
-    facts = {
-        "version": __version__,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "devices": ", ".join(devices),
-    }
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    facts = {"version": __version__, "date": date, "system": system, "python": platform.python_version()}
+    facts |= {"numpy": np.__version__, "devices": ", ".join(devices)}
     if "host" in devices:
         facts["compiler"] = compiler_name()
     if "cuda" in devices:
-        cupy = cupy_facts()
-        facts |= {"gpu": str(get_device("cuda").gpu), "cupy": cupy["version"]}
-        facts |= {what: str(cupy[what]) for what in ("driver", "runtime")}
+        cupy, gpu = cupy_facts(), str(get_device("cuda").gpu)
+        facts |= {"gpu": gpu, "cupy": cupy["version"], "driver": str(cupy["driver"]), "runtime": str(cupy["runtime"])}
     return facts

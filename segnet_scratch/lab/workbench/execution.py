@@ -48,6 +48,15 @@ class Outcome:
         return bits(self.array(name)) != bits(other.array(name))
 
 
+_NO_MORE = "This process cannot use the GPU any more"
+_NAMES_THE_LINE = "--sanitize (sanitize=True) names the line"
+_STRAY = f"it reads or writes far outside its arrays; {_NAMES_THE_LINE}"
+_MEANINGS = {
+    **dict.fromkeys((signal.SIGSEGV, signal.SIGBUS), _STRAY),
+    signal.SIGFPE: f"it divides an integer by 0; {_NAMES_THE_LINE}",
+}
+
+
 class Executor:
     """Runs one setup, again and again, each time on fresh arrays."""
 
@@ -58,33 +67,27 @@ class Executor:
 
     def run(self, fill: Fill, options: HostOptions = ASCENDING) -> Outcome:
         """One run; `options` say how the host device goes about it. Errors of gate and compiler are raised."""
-        fault = None
-        if self.device.name == "host":
+        seconds, fault, device = 0.0, None, self.device
+        if device.name == "host":
             options = replace(options, shared_byte=fill.shared_byte)
             prepare(self.setup.kernel, self.setup.types, options)
             device = HostDevice(options)
             guarded, arrays = place(self.setup, device, fill, shared_bytes)
             seconds, fault = _in_child(lambda: launch_once(self.setup, arrays, device))
         else:
-            guarded, arrays = place(self.setup, self.device, fill)
+            guarded, arrays = place(self.setup, device, fill)
             try:
-                seconds = launch_once(self.setup, arrays, self.device)
+                seconds = launch_once(self.setup, arrays, device)
             except SegnetError:
                 raise
             except Exception as error:  # CuPy raises the driver's errors as several kinds
-                seconds = 0.0
-                fault = (
-                    f"the GPU stopped: {type(error).__name__}: {error}; --device host --sanitize may name the line. "
-                    "This process cannot use the GPU any more"
-                )
-                return Outcome(self._without_gpu(), [], seconds, fault)
+                stopped = f"the GPU stopped: {type(error).__name__}: {error}"
+                fault = f"{stopped}; --device host --sanitize may name the line. {_NO_MORE}"
+                # The arrays as they were before a launch: nobody can look at them any more.
+                return Outcome(place(self.setup, NumpyDevice(), FIRST)[1], [], 0.0, fault)
         damage = [report for reports in guarded.damage().values() for report in reports]
-        found = {name: None if array is None else self.device.download(array) for name, array in arrays.items()}
+        found = {name: None if array is None else device.download(array) for name, array in arrays.items()}
         return Outcome(found, damage, seconds, fault)
-
-    def _without_gpu(self) -> dict[str, np.ndarray | None]:
-        """The arrays as they were before a launch, where nobody can look at them any more."""
-        return place(self.setup, NumpyDevice(), FIRST)[1]
 
 
 def launch_once(setup: Setup, arrays: Mapping[str, Array | None], device: Device) -> float:
@@ -126,7 +129,9 @@ def _in_child(work: Callable[[], float]) -> tuple[float, str | None]:
         os.waitpid(child, 0)
         raise
     if status < 0:
-        return 0.0, f"the kernel ended its process with {signal.Signals(-status).name}; {_meaning(-status)}"
+        number = signal.Signals(-status)
+        meaning = _MEANINGS.get(number, "--sanitize (sanitize=True) may tell more")
+        return 0.0, f"the kernel ended its process with {number.name}; {meaning}"
     report = json.loads(text)
     if report["error"] not in (None, "KernelFault"):
         raise getattr(errors, report["error"], SegnetError)(report["message"])
@@ -144,11 +149,3 @@ def _report(work: Callable[[], float], pipe: int) -> None:
     os.write(pipe, json.dumps(report).encode())
     ctypes.CDLL(None).fflush(None)  # what the kernel printed
     os._exit(0)
-
-
-def _meaning(number: int) -> str:
-    if number in (signal.SIGSEGV, signal.SIGBUS):
-        return "it reads or writes far outside its arrays; --sanitize (sanitize=True) names the line"
-    if number == signal.SIGFPE:
-        return "it divides an integer by 0; --sanitize (sanitize=True) names the line"
-    return "--sanitize (sanitize=True) may tell more"

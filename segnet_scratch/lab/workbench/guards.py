@@ -82,15 +82,18 @@ FIRST, SECOND, THIRD = Fill(0, 0, 0), Fill(1, 1, 1), Fill(0, 2, 2)
 OTHER_GUARDS, OTHER_SHARED = (Fill(0, 1, 0), Fill(0, 2, 0)), (Fill(0, 0, 1), Fill(0, 0, 2))
 
 
+def own_bytes(size: int) -> np.ndarray:
+    """Memory of this process."""
+    return np.empty(size, np.uint8)
+
+
 class GuardedArrays:
     """Arrays of a device, each between guard zones; with `forbid` these are out of bounds until `damage` looks.
 
     `allocate` makes so many bytes: memory that two processes share, for instance.
     """
 
-    def __init__(
-        self, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)
-    ) -> None:
+    def __init__(self, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] = own_bytes) -> None:
         self.device, self.fill, self.allocate = device, fill, allocate
         self._buffers: dict[str, Array] = {}  # guard zone, array, guard zone
         self._forbidden = False
@@ -130,19 +133,13 @@ class GuardedArrays:
     def _damage(self, name: str, buffer: np.ndarray) -> list[str]:
         reports = []
         size = buffer.size - 2 * GUARD
-        before, after = bits(self.fill.zones(name, buffer.dtype))
-        for where, zone, was in (
-            ("before its start", buffer[:GUARD], before),
-            ("past its end", buffer[-GUARD:], after),
-        ):
-            hit = (bits(zone) != was).nonzero()[0]
-            if hit.size == 0:
-                continue
-            nearest = int(hit[-1]) - GUARD if where == "before its start" else int(hit[0]) + size
-            reports.append(
-                f"{name}: {hit.size} element{'s' if hit.size > 1 else ''} written {where}, the nearest is "
-                f"{name}[{nearest}]; the array has {size} elements"
-            )
+        zones = buffer[:GUARD], buffer[-GUARD:]
+        for zone, was, end in zip(zones, bits(self.fill.zones(name, buffer.dtype)), (False, True), strict=True):
+            if (hit := (bits(zone) != was).nonzero()[0]).size:
+                nearest = int(hit[0]) + size if end else int(hit[-1]) - GUARD
+                where = "past its end" if end else "before its start"
+                count = f"{hit.size} element{'s' if hit.size > 1 else ''} written {where}"
+                reports.append(f"{name}: {count}, the nearest is {name}[{nearest}]; the array has {size} elements")
         return reports
 
     def __len__(self) -> int:
@@ -150,21 +147,18 @@ class GuardedArrays:
 
 
 def place(
-    setup: Setup, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] | None = None
+    setup: Setup, device: Device, fill: Fill, allocate: Callable[[int], np.ndarray] = own_bytes
 ) -> tuple[GuardedArrays, dict[str, Array | None]]:
     """The guarded arrays of a setup, and the arrays themselves by name; None for a null pointer."""
-    guarded = GuardedArrays(device, fill, *([allocate] if allocate else []))
-    arrays: dict[str, Array | None] = {}
-    for name, shape in setup.shapes.items():
-        dtype = setup.dtype(name)
-        if name in setup.contents and setup.contents[name] is None:
-            arrays[name] = None
-            continue
+    guarded = GuardedArrays(device, fill, allocate)
+    arrays: dict[str, Array | None] = dict.fromkeys(setup.shapes)
+    for name in setup.of_role("input", "updated", "output"):
+        shape, dtype = setup.shapes[name], setup.dtype(name)
         try:
             arrays[name] = guarded.add(name, setup.contents.get(name), shape, dtype)
         except (MemoryError, OSError, OverflowError, ValueError) as error:
-            size = (prod(shape) + 2 * GUARD) * dtype.itemsize
-            raise LaunchError(f"{setup.kernel.name}: no memory for {name} {shape}, {size} bytes: {error}") from error
+            what = f"{name} {shape}, {(prod(shape) + 2 * GUARD) * dtype.itemsize} bytes"
+            raise LaunchError(f"{setup.kernel.name}: no memory for {what}: {error}") from error
     return guarded, arrays
 
 

@@ -40,65 +40,56 @@ class Difference:
     values: tuple[str, str]
 
 
-def order_dependence(executor: Executor, first: Outcome) -> str | None:
-    """What another order than that of a first run changes, in one line; None where descending order gives the same."""
-    other = executor.run(FIRST, _DESCENDING)
-    if other.fault is not None:
-        return f"in descending order of threads and blocks: {other.fault}"
-    d = _difference(executor.setup, first, other)
-    if d is None:
-        return None
-    return (
-        f"race: {element_name(executor.setup, d.array, d.element)} is {d.values[0]} in ascending order of threads and "
-        f"blocks, {d.values[1]} in descending order; --orders 6 (orders=6) names who disturbs whom"
-    )
+def find_race(executor: Executor, first: Outcome, shuffles: int | None) -> str:
+    """A report on a race; "" where ascending order (`first`), descending and so many shuffled ones give the same bits.
 
-
-def find_race(executor: Executor, shuffles: int) -> str | None:
-    """A report on a race; None where ascending, descending and so many shuffled orders give the same bits."""
-    first = executor.run(FIRST, ASCENDING)
-    shuffled = [HostOptions("shuffled", seed, workers=1) for seed in range(1, shuffles + 1)]
+    Without a number of shuffles only descending order is looked at, and the report is one line.
+    """
+    shuffled = [HostOptions("shuffled", seed, workers=1) for seed in range(1, (shuffles or 0) + 1)]
     for order in [_DESCENDING, *shuffled]:
         other = executor.run(FIRST, order)
         if other.fault is not None:
             return f"in {_name(order)} order of threads and blocks: {other.fault}"
-        difference = _difference(executor.setup, first, other)
-        if difference is not None:
-            return _report(executor, first, order, difference)
-    conflict = find_conflict(executor, first)
+        if d := _difference(executor.setup, first, other):
+            if shuffles is not None:
+                return _report(executor, first, order, d)
+            values = f"{d.values[0]} in ascending order of threads and blocks, {d.values[1]} in descending order"
+            name = element_name(executor.setup, d.array, d.element)
+            return f"race: {name} is {values}; --orders 6 (orders=6) names who disturbs whom"
+    conflict = find_conflict(executor, first) if shuffles is not None else None
     if conflict is None:
-        return None
-    array, element = conflict
-    who = describe_writers(executor, array, element)
-    name = element_name(executor.setup, array, element)
-    return "\n".join([f"race: several threads write {name}, and no atomic operation keeps them apart", *who])
+        return ""
+    name = element_name(executor.setup, *conflict)
+    race = f"race: several threads write {name}, and no atomic operation keeps them apart"
+    return "\n".join([race, *describe_writers(executor, *conflict)])
 
 
 def _difference(setup: Setup, one: Outcome, other: Outcome) -> Difference | None:
     for name in setup.of_role("output", "updated"):
-        a, b = one.array(name), other.array(name)
         unlike = one.unlike(other, name).nonzero()[0]
         if unlike.size:
             element = int(unlike[0])
-            return Difference(name, element, unlike.size, (str(a[element]), str(b[element])))
+            values = str(one.array(name)[element]), str(other.array(name)[element])
+            return Difference(name, element, unlike.size, values)
     return None
 
 
 def _report(executor: Executor, first: Outcome, order: HostOptions, d: Difference) -> str:
     threads_only = replace(order, block_order="ascending")
     blocks_only = replace(order, order="ascending", block_order=order.order)
-    of_threads = _difference(executor.setup, first, executor.run(FIRST, threads_only)) is not None
-    of_blocks = _difference(executor.setup, first, executor.run(FIRST, blocks_only)) is not None
+    runs = (executor.run(FIRST, only) for only in (threads_only, blocks_only))
+    of_threads, of_blocks = (_difference(executor.setup, first, run) is not None for run in runs)
     what = {
         (True, True): "threads: of those in a block, and of the blocks",
         (True, False): "threads: of those in a block, whatever the order of the blocks",
         (False, True): "threads: of the blocks, whatever the order inside them",
         (False, False): "threads: of those in a block and of the blocks together",
     }[of_threads, of_blocks]
+    name, values = element_name(executor.setup, d.array, d.element), d.values
     lines = [
         f"race: the result depends on the order of {what}",
-        f"{element_name(executor.setup, d.array, d.element)} is {d.values[0]} in ascending order, {d.values[1]} in "
-        f"{_name(order)} order; {d.count} of {first.array(d.array).size} elements of {d.array} differ",
+        f"{name} is {values[0]} in ascending order, {values[1]} in {_name(order)} order; "
+        f"{d.count} of {first.array(d.array).size} elements of {d.array} differ",
     ]
     if of_threads:
         lines += _inside_a_block(executor, threads_only)
@@ -158,10 +149,8 @@ def describe_writers(executor: Executor, array: str, element: int) -> list[str]:
         return []
     for bit in range(width):
         other_half = (1 << bit, ~first & 1 << bit)
-        if writes(other_half):
-            second = _writer(writes, other_half, width)
-            if second is not None:
-                return [f"{name} is written by {_who(setup, first)} and by {_who(setup, second)}"]
+        if writes(other_half) and (second := _writer(writes, other_half, width)) is not None:
+            return [f"{name} is written by {_who(setup, first)} and by {_who(setup, second)}"]
     return [f"{name} is written by {_who(setup, first)} alone"]
 
 

@@ -18,80 +18,64 @@ Reference = Callable[..., Any]
 
 def load_reference(text: str) -> Reference:
     """The function of `file.py:function`."""
-    path, separator, name = text.rpartition(":")
-    if not separator or not name.isidentifier():
-        raise ConfigError(f"reference {text!r}: expected file.py:function")
+    path, _, name = text.rpartition(":")
+    what = f"reference {text!r}"
+    if not path or not name.isidentifier():
+        raise ConfigError(f"{what}: expected file.py:function")
     file = real(path)
     if not file.is_file():
-        raise ConfigError(f"reference {text!r}: there is no file {file}")
+        raise ConfigError(f"{what}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(f"reference_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"reference {text!r}: {file.name} is no Python file")
+        raise ConfigError(f"{what}: {file.name} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.parent))  # as `python file.py` does, for what it imports from beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(
-            f"reference {text!r}: {file.name} does not import: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"{what}: {file.name} does not import: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(file.parent))
     function = getattr(module, name, None)
     if not callable(function):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        raise ConfigError(
-            f"reference {text!r}: {file.name} has no function {name}; it has {', '.join(functions) or 'none'}"
-        )
+        raise ConfigError(f"{what}: {file.name} has no function {name}; it has {', '.join(functions) or 'none'}")
     return function
 
 
 def expected_outputs(function: Reference, setup: Setup) -> dict[str, np.ndarray]:
     """Calls the reference with copies of those inputs and scalars that it names; its results by name of the output."""
     available: dict[str, Any] = {name: None if a is None else a.copy() for name, a in setup.contents.items()}
-    available.update(setup.scalars)
+    available |= setup.scalars
     parameters = inspect.signature(function).parameters.values()
-    name = getattr(function, "__name__", "reference")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        wanted = available
-    else:
+    kernel, what = setup.kernel.name, f"reference {getattr(function, '__name__', 'reference')}"
+    wanted = available
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         wanted = {p.name: available[p.name] for p in parameters if p.name in available}
-        missing = [p.name for p in parameters if p.name not in available and p.default is p.empty]
-        if missing:
-            raise ConfigError(
-                f"reference {name}: it asks for {', '.join(missing)}; {setup.kernel.name} has {', '.join(available)} "
-                "to offer (its inputs and scalars, under their names in the kernel's signature)"
-            )
+        if missing := [p.name for p in parameters if p.name not in available and p.default is p.empty]:
+            offer = f"{kernel} has {', '.join(available)} to offer"
+            under = "its inputs and scalars, under their names in the kernel's signature"
+            raise ConfigError(f"{what}: it asks for {', '.join(missing)}; {offer} ({under})")
     try:
         result = function(**wanted)
     except Exception as error:
         line = error.__traceback__.tb_next.tb_lineno if error.__traceback__ and error.__traceback__.tb_next else 0
-        raise ConfigError(f"reference {name}: line {line}: {type(error).__name__}: {error}") from error
-    return _by_name(name, result, setup)
-
-
-def _by_name(function: str, result: Any, setup: Setup) -> dict[str, np.ndarray]:
+        raise ConfigError(f"{what}: line {line}: {type(error).__name__}: {error}") from error
     outputs = setup.of_role("output", "updated")
     if not isinstance(result, dict):
         results = result if isinstance(result, tuple) else (result,)
         if len(results) != len(outputs):
-            raise ConfigError(
-                f"reference {function}: it returned {len(results)} array{'s' if len(results) > 1 else ''}, the kernel "
-                f"writes {len(outputs)}: {', '.join(outputs)}; return a tuple in this order, or a dict by name"
-            )
+            returned = f"it returned {len(results)} array{'s' if len(results) > 1 else ''}"
+            writes = f"the kernel writes {len(outputs)}: {', '.join(outputs)}"
+            raise ConfigError(f"{what}: {returned}, {writes}; return a tuple in this order, or a dict by name")
         result = dict(zip(outputs, results, strict=True))
-    arrays = {}
-    for name, value in result.items():
+    arrays = {name: np.asarray(value) for name, value in result.items()}
+    for name, array in arrays.items():
         if name not in outputs:
-            raise ConfigError(
-                f"reference {function}: it returned {name!r}, which the kernel does not write; it writes "
-                f"{', '.join(outputs)}"
-            )
-        arrays[name] = np.asarray(value)
-        if arrays[name].shape != setup.shapes[name]:
-            raise ShapeError(
-                f"reference {function}: {name} has shape {arrays[name].shape}, the kernel's has {setup.shapes[name]}"
-            )
+            writes = f"it writes {', '.join(outputs)}"
+            raise ConfigError(f"{what}: it returned {name!r}, which the kernel does not write; {writes}")
+        if array.shape != setup.shapes[name]:
+            raise ShapeError(f"{what}: {name} has shape {array.shape}, the kernel's has {setup.shapes[name]}")
     return arrays
 
 

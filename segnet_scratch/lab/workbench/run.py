@@ -1,6 +1,6 @@
 """Runs one kernel by itself and checks it: behind `segnet run` and `segnet_scratch.lab.workbench.run_kernel`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.lab.workbench.checks import Check, check_memory, check_variables
-from segnet_scratch.lab.workbench.execution import Executor, Outcome
+from segnet_scratch.lab.workbench.checks import Check, check, check_memory, check_variables
+from segnet_scratch.lab.workbench.execution import Executor
 from segnet_scratch.lab.workbench.guards import FIRST, SECOND
-from segnet_scratch.lab.workbench.races import find_race, order_dependence
+from segnet_scratch.lab.workbench.races import find_race
 from segnet_scratch.lab.workbench.reference import Reference, deviation, expected_outputs, load_reference
 from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
-from segnet_scratch.lab.workbench.setup import Contents, Setup, load_kernel, make_setup
+from segnet_scratch.lab.workbench.setup import Contents, Setup, Size, load_kernel, make_setup
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.runtime.launch import ElementTypes, Kernel
 
@@ -54,20 +54,10 @@ class KernelRun:
     def to_json(self) -> dict[str, Any]:
         """The result for programs to read; numbers that are not finite are null."""
         s = self.setup
-        return {
-            "kernel": s.kernel.name,
-            "file": str(s.kernel.source.path),
-            "device": self.device,
-            "type": s.types.storage.name,
-            "grid": s.grid,
-            "block": s.block,
-            "shared": s.shared,
-            "scalars": s.scalars,
-            "seconds": self.seconds,
-            "passed": self.passed,
-            "arrays": self.statistics(),
-            "checks": [asdict(check) for check in self.checks],
-        }
+        kernel = {"kernel": s.kernel.name, "file": str(s.kernel.source.path), "device": self.device}
+        launch = {"type": s.types.storage.name, "grid": s.grid, "block": s.block, "shared": s.shared}
+        result = {"scalars": s.scalars, "seconds": self.seconds, "passed": self.passed, "arrays": self.statistics()}
+        return {**kernel, **launch, **result, "checks": [asdict(check) for check in self.checks]}
 
     def statistics(self) -> list[dict[str, Any]]:
         """Of each array: name, role, dtype, shape, min, max and mean of the finite values, number of NaN."""
@@ -92,12 +82,12 @@ def _statistics(array: np.ndarray | None) -> dict[str, Any]:
 def run_kernel(
     kernel: str | Path | Kernel,
     *,
-    shapes: Mapping[str, Sequence[int] | int] | None = None,
+    shapes: Mapping[str, Size] | None = None,
     arguments: Mapping[str, int | float] | None = None,
     inputs: Mapping[str, Contents] | None = None,
     device: str | Device = "host",
-    grid: Sequence[int] | int | None = None,
-    block: Sequence[int] | int | None = None,
+    grid: Size | None = None,
+    block: Size | None = None,
     shared: int = 0,
     dtype: DTypeLike = np.float32,
     seed: int = 0,
@@ -129,47 +119,25 @@ def run_kernel(
         raise ConfigError(f"orders and sanitizers work on the host device, not on {chosen.name}")
     if orders is not None and orders < 0:
         raise ConfigError(f"orders is {orders}; expected the number of shuffled orders, 0 or more")
-    types = ElementTypes.of(np.dtype(dtype))
-    setup = make_setup(
-        load_kernel(kernel), types, shapes or {}, arguments or {}, inputs or {}, grid, block, shared, seed
-    )
+    types, loaded = ElementTypes.of(np.dtype(dtype)), load_kernel(kernel)
+    setup = make_setup(loaded, types, shapes or {}, arguments or {}, inputs or {}, grid, block, shared, seed)
     function = load_reference(reference) if isinstance(reference, str) else reference
     executor = Executor(setup, chosen)
     checks: list[Check] = []
     if sanitize:
-        errors = find_memory_errors(setup)
-        checks.append(Check("sanitizers", not errors, "\n".join(errors) or "nothing to report"))
+        checks.append(check("sanitizers", find_memory_errors(setup), "nothing to report"))
         checks += check_variables(executor)
     first, second = executor.run(FIRST), executor.run(SECOND)
     finished = first.fault is None and second.fault is None
     expected = expected_outputs(function, setup) if function is not None and finished else {}
     checks += check_memory(executor, first, second, expected)
-    if finished:
-        checks += _check_reference(first, expected, rtol, atol)
-        if chosen.name == "host":
-            checks.append(_check_orders(executor, first, orders))
-    return KernelRun(setup, chosen.name, first.arrays, min(first.seconds, second.seconds), tuple(checks))
-
-
-def _check_orders(executor: Executor, first: Outcome, orders: int | None) -> Check:
-    if orders is None:
-        difference = order_dependence(executor, first)
-        same = (
-            "the same bits in ascending and descending order of threads and blocks; --orders 6 (orders=6) looks closer"
-        )
-        return Check("orders", difference is None, difference or same)
-    race = find_race(executor, orders)
-    same = f"the same bits in ascending, descending and {orders} shuffled orders of threads and blocks"
-    return Check("orders", race is None, race or same)
-
-
-def _check_reference(
-    outcome: Outcome, expected: Mapping[str, np.ndarray], rtol: float | None, atol: float | None
-) -> list[Check]:
-    checks = []
     for name, wanted in expected.items():
-        got = outcome.array(name).reshape(wanted.shape)
-        default = TOLERANCE.get(got.dtype.name, 0.0)
-        limits = default if rtol is None else rtol, default if atol is None else atol
+        got = first.array(name).reshape(wanted.shape)
+        limits = (TOLERANCE.get(got.dtype.name, 0.0) if given is None else given for given in (rtol, atol))
         checks.append(Check("reference", *deviation(name, got, wanted, *limits)))
-    return checks
+    if finished and chosen.name == "host":
+        which, more = ("", "; --orders 6 (orders=6) looks closer") if orders is None else (f", {orders} shuffled", "")
+        race = find_race(executor, first, orders)
+        same = f"the same bits in ascending and descending{which} order of threads and blocks{more}"
+        checks.append(check("orders", [race] * bool(race), same))
+    return KernelRun(setup, chosen.name, first.arrays, min(first.seconds, second.seconds), tuple(checks))

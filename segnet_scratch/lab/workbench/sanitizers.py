@@ -40,20 +40,15 @@ def find_memory_errors(setup: Setup) -> list[str]:
     environment = sanitized_environment()
     build(setup.kernel.source, setup.types, sanitize=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _write(setup, folder)
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", f"from {__name__} import run_sanitized; run_sanitized()", name],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        _write(setup, Path(name))
+        code = f"from {__name__} import run_sanitized; run_sanitized()"
+        command = [sys.executable, "-P", "-c", code, name]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         reports = read_reports(result.stderr, setup.kernel.name)
         if not reports and result.returncode != 0:
             end = result.stderr.strip().expandtabs()[-2000:].splitlines()
             raise CompileError(f"the sanitized run of {setup.kernel.name} failed:", *end)
-        return reports + [fault.read_text() for fault in folder.glob("fault")]
+        return reports + [fault.read_text() for fault in Path(name).glob("fault")]
 
 
 def _write(setup: Setup, folder: Path) -> None:
@@ -62,8 +57,8 @@ def _write(setup: Setup, folder: Path) -> None:
         "type": setup.types.storage.name,
         "scalars": setup.scalars,
         "shapes": setup.shapes,
-        "null": [name for name, array in setup.contents.items() if array is None],
         "geometry": [setup.grid, setup.block, setup.shared],
+        "null": [name for name, array in setup.contents.items() if array is None],
     }
     (folder / "job.json").write_text(json.dumps(job))
     present: dict[str, Any] = {name: array for name, array in setup.contents.items() if array is not None}

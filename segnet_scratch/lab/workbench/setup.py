@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,9 +16,10 @@ from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeEr
 from segnet_scratch.runtime.geometry import declared_geometry, declared_threads
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, three
 from segnet_scratch.runtime.signature import Parameter, defined_kernels, parse_kernels
-from segnet_scratch.runtime.source import Source, read_source
+from segnet_scratch.runtime.source import read_source
 
 Shape = tuple[int, ...]
+Size = Sequence[int] | int
 Contents = np.ndarray | float | str | None  # an array, a number for all elements, "random", or None for a null pointer
 
 
@@ -70,30 +70,27 @@ def load_kernel(kernel: str | Path | Kernel) -> Kernel:
     source = read_source(Path(path))
     kernels = {k.name: k for k in parse_kernels(source)}
     if not kernels:
-        raise CompileError(f"{path} defines no kernel that can be found by its name; {_what_it_has(source)}")
+        lines = ", ".join(f"{kernel.name} (line {kernel.line})" for kernel in defined_kernels(source))
+        fix = 'a kernel begins with: extern "C" __global__ void name(...)'
+        if lines:
+            fix = f'write extern "C" in front of the __global__ of {lines}, without template parameters'
+        raise CompileError(f"{path} defines no kernel that can be found by its name; {fix}")
     if not name and len(kernels) > 1:
-        raise ConfigError(
-            f"{path} defines {len(kernels)} kernels; choose one: {', '.join(f'{path}:{k}' for k in kernels)}"
-        )
+        choices = ", ".join(f"{path}:{k}" for k in kernels)
+        raise ConfigError(f"{path} defines {len(kernels)} kernels; choose one: {choices}")
     if name and name not in kernels:
         raise ConfigError(f"{path} defines no kernel {name!r}; it defines {', '.join(kernels)}")
     return kernels[name or next(iter(kernels))]
 
 
-def _what_it_has(source: Source) -> str:
-    if lines := ", ".join(f"{kernel.name} (line {kernel.line})" for kernel in defined_kernels(source)):
-        return f'write extern "C" in front of the __global__ of {lines}, without template parameters'
-    return 'a kernel begins with: extern "C" __global__ void name(...)'
-
-
 def make_setup(
     kernel: Kernel,
     types: ElementTypes,
-    shapes: Mapping[str, Sequence[int] | int],
+    shapes: Mapping[str, Size],
     arguments: Mapping[str, int | float],
     inputs: Mapping[str, Contents],
-    grid: Sequence[int] | int | None,
-    block: Sequence[int] | int | None,
+    grid: Size | None,
+    block: Size | None,
     shared: int,
     seed: int,
 ) -> Setup:
@@ -101,104 +98,64 @@ def make_setup(
     arrays = {p.name: p for p in kernel.parameters if p.pointer}
     numbers = {p.name: p for p in kernel.parameters if p.scalar}
     if len(arrays) + len(numbers) < len(kernel.parameters):
-        raise ConfigError(
-            f"{kernel.name}: takes tensor maps, which say more than shapes: {kernel.signature}; launch it in Python, "
-            "through runtime.launch with runtime.tensor_map.TensorMap"
-        )
-    _expect_known(kernel, "array", arrays, [*shapes, *inputs])
-    _expect_known(kernel, "scalar parameter", numbers, arguments)
-    given = {name: _as_shape(shape) for name, shape in shapes.items()}
-    for name, content in inputs.items():
-        if isinstance(content, np.ndarray):
-            given.setdefault(name, content.shape)
-    scalars: dict[str, int | float] = dict(arguments)
+        fix = "launch it in Python, through runtime.launch with runtime.tensor_map.TensorMap"
+        raise ConfigError(f"{kernel.name}: takes tensor maps, which say more than shapes: {kernel.signature}; {fix}")
+    for what, known, asked in (("array", arrays, [*shapes, *inputs]), ("scalar parameter", numbers, [*arguments])):
+        for name in asked:
+            if name not in known:
+                has = f"it has {', '.join(known) or 'none'}: {kernel.signature}"
+                raise ConfigError(f"{kernel.name} has no {what} {name!r}; {has}")
+    given: dict[str, Shape] = {name: c.shape for name, c in inputs.items() if isinstance(c, np.ndarray)}
+    given |= {name: _as_shape(shape) for name, shape in shapes.items()}
+    scalars = dict(arguments)
     for name, shape in given.items():
-        _infer(kernel, arrays[name], shape, numbers, scalars)
-    _expect_complete(kernel, types, arrays, numbers, given, scalars)
+        for integer, size in arrays[name].sizes(shape).items():  # that its shape comment and its shape have in common
+            if integer in numbers and scalars.setdefault(integer, size) != size:
+                but = f"but it is {scalars[integer]} already; the signature says {name} is {arrays[name].extent}"
+                raise ConfigError(f"{kernel.name}: {name} with shape {shape} makes {integer} = {size}, {but}")
+    no_shape = {name: 1000 for name, p in arrays.items() if name not in given and p.extent is None}
+    no_value = {n: 1000 if p.dtype(types).kind in "iu" else 0.5 for n, p in numbers.items() if n not in scalars}
+    if no_shape or no_value:
+        missing = [f"the shape of {n}" for n in no_shape] + [f"{numbers[n].c_type} {n}" for n in no_value]
+        example = [f"--shape {n}={v}" for n, v in no_shape.items()] + [f"--arg {n}={v}" for n, v in no_value.items()]
+        in_python = [f"{n}={v}" for n, v in (("shapes", no_shape), ("arguments", no_value)) if v]
+        example.append(f"(in Python {', '.join(in_python)}); the kernel is {kernel.signature}")
+        raise ConfigError(f"{kernel.name}: missing: {', '.join(missing)}; for example {' '.join(example)}")
     integers = {n: int(v) for n, v in scalars.items() if numbers[n].dtype(types).kind in "iu"}
-    all_shapes: dict[str, Shape] = {}
-    for name, parameter in arrays.items():
-        all_shapes[name] = given[name] if name in given else parameter.extent_shape(integers)
-        if min(all_shapes[name], default=1) < 1:
-            raise ShapeError(f"{kernel.name}: {name} would have shape {all_shapes[name]}; every size must be positive")
-    contents = {
-        name: _contents(kernel, parameter, types, all_shapes[name], inputs.get(name, "random"), seed)
-        for name, parameter in arrays.items()
-        if parameter.const or name in inputs
-    }
-    final_grid, final_block = _geometry(kernel, arrays, all_shapes, integers, grid, block)
-    return Setup(kernel, types, scalars, contents, all_shapes, final_grid, final_block, shared)
-
-
-def _expect_known(kernel: Kernel, what: str, known: Mapping[str, Parameter], given: Any) -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"{kernel.name} has no {what} {name!r}; it has {', '.join(known) or 'none'}: {kernel.signature}"
-            )
+    all_shapes = {name: given[name] if name in given else p.extent_shape(integers) for name, p in arrays.items()}
+    for name, shape in all_shapes.items():
+        if min(shape, default=1) < 1:
+            raise ShapeError(f"{kernel.name}: {name} would have shape {shape}; every size must be positive")
+    contents = {}
+    for name, p in arrays.items():
+        if p.const or name in inputs:
+            content, rng = inputs.get(name, "random"), np.random.default_rng([seed, zlib.crc32(name.encode())])
+            contents[name] = _contents(f"{kernel.name}: {name}", p.dtype(types), all_shapes[name], content, rng)
+    if grid is None or block is None:
+        written = [prod(all_shapes[name]) for name, p in arrays.items() if not p.const]
+        elements = max(written or [prod(shape) for shape in all_shapes.values()] or [1])
+        grid, block = _geometry(kernel, integers, elements, grid, block)
+    return Setup(kernel, types, scalars, contents, all_shapes, three(_as_shape(grid)), three(_as_shape(block)), shared)
 
 
 def _as_shape(shape: Sequence[int] | int) -> Shape:
     return (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(int(n) for n in shape)
 
 
-def _infer(
-    kernel: Kernel, array: Parameter, shape: Shape, numbers: Mapping[str, Parameter], scalars: dict[str, int | float]
-) -> None:
-    """Adds the integers that a shape comment and a shape have in common."""
-    for name, size in array.sizes(shape).items():
-        if name not in numbers:
-            continue
-        if scalars.setdefault(name, size) != size:
-            raise ConfigError(
-                f"{kernel.name}: {array.name} with shape {shape} makes {name} = {size}, but it is "
-                f"{scalars[name]} already; the signature says {array.name} is {array.extent}"
-            )
-
-
-def _expect_complete(
-    kernel: Kernel,
-    types: ElementTypes,
-    arrays: Mapping[str, Parameter],
-    numbers: Mapping[str, Parameter],
-    given: Mapping[str, Shape],
-    scalars: Mapping[str, int | float],
-) -> None:
-    no_shape = [name for name, p in arrays.items() if name not in given and p.extent is None]
-    no_value = [name for name in numbers if name not in scalars]
-    if not no_shape and not no_value:
-        return
-    missing = [f"the shape of {name}" for name in no_shape] + [f"{numbers[name].c_type} {name}" for name in no_value]
-    values = {name: 1000 if numbers[name].dtype(types).kind in "iu" else 0.5 for name in no_value}
-    example = [f"--shape {name}=1000" for name in no_shape] + [
-        f"--arg {name}={value}" for name, value in values.items()
-    ]
-    settings = {"shapes": dict.fromkeys(no_shape, 1000), "arguments": values}
-    in_python = [f"{name}={given}" for name, given in settings.items() if given]
-    raise ConfigError(
-        f"{kernel.name}: missing: {', '.join(missing)}; for example {' '.join(example)} "
-        f"(in Python {', '.join(in_python)}); the kernel is {kernel.signature}"
-    )
-
-
 def _contents(
-    kernel: Kernel, parameter: Parameter, types: ElementTypes, shape: Shape, content: Contents, seed: int
+    place: str, dtype: np.dtype, shape: Shape, content: Contents, rng: np.random.Generator
 ) -> np.ndarray | None:
-    dtype = parameter.dtype(types)
     if content is None:
         return None
     if isinstance(content, np.ndarray):
         if content.dtype != dtype:
-            raise DTypeError(f"{kernel.name}: {parameter.name} is {dtype}, the given array {content.dtype}; use astype")
+            raise DTypeError(f"{place} is {dtype}, the given array {content.dtype}; use astype")
         if content.size != prod(shape):
-            raise ShapeError(f"{kernel.name}: {parameter.name} has shape {shape}, the given array {content.shape}")
+            raise ShapeError(f"{place} has shape {shape}, the given array {content.shape}")
         return np.ascontiguousarray(content).reshape(shape)
     if isinstance(content, str):
         if content != "random":
-            raise ConfigError(
-                f"{kernel.name}: {parameter.name}: expected an array, a number or 'random', got {content!r}"
-            )
-        rng = np.random.default_rng([seed, zlib.crc32(parameter.name.encode())])
+            raise ConfigError(f"{place}: expected an array, a number or 'random', got {content!r}")
         # Integers stay small: as pool codes, labels and indices they point somewhere.
         values = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 4, shape)
         return values.astype(dtype)
@@ -206,24 +163,18 @@ def _contents(
 
 
 def _geometry(
-    kernel: Kernel,
-    arrays: Mapping[str, Parameter],
-    shapes: Mapping[str, Shape],
-    integers: Mapping[str, int],
-    grid: Sequence[int] | int | None,
-    block: Sequence[int] | int | None,
-) -> tuple[Shape, Shape]:
-    declared = declared_geometry(kernel, integers) if grid is None or block is None else None
+    kernel: Kernel, integers: Mapping[str, int], elements: int, grid: Size | None, block: Size | None
+) -> tuple[Size, Size]:
+    """What the source says of grid and block; without its word a thread for each element of the largest output."""
+    declared = declared_geometry(kernel, integers)
     if block is None:
         block = declared[1] if declared else declared_threads(kernel)
-    block = three(_as_shape(block))
     if grid is None and declared:
         grid = declared[0]
     if grid is None:
-        if block[1:] != (1, 1):
-            raise ConfigError(
-                f"{kernel.name}: a block of {block} threads does not say what grid covers the output; give it"
-            )
-        written = [prod(shapes[name]) for name, p in arrays.items() if not p.const]
-        grid = -(-max(written or [prod(shape) for shape in shapes.values()] or [1]) // block[0])
-    return three(_as_shape(grid)), block
+        threads, *others = three(_as_shape(block))
+        if others != [1, 1]:
+            size = f"{kernel.name}: a block of {(threads, *others)} threads"
+            raise ConfigError(f"{size} does not say what grid covers the output; give it")
+        grid = -(-elements // threads)
+    return grid, block

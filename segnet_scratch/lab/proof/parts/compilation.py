@@ -1,8 +1,8 @@
 """Every kernel compiles: for the host device in each build that the other parts need, and for every GPU without one."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 from segnet_scratch.lab.doctor.findings import Diagnosis
 from segnet_scratch.lab.doctor.kernels import examine_kernels
@@ -15,13 +15,11 @@ from segnet_scratch.runtime.compilation import on_all_cores
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.host import VARIABLES, build, find_compiler
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, shipped_kernels
-from segnet_scratch.runtime.source import Source, shipped_sources
+from segnet_scratch.runtime.source import shipped_sources
 
-# What is built of each source and element type.
-BUILDS: dict[str, Callable[[Source, ElementTypes], Path]] = {
-    "plain": build,
-    "sanitized": functools.partial(build, sanitize=True),
-    **{variables: functools.partial(build, variables=variables) for variables in VARIABLES},
+# What is built of each source and element type: options of runtime.host.build.
+BUILDS: dict[str, dict[str, Any]] = {"plain": {}, "sanitized": {"sanitize": True}} | {
+    variables: {"variables": variables} for variables in VARIABLES
 }
 
 
@@ -36,17 +34,17 @@ class HostBuilds(Part):
         unavailable = {"sanitized": Sanitizers().unavailable(), **dict.fromkeys(VARIABLES, Variables().unavailable())}
         if device == "cuda":
             unavailable = {**dict.fromkeys(BUILDS, "not needed"), "plain": reason_against(find_compiler)}
-        for kind in (kind for kind in BUILDS if not unavailable.get(kind)):
-            for source in shipped_sources():
-                # float64 is for gradients; sanitizers and variables see each source in its other types.
-                for element in (e for e in source.elements if kind == "plain" or e != "float64"):
-                    target = f"{source.path.name}, {element}, {kind}"
-                    yield Work(self.name, "host", target, seed=seed, effort=effort)
+        kinds = [kind for kind in BUILDS if not unavailable.get(kind)]
+        for kind, source in product(kinds, shipped_sources()):
+            # float64 is for gradients; sanitizers and variables see each source in its other types.
+            for element in (e for e in source.elements if kind == "plain" or e != "float64"):
+                target = f"{source.path.name}, {element}, {kind}"
+                yield Work(self.name, "host", target, seed=seed, effort=effort)
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         file, element, kind = work.target.split(", ")
         source = next(source for source in shipped_sources() if source.path.name == file)
-        if reason := reason_against(lambda: BUILDS[kind](source, ElementTypes.named(element))):
+        if reason := reason_against(lambda: build(source, ElementTypes.named(element), **BUILDS[kind])):
             yield reason
         tally.counts["libraries"] += 1
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from segnet_scratch.lab.proof.launches import kernels_of
-from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE, SENTINEL, Attempt, Call, Recorder, valid_call
+from segnet_scratch.lab.proof.misuse import MISUSES, NOT_APPLICABLE, SENTINEL, Attempt, Call, DryDevice, valid_call
 from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Tally, Work
@@ -51,12 +51,12 @@ class Gate(Part):
 def refusal_problems(right: Call, attempt: Attempt) -> list[str]:
     """What is wrong with the gate's answer to a wrong call."""
     wrong, error, named = attempt
-    device, caught = Recorder(), None
+    device, problems = DryDevice(), []
+    caught: Exception | None = None
     try:
         wrong.launch(device)
     except Exception as raised:  # a traceback of another kind is a failure, too
         caught = raised
-    problems = []
     message = f"{type(caught).__name__}: {caught}" if caught else "no error"
     if type(caught) is not error:
         problems.append(f"{message}; expected {error.__name__}")
@@ -64,6 +64,6 @@ def refusal_problems(right: Call, attempt: Attempt) -> list[str]:
         problems.append(f"{message}; expected {right.kernel.name} and {named} to be named")
     if device.launches:
         problems.append("something was launched")
-    if any((array.view(np.uint8) != SENTINEL).any() for _, array in right.arrays):
+    if any((array.view(np.uint8) != SENTINEL).any() for _, array in right.of("arrays")):
         problems.append("an array was changed")
     return problems

@@ -4,6 +4,8 @@ Where there is no GPU the same runs at smaller sizes, so that the proof itself c
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -49,12 +51,13 @@ class Steps:
 
     def losses(self, count: int) -> np.ndarray:
         """Of so many steps from the first on."""
-        found = []
-        for number in range(count):
-            self.write(number)
-            self.step.run()
-            found.append(self.loss())
-        return np.array(found)
+        return np.array([self.make(number, self.step.run)[0] for number in range(count)])
+
+    def make(self, number: int, step: Callable[[], object]) -> tuple[float, float]:
+        """(loss, seconds) of step `number`, made in this way."""
+        self.write(number)
+        seconds = _seconds(self.device, step)
+        return self.loss(), seconds
 
 
 class OtherDevices(Part):
@@ -87,25 +90,17 @@ class Graphs(Part):
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         size, width, replays = (64, 1 / 4, 20) if device.gpu else (32, 1 / 16, 2)
-        eager, replayed = (
-            Steps(SegNet(CLASSES, width, device, dropout=True, seed=1), 1, (size, size)) for _ in range(2)
-        )
-        ways: dict[Steps, Callable[[], None]] = {eager: eager.step.walk, replayed: replayed.step.run}
-        losses: dict[Steps, list[float]] = {steps: [] for steps in ways}
-        seconds: dict[Steps, list[float]] = {steps: [] for steps in ways}
-        for number in range(1 + replays):
-            for steps, step in ways.items():
-                steps.write(number)
-                taken = _seconds(device, step)
-                losses[steps].append(steps.loss())
-                if number:  # the first is not a replay
-                    seconds[steps].append(taken)
+        models = [SegNet(CLASSES, width, device, dropout=True, seed=1) for _ in range(2)]
+        steps = [Steps(model, 1, (size, size)) for model in models]
+        ways = list(zip(steps, (steps[0].step.walk, steps[1].step.run), strict=True))
+        made = np.array([[of.make(number, way) for of, way in ways] for number in range(1 + replays)])
+        (eager, replayed), seconds = made[..., 0].T.tolist(), np.median(made[1:, :, 1], 0)  # the first is no replay
         tally.counts["replays"] = replays
-        ms = [1000 * median(seconds[steps]) for steps in ways]
-        tally.notes.append(f"batch 1 at {size}x{size}: one by one {ms[0]:.2f} ms, replayed {ms[1]:.2f} ms")
-        if losses[eager] != losses[replayed] or not all(np.isfinite(losses[eager])):
-            yield f"losses one by one {losses[eager]}, replayed {losses[replayed]}"
-        if hash_of(eager.model.state_dict()) != hash_of(replayed.model.state_dict()):
+        ms = [f"{way} {1000 * taken:.2f} ms" for way, taken in zip(("one by one", "replayed"), seconds, strict=True)]
+        tally.notes.append(f"batch 1 at {size}x{size}: {', '.join(ms)}")
+        if eager != replayed or not all(np.isfinite(eager)):
+            yield f"losses one by one {eager}, replayed {replayed}"
+        if len({hash_of(model.state_dict()) for model in models}) > 1:
             yield "the weights differ"
 
 
@@ -169,21 +164,20 @@ class Uploads(Part):
         }
         losses: dict[str, list[float]] = {name: [] for name in steps}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(rounds):
-            for name, source in sources.items():
 
-                def train(name: str = name, source: Callable[[], Iterator[Any]] = source) -> None:
-                    for images, labels in source():
-                        steps[name].step(images, labels, LR)
-                        losses[name].append(steps[name].loss())
+        def train(name: str) -> None:
+            for images, labels in sources[name]():
+                steps[name].step(images, labels, LR)
+                losses[name].append(steps[name].loss())
 
-                taken = _seconds(device, train)
-                if turn:  # the first loads kernels and fills the pool
-                    seconds[name].append(taken / count)
+        for _, name in product(range(rounds), sources):
+            seconds[name].append(_seconds(device, partial(train, name)) / count)
         tally.counts["steps"] = rounds * count
-        ms = {name: 1000 * median(values) for name, values in seconds.items()}
         megabytes = sum(array.nbytes for array in data[0]) / 1e6
-        tally.notes.append(f"{megabytes:.1f} MB a step: " + ", ".join(f"{n} {v:.2f} ms" for n, v in ms.items()))
+        ms = [
+            f"{name} {1000 * median(values[1:]):.2f} ms" for name, values in seconds.items()
+        ]  # the first loads kernels
+        tally.notes.append(f"{megabytes:.1f} MB a step: {', '.join(ms)}")
         if losses["uploaded"] != losses["prefetched"] or not all(np.isfinite(losses["uploaded"])):
             yield f"losses uploaded {losses['uploaded']}, prefetched {losses['prefetched']}"
 
@@ -198,12 +192,10 @@ class Timing(Part):
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         batch, size, width, count = (4, 224, 1.0, 20) if device.gpu else (1, 32, 1 / 8, 2)
-        for engine, precision in dict.fromkeys(
-            [("layers", "float32"), resolve(SegNet(CLASSES, width, device), "auto", "auto")]
-        ):
-            steps = Steps(
-                SegNet(CLASSES, width, device, seed=1), batch, (size, size), engine=engine, precision=precision
-            )
+        ways = ("layers", "float32"), resolve(SegNet(CLASSES, width, device), "auto", "auto")
+        for engine, precision in dict.fromkeys(ways):
+            model = SegNet(CLASSES, width, device, seed=1)
+            steps = Steps(model, batch, (size, size), engine=engine, precision=precision)
             steps.losses(3)
             ms = 1000 * median(_seconds(device, steps.step.run) for _ in range(count))
             tally.counts["steps"] += count
