@@ -209,32 +209,26 @@ def _put_instead(arguments: str, error: type[SegnetError], wrong: Wrong, call: C
             yield call.put(p.name, value), error, p.name
 
 
-# The same for what is no argument: by kind the field of a Call, how messages name it, and what may stand there.
-NO_INTEGERS = (1.0, (1, 1.5), None, "11", True, np.float64(1), (1, None), (1, True))
-LAUNCHES: dict[str, tuple[str, str, Sequence[Any]]] = {
-    "a grid of zero, negative or too many blocks": (
-        *("grid", "grid"),
-        [*((1,) * axis + (n,) for axis in range(3) for n in (0, -1, MAX_GRID[axis] + 1, 2**40)), 0, -1, (1, 1, 1, 1)],
-    ),
-    "a block of zero, negative or over 1024 threads": (
-        *("block", "block"),
-        [
-            *((1,) * axis + (n,) for axis in range(3) for n in (0, -1, MAX_BLOCK[axis] + 1)),
-            *(1025, (32, 33), (16, 16, 5), (2, 9, 64), (1, 1, 1, 1)),
-        ],
-    ),
-    "a grid that is no integer": ("grid", "grid", NO_INTEGERS),
-    "a block that is no integer": ("block", "block", NO_INTEGERS),
-    "dynamic shared memory out of range": (
-        *("shared", "dynamic shared memory"),
-        (MAX_SHARED + 1, -1, 2**40, 16.0, None, "16", True),
-    ),
+def _outside(limits: tuple[int, ...], *others: Any) -> list[Any]:
+    """Sizes of a grid or block that are wrong in one axis, and others."""
+    return [(1,) * axis + (n,) for axis, limit in enumerate(limits) for n in (0, -1, limit + 1, 2**40)] + [*others]
+
+
+# The same for what is no argument: by kind the field of a Call, and what may stand there.
+BLOCKS = [(32, 33), (16, 16, 5), (2, 9, 64), (1, 1, 1, 1)]
+NO_INTEGERS = [1.0, (1, 1.5), None, "11", True, np.float64(1), (1, None), (1, True)]
+LAUNCHES: dict[str, tuple[str, list[Any]]] = {
+    "a grid of zero, negative or too many blocks": ("grid", _outside(MAX_GRID, 0, -1, (1, 1, 1, 1))),
+    "a block of zero, negative or over 1024 threads": ("block", _outside(MAX_BLOCK, 1025, *BLOCKS)),
+    "a grid that is no integer": ("grid", NO_INTEGERS),
+    "a block that is no integer": ("block", NO_INTEGERS),
+    "dynamic shared memory out of range": ("shared", [MAX_SHARED + 1, -1, 2**40, 16.0, None, "16", True]),
 }
 
 
-def _launch_otherwise(field: str, named: str, values: Sequence[Any], call: Call) -> Iterator[Attempt]:
+def _launch_otherwise(field: str, values: list[Any], call: Call) -> Iterator[Attempt]:
     for value in values:
-        yield replace(call, **{field: value}), LaunchError, named
+        yield replace(call, **{field: value}), LaunchError, field
 
 
 Misuse = Callable[[Call], Iterator[Attempt]]
