@@ -8,27 +8,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segnet_scratch.lab.doctor.findings import PACKAGE, last_line
 
-if TYPE_CHECKING:
-    from segnet_scratch.runtime.launch import Kernel
-
 TIMEOUT = 120  # seconds
-
-# Shared memory and a barrier: what the host device needs fibers for.
-_PROBE = """#include "common/types.cuh"
-extern "C" __global__ void doctor_reverse(
-    const storage_t* __restrict__ x,  // (count)
-    storage_t* __restrict__ y,        // (count)
-    int count) {
-    SHARED_ARRAY(storage_t, tile, [64]);
-    tile[threadIdx.x] = x[threadIdx.x];
-    __syncthreads();
-    y[threadIdx.x] = tile[count - 1 - threadIdx.x];
-}
-"""
+_PROBE = Path(__file__).with_name("probe.cu")
 
 
 def ask(task: str) -> dict[str, Any]:
@@ -58,6 +43,8 @@ def _run_kernel(name: str) -> dict[str, Any]:
     from segnet_scratch.errors import KernelFault
     from segnet_scratch.runtime.devices import get_device
     from segnet_scratch.runtime.launch import ElementTypes, launch
+    from segnet_scratch.runtime.signature import parse_kernels
+    from segnet_scratch.runtime.source import read_source
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SEGNET_CACHE"] = folder  # a compiler that broke since the last run must not hide behind the cache
@@ -65,19 +52,11 @@ def _run_kernel(name: str) -> dict[str, Any]:
         x = np.arange(64, dtype=np.float32)
         y = device.zeros(x.shape, x.dtype)
         types = ElementTypes.of(x.dtype)
-        launch(device, _probe_kernel(Path(folder)), 1, x.size, [device.upload(x), y, x.size], types)
+        (kernel,) = parse_kernels(read_source(_PROBE))
+        launch(device, kernel, 1, x.size, [device.upload(x), y, x.size], types)
         if not np.array_equal(device.download(y), x[::-1]):
             raise KernelFault(f"a kernel compiled for the {name} device gives wrong values")
     return {}
-
-
-def _probe_kernel(folder: Path) -> "Kernel":
-    from segnet_scratch.runtime.signature import parse_kernels
-    from segnet_scratch.runtime.source import read_source
-
-    path = folder / "doctor.cu"
-    path.write_text(_PROBE, encoding="utf-8")
-    return parse_kernels(read_source(path))[0]
 
 
 def _use_nvrtc() -> dict[str, Any]:
@@ -86,11 +65,10 @@ def _use_nvrtc() -> dict[str, Any]:
 
     from segnet_scratch.runtime import nvrtc
     from segnet_scratch.runtime.launch import ElementTypes
+    from segnet_scratch.runtime.source import read_source
 
     architectures = nvrtc.supported_architectures()
-    with tempfile.TemporaryDirectory() as folder:
-        types = ElementTypes.of(np.dtype(np.float32))
-        nvrtc.compile_cubin(_probe_kernel(Path(folder)).source, types, "sm_90")
+    nvrtc.compile_cubin(read_source(_PROBE), ElementTypes.of(np.dtype(np.float32)), "sm_90")
     return {"version": nvrtc.nvrtc_version(), "path": nvrtc.library_path(), "architectures": architectures}
 
 

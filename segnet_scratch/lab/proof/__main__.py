@@ -35,9 +35,8 @@ def main() -> int:
 
     try:
         effort = FULL if options.full else QUICK
-        report = verify(
-            *(options.device, effort, options.seed, options.only, options.row), minutes=options.minutes, keep=keep
-        )
+        what = options.device, effort, options.seed, options.only, options.row
+        report = verify(*what, minutes=options.minutes, keep=keep)
     except SegnetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -82,11 +82,10 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[str, np.ndarray]]:
     """The reference evaluated in float64: its op, its inputs beside its outputs, and all results by name."""
     op = row.reference_plan(case)
-    wide = {
-        name: None if a is None else row.as_seen(name, a).astype(op.inputs[name].dtype) for name, a in inputs.items()
-    }
+    given = {name: a for name, a in inputs.items() if a is not None}
+    wide = dict.fromkeys(inputs) | {n: row.as_seen(n, a).astype(op.inputs[n].dtype) for n, a in given.items()}
     outputs = empty_outputs(op)
-    updated = {name: np.copy(wide[name]) for name in op.updates}  # type: ignore[arg-type]
+    updated = {name: np.copy(wide[name]) for name in op.updates}
     op.reference(Buffers(**{**wide, **updated}, **outputs))
     return op, Buffers(**wide, **outputs), {**outputs, **updated}
 

@@ -131,11 +131,9 @@ class Differentiable:
 
     def expect_known(self, chosen: Chosen) -> None:
         """ConfigError unless the op has the arrays and options that the user chose, and all that it needs is there."""
-        for what, known, given in (
-            ("array", self.arrays, chosen.shapes),
-            ("array", (*self.arrays, *self.others), chosen.contents),
-            ("option", tuple(self.options), chosen.arguments),
-        ):
+        contents = ("array", (*self.arrays, *self.others), chosen.contents)
+        options = ("option", tuple(self.options), chosen.arguments)
+        for what, known, given in (("array", self.arrays, chosen.shapes), contents, options):
             for name in given.keys() - {*known}:
                 has = ", ".join(known) or "none"
                 raise ConfigError(f"gradcheck: {self.name} has no {what} {name!r}; it has {has}")

@@ -162,10 +162,8 @@ def gradcheck(
     for name in wanted:
         differentiable(name).expect_known(chosen)
         if narrow and name == "segnet":
-            raise ConfigError(
-                "gradcheck: a network cannot be checked in float32: rounding alone moves the maximum of pooling "
-                "windows (docs/explanation/numerics.md); use float64 for segnet"
-            )
+            why = "rounding alone moves the maximum of pooling windows (docs/explanation/numerics.md)"
+            raise ConfigError(f"gradcheck: a network cannot be checked in float32: {why}; use float64 for segnet")
     if chosen.sizes and len(wanted) != 1:
         raise ConfigError(f"gradcheck: shapes, options and contents are those of one op; got {len(wanted)} ops")
 

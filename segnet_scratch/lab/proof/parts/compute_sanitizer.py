@@ -61,9 +61,8 @@ def _run(tool: str) -> tuple[dict[str, int], list[str]]:
         # Of errors that calls report, CuPy's own probing makes some; those of launches reach us as exceptions.
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         try:
-            result = subprocess.run(
-                [*command, sys.executable, "-m", __name__], capture_output=True, text=True, timeout=LIMIT
-            )
+            command += [sys.executable, "-m", __name__]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return {}, [f"{tool}: did not end within {LIMIT:.0f} s"]
         found = log.read_text(errors="replace") if log.exists() else ""

@@ -67,6 +67,7 @@ def _labelled(label: int) -> np.ndarray:
 
 _NOISE, _ALL_VOID = np.random.default_rng(0).standard_normal((2, 3, 4, 5)), np.full((2, 3, 4), VOID)
 _TWO, _ONE_AND_TWO = np.zeros((1, 1, 2, 3)), np.array([[[1, 2]]])
+_FOUR = np.array([[[0, 0], [1, 2]]])
 _SIGNS = np.array([[1, -1, -1], [-1, 1, 1], [1, 1, 1], [-1, -1, -1]]).reshape(1, 2, 2, 3)
 _THIRD, _SECOND = 1 / 3, 1 / (1 + np.exp(0.5))  # probabilities: of one of three, of a logit that is less by 0.5
 _GRADIENT = np.array([[0, 0, 0], [-1, 0.5, 0.5], [_THIRD, _THIRD - 1, _THIRD], [_THIRD, _THIRD, _THIRD - 1]]) / 4
@@ -80,12 +81,7 @@ EDGES: dict[str, Sequence[Edge]] = {
         Edge(_TWO, (_ONE_AND_TWO,), np.log(3)),
     ],
     "logits of +-1e4": [
-        Edge(
-            1e4 * _SIGNS,
-            (np.array([[[0, 0], [1, 2]]]),),
-            (0 + (2e4 + np.log(2)) + 2 * np.log(3)) / 4,
-            _GRADIENT.reshape(_SIGNS.shape),
-        )
+        Edge(1e4 * _SIGNS, (_FOUR,), (0 + (2e4 + np.log(2)) + 2 * np.log(3)) / 4, _GRADIENT.reshape(_SIGNS.shape))
     ],
     # Added to log sum exp, 1e4 would round the difference of 0.5 to a multiple of 1/1024.
     "a small difference of large logits": [

@@ -151,10 +151,9 @@ class Uploads(Part):
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         batch, size, count, rounds = (32, 224, 20, 4) if device.gpu else (2, 32, 3, 2)
-        steps = {
-            name: Steps(SegNet(CLASSES, 1 / 16, device, seed=1), batch, (size, size))
-            for name in ("uploaded", "prefetched", "resident")
-        }
+        names = ("uploaded", "prefetched", "resident")
+        models = [SegNet(CLASSES, 1 / 16, device, seed=1) for _ in names]
+        steps = {name: Steps(model, batch, (size, size)) for name, model in zip(names, models, strict=True)}
         data = [steps["uploaded"].data(number) for number in range(count)]
         resident = [device.upload(array) for array in data[0]]
         sources: dict[str, Callable[[], Iterator[Any]]] = {
@@ -174,9 +173,8 @@ class Uploads(Part):
             seconds[name].append(_seconds(device, partial(train, name)) / count)
         tally.counts["steps"] = rounds * count
         megabytes = sum(array.nbytes for array in data[0]) / 1e6
-        ms = [
-            f"{name} {1000 * median(values[1:]):.2f} ms" for name, values in seconds.items()
-        ]  # the first loads kernels
+        # The first round loads kernels.
+        ms = [f"{name} {1000 * median(values[1:]):.2f} ms" for name, values in seconds.items()]
         tally.notes.append(f"{megabytes:.1f} MB a step: {', '.join(ms)}")
         if losses["uploaded"] != losses["prefetched"] or not all(np.isfinite(losses["uploaded"])):
             yield f"losses uploaded {losses['uploaded']}, prefetched {losses['prefetched']}"
