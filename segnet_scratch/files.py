@@ -58,7 +58,7 @@ def left_by_system(name: str) -> bool:
 
     macOS writes a `._NAME` beside every file on a disk that is not its own, and into archives.
     """
-    return name.startswith(".") or name.lower() in ("thumbs.db", "ehthumbs.db", "desktop.ini")
+    return name.startswith(".") or _LITTER.fullmatch(name) is not None
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -63,31 +63,33 @@ def segnet_blocks(width: float, dropout: bool = False, decoder: str = "indices")
     Decoder stage s undoes encoder stage s: it unpools first and ends with the channels of stage s - 1. `dropout`
     follows the three deepest stages of encoder and decoder, where the authors' Bayesian SegNet has it.
     """
-    stages = [[max(1, round(channels * width)) for channels in stage] for stage in VGG16_STAGES]
-    blocks, channels = [], 3
-    for s, outputs in enumerate(stages, start=1):
-        for i, out in enumerate(outputs, start=1):
-            last = i == len(outputs)
-            blocks.append(Block(s, i, False, channels, out, pool=last, dropout=dropout and last and s >= 3))
-            channels = out
-    for s in range(5, 0, -1):
-        # Mirrored: as many convolutions as the encoder stage, the last one down to the channels of the stage below.
-        # In stage 1 that last one is the classifier.
-        outputs = stages[s - 1][1:] + ([stages[s - 2][-1]] if s > 1 else [])
-        for i, out in enumerate(outputs, start=1):
-            last = i == len(outputs)
-            unpool = decoder if i == 1 else None
-            blocks.append(Block(s, i, True, channels, out, unpool=unpool, dropout=dropout and last and s >= 3))
-            channels = out
-    return blocks
+    encoder = [[max(1, round(channels * width)) for channels in stage] for stage in VGG16_STAGES]
+    # Mirrored: as many convolutions as the encoder stage, the last one down to the channels of the stage below.
+    # In stage 1 that last one is the classifier.
+    below = [[], *([stage[-1]] for stage in encoder)]
+    return _mirrored(encoder, [stage[1:] + last for stage, last in zip(encoder, below, strict=False)], dropout, decoder)
 
 
 def segnet_basic_blocks(width: float, dropout: bool = False, decoder: str = "indices") -> list[Block]:
     """SegNet-Basic: four encoders, four decoders, 7x7, 64 channels throughout, no ReLU in the decoder (section 3.2)."""
-    wide = max(1, round(64 * width))
-    deep = {s: dropout and s >= 3 for s in (1, 2, 3, 4)}
-    encoder = [Block(s, 1, False, 3 if s == 1 else wide, wide, 7, pool=True, dropout=deep[s]) for s in deep]
-    return encoder + [Block(s, 1, True, wide, wide, 7, decoder, relu=False, dropout=deep[s]) for s in reversed(deep)]
+    stages = [[max(1, round(64 * width))]] * 4
+    return _mirrored(stages, stages, dropout, decoder, kernel=7, relu=False)
+
+
+def _mirrored(
+    encoder: list[list[int]], decoder: list[list[int]], dropout: bool, unpool: str, kernel: int = 3, relu: bool = True
+) -> list[Block]:
+    """The blocks of both halves, given by the output channels of each stage; `relu` is that of the decoder."""
+    halves = [(s, False, outputs) for s, outputs in enumerate(encoder, start=1)]
+    halves += [(s, True, outputs) for s, outputs in reversed([*enumerate(decoder, start=1)])]
+    blocks, channels = [], 3
+    for s, up, outputs in halves:
+        for i, out in enumerate(outputs, start=1):
+            first, last = i == 1, i == len(outputs)
+            shape = s, i, up, channels, out, kernel, unpool if up and first else None, relu or not up
+            blocks.append(Block(*shape, pool=last and not up, dropout=dropout and last and s >= 3))
+            channels = out
+    return blocks
 
 
 class SegNet(Module):

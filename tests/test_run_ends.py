@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from support.training import At, steps
 
 from segnet_scratch import weights
 from segnet_scratch.config import load_config
 from segnet_scratch.errors import CheckpointError, ConfigError, DataError, TrainingError
-from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.run_folder import RunFolder
-from segnet_scratch.train import STOP_SIGNALS, Listener, Trainer
+from segnet_scratch.train import STOP_SIGNALS, Trainer
 
 TINY = {"model": "segnet-basic", "width": 0.0625, "size": 32, "batch": 2, "workers": 0, "lr": 0.01}
 
@@ -29,19 +29,6 @@ def trainer(data, out, resume=False, init=None, **more):
 
 def options(**more):
     return [part for setting in settings(**more) for part in ("--set", setting)]
-
-
-def steps(out):
-    return [row["step"] for row in MetricsLog.read(out / "metrics.jsonl") if "loss" in row]
-
-
-class After(Listener):
-    def __init__(self, step, act):
-        self._step, self._act = step, act
-
-    def stepped(self, trainer, loss, lr):
-        if trainer.step == self._step:
-            self._act()
 
 
 @pytest.fixture
@@ -95,7 +82,7 @@ def test_whatever_ends_a_run_saves_first(sample, tmp_path, error):
         raise error
 
     with pytest.raises(type(error)):
-        trainer(sample, tmp_path, steps=9).run(After(3, act))
+        trainer(sample, tmp_path, steps=9).run(At(3, act))
     assert weights.read(tmp_path / "last.safetensors")[2]["step"] == 3
     trainer(sample, tmp_path, resume=True, steps=9).run()
     assert steps(tmp_path) == list(range(1, 10))
@@ -109,7 +96,7 @@ def test_a_state_that_cannot_be_saved_either_leaves_the_error_that_came_first(sa
         raise DataError("the first")
 
     with pytest.raises(DataError, match="the first"):
-        run.run(After(2, act))
+        run.run(At(2, act))
     assert "could not be saved: no room" in caplog.text
 
 
@@ -119,7 +106,7 @@ def test_rows_that_cannot_be_written_cost_no_training(sample, tmp_path, caplog):
         (tmp_path / "metrics.jsonl").mkdir()
 
     with pytest.raises(TrainingError, match=r"metrics\.jsonl: could not be written"):
-        trainer(sample, tmp_path, steps=9).run(After(3, act))
+        trainer(sample, tmp_path, steps=9).run(At(3, act))
     assert weights.read(tmp_path / "last.safetensors")[2]["step"] == 4
     assert "step 4 has no row" in caplog.text
     assert "saved at step 4" in caplog.text
@@ -130,7 +117,7 @@ def test_a_run_without_a_checkpoint_does_not_block_its_folder(sample, tmp_path):
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        trainer(sample, tmp_path, steps=9).run(After(2, act))
+        trainer(sample, tmp_path, steps=9).run(At(2, act))
     assert not (tmp_path / "last.safetensors").exists()
     trainer(sample, tmp_path, steps=3, lr=0.02).run()
     assert steps(tmp_path) == [1, 2, 3]
@@ -142,7 +129,7 @@ def test_signals_that_come_twice_save_all_the_same(sample, tmp_path, number):
         signal.raise_signal(number)
         signal.raise_signal(number)
 
-    assert not trainer(sample, tmp_path, steps=9).run(After(2, act))
+    assert not trainer(sample, tmp_path, steps=9).run(At(2, act))
     assert weights.read(tmp_path / "last.safetensors")[2]["step"] == 2
 
 
@@ -150,7 +137,7 @@ def test_a_signal_that_is_ignored_stays_so(sample, tmp_path):
     """As behind nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert trainer(sample, tmp_path, steps=3).run(After(2, lambda: signal.raise_signal(signal.SIGHUP)))
+        assert trainer(sample, tmp_path, steps=3).run(At(2, lambda: signal.raise_signal(signal.SIGHUP)))
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -180,7 +167,7 @@ def test_a_folder_is_in_use_while_it_is_trained_in(sample, tmp_path):
         trainer(sample, tmp_path, resume=True, steps=9)
 
     with pytest.raises(TrainingError, match="another process"):
-        trainer(sample, tmp_path, steps=9).run(After(2, act))
+        trainer(sample, tmp_path, steps=9).run(At(2, act))
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -226,7 +213,7 @@ def test_a_resumed_run_remembers_what_it_started_from(sample, tmp_path, monkeypa
         raise SystemExit  # before the first checkpoint
 
     with pytest.raises(SystemExit):
-        trainer(sample, out, steps=4, init=start.relative_to(tmp_path)).run(After(2, act))
+        trainer(sample, out, steps=4, init=start.relative_to(tmp_path)).run(At(2, act))
     monkeypatch.chdir(sample)  # a relative path would be another file now
     resumed = trainer(sample, out, resume=True, steps=4)
     assert str(start) in resumed.initialised

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import FULL, real
-from support.training import FILES, TINY, assert_same_run, losses, rows, start, steps, train
+from support.training import FILES, TINY, At, assert_same_run, losses, rows, start, steps, train
 
 from segnet_scratch import weights
 from segnet_scratch.config import Config, load_config
@@ -25,23 +25,6 @@ from segnet_scratch.metrics import scores
 from segnet_scratch.optim import learning_rate
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.train import Listener
-
-
-class At(Listener):
-    """Does something after a certain step, or at the first batch of the validation after it."""
-
-    def __init__(self, step, act, validating=False):
-        self.step, self.act, self.in_validation, self.reached = step, act, validating, 0
-
-    def stepped(self, trainer, loss, lr):
-        self.reached = trainer.step
-        if trainer.step == self.step and not self.in_validation:
-            self.act()
-
-    def validating(self, images):
-        if self.reached == self.step and self.in_validation:
-            self.act()
-            self.reached = 0
 
 
 class Crash(BaseException):

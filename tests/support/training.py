@@ -58,3 +58,20 @@ class Recorder(Listener):
 
     def validated(self, trainer, evaluation):
         self.told.append(evaluation)
+
+
+class At(Listener):
+    """Does something after a certain step, or at the first batch of the validation after it."""
+
+    def __init__(self, step, act, validating=False):
+        self.step, self.act, self.in_validation, self.reached = step, act, validating, 0
+
+    def stepped(self, trainer, loss, lr):
+        self.reached = trainer.step
+        if trainer.step == self.step and not self.in_validation:
+            self.act()
+
+    def validating(self, images):
+        if self.reached == self.step and self.in_validation:
+            self.act()
+            self.reached = 0
