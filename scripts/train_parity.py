@@ -20,7 +20,6 @@ often above as below that of two twins; it is above at every one of 8 seeds at 1
 
 import argparse
 import itertools
-import json
 import platform
 import sys
 import time
@@ -32,13 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.run import write
 from torch.nn import functional
 from torch_segnet import VOID, TorchSegNet, TorchSegNetBasic, loss_of, parameter_groups
 
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.data import Batch, EvalTransform, Loader, VOCDataset
 from segnet_scratch.errors import ConfigError
-from segnet_scratch.files import write_durably
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.metrics import Scores, confusion_matrix, scores
 from segnet_scratch.optim import learning_rate
@@ -283,8 +282,7 @@ def main() -> int:
         verdict = "ours is no farther from a twin than another twin" if passed else "OURS LEARNS DIFFERENTLY"
         print(f"{verdict}: p = {result['p']:.3g}, wrong for an unchanged project at {ERROR_RATE:.1%} of times at most")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(options.json, [json.dumps(result, indent=1).encode() + b"\n"])
+        write(options.json, result)
     return 0 if passed else 1
 
 

@@ -5,7 +5,6 @@ import functools
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from segnet_scratch.step import TrainingStep
 State = Mapping[str, np.ndarray]
 Meter = Callable[[bool], int]  # bytes that are taken; told whether it is asked for the first time
 WAYS = ("eager", "graph", "compile", "max-autotune")
-FORMATS = ("channels_last", "contiguous_format")
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 class Ours:
@@ -67,11 +66,6 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
-def autocast(precision: str, device: str) -> AbstractContextManager[object]:
-    """bfloat16 by automatic mixed precision."""
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 class Peer:
     """PyTorch in one memory format and one way; `folded`: batch norm folded into the convolutions, for inference."""
 
@@ -85,7 +79,7 @@ class Peer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.case, self.device = case, "cuda" if case.on_gpu else "cpu"
-        self.form: dict[str, Any] = {"dtype": dtype, "memory_format": getattr(torch, memory_format)}
+        self.form: dict[str, Any] = {"dtype": dtype, "memory_format": FORMATS[memory_format]}
         model = TorchSegNet(CLASSES, case.width)
         model.load_numpy(state)
         if folded:
@@ -100,11 +94,12 @@ class Peer:
         if way in ("compile", "max-autotune"):
             self.forward = torch.compile(self.model, mode="default" if way == "compile" else way)
         set_precision(case.precision)
+        self._autocast = torch.autocast(self.device, torch.bfloat16, enabled=case.precision == "bf16")
         self._run: Callable[[], object] = self._capture() if way == "graph" else self._step
 
     def _forward_backward(self) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
-        with autocast(self.case.precision, self.device):
+        with self._autocast:
             logits, loss = loss_of(self.forward, self.images, self.labels)
         loss.backward()
         return logits
@@ -114,7 +109,7 @@ class Peer:
             self._forward_backward()
             self.optimiser.step()
             return
-        with torch.inference_mode(), autocast(self.case.precision, self.device):
+        with torch.inference_mode(), self._autocast:
             self.forward(self.images)
 
     def _capture(self) -> Callable[[], object]:
@@ -148,10 +143,7 @@ def _fold(model: nn.Module) -> None:
     """Makes batch norm a part of the convolution before it, as ours does."""
     for unit in model.modules():
         if isinstance(unit, nn.Sequential) and hasattr(unit, "bn"):
-            conv, norm = unit.conv, unit.bn
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
-            unit.conv = fuse_conv_bn_eval(conv, norm)
+            unit.conv = fuse_conv_bn_eval(unit.conv, unit.bn)
             unit.bn = nn.Identity()
 
 
@@ -166,7 +158,7 @@ def peers_of(case: Case, thorough: bool) -> dict[str, Callable[[State], Peer]]:
     folds = (True, False) if thorough or not case.on_gpu else (True,)
     for folded in folds if case.task == "inference" else (False,):
         for memory_format, way in ways:
-            name = f"PyTorch, {memory_format.removesuffix('_format')}, {way}{', folded' if folded else ''}"
+            name = f"PyTorch, {memory_format}, {way}{', folded' if folded else ''}"
             made[name] = functools.partial(Peer, case, memory_format=memory_format, way=way, folded=folded)
     return made
 
@@ -181,7 +173,7 @@ def makers_of(case: Case, device: Device, right: Sequence[str], thorough: bool) 
         images, labels = (torch.from_numpy(array).to(place) for array in case.data(seed))
         ours.append((device.from_dlpack(images), device.from_dlpack(labels) if training else None))
         for name, batches in theirs.items():
-            nchw = images.permute(0, 3, 1, 2).contiguous(memory_format=getattr(torch, name))
+            nchw = images.permute(0, 3, 1, 2).contiguous(memory_format=FORMATS[name])
             batches.append((nchw, labels.long() if training else None))
 
     def maker(make: Callable[[], Ours | Peer], batches: Sequence[tuple[Any, Any]], meter: Meter) -> Maker:
@@ -197,7 +189,7 @@ def makers_of(case: Case, device: Device, right: Sequence[str], thorough: bool) 
     meters = (_of_gpu, _of_torch) if case.on_gpu else (_of_process, _of_process)
     made = {name: maker(functools.partial(OURS[name], case, device, state), ours, meters[0]) for name in right}
     for name, make in peers_of(case, thorough).items():
-        batches = theirs[next(f for f in FORMATS if f.removesuffix("_format") in name)]
+        batches = theirs[name.split(", ")[1]]
         made[name] = maker(functools.partial(make, state), batches, meters[1])
     return made
 

@@ -31,7 +31,7 @@ def errors_of(
         draws: dict[str, list[dict[str, float]]] = {}
         for seed in range(DRAWS):
             batch, state = case.data(seed), initial_state(seed, width)
-            exact = Peer(exact_case, state, "contiguous_format", dtype=torch.float64).training_pass(*batch)
+            exact = Peer(exact_case, state, "contiguous", dtype=torch.float64).training_pass(*batch)
             contenders = {"PyTorch": Peer(case, state)} | {
                 name: make(case, device, state)
                 for name, make in OURS.items()

@@ -180,8 +180,4 @@ def compile_kernels(device: Device) -> None:
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """The JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, [json.dumps(found, indent=1, default=_number).encode() + b"\n"])
-
-
-def _number(value: object) -> object:
-    return value.item() if isinstance(value, np.generic) else str(value)
+    write_durably(path, [json.dumps(found, indent=1, default=np.generic.item).encode() + b"\n"])
