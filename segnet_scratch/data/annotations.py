@@ -110,9 +110,8 @@ def _object(path: Path, element: Element) -> ObjectBox:
     if left > right or top > bottom:
         _refuse(path, f"box of {name}: left {left:g}, right {right:g}, top {top:g}, bottom {bottom:g} are in disorder")
     flags = [(element.findtext(flag) or "0").strip() for flag in ("difficult", "truncated")]
-    for flag in flags:
-        if flag not in ("0", "1"):
-            _refuse(path, f"difficult or truncated of {name} is {flag[:20]!r}; expected 0 or 1")
+    if not {*flags} <= {"0", "1"}:
+        _refuse(path, f"difficult, truncated of {name} are {flags[0][:20]!r}, {flags[1][:20]!r}; expected 0 or 1")
     return ObjectBox(name, (left, top, right, bottom), flags[0] == "1", flags[1] == "1")
 
 

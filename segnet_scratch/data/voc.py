@@ -6,6 +6,7 @@ ROOT/SegmentationClass/<id>.png           masks: class numbers as palette indice
 ROOT/labels.txt                           class names, one a line, or name r g b (optional; default: VOC's 21)
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from unicodedata import normalize
@@ -36,24 +37,22 @@ def find_root(path: str | Path, with_masks: bool = True) -> Path:
     Without masks SegmentationClass need not be there. Raises DataError that lists what each place lacks when none of
     them is a VOC root.
     """
-    path = Path(path)
     folders = FOLDERS if with_masks else FOLDERS[:2]
-    looked = []
-    for root in possible_roots(path):
-        missing = [folder for folder in folders if not (root / folder).is_dir()]
-        if not missing:
-            return root
-        looked.append(f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder"))
-    raise DataError(
-        f"{path}: no data set in VOC layout found; looked in",
-        *looked,
-        f"Pass the folder that holds {', '.join(folders)}.",
-    )
+    lacks = lacking_folders(Path(path), folders)
+    if whole := [root for root, missing in lacks.items() if not missing]:
+        return whole[0]
+    looked = [
+        f"  {root}: " + (f"lacks {', '.join(missing)}" if root.is_dir() else "no such folder")
+        for root, missing in lacks.items()
+    ]
+    fix = f"Pass the folder that holds {', '.join(folders)}."
+    raise DataError(f"{path}: no data set in VOC layout found; looked in", *looked, fix)
 
 
-def possible_roots(path: Path) -> tuple[Path, ...]:
-    """The folders that may be the VOC root meant by `path`, in the order in which they are looked at."""
-    return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
+def lacking_folders(path: Path, folders: Sequence[str] = FOLDERS) -> dict[Path, list[str]]:
+    """What each folder lacks that may be the VOC root meant by `path`, in the order in which they are looked at."""
+    roots = path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
+    return {root: [folder for folder in folders if not (root / folder).is_dir()] for root in roots}
 
 
 def class_names(root: Path, file: str = "labels.txt") -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,7 @@ _POINTS = 1000  # of a curve, at most; more than a page is pixels wide would onl
 _RAW, _SMOOTH, _OTHER = "#b9cdea", "#1f5fbf", "#d1622b"
 Rows = Sequence[dict[str, Any]]  # of the log of a run
 
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, to be searched and read aloud
-    "svg.hashsalt": "segnet",  # the same run gives the same bytes
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#444444",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-}
+_STYLE = Path(__file__).with_name("curves.mplstyle")
 
 
 def series(rows: Rows, key: str, unit: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +29,7 @@ def draw_curves(rows: Rows, steps_per_epoch: int | None) -> dict[str, str | None
     The horizontal axis has steps, or epochs where it is known how many steps one has.
     """
     unit, label = steps_per_epoch or 1, "epoch" if steps_per_epoch else "step"
-    with require("matplotlib", "report", "the report").rc_context(_STYLE):
+    with require("matplotlib", "report", "the report").rc_context(fname=_STYLE):
         return {
             "loss_svg": _loss_curve(rows, unit, label),
             "miou_svg": _miou_curve(rows, unit, label),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from segnet_scratch.data.findings import Tell
 from segnet_scratch.data.lists import is_plain_name, parse_labels, parse_split
-from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, find_root, possible_roots, split_files
+from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, find_root, lacking_folders, split_files
 from segnet_scratch.errors import DataError
 
 _NAMED_AT_MOST = 5
@@ -49,7 +49,7 @@ def _root(path: Path, found: Tell) -> Path:
         return find_root(path)
     except DataError:
         # Something incomplete is still examined; only where nothing is like a data set there is nothing to examine.
-        missing = {root: [name for name in FOLDERS if not (root / name).is_dir()] for root in possible_roots(path)}
+        missing = lacking_folders(path)
         root = min(missing, key=lambda candidate: len(missing[candidate]))
         if len(missing[root]) == len(FOLDERS):
             raise
