@@ -155,12 +155,10 @@ def verify(
     anywhere = [ANY] if parts or present != ["cuda"] else []
     with tempfile.TemporaryDirectory(prefix="segnet-verify-") as folder:
         for part, device in itertools.product(chosen, (*present, *anywhere)):
-            if device in part.devices:
-                reason = part.unavailable()
-            elif parts and device != ANY and ANY not in part.devices:
-                reason = f"it is for {' and '.join(part.devices)}, not for {device}"
-            else:
+            other = device not in part.devices
+            if other and (not parts or ANY in (device, *part.devices)):
                 continue
+            reason = f"it is for {' and '.join(part.devices)}, not for {device}" if other else part.unavailable()
             lines[part.name, device] = Line(part, device, Tally(skipped=reason))
             for work in () if reason else part.works(device, effort, seed, tables[device]):
                 if work.device == "cuda":

@@ -6,12 +6,11 @@
     accuracy.py      errors of float32 sums beside a chain's
     gradients.py     gradient checks of ops and networks
     same_bits.py     orders of threads and blocks, variables without a value, sanitizers, the same bits again
-    training.py      the same bits of whole training runs
     hostile.py       hostile inputs of pooling and its like
     losses.py        edges of the loss
     refusals.py      inputs that must be refused
     gate.py          launches that must be refused
-    steps.py         training steps on a GPU: other devices, graphs, the fused engine, uploads, times
+    steps.py         training steps: the same bits again; on a GPU other devices, graphs, the fused engine, uploads
     ranks.py         NCCL on one GPU
     learning.py      that it learns
     compute_sanitizer.py  NVIDIA's four tools
@@ -32,8 +31,7 @@ from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Integers, Reference
 from segnet_scratch.lab.proof.parts.refusals import Refusals
 from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Sanitizers, Variables
-from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
-from segnet_scratch.lab.proof.parts.training import Training
+from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Training, Uploads
 
 # In the order of the report, in which a GPU has them, too.
 PARTS: dict[str, Part] = {

@@ -118,14 +118,10 @@ class RowPart(Part):
             count = fixed + (getattr(effort, self.random) if self.random else 0)
             firsts = sorted({*range(0, fixed, at_once), *range(fixed, count, at_once)})
             for first, end in pairwise([*firsts, count]):
-                cost = max(self.cost(row, index, seed) for index in range(first, end)) if device == "cuda" else 0.0
+                ops = (row.plan(case_of(row, index, seed), row.elements[0]) for index in range(first, end))
+                cost = max(op.flops + op.bytes for op in ops) if device == "cuda" else 0.0
                 of_row = self.name, device, row.name, first, end - first, seed, effort
                 yield Work(*of_row, extra=first >= fixed, cost=cost)
-
-    def cost(self, row: Row, index: int, seed: int) -> float:
-        """Of a case, as compared with others."""
-        op = row.plan(case_of(row, index, seed), row.elements[0])
-        return op.flops + op.bytes
 
     def runs(self, work: Work, device: Device, tally: Tally) -> Iterator[CaseRun]:
         """The cases that the work names."""
@@ -153,11 +149,9 @@ class RowPart(Part):
         raise NotImplementedError
 
     def ran(self, tally: Tally) -> str:
-        text = super().ran(tally)
-        if tally.kernels:
-            fewest = min(tally.kernels.values())
-            text += f", {len(tally.kernels)} kernels with at least {fewest} shapes each"
-        return text
+        fewest = min(tally.kernels.values(), default=0)
+        kernels = f", {len(tally.kernels)} kernels with at least {fewest} shapes each"
+        return super().ran(tally) + (kernels if fewest else "")
 
 
 def case_of(row: Row, index: int, seed: int) -> Case:

@@ -6,7 +6,6 @@ import numpy as np
 
 from segnet_scratch.lab.proof.parts.base import Part, reason_against
 from segnet_scratch.lab.proof.parts.steps import CLASSES, Steps
-from segnet_scratch.lab.proof.parts.training import hash_of
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.parallel.communicator import ALONE, Communicator, Value
 from segnet_scratch.parallel.nccl import NcclArrays, new_identity
@@ -43,13 +42,10 @@ class Nccl(Part):
         if gathered.shape != (1, 2, 3) or not np.array_equal(gathered[0], values):
             yield f"gathered from one rank: {gathered}"
 
-        def learned(engine: str, ranks: Communicator) -> tuple[list[float], str]:
-            model = SegNetBasic(CLASSES, 1 / 8, device, seed=1)
-            losses = Steps(model, 1, (32, 32), engine=engine, ranks=ranks).losses(3).tolist()
-            return losses, hash_of(model.state_dict())
-
         for engine in ("layers", "fused"):
-            plain, through = learned(engine, ALONE), learned(engine, ranks)
+            models = {of: SegNetBasic(CLASSES, 1 / 8, device, seed=1) for of in (ALONE, ranks)}
+            steps = (Steps(model, 1, (32, 32), engine=engine, ranks=of) for of, model in models.items())
+            plain, through = (of_rank.learned(3) for of_rank in steps)
             tally.counts["steps"] += len(plain[0])
             if plain != through:
                 yield f"{engine}: losses and weights {plain}, through NCCL {through}"

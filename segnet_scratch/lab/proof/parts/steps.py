@@ -1,9 +1,10 @@
-"""Training steps as they are made on a GPU: on other devices, as graphs, by the fused engine, beside uploads.
+"""Training steps: again, and as they are made on a GPU: on other devices, as graphs, by the fused engine, with uploads.
 
 Where there is no GPU the same runs at smaller sizes, so that the proof itself can be tried.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from statistics import median
@@ -14,8 +15,7 @@ import numpy as np
 
 from segnet_scratch.config import Config
 from segnet_scratch.inference_step import InferenceStep
-from segnet_scratch.lab.proof.parts.base import Part
-from segnet_scratch.lab.proof.parts.training import hash_of
+from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet, SegNetBasic
@@ -53,11 +53,42 @@ class Steps:
         """Of so many steps from the first on."""
         return np.array([self.make(number, self.step.run)[0] for number in range(count)])
 
+    def learned(self, count: int) -> tuple[list[float], str]:
+        """(losses, hash of everything that has been learned) after so many steps."""
+        return self.losses(count).tolist(), hash_of(self.model.state_dict() | self.step.optimiser.state_dict())
+
     def make(self, number: int, step: Callable[[], object]) -> tuple[float, float]:
         """(loss, seconds) of step `number`, made in this way."""
         self.write(number)
         seconds = _seconds(self.device, step)
         return self.loss(), seconds
+
+
+def hash_of(arrays: dict[str, np.ndarray]) -> str:
+    """Of names, shapes, types and every bit."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class Training(Part):
+    """Runs of a small SegNet from the same seed: forward, backward, update; a hash of all it has learned."""
+
+    name = "training"
+    long = True
+    proves = "training gives the same bits again"
+
+    def targets(self, rows: Rows) -> Sequence[str]:
+        return ["SegNet"]
+
+    def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
+        count, runs = work.effort.steps, range(work.effort.runs)
+        models = (SegNet(5, 1 / 16, device, dropout=True, seed=work.seed) for _ in runs)
+        hashes = {Steps(model, 2, (32, 32)).learned(count)[1] for model in models}
+        tally.counts.update({"runs": len(runs), "steps each": count})
+        if len(hashes) > 1:
+            yield f"{len(hashes)} hashes in {len(runs)} runs of {count} steps at 32x32, width 1/16: {sorted(hashes)}"
 
 
 class OtherDevices(Part):
