@@ -1,6 +1,6 @@
 """Hostile inputs of pooling and its like: NaN, infinities, ties, codes that point nowhere, odd sizes, wrong arrays.
 
-Each has a valid result, the one of a definition by loops (by_hand.py of the chapter), or a named error.
+Each has a valid result, the one of a definition by loops (ops/by_hand.py), or a named error.
 """
 
 import functools
