@@ -89,9 +89,9 @@ class TestPlan:
     def test_chunks_cover_the_pixels_whatever_the_tile(self):
         for pixels in (1, 2048, 2049, 100_000, 10**7):
             for rows, columns in ((128, 64), (128, 128)):
-                chunks = mma.Chunks.of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
-                assert (chunks.count - 1) * chunks.pixels < pixels <= chunks.count * chunks.pixels
-                assert chunks.count <= mma.Chunks.WANTED_BLOCKS
+                chunks = mma.chunks_of(geometry(h=1, w=pixels, kernel=1, padding=0), rows, columns)
+                assert (chunks.count - 1) * chunks.each < pixels <= chunks.count * chunks.each
+                assert chunks.count <= mma.WANTED_BLOCKS
 
 
 @needs_compiler

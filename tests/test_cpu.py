@@ -26,7 +26,8 @@ from segnet_scratch.ops.convolution import winograd
 from segnet_scratch.ops.elementwise import fast as activation
 from segnet_scratch.ops.loss import fast as loss
 from segnet_scratch.ops.normalisation import fast as batch_norm
-from segnet_scratch.ops.op import Op
+from segnet_scratch.ops.normalisation.batch_norm import BatchNormTrainingForward
+from segnet_scratch.ops.op import Op, spec_of
 from segnet_scratch.ops.pooling import fast as pooling
 from segnet_scratch.ops.resampling import fast as resampling
 from segnet_scratch.runtime import workers
@@ -105,14 +106,13 @@ def test_winograd_is_taken_where_it_gains(kernel, stride, channels_in, y, suits)
 def test_batch_norm_of_infinity_is_nan_without_a_warning():
     x = np.ones((1, 2, 2, 2), np.float32)
     x[0, 0, 0, 0] = np.inf
-    weight = bias = np.ones(2, np.float32)
-    y, dx = np.zeros((2, *x.shape), np.float32)
-    mean, inv_std, variance, dweight, dbias = np.zeros((5, 2), np.float32)
-    batch_norm.training_forward(x, weight, bias, y, mean, inv_std, variance, 1e-5)
-    batch_norm.backward(x, x, weight, mean, inv_std, dx, dweight, dbias)
-    assert np.isnan(y[..., 0]).all()
-    assert np.isnan(dx[..., 0]).all()
-    assert (y[..., 1] == 1).all()
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    op, device = BatchNormTrainingForward.plan(spec_of(x)), get_device("numpy")
+    out = op(device, x=x, weight=one, bias=one, running_mean=zero.copy(), running_var=one.copy())
+    back = op.gradient()[0](device, x=x, dy=x, mean=out.mean, inv_std=out.inv_std, weight=one)
+    assert np.isnan(out.y[..., 0]).all()
+    assert np.isnan(back.dx[..., 0]).all()
+    assert (out.y[..., 1] == 1).all()
 
 
 def test_cross_entropy_of_extreme_logits():

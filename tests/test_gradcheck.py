@@ -422,7 +422,7 @@ class _PowerBackward(Op):
 
 class _PowerRow(MapRow):
     def __init__(self, **backward):
-        super().__init__(_Power, *backward.items())
+        super().__init__(_Power, options=tuple(backward.items()))
 
 
 class TestRowsOfTheOpTable:

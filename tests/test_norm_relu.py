@@ -16,7 +16,7 @@ from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.normalisation import norm_relu as fused
 from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, BatchNormTrainingForward
 from segnet_scratch.ops.op import spec, spec_of
-from segnet_scratch.ops.pieces import TILE_ROWS, Share, piece_of
+from segnet_scratch.ops.pieces import SHARE_THREADS, TILE_ROWS, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
@@ -248,5 +248,5 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     assert loads_before_a_use(code, "LDG.E.128") >= loads
     (compiled,) = compile_all([find_kernel(kernel).source], [architecture], [element])
     (registers,) = (usage.registers for usage in compiled.usages if usage.kernel == kernel)
-    assert registers <= 65536 // (resident * Share.THREADS)
+    assert registers <= 65536 // (resident * SHARE_THREADS)
     assert not any(name.startswith(("LDL", "STL")) for name in names), "local memory"

@@ -4,6 +4,8 @@ The references of the ops are NumPy expressions over whole arrays. These are loo
 do not exist are plain to see.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 SPECIAL = np.array([np.nan, -np.inf, np.inf, -1, 0, 1, 1])  # hostile values, with ties
@@ -34,36 +36,32 @@ def packed(codes: np.ndarray) -> np.ndarray:
     return bytes_
 
 
-def positions(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(row, column) in the map for each code (..., 2); a code that points outside means position 0 of its window."""
-    found = np.empty((*codes.shape, 2), int)
+def named(codes: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The index of each code, and that of the element of the map that it names.
+
+    A code that points outside means position 0 of its window.
+    """
     for index in np.ndindex(codes.shape):
-        _, row, column, _ = index
+        image, row, column, channel = index
         code = int(codes[index])
         i, j = 2 * row + code // 2, 2 * column + code % 2
         inside = code <= 3 and i < size[0] and j < size[1]
-        found[index] = (i, j) if inside else (2 * row, 2 * column)
-    return found
+        yield index, (image, *((i, j) if inside else (2 * row, 2 * column)), channel)
 
 
 def scatter(values: np.ndarray, codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Max-unpool, and the backward of max-pool: each value at the position of its code, 0 elsewhere."""
-    n, _, _, c = values.shape
-    y = np.zeros((n, *size, c), values.dtype)
-    at = positions(codes, size)
-    for index in np.ndindex(values.shape):
-        i, j = at[index]
-        y[index[0], i, j, index[3]] = values[index]
+    y = np.zeros((len(values), *size, values.shape[3]), values.dtype)
+    for index, element in named(codes, size):
+        y[element] = values[index]
     return y
 
 
 def gather(map_: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The backward of max-unpool: the element at the position of each code."""
     values = np.empty(codes.shape, map_.dtype)
-    at = positions(codes, (map_.shape[1], map_.shape[2]))
-    for index in np.ndindex(codes.shape):
-        i, j = at[index]
-        values[index] = map_[index[0], i, j, index[3]]
+    for index, element in named(codes, (map_.shape[1], map_.shape[2])):
+        values[index] = map_[element]
     return values
 
 

@@ -64,6 +64,8 @@ class Row:
 
     name: str
     op: type[Op]
+    rung: str  # of its ladder, where there is one
+    shapes: ClassVar[Mapping[str, Shape]]  # of `x`, each with its reason, where the cases are no more than that
     exact: ClassVar[bool] = False  # integer-valued inputs give exactly the reference's result
     elements: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))  # of arrays, the usual one first
     channels: ClassVar[int] = 1  # those of maps are a multiple of it
@@ -71,9 +73,17 @@ class Row:
     # Of nn/functions.py, its gradient is checked on these cases; unless given, it has the op's name without "_forward".
     function: str | None = None
 
+    def __init__(self, op: type[Op] | None = None, rung: str = "", name: str = "", **attributes: Any) -> None:
+        """Of an op and a rung, which give the name; `attributes` in the place of those of the class."""
+        self.op = op or type(self).op
+        self.name = name or "_".join(filter(None, (self.op.name, rung)))
+        if rung:
+            self.rung = rung
+        vars(self).update(attributes)
+
     def cases(self) -> list[Case]:
         """The shapes that must work, each with its reason."""
-        raise NotImplementedError
+        return maps(self.shapes)
 
     def random_case(self, rng: np.random.Generator) -> Case:
         """A case that nobody has thought of."""
@@ -223,15 +233,12 @@ class MapRow(Row):
     """Ops on one map, without sums unless `bound` says otherwise; `options` are further arguments of the plan."""
 
     exact = True
-
-    def __init__(self, op: type[Op], *options: Any) -> None:
-        self.op, self.name, self.options = op, op.name, options
-
-    def cases(self) -> list[Case]:
-        return maps(MAPS)
+    shapes = MAPS
+    options: tuple[Any, ...] = ()
+    most_channels = 40  # of a random map
 
     def random_case(self, rng: np.random.Generator) -> Case:
-        return Case("random", {"x": random_map(rng)})
+        return Case("random", {"x": random_map(rng, self.most_channels)})
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return self.op.plan(spec(case["x"], dtype), *self.options)

@@ -121,7 +121,8 @@ class Op:
         """Does the work on given buffers."""
         if device.runs_kernels:
             self.launch(device, b)
-        else:
+            return
+        with np.errstate(all="ignore"):  # as the kernels: 1 / 0 is infinity
             self.numpy(b)
 
     def kernel(
@@ -182,19 +183,18 @@ class Op:
             raise ShapeError(f"{self.name}: takes {', '.join(self.inputs)}; got {', '.join(arrays)}")
         for name, expected in self.inputs.items():
             array = arrays[name]
-            if array is None:
-                if name not in self.optional:
-                    raise ShapeError(f"{self.name}: {name} is None; expected an array of shape {expected.shape}")
+            if array is None and name in self.optional:
                 continue
+            what = f"{self.name}: {name}"
+            if array is None:
+                raise ShapeError(f"{what} is None; expected an array of shape {expected.shape}")
             if tuple(array.shape) != expected.shape:
-                raise ShapeError(f"{self.name}: {name} has shape {tuple(array.shape)}, expected {expected.shape}")
+                raise ShapeError(f"{what} has shape {tuple(array.shape)}, expected {expected.shape}")
             if array.dtype != expected.dtype:
-                raise DTypeError(f"{self.name}: {name} has element type {array.dtype}, expected {expected.dtype}")
+                raise DTypeError(f"{what} has element type {array.dtype}, expected {expected.dtype}")
             if not array.flags.c_contiguous:
-                raise ShapeError(
-                    f"{self.name}: {name} is a view with strides {array.strides} of shape {expected.shape}; "
-                    "expected a C-contiguous array; copy it"
-                )
+                view = f"{what} is a view with strides {array.strides} of shape {expected.shape}"
+                raise ShapeError(f"{view}; expected a C-contiguous array; copy it")
 
 
 def expect(condition: bool, message: str) -> None:
@@ -203,63 +203,50 @@ def expect(condition: bool, message: str) -> None:
         raise ShapeError(message)
 
 
-def expect_map(op: str, name: str, s: Spec, bfloat16: bool = False) -> tuple[int, int, int, int]:
-    """(n, h, w, c) of an activation map, checked: four dimensions, none empty, float32 or float64 (or bfloat16)."""
-    expect(len(s.shape) == 4, f"{op}: {name} has shape {s.shape}; expected (n, h, w, c), channels last")
+def expect_array(op: str, name: str, s: Spec, sides: str = "", bfloat16: bool = False) -> tuple[int, ...]:
+    """The shape of an array, checked: its sides ("outer, inner"; "..., classes": one at least), none empty, its type.
+
+    That is float32 or float64, or bfloat16 where such arrays are taken.
+    """
+    names = sides.split(", ")
+    fits = not sides or len(s.shape) == len(names) or (names[0] == "..." and len(s.shape) > 0)
+    expect(fits, f"{op}: {name} has shape {s.shape}; expected ({sides}){', channels last' * (len(names) == 4)}")
     expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
-    if not (bfloat16 and s.dtype == BFLOAT16):
-        expect_float(op, name, s)
-    n, h, w, c = s.shape
+    expect_type(op, name, s.dtype, np.float32, BFLOAT16 if bfloat16 else np.float64, np.float64)
+    return s.shape
+
+
+def expect_map(op: str, name: str, s: Spec, bfloat16: bool = False) -> tuple[int, int, int, int]:
+    """(n, h, w, c) of an activation map, checked."""
+    n, h, w, c = expect_array(op, name, s, "n, h, w, c", bfloat16)
     return n, h, w, c
 
 
-def expect_float(op: str, name: str, s: Spec) -> None:
-    """DTypeError unless the element type is float32 or float64."""
-    if s.dtype not in (np.float32, np.float64):
-        raise DTypeError(f"{op}: {name} has element type {s.dtype}; expected float32 or float64; convert with astype")
+def expect_type(op: str, name: str, dtype: np.dtype, *taken: DTypeLike) -> None:
+    """DTypeError unless the element type is one of those that are taken; the first two of them are named."""
+    if dtype not in taken:
+        first, second = (np.dtype(kind) for kind in taken[:2])
+        raise DTypeError(f"{op}: {name} has element type {dtype}; expected {first} or {second}; convert it")
 
 
-def expect_elements(op: str, name: str, s: Spec) -> None:
-    """An array of any shape, checked: float32 or float64, not empty."""
-    expect_float(op, name, s)
-    expect(s.size > 0, f"{op}: {name} is empty: shape {s.shape}")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Launch geometry of sums over the rows of a (rows, channels) matrix: common/columns.cuh.
+class ColumnsOp(Op):
+    """Sums over the rows of a map seen as a matrix (rows, channels), in chunks: common/columns.cuh.
 
     Chunks depend on the shape alone, so that sums come out the same on every GPU.
     """
 
-    rows: int
-    channels: int
+    LANES, ROWS, MAX_CHUNKS = 32, 8, 512  # the first two: COLUMN_LANES, ROW_LANES
+    # The kernels, in order: over groups of channels and chunks of "rows", or a thread for each of the "channels".
+    stages: ClassVar[dict[str, str]]
 
-    LANES: ClassVar[int] = 32  # COLUMN_LANES
-    ROWS: ClassVar[int] = 8  # ROW_LANES
-    MAX_CHUNKS: ClassVar[int] = 512
+    def __init__(self, name: str, map_: Spec, bfloat16: bool = False) -> None:
+        n, h, w, self.channels = expect_map(self.name, name, map_, bfloat16)
+        self.rows = n * h * w
+        self.rows_per_chunk = max(64, -(-self.rows // self.MAX_CHUNKS))  # so many that a chunk is worth a block
+        self.chunks = -(-self.rows // self.rows_per_chunk)
 
-    @property
-    def rows_per_chunk(self) -> int:
-        """At least 64 rows, so that a chunk is worth a block."""
-        return max(64, -(-self.rows // self.MAX_CHUNKS))
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks that cover the rows."""
-        return -(-self.rows // self.rows_per_chunk)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks: groups of channels, chunks."""
-        return -(-self.channels // self.LANES), self.chunks
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """Threads: channels, rows."""
-        return self.LANES, self.ROWS
-
-    @property
-    def merge_grid(self) -> int:
-        """Blocks of ELEMENT_THREADS for one thread a channel."""
-        return -(-self.channels // ELEMENT_THREADS)
+    def launch(self, device: Device, b: Buffers) -> None:
+        of_rows: tuple[Any, Any] = (-(-self.channels // self.LANES), self.chunks), (self.LANES, self.ROWS)
+        of_channels: tuple[Any, Any] = element_grid(self.channels), ELEMENT_THREADS
+        for name, over in self.stages.items():
+            self.kernel(device, name, b, *(of_rows if over == "rows" else of_channels))

@@ -1,8 +1,6 @@
 """What the kernels of the fused engine have in common: pieces of 16 bytes, tiles of 128 rows, bfloat16 in NumPy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -23,41 +21,22 @@ def expect_pieces(op: str, dtype: np.dtype, **channels: int) -> None:
     """ShapeError unless the numbers of channels are whole pieces of this element type."""
     piece = piece_of(dtype)
     for what, count in channels.items():
-        expect(
-            count % piece == 0,
-            f"{op}: {count} {what}; the fused kernels move pieces of {piece} numbers: use a width that makes it a "
-            f"multiple of {piece}, or the layers engine",
-        )
+        fix = f"use a width that makes it a multiple of {piece}, or the layers engine"
+        expect(count % piece == 0, f"{op}: {count} {what}; the fused kernels move pieces of {piece} numbers: {fix}")
 
 
-@dataclass(frozen=True)
-class Share:
-    """The launch of a kernel that goes through a map once (cuda/common/share.cuh), so many pieces in all.
+SHARE_THREADS = 256
+LOADS = 4  # rows whose pieces a thread loads at a time, where it goes from row to row
 
-    No more blocks than a GPU holds at once, `resident` on a multiprocessor, and none with less than `each` pieces for a
-    thread. What is computed does not depend on the grid.
+
+def share_grid(device: Device, map_: Array, each: int = 1, resident: int = 3) -> int:
+    """Blocks of SHARE_THREADS for a kernel that goes once through the pieces of a map (cuda/common/share.cuh).
+
+    No more than a GPU holds at once, `resident` on a multiprocessor, and none with less than `each` pieces for a
+    thread: LOADS, or 1 for one that goes from window to window. What is computed does not depend on the grid.
     """
-
-    pieces: int
-    each: int
-    resident: int
-
-    THREADS: ClassVar[int] = 256  # SHARE_THREADS
-    LOADS: ClassVar[int] = 4
-
-    @staticmethod
-    def of_rows(map_: Array, resident: int = 3) -> "Share":
-        """For a kernel that loads the pieces of LOADS rows at a time."""
-        return Share(map_.size // piece_of(map_.dtype), Share.LOADS, resident)
-
-    @staticmethod
-    def of_windows(pooled: Array, resident: int = 3) -> "Share":
-        """For a kernel that goes from window to window."""
-        return Share(pooled.size // piece_of(pooled.dtype), 1, resident)
-
-    def grid(self, device: Device) -> int:
-        """Blocks of THREADS."""
-        return min(-(-self.pieces // (self.each * self.THREADS)), self.resident * device.multiprocessors)
+    pieces = map_.size // piece_of(map_.dtype)
+    return min(-(-pieces // (each * SHARE_THREADS)), resident * device.multiprocessors)
 
 
 def tiles_of(rows: int) -> int:

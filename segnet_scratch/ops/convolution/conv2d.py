@@ -18,7 +18,7 @@ and what an optimiser adds up.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,16 +26,7 @@ from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution import fast
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.op import (
-    ELEMENT_THREADS,
-    Buffers,
-    Columns,
-    Op,
-    Spec,
-    element_grid,
-    expect,
-    expect_map,
-)
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, ColumnsOp, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
@@ -72,15 +63,37 @@ def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
 class _ConvOp(Op):
     """A convolution with its geometry and rung. `accumulated` is the type of sums over pixels, and of the bias."""
 
-    def __init__(self, x: Spec, weight: Spec, stride: int, padding: int, rung: str | None) -> None:
+    def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
         expect_map(self.name, "x", x, bfloat16=True)
         if weight.dtype != x.dtype:
             raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, x {x.dtype}; convert one")
         self.geometry = Geometry.of(x.shape, weight.shape, stride, padding)
-        self.rung = choose_rung(self.geometry, x.dtype, rung)
+        self.stride, self.padding, self.rung = stride, padding, choose_rung(self.geometry, x.dtype, rung)
         self.accumulated = ElementTypes.of(x.dtype).accumulate
         self.flops = self.geometry.flops
-        self.workspace = {}
+        self.plan_arrays(x, weight, x.with_shape(*self.geometry.y))
+
+    def plan_arrays(self, x: Spec, weight: Spec, y: Spec) -> None:
+        """Inputs, outputs and workspace, of the forward's arrays."""
+        raise NotImplementedError
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        if self.rung == "direct":
+            self.kernel(device, f"{self.name}_direct", b)
+        else:
+            self.launch_product(device, b)
+
+    def launch_product(self, device: Device, b: Buffers) -> None:
+        """The kernels of all other rungs: a product of matrices."""
+        raise NotImplementedError
+
+    def launch_gemm(self, device: Device, g: Geometry, b: Buffers) -> None:
+        """The implicit GEMM of fprop, and of dgrad with other arguments."""
+        if self.rung == "tiled":
+            self.kernel(device, "conv2d_forward_tiled", b, TILED.grid(g.pixels, g.o), TILED_THREADS, **g.sizes)
+        else:
+            tile = mma.chosen(device, "forward", self.rung, g, mma.forward_tile(g, self.rung))
+            tile.launch(self, device, "conv2d_forward_mma", self.rung, b, tile.grid(g.pixels, g.o), **g.sizes)
 
     def _factor(self, array: np.ndarray) -> np.ndarray:
         """What the rung multiplies: for tf32 the rounded numbers, for bfloat16 the same in float32."""
@@ -88,15 +101,12 @@ class _ConvOp(Op):
             return round_to_tf32(array)
         return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
-
-def _into(output: np.ndarray, compute: Callable[[np.ndarray], None]) -> None:
-    """Lets NumPy compute an output in float32 and rounds it, where it is bfloat16."""
-    if output.dtype != BFLOAT16:
-        return compute(output)
-    exact = np.empty(output.shape, np.float32)
-    compute(exact)
-    output[...] = exact
-    return None
+    def _compute(self, output: np.ndarray, fast_way: Callable[..., None], *arrays: np.ndarray | None) -> None:
+        """Lets NumPy compute an output in float32 and rounds it, where it is bfloat16."""
+        exact = np.empty(output.shape, np.float32) if output.dtype == BFLOAT16 else output
+        fast_way(*arrays, exact, self.stride, self.padding)
+        if exact is not output:
+            output[...] = exact
 
 
 class Conv2dForward(_ConvOp):
@@ -105,17 +115,12 @@ class Conv2dForward(_ConvOp):
     name = "conv2d_forward"
     optional = ("bias",)
 
-    def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
-        super().__init__(x, weight, stride, padding, rung)
+    def plan_arrays(self, x: Spec, weight: Spec, y: Spec) -> None:
         self.inputs = {"x": x, "weight": weight, "bias": Spec((self.geometry.o,), self.accumulated)}
-        self.outputs = {"y": x.with_shape(*self.geometry.y)}
+        self.outputs = {"y": y}
 
-    def launch(self, device: Device, b: Buffers) -> None:
-        g = self.geometry
-        if self.rung == "direct":
-            self.kernel(device, "conv2d_forward_direct", b, stride=g.stride, padding=g.padding)
-        else:
-            _launch_gemm(self, device, g, g.pads, b)
+    def launch_product(self, device: Device, b: Buffers) -> None:
+        self.launch_gemm(device, self.geometry, b)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = 0 if b.bias is None else b.bias
@@ -124,13 +129,12 @@ class Conv2dForward(_ConvOp):
 
     def gradient(self) -> tuple[Op, ...]:
         x, weight, *_ = self.inputs.values()
-        options = self.geometry.stride, self.geometry.padding, self.rung
+        options = self.stride, self.padding, self.rung
         of_bias = Conv2dBackwardBias.plan(self.outputs["y"])
         return Conv2dBackwardData.plan(x, weight, *options), Conv2dBackwardWeight.plan(x, weight, *options), of_bias
 
     def numpy(self, b: Buffers) -> None:
-        x, weight = self._factor(b.x), self._factor(b.weight)
-        _into(b.y, lambda y: fast.forward(x, weight, b.bias, y, self.geometry.stride, self.geometry.padding))
+        self._compute(b.y, fast.forward, self._factor(b.x), self._factor(b.weight), b.bias)
 
 
 class Conv2dBackwardData(_ConvOp):
@@ -138,33 +142,24 @@ class Conv2dBackwardData(_ConvOp):
 
     name = "conv2d_backward_data"
 
-    def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
-        super().__init__(x, weight, stride, padding, rung)
-        g = self.geometry
-        self.inputs = {"dy": x.with_shape(*g.y), "weight": weight}
-        self.outputs = {"dx": x}
-        if self.rung != "direct":
-            self.workspace = {"flipped": x.with_shape(g.c, g.kh, g.kw, g.o)}
+    def plan_arrays(self, x: Spec, weight: Spec, y: Spec) -> None:
+        o, kh, kw, c = weight.shape
+        self.inputs, self.outputs = {"dy": y, "weight": weight}, {"dx": x}
+        self.workspace = {} if self.rung == "direct" else {"flipped": x.with_shape(c, kh, kw, o)}
 
-    def launch(self, device: Device, b: Buffers) -> None:
-        g = self.geometry
-        if self.rung == "direct":
-            self.kernel(device, "conv2d_backward_data_direct", b, stride=g.stride, padding=g.padding)
-        else:
-            self.kernel(device, "conv2d_flip_weight", b, element_grid(b.weight.size))
-            of_dgrad = Buffers(x=b.dy, weight=b.flipped, bias=None, y=b.dx)
-            _launch_gemm(self, device, g.mirrored, g.mirrored_pads, of_dgrad)
+    def launch_product(self, device: Device, b: Buffers) -> None:
+        self.kernel(device, "conv2d_flip_weight", b, element_grid(b.weight.size))
+        self.launch_gemm(device, self.geometry.mirrored, Buffers(x=b.dy, weight=b.flipped, bias=None, y=b.dx))
 
     def reference(self, b: Buffers) -> None:
-        g = self.geometry
-        padded = np.zeros((g.n, g.h + 2 * g.padding, g.w + 2 * g.padding, g.c), b.dx.dtype)
+        g, p = self.geometry, self.padding
+        padded = _padded(g, np.zeros_like(b.dx))
         for ky, kx, patch in _taps(g, padded):
             patch += b.dy @ b.weight[:, ky, kx]
-        b.dx[...] = padded[:, g.padding : g.padding + g.h, g.padding : g.padding + g.w]
+        b.dx[...] = padded[:, p : p + g.h, p : p + g.w]
 
     def numpy(self, b: Buffers) -> None:
-        dy, weight = self._factor(b.dy), self._factor(b.weight)
-        _into(b.dx, lambda dx: fast.backward_data(dy, weight, dx, self.geometry.stride, self.geometry.padding))
+        self._compute(b.dx, fast.backward_data, self._factor(b.dy), self._factor(b.weight))
 
 
 class Conv2dBackwardWeight(_ConvOp):
@@ -172,27 +167,21 @@ class Conv2dBackwardWeight(_ConvOp):
 
     name = "conv2d_backward_weight"
 
-    def __init__(self, x: Spec, weight: Spec, stride: int = 1, padding: int = 0, rung: str | None = None) -> None:
-        super().__init__(x, weight, stride, padding, rung)
-        g = self.geometry
-        self.inputs = {"x": x, "dy": x.with_shape(*g.y)}
-        self.outputs = {"dweight": Spec(weight.shape, self.accumulated)}
-        tile = mma.weight_tile(g, self.rung) if self.rung in ELEMENTS_OF_RUNG else TILED
-        self.chunks = mma.Chunks.of(g, tile.rows, tile.columns)
+    def plan_arrays(self, x: Spec, weight: Spec, y: Spec) -> None:
+        self.inputs, self.outputs = {"x": x, "dy": y}, {"dweight": Spec(weight.shape, self.accumulated)}
+        self.tile = mma.weight_tile(self.geometry, self.rung) if self.rung in ELEMENTS_OF_RUNG else TILED
+        self.chunks = mma.chunks_of(self.geometry, self.tile.rows, self.tile.columns)
         if self.rung != "direct":
             self.workspace = {"partials": Spec((self.chunks.count, *weight.shape), self.accumulated)}
 
-    def launch(self, device: Device, b: Buffers) -> None:
+    def launch_product(self, device: Device, b: Buffers) -> None:
         g = self.geometry
-        if self.rung == "direct":
-            self.kernel(device, "conv2d_backward_weight_direct", b, stride=g.stride, padding=g.padding)
-            return
+        grid = *self.tile.grid(g.depth, g.o), self.chunks.count
+        sizes: dict[str, Any] = {**g.sizes, "pixels_per_chunk": self.chunks.each}
         if self.rung == "tiled":
-            grid = *TILED.grid(g.depth, g.o), self.chunks.count
-            sizes = {**g.pads, "pixels_per_chunk": self.chunks.pixels}
             self.kernel(device, "conv2d_backward_weight_tiled", b, grid, TILED_THREADS, **sizes)
         else:
-            mma.launch_backward_weight(self, device, self.rung, g, self.chunks, b)
+            self.tile.launch(self, device, "conv2d_backward_weight_mma", self.rung, b, grid, **sizes)
         self.launch_merge(device, b)
 
     def launch_merge(self, device: Device, b: Buffers) -> None:
@@ -208,28 +197,22 @@ class Conv2dBackwardWeight(_ConvOp):
             b.dweight[:, ky, kx] = np.einsum("nyxo,nyxc->oc", b.dy, patch)
 
     def numpy(self, b: Buffers) -> None:
-        x, dy = self._factor(b.x), self._factor(b.dy)
-        fast.backward_weight(x, dy, b.dweight, self.geometry.stride, self.geometry.padding)
+        self._compute(b.dweight, fast.backward_weight, self._factor(b.x), self._factor(b.dy))
 
 
-class Conv2dBackwardBias(Op):
+class Conv2dBackwardBias(ColumnsOp):
     """dbias = sum of dy over pixels. dy (n, oh, ow, o); of bfloat16 the sum is float32."""
 
     name = "conv2d_backward_bias"
+    stages: ClassVar = {"conv2d_backward_bias_partial": "rows", "conv2d_backward_bias_merge": "channels"}
 
     def __init__(self, dy: Spec) -> None:
-        n, h, w, o = expect_map(self.name, "dy", dy, bfloat16=True)
-        self.columns = Columns(n * h * w, o)
+        super().__init__("dy", dy, bfloat16=True)
         accumulated = ElementTypes.of(dy.dtype).accumulate
         self.inputs = {"dy": dy}
-        self.outputs = {"dbias": Spec((o,), accumulated)}
-        self.workspace = {"partials": Spec((self.columns.chunks, o), accumulated)}
+        self.outputs = {"dbias": Spec((self.channels,), accumulated)}
+        self.workspace = {"partials": Spec((self.chunks, self.channels), accumulated)}
         self.flops = dy.size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        g = self.columns
-        self.kernel(device, "conv2d_backward_bias_partial", b, g.grid, g.block, rows_per_chunk=g.rows_per_chunk)
-        self.kernel(device, "conv2d_backward_bias_merge", b, g.merge_grid)
 
     def reference(self, b: Buffers) -> None:
         b.dbias[...] = b.dy.sum((0, 1, 2))
@@ -238,17 +221,8 @@ class Conv2dBackwardBias(Op):
         fast.backward_bias(b.dy.astype(b.dbias.dtype, copy=False), b.dbias)
 
 
-def _launch_gemm(op: _ConvOp, device: Device, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:
-    """The implicit GEMM of fprop, and of dgrad with other arguments."""
-    if op.rung == "tiled":
-        op.kernel(device, "conv2d_forward_tiled", b, TILED.grid(g.pixels, g.o), TILED_THREADS, **pads)
-    else:
-        mma.launch_forward(op, device, op.rung, g, pads, b)
-
-
 def _padded(g: Geometry, x: np.ndarray) -> np.ndarray:
-    p = g.padding
-    return np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    return np.pad(x, ((0, 0), (g.pad_y, g.pad_y), (g.pad_x, g.pad_x), (0, 0)))
 
 
 def _taps(g: Geometry, padded: np.ndarray) -> list[tuple[int, int, np.ndarray]]:

@@ -7,6 +7,7 @@ is for the reference.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -15,95 +16,104 @@ from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution import fast
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
+from segnet_scratch.ops.convolution.conv2d_geometry import Cut, Geometry
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map, expect_type, spec_of
 from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
-from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes
-from segnet_scratch.ops.pooling.windows import CODE, windows_of
+from segnet_scratch.ops.pooling.packed_codes import gather_at, max_pool_packed, packed_codes
+from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG, round_to_tf32
 
 Size = tuple[int, int]
+MULTIPROCESSORS = 132  # of an H100: what follows from the shape must not depend on the GPU at hand
+LEAST_PARTS = 8  # stages of the pipeline in a chunk of the depth
 
 
-class _FusedConv(Op):
-    """What the three share: the convolution's geometry and the element types."""
+class FusedConv(Op):
+    """What fprop and dgrad share: an implicit GEMM, `product`, whose rows may go by the four of each 2x2 window."""
 
-    def __init__(self, map_: Spec, full: tuple[int, ...], weight: Spec, rung: str) -> None:
+    forward: ClassVar[bool]
+
+    def __init__(self, map_: Spec, full: tuple[int, ...], weight: Spec, rung: str, by_windows: bool) -> None:
         expect_map(self.name, "the map", map_, bfloat16=True)
         expect_map(self.name, "weight", weight, bfloat16=True)
-        self._expect_kernel(weight.shape)
-        dtype = map_.dtype
-        if weight.dtype != dtype:
-            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, the map {dtype}; convert one")
+        _, kh, kw, _ = weight.shape
+        odd = f"{self.name}: weight has shape {weight.shape}; expected (o, kh, kw, c) with odd kh and kw"
+        expect(kh % 2 == kw % 2 == 1, f"{odd}, which keep the size")
+        expect(kh == kw, f"{self.name}: the kernel is {kh}x{kw}; expected a square one")
+        if weight.dtype != map_.dtype:
+            raise DTypeError(f"{self.name}: weight has element type {weight.dtype}, the map {map_.dtype}; convert one")
         if rung not in ELEMENTS_OF_RUNG:
             raise DTypeError(f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(ELEMENTS_OF_RUNG)}")
-        if dtype not in (ELEMENTS_OF_RUNG[rung], np.float64):
-            raise DTypeError(f"{self.name}: rung {rung!r} takes {ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it")
-        self.geometry = Geometry.of(full, weight.shape, 1, weight.shape[1] // 2)
+        expect_type(self.name, "the map", map_.dtype, ELEMENTS_OF_RUNG[rung], np.float64)
+        self.geometry = Geometry.of(full, weight.shape, 1, kh // 2)
         reason = mma.misfit(self.geometry)
         expect(reason is None, f"{self.name}: {reason}")
-        self.dtype, self.rung = dtype, rung
-        self.vector = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-        self.workspace = {}
+        self.dtype, self.rung, self.by_windows = map_.dtype, rung, by_windows
+        self.vector = np.dtype(np.float64) if self.dtype == np.float64 else np.dtype(np.float32)
         self.flops = self.geometry.flops
-
-    def _expect_kernel(self, weight: tuple[int, ...]) -> None:
-        expect(
-            len(weight) == 4 and weight[1] % 2 == 1 and weight[2] % 2 == 1,
-            f"{self.name}: weight has shape {weight}; expected (o, kh, kw, c) with odd kh and kw, which keep the size",
-        )
-        expect(weight[1] == weight[2], f"{self.name}: the kernel is {weight[1]}x{weight[2]}; expected a square one")
+        g = self.product = self.geometry if self.forward else self.geometry.mirrored
+        windows = windows_of(*g.y)
+        self.out = windows if by_windows else g.y
+        self.rows = 4 * prod(windows[:3]) if by_windows else g.pixels
+        self.tiles = tiles_of(self.rows)
+        self.default_tile = mma.forward_tile(g, rung)
 
     @property
     def types(self) -> ElementTypes:
         return ElementTypes.named(self.rung)
 
-    def _expect_pieces(self, **channels: int) -> None:
-        expect_pieces(self.name, ELEMENTS_OF_RUNG[self.rung], **channels)
+    def launch(self, device: Device, b: Buffers) -> None:
+        g = self.product
+        tile = mma.chosen(device, self.name.removeprefix("conv2d_"), self.rung, g, self.default_tile)
+        sizes = {**g.sizes, "tiles": self.tiles}
+        tile.launch(self, device, self.name, self.rung, b, tile.grid(self.rows, g.o), **sizes)
 
-    def _factor(self, array: np.ndarray) -> np.ndarray:
-        """What the rung multiplies."""
-        return round_to_tf32(array) if self.rung == "tf32" else array
+    def reference(self, b: Buffers) -> None:
+        self._compute(b, plain_forward)
+
+    def numpy(self, b: Buffers) -> None:
+        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+
+    def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        raise NotImplementedError
 
     def _fast_forward(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         y = np.empty((*x.shape[:3], weight.shape[0]), x.dtype)
         fast.forward(self._factor(x), self._factor(weight), None, y, 1, weight.shape[1] // 2)
         return y
 
+    def _factor(self, array: np.ndarray) -> np.ndarray:
+        """What the rung multiplies."""
+        return round_to_tf32(array) if self.rung == "tf32" else array
+
+    def _expect_pieces(self, **channels: int) -> None:
+        expect_pieces(self.name, ELEMENTS_OF_RUNG[self.rung], **channels)
+
     def _vectors(self, channels: int, *names: str) -> dict[str, Spec]:
         return {name: Spec((channels,), self.vector) for name in names}
 
-    def _partials(self, rows: int, channels: int) -> Spec:
-        return Spec((tiles_of(rows), 2, channels), self.vector)
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        """The (pixels, channels), of a map like the result, that each of `partials` is about."""
+        rows = TILE_ROWS if self.forward or not self.by_windows else TILE_ROWS // 4  # a window is four rows
+        flat = map_.reshape(-1, map_.shape[-1])
+        return [flat[start : start + rows] for start in range(0, len(flat), rows)]
 
 
-@dataclass(frozen=True)
-class Split:
-    """How the depth of a convolution is split where its tiles alone would leave most of a GPU idle."""
+def split_of(g: Geometry, rows: int, itemsize: int) -> Cut | None:
+    """How the depth of a convolution is split, in stages of the pipeline, where its tiles would leave a GPU idle.
 
-    chunks: int
-    parts: int  # stages of the pipeline in each chunk; the last may have fewer
-
-    WANTED_BLOCKS: ClassVar[int] = 132  # multiprocessors of an H100
-    LEAST_PARTS: ClassVar[int] = 8  # so that writing the sums stays small beside making them
-
-    @staticmethod
-    def of(g: Geometry, rows: int, itemsize: int) -> "Split | None":
-        """For so many rows of the matrix product, from the shape alone; None where it is not worth it."""
-        tile = mma.MEDIUM
-        down, across = tile.grid(rows, g.o)
-        parts = -(-g.depth * itemsize // tile.DEPTH_BYTES)
-        wanted = min(parts // Split.LEAST_PARTS, Split.WANTED_BLOCKS // (down * across))
-        if wanted < 2 or g.c * itemsize % PIECE_BYTES:
-            return None
-        each = -(-parts // wanted)
-        return Split(-(-parts // each), each)
+    For so many rows of the matrix product; None where it is not worth it: writing the sums is to stay small beside
+    making them.
+    """
+    down, across = mma.MEDIUM.grid(rows, g.o)
+    parts = -(-g.depth * itemsize // mma.MEDIUM.DEPTH_BYTES)
+    wanted = min(parts // LEAST_PARTS, MULTIPROCESSORS // (down * across))
+    return None if wanted < 2 or g.c * itemsize % PIECE_BYTES else Cut.of(parts, wanted)
 
 
-class FusedForward(_FusedConv):
+class FusedForward(FusedConv):
     """y = [pool] [relu] (x * weight [+ bias]), and the statistics that batch norm needs of y.
 
     x (n, h, w, c), weight (o, k, k, c). `statistics`: also partials (tiles, 2, o), of each 128 pixels of y the mean and
@@ -111,7 +121,7 @@ class FusedForward(_FusedConv):
     `pool_codes`.
     """
 
-    name = "conv2d_fused_forward"
+    name, forward = "conv2d_fused_forward", True
 
     def __init__(
         self,
@@ -123,52 +133,32 @@ class FusedForward(_FusedConv):
         relu: bool = False,
         pool: bool = False,
     ) -> None:
-        super().__init__(x, x.shape, weight, rung)
-        g = self.geometry
-        expect(
-            not (statistics and (bias or relu or pool)), f"{self.name}: statistics are those of the bare convolution"
-        )
+        super().__init__(x, x.shape, weight, rung, pool)
+        g, bare = self.geometry, not (bias or relu or pool)
+        expect(bare or not statistics, f"{self.name}: statistics are those of the bare convolution")
         self._expect_pieces(outputs=g.o)
         self.statistics, self.relu, self.pool = statistics, relu, pool
         self.inputs = {"x": x, "weight": weight}
         if bias:
             self.inputs |= self._vectors(g.o, "bias")
-        windows = windows_of(*g.y)
-        self.out = windows if pool else g.y
-        self.rows = 4 * windows[0] * windows[1] * windows[2] if pool else g.pixels
-        self.split = Split.of(g, self.rows, x.dtype.itemsize) if bias else None
+        self.split = split_of(g, self.rows, x.dtype.itemsize) if bias else None
         if self.split is not None:
-            self.workspace = {"sums": Spec((self.split.chunks, self.rows, g.o), self.vector)}
+            self.workspace = {"sums": Spec((self.split.count, self.rows, g.o), self.vector)}
         self.outputs = {"y": x.with_shape(*self.out)}
         if statistics:
-            self.outputs["partials"] = self._partials(g.pixels, g.o)
+            self.outputs["partials"] = Spec((self.tiles, 2, g.o), self.vector)
         if pool:
-            self.outputs["pool_codes"] = packed_codes(windows)
-        self.default_tile = mma.forward_tile(g, rung)
+            self.outputs["pool_codes"] = packed_codes(self.out)
 
     def launch(self, device: Device, b: Buffers) -> None:
-        if self.split is not None:
-            self._launch_split(device, b, self.split)
+        if self.split is None:
+            super().launch(device, b)
             return
-        g = self.geometry
-        tile = mma.chosen(device, "fused_forward", self.rung, g, self.default_tile)
-        sizes = {"oh": g.oh, "ow": g.ow, "tiles": tiles_of(self.rows), **g.pads}
-        tile.launch(self, device, "conv2d_fused_forward", self.rung, b, tile.grid(self.rows, g.o), **sizes)
-
-    def _launch_split(self, device: Device, b: Buffers, split: Split) -> None:
-        g, tile = self.geometry, mma.MEDIUM
-        sizes = {"oh": g.oh, "ow": g.ow, "partials": b.sums}
-        grid = *tile.grid(self.rows, g.o), split.chunks
-        parts = {"by_windows": int(self.pool), "parts_per_chunk": split.parts, **g.pads}
-        tile.launch(self, device, "conv2d_fused_split", self.rung, b, grid, **sizes, **parts)
+        g, tile, sums = self.product, mma.MEDIUM, {"oh": self.geometry.oh, "ow": self.geometry.ow, "partials": b.sums}
+        grid, parts = (*tile.grid(self.rows, g.o), self.split.count), {"parts_per_chunk": self.split.each}
+        tile.launch(self, device, "conv2d_fused_split", self.rung, b, grid, **parts, **g.sizes, partials=b.sums)
         pieces = element_grid(b.y.size // piece_of(self.dtype))
-        self.kernel(device, "conv2d_fused_merge", b, pieces, with_relu=int(self.relu), **sizes)
-
-    def reference(self, b: Buffers) -> None:
-        self._compute(b, plain_forward)
-
-    def numpy(self, b: Buffers) -> None:
-        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+        self.kernel(device, "conv2d_fused_merge", b, pieces, with_relu=int(self.relu), **sums)
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         y = convolve(b.x, b.weight)
@@ -178,20 +168,13 @@ class FusedForward(_FusedConv):
         if self.relu:
             y = np.where(y <= 0, 0, y).astype(y.dtype)
         if self.pool:
-            pooled = MaxPoolForward.plan(spec_of(y))
-            codes = np.empty(b.y.shape, CODE)
-            pooled.reference(Buffers(x=y, y=b.y, codes=codes))
-            b.pool_codes[...] = pack_codes(codes)
+            max_pool_packed(y, b.y, b.pool_codes)
             return
         b.y[...] = y
         if self.statistics:
             for tile, rows in enumerate(self.summed_together(b.y)):
                 b.partials[tile, 0] = rows.mean(0) if len(rows) else 0
                 b.partials[tile, 1] = ((rows - b.partials[tile, 0]) ** 2).sum(0)
-
-    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
-        """The (pixels, o), of a map like y, that each of `partials` is about."""
-        return tiles(map_)
 
 
 @dataclass(frozen=True)
@@ -205,7 +188,7 @@ class Below:
     VECTORS: ClassVar[tuple[str, ...]] = ("mean", "inv_std", "bn_weight", "bn_bias")
 
 
-class FusedBackwardData(_FusedConv):
+class FusedBackwardData(FusedConv):
     """dr, the gradient before the ReLU of the block below, and the sums that its batch norm needs.
 
     dy (n, h, w, o) is the gradient of the convolution's output, `flipped` (c, k, k, o) its weight as dgrad takes it.
@@ -214,15 +197,14 @@ class FusedBackwardData(_FusedConv):
     the elements that `pool_codes` names. partials (tiles, 2, c): of each 128 rows the sums of dr and of dr xhat.
     """
 
-    name = "conv2d_fused_backward_data"
+    name, forward = "conv2d_fused_backward_data", False
 
     def __init__(self, dy: Spec, weight: Spec, below: Below, rung: str, unpool: Size | None = None) -> None:
         n, h, w, _ = expect_map(self.name, "dy", dy, bfloat16=True)
-        super().__init__(dy, (n, h, w, weight.shape[3]), weight, rung)
+        super().__init__(dy, (n, h, w, weight.shape[3]), weight, rung, unpool is not None)
         g = self.geometry
         self._expect_pieces(channels=g.c, outputs=g.o)
-        self.below, self.unpool = below, unpool
-        self.out = windows_of(*g.x) if unpool is not None else g.x
+        self.below, self.unpool, self.below_relu = below, unpool, below.relu
         output = windows_of(*below.y.shape) if below.pool else below.y.shape
         expect(
             tuple(output) == tuple(self.out) and dy.shape == g.y and unpool in (None, (h, w)),
@@ -234,22 +216,7 @@ class FusedBackwardData(_FusedConv):
             self.inputs["pool_codes"] = packed_codes(output)
         if unpool is not None:
             self.inputs["unpool_codes"] = packed_codes(self.out)
-        self.rows = 4 * self.out[0] * self.out[1] * self.out[2] if unpool is not None else g.pixels
-        self.pixels_of_tile = TILE_ROWS if unpool is None else TILE_ROWS // 4  # of dr; a window is four rows
-        self.outputs = {"dr": dy.with_shape(*self.out), "partials": self._partials(self.rows, g.c)}
-        self.default_tile = mma.forward_tile(g.mirrored, rung)
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        g = self.geometry
-        tile = mma.chosen(device, "fused_backward_data", self.rung, g.mirrored, self.default_tile)
-        sizes = {"oh": g.h, "ow": g.w, "below_relu": int(self.below.relu), **g.mirrored_pads}
-        tile.launch(self, device, "conv2d_fused_backward_data", self.rung, b, tile.grid(self.rows, g.c), **sizes)
-
-    def reference(self, b: Buffers) -> None:
-        self._compute(b, plain_forward)
-
-    def numpy(self, b: Buffers) -> None:
-        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+        self.outputs = {"dr": dy.with_shape(*self.out), "partials": Spec((self.tiles, 2, g.c), self.vector)}
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         gradient, y = rounded(convolve(b.dy, self.flipped(b)), self.dtype), b.below_y
@@ -270,10 +237,6 @@ class FusedBackwardData(_FusedConv):
         """The weight (c, k, k, o) as dgrad takes it."""
         return b.flipped
 
-    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
-        """The (pixels, c), of a map like dr, that each of `partials` is about."""
-        return tiles(map_, self.pixels_of_tile)
-
 
 def plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The convolution by its definition, of the size of x."""
@@ -281,9 +244,3 @@ def plain_forward(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     y = np.empty(op.geometry.y, x.dtype)
     op.reference(Buffers(x=x, weight=weight, bias=None, y=y))
     return y
-
-
-def tiles(array: np.ndarray, rows: int = TILE_ROWS) -> list[np.ndarray]:
-    """(rows, c) pieces of a map, in the order of its pixels."""
-    flat = array.reshape(-1, array.shape[-1])
-    return [flat[start : start + rows] for start in range(0, len(flat), rows)]

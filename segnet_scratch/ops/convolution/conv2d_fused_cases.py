@@ -6,21 +6,18 @@ gradient. There the inputs make the compared numbers exact: small integers befor
 ties are frequent; multiples of 1/4 in the batch norm of the block below.
 """
 
-from copy import copy
+from collections.abc import Mapping
+from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, SegnetError, ShapeError
+from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.cases import Bounds, Case, Inputs, Refusal, Row, of_magnitudes
-from segnet_scratch.ops.convolution.conv2d_fused import (
-    Below,
-    FusedBackwardData,
-    FusedForward,
-    plain_forward,
-)
+from segnet_scratch.ops.convolution.conv2d_cases import growth_of
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, plain_forward
 from segnet_scratch.ops.normalisation.norm_relu_cases import packed
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.ops.pieces import TILE_ROWS
@@ -58,9 +55,7 @@ class FusedRow(Row):
     channels = 8
     options: tuple[dict[str, Any], ...] = ({},)  # each goes with every shape, in turn
 
-    def __init__(self, name: str, rung: str) -> None:
-        self.name, self.rung = f"{name}_{rung}", rung
-        self.elements = (ELEMENTS_OF_RUNG[rung],)
+    asked: ClassVar[dict[str, bool]] = {}  # in every plan
 
     def cases(self) -> list[Case]:
         chosen = [(case, self.options[i % len(self.options)]) for i, case in enumerate(SHAPES)]
@@ -83,49 +78,58 @@ class FusedRow(Row):
         x, o = case["x"], case["o"]
         return spec(x, dtype), spec((o, *case["kernel"], x[3]), dtype)
 
+    def given(self, case: Case) -> dict[str, Any]:
+        """What plans are given beside the options."""
+        return {}
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        options = {name: case[name] for name in self.options[0]}
+        rung = case.sizes.get("rung", self.rung)
+        return self.op.plan(*self.specs(case, dtype), rung, **self.asked, **self.given(case), **options)
+
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         rounded = self.rung == "tf32" and name in ("x", "dy", "weight", "flipped")
         return round_to_tf32(array) if rounded else array
 
     def growth(self, terms: int, eps: float) -> float:
         """The error of a sum of so many terms, relative to the sum of their absolute values."""
-        return (4 * sqrt(terms) + (6 if self.rung == "tf32x3" else 0)) * eps
+        return growth_of(self.rung, terms) * eps
 
     def stored(self, y: np.ndarray) -> np.ndarray | float:
         """The rounding to what is stored, where that is summed up."""
         return BFLOAT16_ROUNDING * np.abs(y) if self.rung == "bf16" else 0.0
 
-    def refusals(self) -> list[Refusal]:
-        def refusal(
-            reason: str, message: str, case: Case, rung: str = self.rung, error: type[SegnetError] = ShapeError
-        ) -> Refusal:
-            other = copy(self)
-            other.rung = rung
-            return Refusal(reason, lambda: other.plan(case, self.elements[0]), error, message)
-
-        options = self.options[-1]
-        even = fused_case("even kernel", (1, 4, 5), 8, 8, 2, **options)
+    def refused_cases(self, wrong: Mapping[str, tuple[Any, ...]]) -> list[Refusal]:
+        """Plans of cases: by reason the words of the message, the case, and the error, unless it is a ShapeError."""
         return [
-            refusal("even kernel", "odd kh and kw", even),
-            refusal("half a piece of outputs", "use a width", fused_case("", (1, 4, 5), 8, 6, **options)),
-            refusal("empty", "empty", fused_case("", (0, 4, 5), 8, 8, **options)),
-            refusal("unknown rung", "no rung 'tiled'", SHAPES[3], "tiled", DTypeError),
+            Refusal(reason, partial(self.plan, case, self.elements[0]), (*error, ShapeError)[0], message)
+            for reason, (message, case, *error) in wrong.items()
         ]
+
+    def refusals(self) -> list[Refusal]:
+        options = self.options[-1]
+        return self.refused_cases(
+            {
+                "even kernel": ("odd kh and kw", fused_case("", (1, 4, 5), 8, 8, 2, **options)),
+                "half a piece of outputs": ("use a width", fused_case("", (1, 4, 5), 8, 6, **options)),
+                "empty": ("empty", fused_case("", (0, 4, 5), 8, 8, **options)),
+                "unknown rung": (
+                    "no rung 'tiled'",
+                    fused_case("", (1, 5, 7), 16, 24, rung="tiled", **options),
+                    DTypeError,
+                ),
+            }
+        )
 
 
 class FusedForwardRow(FusedRow):
     """fprop of training: y and the statistics of its tiles."""
 
     op: type[Op] = FusedForward
-
-    def __init__(self, rung: str) -> None:
-        super().__init__("conv2d_fused_forward", rung)
+    asked: ClassVar = {"statistics": True}
 
     def cases(self) -> list[Case]:
         return [*super().cases(), fused_case("first layer of SegNet: three channels", (1, 9, 10), 3, 64)]
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return FusedForward.plan(*self.specs(case, dtype), self.rung, statistics=True)
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         g = op.geometry  # type: ignore[attr-defined]
@@ -152,18 +156,12 @@ class FusedInferenceRow(FusedRow):
 
     op: type[Op] = FusedForward
     options = tuple({"relu": relu, "pool": pool} for pool in (False, True) for relu in (False, True))
-
-    def __init__(self, rung: str) -> None:
-        super().__init__("conv2d_fused_inference", rung)
+    asked: ClassVar = {"bias": True}
 
     def cases(self) -> list[Case]:
         deep = self.with_every_option("deep and small, the depth is split", (1, 3, 5), 136, 72)
         uneven = fused_case("chunks of unequal depth", (2, 3, 2), 248, 8, **self.options[-1])
         return [*super().cases(), *deep, uneven]
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
-        return FusedForward.plan(*self.specs(case, dtype), self.rung, **options)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -192,18 +190,16 @@ class FusedBackwardDataRow(FusedRow):
         )
     )
 
-    def __init__(self, rung: str) -> None:
-        super().__init__("conv2d_fused_backward_data", rung)
-
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         x, weight = self.specs(case, dtype)
-        unpool, pool = case.sizes.get("unpool", True), case.sizes.get("pool", True)
+        unpool, pool = case["unpool"], case["pool"]
         n, h, w, c = windows_of(*x.shape) if unpool else x.shape
         # Of a pool: odd and even sizes of the map before it.
         y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
         dy = x.with_shape(*x.shape[:3], weight.shape[0])
-        below = Below(y, case.sizes.get("relu", True), pool)
-        return FusedBackwardData.plan(dy, weight, below, self.rung, x.shape[1:3] if unpool else None)
+        below = Below(y, case["relu"], pool)
+        rung, size = case.sizes.get("rung", self.rung), x.shape[1:3] if unpool else None
+        return self.op.plan(dy, weight, below, rung, size, **self.given(case))
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -239,6 +235,9 @@ class FusedBackwardDataRow(FusedRow):
         return {"dr": error, "partials": partials}
 
 
+_ROWS = {"forward": FusedForwardRow, "inference": FusedInferenceRow, "backward_data": FusedBackwardDataRow}
 ROWS = tuple(
-    row(rung) for rung in ELEMENTS_OF_RUNG for row in (FusedForwardRow, FusedInferenceRow, FusedBackwardDataRow)
+    row(rung=rung, name=f"conv2d_fused_{what}_{rung}", elements=(element,))
+    for rung, element in ELEMENTS_OF_RUNG.items()
+    for what, row in _ROWS.items()
 )

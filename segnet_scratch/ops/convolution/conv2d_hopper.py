@@ -10,14 +10,21 @@ The rule of what they take stands in `misfit`; what does not fit goes to mma.syn
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
-from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
-from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.conv2d_fused import (
+    MULTIPROCESSORS,
+    Below,
+    FusedBackwardData,
+    FusedConv,
+    FusedForward,
+    Size,
+)
+from segnet_scratch.ops.convolution.conv2d_geometry import Cut, Geometry
 from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, spec_of
@@ -34,7 +41,6 @@ CONSUMERS = 2  # warpgroups that multiply
 THREADS = 128 * (CONSUMERS + 1)
 ALIGNMENT = 1024  # bytes, of the stages in shared memory
 HALO, HALO_PLACE, ROW = (1, SIDE + 2, SIDE + 2, CHANNELS), 13312, 128  # a block with its border; bytes of it, of a row
-MULTIPROCESSORS = 132  # of an H100: what follows from the shape must not depend on the GPU at hand
 WAY_OUT = CONSUMERS * (2 * 8192 + 128)
 
 
@@ -110,8 +116,8 @@ def misfit(g: Geometry) -> str | None:
     """Why these kernels do not take a convolution; None where they do."""
     if reason := misfit_of_weight(g.weight):
         return reason
-    if (g.stride, g.padding) != (1, 1):
-        return f"takes stride 1 and padding 1, not {g.stride} and {g.padding}"
+    if (g.stride, g.pad_y) != (1, 1):
+        return f"takes stride 1 and padding 1, not {g.stride} and {g.pad_y}"
     if g.n * (g.h + SIDE) * (g.w + SIDE) >= 2**31:
         return f"takes less than 2^31 pixels, not {g.n}x{g.h}x{g.w}"
     return None
@@ -166,51 +172,48 @@ class _InPlanes(Op):
         return {"planes": PLANES[self.multiplied], "c": self.geometry.c, "o": self.geometry.o}
 
 
-class _Tiled(_InPlanes):
+class _Tiled(_InPlanes, FusedConv):
     """What has a tile that could be another one, and is tuned by trying them."""
 
-    tile: Tile
-    kind: ClassVar[str]  # of the key in the table of tiles
+    def take(self, again: Callable[..., Self], tile: Tile | None) -> None:
+        """Computes in this tile, or in the one of its shape; `again` plans the op in another one."""
+        g, self.again, self.multiplied = self.product, again, self.rung
+        reason = misfit(self.geometry)
+        expect(reason is None, f"{self.name}: {reason}; use the rung 'bf16'")
+        self.tile_of_shape = tile_for(g.n, g.oh, g.ow, g.o, self.by_windows)
+        self.tile = tile or self.tile_of_shape
+        what = f"{self.name}: the tile {self.tile.name} does not fit {g.o} columns"
+        expect(self.tile.fits(g.o, self.by_windows), f"{what}; expected one of {', '.join(self._fitting())}")
+        self.groups, self.row_tiles = self.tile.groups(g.n, g.oh, g.ow), self.tile.rows(g.n, g.oh, g.ow)
 
-    def in_tile(self, tile: Tile) -> Self:
-        """The same op in another tile."""
-        raise NotImplementedError
-
-    @property
-    def columns(self) -> int:
-        """Of the matrix product."""
-        raise NotImplementedError
-
-    @property
-    def has_windows(self) -> bool:
-        """Does a 2x2 window leave as one number?"""
-        raise NotImplementedError
-
-    @property
-    def tile_of_shape(self) -> Tile:
-        """The tile that its shape suggests."""
-        g = self.geometry
-        return tile_for(g.n, g.h, g.w, self.columns, self.has_windows)
+    def _fitting(self) -> dict[str, Tile]:
+        return {tile.name: tile for tile in TILES if tile.fits(self.product.o, self.by_windows)}
 
     @property
     def key(self) -> str:
         """What its choice of a tile belongs to."""
-        return key_of(f"{self.kind}{'_windows' if self.has_windows else ''}", self.multiplied, self.geometry)
+        return key_of(f"{self.name.removeprefix('conv2d_')}{'_windows' * self.by_windows}", self.rung, self.geometry)
 
-    def _launch(self, device: Device, b: Buffers, rows: int, tiles: int, **given: Any) -> None:
-        """The kernel for this tile, on as many blocks as the GPU holds at once."""
-        name, grid = f"{self.name}_{self.tile.name}", min(tiles, device.multiprocessors if device.gpu else 2)
-        given |= self._sizes | {"row_tiles": rows}
-        self.kernel(device, name, b, grid, THREADS, shared=self.tile.shared, **given)
+    def launch_tiles(self, device: Device, b: Buffers, name: str, weight_box: tuple[int, ...]) -> None:
+        """The kernel for this tile, of the map of this name, on as many blocks as the GPU holds at once."""
+        map_, weight = self._factors(device, b, name, "weight")
+        taps = TensorMap(weight.reshape(weight.shape[0], 9, weight.shape[3]), weight_box)
+        tiles = self.row_tiles * -(-self.product.o // self.tile.columns)
+        grid, kernel = min(tiles, device.multiprocessors if device.gpu else 2), f"{self.name}_{self.tile.name}"
+        given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(map_)}
+        self.kernel(device, kernel, b, grid, THREADS, shared=self.tile.shared, **given)
 
     def alternatives(self) -> dict[str, Self]:
         """The op in every tile that fits, by name."""
-        return {tile.name: self.in_tile(tile) for tile in TILES if tile.fits(self.columns, self.has_windows)}
+        return {name: self.again(tile=tile) for name, tile in self._fitting().items()}
 
     def in_best_tile(self, table: TileTable | None) -> Self:
         """The op in the tile that was fastest where this one was measured."""
         name = table.choices.get(self.key) if table else None
         return self.alternatives().get(name or "", self)
+
+    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
+        return groups_of(self.tile, map_, SIDE // 2 if self.by_windows and not self.forward else SIDE)
 
 
 def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
@@ -249,71 +252,32 @@ def groups_of(tile: Tile, map_: np.ndarray, side: int = SIDE) -> list[np.ndarray
     return groups + [map_[:0, 0, 0]] * missing
 
 
-def _taps(weight: Array) -> Array:
-    return weight.reshape(weight.shape[0], 9, weight.shape[3])
-
-
 class HopperForward(_Tiled, FusedForward):
     """FusedForward on Hopper. With statistics `partials` has mean and M2 of groups of pixels, `counts` their sizes."""
 
     name = "conv2d_hopper_forward"
-    kind = "hopper_forward"
 
-    def __init__(
-        self,
-        x: Spec,
-        weight: Spec,
-        rung: str = "bf16",
-        tile: Tile | None = None,
-        statistics: bool = False,
-        bias: bool = False,
-        relu: bool = False,
-        pool: bool = False,
-    ) -> None:
-        super().__init__(x, weight, rung, statistics=statistics, bias=bias, relu=relu, pool=pool)
-        self.multiplied, g = rung, self.geometry
-        _expect_fit(self.name, g)
-        self.tile = tile or self.tile_of_shape
-        _expect_tile(self.name, self.tile, g.o, pool)
+    def __init__(self, x: Spec, weight: Spec, rung: str = "bf16", tile: Tile | None = None, **options: bool) -> None:
+        super().__init__(x, weight, rung, **options)
+        self.take(partial(self.plan, x, weight, rung, **options), tile)
         self.split, self.workspace = None, self._workspace("x", "weight")
-        if statistics:
-            groups = self.tile.groups(g.n, g.h, g.w)
-            sums = {"partials": Spec((groups, 2, g.o), self.vector), "counts": Spec((groups,), np.dtype(np.int32))}
-            self.outputs = {**self.outputs, **sums}
-
-    def in_tile(self, tile: Tile) -> Self:
-        options = {"statistics": self.statistics, "relu": self.relu, "pool": self.pool, "bias": "bias" in self.inputs}
-        return self.plan(self.inputs["x"], self.inputs["weight"], self.multiplied, tile, **options)
-
-    @property
-    def columns(self) -> int:
-        return self.geometry.o
-
-    @property
-    def has_windows(self) -> bool:
-        return self.pool
+        if self.statistics:
+            self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
+            self.outputs["counts"] = Spec((self.groups,), np.dtype(np.int32))
 
     def launch(self, device: Device, b: Buffers) -> None:
-        g, tile = self.geometry, self.tile
-        rows = tile.rows(g.n, g.h, g.w)
-        x, weight = self._factors(device, b, "x", "weight")
-        maps = {"x": tile.map(x), "weight": TensorMap(_taps(weight), (tile.columns, 1, CHANNELS))}
-        self._launch(device, b, rows, rows * -(-g.o // tile.columns), **maps)
+        self.launch_tiles(device, b, "x", (self.tile.columns, 1, CHANNELS))
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         super()._compute(b, convolve)
         if self.statistics:
             b.counts[...] = [len(group) for group in self.summed_together(b.y)]
 
-    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
-        return groups_of(self.tile, map_)
-
 
 class HopperBackwardData(_Tiled, FusedBackwardData):
     """FusedBackwardData on Hopper, from the weight (o, 3, 3, c) as it is."""
 
     name = "conv2d_hopper_backward_data"
-    kind = "hopper_backward_data"
 
     def __init__(
         self,
@@ -325,55 +289,23 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         tile: Tile | None = None,
     ) -> None:
         super().__init__(dy, weight, below, rung, unpool)
-        self.multiplied, g = rung, self.geometry
-        _expect_fit(self.name, g)
-        self.tile = tile or self.tile_of_shape
-        _expect_tile(self.name, self.tile, g.c, unpool is not None)
+        self.take(partial(self.plan, dy, weight, below, rung, unpool), tile)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
         self.workspace = self._workspace("dy", "weight")
-        groups = self.tile.groups(g.n, g.h, g.w)
-        self.outputs = {**self.outputs, "partials": Spec((groups, 2, g.c), self.vector)}
-
-    def in_tile(self, tile: Tile) -> Self:
-        return self.plan(self.inputs["dy"], self.inputs["weight"], self.below, self.multiplied, self.unpool, tile)
-
-    @property
-    def columns(self) -> int:
-        return self.geometry.c
-
-    @property
-    def has_windows(self) -> bool:
-        return self.unpool is not None
+        self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
 
     def launch(self, device: Device, b: Buffers) -> None:
-        g, tile = self.geometry, self.tile
-        rows = tile.rows(g.n, g.h, g.w)
-        dy, weight = self._factors(device, b, "dy", "weight")
-        maps = {"dy": tile.map(dy), "weight": TensorMap(_taps(weight), (CHANNELS, 1, CHANNELS))}
-        self._launch(device, b, rows, rows * (g.c // tile.columns), **maps, below_relu=int(self.below.relu))
+        self.launch_tiles(device, b, "dy", (CHANNELS, 1, CHANNELS))
 
     def flipped(self, b: Buffers) -> np.ndarray:
         return np.ascontiguousarray(b.weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
 
-    def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
-        return groups_of(self.tile, map_, SIDE if self.unpool is None else SIDE // 2)
 
-
-@dataclass(frozen=True)
-class Parts:
-    """How wgrad splits the blocks of 8x8 pixels, from the shape alone: no sum's order may depend on the GPU."""
-
-    count: int
-    blocks: int  # of each; the last may have fewer, but none has none
-
-    @staticmethod
-    def of(g: Geometry) -> "Parts":
-        """For tiles of 64 outputs x 64 channels."""
-        blocks = g.n * -(-g.h // SIDE) * -(-g.w // SIDE)
-        wanted = max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * -(-g.o // CHANNELS))))
-        each = -(-blocks // wanted)
-        return Parts(-(-blocks // each), each)
+def parts_of(g: Geometry) -> Cut:
+    """How wgrad splits the blocks of 8x8 pixels, for tiles of 64 outputs x 64 channels."""
+    blocks = g.n * -(-g.h // SIDE) * -(-g.w // SIDE)
+    return Cut.of(blocks, max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * -(-g.o // CHANNELS)))))
 
 
 class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
@@ -387,8 +319,9 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
         # A plan of float64 is for the reference alone.
         super().__init__(x, weight, 1, 1, rung if x.dtype == ELEMENTS_OF_RUNG[rung] else None)
         self.multiplied, g = rung, self.geometry
-        _expect_fit(self.name, g)
-        self.parts = Parts.of(g)
+        reason = misfit(g)
+        expect(reason is None, f"{self.name}: {reason}; use the rung 'bf16'")
+        self.parts = parts_of(g)
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
@@ -401,18 +334,7 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
         arrays: dict[str, Any] = {"x": TensorMap(x, HALO), "dy": TensorMap(dy, (1, SIDE, SIDE, CHANNELS))}
         arrays["partials"] = b.partials if several else b.dweight
         grid = g.c // CHANNELS * -(-g.o // CHANNELS), parts.count
-        arrays |= self._sizes | {"parts": parts.count, "blocks_of_part": parts.blocks}
+        arrays |= self._sizes | {"parts": parts.count, "blocks_of_part": parts.each}
         self.kernel(device, self.name, b, grid, self.THREADS, shared=self.SHARED, **arrays)
         if several:
             self.launch_merge(device, b)
-
-
-def _expect_fit(op: str, g: Geometry) -> None:
-    reason = misfit(g)
-    expect(reason is None, f"{op}: {reason}; use the rung 'bf16'")
-
-
-def _expect_tile(op: str, tile: Tile, columns: int, windows: bool) -> None:
-    if not tile.fits(columns, windows):
-        fitting = ", ".join(other.name for other in TILES if other.fits(columns, windows))
-        raise ShapeError(f"{op}: the tile {tile.name} does not fit {columns} columns; expected one of {fitting}")

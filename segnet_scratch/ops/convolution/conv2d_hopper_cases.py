@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError, ShapeError
+from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.cases import Bounds, Case, Hostile, MapRow, Refusal, Row, in_whole_pieces, of_magnitudes
-from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_fused_cases import (
     FusedBackwardDataRow,
     FusedForwardRow,
@@ -28,9 +27,8 @@ from segnet_scratch.ops.convolution.conv2d_hopper import (
     HopperForward,
 )
 from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
-from segnet_scratch.ops.op import Buffers, Op, spec, spec_of
-from segnet_scratch.ops.pooling.windows import windows_of
-from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.ops.op import Buffers, Op, Spec, spec, spec_of
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 
 
 def _case(reason: str, size: tuple[int, int, int], tile: str, c: int = CHANNELS, **options: Any) -> Case:
@@ -64,9 +62,10 @@ class HopperRow(FusedRow):
 
     channels = CHANNELS
     fewest_columns = 0
+    windows = ""  # the option that asks for 2x2 windows, which only halo tiles have
 
-    def __init__(self, name: str, rung: str) -> None:
-        FusedRow.__init__(self, name, rung)
+    def given(self, case: Case) -> dict[str, Any]:
+        return {"tile": NAMED[case["tile"]]}
 
     def growth(self, terms: int, eps: float) -> float:
         # Two planes leave 2^-16 of each factor, and the product of two second planes is left out.
@@ -80,7 +79,7 @@ class HopperRow(FusedRow):
         # With planes the way into and out of each kind of tile, no more: each is three or six times the work.
         for i, case in enumerate(SHAPES if self.rung == "bf16" else {case["tile"]: case for case in SHAPES}.values()):
             halo = NAMED[case["tile"]].halo
-            fitting = [options for options in self.options if halo or not self._with_windows(options)]
+            fitting = [options for options in self.options if halo or not options.get(self.windows)]
             found.append(Case(case.reason, {**case.sizes, **fitting[i % len(fitting)]}))
         return [*found, *self.classifiers()] + [
             _case(f"odd edges {number}", (1, 9, 11), "halo_256x64", **options)
@@ -91,32 +90,25 @@ class HopperRow(FusedRow):
         """Cases of few outputs."""
         return [Case(case.reason, {**case.sizes, **self.options[0]}) for case in CLASSIFIERS]
 
-    def _with_windows(self, options: dict[str, Any]) -> bool:
-        """Do options ask for 2x2 windows? Only halo tiles have them."""
-        return False
-
     def random_case(self, rng: np.random.Generator) -> Case:
         options = self.options[rng.integers(len(self.options))]
-        fitting = [
-            tile.name
-            for tile in TILES
-            if (tile.halo or not self._with_windows(options)) and tile.columns >= self.fewest_columns
-        ]
+        anywhere = not options.get(self.windows)
+        fitting = [t.name for t in TILES if (t.halo or anywhere) and t.columns >= self.fewest_columns]
         size = int(rng.integers(1, 3)), int(rng.integers(1, 12)), int(rng.integers(1, 12))
         return _case("random", size, fitting[rng.integers(len(fitting))], **options)
 
     def refusals(self) -> list[Refusal]:
-        options = self.options[-1]
+        def case(*sizes: Any, tile: str = "halo_256x64") -> Case:
+            return fused_case("", *sizes, tile=tile, **self.options[-1])
 
-        def refusal(reason: str, message: str, case: Case) -> Refusal:
-            return Refusal(reason, lambda: self.plan(case, self.elements[0]), ShapeError, message)
-
-        return [
-            refusal("7x7", "takes 3x3", fused_case("", (1, 8, 8), 64, 64, 7, tile="halo_256x64", **options)),
-            refusal("channels", "multiples of 64", fused_case("", (1, 8, 8), 72, 64, tile="halo_256x64", **options)),
-            refusal("columns", "expected one of", fused_case("", (1, 8, 8), 64, 64, tile="halo_128x128", **options)),
-            refusal("empty", "empty", fused_case("", (0, 4, 5), 64, 64, tile="halo_256x64", **options)),
-        ]
+        return self.refused_cases(
+            {
+                "7x7": ("takes 3x3", case((1, 8, 8), 64, 64, 7)),
+                "channels": ("multiples of 64", case((1, 8, 8), 72, 64)),
+                "columns": ("expected one of", case((1, 8, 8), 64, 64, tile="halo_128x128")),
+                "empty": ("empty", case((0, 4, 5), 64, 64)),
+            }
+        )
 
 
 class HopperForwardRow(HopperRow, FusedForwardRow):
@@ -124,29 +116,17 @@ class HopperForwardRow(HopperRow, FusedForwardRow):
 
     op = HopperForward
 
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        tile = NAMED[case.sizes.get("tile", TILES[0].name)]
-        return HopperForward.plan(*self.specs(case, dtype), self.rung, tile, statistics=True)
-
 
 class HopperInferenceRow(HopperRow, FusedInferenceRow):
     """fprop of inference: bias, ReLU and pool."""
 
-    op = HopperForward
-
-    def _with_windows(self, options: dict[str, Any]) -> bool:
-        return bool(options["pool"])
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        options = {"bias": True, "relu": case.sizes.get("relu", True), "pool": case.sizes.get("pool", True)}
-        tile = NAMED[case.sizes.get("tile", TILES[0].name)]
-        return HopperForward.plan(*self.specs(case, dtype), self.rung, tile, **options)
+    op, windows = HopperForward, "pool"
 
 
 class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
     """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
 
-    op = HopperBackwardData
+    op, windows = HopperBackwardData, "unpool"
     fewest_columns = CHANNELS  # they are channels of x
 
     def classifiers(self) -> list[Case]:
@@ -154,20 +134,9 @@ class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
         few = [fused_case(case.reason, case["x"][:3], case["o"], CHANNELS, tile="halo_256x64") for case in CLASSIFIERS]
         return [Case(case.reason, {**case.sizes, **self.options[0]}) for case in few]
 
-    def _with_windows(self, options: dict[str, Any]) -> bool:
-        return bool(options["unpool"])
-
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        # The tile's columns are channels of x.
-        o, c = case["x"][3], case["o"]
-        size, weight = case["x"][:3], spec((o, *case["kernel"], c), dtype)
-        unpool, pool = case.sizes.get("unpool", True), case.sizes.get("pool", True)
-        n, h, w, c = windows_of(size[0], size[1], size[2], c) if unpool else (*size, c)
-        y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
-        below, tile = Below(y, case.sizes.get("relu", True), pool), NAMED[case.sizes.get("tile", TILES[0].name)]
-        return HopperBackwardData.plan(
-            spec((*size, o), dtype), weight, below, self.rung, size[1:] if unpool else None, tile
-        )
+    def specs(self, case: Case, dtype: DTypeLike) -> tuple[Spec, Spec]:
+        *size, o = case["x"]
+        return spec((*size, case["o"]), dtype), spec((o, *case["kernel"], case["o"]), dtype)
 
 
 class HopperBackwardWeightRow(HopperRow):
@@ -176,7 +145,7 @@ class HopperBackwardWeightRow(HopperRow):
     op = HopperBackwardWeight
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return HopperBackwardWeight.plan(*self.specs(case, dtype), self.rung)
+        return self.op.plan(*self.specs(case, dtype), self.rung)
 
     def refusals(self) -> list[Refusal]:
         return [refusal for refusal in super().refusals() if refusal.reason != "columns"]
@@ -220,16 +189,17 @@ class SplitPlanesRow(MapRow):
         return Hostile(SplitPlanes.plan(spec_of(x), 3), {"x": x}, {"y": np.array(planes).astype(BFLOAT16)})
 
 
+_ROWS = {
+    "forward": HopperForwardRow,
+    "inference": HopperInferenceRow,
+    "backward_data": HopperBackwardDataRow,
+    "backward_weight": HopperBackwardWeightRow,
+}
 ROWS: tuple[Row, ...] = (
     *(
-        row(name, rung)
+        row(rung=rung, name=f"conv2d_hopper_{what}_{rung}", elements=(ELEMENTS_OF_RUNG[rung],))
         for rung in PLANES
-        for row, name in (
-            (HopperForwardRow, "conv2d_hopper_forward"),
-            (HopperInferenceRow, "conv2d_hopper_inference"),
-            (HopperBackwardDataRow, "conv2d_hopper_backward_data"),
-            (HopperBackwardWeightRow, "conv2d_hopper_backward_weight"),
-        )
+        for what, row in _ROWS.items()
     ),
     SplitPlanesRow(SplitPlanes),
 )

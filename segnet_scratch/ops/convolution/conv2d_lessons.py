@@ -35,15 +35,12 @@ class Conv2dLesson(Conv2dForward):
     def __init__(self, x: Spec, weight: Spec, stride: int, padding: int, lesson: str) -> None:
         super().__init__(x, weight, stride, padding, "tiled")
         self.lesson, self.rung = LESSONS[lesson], lesson
-        expect(
-            self.geometry.c % self.lesson.channels == 0,
-            f"conv2d: rung {lesson!r} takes channels in multiples of {self.lesson.channels}, not {self.geometry.c}; "
-            "use 'tiled'",
-        )
+        whole, c = self.lesson.channels, self.geometry.c
+        expect(c % whole == 0, f"conv2d: rung {lesson!r} takes channels in multiples of {whole}, not {c}; use 'tiled'")
         if x.dtype.name not in self.lesson.elements:
             raise DTypeError(f"conv2d: rung {lesson!r} takes {', '.join(self.lesson.elements)}, not {x.dtype}")
 
-    def launch(self, device: Device, b: Buffers) -> None:
+    def launch_product(self, device: Device, b: Buffers) -> None:
         g, (rows, columns) = self.geometry, self.lesson.tile
         grid = (-(-g.pixels // rows), -(-g.o // columns))
-        self.kernel(device, f"conv2d_forward_{self.rung}", b, grid, self.lesson.block, **g.pads)
+        self.kernel(device, f"conv2d_forward_{self.rung}", b, grid, self.lesson.block, **g.sizes)

@@ -1,16 +1,14 @@
 """Rows of the rungs that teach: the cases of the other rungs, with channels that the kernel takes."""
 
-from math import sqrt
-
 import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError, ShapeError
-from segnet_scratch.ops.cases import Bounds, Case, Refusal, in_whole_pieces
+from segnet_scratch.ops.cases import Case, Refusal, in_whole_pieces
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, TILES, Conv2dRow, conv_case
 from segnet_scratch.ops.convolution.conv2d_lessons import LESSONS, Conv2dLesson
-from segnet_scratch.ops.op import Buffers, Op, spec
+from segnet_scratch.ops.op import Op, spec
 
 # Blocks of 16 x 16, 128 x 64 and 64 x 64 results, depths of 16 and 32.
 EDGES = [
@@ -23,12 +21,6 @@ EDGES = [
 class LessonRow(Conv2dRow):
     """fprop by the kernel of a lesson."""
 
-    def __init__(self, lesson: str) -> None:
-        super().__init__(Conv2dLesson, lesson)
-        self.name = f"conv2d_forward_{lesson}"
-        self.elements = tuple(spec((), name).dtype for name in LESSONS[lesson].elements)
-        self.channels = LESSONS[lesson].channels  # type: ignore[misc]
-
     function = ""  # nobody calls it but this row
 
     def cases(self) -> list[Case]:
@@ -40,13 +32,6 @@ class LessonRow(Conv2dRow):
     def reference_plan(self, case: Case) -> Op:
         weight = spec((case["o"], *case["kernel"], case["x"][3]), np.float64)
         return Conv2dForward.plan(spec(case["x"], np.float64), weight, case["stride"], case["padding"], "direct")
-
-    def terms(self, op: Op) -> int:
-        return op.geometry.depth + 1  # type: ignore[attr-defined]
-
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        # c = 4, as for the tensor-core rungs (conv2d_mma_cases.py); ordinary cores keep it with room to spare.
-        return {output: 4 * eps * sqrt(self.terms(op)) * terms for output, terms in self.magnitudes(op, b).items()}
 
     def refusals(self) -> list[Refusal]:
         def attempt(c: int, stride: int, dtype: DTypeLike) -> object:
@@ -61,4 +46,7 @@ class LessonRow(Conv2dRow):
         return refusals
 
 
-ROWS = tuple(map(LessonRow, LESSONS))
+ROWS = tuple(
+    LessonRow(Conv2dLesson, lesson, elements=tuple(spec((), kind).dtype for kind in of.elements), channels=of.channels)
+    for lesson, of in LESSONS.items()
+)

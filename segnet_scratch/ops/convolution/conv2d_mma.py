@@ -6,8 +6,8 @@ Rungs and how they multiply (cuda/common/warp_tile.cuh): "tf32" and "tf32x3" flo
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
-from segnet_scratch.ops.convolution.tile_table import table_of
+from segnet_scratch.ops.convolution.conv2d_geometry import Cut, Geometry
+from segnet_scratch.ops.convolution.tile_table import key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
@@ -48,8 +48,8 @@ class Tile:
         self, op: Op, device: Device, name: str, rung: str, b: Buffers, grid: tuple[int, ...], **given: Any
     ) -> None:
         """The kernel of this name for this tile."""
-        how: dict[str, Any] = {"types": ElementTypes.named(rung), "shared": self.shared}
-        op.kernel(device, f"{name}_{self.name}", b, grid, self.threads(rung), **how, **given)
+        given |= {"types": ElementTypes.named(rung), "shared": self.shared}
+        op.kernel(device, f"{name}_{self.name}", b, grid, self.threads(rung), **given)
 
 
 WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile("128x32", 128, 32)
@@ -82,7 +82,7 @@ def candidates(default: Tile) -> tuple[Tile, ...]:
 
 def chosen(device: Device, kind: str, rung: str, g: Geometry, default: Tile) -> Tile:
     """The tile that was measured to be the fastest on this device, else the default."""
-    name = table_of(device).name_for(kind, rung, g)
+    name = table_of(device).choices.get(key_of(kind, rung, g))
     return next((tile for tile in candidates(default) if tile.name == name), default)
 
 
@@ -93,23 +93,14 @@ def weight_tile(g: Geometry, rung: str) -> Tile:
     return MEDIUM if g.o <= MEDIUM.columns else WIDE
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """How wgrad splits the pixels, from the shape alone: the order of the sum must not depend on the GPU."""
+MIN_PIXELS = 2048  # of a chunk, so that adding the partial results stays small beside making them
+WANTED_BLOCKS = 512  # enough to fill a large GPU
 
-    count: int
-    pixels: int  # of each; the last may have fewer
 
-    MIN_PIXELS: ClassVar[int] = 2048  # so that adding the partial results stays small beside making them
-    WANTED_BLOCKS: ClassVar[int] = 512  # enough to fill a large GPU
-
-    @staticmethod
-    def of(g: Geometry, rows: int, columns: int) -> "Chunks":
-        """For tiles of so many rows and columns."""
-        tiles = -(-g.depth // rows) * -(-g.o // columns)
-        wanted = min(-(-Chunks.WANTED_BLOCKS // tiles), -(-g.pixels // Chunks.MIN_PIXELS))
-        pixels = -(-g.pixels // wanted)
-        return Chunks(-(-g.pixels // pixels), pixels)
+def chunks_of(g: Geometry, rows: int, columns: int) -> Cut:
+    """How wgrad splits the pixels, for tiles of so many rows and columns."""
+    tiles = -(-g.depth // rows) * -(-g.o // columns)
+    return Cut.of(g.pixels, min(-(-WANTED_BLOCKS // tiles), -(-g.pixels // MIN_PIXELS)))
 
 
 def misfit(g: Geometry) -> str | None:
@@ -121,7 +112,7 @@ def misfit(g: Geometry) -> str | None:
     for images, image in (
         (_images(WIDE.rows, g.oh * g.ow), g.h * g.w * g.c),
         (_images(WIDE.rows, g.h * g.w), g.oh * g.ow * g.o),
-        (_images(Chunks.of(g, WIDE.rows, WIDE.columns).pixels, g.oh * g.ow), g.h * g.w * g.c),
+        (_images(chunks_of(g, WIDE.rows, WIDE.columns).each, g.oh * g.ow), g.h * g.w * g.c),
     ):
         if images * image >= MAX_OFFSET:
             return f"takes less than 2^31 elements in the images of one block, not {images} x {image}"
@@ -141,17 +132,3 @@ def has_tensor_cores(device: Device) -> bool:
 def without_tensor_cores() -> bool:
     """Is float32 to be multiplied as float32: SEGNET_FMA=1."""
     return switch("SEGNET_FMA", False, "float32 without tensor cores", "with them")
-
-
-def launch_forward(op: Op, device: Device, rung: str, g: Geometry, pads: dict[str, Any], b: Buffers) -> None:
-    """The implicit GEMM of fprop, and of dgrad with other arguments."""
-    tile = chosen(device, "forward", rung, g, forward_tile(g, rung))
-    tile.launch(op, device, "conv2d_forward_mma", rung, b, tile.grid(g.pixels, g.o), **pads)
-
-
-def launch_backward_weight(op: Op, device: Device, rung: str, g: Geometry, chunks: Chunks, b: Buffers) -> None:
-    """The partial sums of wgrad, one for each chunk."""
-    tile = weight_tile(g, rung)
-    grid = *tile.grid(g.depth, g.o), chunks.count
-    pixels = chunks.pixels
-    tile.launch(op, device, "conv2d_backward_weight_mma", rung, b, grid, **g.pads, pixels_per_chunk=pixels)

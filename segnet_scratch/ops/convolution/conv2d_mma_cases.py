@@ -6,15 +6,12 @@ round, so a term costs up to eps and not eps / 2: the bound is twice that of the
 sum of absolute products. It covers any order: nothing in the argument for sqrt(K) (rows/base.py) depends on one.
 """
 
-from math import sqrt
-
 import numpy as np
-from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import Bounds, Case, MapRow, Row
+from segnet_scratch.ops.cases import Case, MapRow, Row
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, OPS, Conv2dRow, conv_case
 from segnet_scratch.ops.elementwise.cast import Cast
-from segnet_scratch.ops.op import Buffers, Op
+from segnet_scratch.ops.op import Op
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
 # Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 128 bytes of depth: 32 float32 or 64 bfloat16, in pieces
@@ -44,10 +41,6 @@ TENSOR_CORE_TILES = [
 class TensorCoreRow(Conv2dRow):
     """fprop, dgrad or wgrad in a tensor-core rung."""
 
-    def __init__(self, op: type[Op], rung: str) -> None:
-        super().__init__(op, rung)
-        self.elements = (ELEMENTS_OF_RUNG[rung],)
-
     def cases(self) -> list[Case]:
         return CONVOLUTIONS + TENSOR_CORE_TILES
 
@@ -65,26 +58,16 @@ class TensorCoreRow(Conv2dRow):
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         return round_to_tf32(array) if self.rung == "tf32" and name != "bias" else array
 
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        # tf32x3: a product lacks the rests of its factors and small * small, 2^-22 of it each, or 6 eps.
-        lacking = 6 if self.rung == "tf32x3" else 0
-        growth = 4 * sqrt(self.terms(op)) + lacking
-        return {output: growth * eps * terms for output, terms in self.magnitudes(op, b).items()}
-
 
 class CastRow(MapRow):
     """One rounding to bfloat16, which is exact for small integers; back it is exact for all numbers."""
-
-    def __init__(self, name: str, dtype: DTypeLike) -> None:
-        super().__init__(Cast)
-        self.name, self.elements = name, (np.dtype(dtype),)
 
     def reference_plan(self, case: Case) -> Op:
         return self.plan(case, np.float32)
 
 
 ROWS: tuple[Row, ...] = (
-    *(TensorCoreRow(op, rung) for rung in ELEMENTS_OF_RUNG for op in OPS),
-    CastRow("cast_to_bfloat16", np.float32),
-    CastRow("cast_from_bfloat16", BFLOAT16),
+    *(TensorCoreRow(op, rung, elements=(element,)) for rung, element in ELEMENTS_OF_RUNG.items() for op in OPS),
+    CastRow(Cast, name="cast_to_bfloat16", elements=(np.dtype(np.float32),)),
+    CastRow(Cast, name="cast_from_bfloat16", elements=(BFLOAT16,)),
 )

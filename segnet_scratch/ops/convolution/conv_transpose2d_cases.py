@@ -38,10 +38,7 @@ class ConvTranspose2dRow(Row):
     """One direction in one rung; `terms` is the length of the sum behind an output."""
 
     exact = True
-
-    def __init__(self, op: type[Op], rung: str, terms: Callable[[Any], int]) -> None:
-        self.op, self.rung, self.terms = op, rung, terms
-        self.name = f"{op.name}_{rung}"
+    terms: Callable[[Any], int]
 
     def cases(self) -> list[Case]:
         return CASES
@@ -71,4 +68,4 @@ _TERMS: dict[type[Op], Callable[[Any], int]] = {
     ConvTranspose2dBackwardData: lambda op: 16 * op.y.shape[3],
     ConvTranspose2dBackwardWeight: lambda op: op.x.size // op.x.shape[3],
 }
-ROWS = tuple(ConvTranspose2dRow(op, rung, terms) for rung in ("direct", "tiled") for op, terms in _TERMS.items())
+ROWS = tuple(ConvTranspose2dRow(op, rung, terms=terms) for rung in ("direct", "tiled") for op, terms in _TERMS.items())

@@ -56,7 +56,6 @@ def backward_data(dy: np.ndarray, weight: np.ndarray, dx: np.ndarray, stride: in
         _convolve(patches, flipped.transpose(1, 2, 0, 3).reshape(-1, dx.shape[3]), None, dx)
 
 
-@np.errstate(all="ignore")
 def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, stride: int, padding: int) -> None:
     """Writes the gradient dweight (O, kh, kw, C) for x (N, H, W, C) and dy (N, H', W', O)."""
     kernel = dweight.shape[1:3]
@@ -82,7 +81,6 @@ def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, stride: 
     np.sum(sums, axis=0, out=dweight.reshape(dy.shape[3], -1))
 
 
-@np.errstate(all="ignore")
 def backward_bias(dy: np.ndarray, dbias: np.ndarray) -> None:
     """Writes the gradient dbias (O,): the sum of dy (N, H', W', O) over images and pixels."""
     pixels = dy.reshape(-1, dy.shape[3])

@@ -20,10 +20,8 @@ from segnet_scratch.runtime.launch import find_kernel
 
 log = logging.getLogger(__name__)
 # A kernel of each source that has tiles.
-MEASURED = (
-    *("conv2d_forward_mma_128x128", "conv2d_fused_forward_128x128"),
-    *("conv2d_hopper_forward_halo_256x64", "conv2d_hopper_backward_data_halo_256x64"),
-)
+MEASURED = [f"conv2d_{way}_128x128" for way in ("forward_mma", "fused_forward")]
+MEASURED += [f"conv2d_hopper_{way}_halo_256x64" for way in ("forward", "backward_data")]
 
 
 def key_of(kind: str, rung: str, g: Geometry) -> str:
@@ -33,13 +31,9 @@ def key_of(kind: str, rung: str, g: Geometry) -> str:
 
 @dataclass
 class TileTable:
-    """Names of tiles ("128x64") by `key_of`."""
+    """Names of tiles ("128x64") by `key_of`: those that were fastest."""
 
     choices: dict[str, str] = field(default_factory=dict)
-
-    def name_for(self, kind: str, rung: str, g: Geometry) -> str | None:
-        """The tile that was fastest; None where nothing was measured."""
-        return self.choices.get(key_of(kind, rung, g))
 
     @staticmethod
     def path(gpu: str) -> Path:
@@ -58,11 +52,9 @@ class TileTable:
                 raise ValueError("it is of something else")
         except FileNotFoundError:
             return cls()
-        except OSError as error:
-            log.warning("%s: %s; tiles go by shape", path, reason(error))
-            return cls()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s: expected the choices of segnet tune, got: %s; tiles go by shape; tune again", path, error)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = reason(error) if isinstance(error, OSError) else error
+            log.warning("%s: expected the choices of segnet tune, got: %s; tiles go by shape; tune again", path, found)
             return cls()
         return cls(choices)
 
@@ -79,7 +71,6 @@ _tables: WeakKeyDictionary[Device, TileTable] = WeakKeyDictionary()
 
 def table_of(device: Device) -> TileTable:
     """The table of a device, read once; empty for a device that is no GPU."""
-    table = _tables.get(device)
-    if table is None:
-        table = _tables[device] = TileTable.load(device.gpu) if device.gpu else TileTable()
-    return table
+    if device not in _tables:
+        _tables[device] = TileTable.load(device.gpu) if device.gpu else TileTable()
+    return _tables[device]

@@ -92,7 +92,12 @@ def convolve(x: np.ndarray, terms: np.ndarray, bias: np.ndarray | None, y: np.nd
             _restore_y(y_terms[:, :, place], bias, y[image, 2 * row :])
 
         tiles.for_pieces(rows, shares, transform)
-        _multiply(_products(x_terms), terms, _products(y_terms), shares)
+        left, results = _products(x_terms), _products(y_terms)
+
+        def multiply(part: slice) -> None:
+            np.matmul(left[part], terms[part], out=results[part])
+
+        parallel_slices(16, 16 // shares, multiply)
         tiles.for_pieces(rows, shares, restore)
 
     if tiles.count >= _SHARES * _TILES_ALONE // 2:
@@ -119,7 +124,14 @@ def backward_weight(x: np.ndarray, dy: np.ndarray, dweight: np.ndarray, padding:
             _transform_dy(dy[image], 2 * row, dy_terms[:, :, place])
 
         tiles.for_pieces(rows, _SHARES, transform)
-        _add_products(_products(dy_terms), _products(x_terms), sums)
+        left, right = _products(dy_terms), _products(x_terms)
+
+        def add(term: int) -> None:
+            product = scratch("product", sums.shape[1:], sums.dtype)
+            np.matmul(left[term].T, right[term], out=product)
+            sums[term] += product
+
+        parallel_for(16, add)
 
     with single_threaded_blas():
         for rows in tiles.steps_together(x, dy):
@@ -132,26 +144,6 @@ def _products(terms: np.ndarray) -> np.ndarray:
     return terms.reshape(16, -1, terms.shape[4])
 
 
-def _multiply(x_terms: np.ndarray, weight_terms: np.ndarray, y_terms: np.ndarray, shares: int) -> None:
-    """Per term, writes the product of (tiles, C) and (C, O)."""
-
-    def body(part: slice) -> None:
-        np.matmul(x_terms[part], weight_terms[part], out=y_terms[part])
-
-    parallel_slices(16, 16 // shares, body)
-
-
-def _add_products(dy_terms: np.ndarray, x_terms: np.ndarray, sums: np.ndarray) -> None:
-    """Per term, adds the product of (O, tiles) and (tiles, C) to a sum (O, C) of its own."""
-
-    def body(term: int) -> None:
-        product = scratch("product", sums.shape[1:], sums.dtype)
-        np.matmul(dy_terms[term].T, x_terms[term], out=product)
-        sums[term] += product
-
-    parallel_for(16, body)
-
-
 @dataclass(frozen=True)
 class _Tiles:
     """The 2x2 tiles that cover the output maps of a batch; rows of tiles are numbered through all images."""
@@ -160,10 +152,10 @@ class _Tiles:
     rows: int  # per image
     columns: int
 
-    @classmethod
-    def of(cls, y: np.ndarray) -> "_Tiles":
+    @staticmethod
+    def of(y: np.ndarray) -> "_Tiles":
         """Tiles of y (N, H', W', O)."""
-        return cls(len(y), -(-y.shape[1] // 2), -(-y.shape[2] // 2))
+        return _Tiles(len(y), -(-y.shape[1] // 2), -(-y.shape[2] // 2))
 
     @property
     def count(self) -> int:

@@ -1,6 +1,6 @@
 """Sum of two arrays: where a tensor is used more than once, its gradients are added."""
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect_elements
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_array
 
 
 class AddForward(Op):
@@ -9,7 +9,7 @@ class AddForward(Op):
     name, each = "add_forward", 4
 
     def __init__(self, a: Spec) -> None:
-        expect_elements(self.name, "a", a)
+        expect_array(self.name, "a", a)
         self.inputs = {"a": a, "b": a}
         self.outputs = {"y": a}
         self.flops = a.size

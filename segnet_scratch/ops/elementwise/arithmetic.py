@@ -10,7 +10,7 @@ import numpy as np
 
 from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.elementwise.add import AddForward
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, expect, expect_float, spec_of
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, Spec, expect, expect_array, expect_type, spec_of
 from segnet_scratch.runtime.devices import Array, Device
 
 Shape = tuple[int, ...]
@@ -26,19 +26,17 @@ class Arithmetic(Op):
     name = "arithmetic_forward"
 
     def __init__(self, a: Spec, b: Spec, operation: str) -> None:
-        expect_float(self.name, "a", a)
+        expect_type(self.name, "a", a.dtype, np.float32, np.float64)
         if b.dtype != a.dtype:
             raise DTypeError(f"{self.name}: b has element type {b.dtype}, expected {a.dtype}, that of a; convert one")
         expect(operation in BINARY, f"{self.name}: operation {operation!r}; expected one of {', '.join(BINARY)}")
         shape = broadcast_shape(a.shape, b.shape)
         expect(prod(shape) > 0, f"{self.name}: y is empty: shape {shape}")
-        (self.count_a, self.inner_a), (self.count_b, self.inner_b) = (
-            self._repeat(name, s, shape) for name, s in (("a", a), ("b", b))
-        )
+        self.count_a, self.inner_a = self._repeat("a", a, shape)
+        self.count_b, self.inner_b = self._repeat("b", b, shape)
         self.operation = operation
         self.inputs = {"a": a, "b": b}
         self.outputs = {"y": a.with_shape(*shape)}
-        self.workspace = {}
         self.flops = prod(shape)
 
     def _repeat(self, name: str, s: Spec, shape: Shape) -> tuple[int, int]:
@@ -51,8 +49,7 @@ class Arithmetic(Op):
         self.kernel(device, "arithmetic", b, operation=list(BINARY).index(self.operation))
 
     def reference(self, b: Buffers) -> None:
-        with np.errstate(all="ignore"):  # as the kernels: 1 / 0 is infinity
-            BINARY[self.operation](b.a, b.b, out=b.y)
+        BINARY[self.operation](b.a, b.b, out=b.y)
 
 
 class Elementwise(Op):
@@ -61,21 +58,18 @@ class Elementwise(Op):
     name = "elementwise_forward"
 
     def __init__(self, x: Spec, operation: str) -> None:
-        expect_float(self.name, "x", x)
-        expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
+        expect_array(self.name, "x", x)
         expect(operation in UNARY, f"{self.name}: operation {operation!r}; expected one of {', '.join(UNARY)}")
         self.operation = operation
         self.inputs = {"x": x}
         self.outputs = {"y": x}
-        self.workspace = {}
         self.flops = x.size
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.kernel(device, "elementwise", b, operation=list(UNARY).index(self.operation))
 
     def reference(self, b: Buffers) -> None:
-        with np.errstate(all="ignore"):
-            UNARY[self.operation](b.x, out=b.y)
+        UNARY[self.operation](b.x, out=b.y)
 
 
 class SumForward(Op):
@@ -86,9 +80,7 @@ class SumForward(Op):
     MAX_CHUNKS = 512
 
     def __init__(self, x: Spec) -> None:
-        expect_float(self.name, "x", x)
-        expect(len(x.shape) == 3 and x.size > 0, f"{self.name}: x has shape {x.shape}; expected (outer, times, inner)")
-        outer, times, inner = x.shape
+        outer, times, inner = expect_array(self.name, "x", x, "outer, times, inner")
         self.rows_per_chunk = max(self.FEW, -(-times // self.MAX_CHUNKS))
         self.chunks = -(-times // self.rows_per_chunk)
         self.inputs = {"x": x}
@@ -118,12 +110,10 @@ class SumBackward(Op):
     name = "sum_backward"
 
     def __init__(self, dy: Spec, times: int) -> None:
-        expect_float(self.name, "dy", dy)
-        expect(len(dy.shape) == 2 and dy.size > 0, f"{self.name}: dy has shape {dy.shape}; expected (outer, inner)")
+        outer, inner = expect_array(self.name, "dy", dy, "outer, inner")
         expect(times > 0, f"{self.name}: {times} times; expected at least 1")
         self.inputs = {"dy": dy}
-        self.outputs = {"dx": dy.with_shape(dy.shape[0], times, dy.shape[1])}
-        self.workspace = {}
+        self.outputs = {"dx": dy.with_shape(outer, times, inner)}
         self.flops = 0
 
     def launch(self, device: Device, b: Buffers) -> None:

@@ -1,7 +1,7 @@
 """Rows of arithmetic with broadcasting."""
 
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -28,10 +28,7 @@ ROUNDINGS = {"power": 16, "exp": 4, "log": 4}  # of CUDA's pow, exp and log (Pro
 class ArithmeticRow(Row):
     """One operation; what is repeated along which axes."""
 
-    def __init__(self, operation: str) -> None:
-        self.op, self.operation, self.name = Arithmetic, operation, f"arithmetic_{operation}"
-        self.exact = operation != "power"  # type: ignore[misc]
-        self.constants = ("b",) if operation == "power" else ()  # type: ignore[misc]
+    operation: str
 
     def cases(self) -> list[Case]:
         pairs = {
@@ -85,10 +82,7 @@ class ElementwiseRow(MapRow):
     """exp of any number, log of those above 0."""
 
     exact = False
-
-    def __init__(self, operation: str) -> None:
-        super().__init__(Elementwise, operation)
-        self.operation, self.name = operation, f"elementwise_{operation}"
+    operation: str
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         x = values(rng, op.inputs["x"], integers)
@@ -102,24 +96,18 @@ class SumRow(Row):
     """The sum over the middle axis, or its gradient. In double, so that float32 is rounded once."""
 
     exact = True
-
-    def __init__(self, op: type[Op]) -> None:
-        self.op, self.name = op, op.name
-
-    def cases(self) -> list[Case]:
-        shapes = {
-            "one element": (1, 1, 1),
-            "nothing to add": (5, 1, 3),
-            "a sum that one thread adds": (3, 256, 2),
-            "short sums": (2, 12, 16),
-            "two chunks": (2, 257, 1),
-            "channels over pixels": (1, 1009, 21),
-            "as many columns as a block has threads": (1, 300, 256),
-            "a second group of columns": (2, 300, 257),
-            "everything, in longer chunks": (1, 256 * 512 + 1, 1),
-            "many short sums": (1000, 21, 1),
-        }
-        return [Case(reason, {"x": shape}) for reason, shape in shapes.items()]
+    shapes: ClassVar = {
+        "one element": (1, 1, 1),
+        "nothing to add": (5, 1, 3),
+        "a sum that one thread adds": (3, 256, 2),
+        "short sums": (2, 12, 16),
+        "two chunks": (2, 257, 1),
+        "channels over pixels": (1, 1009, 21),
+        "as many columns as a block has threads": (1, 300, 256),
+        "a second group of columns": (2, 300, 257),
+        "everything, in longer chunks": (1, 256 * 512 + 1, 1),
+        "many short sums": (1000, 21, 1),
+    }
 
     def random_case(self, rng: np.random.Generator) -> Case:
         outer, times, inner = (int(k) for k in rng.integers(1, (6, 2000, 40)))
@@ -142,8 +130,13 @@ class SumRow(Row):
         flat, empty = spec((4,), np.float32), spec((2, 0, 3)[: 3 - len(options)], np.float32)
         return [
             Refusal("flat", lambda: self.op.plan(flat, *options), ShapeError, "expected (outer, "),
-            Refusal("empty", lambda: self.op.plan(empty, *options), ShapeError, "expected (outer, "),
+            Refusal("empty", lambda: self.op.plan(empty, *options), ShapeError, "is empty"),
         ]
 
 
-ROWS = (*map(ArithmeticRow, BINARY), *map(ElementwiseRow, UNARY), SumRow(SumForward), SumRow(SumBackward))
+_KINDS = {name: {"constants": ("b",)} if name == "power" else {"exact": True} for name in BINARY}
+ROWS = (
+    *(ArithmeticRow(Arithmetic, name=f"arithmetic_{k}", operation=k, **kind) for k, kind in _KINDS.items()),
+    *(ElementwiseRow(Elementwise, name=f"elementwise_{name}", operation=name, options=(name,)) for name in UNARY),
+    *(SumRow(SumForward), SumRow(SumBackward)),
+)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.errors import DTypeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_type
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -15,8 +14,7 @@ class Cast(Op):
     name, each = "cast", 8
 
     def __init__(self, x: Spec) -> None:
-        if x.dtype not in (np.float32, BFLOAT16):
-            raise DTypeError(f"{self.name}: x has element type {x.dtype}; expected float32 or bfloat16")
+        expect_type(self.name, "x", x.dtype, np.float32, BFLOAT16)
         expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
         self.inputs = {"x": x}
         self.outputs = {"y": Spec(x.shape, np.dtype(np.float32) if x.dtype == BFLOAT16 else BFLOAT16)}
@@ -26,8 +24,7 @@ class Cast(Op):
         return ElementTypes.of(BFLOAT16)
 
     def launch(self, device: Device, b: Buffers) -> None:
-        name = "cast_from_bfloat16" if b.x.dtype == BFLOAT16 else "cast_to_bfloat16"
-        self.kernel(device, name, b)
+        self.kernel(device, "cast_from_bfloat16" if b.x.dtype == BFLOAT16 else "cast_to_bfloat16", b)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = b.x

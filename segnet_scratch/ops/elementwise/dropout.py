@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_float
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_array
 from segnet_scratch.runtime.devices import Device
 
 STATE = Spec((2,), np.dtype(np.uint64))  # seed, step
@@ -15,10 +14,9 @@ class DropoutForward(Op):
     name = "dropout_forward"
 
     def __init__(self, x: Spec, p: float, layer: int) -> None:
-        expect_float(self.name, "x", x)
-        expect(len(x.shape) >= 2 and x.size > 0, f"dropout: x has shape {x.shape}; expected (n, ...), not empty")
-        if not 0 <= p < 1:
-            raise ShapeError(f"dropout: p is {p}; expected 0 <= p < 1")
+        expect_array(self.name, "x", x)
+        expect(len(x.shape) >= 2, f"dropout: x has shape {x.shape}; expected (n, ...)")
+        expect(0 <= p < 1, f"dropout: p is {p}; expected 0 <= p < 1")
         self.p, self.layer = p, layer
         self.per_sample = x.size // x.shape[0]
         self.inputs = {"x": x, "state": STATE}
@@ -42,8 +40,8 @@ class DropoutForward(Op):
 
 def philox(groups: np.ndarray, sample: int, layer: int, step: int, seed: int) -> np.ndarray:
     """Philox4x32-10 (Salmon et al., SC 2011): four numbers below 2^32 for each of the `groups`, one after the other."""
-    mask = np.uint64(0xFFFFFFFF)
     low32 = 0xFFFFFFFF
+    mask = np.uint64(low32)
     c0 = groups & mask
     c1, c2, c3 = (np.full_like(groups, word & low32) for word in (sample, layer, step))
     key0, key1 = seed & low32, seed >> 32 & low32

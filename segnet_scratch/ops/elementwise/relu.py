@@ -3,7 +3,7 @@
 import numpy as np
 
 from segnet_scratch.ops.elementwise import fast as activation
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect_elements
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect_array
 
 
 class ReluForward(Op):
@@ -12,7 +12,7 @@ class ReluForward(Op):
     name, each = "relu_forward", 4
 
     def __init__(self, x: Spec) -> None:
-        expect_elements(self.name, "x", x)
+        expect_array(self.name, "x", x)
         self.inputs = {"x": x}
         self.outputs = {"y": x}
         self.flops = x.size
@@ -33,7 +33,7 @@ class ReluBackward(Op):
     name, each = "relu_backward", 4
 
     def __init__(self, y: Spec) -> None:
-        expect_elements(self.name, "y", y)
+        expect_array(self.name, "y", y)
         self.inputs = {"y": y, "dy": y}
         self.outputs = {"dx": y}
         self.flops = y.size

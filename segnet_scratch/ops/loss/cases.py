@@ -34,10 +34,7 @@ class CrossEntropyRow(Row):
 
     constants = ("class_weights",)
 
-    def __init__(self, op: type[Op], normalisation: str) -> None:
-        self.op, self.normalisation = op, normalisation
-        self.name = f"{op.name}_{normalisation}"
-        self.function = "" if normalisation == "none" else "cross_entropy"
+    normalisation: str
 
     def cases(self) -> list[Case]:
         sizes = {
@@ -109,41 +106,8 @@ class CrossEntropyRow(Row):
         return {**arrays, "sums": sums.sums, "dloss": values(rng, op.inputs["dloss"])}
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        # With d = z - max z, exact but for one rounding: log sum exp(d) errs by sqrt(classes) + |d exp(d)| < 1, and
-        # d[label] by itself; a softmax relatively by all of that. Smoothing adds as many d as there are classes.
-        classes, smoothing = b.logits.shape[1], op.smoothing  # type: ignore[attr-defined]
-        d = b.logits - b.logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(d)
-        log_sum = np.log(exponentials.sum(axis=1))
-        valid = b.labels < classes
-        labels = np.where(valid, b.labels, 0)
-        class_weights = np.ones(classes) if b.class_weights is None else b.class_weights
-        weights = valid * class_weights[labels]
-        unit = 2 * eps * (sqrt(classes) + 1)
-        normaliser = max({"none": 1.0, "weights": b.sums[1], "valid": b.sums[2]}[self.normalisation], 1e-30)
-        if self.op is CrossEntropyForward:
-            of_classes = unit + 2 * eps * (log_sum[:, None] - d)
-            error = (1 - smoothing) * (weights @ np.take_along_axis(of_classes, labels[:, None].astype(int), 1)[:, 0])
-            if smoothing:
-                error += smoothing * sqrt(classes) * (valid @ (class_weights * of_classes).mean(axis=1))
-            doubles = np.finfo(np.float64).eps * len(labels)  # the order of sums in double differs from NumPy's
-            return {
-                "sums": np.array([error + doubles * abs(b.sums[0]), doubles * b.sums[1], 0]),
-                "loss": error / normaliser + 4 * eps * np.abs(b.loss),
-            }
-        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
-        hot = np.arange(classes) == labels[:, None]
-        relative = unit + 2 * eps * (log_sum[:, None] - d)
-        factor = abs(b.dloss[0]) / normaliser
-        of_label = weights[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)
-        # The sum of the weights errs like any sum, and adding the share of every class rounds once more.
-        of_all = (
-            valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
-        )
-        added = (1 - smoothing) * weights[:, None] * (softmax + hot)
-        added += smoothing * valid[:, None] * (softmax * class_weights.sum() + class_weights) / classes
-        share = smoothing * of_all + (2 * eps * added if smoothing else 0)
-        return {"dlogits": factor * ((1 - smoothing) * of_label + share)}
+        bounds = errors(b, eps, self.normalisation, op.smoothing)  # type: ignore[attr-defined]
+        return {name: bounds[name] for name in op.outputs}
 
     def refusals(self) -> list[Refusal]:
         wrong = {
@@ -158,11 +122,7 @@ class CrossEntropyRow(Row):
 class SoftmaxCrossEntropyRow(CrossEntropyRow):
     """Loss and gradient of padded logits, as the fused engine has them."""
 
-    elements = (np.dtype(np.float32), BFLOAT16)
-
-    def __init__(self, normalisation: str) -> None:
-        super().__init__(CrossEntropyForward, normalisation)
-        self.name, self.op = f"softmax_cross_entropy_{normalisation}", SoftmaxCrossEntropy
+    op, elements = SoftmaxCrossEntropy, (np.dtype(np.float32), BFLOAT16)
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         classes = case["classes"]
@@ -181,11 +141,10 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
         plain = Buffers(logits=logits, labels=labels, class_weights=b.class_weights, **empty_outputs(parts))
         parts.reference(plain)
         plain.dloss = np.ones(1) if b.share is None else b.share
-        loss = CrossEntropyRow(CrossEntropyForward, self.normalisation).bound(parts, plain, eps)["loss"]
-        of_logits = CrossEntropyRow(CrossEntropyBackward, self.normalisation).bound(parts, plain, eps)["dlogits"]
+        bounds = errors(plain, eps, self.normalisation, op.smoothing)  # type: ignore[attr-defined]
         dlogits = np.zeros(b.logits.shape)
-        dlogits[..., :classes] = np.asarray(of_logits).reshape(*b.logits.shape[:3], classes)
-        return {"loss": loss * plain.dloss[0], "dlogits": dlogits}
+        dlogits[..., :classes] = np.asarray(bounds["dlogits"]).reshape(*b.logits.shape[:3], classes)
+        return {"loss": bounds["loss"] * plain.dloss[0], "dlogits": dlogits}
 
     def refusals(self) -> list[Refusal]:
         wrong = {
@@ -197,6 +156,41 @@ class SoftmaxCrossEntropyRow(CrossEntropyRow):
             "smoothing": ("smoothing 1.0", {"smoothing": 1.0}),
         }
         return self.refused({"logits": spec((1, 2, 3, 8)), "classes": 5}, wrong)
+
+
+def errors(b: Buffers, eps: float, normalisation: str, smoothing: float) -> Bounds:
+    """Of the sums, the loss, and where there is a gradient of the loss that of the logits."""
+    # With d = z - max z, exact but for one rounding: log sum exp(d) errs by sqrt(classes) + |d exp(d)| < 1, and
+    # d[label] by itself; a softmax relatively by all of that. Smoothing adds as many d as there are classes.
+    classes = b.logits.shape[1]
+    d = b.logits - b.logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(d)
+    log_sum = np.log(exponentials.sum(axis=1))
+    valid = b.labels < classes
+    labels = np.where(valid, b.labels, 0)
+    class_weights = np.ones(classes) if b.class_weights is None else b.class_weights
+    weights = valid * class_weights[labels]
+    unit = 2 * eps * (sqrt(classes) + 1)
+    relative = unit + 2 * eps * (log_sum[:, None] - d)
+    normaliser = max({"none": 1.0, "weights": b.sums[1], "valid": b.sums[2]}[normalisation], 1e-30)
+    error = (1 - smoothing) * (weights @ np.take_along_axis(relative, labels[:, None].astype(int), 1)[:, 0])
+    if smoothing:
+        error += smoothing * sqrt(classes) * (valid @ (class_weights * relative).mean(axis=1))
+    doubles = np.finfo(np.float64).eps * len(labels)  # the order of sums in double differs from NumPy's
+    bounds: Bounds = {"sums": np.array([error + doubles * abs(b.sums[0]), doubles * b.sums[1], 0])}
+    if hasattr(b, "loss"):
+        bounds["loss"] = error / normaliser + 4 * eps * np.abs(b.loss)
+    if not hasattr(b, "dloss"):
+        return bounds
+    softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
+    hot = np.arange(classes) == labels[:, None]
+    of_label = weights[:, None] * (softmax * (relative + 2 * eps) + 2 * eps * hot)
+    # The sum of the weights errs like any sum, and adding the share of every class rounds once more.
+    of_all = valid[:, None] * (softmax * class_weights.sum() * (relative + unit) + class_weights * 4 * eps) / classes
+    added = (1 - smoothing) * weights[:, None] * (softmax + hot)
+    added += smoothing * valid[:, None] * (softmax * class_weights.sum() + class_weights) / classes
+    share = smoothing * of_all + (2 * eps * added if smoothing else 0)
+    return {**bounds, "dlogits": abs(b.dloss[0]) / normaliser * ((1 - smoothing) * of_label + share)}
 
 
 class ArgmaxRow(MapRow):
@@ -219,8 +213,11 @@ class ArgmaxRow(MapRow):
 
 
 ROWS = (
-    *(CrossEntropyRow(CrossEntropyForward, how) for how in (*NORMALISATIONS, "none")),
-    *(CrossEntropyRow(CrossEntropyBackward, how) for how in (*NORMALISATIONS, "none")),
-    *map(SoftmaxCrossEntropyRow, NORMALISATIONS),
+    *(
+        CrossEntropyRow(op, name=f"{op.name}_{how}", normalisation=how, function=function)
+        for op in (CrossEntropyForward, CrossEntropyBackward)
+        for how, function in (*((how, "cross_entropy") for how in NORMALISATIONS), ("none", ""))
+    ),
+    *(SoftmaxCrossEntropyRow(name=f"softmax_cross_entropy_{how}", normalisation=how) for how in NORMALISATIONS),
     ArgmaxRow(ArgmaxForward),
 )

@@ -6,24 +6,31 @@ import numpy as np
 
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError
 from segnet_scratch.ops.loss import fast
-from segnet_scratch.ops.op import (
-    VOID,
-    Buffers,
-    Op,
-    Spec,
-    element_grid,
-    expect,
-    expect_float,
-)
+from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, element_grid, expect, expect_array, spec
 from segnet_scratch.runtime.devices import Device
 
 NORMALISATIONS = ("weights", "valid")
 REDUCTIONS = ("mean", "sum", "none")
 # By what a kernel divides: nothing, or one of its sums.
 _DIVISORS = {"none": 0, "weights": 1, "valid": 2}
+SUMS = spec((3,), np.float64)
 
 
-class CrossEntropyForward(Op):
+class CrossEntropyOp(Op):
+    """What forward and backward have in common; `normalisation` and `smoothing` are explained at the forward."""
+
+    optional = ("class_weights",)
+
+    def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
+        self.pixels, self.classes = expect_array(self.name, "logits", logits, "pixels, classes")
+        expect(self.classes <= VOID, f"cross_entropy: {self.classes} classes; at most {VOID} fit beside void, {VOID}")
+        expect_objective(normalisation, smoothing, tuple(_DIVISORS))
+        self.normalisation, self.divisor, self.smoothing = normalisation, _DIVISORS[normalisation], smoothing
+        labels = Spec((self.pixels,), np.dtype(np.uint8))
+        self.inputs = {"logits": logits, "labels": labels, "class_weights": logits.with_shape(self.classes)}
+
+
+class CrossEntropyForward(CrossEntropyOp):
     """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
 
     `normalisation` divides by the sum of weights ("weights", as PyTorch does), by the number of valid pixels ("valid",
@@ -32,16 +39,13 @@ class CrossEntropyForward(Op):
     """
 
     name = "cross_entropy_forward"
-    optional = ("class_weights",)
     MAX_BLOCKS = 1024  # partial results that one block adds
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
-        self.pixels, self.classes = _check(logits, normalisation, smoothing)
-        self.normalisation, self.divisor, self.smoothing = normalisation, _DIVISORS[normalisation], smoothing
+        super().__init__(logits, normalisation, smoothing)
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
-        self.inputs = _inputs(logits)
-        self.outputs = {"loss": logits.with_shape(1), "sums": Spec((3,), np.dtype(np.float64))}
-        self.workspace = {"partials": Spec((self.blocks, 3), np.dtype(np.float64))}
+        self.outputs = {"loss": logits.with_shape(1), "sums": SUMS}
+        self.workspace = {"partials": Spec((self.blocks, 3), SUMS.dtype)}
         self.flops = 4 * logits.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -73,22 +77,15 @@ class CrossEntropyForward(Op):
         b.loss[0] = b.sums[0] * _reciprocal(b.sums, self.divisor)
 
 
-class CrossEntropyBackward(Op):
+class CrossEntropyBackward(CrossEntropyOp):
     """dlogits from the gradient of the loss (1) and the sums of the forward pass."""
 
     name = "cross_entropy_backward"
-    optional = ("class_weights",)
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
-        self.pixels, self.classes = _check(logits, normalisation, smoothing)
-        self.divisor, self.smoothing = _DIVISORS[normalisation], smoothing
-        self.inputs = {
-            **_inputs(logits),
-            "sums": Spec((3,), np.dtype(np.float64)),
-            "dloss": logits.with_shape(1),
-        }
+        super().__init__(logits, normalisation, smoothing)
+        self.inputs |= {"sums": SUMS, "dloss": logits.with_shape(1)}
         self.outputs = {"dlogits": logits}
-        self.workspace = {}
         self.flops = 6 * logits.size
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -120,23 +117,10 @@ def _reciprocal(sums: np.ndarray, divisor: int) -> float:
     return float(1 / normaliser) if normaliser != 0 else 0.0
 
 
-def _check(logits: Spec, normalisation: str, smoothing: float) -> tuple[int, int]:
-    expect(
-        len(logits.shape) == 2 and logits.size > 0,
-        f"cross_entropy: logits {logits.shape}; expected (pixels, classes)",
-    )
-    expect_float("cross_entropy", "logits", logits)
-    pixels, classes = logits.shape
-    expect(classes <= VOID, f"cross_entropy: {classes} classes; at most {VOID} fit beside the void label {VOID}")
-    expect_one_of("normalisation", normalisation, tuple(_DIVISORS))
+def expect_objective(normalisation: str, smoothing: float, normalisations: tuple[str, ...] = NORMALISATIONS) -> None:
+    """ShapeError unless these are options of the loss."""
+    expect_one_of("normalisation", normalisation, normalisations)
     expect(0 <= smoothing < 1, f"cross_entropy: smoothing {smoothing}; expected 0 <= smoothing < 1")
-    return pixels, classes
-
-
-def _inputs(logits: Spec) -> dict[str, Spec]:
-    pixels, classes = logits.shape
-    labels = Spec((pixels,), np.dtype(np.uint8))
-    return {"logits": logits, "labels": labels, "class_weights": logits.with_shape(classes)}
 
 
 def expect_one_of(what: str, value: str, names: tuple[str, ...]) -> None:
@@ -159,11 +143,7 @@ def check_labels(labels: np.ndarray, classes: int, ignore_index: int = VOID) -> 
             f"cross_entropy: label {int(labels[where])} at {where} ({int(wrong.sum())} such pixels); expected 0 to "
             f"{classes - 1}, or {ignore_index} for void; check the masks with the data set's class list"
         )
-    return (
-        labels.astype(np.uint8, copy=False)
-        if ignore_index == VOID
-        else np.where(ignored, VOID, labels).astype(np.uint8)
-    )
+    return (labels if ignore_index == VOID else np.where(ignored, VOID, labels)).astype(np.uint8, copy=False)
 
 
 def check_class_weights(weights: np.ndarray | Sequence[float], classes: int, dtype: np.dtype) -> np.ndarray:

@@ -2,24 +2,29 @@
 
 import numpy as np
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_float
+from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect_array
 from segnet_scratch.runtime.devices import Device
 
 
-class LogSoftmaxForward(Op):
-    """y = x - log sum exp(x) over the last axis of x (..., classes), without overflow."""
+class _LogSoftmax(Op):
+    """A thread goes along the last axis of the array called `over`, (..., classes)."""
 
-    name = "log_softmax_forward"
-
-    def __init__(self, x: Spec) -> None:
-        _check(self.name, "x", x)
-        self.inputs = {"x": x}
-        self.outputs = {"y": x}
-        self.workspace = {}
-        self.flops = 4 * x.size
+    def __init__(self, s: Spec) -> None:
+        self.classes = expect_array(self.name, self.over, s, "..., classes")[-1]
+        self.flops = 4 * s.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, self.name, b, element_grid(b.x.size // b.x.shape[-1]))
+        self.kernel(device, self.name, b, element_grid(getattr(b, self.over).size // self.classes))
+
+
+class LogSoftmaxForward(_LogSoftmax):
+    """y = x - log sum exp(x) over the last axis of x (..., classes), without overflow."""
+
+    name, over = "log_softmax_forward", "x"
+
+    def __init__(self, x: Spec) -> None:
+        super().__init__(x)
+        self.inputs, self.outputs = {"x": x}, {"y": x}
 
     def gradient(self) -> tuple[Op, ...]:
         return (LogSoftmaxBackward.plan(self.outputs["y"]),)
@@ -29,25 +34,14 @@ class LogSoftmaxForward(Op):
         b.y[...] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-class LogSoftmaxBackward(Op):
+class LogSoftmaxBackward(_LogSoftmax):
     """dx = dy - exp(y) sum dy over the last axis."""
 
-    name = "log_softmax_backward"
+    name, over = "log_softmax_backward", "y"
 
     def __init__(self, y: Spec) -> None:
-        _check(self.name, "y", y)
-        self.inputs = {"y": y, "dy": y}
-        self.outputs = {"dx": y}
-        self.workspace = {}
-        self.flops = 4 * y.size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, self.name, b, element_grid(b.y.size // b.y.shape[-1]))
+        super().__init__(y)
+        self.inputs, self.outputs = {"y": y, "dy": y}, {"dx": y}
 
     def reference(self, b: Buffers) -> None:
         b.dx[...] = b.dy - np.exp(b.y) * b.dy.sum(axis=-1, keepdims=True)
-
-
-def _check(op: str, name: str, s: Spec) -> None:
-    expect_float(op, name, s)
-    expect(len(s.shape) > 0 and s.size > 0, f"{op}: {name} {s.shape}; expected (..., classes), no side of it empty")

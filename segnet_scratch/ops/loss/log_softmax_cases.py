@@ -42,9 +42,7 @@ class LogSoftmaxRow(MapRow):
         return {"dx": eps * np.abs(b.dx) + grown * softmax * terms + eps * np.abs(b.dy)}
 
     def refusals(self) -> list[Refusal]:
-        return [
-            Refusal("no classes", lambda: self.op.plan(spec((3, 0), np.float32)), ShapeError, "no side of it empty")
-        ]
+        return [Refusal("no classes", lambda: self.op.plan(spec((3, 0), np.float32)), ShapeError, "is empty")]
 
 
 ROWS = LogSoftmaxRow(LogSoftmaxForward), LogSoftmaxRow(LogSoftmaxBackward)

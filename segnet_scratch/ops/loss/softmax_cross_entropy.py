@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward, expect_objective
 from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, element_grid, expect, expect_map
 from segnet_scratch.ops.pieces import expect_pieces, in_float32
 from segnet_scratch.runtime.devices import Device
@@ -26,15 +25,9 @@ class SoftmaxCrossEntropy(Op):
     def __init__(self, logits: Spec, classes: int, normalisation: str = "weights", smoothing: float = 0.0) -> None:
         n, h, w, padded = expect_map(self.name, "logits", logits, bfloat16=True)
         expect_pieces(self.name, logits.dtype, logits=padded)
-        expect(
-            1 <= classes <= min(padded, VOID),
-            f"{self.name}: {classes} classes in {padded} channels; expected 1 to {min(padded, VOID)}",
-        )
-        if normalisation not in NORMALISATIONS:
-            raise ShapeError(
-                f"{self.name}: normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}"
-            )
-        expect(0 <= smoothing < 1, f"{self.name}: smoothing {smoothing}; expected 0 <= smoothing < 1")
+        most = min(padded, VOID)
+        expect(1 <= classes <= most, f"{self.name}: {classes} classes in {padded} channels; expected 1 to {most}")
+        expect_objective(normalisation, smoothing)
         self.pixels, self.classes, self.padded = n * h * w, classes, padded
         self.normalisation, self.smoothing = normalisation, smoothing
         self.blocks = min(element_grid(self.pixels), self.MAX_BLOCKS)
@@ -42,11 +35,8 @@ class SoftmaxCrossEntropy(Op):
         labels, weights = Spec((n, h, w), np.dtype(np.uint8)), Spec((classes,), self.vector)
         self.inputs = {"logits": logits, "labels": labels, "class_weights": weights, "share": Spec((1,), DOUBLE)}
         self.outputs = {"loss": Spec((1,), self.vector), "dlogits": logits}
-        self.workspace = {
-            "counts": Spec((self.blocks, 2), DOUBLE),
-            "reciprocal": Spec((1,), DOUBLE),
-            "partials": Spec((self.blocks, 1), DOUBLE),
-        }
+        sums = {"counts": (self.blocks, 2), "reciprocal": (1,), "partials": (self.blocks, 1)}
+        self.workspace = {name: Spec(shape, DOUBLE) for name, shape in sums.items()}
         self.flops = 10 * self.pixels * classes
 
     def launch(self, device: Device, b: Buffers) -> None:

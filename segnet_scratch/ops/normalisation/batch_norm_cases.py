@@ -73,9 +73,8 @@ class BatchNormRow(Row):
 class BatchNormTrainingRow(BatchNormRow):
     """Training: errors of the statistics are carried through to y."""
 
-    name, function = "batch_norm_training_forward", "batch_norm"
     op: type[Op] = BatchNormTrainingForward
-    training = True
+    training, function = True, "batch_norm"
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         rows, momentum = b.x.size / b.mean.size, op.momentum  # type: ignore[attr-defined]
@@ -106,8 +105,7 @@ class BatchNormTrainingRow(BatchNormRow):
 class BatchNormEvaluationRow(BatchNormRow):
     """Evaluation: element by element."""
 
-    name, function = "batch_norm_evaluation_forward", "batch_norm"
-    op, training = BatchNormEvaluationForward, False
+    op, training, function = BatchNormEvaluationForward, False, "batch_norm"
 
     def cases(self) -> list[Case]:
         single = maps({"size 1: one value a channel is enough here": (1, 1, 1, 1)}, offset=0.0, scale=1.0)
@@ -122,10 +120,6 @@ class BatchNormBackwardRow(BatchNormRow):
     """Backward of both modes."""
 
     op = BatchNormBackward
-
-    def __init__(self, training: bool) -> None:
-        self.options = {"training": training}
-        self.name = f"batch_norm_backward_{'training' if training else 'evaluation'}"
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         rows, axes = b.x.size / b.mean.size, (0, 1, 2)
@@ -143,18 +137,11 @@ class BatchNormLessonRow(BatchNormTrainingRow):
 
     op, function = BatchNormLesson, ""
 
-    def __init__(self, rung: str) -> None:
-        self.rung, self.name, self.options = rung, f"{BatchNormTrainingForward.name}_{rung}", {"rung": rung}
-
 
 class BatchNormRanksRow(BatchNormRow):
     """The halves of batch norm over several ranks: of x here, and of two ranks more, one of them with a single row."""
 
     function = ""
-
-    def __init__(self, op: type[Op]) -> None:
-        self.op, self.name = op, op.name
-        self.options = {"ranks": 3} if op in (BatchNormRanksForward, BatchNormRanksBackward) else {}
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)
@@ -192,8 +179,16 @@ class BatchNormRanksRow(BatchNormRow):
         return {"sums": sums, "dweight": sums[1], "dbias": sums[0]}
 
 
+_OF_RANKS: dict[type[Op], dict[str, int]] = {
+    BatchNormMoments: {},
+    BatchNormRanksForward: {"ranks": 3},
+    BatchNormBackwardSums: {},
+    BatchNormRanksBackward: {"ranks": 3},
+}
 ROWS: tuple[Row, ...] = (
-    *map(BatchNormLessonRow, ("thread", "block")),
-    *map(BatchNormRanksRow, (BatchNormMoments, BatchNormRanksForward, BatchNormBackwardSums, BatchNormRanksBackward)),
-    *(BatchNormTrainingRow(), BatchNormEvaluationRow(), BatchNormBackwardRow(True), BatchNormBackwardRow(False)),
+    *(BatchNormLessonRow(rung=rung, options={"rung": rung}) for rung in ("thread", "block")),
+    *(BatchNormRanksRow(op, options=options) for op, options in _OF_RANKS.items()),
+    *(BatchNormTrainingRow(), BatchNormEvaluationRow()),
+    BatchNormBackwardRow(name="batch_norm_backward_training", options={"training": True}),
+    BatchNormBackwardRow(name="batch_norm_backward_evaluation", options={"training": False}),
 )

@@ -13,92 +13,29 @@ All arrays are C-contiguous and of one float type, and outputs do not overlap in
 checks shapes.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from segnet_scratch.runtime.workers import CHUNK_VALUES, parallel_slices, scratch
 
 
-@np.errstate(all="ignore")
-def training_forward(
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    y: np.ndarray,
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-    variance: np.ndarray,
-    eps: float,
-) -> None:
-    """Normalises x (N, H, W, C) by its own statistics; writes y like x, and mean, inv_std, variance (C,).
-
-    The variance is the biased one, divided by N*H*W; weight and bias are (C,).
-    """
-    total_mean, total_variance = statistics(x)
-    mean[...] = total_mean
-    variance[...] = total_variance
-    inv_std[...] = 1 / np.sqrt(total_variance + eps)
-    normalise(x, mean, weight * inv_std, bias, y)
-
-
-@np.errstate(all="ignore")
-def evaluation_forward(
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    running_mean: np.ndarray,
-    running_var: np.ndarray,
-    y: np.ndarray,
-    eps: float,
-) -> None:
-    """Normalises x (N, H, W, C) by given statistics (C,) and writes y like x; weight and bias are (C,)."""
-    normalise(x, running_mean, weight / np.sqrt(running_var + eps), bias, y)
-
-
-@np.errstate(all="ignore")
-def backward(
-    x: np.ndarray,
-    dy: np.ndarray,
-    weight: np.ndarray,
-    mean: np.ndarray,
-    inv_std: np.ndarray,
-    dx: np.ndarray,
-    dweight: np.ndarray,
-    dbias: np.ndarray,
-) -> None:
-    """Writes the gradients of training_forward: dx like x (N, H, W, C), dweight and dbias (C,).
-
-    With x_hat = (x - mean) * inv_std and P = N*H*W: dbias = sum dy and dweight = sum dy * x_hat. Since mean
-    and variance depend on x, dx = weight * inv_std * (dy - dbias / P - x_hat * dweight / P).
-    """
-    sums = backward_sums(x, dy, mean, inv_std)
-    dbias[...], dweight[...] = sums
-    backward_apply(x, dy, weight, mean, inv_std, sums / (x.size // x.shape[3]), dx)
-
-
-@np.errstate(all="ignore")
 def backward_sums(x: np.ndarray, dy: np.ndarray, mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray:
     """Sum of dy, sum of dy * x_hat: float64 (2, C)."""
-    pixels, dy_pixels = _pixels(x), _pixels(dy)
-    step = _chunk_pixels(pixels)
-    ones = np.ones(step, x.dtype)
-    means = _repeat(mean, step)
-    sums = np.empty((2, -(-len(pixels) // step), x.shape[3]), np.float64)
+    sums = np.empty((_chunks(x), 2, x.shape[3]), np.float64)
 
-    def gather(part: slice) -> None:
-        chunk, count = part.start // step, part.stop - part.start
-        product = scratch("product", (count, x.shape[3]), x.dtype)
-        np.subtract(pixels[part], means[:count], out=product)
-        product *= dy_pixels[part]
-        sums[0, chunk] = ones[:count] @ dy_pixels[part]
-        sums[1, chunk] = ones[:count] @ product
+    def body(chunk: int, x: np.ndarray, dy: np.ndarray, means: np.ndarray) -> None:
+        product, ones = scratch("product", x.shape, x.dtype), np.ones(len(x), x.dtype)
+        np.subtract(x, means, out=product)
+        product *= dy
+        sums[chunk] = ones @ dy, ones @ product
 
-    parallel_slices(len(pixels), step, gather)
-    totals = sums.sum(axis=1)
+    _in_chunks(body, (x, dy), (mean,))
+    totals = sums.sum(axis=0)
     totals[1] *= inv_std
     return totals
 
 
-@np.errstate(all="ignore")
 def backward_apply(
     x: np.ndarray,
     dy: np.ndarray,
@@ -109,52 +46,41 @@ def backward_apply(
     dx: np.ndarray,
 ) -> None:
     """Writes dx (N, H, W, C) from the means of dy and of dy * x_hat, float64 (2, C)."""
-    pixels, dy_pixels, dx_pixels = _pixels(x), _pixels(dy), _pixels(dx)
-    step = _chunk_pixels(pixels)
-    means = _repeat(mean, step)
-    slopes = _repeat((dy_mean[1] * inv_std).astype(x.dtype), step)
-    dy_means = _repeat(dy_mean[0].astype(x.dtype), step)
-    scales = _repeat(weight * inv_std, step)
 
-    def apply(part: slice) -> None:
-        count = part.stop - part.start
-        out = dx_pixels[part]
-        np.subtract(pixels[part], means[:count], out=out)
-        out *= slopes[:count]
-        out += dy_means[:count]
-        np.subtract(dy_pixels[part], out, out=out)
-        out *= scales[:count]
+    def body(chunk: int, x: np.ndarray, dy: np.ndarray, dx: np.ndarray, *vectors: np.ndarray) -> None:
+        means, slopes, dy_means, scales = vectors
+        np.subtract(x, means, out=dx)
+        dx *= slopes
+        dx += dy_means
+        np.subtract(dy, dx, out=dx)
+        dx *= scales
 
-    parallel_slices(len(pixels), step, apply)
+    slopes, dy_means = ((dy_mean[1] * inv_std).astype(x.dtype), dy_mean[0].astype(x.dtype))
+    _in_chunks(body, (x, dy, dx), (mean, slopes, dy_means, weight * inv_std))
 
 
 def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance per channel, float64."""
-    pixels = _pixels(x)
-    step = _chunk_pixels(pixels)
-    chunks = -(-len(pixels) // step)
-    counts = np.empty((chunks, 1), np.float64)
-    means, squares = np.empty((2, chunks, x.shape[3]), np.float64)
-    ones = np.ones(step, x.dtype)
+    counts, means, squares = np.empty((3, _chunks(x), x.shape[3]), np.float64)
 
-    def body(part: slice) -> None:
-        chunk, count = part.start // step, part.stop - part.start
-        rough_mean = (ones[:count] @ pixels[part]) / x.dtype.type(count)
-        centred = scratch("product", (count, x.shape[3]), x.dtype)
+    def body(chunk: int, x: np.ndarray) -> None:
+        ones, count = np.ones(len(x), x.dtype), len(x)
+        rough_mean = (ones @ x) / x.dtype.type(count)
+        centred = scratch("product", x.shape, x.dtype)
         # Two long passes: to fill the means in first is faster than to subtract them pixel by pixel.
         centred[...] = rough_mean
-        np.subtract(pixels[part], centred, out=centred)
+        np.subtract(x, centred, out=centred)
         # What is left of the mean corrects its rounding error.
-        rest = (ones[:count] @ centred).astype(np.float64) / count
+        rest = (ones @ centred).astype(np.float64) / count
         np.multiply(centred, centred, out=centred)
-        counts[chunk] = count
-        means[chunk] = rough_mean + rest
-        squares[chunk] = (ones[:count] @ centred) - count * rest**2
+        counts[chunk], means[chunk] = count, rough_mean + rest
+        squares[chunk] = (ones @ centred) - count * rest**2
 
-    parallel_slices(len(pixels), step, body)
-    mean = (counts * means).sum(axis=0) / len(pixels)
+    _in_chunks(body, (x,))
+    rows = x.size // x.shape[3]
+    mean = (counts * means).sum(axis=0) / rows
     between_chunks = counts * (means - mean) ** 2
-    return mean, (squares + between_chunks).sum(axis=0) / len(pixels)
+    return mean, (squares + between_chunks).sum(axis=0) / rows
 
 
 def normalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
@@ -162,29 +88,32 @@ def normalise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, bias: np.ndarr
 
     To fold the mean into the bias would save a step, but lose digits where it exceeds the deviation.
     """
-    pixels, y_pixels = _pixels(x), _pixels(y)
-    step = _chunk_pixels(pixels)
-    means, scales, biases = (_repeat(vector, step) for vector in (mean, scale, bias))
 
-    def body(part: slice) -> None:
+    def body(chunk: int, x: np.ndarray, y: np.ndarray, *vectors: np.ndarray) -> None:
+        means, scales, biases = vectors
+        np.subtract(x, means, out=y)
+        y *= scales
+        y += biases
+
+    _in_chunks(body, (x, y), (mean, scale, bias))
+
+
+def _step(x: np.ndarray) -> int:
+    """Pixels in a chunk of x (N, H, W, C)."""
+    return max(1, min(x.size // x.shape[3], CHUNK_VALUES // x.shape[3]))
+
+
+def _chunks(x: np.ndarray) -> int:
+    return -(-x.size // (x.shape[3] * _step(x)))
+
+
+def _in_chunks(body: Callable[..., None], maps: Sequence[np.ndarray], vectors: Sequence[np.ndarray] = ()) -> None:
+    """Calls `body(number, *pixels, *repeated)` for each chunk of maps (N, H, W, C): pixels and vectors (pixels, C)."""
+    step, pixels = _step(maps[0]), [map_.reshape(-1, map_.shape[3]) for map_ in maps]
+    repeated = [np.tile(vector, (step, 1)) for vector in vectors]
+
+    def of_part(part: slice) -> None:
         count = part.stop - part.start
-        out = y_pixels[part]
-        np.subtract(pixels[part], means[:count], out=out)
-        out *= scales[:count]
-        out += biases[:count]
+        body(part.start // step, *(of[part] for of in pixels), *(of[:count] for of in repeated))
 
-    parallel_slices(len(pixels), step, body)
-
-
-def _pixels(x: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) seen as (N*H*W, C)."""
-    return x.reshape(-1, x.shape[3])
-
-
-def _chunk_pixels(pixels: np.ndarray) -> int:
-    return max(1, min(len(pixels), CHUNK_VALUES // pixels.shape[1]))
-
-
-def _repeat(vector: np.ndarray, count: int) -> np.ndarray:
-    """The vector (C,) `count` times: (count, C)."""
-    return np.tile(vector, (count, 1))
+    parallel_slices(len(pixels[0]), step, of_part)

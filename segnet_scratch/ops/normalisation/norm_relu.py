@@ -7,13 +7,21 @@ from typing import ClassVar
 
 import numpy as np
 
-from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map, spec_of
-from segnet_scratch.ops.pieces import TILE_ROWS, Share, expect_pieces, in_float32, rounded, tiles_of
-from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import pack_codes, packed_codes, scatter_from, unpooled
-from segnet_scratch.ops.pooling.windows import CODE, windows_of
+from segnet_scratch.ops.normalisation.batch_norm_ranks import merge_moments
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_array, expect_map
+from segnet_scratch.ops.pieces import (
+    LOADS,
+    SHARE_THREADS,
+    TILE_ROWS,
+    expect_pieces,
+    in_float32,
+    rounded,
+    share_grid,
+    tiles_of,
+)
+from segnet_scratch.ops.pooling.packed_codes import max_pool_packed, packed_codes, scatter_from, unpooled
+from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 
@@ -24,14 +32,8 @@ class _Merge(Op):
     """Sums over the tiles of a convolution's epilogue."""
 
     def __init__(self, partials: Spec) -> None:
-        expect(
-            len(partials.shape) == 3 and partials.shape[1] == 2 and partials.size > 0,
-            f"{self.name}: partials have shape {partials.shape}; expected (tiles, 2, c)",
-        )
-        if partials.dtype not in (np.float32, np.float64):
-            raise DTypeError(
-                f"{self.name}: partials have element type {partials.dtype}; expected float32 or float64 (reference)"
-            )
+        expect_array(self.name, "partials", partials, "tiles, 2, c")
+        expect(partials.shape[1] == 2, f"{self.name}: partials have shape {partials.shape}; expected (tiles, 2, c)")
         self.tiles, _, self.channels = partials.shape
         self.vector = Spec((self.channels,), partials.dtype)
         self.inputs = {"partials": partials}
@@ -55,10 +57,9 @@ class NormMergeStatistics(_Merge):
     ) -> None:
         super().__init__(partials)
         expect(rows > 1, f"{self.name}: one value a channel; training needs n*h*w > 1: use a larger image or batch")
-        expect(
-            counted or tiles_of(rows) == self.tiles,
-            f"{self.name}: {rows} rows are {tiles_of(rows)} tiles of {TILE_ROWS}, partials have {self.tiles}",
-        )
+        tiles = tiles_of(rows)
+        wrong = f"{self.name}: {rows} rows are {tiles} tiles of {TILE_ROWS}, partials have {self.tiles}"
+        expect(counted or tiles == self.tiles, wrong)
         self.rows, self.eps, self.momentum = rows, eps, momentum
         self.inputs = {"partials": partials, "running_mean": self.vector, "running_var": self.vector}
         if counted:
@@ -70,13 +71,7 @@ class NormMergeStatistics(_Merge):
         counts[-1] = self.rows - TILE_ROWS * (self.tiles - 1)
         if "counts" in self.inputs:
             counts = b.counts[:, None].astype(np.float64)
-        means, m2 = b.partials[:, 0].astype(np.float64), b.partials[:, 1].astype(np.float64)
-        mean = (counts * means).sum(0) / self.rows
-        total = (m2 + counts * (means - mean) ** 2).sum(0)
-        b.mean[...] = mean
-        b.inv_std[...] = 1 / np.sqrt(total / self.rows + self.eps)
-        b.running_mean[...] = (1 - self.momentum) * b.running_mean + self.momentum * mean
-        b.running_var[...] = (1 - self.momentum) * b.running_var + self.momentum * total / (self.rows - 1)
+        merge_moments(self, b, counts, *b.partials.astype(np.float64).swapaxes(0, 1))
 
 
 class NormMergeGradients(_Merge):
@@ -97,62 +92,66 @@ class _OnMaps(Op):
 
     windows: ClassVar[bool] = True
     resident: ClassVar[int] = 3
+    vectors: ClassVar[tuple[str, ...]] = ("mean", "inv_std", "weight", "dweight", "dbias")  # inputs (c)
 
     def __init__(self, y: Spec) -> None:
         n, h, w, c = expect_map(self.name, "y", y, bfloat16=True)
         expect_pieces(self.name, y.dtype, channels=c)
         self.rows, self.channels = n * h * w, c
-        self.vector = Spec((c,), ElementTypes.of(y.dtype).accumulate)
-        self.inputs = {"y": y}
+        vector = Spec((c,), ElementTypes.of(y.dtype).accumulate)
+        self.inputs = {"y": y, **dict.fromkeys(self.vectors, vector)}
         self.outputs = {}
         self.flops = 4 * y.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        share = (Share.of_windows if self.windows else Share.of_rows)(getattr(b, self.over), self.resident)
-        self.kernel(device, self.name, b, share.grid(device), Share.THREADS)
-
-    def _vectors(self, *names: str) -> None:
-        self.inputs = {**self.inputs, **dict.fromkeys(names, self.vector)}
+        grid = share_grid(device, getattr(b, self.over), 1 if self.windows else LOADS, self.resident)
+        self.kernel(device, self.name, b, grid, SHARE_THREADS)
 
     def numpy(self, b: Buffers) -> None:
         in_float32(self, b, self.reference)
 
 
-class NormReluForward(_OnMaps):
+class _Forward(_OnMaps):
+    vectors = ("mean", "inv_std", "weight", "bias")
+
+    def __init__(self, y: Spec, relu: bool = True) -> None:
+        super().__init__(y)
+        self.relu = relu
+
+    def normalised(self, b: Buffers) -> np.ndarray:
+        """By its definition."""
+        z = (b.y - b.mean) * (b.inv_std * b.weight) + b.bias
+        return np.where(z <= 0, 0, z).astype(z.dtype) if self.relu else z
+
+
+class NormReluForward(_Forward):
     """z = relu((y - mean) inv_std weight + bias). y, z (n, h, w, c), the others (c); `relu` False leaves it out."""
 
     name, over, windows = "norm_relu_forward", "y", False
 
     def __init__(self, y: Spec, relu: bool = True) -> None:
-        super().__init__(y)
-        self.relu = relu
-        self._vectors("mean", "inv_std", "weight", "bias")
+        super().__init__(y, relu)
         self.outputs = {"z": y}
 
     def reference(self, b: Buffers) -> None:
-        b.z[...] = _normalised(b, self.relu)
+        b.z[...] = self.normalised(b)
 
 
-class NormReluPoolForward(_OnMaps):
+class NormReluPoolForward(_Forward):
     """`pooled` (n, ceil(h/2), ceil(w/2), c), the 2x2 max-pool of z (see NormReluForward), and its packed `codes`."""
 
     name, over = "norm_relu_pool_forward", "pooled"
 
     def __init__(self, y: Spec, relu: bool = True) -> None:
-        super().__init__(y)
-        self.relu = relu
-        self._vectors("mean", "inv_std", "weight", "bias")
+        super().__init__(y, relu)
         pooled = windows_of(*y.shape)
         self.outputs = {"pooled": y.with_shape(*pooled), "codes": packed_codes(pooled)}
 
     def reference(self, b: Buffers) -> None:
-        z = rounded(_normalised(b, self.relu), self.inputs["y"].dtype)
-        codes = np.empty(b.pooled.shape, CODE)
-        MaxPoolForward.plan(spec_of(z)).reference(Buffers(x=z, y=b.pooled, codes=codes))
-        b.codes[...] = pack_codes(codes)
+        max_pool_packed(rounded(self.normalised(b), self.inputs["y"].dtype), b.pooled, b.codes)
 
 
-class NormReluUnpoolForward(_OnMaps):
+class NormReluUnpoolForward(_Forward):
     """`unpooled` (n, h, w, c), the max-unpool by packed `codes` of z (see NormReluForward); `size` is (h, w).
 
     y (n, ceil(h/2), ceil(w/2), c).
@@ -161,14 +160,13 @@ class NormReluUnpoolForward(_OnMaps):
     name, over = "norm_relu_unpool_forward", "y"
 
     def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True) -> None:
-        super().__init__(y)
-        self.size, self.relu = size, relu
-        self.inputs = {**self.inputs, "codes": packed_codes(y.shape)}
-        self._vectors("mean", "inv_std", "weight", "bias")
+        super().__init__(y, relu)
+        self.size = size
+        self.inputs["codes"] = packed_codes(y.shape)
         self.outputs = {"unpooled": unpooled(self.name, y, size)}
 
     def reference(self, b: Buffers) -> None:
-        b.unpooled[...] = scatter_from(_normalised(b, self.relu), b.codes, self.size)
+        b.unpooled[...] = scatter_from(self.normalised(b), b.codes, self.size)
 
 
 class NormReluBackward(_OnMaps):
@@ -179,8 +177,7 @@ class NormReluBackward(_OnMaps):
 
     def __init__(self, y: Spec) -> None:
         super().__init__(y)
-        self.inputs = {**self.inputs, "dr": y}
-        self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
+        self.inputs["dr"] = y
 
     def reference(self, b: Buffers) -> None:
         b.dr[...] = _backward(b, b.dr, self.rows)
@@ -194,17 +191,11 @@ class NormReluPoolBackward(_OnMaps):
     def __init__(self, y: Spec) -> None:
         super().__init__(y)
         pooled = windows_of(*y.shape)
-        self.inputs = {**self.inputs, "codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
-        self._vectors("mean", "inv_std", "weight", "dweight", "dbias")
+        self.inputs |= {"codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
         self.outputs = {"dy": y}
 
     def reference(self, b: Buffers) -> None:
         b.dy[...] = _backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows)
-
-
-def _normalised(b: Buffers, relu: bool) -> np.ndarray:
-    z = (b.y - b.mean) * (b.inv_std * b.weight) + b.bias
-    return np.where(z <= 0, 0, z).astype(z.dtype) if relu else z
 
 
 def _backward(b: Buffers, dr: np.ndarray, rows: int) -> np.ndarray:

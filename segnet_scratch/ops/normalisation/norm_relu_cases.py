@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, maps, random_map, values
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, random_map, values
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
@@ -43,7 +43,6 @@ PIECES: dict[str, tuple[int, ...]] = {
     "as many pieces as threads": (1, 2, 3, 2048),
     "more pieces than threads": (1, 1, 3, 2056),
 }
-FLOAT32 = np.dtype(np.float32)
 
 
 class MergeRow(Row):
@@ -52,17 +51,16 @@ class MergeRow(Row):
     elements = (np.dtype(np.float32),)
 
     def cases(self) -> list[Case]:
-        rows = {
-            "two rows": 2,
-            "a row less than a tile": TILE_ROWS - 1,
-            "one tile": TILE_ROWS,
-            "a second tile of one row": TILE_ROWS + 1,
-            "as many tiles as lanes": 64 * TILE_ROWS,
-            "more tiles than lanes": 65 * TILE_ROWS - 5,
-            "a batch of SegNet's largest maps": 16 * 224 * 224,
+        cases = {
+            "two rows": (2, 8),
+            "a row less than a tile": (TILE_ROWS - 1, 7),
+            "one tile": (TILE_ROWS, 9),
+            "a second tile of one row": (TILE_ROWS + 1, 1),
+            "as many tiles as lanes": (64 * TILE_ROWS, 16),
+            "more tiles than lanes": (65 * TILE_ROWS - 5, 20),
+            "a batch of SegNet's largest maps": (16 * 224 * 224, 2),
         }
-        channels = 8, 7, 9, 1, 16, 20, 2
-        return [Case(r, {"rows": n, "c": c}) for (r, n), c in zip(rows.items(), channels, strict=True)]
+        return [Case(reason, {"rows": rows, "c": c}) for reason, (rows, c) in cases.items()]
 
     def random_case(self, rng: np.random.Generator) -> Case:
         return Case("random", {"rows": int(rng.integers(2, 40 * TILE_ROWS)), "c": int(rng.integers(1, 40))})
@@ -78,7 +76,7 @@ class MergeRow(Row):
 class MergeStatisticsRow(MergeRow):
     """Batch norm's statistics; all sums in double, so what remains is the rounding of the results."""
 
-    name, op = "norm_merge_statistics", NormMergeStatistics
+    op = NormMergeStatistics
 
     def cases(self) -> list[Case]:
         far = Case("means 1000 times the deviation", {"rows": 1000, "c": 8, "offset": 1e3})
@@ -122,8 +120,7 @@ class MergeStatisticsRow(MergeRow):
 class MergeGradientsRow(MergeRow):
     """dweight and dbias of batch norm."""
 
-    name, op = "norm_merge_gradients", NormMergeGradients
-    exact = True
+    op, exact = NormMergeGradients, True
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         return NormMergeGradients.plan(spec(self.partials(case, dtype), dtype))
@@ -138,14 +135,7 @@ class MergeGradientsRow(MergeRow):
 class NormRow(MapRow):
     """Passes over maps of one element type: for each there are kernels of their own to be proven."""
 
-    exact, channels = False, 8
-
-    def __init__(self, op: type[Op], element: np.dtype, *options: bool) -> None:
-        self.op, self.elements, self.options = op, (element,), options
-        self.name = op.name + ("" if all(options) else "_linear") + ("" if element == FLOAT32 else f"_{element.name}")
-
-    def cases(self) -> list[Case]:
-        return maps(PIECES)
+    exact, channels, shapes = False, 8, PIECES
 
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c = random_map(rng)
@@ -203,18 +193,10 @@ class NormPoolRow(NormRow):
         return Hostile(op, inputs, {"pooled": pooled, "codes": by_hand.packed(codes)})
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        def drawn(name: str, numbers: np.ndarray) -> np.ndarray:
-            s = op.inputs[name]
-            return rng.choice(numbers, s.shape).astype(s.dtype)
-
         quarters, powers = np.arange(-8, 9) / 4, np.array([0.5, 1, 2])
-        return {
-            "y": drawn("y", quarters),
-            "mean": drawn("mean", quarters),
-            "inv_std": drawn("inv_std", powers),
-            "weight": drawn("weight", np.concatenate([powers, -powers, [0]])),
-            "bias": drawn("bias", quarters),
-        }
+        gains = np.concatenate([powers, -powers, [0]])
+        of = {"y": quarters, "mean": quarters, "inv_std": powers, "weight": gains, "bias": quarters}
+        return {name: rng.choice(of[name], s.shape).astype(s.dtype) for name, s in op.inputs.items()}
 
 
 class UnpoolRow(NormRow):
@@ -298,5 +280,9 @@ _MAP_ROWS: tuple[tuple[Any, ...], ...] = (
     *((NormBackwardRow, NormReluBackward), (NormBackwardRow, NormReluPoolBackward), (UnpoolRow, UnpoolPacked)),
     *((UnpoolRow, NormReluUnpoolForward, relu) for relu in (True, False)),
 )
-_OF_MAPS = [row(op, element, *relu) for element in (FLOAT32, BFLOAT16) for row, op, *relu in _MAP_ROWS]
+_OF_MAPS = [
+    row(op, name=op.name + "_linear" * (relu == [False]) + end, elements=(np.dtype(element),), options=tuple(relu))
+    for element, end in ((np.float32, ""), (BFLOAT16, "_bfloat16"))
+    for row, op, *relu in _MAP_ROWS
+]
 ROWS: tuple[Row, ...] = (MergeStatisticsRow(), MergeGradientsRow(), *_OF_MAPS)

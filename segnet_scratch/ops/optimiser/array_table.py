@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DeviceError
-from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, expect, expect_elements, spec
+from segnet_scratch.ops.op import ELEMENT_THREADS, Buffers, Op, expect, expect_array, spec
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import find_kernel
 
@@ -43,7 +43,7 @@ class ArraysOp(Op):
         self.inputs = {f"{kind}{i}": spec(shape, dtype) for kind in self.kinds for i, shape in enumerate(shapes)}
         self.outputs = {}
         for name, of_array in self.inputs.items():
-            expect_elements(self.name, name, of_array)
+            expect_array(self.name, name, of_array)
         owners, starts = zip(*chunks_of(self.sizes), strict=True)
         self.chunks = len(owners)
         self.tables: dict[str, np.ndarray] = {

@@ -54,7 +54,6 @@ class ArraysRow(Row):
 class SgdRow(ArraysRow):
     """A step over parameters of different sizes."""
 
-    name = "sgd_step"
     op: type[Op] = SgdStep
     options = (RATES, DECAYS, MOMENTUM)
     usual: ClassVar = {"lr": 0.1, "scale": 1.0}
@@ -85,8 +84,7 @@ def flipped(w: np.ndarray) -> np.ndarray:
 class SgdPackRow(SgdRow):
     """A step with copies in float32 or bfloat16. What lies beyond the outputs stays as it was."""
 
-    name, op = "sgd_pack_step", SgdPackStep
-    elements = (np.dtype(np.float32), BFLOAT16)
+    op, elements = SgdPackStep, (np.dtype(np.float32), BFLOAT16)
 
     def cases(self) -> list[Case]:
         sizes = {
@@ -127,7 +125,7 @@ class SgdPackRow(SgdRow):
 class GradientNormRow(ArraysRow):
     """Gradients of different sizes, clipped and not. Squares of integers add up exactly."""
 
-    name, op, exact = "gradient_norm", GradientNorm, True
+    op, exact = GradientNorm, True
     usual: ClassVar = {"largest": 10.0, "magnitude": 1.0}
     more: ClassVar = {
         "nothing to clip": ((5, 300, 7), {"largest": 1e9}),
@@ -162,7 +160,7 @@ class GradientNormRow(ArraysRow):
 class KeepFiniteRow(ArraysRow):
     """Arrays of different sizes after a step that went well, and after one that did not."""
 
-    name, op, exact = "keep_finite", KeepFinite, True
+    op, exact = KeepFinite, True
     more: ClassVar = {"gradients that are not finite": ((5, CHUNK + 1, 7), {"scale": np.nan})}
 
     def random_numbers(self, rng: np.random.Generator) -> dict[str, float]:

@@ -74,10 +74,8 @@ class SgdPackStep(SgdStep):
         given = copy or (flipped and flipped[::-1])
         if not shape or not given:
             return 0
-        expect(
-            len(shape) == 4,
-            f"{self.name}: parameter {index} has shape {shape}; only a weight (o, k, k, c) has copies",
-        )
+        what = f"{self.name}: parameter {index} has shape {shape}"
+        expect(len(shape) == 4, f"{what}; only a weight (o, k, k, c) has copies")
         o, *kernel, c = shape
         padded = max(o, given[0])
         for kind, found, expected in (("copy", copy, (padded, *kernel, c)), ("flipped", flipped, (c, *kernel, padded))):

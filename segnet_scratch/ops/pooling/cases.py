@@ -82,31 +82,14 @@ class WindowRow(MapRow):
         wrong = {
             "another size": ("do not fit", {"size": (4, 7)}),
             "size 0": ("do not fit", {"size": (0, 0)}),
-            "codes of another pool": ("pass the codes of the pool", {"x": spec((1, 4, 5, 3))}),
+            "codes of another pool": ("pass the codes of the pool", {"values": spec((1, 4, 5, 3))}),
         }
-        return self.refused({"x": windows, "codes": Spec(windows.shape, CODE), "size": (4, 5)}, wrong)
+        return self.refused({"values": windows, "codes": Spec(windows.shape, CODE), "size": (4, 5)}, wrong)
 
 
-class ScalarRow(MapRow):
-    """A rung that moves one number at a time."""
-
-    rung, function = "scalar", ""
-
-    def __init__(self, op: type[Op]) -> None:
-        super().__init__(op)
-        self.name = f"{op.name}_{self.rung}"
-
-
-class MaxPoolScalarRow(ScalarRow, MaxPoolRow):
-    """Pooled values and positions."""
-
-
-class UnpoolScalarRow(ScalarRow, WindowRow):
-    """Values at their positions."""
-
-
+# A rung that moves one number at a time is a row of its own.
 ROWS = (
-    *(MaxPoolRow(MaxPoolForward), MaxPoolScalarRow(MaxPoolScalar)),
+    *(MaxPoolRow(MaxPoolForward), MaxPoolRow(MaxPoolScalar, "scalar", function="")),
     *map(WindowRow, (MaxPoolBackward, MaxUnpoolForward, MaxUnpoolBackward)),
-    UnpoolScalarRow(MaxUnpoolScalar),
+    WindowRow(MaxUnpoolScalar, "scalar", function=""),
 )

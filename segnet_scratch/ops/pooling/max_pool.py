@@ -4,15 +4,8 @@ import numpy as np
 
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
-from segnet_scratch.ops.pooling.windows import (
-    CODE,
-    WindowOp,
-    expect_codes,
-    scatter_reference,
-    valid_codes,
-    window_elements,
-    windows_of,
-)
+from segnet_scratch.ops.pooling.max_unpool import ToPositions
+from segnet_scratch.ops.pooling.windows import CODE, WindowOp, window_elements, windows_of
 from segnet_scratch.runtime.devices import Device
 
 
@@ -51,22 +44,13 @@ class MaxPoolScalar(MaxPoolForward):
     pieces = False
 
 
-class MaxPoolBackward(WindowOp):
+class MaxPoolBackward(ToPositions):
     """dx = dy at the position of each maximum, 0 elsewhere. `size` is the (h, w) of x."""
 
-    name, over = "max_pool_backward", "dy"
+    name, over, made = "max_pool_backward", "dy", "dx"
 
     def __init__(self, dy: Spec, size: tuple[int, int]) -> None:
-        n, _, _, c = expect_map(self.name, "dy", dy)
-        expect_codes(self.name, Spec(dy.shape, CODE), dy.shape, size)
-        self.inputs = {"dy": dy, "codes": Spec(dy.shape, CODE)}
-        self.outputs = {"dx": dy.with_shape(n, *size, c)}
+        super().__init__(dy, Spec(dy.shape, CODE), size)
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.over_windows(device, b, "max_unpool_forward_pieces", x=b.dy, y=b.dx)
-
-    def reference(self, b: Buffers) -> None:
-        scatter_reference(b.dy, b.codes, b.dx)
-
-    def numpy(self, b: Buffers) -> None:
-        pooling.scatter_windows(b.dy, valid_codes(b.codes, b.dx.shape[1:3]), b.dx)

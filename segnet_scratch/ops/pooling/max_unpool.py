@@ -1,37 +1,41 @@
 """Max-unpool 2x2: each value goes back to where its pool found it (SegNet, section 3, figure 3)."""
 
+from typing import Any, ClassVar
+
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
-from segnet_scratch.ops.pooling.windows import (
-    CODE,
-    WindowOp,
-    expect_codes,
-    gather_reference,
-    scatter_reference,
-    valid_codes,
-    windows_of,
-)
+from segnet_scratch.ops.pooling.windows import CODE, WindowOp, expect_codes, gather, scatter, valid_codes, windows_of
 
 
-class MaxUnpoolForward(WindowOp):
+class ToPositions(WindowOp):
+    """The map `made` of values `over`: each at the coded position of its window, 0 elsewhere."""
+
+    made: ClassVar[str]
+
+    def __init__(self, values: Spec, codes: Spec, size: tuple[int, int]) -> None:
+        n, _, _, c = expect_map(self.name, self.over, values)
+        expect_codes(self.name.removesuffix("_forward"), codes, values.shape, size)
+        self.inputs = {self.over: values, "codes": codes}
+        self.outputs = {self.made: values.with_shape(n, *size, c)}
+
+    def reference(self, b: Buffers) -> None:
+        scatter(*self._moved(b))
+
+    def numpy(self, b: Buffers) -> None:
+        pooling.scatter_windows(*self._moved(b))
+
+    def _moved(self, b: Buffers) -> tuple[Any, ...]:
+        out = getattr(b, self.made)
+        return getattr(b, self.over), valid_codes(b.codes, out.shape[1:3]), out
+
+
+class MaxUnpoolForward(ToPositions):
     """y = x at the coded position of each window, 0 elsewhere. x (n, ceil(h/2), ceil(w/2), c), `size` = (h, w)."""
 
-    name, over = "max_unpool_forward", "x"
-
-    def __init__(self, x: Spec, codes: Spec, size: tuple[int, int]) -> None:
-        n, _, _, c = expect_map(self.name, "x", x)
-        expect_codes("max_unpool", codes, x.shape, size)
-        self.inputs = {"x": x, "codes": Spec(x.shape, CODE)}
-        self.outputs = {"y": x.with_shape(n, *size, c)}
+    name, over, made = "max_unpool_forward", "x", "y"
 
     def gradient(self) -> tuple[Op, ...]:
         return (MaxUnpoolBackward.plan(self.outputs["y"]),)
-
-    def reference(self, b: Buffers) -> None:
-        scatter_reference(b.x, b.codes, b.y)
-
-    def numpy(self, b: Buffers) -> None:
-        pooling.scatter_windows(b.x, valid_codes(b.codes, b.y.shape[1:3]), b.y)
 
 
 class MaxUnpoolScalar(MaxUnpoolForward):
@@ -51,7 +55,7 @@ class MaxUnpoolBackward(WindowOp):
         self.outputs = {"dx": dy.with_shape(*windows)}
 
     def reference(self, b: Buffers) -> None:
-        gather_reference(b.dy, b.codes, b.dx)
+        gather(b.dy, valid_codes(b.codes, b.dy.shape[1:3]), b.dx)
 
     def numpy(self, b: Buffers) -> None:
         pooling.gather_windows(b.dy, valid_codes(b.codes, b.dy.shape[1:3]), b.dx)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segnet_scratch.ops.op import Spec, expect
-from segnet_scratch.ops.pooling.windows import CODE, window_elements, windows_of
+from segnet_scratch.ops.op import Buffers, Spec, expect, spec_of
+from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
+from segnet_scratch.ops.pooling.windows import CODE, gather, scatter, windows_of
 
 CODES_OF_BYTE = 4
 _SHIFTS = np.arange(0, 2 * CODES_OF_BYTE, 2, dtype=CODE)
@@ -26,10 +27,9 @@ def packed_codes(pooled: Sequence[int]) -> Spec:
 def unpooled(op: str, values: Spec, size: tuple[int, int]) -> Spec:
     """The map (n, *size, c) that values (n, ceil(h/2), ceil(w/2), c) are unpooled to; ShapeError for another size."""
     n, *_, c = values.shape
-    expect(
-        values.shape == windows_of(n, *size, c),
-        f"{op}: the values have shape {values.shape}; a pool of a map of size {size} has {windows_of(n, *size, c)}",
-    )
+    pooled = windows_of(n, *size, c)
+    what = f"{op}: the values have shape {values.shape}; a pool of a map of size {size} has {pooled}"
+    expect(values.shape == pooled, what)
     return values.with_shape(n, *size, c)
 
 
@@ -47,21 +47,21 @@ def unpack_codes(packed: np.ndarray) -> np.ndarray:
 
 def scatter_from(values: np.ndarray, packed: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The map (n, *size, c) with each value (n, ph, pw, c) at its coded position and zeros elsewhere."""
-    codes = unpack_codes(packed)
-    out = np.zeros((values.shape[0], *size, values.shape[3]), values.dtype)
-    for code, elements in window_elements(out):
-        target = out[elements]
-        rows, columns = target.shape[1:3]
-        target[...] = np.where(codes == code, values, 0)[:, :rows, :columns]
+    out = np.empty((values.shape[0], *size, values.shape[3]), values.dtype)
+    scatter(values, unpack_codes(packed), out)
     return out
 
 
 def gather_at(map_: np.ndarray, packed: np.ndarray) -> np.ndarray:
     """The element of each window (n, ph, pw, c) that its code names; 0 where it names none."""
     codes = unpack_codes(packed)
-    out = np.zeros(codes.shape, map_.dtype)
-    for code, elements in window_elements(map_):
-        source = map_[elements]
-        rows, columns = source.shape[1:3]
-        np.copyto(out[:, :rows, :columns], source, where=codes[:, :rows, :columns] == code)
+    out = np.empty(codes.shape, map_.dtype)
+    gather(map_, codes, out)
     return out
+
+
+def max_pool_packed(x: np.ndarray, pooled: np.ndarray, packed: np.ndarray) -> None:
+    """The 2x2 max-pool of a map by its definition, with packed codes."""
+    codes = np.empty(pooled.shape, CODE)
+    MaxPoolForward.plan(spec_of(x)).reference(Buffers(x=x, y=pooled, codes=codes))
+    packed[...] = pack_codes(codes)

@@ -1,7 +1,7 @@
 """Max-unpool by packed codes, for the fused engine (cuda/unpool_packed.cu)."""
 
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
-from segnet_scratch.ops.pieces import Share, expect_pieces
+from segnet_scratch.ops.pieces import SHARE_THREADS, expect_pieces, share_grid
 from segnet_scratch.ops.pooling.packed_codes import packed_codes, scatter_from, unpooled
 from segnet_scratch.runtime.devices import Device
 
@@ -19,7 +19,7 @@ class UnpoolPacked(Op):
         self.outputs = {"y": unpooled(self.name, x, size)}
 
     def launch(self, device: Device, b: Buffers) -> None:
-        self.kernel(device, self.name, b, Share.of_windows(b.x, resident=4).grid(device), Share.THREADS)
+        self.kernel(device, self.name, b, share_grid(device, b.x, resident=4), SHARE_THREADS)
 
     def reference(self, b: Buffers) -> None:
         b.y[...] = scatter_from(b.x, b.codes, self.size)

@@ -1,7 +1,7 @@
 """What max-pool and max-unpool share: 2x2 windows of stride 2 in ceil mode, and the codes that name a position in one.
 
 A map (n, h, w, c) has ceil(h/2) x ceil(w/2) windows; at an odd edge the last one is cut off. A code 0..3 is the
-row-major position in the window. The two references here are the plain definitions; cuda/common/windows.cuh is the
+row-major position in the window. `scatter` and `gather` are the plain definitions; cuda/common/windows.cuh is the
 kernels' side.
 """
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.errors import ShapeError
-from segnet_scratch.ops.op import Buffers, Op, Spec
-from segnet_scratch.ops.pieces import Share
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.pieces import SHARE_THREADS, share_grid
 from segnet_scratch.runtime.devices import Array, Device
 
 CODE = np.dtype(np.uint8)
@@ -36,11 +35,9 @@ def windows_of(n: int, h: int, w: int, c: int) -> tuple[int, int, int, int]:
 def expect_codes(op: str, codes: Spec, values: tuple[int, ...], size: tuple[int, int]) -> None:
     """ShapeError unless the codes belong to these values and to a map of this size."""
     n, _, _, c = values
-    if codes.shape != values or windows_of(n, *size, c) != values:
-        raise ShapeError(
-            f"{op}: codes {codes.shape} of a map of size {size} do not fit x {values}; "
-            "pass the codes of the pool that made x"
-        )
+    what = f"{op}: codes {codes.shape} of a map of size {size} do not fit values {values}"
+    fits = codes.shape == values == windows_of(n, *size, c)
+    expect(fits, f"{what}; pass the codes of the pool that made them")
 
 
 class WindowOp(Op):
@@ -56,8 +53,7 @@ class WindowOp(Op):
         values = getattr(b, self.over or next(iter(self.outputs)))
         at_once = values.dtype == np.float32 and values.shape[3] % 4 == 0
         if self.pieces and at_once and not any(device.address(array) % 16 for array in vars(b).values()):
-            grid = Share.of_windows(values, resident=4).grid(device)
-            self.kernel(device, by_pieces, b, grid, Share.THREADS, **given)
+            self.kernel(device, by_pieces, b, share_grid(device, values, resident=4), SHARE_THREADS, **given)
         else:
             self.kernel(device, self.name, b)
 
@@ -77,20 +73,18 @@ def valid_codes(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.where(outside, 0, codes)
 
 
-def scatter_reference(values: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """out[window.code] = values[window], 0 elsewhere."""
-    codes = valid_codes(codes, out.shape[1:3])
+def scatter(values: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """Each value at the element of out that its code names, 0 elsewhere; one that names no element is lost."""
     for code, elements in window_elements(out):
         target = out[elements]
         rows, columns = target.shape[1:3]
         target[...] = np.where(codes == code, values, 0)[:, :rows, :columns]
 
 
-def gather_reference(map_: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """out[window] = map_[window.code]."""
-    codes = valid_codes(codes, map_.shape[1:3])
+def gather(map_: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """The element of the map that each code names, 0 where it names none."""
+    out[...] = 0
     for code, elements in window_elements(map_):
         source = map_[elements]
         rows, columns = source.shape[1:3]
-        target = out[:, :rows, :columns]
-        np.copyto(target, source, where=codes[:, :rows, :columns] == code)
+        np.copyto(out[:, :rows, :columns], source, where=codes[:, :rows, :columns] == code)

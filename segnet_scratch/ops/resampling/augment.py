@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, expect, expect_float, spec
+from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, expect, expect_array, spec
 from segnet_scratch.runtime.launch import ElementTypes
 
 
@@ -24,7 +24,7 @@ class AugmentForward(Op):
         )
         self.n, self.pixels, self.size = n, pixels, size
         tones = spec((n, 2), dtype)
-        expect_float(self.name, "tones", tones)
+        expect_array(self.name, "tones", tones)
         self.inputs = {
             "images": spec((pixels, 3), np.uint8),
             "masks": spec((pixels,), np.uint8),
@@ -49,10 +49,7 @@ class AugmentForward(Op):
             mask = b.masks[start : start + h * w].reshape(h, w)
             sh, sw, top, left, flip = (int(k) for k in b.views[i])
             rows, columns = np.arange(self.size[0]) + top, np.arange(self.size[1]) + left
-            to_rows, to_columns = (
-                np.flatnonzero((rows >= 0) & (rows < sh)),
-                np.flatnonzero((columns >= 0) & (columns < sw)),
-            )
+            to_rows, to_columns = (np.flatnonzero((at >= 0) & (at < end)) for at, end in ((rows, sh), (columns, sw)))
             where = np.ix_(to_rows, to_columns)
             rows, columns = rows[to_rows], columns[to_columns]
             columns = sw - 1 - columns if flip else columns

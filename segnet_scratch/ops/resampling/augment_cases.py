@@ -13,7 +13,6 @@ Size = tuple[int, int]
 class AugmentRow(Row):
     """Pictures of `sources`, scaled to the sizes of `scaled`, onto results of `size`; places and tones are drawn."""
 
-    name = "augment_forward"
     op = AugmentForward
 
     def cases(self) -> list[Case]:

@@ -5,13 +5,11 @@ aligned, the pixels of a map twice as large would not lie where those of its poo
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map
 from segnet_scratch.ops.resampling import fast
-from segnet_scratch.runtime.devices import Device
 
 
 @dataclass(frozen=True)
@@ -45,28 +43,16 @@ class ResizeBilinearForward(Op):
         n, height, _, c = expect_map(self.name, "x", x)
         expect(min(size) > 0, f"resize_bilinear: size {size}; expected positive (height, width)")
         self.rows = rows = rows or Rows(0, size[0], 0, height)
-        expect(
-            rows.first >= 0 and 0 < rows.count <= size[0] - rows.first and 0 <= rows.x_first <= rows.x_height - height,
-            f"resize_bilinear: {rows} do not lie in x {x.shape} and size {size}",
-        )
+        within = 0 <= rows.first <= size[0] - rows.count < size[0] and 0 <= rows.x_first <= rows.x_height - height
+        expect(within, f"resize_bilinear: {rows} do not lie in x {x.shape} and size {size}")
         low, high = source_rows(rows.first, rows.count, size[0], rows.x_height)
-        expect(
-            rows.x_first <= low and high <= rows.x_first + height,
-            f"resize_bilinear: x holds {height} rows from {rows.x_first} on; {rows} need {low} to {high}",
-        )
-        self.size = size
+        held = f"resize_bilinear: x holds {height} rows from {rows.x_first} on"
+        expect(rows.x_first <= low and high <= rows.x_first + height, f"{held}; {rows} need {low} to {high}")
+        self.size, self.oh = size, size[0]
+        self.h, self.x_first, self.y_first = rows.x_height, rows.x_first, rows.first
         self.inputs = {"x": x}
         self.outputs = {"y": x.with_shape(n, rows.count, size[1], c)}
         self.flops = 6 * self.outputs["y"].size
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        places: dict[str, Any] = {
-            "x_first": self.rows.x_first,
-            "h": self.rows.x_height,
-            "y_first": self.rows.first,
-            "oh": self.size[0],
-        }
-        self.kernel(device, self.name, b, **places)
 
     def gradient(self) -> tuple[Op, ...]:
         return (ResizeBilinearBackward.plan(self.outputs["y"], self.inputs["x"].shape[1:3]),)
@@ -78,8 +64,8 @@ class ResizeBilinearForward(Op):
         b.y[...] = across[:, rows] + v * (across[:, below] - across[:, rows])
 
     def numpy(self, b: Buffers) -> None:
-        columns = _weights(b.x.shape[2], self.size[1], b.x.dtype)
-        fast.gather(b.x, _as_weights(*self._row_taps(b.x.dtype)), columns, b.y)
+        columns = _taps(b.x.shape[2], self.size[1], b.x.dtype)
+        fast.gather(b.x, _as_weights(*self._row_taps(b.x.dtype)), _as_weights(*columns), b.y)
 
     def _row_taps(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part = slice(self.rows.first, self.rows.first + self.rows.count)
@@ -101,9 +87,8 @@ class ResizeBilinearBackward(Op):
         self.flops = 8 * dy.size  # an element goes to four others: a multiplication and an addition each
 
     def reference(self, b: Buffers) -> None:
-        (rows, below, v), (columns, right, u) = (
-            _taps(source, target, b.dy.dtype) for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
-        )
+        sizes = zip(self.size, b.dy.shape[1:3], strict=True)
+        (rows, below, v), (columns, right, u) = (_taps(source, target, b.dy.dtype) for source, target in sizes)
         b.dx[...] = 0
         for oy, ox in np.ndindex(b.dy.shape[1:3]):
             for row, down in ((rows[oy], 1 - v[oy]), (below[oy], v[oy])):
@@ -111,10 +96,8 @@ class ResizeBilinearBackward(Op):
                     b.dx[:, row, column] += down * across * b.dy[:, oy, ox]
 
     def numpy(self, b: Buffers) -> None:
-        rows, columns = (
-            fast.transposed(_weights(source, target, b.dy.dtype), source)
-            for source, target in zip(self.size, b.dy.shape[1:3], strict=True)
-        )
+        sizes = zip(self.size, b.dy.shape[1:3], strict=True)
+        rows, columns = (fast.transposed(_as_weights(*_taps(s, t, b.dy.dtype)), s) for s, t in sizes)
         fast.gather(b.dy, rows, columns, b.dx)
 
 
@@ -127,10 +110,6 @@ def _taps(source: int, target: int, dtype: np.dtype) -> tuple[np.ndarray, np.nda
     return low, np.minimum(low + 1, source - 1), position - low.astype(dtype)
 
 
-def _weights(source: int, target: int, dtype: np.dtype) -> fast.Taps:
-    """The same as indices and weights of two terms."""
-    return _as_weights(*_taps(source, target, dtype))
-
-
 def _as_weights(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> fast.Taps:
+    """The same as indices and weights of two terms."""
     return np.stack([low, high]), np.stack([1 - fraction, fraction])

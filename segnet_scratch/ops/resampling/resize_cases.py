@@ -11,7 +11,6 @@ from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearBackward
 class ResizeRow(Row):
     """Bilinear resize to `size`."""
 
-    name = "resize_bilinear_forward"
     op: type[Op] = ResizeBilinearForward
 
     def cases(self) -> list[Case]:
@@ -55,7 +54,6 @@ class ResizeRow(Row):
 class ResizeBackwardRow(ResizeRow):
     """Its gradient: dy has the forward's `size`."""
 
-    name = "resize_bilinear_backward"
     op = ResizeBilinearBackward
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
