@@ -155,14 +155,8 @@ def test_an_interrupted_merge_writes_no_list_and_is_completed_by_the_next(merge,
     [
         ({"cls/2008_n.mat": b"MATLAB 5.0 MAT-file" + bytes(200)}, "2008_n.mat: no class map"),
         ({"cls/2008_n.mat": matlab(labels(101))[:200]}, "2008_n.mat: no class map"),
-        (
-            {"cls/2008_n.mat": matlab(np.full(SIZE, 21, np.uint8))},
-            r"2008_n.mat: expected .* 0\.\.20, got .* with 21\.\.21",
-        ),
-        (
-            {"cls/2008_n.mat": matlab(np.full(SIZE, -1, np.int16))},
-            r"2008_n.mat: expected .* 0\.\.20, got .* with -1\.\.-1",
-        ),
+        ({"cls/2008_n.mat": matlab(np.full(SIZE, 21, np.uint8))}, r"2008_n.mat: .* 0\.\.20, got .* 21\.\.21"),
+        ({"cls/2008_n.mat": matlab(np.full(SIZE, -1, np.int16))}, r"2008_n.mat: .* 0\.\.20, got .* -1\.\.-1"),
         ({"cls/2008_n.mat": matlab(np.full(SIZE, 0.5))}, "2008_n.mat: expected a map of .*, got float64"),
         ({"cls/2008_n.mat": matlab(np.zeros((0, 0), np.uint8))}, "2008_n.mat: expected a map"),
         ({"cls/2008_n.mat": matlab(labels(1)[:19])}, "2008_n.png: mask of 19 x 30"),
