@@ -28,22 +28,11 @@ extern "C" __global__ void arithmetic(
     const int64 times_a = count / count_a, times_b = count / count_b;
     FOR_EACH_INDEX(i, count) {
         const storage_t p = a[source_of(i, times_a, inner_a)], q = b[source_of(i, times_b, inner_b)];
-        switch (operation) {
-            case 0:
-                y[i] = p + q;
-                break;
-            case 1:
-                y[i] = p - q;
-                break;
-            case 2:
-                y[i] = p * q;
-                break;
-            case 3:
-                y[i] = p / q;
-                break;
-            default:
-                y[i] = pow(p, q);
-        }
+        y[i] = operation == 0   ? p + q
+               : operation == 1 ? p - q
+               : operation == 2 ? p * q
+               : operation == 3 ? p / q
+                                : pow(p, q);
     }
 }
 

@@ -90,9 +90,7 @@ __device__ void store_partials(accumulate_t* partials, float first, float second
 // Mean and M2 of each column over the `count` rows of the tile that exist. In two passes: E[x^2] - E[x]^2 would cancel.
 template <class Block>
 __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* partials, int count, int o) {
-    Values own;
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
+    Values own = {};
     for (int row = tile.lane(); row < count; row += tile.LANES) {
         const Values values = values_of(tile.piece(row));
 #pragma unroll
@@ -101,8 +99,7 @@ __device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* pa
     const float mean = add_lanes(tile, own) / count;
     if (threadIdx.x < Block::COLUMNS) tile.means[threadIdx.x] = mean;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) own.of[i] = 0;
+    own = {};
     for (int row = tile.lane(); row < count; row += tile.LANES) {
         const Values values = values_of(tile.piece(row));
 #pragma unroll
@@ -147,8 +144,7 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
 // How many of the rows of this block exist.
 template <class Block>
 __device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
-    const int64 left = (int64)g.n * order.rows_of_image() - (int64)blockIdx.x * Block::ROWS;
-    return (int)(left < Block::ROWS ? left : Block::ROWS);
+    return (int)min((int64)g.n * order.rows_of_image() - (int64)blockIdx.x * Block::ROWS, (int64)Block::ROWS);
 }
 
 template <class Block>
@@ -206,14 +202,8 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
     if (channel < c)
         for (int i = tile.lane(); i * rows_of_pixel < count; i += tile.LANES) {
             const int64 pixel = (int64)blockIdx.x * (Block::ROWS / rows_of_pixel) + i, element = pixel * c + channel;
-            Piece piece = tile.piece(i * rows_of_pixel);
-            if (unpool_codes) {
-                const unsigned codes = piece_codes(unpool_codes, element);
-                piece = at_position(piece, codes, 0);
-#pragma unroll
-                for (int code = 1; code < 4; ++code)
-                    piece = either(piece, at_position(tile.piece(4 * i + code), codes, code));
-            }
+            auto row = [&](int code) { return tile.piece(i * rows_of_pixel + code); };
+            const Piece piece = unpool_codes ? coded_piece(piece_codes(unpool_codes, element), row) : row(0);
             store_piece(dr + element, norm.gradient(piece, below.piece(pixel, channel, c), below.relu, sums));
         }
     const float total = add_lanes(tile, sums.plain);

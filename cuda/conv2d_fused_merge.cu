@@ -13,9 +13,7 @@ struct Merge {
     int o, chunks;
     bool with_relu;
     __device__ Piece piece(int64 row, int output) const {
-        Values z;
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) z.of[i] = 0;
+        Values z = {};
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const accumulate_t* const from = partials + (chunk * rows + row) * o + output;
 #pragma unroll

@@ -67,10 +67,8 @@ struct StoreGradient {
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             const int64 element = rows.window(window) * to.c + channel;
             const unsigned codes = piece_codes(to.unpool_codes, element);
-            Piece piece = at_position(out.piece(place, BlockRows::row_of_window(window, 0)), codes, 0);
-#pragma unroll
-            for (int code = 1; code < 4; ++code)
-                piece = either(piece, at_position(out.piece(place, BlockRows::row_of_window(window, code)), codes, code));
+            const Piece piece =
+                coded_piece(codes, [&](int code) { return out.piece(place, BlockRows::row_of_window(window, code)); });
             store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, sums));
         }
 

@@ -27,12 +27,9 @@ struct StoreForward {
     struct Columns {
         const StoreForward& to;
         int channel, count = 0;
-        Values mean, m2;  // of the `count` pixels that the thread has had
+        Values mean = {}, m2 = {};  // of the `count` pixels that the thread has had
 
-        __device__ Columns(const StoreForward& store, int first) : to(store), channel(first) {
-#pragma unroll
-            for (int i = 0; i < PIECE; ++i) mean.of[i] = m2.of[i] = 0;
-        }
+        __device__ Columns(const StoreForward& store, int first) : to(store), channel(first) {}
         template <class Rows>
         __device__ void prepare(const Rows&, const WayOut&) {}
 
@@ -71,10 +68,8 @@ struct StoreForward {
 
         // Mean and M2 of four pixels in two passes, then of all so far (Chan, Golub, LeVeque 1979).
         __device__ void add(const Piece (&pieces)[4], const bool (&exists)[4]) {
-            Values own, squares;
+            Values own = {}, squares = {};
             int added = 0;
-#pragma unroll
-            for (int i = 0; i < PIECE; ++i) own.of[i] = squares.of[i] = 0;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const Values values = values_of(pieces[k]);

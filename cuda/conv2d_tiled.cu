@@ -18,7 +18,7 @@
 // groups of four keep the 16-byte reads of a warp in different shared-memory banks.
 // Determinism: each result is one sum in a fixed order; wgrad splits the pixels into chunks that depend on the shape
 // alone and adds the chunks' results in their order.
-#include "common/types.cuh"
+#include "common/in_flight.cuh"
 
 #define TILE_ROWS 128
 #define TILE_COLUMNS 64
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
 }
 
 // Blocks are (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
-// lanes-th chunk, which are added in their order.
+// lanes-th chunk, which are added in their order. 8 chunks of a result are under way at once (common/in_flight.cuh).
 extern "C" __global__ void conv2d_backward_weight_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, count)
     accumulate_t* __restrict__ dweight,         // (count)
@@ -187,8 +187,10 @@ extern "C" __global__ void conv2d_backward_weight_merge(
     for (int64 first = (int64)blockIdx.x * blockDim.x; first < count; first += (int64)gridDim.x * blockDim.x) {
         const int64 i = first + threadIdx.x;
         accumulate_t sum = 0;
-        if (i < count)
-            for (int chunk = threadIdx.y; chunk < chunks; chunk += (int)blockDim.y) sum += partials[chunk * count + i];
+        for_each_in_flight<8>(
+            threadIdx.y * count + i, i < count ? chunks * count : 0, blockDim.y * count,
+            [&](int64 place) { return load_here(partials + place); },
+            [&](int64, accumulate_t partial) { sum += partial; });
         if (blockDim.y > 1) {
             lanes[threadIdx.y * blockDim.x + threadIdx.x] = sum;
             __syncthreads();

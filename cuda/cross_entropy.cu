@@ -43,7 +43,7 @@ extern "C" __global__ void cross_entropy_partial(
     const storage_t* __restrict__ OPTIONAL class_weights,  // (classes)
     double* __restrict__ partials,                         // (blocks, 3): weighted loss, weights, valid pixels
     int64 pixels, int classes, int blocks, double smoothing) {
-    double loss = 0, weights = 0, valid = 0;
+    double sums[3] = {0, 0, 0}, &loss = sums[0], &weights = sums[1], &valid = sums[2];
     block_for_each_staged<THREADS>(logits, (storage_t*)nullptr, pixels, classes, [&](const storage_t* z, int64 pixel) {
         const int label = labels[pixel];
         if (label >= classes) return;
@@ -58,14 +58,7 @@ extern "C" __global__ void cross_entropy_partial(
         weights += weight;
         valid += 1;
     });
-    loss = block_sum<THREADS>(loss);
-    weights = block_sum<THREADS>(weights);
-    valid = block_sum<THREADS>(valid);
-    if (threadIdx.x == 0) {
-        partials[blockIdx.x * 3 + 0] = loss;
-        partials[blockIdx.x * 3 + 1] = weights;
-        partials[blockIdx.x * 3 + 2] = valid;
-    }
+    block_store_sums<THREADS>(sums, partials);
 }
 
 // Launch: grid 1, block THREADS

@@ -24,8 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) gradient_norm_partial(
     int parameters, int chunks, int64 chunk_size) {
     const int parameter = chunk_parameter[blockIdx.x];
     const storage_t* const g = (const storage_t*)addresses[parameter];
-    const int64 begin = chunk_start[blockIdx.x], size = sizes[parameter];
-    const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
+    const int64 begin = chunk_start[blockIdx.x], end = min(begin + chunk_size, sizes[parameter]);
     double sum = 0;
     for_each_in_flight<8>(
         begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },

@@ -56,9 +56,6 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 4) max_unpool_backwa
             const Window window = walk.window(share.channel, h, w, c);
             const WindowPieces pieces(dy, window, w, c);
             const unsigned chosen = positions_of(codes, element, window);
-            Piece piece = at_position(pieces.at[0], chosen, 0);
-#pragma unroll
-            for (int code = 1; code < 4; ++code) piece = either(piece, at_position(pieces.at[code], chosen, code));
-            store_piece(dx + element, piece);
+            store_piece(dx + element, coded_piece(chosen, [&](int code) { return pieces.at[code]; }));
         }
 }

@@ -34,8 +34,7 @@ extern "C" __global__ void sgd_step(
     storage_t* const w = (storage_t*)addresses[parameter * 3 + 0];
     const storage_t* const g = (const storage_t*)addresses[parameter * 3 + 1];
     storage_t* const m = (storage_t*)addresses[parameter * 3 + 2];
-    const int64 begin = chunk_start[blockIdx.x], size = sizes[parameter];
-    const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
+    const int64 begin = chunk_start[blockIdx.x], end = min(begin + chunk_size, sizes[parameter]);
     const accumulate_t rate = (accumulate_t)(lr[0] * rates[parameter]), decay = (accumulate_t)decays[parameter];
     const accumulate_t keep = (accumulate_t)momentum, factor = (accumulate_t)scale[0];
     auto load = [&](int64 i) { return Element{load_here(w + i), load_here(g + i), load_here(m + i)}; };
@@ -58,13 +57,11 @@ extern "C" __global__ void keep_finite(
     const int index = chunk_parameter[blockIdx.x];
     storage_t* const array = (storage_t*)addresses[index * 2 + 0];
     storage_t* const kept = (storage_t*)addresses[index * 2 + 1];
-    const int64 begin = chunk_start[blockIdx.x], size = sizes[index];
-    const int64 end = begin + chunk_size < size ? begin + chunk_size : size;
+    const int64 begin = chunk_start[blockIdx.x], end = min(begin + chunk_size, sizes[index]);
     const bool failed = scale[0] != scale[0];
-    for (int64 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        if (failed)
-            array[i] = kept[i];
-        else
-            kept[i] = array[i];
-    }
+    const storage_t* const from = failed ? kept : array;
+    storage_t* const to = failed ? array : kept;
+    for_each_in_flight<8>(
+        begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(from + i); },
+        [&](int64 i, storage_t value) { to[i] = value; });
 }

@@ -21,15 +21,6 @@
 
 #define THREADS 256
 
-// partials[block][number] of this block.
-template <int COUNT>
-__device__ void block_store_sums(const double (&own)[COUNT], double* partials) {
-    for (int i = 0; i < COUNT; ++i) {
-        const double sum = block_sum<THREADS>(own[i]);
-        if (threadIdx.x == 0) partials[(int64)blockIdx.x * COUNT + i] = sum;
-    }
-}
-
 // Launch: grid blocks, block THREADS
 extern "C" __global__ void softmax_cross_entropy_count(
     const uint8* __restrict__ labels,                  // (pixels)
@@ -44,7 +35,7 @@ extern "C" __global__ void softmax_cross_entropy_count(
             own[0] += weight_of(class_weights, label);
             own[1] += 1;
         });
-    block_store_sums(own, partials);
+    block_store_sums<THREADS>(own, partials);
 }
 
 // 1 / normaliser, or 0 where there is no valid pixel; times the share that these pixels have of the batch of all ranks.
@@ -121,7 +112,7 @@ extern "C" __global__ void softmax_cross_entropy(
         (const Piece*)logits, (Piece*)dlogits, pixels, pieces, [&](Piece* pixel, int64 number) {
             own[0] += loss_to_gradient(pixel, labels[number], classes, pieces, gradient);
         });
-    block_store_sums(own, partials);
+    block_store_sums<THREADS>(own, partials);
 }
 
 // Launch: grid 1, block THREADS

@@ -33,11 +33,7 @@ struct Below {
 
 // Sums of dr, the gradient before the ReLU, and of dr xhat, for the channels of a piece.
 struct GradientSums {
-    Values plain, xhat;
-    __device__ GradientSums() {
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) plain.of[i] = xhat.of[i] = 0;
-    }
+    Values plain = {}, xhat = {};
 };
 
 // The batch norm of the block below, for the channels of a piece.

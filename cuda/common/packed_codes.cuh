@@ -29,6 +29,15 @@ __device__ inline Piece at_position(Piece piece, unsigned codes, int position) {
     return piece;
 }
 
+// Of the pieces at(0) ... at(3) of a window, in every channel the number at the coded position.
+template <class At>
+__device__ inline Piece coded_piece(unsigned codes, At at) {
+    Piece coded = at_position(at(0), codes, 0);
+#pragma unroll
+    for (int code = 1; code < 4; ++code) coded = either(coded, at_position(at(code), codes, code));
+    return coded;
+}
+
 // Writes the codes of the piece that begins at element `offset` of a map.
 __device__ inline void store_codes(uint8* codes, int64 offset, unsigned piece) {
     if constexpr (sizeof(storage_t) == 2)

@@ -18,6 +18,15 @@ __device__ T block_sum(T value) {
     return total;
 }
 
+// The sums of COUNT numbers over such a block: partials[block][number].
+template <int THREADS, int COUNT>
+__device__ void block_store_sums(const double (&own)[COUNT], double* partials) {
+    for (int i = 0; i < COUNT; ++i) {
+        const double sum = block_sum<THREADS>(own[i]);
+        if (threadIdx.x == 0) partials[(int64)blockIdx.x * COUNT + i] = sum;
+    }
+}
+
 // The sums of COUNT numbers over threadIdx.y, for each threadIdx.x of a block of COLUMNS x LANES threads; valid everywhere.
 template <int LANES, int COLUMNS, int COUNT>
 __device__ void block_add_lanes(double (&sums)[COUNT]) {

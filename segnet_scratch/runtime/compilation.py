@@ -40,8 +40,7 @@ def compile_for(
 
     Inside `launched_by` they join its list. CompileError for the first that does not compile.
     """
-    outer = listener()
-    if isinstance(outer, _Listing):
+    if isinstance(outer := listener(), _Listing):
         outer.kernels += kernels
         return
     distinct = {(kernel.source.digest, types): (kernel, types) for kernel, types in kernels}

@@ -6,13 +6,10 @@ from pathlib import Path
 
 from segnet_scratch.errors import ConfigError
 
+_VERSION_1 = "/sys/fs/cgroup/memory/memory"
 _CGROUPS = (  # limit and use, of version 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+    (f"{_VERSION_1}.limit_in_bytes", f"{_VERSION_1}.usage_in_bytes", "total_inactive_file"),
 )
 
 

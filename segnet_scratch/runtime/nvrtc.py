@@ -60,9 +60,8 @@ def _cupy_major() -> tuple[int, ...]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    names = [str(path) for path in _candidates()]
-    system = ctypes.util.find_library("nvrtc")
-    for name in [*names, *([system] if system else [])]:
+    names = [*map(str, _candidates()), ctypes.util.find_library("nvrtc")]
+    for name in filter(None, names):
         try:
             # It opens its builtins by name, which the loader finds only where they are loaded already: a wheel's folder
             # is on nobody's path.
@@ -123,12 +122,8 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         raise CompileError(f"{source.path.name} {needed} {architecture}; convolutions: use rung 'tiled'")
     library = _library()
     program = ctypes.c_void_p()
-    _check(
-        library.nvrtcCreateProgram(
-            ctypes.byref(program), source.text.encode(), os.fsencode(source.path), 0, None, None
-        ),
-        "nvrtcCreateProgram",
-    )
+    text, name = source.text.encode(), os.fsencode(source.path)
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None), "nvrtcCreateProgram")
     try:
         options = compiler_options(types, source.target(architecture))
         options += [f"-I{directory}" for directory in source.include_directories]
@@ -138,6 +133,7 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         if status != 0:
             report = output.strip().expandtabs()[:4000].splitlines()
             raise CompileError(f"{source.path.name} does not compile for {architecture}:", *report)
+        source.check_unchanged()
         if log is not None:
             log.append(output)
         return _read(library, program, "CUBIN")
@@ -165,10 +161,5 @@ def cache_path(folder: str, ending: str, source: Source, types: ElementTypes, ar
 
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
     """The path of the cubin of a source, compiled unless the cache has it."""
-
-    def compiled() -> bytes:
-        cubin = compile_cubin(source, types, architecture)
-        source.check_unchanged()
-        return cubin
-
-    return kept(cache_path("cuda", ".cubin", source, types, architecture), compiled)
+    what = source, types, architecture
+    return kept(cache_path("cuda", ".cubin", *what), lambda: compile_cubin(*what))

@@ -1,6 +1,6 @@
 """One hook on the computation: every op that runs, every kernel that is launched, the layer that they belong to.
 
-A profiler watches through `observe`; nothing else needs to know of it, and unobserved an op costs a comparison. Layers
+A profiler watches through `observe`; nothing else needs to know of it, and unobserved an op costs a call. Layers
 are named by `scope`, in which SegNet runs each of its blocks; autograd runs a backward in the scope of its forward.
 """
 
@@ -59,34 +59,33 @@ class Listener:
 
 # Of each thread and asyncio task its own: what one computes is not told to who watches another.
 _scope = ContextVar("scope", default="")
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_NOBODY = Listener()
+_listener = ContextVar("listener", default=_NOBODY)
 
 
 @contextlib.contextmanager
-def observe(listener: Listener) -> Iterator[None]:
-    """Within this context a listener is told of everything that this thread computes; one at a time."""
-    previous = _listener.get()
-    _listener.set(listener)
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    previous = variable.get()
+    variable.set(value)
     try:
         yield
     finally:
-        _listener.set(previous)
+        variable.set(previous)
 
 
-def listener() -> Listener | None:
-    """Who is told, if anybody."""
+def observe(listener: Listener) -> contextlib.AbstractContextManager[None]:
+    """Within this context a listener is told of everything that this thread computes; one at a time."""
+    return _within(_listener, listener)
+
+
+def listener() -> Listener:
+    """Who is told."""
     return _listener.get()
 
 
-@contextlib.contextmanager
-def scope(name: str) -> Iterator[None]:
+def scope(name: str) -> contextlib.AbstractContextManager[None]:
     """Within this context what is computed belongs to the layer of this name."""
-    previous = _scope.get()
-    _scope.set(name)
-    try:
-        yield
-    finally:
-        _scope.set(previous)
+    return _within(_scope, name)
 
 
 def current_scope() -> str:
@@ -96,23 +95,14 @@ def current_scope() -> str:
 
 def carry_out(op: Planned, run: Callable[[], None]) -> None:
     """Calls `run`, which does the work of an op, under the eyes of the listener."""
-    listener = _listener.get()
-    if listener is None:
-        run()
-    else:
-        listener.op(op, run)
+    _listener.get().op(op, run)
 
 
 def launched(launch: Launch, run: Callable[[], None]) -> None:
     """Calls `run`, which launches a kernel, under the eyes of the listener."""
-    listener = _listener.get()
-    if listener is None:
-        run()
-    else:
-        listener.launch(launch, run)
+    _listener.get().launch(launch, run)
 
 
 def passed_barriers(count: int) -> None:
     """Tells the listener how many barriers the blocks of the last launch met."""
-    if (listener := _listener.get()) is not None:
-        listener.barriers(count)
+    _listener.get().barriers(count)

@@ -25,7 +25,7 @@ from segnet_scratch.runtime.source import Source, shipped_sources
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
+_USED = re.compile(r"Used (\d+) registers.*")
 # What a compiler says unasked: warnings, and "Potential Performance Loss" where tensor-core work was serialised.
 _REMARK = re.compile(r"\bwarning\s*[:#]|Performance Loss")
 
@@ -117,7 +117,6 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     def compiled() -> bytes:
         log: list[str] = []
         cubin = compile_cubin(*what, log)
-        source.check_unchanged()
         kept(cache_path("cuda", ".cubin", *what), lambda: cubin)  # it has cost most of the time: not again
         _usages(log[0], source, types.name, architecture)  # what cannot be read is not kept
         return log[0].encode()
@@ -127,49 +126,40 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
 
 def parse_log(log: str, element: str) -> list[Usage]:
     """The kernels of a log, in its order. LogError where the log is not what this file expects."""
-    usages: list[Usage] = []
-    complete = True
-    for line in log.splitlines():
-        if entry := _ENTRY.search(line):
-            _expect(complete, usages, line)
-            usages.append(Usage(entry[1], element, entry[2]))
-            complete = False
-        elif frame := _FRAME.search(line):
-            _expect(bool(usages), usages, line)
-            stack, stores, loads = map(int, frame.groups())
-            last = usages[-1]
-            usages[-1] = replace(
-                last,
-                stack=max(last.stack, stack),
-                spill_stores=last.spill_stores + stores,
-                spill_loads=last.spill_loads + loads,
-            )
-        elif used := _USED.search(line):
-            _expect(not complete, usages, line)
-            complete = True
-            usages[-1] = replace(
-                usages[-1],
-                registers=int(used[1]),
-                # The cumulative size covers the functions that the kernel calls.
-                stack=max(usages[-1].stack, _number(line, "bytes cumulative stack size")),
-                shared=_number(line, "bytes smem"),
-                barriers=_number(line, "barriers"),
-            )
-    _expect(complete, usages, "the end")
-    return usages
+    head, *sections = re.split(r"^(?=.*Compiling entry function)", log, flags=re.MULTILINE)
+    if stray := _FRAME.search(head) or _USED.search(head):
+        raise _unreadable(stray[0])
+    return [_usage(section, element) for section in sections]
+
+
+def _usage(section: str, element: str) -> Usage:
+    """What a log says of one kernel, and of the functions that it calls."""
+    entry, used = _ENTRY.search(section), list(_USED.finditer(section))
+    if entry is None or len(used) != 1:
+        raise _unreadable(section.partition("\n")[0])
+    frames = [tuple(map(int, frame)) for frame in _FRAME.findall(section)] or [(0, 0, 0)]
+    stacks, stores, loads = zip(*frames, strict=True)
+
+    def number(unit: str) -> int:
+        found = re.search(rf"(\d+) {unit}", used[0][0])
+        return int(found[1]) if found else 0
+
+    return Usage(
+        *(entry[1], element, entry[2]),
+        registers=int(used[0][1]),
+        spill_stores=sum(stores),
+        spill_loads=sum(loads),
+        # The cumulative size covers the functions that the kernel calls.
+        stack=max(*stacks, number("bytes cumulative stack size")),
+        shared=number("bytes smem"),
+        barriers=number("barriers"),
+    )
+
+
+def _unreadable(line: str) -> LogError:
+    return LogError(f"cannot read the log of ptxas at: {line.strip()}; please report it with the log")
 
 
 def remarks(log: str) -> list[str]:
     """The lines with a compiler's warnings."""
     return [line.strip() for line in log.splitlines() if _REMARK.search(line)]
-
-
-def _number(line: str, unit: str) -> int:
-    found = re.search(rf"(\d+) {unit}", line)
-    return int(found[1]) if found else 0
-
-
-def _expect(condition: bool, usages: list[Usage], line: str) -> None:
-    if not condition:
-        after = f" after kernel {usages[-1].kernel}" if usages else ""
-        raise LogError(f"cannot read the log of ptxas{after} at: {line.strip()}; please report it with the log")

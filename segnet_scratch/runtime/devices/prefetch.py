@@ -1,10 +1,10 @@
 """Copies that run while a GPU computes: the arrays of the next item travel there while one is worked on, and results
 travel back."""
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 
@@ -39,14 +39,15 @@ class Prefetcher:
         self, items: Iterator[Item], arrays_of: Callable[[Item], Sequence[np.ndarray]]
     ) -> Generator[tuple[Item, tuple[Array, ...]], None, None]:
         """See `Device.prefetch`."""
-        turn = 0
+        slots = itertools.cycle(self._slots)
 
-        def stage() -> _Staged[Item] | Exception | None:
-            nonlocal turn
+        def stage() -> tuple[Item, _Slot, tuple[Array, ...], Future[None]] | Exception | None:
             try:
                 item = next(items)
-                slot, turn = self._slots[turn % SLOTS], turn + 1
-                return self._stage(item, slot, arrays_of(item))
+                slot, arrays = next(slots), arrays_of(item)
+                slot.make_room(arrays)
+                targets = slot.views(slot.on_device, arrays)
+                return item, slot, tuple(targets), self._thread.submit(self._copy, slot, arrays, targets)
             except StopIteration:
                 return None
             except Exception as error:  # raised when the item before it has been worked on
@@ -57,20 +58,15 @@ class Prefetcher:
             while ahead is not None:
                 if isinstance(ahead, Exception):
                     raise ahead
-                current, ahead = ahead, stage()
-                current.copying.result()
-                self._cupy.cuda.get_current_stream().wait_event(current.slot.copied)
-                yield current.item, current.arrays
-                current.slot.used.record()
+                item, slot, targets, copying = ahead
+                ahead = stage()
+                copying.result()
+                self._cupy.cuda.get_current_stream().wait_event(slot.copied)
+                yield item, targets
+                slot.used.record()
         finally:
             self._thread.shutdown()
             self._stream.synchronize()  # a copy may be on its way still, from and to memory that is freed now
-
-    def _stage(self, item: Item, slot: "_Slot", arrays: Sequence[np.ndarray]) -> "_Staged[Item]":
-        slot.make_room(arrays)
-        targets = slot.views(slot.on_device, arrays)
-        copying = self._thread.submit(self._copy, slot, arrays, targets)
-        return _Staged(item, slot, tuple(targets), copying)
 
     def _copy(self, slot: "_Slot", arrays: Sequence[np.ndarray], targets: Sequence[Array]) -> None:
         """In the thread: to pinned memory, which takes the CPU a while, then off to the GPU."""
@@ -110,16 +106,6 @@ class _Slot:
     def views(held: Sequence[Array], arrays: Sequence[np.ndarray]) -> list[Array]:
         """The part of each held array that an item's array takes, in its shape."""
         return [h[: a.size].reshape(a.shape) for h, a in zip(held, arrays, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Staged(Generic[Item]):
-    """An item whose arrays are on their way."""
-
-    item: Item
-    slot: _Slot
-    arrays: tuple[Array, ...]
-    copying: "Future[None]"
 
 
 class PinnedReading(Reading):
