@@ -30,8 +30,8 @@ extern "C" __global__ void conv2d_forward_direct(
                 const int ix = ox * stride - padding + kx;
                 if (ix < 0 || ix >= w) continue;
                 const storage_t* const source = image + ((int64)iy * w + ix) * c;
-                const storage_t* const taps = weight + (((int64)output * kh + ky) * kw + kx) * c;
-                for (int k = 0; k < c; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)taps[k], sum);
+                const storage_t* const tap_weights = weight + (((int64)output * kh + ky) * kw + kx) * c;
+                for (int k = 0; k < c; ++k) sum = fma((accumulate_t)source[k], (accumulate_t)tap_weights[k], sum);
             }
         }
         y[i] = sum;
@@ -51,15 +51,16 @@ extern "C" __global__ void conv2d_backward_data_direct(
         const storage_t* const image = dy + pixel / w / h * oh * ow * o;
         accumulate_t sum = 0;
         for (int ky = 0; ky < kh; ++ky) {
-            const int above = iy + padding - ky;  // = oy * stride, if any output row reads this input row with this tap
-            if (above < 0 || above % stride || above / stride >= oh) continue;
+            // oy * stride, if any output row reads this input row with this tap
+            const int scaled_y = iy + padding - ky;
+            if (scaled_y < 0 || scaled_y % stride || scaled_y / stride >= oh) continue;
             for (int kx = 0; kx < kw; ++kx) {
-                const int left = ix + padding - kx;
-                if (left < 0 || left % stride || left / stride >= ow) continue;
-                const storage_t* const source = image + ((int64)(above / stride) * ow + left / stride) * o;
-                const storage_t* const taps = weight + ((int64)ky * kw + kx) * c + channel;
+                const int scaled_x = ix + padding - kx;
+                if (scaled_x < 0 || scaled_x % stride || scaled_x / stride >= ow) continue;
+                const storage_t* const source = image + ((int64)(scaled_y / stride) * ow + scaled_x / stride) * o;
+                const storage_t* const tap_weights = weight + ((int64)ky * kw + kx) * c + channel;
                 for (int k = 0; k < o; ++k)
-                    sum = fma((accumulate_t)source[k], (accumulate_t)taps[(int64)k * kh * kw * c], sum);
+                    sum = fma((accumulate_t)source[k], (accumulate_t)tap_weights[(int64)k * kh * kw * c], sum);
             }
         }
         dx[i] = sum;

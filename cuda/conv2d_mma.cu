@@ -34,13 +34,13 @@ __device__ void store_tile(const WarpTile<ROWS, COLUMNS>& tile, storage_t* __res
         storage_t* const row = y + pixel * o + output0 + Tile::column(0, 0);
 #pragma unroll
         for (int n = 0; n < Tile::N; ++n) {
-            const int left = o - output0 - Tile::column(n, 0);  // outputs from here on
+            const int rest = o - output0 - Tile::column(n, 0);  // outputs from here on
             const accumulate_t sums[2] = {tile.sums[m][n][first] + shift[n][0], tile.sums[m][n][first + 1] + shift[n][1]};
             if (PAIRS) {
-                if (left > 0) *(Pair*)(row + 8 * n) = {storage_t(sums[0]), storage_t(sums[1])};
+                if (rest > 0) *(Pair*)(row + 8 * n) = {storage_t(sums[0]), storage_t(sums[1])};
             } else {
-                if (left > 0) row[8 * n] = sums[0];
-                if (left > 1) row[8 * n + 1] = sums[1];
+                if (rest > 0) row[8 * n] = sums[0];
+                if (rest > 1) row[8 * n + 1] = sums[1];
             }
         }
     }

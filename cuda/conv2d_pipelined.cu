@@ -35,14 +35,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_pipelined(
     const int first_output = blockIdx.y * COLUMNS, piece = threadIdx.x % 4 * 4, copied_row = threadIdx.x / 4;
 
     int64 image[ROWS / 32];  // of the pixels that this thread copies: where their image begins, and their first tap
-    int top[ROWS / 32], left[ROWS / 32];
+    int iy0[ROWS / 32], ix0[ROWS / 32];
 #pragma unroll
     for (int i = 0; i < ROWS / 32; ++i) {
         const int64 pixel = first_pixel + copied_row + 32 * i;
         image[i] = pixel / ow / oh * h * w * c;
-        top[i] =
+        iy0[i] =
             pixel < pixels ? (int)(pixel / ow % oh) - pad_y : -(1 << 30);  // beyond the last pixel: above any image
-        left[i] = (int)(pixel % ow) - pad_x;
+        ix0[i] = (int)(pixel % ow) - pad_x;
     }
 
     // Begins the copies of a stage; what lies outside of the image or beyond the depth becomes zeros.
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_pipelined(
         const int k = stage * DEPTH + piece, tap = k / c, ky = tap / kw, kx = tap % kw, buffer = stage % 2;
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i) {
-            const int iy = top[i] + ky, ix = left[i] + kx;
+            const int iy = iy0[i] + ky, ix = ix0[i] + kx;
             const bool inside = k < depth && iy >= 0 && iy < h && ix >= 0 && ix < w;
             const storage_t* const from = inside ? x + image[i] + ((int64)iy * w + ix) * c + k % c : x;
             cp_async_16(&patches[buffer][copied_row + 32 * i][piece], from, inside ? 16 : 0);

@@ -8,9 +8,9 @@
 // sixteenth of the reads from global memory. What is left undone: each multiply-add still reads both factors from shared
 // memory, 8 bytes for 2 operations, and that is its bound (conv2d_tiled.cu: registers).
 //
-// Threads: (lane, row) of 16 x 16 load depth `lane` of pixel `row` and of output `row`, so that neighbouring threads read
-// neighbouring channels (coalesced), and compute pixel `row`, output `lane`. A row of `weights` is one number longer than
-// the tile: 16 lanes that read one depth of 16 outputs then meet 16 different banks.
+// Threads: (column, row) of 16 x 16 load depth `column` of pixel `row` and of output `row`, so that neighbouring threads read
+// neighbouring channels (coalesced), and compute pixel `row`, output `column`. A row of `weights` is one number longer than
+// the tile: 16 threads that read one depth of 16 outputs then meet 16 different banks.
 // Worked index: thread (3, 5) of block (2, 0) loads, in round 1, depth 16 + 3 of pixel 2 * 16 + 5 = 37. With c = 8 that is
 // tap 2 (the right one of the upper row), channel 3.
 #include "common/types.cuh"
@@ -27,20 +27,20 @@ extern "C" __global__ void __launch_bounds__(256) conv2d_forward_shared(
     SHARED_ARRAY(storage_t, patches, [TILE][TILE]);
     SHARED_ARRAY(storage_t, weights, [TILE][TILE + 1]);
 
-    const int lane = threadIdx.x, row = threadIdx.y, depth = kh * kw * c;
+    const int column = threadIdx.x, row = threadIdx.y, depth = kh * kw * c;
     const int64 pixels = (int64)n * oh * ow, pixel = (int64)blockIdx.x * TILE + row;
-    const int top = (int)(pixel / ow % oh) - pad_y, left = (int)(pixel % ow) - pad_x;
+    const int iy0 = (int)(pixel / ow % oh) - pad_y, ix0 = (int)(pixel % ow) - pad_x;
     const int64 image = pixel / ow / oh * h * w * c;
-    const int output = blockIdx.y * TILE + lane, loaded_output = blockIdx.y * TILE + row;
+    const int output = blockIdx.y * TILE + column, loaded_output = blockIdx.y * TILE + row;
 
     accumulate_t sum = 0;
     for (int first = 0; first < depth; first += TILE) {
-        const int k = first + lane, tap = k / c, iy = top + tap / kw, ix = left + tap % kw;
+        const int k = first + column, tap = k / c, iy = iy0 + tap / kw, ix = ix0 + tap % kw;
         const bool inside = pixel < pixels && k < depth && iy >= 0 && iy < h && ix >= 0 && ix < w;
-        patches[row][lane] = inside ? x[image + ((int64)iy * w + ix) * c + k % c] : storage_t(0);
-        weights[row][lane] = loaded_output < o && k < depth ? weight[(int64)loaded_output * depth + k] : storage_t(0);
+        patches[row][column] = inside ? x[image + ((int64)iy * w + ix) * c + k % c] : storage_t(0);
+        weights[row][column] = loaded_output < o && k < depth ? weight[(int64)loaded_output * depth + k] : storage_t(0);
         __syncthreads();
-        for (int i = 0; i < TILE; ++i) sum = fma((accumulate_t)patches[row][i], (accumulate_t)weights[lane][i], sum);
+        for (int i = 0; i < TILE; ++i) sum = fma((accumulate_t)patches[row][i], (accumulate_t)weights[column][i], sum);
         __syncthreads();  // nobody still reads the tiles that the next round overwrites
     }
     if (pixel < pixels && output < o) y[pixel * o + output] = sum + (bias ? bias[output] : 0);

@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
     SHARED_ARRAY(int, patch_x, [TILE_ROWS]);
 
     const int64 pixels = (int64)n * oh * ow, first_pixel = (int64)blockIdx.x * TILE_ROWS;
-    const int first_channel = blockIdx.y * TILE_COLUMNS;
+    const int first_output = blockIdx.y * TILE_COLUMNS;
     {
         const int64 pixel = first_pixel + threadIdx.x;
         patch_image[threadIdx.x] = pixel / ow / oh * h * w * c;
@@ -84,17 +84,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
     __syncthreads();
 
     Results results;
-    const int depth = kh * kw * c, lane_k = threadIdx.x % TILE_DEPTH, lane = threadIdx.x / TILE_DEPTH;
+    const int depth = kh * kw * c, own_k = threadIdx.x % TILE_DEPTH, own_row = threadIdx.x / TILE_DEPTH;
     for (int first_k = 0; first_k < depth; first_k += TILE_DEPTH) {
-        const int k = first_k + lane_k, tap = k / c, channel = k - tap * c, ky = tap / kw, kx = tap - ky * kw;
-        for (int row = lane; row < TILE_ROWS; row += THREADS / TILE_DEPTH) {
+        const int k = first_k + own_k, tap = k / c, channel = k - tap * c, ky = tap / kw, kx = tap - ky * kw;
+        for (int row = own_row; row < TILE_ROWS; row += THREADS / TILE_DEPTH) {
             const int iy = patch_y[row] + ky, ix = patch_x[row] + kx;
             const bool inside = k < depth && iy >= 0 && iy < h && ix >= 0 && ix < w;
-            left[lane_k][row] = inside ? x[patch_image[row] + ((int64)iy * w + ix) * c + channel] : storage_t(0);
+            left[own_k][row] = inside ? x[patch_image[row] + ((int64)iy * w + ix) * c + channel] : storage_t(0);
         }
-        for (int column = lane; column < TILE_COLUMNS; column += THREADS / TILE_DEPTH) {
-            const int output = first_channel + column;
-            right[lane_k][column] = k < depth && output < o ? weight[(int64)output * depth + k] : storage_t(0);
+        for (int column = own_row; column < TILE_COLUMNS; column += THREADS / TILE_DEPTH) {
+            const int output = first_output + column;
+            right[own_k][column] = k < depth && output < o ? weight[(int64)output * depth + k] : storage_t(0);
         }
         __syncthreads();
         results.add_product(left, right);
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
         const int64 pixel = first_pixel + Results::row(i);
         if (pixel >= pixels) continue;
         for (int j = 0; j < 8; ++j) {
-            const int output = first_channel + Results::column(j);
+            const int output = first_output + Results::column(j);
             if (output < o) y[pixel * o + output] = results.sums[i][j] + (bias ? bias[output] : 0);
         }
     }
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
     SHARED_ARRAY(int, patch_y, [TILE_DEPTH]);
     SHARED_ARRAY(int, patch_x, [TILE_DEPTH]);
 
-    const int depth = kh * kw * c, first_row = blockIdx.x * TILE_ROWS, first_channel = blockIdx.y * TILE_COLUMNS;
+    const int depth = kh * kw * c, first_row = blockIdx.x * TILE_ROWS, first_output = blockIdx.y * TILE_COLUMNS;
     const int64 pixels = (int64)n * oh * ow, first_pixel = blockIdx.z * pixels_per_chunk;
     const int64 end_pixel = first_pixel + pixels_per_chunk < pixels ? first_pixel + pixels_per_chunk : pixels;
     // This thread loads one row of the patches' tile: one channel of one tap.
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
         }
         for (int i = threadIdx.x; i < TILE_DEPTH * TILE_COLUMNS; i += THREADS) {
             const int64 pixel = pixel0 + i / TILE_COLUMNS;
-            const int column = i % TILE_COLUMNS, output = first_channel + column;
+            const int column = i % TILE_COLUMNS, output = first_output + column;
             right[i / TILE_COLUMNS][column] = pixel < end_pixel && output < o ? dy[pixel * o + output] : storage_t(0);
         }
         __syncthreads();
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
 
     accumulate_t* const partial = partials + (int64)blockIdx.z * o * depth;
     for (int j = 0; j < 8; ++j) {
-        const int output = first_channel + Results::column(j);
+        const int output = first_output + Results::column(j);
         if (output >= o) continue;
         for (int i = 0; i < 8; ++i) {
             const int row = first_row + Results::row(i);
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
 }
 
 // Blocks are (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
-// lanes-th chunk, which are added in their order. 8 chunks of a result are under way at once (common/in_flight.cuh).
+// lanes-th chunk, which are added in their order. A thread asks for 8 of them at once (common/in_flight.cuh).
 extern "C" __global__ void conv2d_backward_weight_merge(
     const accumulate_t* __restrict__ partials,  // (chunks, count)
     accumulate_t* __restrict__ dweight,         // (count)

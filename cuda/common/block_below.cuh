@@ -22,10 +22,10 @@ struct Below {
         const storage_t* const first = y + ((image * h + row) * w + column) * channels + channel;
         const unsigned codes = piece_codes(pool_codes, pixel * channels + channel);
         Piece chosen = at_position(load_piece(first), codes, 0);
-        const bool right = column + 1 < w, lower = row + 1 < h;
-        if (right) chosen = either(chosen, at_position(load_piece(first + channels), codes, 1));
-        if (lower) chosen = either(chosen, at_position(load_piece(first + (int64)w * channels), codes, 2));
-        if (right && lower)
+        const bool second_column = column + 1 < w, second_row = row + 1 < h;
+        if (second_column) chosen = either(chosen, at_position(load_piece(first + channels), codes, 1));
+        if (second_row) chosen = either(chosen, at_position(load_piece(first + (int64)w * channels), codes, 2));
+        if (second_column && second_row)
             chosen = either(chosen, at_position(load_piece(first + (int64)(w + 1) * channels), codes, 3));
         return chosen;
     }

@@ -71,7 +71,7 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
     }
 
     constexpr int LANES = GATHER_THREADS / STEP_DEPTH;
-    const int lane = threadIdx.x / STEP_DEPTH, first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
+    const int lane = threadIdx.x / STEP_DEPTH, first_output = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int k0 = 0; k0 < depth; k0 += DEPTH) {
         const int end = min(DEPTH, (depth - k0 + STEP_DEPTH - 1) / STEP_DEPTH * STEP_DEPTH);
         __syncthreads();  // the stage before has been read
@@ -79,7 +79,7 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
         for (int k = threadIdx.x % STEP_DEPTH; k < end; k += STEP_DEPTH)
 #pragma unroll
             for (int column = lane; column < Block::COLUMNS; column += LANES) {
-                const int output = first_channel + column;
+                const int output = first_output + column;
                 storage_t* const to = (storage_t*)(stage + DepthContiguous::offset(column, k / PIECE)) + k % PIECE;
                 *to = k0 + k < depth && output < g.o ? weight[(int64)output * depth + k0 + k] : storage_t(0);
             }
@@ -113,9 +113,9 @@ __device__ void block_multiply(typename Block::Tile& tile, const storage_t* __re
 // for an asynchronous copy; what a stage receives early is safe, since nobody reads it before the barrier after its wait.
 template <int UNIT, int COLUMNS>
 __device__ void copy_gradients(char* stage, const storage_t* __restrict__ dy, const Convolution& g, const WeightChunk& chunk,
-                               int pixel0, int first_channel) {
+                               int pixel0, int first_output) {
     constexpr int LANES = GATHER_THREADS * UNIT / COLUMNS;
-    const int number = threadIdx.x * UNIT % COLUMNS, output = first_channel + number;
+    const int number = threadIdx.x * UNIT % COLUMNS, output = first_output + number;
 #pragma unroll 8
     for (int i = threadIdx.x * UNIT / COLUMNS; i < DEPTH; i += LANES) {
         char* const to = stage + DepthDown<COLUMNS, COLUMNS>::offset(i, number / PIECE);
@@ -143,7 +143,7 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
     SHARED_ARRAY(Patch, patches, [STAGES][DEPTH]);
 
     const WeightChunk chunk(g, pixels_per_chunk);
-    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_channel = blockIdx.y * COLUMNS;
+    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_output = blockIdx.y * COLUMNS;
     const storage_t* const images = x + (int64)chunk.first_image * g.h * g.w * g.c;
     Position positions[2 * Tile::M];
 #pragma unroll
@@ -153,9 +153,9 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
         for (int i = threadIdx.x; i < DEPTH; i += GATHER_THREADS) patches[stage][i] = chunk.patch(g, part * DEPTH + i);
         char* const to = stages + stage * STAGE_BYTES;
         if (g.o % PIECE == 0)
-            copy_gradients<PIECE, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_channel);
+            copy_gradients<PIECE, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_output);
         else
-            copy_gradients<1, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_channel);
+            copy_gradients<1, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_output);
     };
     Tile tile;
     run_pipeline(chunk.parts(), begin, [&](int stage) {
@@ -182,7 +182,7 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
     }
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * COLUMNS; i += GATHER_THREADS) {
-        const int row = first_row + i % ROWS, column = first_channel + i / ROWS;
+        const int row = first_row + i % ROWS, column = first_output + i / ROWS;
         if (row < depth && column < g.o)
             partials[((int64)blockIdx.z * g.o + column) * depth + row] = sums[i / ROWS * STRIDE + i % ROWS];
     }

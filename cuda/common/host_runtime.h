@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <system_error>
@@ -272,8 +273,7 @@ struct Worker {
     std::unique_ptr<Engine> engine;
     int last_barrier_line = 0;  // 0: the block has met no barrier yet
     void* scheduler_stack_pointer = nullptr;
-    void (*body)(void*) = nullptr;
-    void* closure = nullptr;
+    std::function<void()> body;  // the kernel with its arguments
     bool failed = false;
     uint64_t random = 0;
     // Shared memory: arrays between red zones, one after the other.
@@ -458,7 +458,7 @@ inline void barrier(int line) {
 }
 
 inline void fiber_entry() {
-    worker->body(worker->closure);
+    worker->body();
     leave(0);
     std::abort();
 }
@@ -519,7 +519,7 @@ inline void run_block_flat(Worker* w, uint64_t block) {
     for (const unsigned number : w->order) {
         if (w->left_out(block * w->order.size() + number)) continue;
         thread.index = index_of(number, w->launch->block);
-        w->body(w->closure);
+        w->body();
     }
 }
 
@@ -606,7 +606,7 @@ void run_worker(Worker& w, NextBlock next_block, std::atomic<bool>& stop) {
     worker = nullptr;
 }
 
-inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body)(void*), void* closure) {
+inline int run(Launch* launch, const char* kernel, bool cooperative, const std::function<void()>& body) {
     const uint64_t blocks = uint64_t(launch->grid.x) * launch->grid.y * launch->grid.z;
     std::vector<uint64_t> block_order;
     if (launch->block_order == int(Order::shuffled)) {
@@ -634,7 +634,6 @@ inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body
         w.kernel = kernel;
         w.cooperative = cooperative;
         w.body = body;
-        w.closure = closure;
         run_worker(w, next_block, stop);
     };
     std::vector<std::thread> threads;
@@ -656,20 +655,9 @@ inline int run(Launch* launch, const char* kernel, bool cooperative, void (*body
 
 // Calls a kernel with arguments given as addresses of values, as cuLaunchKernel does.
 template <class... P>
-struct Call {
-    void (*kernel)(P...);
-    void** arguments;
-    template <size_t... I>
-    void spread(std::index_sequence<I...>) {
-        kernel(*static_cast<std::remove_cv_t<P>*>(arguments[I])...);
-    }
-    static void body(void* call) { static_cast<Call*>(call)->spread(std::index_sequence_for<P...>()); }
-};
-
-template <class... P>
 int launch(Launch* launch, const char* name, bool cooperative, void (*kernel)(P...), void** arguments) {
-    Call<P...> call{kernel, arguments};
-    return run(launch, name, cooperative, &Call<P...>::body, &call);
+    const std::tuple<std::remove_cv_t<P>*...> values{static_cast<std::remove_cv_t<P>*>(*arguments++)...};
+    return run(launch, name, cooperative, [&] { std::apply([&](auto*... value) { kernel(*value...); }, values); });
 }
 
 }  // namespace host

@@ -157,7 +157,7 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
 
     const int64 first_row = (int64)blockIdx.x * Block::ROWS, rows = (int64)g.n * order.rows_of_image();
     const int first_image = (int)(first_row / order.rows_of_image());
-    const int first_channel = blockIdx.y * Block::COLUMNS, depth = g.depth();
+    const int first_output = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int row = threadIdx.x; row < Block::ROWS; row += THREADS) {
         const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
         patches[row] = patch_of(g, order.at(within, first_row + row < rows));
@@ -180,7 +180,7 @@ __device__ void block_multiply_forward(typename Block::Tile& tile, const storage
         char* const right = left + Block::ROWS * DEPTH_BYTES;
 #pragma unroll
         for (int column = lane; column < Block::COLUMNS; column += LANES) {
-            const int output = first_channel + column;
+            const int output = first_output + column;
             copy_piece(right + DepthContiguous::offset(column, piece), weight + (int64)output * depth + k, weight,
                        k < depth && output < g.o);
         }
@@ -205,8 +205,7 @@ struct WeightChunk {
     int64 first_pixel;
     int count, first_image, first;  // first: its first pixel, counted from the first image that it touches
     __device__ WeightChunk(const Convolution& g, int64 pixels_per_chunk) : first_pixel(blockIdx.z * pixels_per_chunk) {
-        const int64 left = g.pixels() - first_pixel;
-        count = (int)(pixels_per_chunk < left ? pixels_per_chunk : left);
+        count = (int)min(pixels_per_chunk, g.pixels() - first_pixel);
         first_image = (int)(first_pixel / (g.oh * g.ow));
         first = (int)(first_pixel - (int64)first_image * (g.oh * g.ow));
     }
@@ -229,7 +228,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
     constexpr int LEFT_LANES = THREADS * PIECE / ROWS, RIGHT_LANES = THREADS * PIECE / COLUMNS;
 
     const WeightChunk chunk(g, pixels_per_chunk);
-    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_channel = blockIdx.y * COLUMNS;
+    const int depth = g.depth(), first_row = blockIdx.x * ROWS, first_output = blockIdx.y * COLUMNS;
     auto find_patches = [&](int part, int slot) {
         for (int i = threadIdx.x; i < DEPTH; i += THREADS) patches[slot][i] = chunk.patch(g, part * DEPTH + i);
     };
@@ -238,7 +237,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
     __syncthreads();
 
     const int left_number = threadIdx.x * PIECE % ROWS, right_number = threadIdx.x * PIECE % COLUMNS;
-    const int output = first_channel + right_number;
+    const int output = first_output + right_number;
     const Tap tap(g, first_row + left_number);
     const unsigned bits = tap.bits();
     const storage_t* const shifted = x + (int64)chunk.first_image * g.h * g.w * g.c + tap.offset(g);
@@ -269,7 +268,7 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
     constexpr int M = Block::Tile::M, N = Block::Tile::N;
 #pragma unroll
     for (int k = 0; k < 2 * N; ++k) {
-        const int n = k / 2, j = k % 2, column = first_channel + Block::column0() + Right::template column<N>(n, j);
+        const int n = k / 2, j = k % 2, column = first_output + Block::column0() + Right::template column<N>(n, j);
         if (column >= g.o) continue;
         accumulate_t* const partial = partials + ((int64)blockIdx.z * g.o + column) * depth;
         auto sum = [&](int m, int i) { return tile.sums[m][n][2 * i + j]; };

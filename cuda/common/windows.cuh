@@ -16,8 +16,8 @@
 
 struct Window {
     int c, column, row;
-    int64 element;      // of the map: (n, 2 row, 2 column, c)
-    bool right, below;  // is there a second column, a second row?
+    int64 element;                   // of the map: (n, 2 row, 2 column, c)
+    bool second_column, second_row;  // are they there?
     __device__ Window(int64 index, int h, int w, int channels) : c((int)(index % channels)) {
         const int columns = (w + 1) / 2, rows = (h + 1) / 2;
         const int64 window = index / channels, line = window / columns;
@@ -26,11 +26,11 @@ struct Window {
     __device__ Window(int64 image, int row_, int column_, int channel, int h, int w, int channels)
         : c(channel), column(column_), row(row_) {
         element = ((image * h + 2 * row) * w + 2 * column) * channels + c;
-        right = 2 * column + 1 < w;
-        below = 2 * row + 1 < h;
+        second_column = 2 * column + 1 < w;
+        second_row = 2 * row + 1 < h;
     }
     __device__ bool holds(int code) const {
-        return code >= 0 && code < 4 && (right || !(code & 1)) && (below || !(code & 2));
+        return code >= 0 && code < 4 && (second_column || !(code & 1)) && (second_row || !(code & 2));
     }
     __device__ int64 at(int code, int w, int channels) const {
         return element + ((code & 2) ? (int64)w * channels : 0) + ((code & 1) ? channels : 0);
