@@ -133,7 +133,6 @@ def compile_cubin(source: Source, types: ElementTypes, architecture: str, log: l
         if status != 0:
             report = output.strip().expandtabs()[:4000].splitlines()
             raise CompileError(f"{source.path.name} does not compile for {architecture}:", *report)
-        source.check_unchanged()
         if log is not None:
             log.append(output)
         return _read(library, program, "CUBIN")
@@ -161,5 +160,10 @@ def cache_path(folder: str, ending: str, source: Source, types: ElementTypes, ar
 
 def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path:
     """The path of the cubin of a source, compiled unless the cache has it."""
-    what = source, types, architecture
-    return kept(cache_path("cuda", ".cubin", *what), lambda: compile_cubin(*what))
+
+    def compiled() -> bytes:
+        cubin = compile_cubin(source, types, architecture)
+        source.check_unchanged()
+        return cubin
+
+    return kept(cache_path("cuda", ".cubin", source, types, architecture), compiled)

@@ -117,6 +117,7 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
     def compiled() -> bytes:
         log: list[str] = []
         cubin = compile_cubin(*what, log)
+        source.check_unchanged()
         kept(cache_path("cuda", ".cubin", *what), lambda: cubin)  # it has cost most of the time: not again
         _usages(log[0], source, types.name, architecture)  # what cannot be read is not kept
         return log[0].encode()
