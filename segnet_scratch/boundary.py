@@ -83,6 +83,8 @@ def _pairs(first: np.ndarray, second: np.ndarray, radius: float) -> int:
     matching = require("scipy.sparse.csgraph", "boundary", purpose).maximum_bipartite_matching
     if not (first.any() and second.any()):
         return 0
+    # The tree compares squares, whose roundings are not those of distances: (3, 3) is within a radius of 3 sqrt(2).
+    radius = float(np.nextafter(radius, np.inf))
     near = tree(np.argwhere(first)).sparse_distance_matrix(tree(np.argwhere(second)), radius, output_type="coo_matrix")
     near.data[:] = 1  # a distance of 0 is one, too
     return int(np.count_nonzero(matching(near.tocsr(), perm_type="column") >= 0))

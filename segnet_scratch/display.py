@@ -28,7 +28,8 @@ _WIDE = 100  # columns of a terminal with room for everything that is said of a 
 
 def write_json(path: Path | None, result: Any) -> None:
     """Writes a result for programs to read, whole or not at all; nothing where no path is given."""
-    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if path is not None:
+        _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def write_per_image(path: Path | None, evaluation: Evaluation) -> None:
@@ -89,7 +90,6 @@ class TrainingDisplay(Listener):
         self._console.print(printable(text), soft_wrap=not self._console.is_terminal)
 
     def started(self, trainer: Trainer) -> None:
-        self._progress.start()
         scored = 0 if trainer.val_set is None else len(trainer.val_set)
         sets = f"{len(trainer.train_set)} training and {scored or 'no'} validation images"
         size = "x".join(map(str, trainer.config.image_size))
@@ -105,6 +105,7 @@ class TrainingDisplay(Listener):
         self._throughput = _Throughput(trainer.loader)
         self._scored = scored
         self._watch: Watch | None = None
+        self._progress.start()  # last: what fails before it leaves the terminal as it was
 
     def stepped(self, trainer: Trainer, loss: float, lr: float) -> None:
         each, waited = self._throughput.tick()

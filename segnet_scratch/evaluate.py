@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -79,7 +80,7 @@ def summed(
     found: Sequence[Scored], names: Sequence[str], boundary: Boundary | None, loss: float = math.nan
 ) -> Evaluation:
     """The scores of all images together."""
-    images, counts = tuple(image for image, _ in found), np.sum([of_image for _, of_image in found], axis=0)
+    images, counts = tuple(image for image, _ in found), reduce(np.add, (of_image for _, of_image in found))
     f1 = np.array([image.boundary_f1 for image in images], float)
     if boundary is Boundary.authors:
         f1 = np.nan_to_num(f1)

@@ -432,8 +432,10 @@ _View = _Whole | _Windows
 
 def _coverage(length: int, side: int, starts: Sequence[int]) -> np.ndarray:
     """In how many windows each position along a side lies."""
-    behind = np.arange(length)[:, None] - np.array(starts)
-    return np.count_nonzero((behind >= 0) & (behind < side), axis=1)
+    seen = np.zeros(length, np.int64)
+    for start in starts:
+        seen[start : start + side] += 1
+    return seen
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def recalibrate(model: SegNet, batches: Iterable[np.ndarray]) -> int:
             model(batch.astype(model.dtype, copy=False))
             images += len(batch)
             for name, layer in layers.items():
-                count = len(batch) * _pixels(name, batch.shape[1:3])
+                count = len(batch) * _pixels(name, batch.shape[1:3], model.pooling)
                 arrays = (model.device.download(b.data) for b in (layer.running_mean, layer.running_var))
                 mean, var = (array.astype(np.float64) for array in arrays)
                 moments[name].merge(count, mean, var * (count - 1))
@@ -79,8 +79,8 @@ def _statistics_of_one_batch(model: SegNet, layers: dict[str, BatchNorm2d]) -> I
             layer.training, layer.momentum = False, momenta[name]
 
 
-def _pixels(layer: str, size: tuple[int, ...]) -> int:
+def _pixels(layer: str, size: tuple[int, ...], pooling: str) -> int:
     """Pixels of the map that a layer, `encoder.2.1.bn`, sees of one image: stage s works behind s - 1 pools."""
-    stage = int(layer.split(".")[1])
-    height, width = (-(-side // 2 ** (stage - 1)) for side in size)
+    each = 2 ** (int(layer.split(".")[1]) - 1)
+    height, width = (side // each if pooling == "floor" else -(-side // each) for side in size)
     return height * width

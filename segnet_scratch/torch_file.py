@@ -143,13 +143,13 @@ def _run(program: BinaryIO, storages: _Storages) -> Any:
             case _ if name in _GATHER:
                 count = _GATHER[name]
                 items, stack = (stack, below.pop()) if count is None else (stack[-count:], stack[:-count])
-                match name.rstrip("123S"):
-                    case "APPEND":
+                match name:
+                    case "APPEND" | "APPENDS":
                         stack[-1].extend(items)
-                    case "SETITEM":
+                    case "SETITEM" | "SETITEMS":
                         _put(stack[-1], zip(items[::2], items[1::2], strict=True))
-                    case kind:
-                        stack.append(tuple(items) if kind == "TUPLE" else items)
+                    case _:
+                        stack.append(items if name == "LIST" else tuple(items))
             case "GLOBAL":
                 stack.append(_answer(*argument.split(" ", 1)))
             case "STACK_GLOBAL":

@@ -126,6 +126,10 @@ def test_small_cases_of_the_authors_measure():
     assert authors_boundary_f1(left, right) == {0: 0, 1: 0}  # one pixel off, the radius is far below one
     assert authors_boundary_f1(left, right, 0.2) == {0: 1, 1: 1}  # the diagonal is 5, and its end counts
     assert authors_boundary_f1(left, right, 0.199) == {0: 0, 1: 0}
+    # Of a pixel moved by (3, 3) the radius of 400 x 400, 3 sqrt(2), reaches all four corners.
+    first, second = np.zeros((2, 400, 400), np.uint8)
+    first[200, 200] = second[203, 203] = 1
+    assert authors_boundary_f1(first, second)[1] == 1
     # Two lines of the prediction about one of the truth: it serves one of them only.
     stripe = np.array([[0, 1, 1, 0]] * 3, np.uint8)
     assert authors_boundary_f1(left, stripe, 0.2) == {0: 2 * 3 / 9, 1: 2 * 3 / 9}

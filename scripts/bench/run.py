@@ -180,4 +180,12 @@ def compile_kernels(device: Device) -> None:
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """The JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, [json.dumps(found, indent=1, default=np.generic.item).encode() + b"\n"])
+    write_durably(
+        path,
+        [
+            json.dumps(
+                found, indent=1, default=lambda value: value.item() if isinstance(value, np.generic) else str(value)
+            ).encode()
+            + b"\n"
+        ],
+    )

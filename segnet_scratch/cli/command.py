@@ -7,6 +7,7 @@ Annotated[int, {"min": 1}].
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from inspect import Parameter, Signature, getdoc, signature
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -22,13 +23,19 @@ _ENTRY = re.compile(r"((?:--[\w-]+(?:, )?)*) ?(\S*): (.*)")
 
 def documented(function: Callable[..., Any]) -> tuple[str, list[Parameter]]:
     """The docstring of a function without its sections of options, and its parameters as typer takes them."""
+    if sys.flags.optimize > 1:
+        raise SystemExit("error: python -OO drops the docstrings in which the options of commands stand; use -O")
     text, *sections = _HEADING.split(getdoc(function) or "")
     entries = (
         (heading, " ".join(entry.split()))
         for heading, section in zip(sections[::2], sections[1::2], strict=True)
         for entry in re.split(r"\n(?= {4}\S)", section)
     )
-    return text, [_declared(parameter, entries) for parameter in signature(function).parameters.values()]
+    parameters = [_declared(parameter, entries) for parameter in signature(function).parameters.values()]
+    left = next(entries, None)
+    if left and not hasattr(function, "__signature__"):  # else: it is registered under a second name
+        raise ValueError(f"{function.__name__}: {left[1]!r} documents no parameter")
+    return text, parameters
 
 
 def _declared(parameter: Parameter, entries: Iterator[tuple[str, str]]) -> Parameter:
@@ -37,7 +44,7 @@ def _declared(parameter: Parameter, entries: Iterator[tuple[str, str]]) -> Param
         kind, known = get_args(kind)
     if isinstance(known, ParameterInfo) or parameter.name == "network":
         return parameter
-    heading, entry = next(entries)
+    heading, entry = next(entries, ("Options", "nothing"))
     if (found := _ENTRY.fullmatch(entry)) is None:
         raise ValueError(f"{parameter.name}: {entry!r} is no documentation of an option")
     flags, name, meaning = found.groups()

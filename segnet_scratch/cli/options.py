@@ -56,7 +56,6 @@ _ENGINES = (
     "where the network fits, else layers."
 )
 _PRECISIONS = "How convolutions multiply. auto: bf16 with the fused engine on a GPU, else float32."
-_SIZE = "Network input, N or HxW; as in training unless given."
 _BOUNDARY = (
     "Also boundary F1, contours within 0.75 % of the image diagonal: csurka, as its paper defines it; "
     "authors, as the SegNet paper's figures were computed (needs SciPy)."

@@ -126,9 +126,9 @@ def _shown(path: Path) -> np.ndarray:
     if picture.mode.startswith("I"):
         raise DataError(f"{path}: 16-bit grey is no colour; expected a picture of 8 bits a channel.")
     shown = np.array(picture.convert("RGBA"))
-    see_through = np.argwhere(shown[..., 3] != 255).tolist()
-    if see_through:
-        row, column = see_through[0]
+    see_through = np.argwhere(shown[..., 3] != 255)
+    if len(see_through):
+        row, column = see_through[0].tolist()
         what = f"{len(see_through)} pixels are transparent, first at row {row}, column {column}"
         raise DataError(f"{path}: {what}, so that their colour is not to be told; save the mask without transparency.")
     return shown[..., :3]

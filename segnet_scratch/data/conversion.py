@@ -60,7 +60,7 @@ def write_dataset(
                 (folder / part).mkdir(parents=True)
             if problems := [*filter(None, walk(convert, pairs.items(), progress=progress))]:
                 what = f"{len(problems)} of {len(pairs)} masks hold {lacks[0]}"
-                raise DataError(f"{out}: {what}; nothing was written:", *some_of(problems), lacks[1])
+                raise DataError(f"{what}; nothing was written, {out} is not there:", *some_of(problems), lacks[1])
             for split, ids in splits.items():
                 (folder / SPLIT_FOLDER / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
             (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")

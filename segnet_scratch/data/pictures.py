@@ -111,7 +111,9 @@ def decode(
         if path.exists():
             raise FoundError(f"{role}-not-a-file", path, f"is a folder or a device; {expected}")
         if path.is_symlink():
-            raise FoundError(f"{role}-link-broken", path, f"is a link to nowhere; {expected}")
+            raise FoundError(
+                f"{role}-link-broken", path, "is a link to nowhere; put the file there, or correct the link."
+            )
         raise FoundError(f"missing-{role}", path, f"no such file; {expected}")
     try:
         with stream or path.open("rb") as stream:

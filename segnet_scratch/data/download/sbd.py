@@ -104,7 +104,8 @@ def _labels(where: str, loadmat: Callable[..., dict[str, Any]], content: bytes) 
         values = f"{labels.min()}..{labels.max()}" if labels.size else "nothing"
     except Exception as error:  # damage is met with almost any type
         raise DataError(f"{where}: no class map of SBD ({error}); download the archive again.") from error
-    if labels.ndim != 2 or not np.isin(labels, range(_CLASSES)).all() or not labels.size:
+    whole = labels.ndim == 2 and labels.size and np.issubdtype(labels.dtype, np.integer)
+    if not whole or not np.isin(labels, range(_CLASSES)).all():
         got = f"{labels.dtype} {labels.shape} with {values}"
         raise DataError(f"{where}: expected a map of class numbers 0..{_CLASSES - 1}, got {got}.")
     return labels.astype(np.uint8)
