@@ -61,10 +61,7 @@ class TestRoundTrip:
 
     def test_keys_that_are_numbers_become_text_as_in_json(self, tmp_path):
         checkpoint.save(tmp_path / "a", {}, {"classes": {10: "dog", 9: "cat"}, "size": (360, 480)})
-        assert checkpoint.load(tmp_path / "a").metadata == {
-            "classes": {"10": "dog", "9": "cat"},
-            "size": [360, 480],
-        }
+        assert checkpoint.load(tmp_path / "a").metadata == {"classes": {"10": "dog", "9": "cat"}, "size": [360, 480]}
 
     def test_other_programs_can_read_our_files(self, tmp_path):
         tensors = some_tensors()

@@ -333,8 +333,5 @@ class TestDamage:
         path = tmp_path / "large.safetensors"
         path.write_bytes(file_of(b"{" + b" " * (5 << 20) + b"}"))
         for read in (checkpoint.load, checkpoint.load_foreign, checkpoint.read_metadata):
-            with (
-                within_limits(0),
-                pytest.raises(CheckpointError, match=r"large\.safetensors.*header of 5242882 bytes"),
-            ):
+            with within_limits(0), pytest.raises(CheckpointError, match=r"large\.safetensors.*header of 5242882 bytes"):
                 read(path)

@@ -257,11 +257,7 @@ class TestSweep:
         (tmp_path / ".link.0123456789abcdef.segnet-tmp").symlink_to(tmp_path / "last.safetensors")
         assert files.sweep_temporaries(tmp_path) == ours
         left = set(names_in(tmp_path))
-        assert left == {
-            *others,
-            ".folder.0123456789abcdef.segnet-tmp",
-            ".link.0123456789abcdef.segnet-tmp",
-        }
+        assert left == {*others, ".folder.0123456789abcdef.segnet-tmp", ".link.0123456789abcdef.segnet-tmp"}
 
     def test_it_knows_the_name_that_a_save_uses(self, tmp_path, monkeypatch):
         names = []

@@ -124,13 +124,7 @@ def test_the_tables_of_this_file_cover_every_key():
 class TestValues:
     def test_defaults(self):
         config = Config()
-        assert (config.model, config.width, config.dropout, config.size, config.batch) == (
-            "segnet",
-            1.0,
-            False,
-            224,
-            4,
-        )
+        assert (config.model, config.width, config.dropout, config.size, config.batch) == ("segnet", 1.0, False, 224, 4)
         assert (config.epochs, config.steps) == (100, None)
         assert (config.lr, config.momentum, config.decay, config.bias_lr) == (1e-3, 0.9, 5e-4, 1.0)
         assert (config.schedule, config.poly_power, config.warmup) == ("constant", 0.9, 0)
@@ -142,10 +136,7 @@ class TestValues:
     def test_legal_values_from_a_file_and_from_an_override(self, tmp_path, key):
         text, expected = LEGAL[key]
         assert expected != getattr(Config(), key)
-        for config in (
-            load_config(write(tmp_path, f"{key} = {text}"), []),
-            load_config(None, [f"{key}={text}"]),
-        ):
+        for config in (load_config(write(tmp_path, f"{key} = {text}"), []), load_config(None, [f"{key}={text}"])):
             assert getattr(config, key) == expected
             assert type(getattr(config, key)) is type(expected)
             changed = {key} | ({"epochs"} if key == "steps" else set())
@@ -256,8 +247,7 @@ class TestLoad:
         assert load_config(path, []).lr == 0.5
 
     @pytest.mark.parametrize(
-        "override",
-        ["lr", "=1", "lr=", "lr=.5", "size=[64", "size=64 64", "lr=1\nbatch=2", "lr=1e-2e", "model=a b", ""],
+        "override", ["lr", "=1", "lr=", "lr=.5", "size=[64", "size=64 64", "lr=1\nbatch=2", "lr=1e-2e", "model=a b", ""]
     )
     def test_overrides_that_are_no_key_and_value(self, override):
         with pytest.raises(ConfigError, match="--set"):

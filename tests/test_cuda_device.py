@@ -98,10 +98,7 @@ class TestLaunches:
     def test_arguments_arrive(self, cupy):
         device, kernel = CudaDevice(), written_kernel("scalars")
         out = device.zeros((8,), np.float64)
-        for types, may_be_null, last in (
-            (FLOAT32, None, 0.2),
-            (FLOAT64, device.upload(np.array([2.0])), 2.2),
-        ):
+        for types, may_be_null, last in ((FLOAT32, None, 0.2), (FLOAT64, device.upload(np.array([2.0])), 2.2)):
             launch(device, kernel, 1, 1, (out, may_be_null, *self.SCALARS), types)
             np.testing.assert_array_equal(device.download(out), [*range(1, 7), np.float32(0.1), last])
 

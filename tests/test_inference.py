@@ -260,9 +260,7 @@ def test_rows_of_a_resized_map_are_those_of_the_whole_bit_for_bit(device):
     rng = np.random.default_rng(0)
     for (height, width), (oh, ow) in [((7, 5), (23, 11)), ((23, 6), (7, 6)), ((9, 9), (9, 4)), ((1, 3), (6, 3))]:
         x = rng.standard_normal((2, height, width, 3)).astype(np.float32)
-        whole = device.download(
-            ResizeBilinearForward.plan(spec_of(x), (oh, ow))(device, x=device.upload(x)).y,
-        )
+        whole = device.download(ResizeBilinearForward.plan(spec_of(x), (oh, ow))(device, x=device.upload(x)).y)
         for first, count in [(0, oh), (0, 1), (oh - 1, 1), (oh // 3, oh // 2)]:
             low, high = source_rows(first, count, oh, height)
             part = np.ascontiguousarray(x[:, low:high])

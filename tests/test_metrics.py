@@ -81,13 +81,7 @@ class TestScores:
 
     @pytest.mark.parametrize(
         "confusion",
-        [
-            np.zeros((2, 3), int),
-            np.zeros(4, int),
-            np.zeros((2, 2)),
-            np.array([[1, -1], [0, 0]]),
-            np.zeros((0, 0), int),
-        ],
+        [np.zeros((2, 3), int), np.zeros(4, int), np.zeros((2, 2)), np.array([[1, -1], [0, 0]]), np.zeros((0, 0), int)],
     )
     def test_no_confusion_matrix(self, confusion):
         with pytest.raises(DataError, match="confusion matrix: expected a square"):

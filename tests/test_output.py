@@ -87,8 +87,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0:00:00 left"), (59.7, "0:01:00 left"), (36_000, "10:00:00 left"), (float("nan"), "")],
+    ("seconds", "text"), [(0.2, "0:00:00 left"), (59.7, "0:01:00 left"), (36_000, "10:00:00 left"), (float("nan"), "")]
 )
 def test_the_remaining_time(seconds, text):
     assert progress.remaining(seconds) == text

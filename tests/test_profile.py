@@ -188,7 +188,7 @@ def test_layers_and_phases_cover_the_step():
     assert phases == sorted(phases, key=["forward", "backward", "update"].index)
     assert {run.layer for run in counted.runs if run.phase == "backward"} == {*layers} - {"update"}
     assert {(run.name.endswith("forward"), run.phase) for run in counted.runs} == {
-        *((True, "forward"), (False, "backward"), (False, "update")),
+        *((True, "forward"), (False, "backward"), (False, "update"))
     }
 
 

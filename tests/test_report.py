@@ -110,9 +110,7 @@ def test_ids_are_unique_and_references_lead_somewhere(page):
 
 def test_it_says_the_scores_of_the_best_network(page, run, sample):
     evaluation = evaluate(
-        Segmenter(weights.load(run / "best.safetensors", "numpy"), (32, 32)),
-        VOCDataset(sample, "val"),
-        Boundary.csurka,
+        Segmenter(weights.load(run / "best.safetensors", "numpy"), (32, 32)), VOCDataset(sample, "val"), Boundary.csurka
     )
     words = Contents(page).words
     scores = evaluation.scores
@@ -142,11 +140,7 @@ def test_it_says_the_scores_of_the_best_network(page, run, sample):
 def test_it_shows_curves_settings_and_environment(page):
     contents = Contents(page)
     labels = [attributes["aria-label"] for attributes in contents.all("svg")]
-    assert labels == [
-        "Loss of training and validation",
-        "Mean IoU of every validation",
-        "Learning rate of every step",
-    ]
+    assert labels == ["Loss of training and validation", "Mean IoU of every validation", "Learning rate of every step"]
     for text in ("epoch", "loss", "mIoU %", "learning rate", "validation", "training, each step"):
         assert re.search(rf"<text [^>]*>{text}</text>", page)
     words = contents.words

@@ -161,9 +161,7 @@ def test_an_impossible_network_is_refused(options, part):
 
 @pytest.mark.parametrize("cls", [SegNet, SegNetBasic])
 @pytest.mark.parametrize(
-    "size",
-    [(32, 32), (33, 47), (63, 65), (45, 100)],
-    ids=["smallest", "odd", "one beside 64", "odd at some stages"],
+    "size", [(32, 32), (33, 47), (63, 65), (45, 100)], ids=["smallest", "odd", "one beside 64", "odd at some stages"]
 )
 def test_logits_have_the_size_of_the_images(cls, size):
     model = narrow(cls)

@@ -9,16 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is the other side: pip install -e .[oracle]")
 
 import train_parity
-from train_parity import (
-    ERROR_RATE,
-    HONOURED,
-    WITHOUT_EFFECT,
-    Ours,
-    Torch,
-    chance,
-    check_settings,
-    compared,
-)
+from train_parity import ERROR_RATE, HONOURED, WITHOUT_EFFECT, Ours, Torch, chance, check_settings, compared
 
 from segnet_scratch.config import Config
 from segnet_scratch.data import Batch, VOCDataset

@@ -314,11 +314,7 @@ def test_times_rise_whatever_frames_claim(kind):
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [
-        ("h264_b_frames.avi", np.arange(10) / 10),
-        ("joined.mpg", np.arange(20) / 10),
-        ("fast.mkv", np.arange(40) / 2000),
-    ],
+    [("h264_b_frames.avi", np.arange(10) / 10), ("joined.mpg", np.arange(20) / 10), ("fast.mkv", np.arange(40) / 2000)],
 )
 def test_films_whose_times_do_not_rise_are_written_whole(model, tmp_path, file, expected):
     done = run(model, real("cases", "video-timestamps", file), tmp_path / "out")

@@ -20,13 +20,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(
-    width: int,
-    height: int,
-    depth: int,
-    colour_type: int,
-    rows: bytes,
-    palette: bytes = b"",
-    extra: bytes = b"",
+    width: int, height: int, depth: int, colour_type: int, rows: bytes, palette: bytes = b"", extra: bytes = b""
 ) -> bytes:
     """A PNG written by hand, for what Pillow would not write. `rows` include the filter byte of each row."""
     return (

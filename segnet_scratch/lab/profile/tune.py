@@ -77,10 +77,7 @@ def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
 
 
 def tune(
-    device: Device,
-    network: Network,
-    precision: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: Device, network: Network, precision: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[list[Choice], Path]:
     """Times every tile of every convolution, then a whole step in one branch and in two, and stores the choices.
 

@@ -166,7 +166,7 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
         "text for a number": lambda p, dtype: ["4", b"4"],
     },
     ("integers", DTypeError): {
-        "a float for an integer": lambda p, dtype: [4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j],
+        "a float for an integer": lambda p, dtype: [4.0, np.float32(4), np.float64(4), float("nan"), 4 + 0j]
     },
     ("integers", LaunchError): {
         "an integer over 2^31, or over 2^63 for int64": lambda p, dtype: [
@@ -179,7 +179,7 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
     ("floats", LaunchError): {
         "a float that becomes infinite": lambda p, dtype: [
             *(10**400, -(10**400), *[1e39, np.float64(-1e39)] * (dtype == np.float32))
-        ],
+        ]
     },
     ("maps", DTypeError): {
         "something else for a tensor map": lambda p, m: [m.array, None, 4, m.host_bytes(), m.array.tobytes()],
@@ -190,15 +190,15 @@ INSTEAD: dict[tuple[str, type[SegnetError]], dict[str, Wrong]] = {
             _map_of(sentinel_array((*shape[:-1], 8), m.array.dtype))
             for shape in (m.array.shape[::-1], (2, *m.array.shape[1:]), (1, *m.array.shape)[-4:])
             if p.extent is not None and shape != m.array.shape
-        ],
+        ]
     },
     ("maps", DeviceError): {
-        "a tensor map of an array of another library": lambda p, m: [_map_of(_alike(m.array, "itemsize"))],
+        "a tensor map of an array of another library": lambda p, m: [_map_of(_alike(m.array, "itemsize"))]
     },
     ("maps", LaunchError): {
         "a tensor map of an array at an address that is no multiple of 16": lambda p, m: [
             _map_of(_shifted(m.array, 16, m.array.itemsize))
-        ],
+        ]
     },
 }
 

@@ -7,16 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import (
-    Case,
-    Hostile,
-    Inputs,
-    MapRow,
-    Refusal,
-    Shape,
-    size_of_result,
-    values,
-)
+from segnet_scratch.ops.cases import Case, Hostile, Inputs, MapRow, Refusal, Shape, size_of_result, values
 from segnet_scratch.ops.op import Op, Spec, spec, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward, MaxPoolScalar
 from segnet_scratch.ops.pooling.max_unpool import MaxUnpoolBackward, MaxUnpoolForward, MaxUnpoolScalar
