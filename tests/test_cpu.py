@@ -34,7 +34,8 @@ from segnet_scratch.runtime import workers
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNetBasic
 
-FAST = {row.op.numpy: row.name for row in reversed(ROWS) if row.op.numpy is not Op.numpy}  # a row for each of them
+# A row for each op that has a fast NumPy; Hopper's take that of the ops that they stand for.
+FAST = {row.op: row.name for row in reversed(ROWS) if row.op.numpy is not Op.numpy and "hopper" not in row.name}
 
 
 @pytest.fixture

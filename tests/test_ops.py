@@ -442,20 +442,22 @@ class TestRefused:
         }
         arrays |= {n: home.zeros(s.shape, s.dtype) for n, s in {**norm.outputs, **norm.workspace}.items()}
         norm.run(home, Buffers(**arrays))
-        wrong = {
-            "gradient1": (None, DeviceError, "gradient1 is a NoneType"),
-            "gradient0": (home.zeros((4, 3), F64), DTypeError, "gradient0 has element type float64"),
-            "scale": (home.zeros((2,), F64), ShapeError, "scale has shape (2,)"),
-        }
-        if home.runs_kernels:  # what is written the launch gate looks at
-            for name in ("squares", "norm", "partials"):
-                wrong[name] = home.zeros((arrays[name].size + 1,), F64), ShapeError, f"{name} has"
+        wrong = [
+            ("gradient1", None, DeviceError, "gradient1 is a NoneType"),
+            ("gradient0", home.zeros((4, 3), F64), DTypeError, "gradient0 has element type float64"),
+            ("scale", home.zeros((2,), F64), ShapeError, "scale has shape (2,)"),
+            ("scale", home.zeros((1,), F32), DTypeError, "scale has element type float32"),
+        ]
+        for name in ("squares", "norm", "partials") if home.runs_kernels else ():  # the launch gate looks at them
+            size = arrays[name].size
+            wrong.append((name, home.zeros((size + 1,), F64), ShapeError, f"{name} has {size + 1} elements"))
+            wrong.append((name, home.zeros((size,), F32), DTypeError, f"{name} has element type float32"))
         refused = [
             (lambda: GradientNorm([], 1.0), ShapeError, "no parameters"),
             (lambda: GradientNorm([(5,)], 0.0), ShapeError, "the largest norm is 0.0"),
             (lambda: GradientNorm([(5,)], np.nan), ShapeError, "the largest norm is nan"),
         ]
-        for name, (array, *expected) in wrong.items():
+        for name, array, *expected in wrong:
             refused.append((lambda n=name, a=array: norm.run(home, Buffers(**{**arrays, n: a})), *expected))
         for call, error, message in refused:
             with raises(error, message):

@@ -58,7 +58,9 @@ def test_what_is_known_is_kept_when_training_dies(sample, tmp_path):
 
 
 def test_a_session_without_a_step_has_no_speed(sample, tmp_path):
-    RunRecord().started(Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy"))
+    record, trainer = RunRecord(), Trainer(Config(**SETTINGS, steps=5), sample, tmp_path, "numpy")
+    record.started(trainer)
+    record.ended(trainer)
     assert read_sessions(tmp_path)[0].images_per_second == 0
 
 

@@ -57,6 +57,8 @@ class TestParts:
         """And finds faults: it is among those that kill the mutants of test_mutants.py."""
         tally = prove(part, row, get_device("host"), count=16)
         assert not tally.failures, tally.failures
+        others = {"orders": 2 + QUICK.shuffles, "variables": 2, "repeats": QUICK.repeats - 1}.get(part.name)
+        assert others is None or tally.counts[part.counted] == 16 * others
 
     def test_a_gate_that_refuses_nothing_or_wrongly_is_found(self):
         right = valid_call(shipped_kernels()["add_forward"])

@@ -94,6 +94,8 @@ def worst_element(
             error = np.where(np.isnan(error), np.inf, error - bound)
         else:
             wrong = got != expected
+        if not wrong.any():
+            return 0, ()
         at = np.unravel_index(int(np.argmax(np.where(wrong, error, -np.inf))), got.shape)
     return int(np.count_nonzero(wrong)), tuple(int(i) for i in at)
 
