@@ -1,10 +1,14 @@
 """Several listeners to one run: each hears everything, in order, and of the end also after an error."""
 
 import inspect
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from support.training import Recorder, start
 
+from segnet_scratch.display import TrainingDisplay
+from segnet_scratch.run_record import RunRecord, read_sessions
 from segnet_scratch.train import Listener
 
 EVENTS = [name for name, value in vars(Listener).items() if inspect.isfunction(value) and not name.startswith("_")]
@@ -56,3 +60,19 @@ def test_whoever_heard_the_beginning_hears_the_end_also_after_an_error(sample, t
     with pytest.raises(KeyboardInterrupt):
         start(sample, tmp_path, steps=2).run(Display(), Recorder(), Display(begins=interrupted))
     assert log == (["in", "in", "out", "out"] if interrupted else ["in", "out"])
+
+
+def test_a_run_that_fails_leaves_no_bar_and_a_record_of_its_last_step(sample, tmp_path):
+    display, live = TrainingDisplay(Console(file=StringIO(), force_terminal=True)), []
+
+    class Fails(Listener):
+        def stepped(self, trainer, loss, lr):
+            live.append(display._progress.live.is_started)
+            if trainer.step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(sample, tmp_path, steps=5).run(display, RunRecord(), Fails())
+    assert live == [True, True]
+    assert not display._progress.live.is_started
+    assert read_sessions(tmp_path)[0].last_step == 2
