@@ -53,6 +53,8 @@ def test_an_annotation_of_voc_is_read(read):
 
 def test_an_image_without_objects_is_fine(read):
     assert read(b"<annotation><size><width>1</width><height>2</height></size></annotation>").objects == ()
+    in_a_namespace = b'<annotation xmlns="urn:x"><size><width>1</width><height>2</height></size></annotation>'
+    assert read(in_a_namespace).size == (2, 1)
 
 
 LAUGHS = b'<!DOCTYPE a [<!ENTITY a0 "ha">' + b"".join(

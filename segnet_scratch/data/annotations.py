@@ -78,11 +78,11 @@ class _Builder(TreeBuilder):
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise FoundError("annotation-too-large", self._path, f"elements nested deeper than {_MAX_DEPTH}.")
-        return super().start(tag, attributes)
+        return super().start(tag.rpartition("}")[2], attributes)  # whatever namespace it is of
 
     def end(self, tag: str, /) -> Element:
         self._depth -= 1
-        return super().end(tag)
+        return super().end(tag.rpartition("}")[2])
 
     def doctype(self, *_: object) -> NoReturn:
         """Told of a declaration before anything in it is read."""
