@@ -17,7 +17,7 @@ LOADS = {
     "sgd_step": ("float32", 12),
     "sgd_pack_step": ("bfloat16", 12),
     "keep_finite": ("float32", 8),
-    "conv2d_backward_weight_merge": ("float32", 5),
+    "conv2d_backward_weight_merge": ("float32", 4),
     "gradient_norm_partial": ("float32", 7),
     "norm_merge_statistics": ("bfloat16", 24),
     "norm_merge_gradients": ("bfloat16", 24),
