@@ -137,8 +137,13 @@ def tiles_on(device: Device) -> TileTable | None:
 class _InPlanes(Op):
     """A convolution whose factors are bfloat16, or are split into planes of it: more exact than tf32 would be."""
 
-    multiplied: str  # the rung
+    multiplied: str  # the rung; a plan of float64, which is for the reference alone, has none of its own
     geometry: Geometry
+
+    def multiply_as(self, rung: str) -> None:
+        """In planes of this rung; ShapeError for a convolution that these kernels do not take."""
+        self.multiplied, reason = rung, misfit(self.geometry)
+        expect(reason is None, f"{self.name}: {reason}; use the kernels of mma.sync, rung {rung!r}")
 
     @property
     def types(self) -> ElementTypes:
@@ -148,7 +153,7 @@ class _InPlanes(Op):
         return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
     def _workspace(self, *names: str) -> dict[str, Spec]:
-        """The planes of inputs; a plan of float64 is for the reference and has none."""
+        """The planes of inputs; those of float64 have none."""
         planes, split = PLANES[self.multiplied], [name for name in names if self.inputs[name].dtype == np.float32]
         return {f"{name}_planes": SplitPlanes.plan(self.inputs[name], planes).outputs["y"] for name in split}
 
@@ -177,9 +182,8 @@ class _Tiled(_InPlanes, FusedConv):
 
     def take(self, again: Callable[..., Self], tile: Tile | None) -> None:
         """Computes in this tile, or in the one of its shape; `again` plans the op in another one."""
-        g, self.again, self.multiplied = self.product, again, self.rung
-        reason = misfit(self.geometry)
-        expect(reason is None, f"{self.name}: {reason}; use the rung 'bf16'")
+        g, self.again = self.product, again
+        self.multiply_as(self.rung)
         self.tile_of_shape = tile_for(g.n, g.oh, g.ow, g.o, self.by_windows)
         self.tile = tile or self.tile_of_shape
         what = f"{self.name}: the tile {self.tile.name} does not fit {g.o} columns"
@@ -318,10 +322,8 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
     def __init__(self, x: Spec, weight: Spec, rung: str = "bf16") -> None:
         # A plan of float64 is for the reference alone.
         super().__init__(x, weight, 1, 1, rung if x.dtype == ELEMENTS_OF_RUNG[rung] else None)
-        self.multiplied, g = rung, self.geometry
-        reason = misfit(g)
-        expect(reason is None, f"{self.name}: {reason}; use the rung 'bf16'")
-        self.parts = parts_of(g)
+        self.multiply_as(rung)
+        self.parts = parts_of(self.geometry)
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
