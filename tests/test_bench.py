@@ -115,7 +115,7 @@ class TestCases:
 
     def test_pytorch_at_its_best(self):
         names = peers_of(ONE_IMAGE, thorough=True)
-        assert len(names) == 2 * 2 * 4
+        assert len(names) == 2 * 2 * 5
         assert set(peers_of(ONE_IMAGE, thorough=False)) < set(names)
         assert "PyTorch, channels_last, graph, folded" in peers_of(ONE_IMAGE, thorough=False)
 

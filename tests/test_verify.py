@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from segnet_scratch.errors import CompileError, ConfigError, DeviceError
 from segnet_scratch.lab.proof import processes, table, verify
 from segnet_scratch.lab.proof.differentiable import NETWORKS
 from segnet_scratch.lab.proof.launches import rows_on
-from segnet_scratch.lab.proof.misuse import MISUSES, valid_call
+from segnet_scratch.lab.proof.misuse import MISUSES, DryDevice, valid_call
 from segnet_scratch.lab.proof.parts import same_bits
 from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.lab.proof.parts.gate import refusal_problems
@@ -71,7 +70,9 @@ class TestParts:
 
     def test_a_gpu_is_asked_for_what_it_can_only(self):
         def names(architecture):
-            return {row.name for row in rows_on(SimpleNamespace(architecture=architecture), ROWS)}
+            device = DryDevice()
+            device.architecture = architecture
+            return {row.name for row in rows_on(device, ROWS)}
 
         everything = {row.name for row in ROWS}
         of_hopper = {name for name in everything if "hopper" in name}

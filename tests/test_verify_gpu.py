@@ -16,7 +16,7 @@ from support.fake_cupy import FakeCupy
 from support.kernels import needs_compiler
 
 from segnet_scratch.lab.proof import processes, verify
-from segnet_scratch.lab.proof.parts import compute_sanitizer, learning
+from segnet_scratch.lab.proof.parts import PARTS, compute_sanitizer, learning
 from segnet_scratch.lab.proof.parts.learning import Learning
 from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
@@ -176,6 +176,13 @@ class TestOnAGpu:
         assert len(kept) == len(report.lines) + 1  # after each part, and at the end
         assert report.environment["gpu"]
 
+    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+    def test_every_part_for_it_has_work(self, gpu, architecture):
+        gpu.device.architecture = architecture
+        parts = [part for part in PARTS.values() if "cuda" in part.devices]
+        assert len(parts) > 15
+        assert [part.name for part in parts if not any(True for _ in part.works("cuda", QUICK, 0))] == []
+
     def test_what_has_no_time_is_incomplete(self, gpu, monkeypatch):
         report = verify.verify(["cuda"], parts=["reference"], rows=["add_forward"], minutes=0)
         (line,) = report.lines
@@ -213,7 +220,7 @@ class TestOnAGpu:
         assert [line.remark for line in report.lines] == ["it is for cuda, not for host"]
         assert not report.passed
 
-    def test_cheap_cases_come_first_and_random_ones_last(self):
+    def test_cheap_cases_come_first_and_random_ones_last(self, gpu):
         works = list(Reference().works("cuda", QUICK, 0, (row_named("conv2d_forward_tiled"),)))
         turns = sorted(works, key=verify._turn)
         fixed = [work for work in turns if not work.extra]

@@ -2,6 +2,7 @@
 best. Both sides get the same batches, in memory that they share on a GPU."""
 
 import functools
+import gc
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from segnet_scratch.step import TrainingStep
 
 State = Mapping[str, np.ndarray]
 Meter = Callable[[bool], int]  # bytes that are taken; told whether it is asked for the first time
-WAYS = ("eager", "graph", "compile", "max-autotune")
+# Compiled kernels that are launched one by one may wait for Python, on slow cores: hence a graph of them, too.
+WAYS = ("eager", "graph", "compile", "compile graph", "max-autotune")
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -91,11 +93,11 @@ class Peer:
             groups = parameter_groups(model, DECAY)
             self.optimiser = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, fused=True)
         self.forward: Callable[[Tensor], Tensor] = self.model
-        if way in ("compile", "max-autotune"):
-            self.forward = torch.compile(self.model, mode="default" if way == "compile" else way)
+        if way not in ("eager", "graph"):
+            self.forward = torch.compile(self.model, mode=way if way == "max-autotune" else "default")
         set_precision(case.precision)
         self._autocast = torch.autocast(self.device, torch.bfloat16, enabled=case.precision == "bf16")
-        self._run: Callable[[], object] = self._capture() if way == "graph" else self._step
+        self._run: Callable[[], object] = self._capture() if way in ("graph", "compile graph") else self._step
 
     def _forward_backward(self) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
@@ -148,8 +150,8 @@ def _fold(model: nn.Module) -> None:
 
 
 def peers_of(case: Case, thorough: bool) -> dict[str, Callable[[State], Peer]]:
-    """Makers by name. `thorough`: every way in every memory format; else the two of which one was the best so far."""
-    ways = [("channels_last", "graph"), ("channels_last", "compile")]
+    """Makers by name. `thorough`: every way in every memory format; else those of which one was the best so far."""
+    ways = [("channels_last", way) for way in ("graph", "compile", "compile graph")]
     if not case.on_gpu:
         ways = [(memory_format, "eager") for memory_format in FORMATS]
     elif thorough:
@@ -206,6 +208,7 @@ def _of_gpu(begin: bool) -> int:
 
 def _of_torch(begin: bool) -> int:
     if begin:
+        gc.collect()  # what contenders before it have left, and would be freed in its course
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()

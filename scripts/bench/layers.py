@@ -23,6 +23,7 @@ from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, Hop
 from segnet_scratch.ops.op import Op, Spec
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet
+from segnet_scratch.step import Replayed
 
 GIGABYTE = 10**9
 
@@ -62,8 +63,9 @@ def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> It
             ops = _ours(kernels, direction, x, weight)
             if kernels.tiles is not None:
                 ops["mma.sync"] = _ours(Convolutions(rung), direction, x, weight)["ours"]
-            calls: dict[str, Callable[[], object]] = {"cuDNN": _cudnn(direction, case.precision, x.shape, of_weight)}
-            calls |= {name: functools.partial(op.run, device, random_buffers(device, op)) for name, op in ops.items()}
+            calls = {"cuDNN": _torch_graph(_cudnn(direction, case.precision, x.shape, of_weight))}
+            for name, op in ops.items():
+                calls[name] = Replayed(device, functools.partial(op.run, device, random_buffers(device, op)))
             flops = ops["ours"].flops
             times = in_turn(calls, clock, seconds / (3 * len(shapes)))
             shape = f"{of_weight[3]} -> {of_weight[0]}, {full[1]}x{full[2]}"
@@ -82,6 +84,16 @@ def _ours(kernels: Convolutions, direction: str, x: Spec, weight: Spec) -> dict[
         op = kernels.forward(x, weight, statistics=True)
     others = op.alternatives() if isinstance(op, HopperForward | HopperBackwardData) else {}
     return {"ours": op, **others}
+
+
+def _torch_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """Replays a call, as ours are replayed: launched one by one, short kernels would wait for Python."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()  # cuDNN looks for its fastest algorithm
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
 
 
 def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int, ...]) -> Callable[[], object]:

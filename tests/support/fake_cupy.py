@@ -330,6 +330,7 @@ class FakeCupy(types.ModuleType):
         monkeypatch.setattr(nvrtc, "cached_cubin", cached_cubin)
         monkeypatch.setattr(tensor_map, "_driver", FakeDriver)
         monkeypatch.setitem(sys.modules, "cupy", self)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", self.cuda)
         return self
 
     def _count_gpus(self) -> int:

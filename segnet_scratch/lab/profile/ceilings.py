@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from segnet_scratch.lab.profile.stopwatch import Lap, Stopwatch
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import ElementTypes, launch
@@ -88,23 +89,16 @@ def _launch(device: Device, source: Path, threads: int, rounds: int, types: str)
 
 
 def seconds_of(
-    device: Device, works: Sequence[Callable[[], object]], warm: int = 1, before: Callable[[], object] = lambda: None
+    watch: Stopwatch, works: Sequence[Callable[[], object]], warm: int = 1, passes: int = PASSES
 ) -> list[float]:
-    """The median time of each piece of work, all in turn PASSES times, after `warm` turns that do not count.
-
-    `before` is called before each, outside of its time.
-    """
-    timer = device.timer()
-    marks: list[list[tuple[Any, Any]]] = [[] for _ in works]
-    for _ in range(warm + PASSES):
-        for work, pairs in zip(works, marks, strict=True):
-            before()
-            begin = timer.mark()
-            work()
-            pairs.append((begin, timer.mark()))
-    return [median(timer.seconds(*pair) for pair in pairs[warm:]) for pairs in marks]
+    """The median time of each piece of work, all in turn `passes` times, after `warm` turns that do not count."""
+    laps: list[list[Lap]] = [[] for _ in works]
+    for _ in range(warm + passes):
+        for work, own in zip(works, laps, strict=True):
+            own.append(watch.lap(work))
+    return [median(watch.seconds(own[warm:])) for own in laps]
 
 
 def _seconds(device: Device, work: Callable[[], object]) -> float:
-    (seconds,) = seconds_of(device, [work])
+    (seconds,) = seconds_of(Stopwatch(device.timer()), [work])
     return seconds

@@ -20,6 +20,7 @@ from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings
 from segnet_scratch.lab.profile.kernels import kernel_figures
 from segnet_scratch.lab.profile.record import Profile, Recorder
+from segnet_scratch.lab.profile.stopwatch import Stopwatch
 from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.runtime.devices import Array, Device, NumpyDevice
 from segnet_scratch.runtime.launch import Launch
@@ -157,14 +158,13 @@ class How:
             return Recorder()
         # Ranges are shown by Nsight Systems.
         nvtx = partial(require("nvtx", "profile", "--nvtx").annotate, domain="segnet") if self.nvtx else nullcontext
-        return Recorder(device.timer(), cache_flush(device), nvtx)
+        return Recorder(stopwatch(device), nvtx)
 
 
-def cache_flush(device: Device) -> Callable[[], object]:
-    """What empties a GPU's caches; on other devices nothing."""
-    if device.gpu is None:
-        return lambda: None
-    return partial(device.write, device.empty((CACHE_BYTES,), np.uint8), 0)
+def stopwatch(device: Device) -> Stopwatch:
+    """For single ops: on a GPU each finds caches that hold nothing of use."""
+    flush = partial(device.write, device.empty((CACHE_BYTES,), np.uint8), 0) if device.gpu else None
+    return Stopwatch(device.timer(), flush)
 
 
 def profile_step(work: Workload, device: Device, how: How, timeline: bool = False) -> Profile:
@@ -178,7 +178,7 @@ def profile_step(work: Workload, device: Device, how: How, timeline: bool = Fals
         how.progress(f"pass {done + 1} of {how.passes}")
         step.run(recorder)
     recorder.take_times()
-    last = Recorder(device.timer()) if timeline else Recorder()
+    last = Recorder(Stopwatch(device.timer())) if timeline else Recorder()
     if timeline:
         step.run(last)
     profile = Profile(str(work), device.name, recorder.runs, parameters=step.parameters, spans=last.spans())

@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from segnet_scratch.lab.profile.ceilings import Ceilings
+from segnet_scratch.lab.profile.stopwatch import Lap, Stopwatch
 from segnet_scratch.parallel.communicator import GATHER, SUM, WAIT
-from segnet_scratch.runtime.devices import Timer
 from segnet_scratch.runtime.observe import Launch, Listener, Planned, current_scope
 
 
@@ -26,8 +26,8 @@ class OpRun:
     bytes: int
     launches: list[Launch] = field(default_factory=list)
     barriers: int = 0  # met by all blocks of all launches together; counted by the host device
-    marks: list[tuple[Any, Any]] = field(default_factory=list)  # begin and end in each pass, on the device's clock
-    times: list[float] = field(default_factory=list)  # seconds, of each pass
+    laps: list[Lap] = field(default_factory=list)  # in each pass, on the device's clock
+    times: list[float] = field(default_factory=list)  # seconds, of each pass that counts
 
     @property
     def multiply(self) -> str:
@@ -46,18 +46,14 @@ Span = tuple[OpRun, float, float]  # begin and end in seconds from the begin of 
 class Recorder(Listener):
     """Writes down every op of a step. Further passes over the same step add times to the ops of the first one.
 
-    Without a timer it only counts. `before` is called before each op and takes no part in its time: it may empty a
-    cache. `range_of` makes a range round each op that other profilers show.
+    Without a stopwatch it only counts. `range_of` makes a range round each op that other profilers show.
     """
 
     def __init__(
-        self,
-        timer: Timer | None = None,
-        before: Callable[[], object] = lambda: None,
-        range_of: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        self, watch: Stopwatch | None = None, range_of: Callable[[str], AbstractContextManager[object]] = nullcontext
     ) -> None:
         self.runs: list[OpRun] = []
-        self._timer, self._before, self._range_of = timer, before, range_of
+        self._watch, self._range_of = watch, range_of
         self._phase, self._position, self._first_pass = "", 0, True
 
     def begin_pass(self) -> None:
@@ -74,14 +70,11 @@ class Recorder(Listener):
         record = self.runs[self._position]
         if (record.name, record.layer) != (op.name, current_scope()):
             raise AssertionError(f"{op.name} of {current_scope()} where the first pass had {record.name}")
-        self._before()
         with self._range_of(f"{record.layer} {record.name}"):
-            if self._timer is None:
+            if self._watch is None:
                 run()
             else:
-                begin = self._timer.mark()
-                run()
-                record.marks.append((begin, self._timer.mark()))
+                record.laps.append(self._watch.lap(run))
         self._position += 1
 
     def launch(self, launch: Launch, run: Callable[[], None]) -> None:
@@ -94,16 +87,16 @@ class Recorder(Listener):
             self.runs[self._position].barriers += count
 
     def take_times(self) -> None:
-        """Turns the marks of all passes into times; waits for the device."""
+        """Turns the laps of all passes into times; waits for the device."""
         for run in self.runs:
-            run.times = [self._timer.seconds(*marks) for marks in run.marks] if self._timer else []
+            run.times = self._watch.seconds(run.laps) if self._watch else []
 
     def spans(self) -> list[Span]:
-        """When each op ran in the last pass; nothing without a timer."""
-        if (timer := self._timer) is None:
+        """When each op ran in the last pass; nothing without a stopwatch."""
+        if self._watch is None:
             return []
-        start, ends = self.runs[0].marks[-1][0], [(run, *run.marks[-1]) for run in self.runs]
-        return [(run, timer.seconds(start, begin), timer.seconds(start, end)) for run, begin, end in ends]
+        seconds, start, laps = self._watch.timer.seconds, self.runs[0].laps[-1].begin, [r.laps[-1] for r in self.runs]
+        return [(r, seconds(start, x.begin), seconds(start, x.end)) for r, x in zip(self.runs, laps, strict=True)]
 
 
 class Summary:

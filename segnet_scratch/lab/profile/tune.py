@@ -17,7 +17,8 @@ from segnet_scratch.engine.program import BoundProgram, Program
 from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.ceilings import seconds_of
-from segnet_scratch.lab.profile.measure import cache_flush
+from segnet_scratch.lab.profile.measure import stopwatch
+from segnet_scratch.lab.profile.stopwatch import Stopwatch
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_fused import FusedBackwardData, FusedForward
@@ -88,10 +89,10 @@ def tune(
         raise DeviceError(f"tune: {where}; run it where segnet doctor sees one")
     kernels = Convolutions.on(device, RUNG_OF_PRECISION[precision])
     work = convolutions(network, kernels)
-    flush, table, choices = cache_flush(device), table_of(device), []
+    watch, table, choices = stopwatch(device), table_of(device), []
     for number, (key, (ops, default)) in enumerate(work.items()):
         progress(number, len(work))
-        choices.append(Choice(key, _measure(device, table, key, ops, flush), default))
+        choices.append(Choice(key, _measure(device, watch, table, key, ops), default))
     table.choices |= {choice.key: choice.fastest for choice in choices}
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
     planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
@@ -101,9 +102,7 @@ def tune(
     return choices, path
 
 
-def _measure(
-    device: Device, table: TileTable, key: str, ops: Mapping[str, Op], flush: Callable[[], object]
-) -> dict[str, float]:
+def _measure(device: Device, watch: Stopwatch, table: TileTable, key: str, ops: Mapping[str, Op]) -> dict[str, float]:
     """Median seconds with each tile, in turn, with a cache that holds nothing of use."""
     buffers = {op: random_buffers(device, op) for op in set(ops.values())}
 
@@ -113,7 +112,7 @@ def _measure(
 
     before = dict(table.choices)
     try:
-        return dict(zip(ops, seconds_of(device, [partial(run, name) for name in ops], before=flush), strict=True))
+        return dict(zip(ops, seconds_of(watch, [partial(run, name) for name in ops]), strict=True))
     finally:
         table.choices.clear()
         table.choices |= before
@@ -123,7 +122,7 @@ def _seconds_of(device: Device, program: Program) -> float:
     """The median of a program on random arrays, replayed as a graph."""
     bound = BoundProgram(program, device, _random(device, program.given))
     # The first loads the kernels, the second records.
-    (seconds,) = seconds_of(device, [Replayed(device, bound.run)], warm=2)
+    (seconds,) = seconds_of(Stopwatch(device.timer()), [Replayed(device, bound.run)], warm=2)
     return seconds
 
 

@@ -18,6 +18,8 @@ from segnet_scratch.lab.workbench.races import describe_writers, find_race
 from segnet_scratch.lab.workbench.sanitizers import find_memory_errors
 from segnet_scratch.lab.workbench.setup import Setup
 from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
+from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device, HostDevice
 from segnet_scratch.runtime.geometry import runs_alone
@@ -41,11 +43,16 @@ def _buffers(op: Op, inputs: Inputs) -> Buffers:
 
 
 def rows_on(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows whose kernels the device has the instructions for; not every GPU has tensor cores, few have Hopper's."""
+    """The rows whose kernels the device has the instructions for; Hopper's not where SEGNET_HOPPER=0 forbids them."""
     if device.architecture is None:
         return rows
-    found = [row for row in rows if all(device_has(device, name) for name in kernels_of(row, row.cases()[:1]))]
-    return rows if len(found) == len(rows) else tuple(found)
+    hopper = tiles_on(device) is not None
+    return tuple(
+        row
+        for row in rows
+        if all(device_has(device, name) for name in kernels_of(row, row.cases()[:1]))
+        and (hopper or not isinstance(row, HopperRow))
+    )
 
 
 def device_has(device: Device, kernel: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import ConfigError, DeviceError
-from segnet_scratch.lab.proof.launches import device_has, kernels_of, rows_on
+from segnet_scratch.lab.proof.launches import device_has, kernels_of
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import Part, reason_against
 from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, HostBuilds
@@ -24,9 +24,8 @@ from segnet_scratch.lab.proof.processes import do_all
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import QUICK, Effort, Failure, Tally, Work
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
-from segnet_scratch.runtime.devices import Device, cuda_missing, cupy_facts, get_device
+from segnet_scratch.runtime.devices import cuda_missing, cupy_facts, get_device
 from segnet_scratch.runtime.host import compiler_name, find_compiler
 from segnet_scratch.runtime.launch import shipped_kernels
 
@@ -150,7 +149,6 @@ def verify(
     present, missing = _present(devices)
     lines: dict[tuple[str, str], Line] = {}
     works: dict[Work, None] = {}
-    tables = {ANY: table} | {device: _rows_for(get_device(device), table) for device in present}
     # A machine with a GPU is not rented to compile for others.
     anywhere = [ANY] if parts or present != ["cuda"] else []
     with tempfile.TemporaryDirectory(prefix="segnet-verify-") as folder:
@@ -160,7 +158,7 @@ def verify(
                 continue
             reason = f"it is for {' and '.join(part.devices)}, not for {device}" if other else part.unavailable()
             lines[part.name, device] = Line(part, device, Tally(skipped=reason))
-            for work in () if reason else part.works(device, effort, seed, tables[device]):
+            for work in () if reason else part.works(device, effort, seed, table):
                 if work.device == "cuda":
                     limit = RISKY_LIMIT if _is_risky(work) else GPU_LIMIT
                     work = replace(work, limit=limit, folder=folder if part.ahead else "")
@@ -198,12 +196,6 @@ def verify(
         _expect_every_kernel(lines)
     keep(report())
     return report()
-
-
-def _rows_for(device: Device, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows that the device has the instructions for, without Hopper's where they are forbidden."""
-    forbidden = device.architecture is not None and tiles_on(device) is None
-    return tuple(row for row in rows_on(device, rows) if not (forbidden and isinstance(row, HopperRow)))
 
 
 def _is_risky(work: Work) -> bool:

@@ -24,8 +24,12 @@ def nccl_library() -> Any:
     wheel = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nccl")
     for library in (Path(place) / "lib/libnccl.so.2" for place in (wheel and wheel.submodule_search_locations) or ()):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # the wheel's, which the linker would not find
-    nccl = import_cupy().cuda.nccl
-    if not nccl.available:
+    import_cupy()
+    try:
+        from cupy.cuda import nccl  # from CuPy 14.2 on a module that its package does not import
+    except ImportError:
+        nccl = None
+    if not getattr(nccl, "available", False):
         raise MissingLibraryError(
             "several GPUs: CuPy finds no NCCL; pip install 'segnet_scratch[nccl13]' for a driver of CUDA 13, [nccl12] "
             "for CUDA 12"

@@ -11,7 +11,7 @@ import numpy as np
 
 from segnet_scratch.errors import SegnetError
 from segnet_scratch.lab.proof.compare import Defect
-from segnet_scratch.lab.proof.launches import Replay, noting_launches
+from segnet_scratch.lab.proof.launches import Replay, noting_launches, rows_on
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Case, Inputs, Row
@@ -113,7 +113,7 @@ class RowPart(Part):
         return [row.name for row in rows if self.takes(row)]
 
     def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
-        for row in map(row_named, self.targets(rows)):
+        for row in map(row_named, self.targets(rows_on(get_device(device), rows))):
             fixed, at_once = len(row.cases()), CASES_AT_ONCE if device != "cuda" else CASES_AT_ONCE_ON_GPU
             count = fixed + (getattr(effort, self.random) if self.random else 0)
             firsts = sorted({*range(0, fixed, at_once), *range(fixed, count, at_once)})
