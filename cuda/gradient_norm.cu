@@ -6,13 +6,18 @@
 //
 // A table of addresses takes the place of array arguments: addresses[p] is the gradient of parameter p. Gradients are cut
 // into chunks; block b of the first launch adds up elements chunk_start[b] ... of gradient chunk_parameter[b]. In the
-// second launch one thread a parameter adds its chunks in their order, and thread 0 the parameters in theirs: the order
+// second launch one warp a parameter adds its chunks, and then the block its parameters, both as trees: the order
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
 // infinity anywhere makes the norm one.
+//
+// The 118 MB of SegNet, 28 us at the bandwidth of an H200, took 37 us (inside a graph) with four bytes a load, 32 KB under way on a
+// multiprocessor, where there are 64 now; and the sums of its 1800 chunks 13 us, one thread a parameter. Not measured since.
 #include "common/in_flight.cuh"
 #include "common/reduce.cuh"
+#include "common/warp.cuh"
 
 #define THREADS 256
+#define MERGE_THREADS 1024
 
 // Launch: by its op only, because `addresses` holds pointers
 extern "C" __global__ void __launch_bounds__(THREADS, 4) gradient_norm_partial(
@@ -26,34 +31,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) gradient_norm_partial(
     const storage_t* const g = (const storage_t*)addresses[parameter];
     const int64 begin = chunk_start[blockIdx.x], end = min(begin + chunk_size, sizes[parameter]);
     double sum = 0;
-    for_each_in_flight<8>(
-        begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },
-        [&](int64, storage_t value) { sum += (double)value * (double)value; });
+    auto add = [&](storage_t value) { sum += (double)value * (double)value; };
+    typedef Sixteen<storage_t> Group;
+    constexpr int GROUP = 16 / (int)sizeof(storage_t);
+    if (in_sixteens(g + begin, end - begin))
+        for_each_in_flight<4>(
+            threadIdx.x, (end - begin) / GROUP, blockDim.x,
+            [&](int64 i) { return load_here((const Group*)(g + begin) + i); },
+            [&](int64, const Group& group) {
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i) add(group.of[i]);
+            });
+    else
+        for_each_in_flight<8>(
+            begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },
+            [&](int64, storage_t value) { add(value); });
     sum = block_sum<THREADS>(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// Launch: grid 1, block THREADS
-extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_norm_merge(
+// Launch: grid 1, block MERGE_THREADS
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 1) gradient_norm_merge(
     const double* __restrict__ partials,  // (chunks)
     const int* __restrict__ first_chunk,  // (parameters + 1)
     double* __restrict__ squares,         // (parameters)
     double* __restrict__ norm,            // (1)
     double* __restrict__ scale,           // (1), in and out
     int parameters, int chunks, double largest) {
-    for (int parameter = threadIdx.x; parameter < parameters; parameter += blockDim.x) {
+    double total = 0;  // of the parameters of this warp, in its first lane
+    for (int parameter = warp_index(); parameter < parameters; parameter += MERGE_THREADS / WARP) {
         double sum = 0;
-        for_each_in_flight<16>(
-            first_chunk[parameter], first_chunk[parameter + 1], 1,
+        for_each_in_flight<4>(
+            first_chunk[parameter] + warp_lane(), first_chunk[parameter + 1], WARP,
             [&](int64 chunk) { return load_here(partials + chunk); }, [&](int64, double partial) { sum += partial; });
+        for (int half = WARP / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, half);
+        if (warp_lane() > 0) continue;
         squares[parameter] = sum;
+        total += sum;
     }
-    __syncthreads();
+    total = block_sum<MERGE_THREADS>(total);
     if (threadIdx.x != 0) return;
-    double total = 0;
-    for_each_in_flight<16>(
-        0, parameters, 1, [&](int64 parameter) { return load_here(squares + parameter); },
-        [&](int64, double square) { total += square; });
     const double length = sqrt(total);
     norm[0] = length;
     if (scale[0] != scale[0]) return;  // an earlier step has failed

@@ -95,11 +95,12 @@ class TestPlan:
 
 
 @needs_compiler
-@pytest.mark.parametrize("chunks", [1, 31, 32, 45])
-def test_partial_results_are_added_in_their_order(chunks):
+@pytest.mark.parametrize("outputs", [5, 8])  # results in groups of 16 bytes, or not
+@pytest.mark.parametrize("chunks", [1, 3, 31, 32, 45])
+def test_partial_results_are_added_in_their_order(chunks, outputs):
     """Many chunks by lanes, every 8th each, whose sums are added in their order: float32 to the bit."""
     rng = np.random.default_rng(chunks)
-    x, weight = spec((1, 1, 64, 3), F32), spec((5, 3, 3, 3), F32)
+    x, weight = spec((1, 1, 64, 3), F32), spec((outputs, 3, 3, 3), F32)
     partials, dweight = rng.standard_normal((chunks, *weight.shape)).astype(F32), np.empty(weight.shape, F32)
     arrays = Buffers(partials=partials, dweight=dweight)
     Conv2dBackwardWeight.plan(x, weight, 1, 1, "tf32").launch_merge(get_device("host"), arrays)

@@ -109,10 +109,11 @@ def test_launches_and_barriers_are_seen(workers):
         op(device, dy=np.ones((1, 256, 128, 35), np.float32))
     partial, merge = notes.launches
     assert (partial.kernel.name, partial.block, partial.types) == ("conv2d_backward_bias_partial", (32, 8, 1), FLOAT32)
-    assert (merge.kernel.name, merge.grid) == ("conv2d_backward_bias_merge", (1, 1, 1))
+    assert (merge.kernel.name, merge.grid) == ("conv2d_backward_bias_merge", (5, 1, 1))
     blocks = int(np.prod(partial.grid))
     assert blocks == 2 * 512  # groups of 32 channels, chunks of 64 pixels
-    assert notes.barrier_counts == [blocks, 0]  # one __syncthreads in the first kernel, none in the second
+    # A barrier in the first kernel; in each block of the second the store of the lanes and six steps of a tree.
+    assert notes.barrier_counts == [blocks, 5 * 7]
 
 
 # Counts

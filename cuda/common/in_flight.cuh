@@ -40,6 +40,18 @@ __device__ inline T load_here(const T* from) {
 #endif
 }
 
+// 16 bytes of float or double, in which a thread moves numbers that are whole groups of them and begin at a multiple of 16.
+template <class T>
+union __align__(16) Sixteen {
+    unsigned words[4];
+    T of[16 / sizeof(T)];
+};
+
+template <class T>
+__device__ inline bool in_sixteens(const T* array, int64 count) {
+    return count % (16 / sizeof(T)) == 0 && (uint64)array % 16 == 0;
+}
+
 template <int LOADS, class Load, class Use>
 __device__ __forceinline__ void for_each_in_flight(int64 first, int64 end, int64 step, Load load, Use use) {
     for (int64 i = first; i < end; i += LOADS * step) {

@@ -210,6 +210,7 @@ COLUMN_MAPS: dict[str, tuple[int, ...]] = {
     "one chunk": (1, 8, 8, 4),
     "a second chunk of one row": (1, 5, 13, 3),
     "primes": (3, 13, 11, 17),
+    "three pieces across, more rows than lanes": (2, 13, 9, 24),
     "one pixel an image": (9, 1, 1, 64),
     "more channels than threads in the merge": (1, 2, 3, 257),
     "rows that need longer chunks than 64": (1, 1, 32769, 1),

@@ -188,7 +188,7 @@ class Conv2dBackwardWeight(_ConvOp):
         """dweight = the sum of partials (chunks, *dweight.shape)."""
         sizes: dict[str, Any] = {"chunks": b.partials.shape[0], "count": b.dweight.size}
         lanes = 8 if sizes["chunks"] >= 32 else 1  # from the shape alone: they decide the order of the sum
-        grid, block = element_grid(sizes["count"] * lanes), (ELEMENT_THREADS // lanes, lanes)
+        grid, block = element_grid(sizes["count"] * lanes, 4), (ELEMENT_THREADS // lanes, lanes)
         types = ElementTypes.of(self.inputs["x"].dtype)
         self.kernel(device, "conv2d_backward_weight_merge", b, grid, block, types=types, **sizes)
 
@@ -204,7 +204,8 @@ class Conv2dBackwardBias(ColumnsOp):
     """dbias = sum of dy over pixels. dy (n, oh, ow, o); of bfloat16 the sum is float32."""
 
     name = "conv2d_backward_bias"
-    stages: ClassVar = {"conv2d_backward_bias_partial": "rows", "conv2d_backward_bias_merge": "channels"}
+    stages: ClassVar = {"conv2d_backward_bias_partial": "rows"}
+    MERGE_BLOCK = (8, 64)  # channels, lanes of chunks
 
     def __init__(self, dy: Spec) -> None:
         super().__init__("dy", dy, bfloat16=True)
@@ -213,6 +214,11 @@ class Conv2dBackwardBias(ColumnsOp):
         self.outputs = {"dbias": Spec((self.channels,), accumulated)}
         self.workspace = {"partials": Spec((self.chunks, self.channels), accumulated)}
         self.flops = dy.size
+
+    def launch(self, device: Device, b: Buffers) -> None:
+        super().launch(device, b)
+        grid = -(-self.channels // self.MERGE_BLOCK[0])
+        self.kernel(device, "conv2d_backward_bias_merge", b, grid, self.MERGE_BLOCK)
 
     def reference(self, b: Buffers) -> None:
         b.dbias[...] = b.dy.sum((0, 1, 2))

@@ -23,6 +23,7 @@ class GradientNorm(ArraysOp):
     name = "gradient_norm"
     kinds = ("gradient",)
     updates = ("scale",)
+    MERGE_THREADS = 1024
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], largest: float, dtype: DTypeLike = np.float32) -> None:
         super().__init__(shapes, dtype)
@@ -38,7 +39,7 @@ class GradientNorm(ArraysOp):
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.kernel(device, "gradient_norm_partial", b, self.chunks)
-        self.kernel(device, "gradient_norm_merge", b, 1)
+        self.kernel(device, "gradient_norm_merge", b, 1, self.MERGE_THREADS)
 
     def reference(self, b: Buffers) -> None:
         b.squares[...] = [(g.astype(np.float64) ** 2).sum() for g in self.of(b, "gradient")]
