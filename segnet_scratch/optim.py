@@ -10,6 +10,7 @@ import numpy as np
 from segnet_scratch.config import Config
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import CheckpointError, ConfigError, TrainingError
+from segnet_scratch.ops.convolution.split_planes import PLANES
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.ops.optimiser.array_table import columns
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
@@ -72,7 +73,8 @@ class SGD:
             copies, flipped = ([of.get(name) for name in self.parameters] for of in (working.copies, working.flipped))
             self._moved |= columns(copy=copies, flipped=flipped)
             of_copies, of_flipped = ([getattr(a, "shape", None) for a in arrays] for arrays in (copies, flipped))
-            plan = partial(SgdPackStep, shapes, rates, decays, momentum, of_copies, of_flipped, working.storage)
+            as_kept = of_copies, of_flipped, working.storage, PLANES[working.rung]
+            plan = partial(SgdPackStep, shapes, rates, decays, momentum, *as_kept)
             self._step, self._copy = plan(), plan(update=False)
         buffers = [buffer.data for buffer in model.named_buffers().values()]
         self._statistics = columns(array=buffers, kept=[device.copy(array) for array in buffers])

@@ -61,10 +61,10 @@ def test_float32_goes_through_planes(rung, planes):
     x, weight = spec((1, 8, 16, 128)), spec((64, 3, 3, 128))
     op = Convolutions(rung, TileTable({})).forward(x, weight)
     assert type(op) is hopper.HopperForward
-    assert op.workspace["x_planes"] == spec((1, 8, 16, planes * 128), BFLOAT16)
-    assert op.workspace["weight_planes"] == spec((64, 3, 3, planes * 128), BFLOAT16)
-    moved = sum(s.nbytes for s in (x, weight, op.outputs["y"]))
-    assert op.bytes == moved + 4 * planes * (x.size + weight.size)
+    assert op.inputs["x"] == spec((1, 8, 16, planes * 128), BFLOAT16)
+    assert op.inputs["weight"] == spec((64, 3, 3, planes * 128), BFLOAT16)
+    assert op.outputs["y"] == spec((1, 8, 16, 64))
+    assert op.bytes == 2 * planes * (x.size + weight.size) + op.outputs["y"].nbytes
     assert rung in op.key
 
 

@@ -9,7 +9,7 @@ from segnet_scratch import no_grad
 from segnet_scratch.config import Config, load_config
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.inference import FoldedWeights, FusedInference
+from segnet_scratch.engine.inference import FoldedWeights, FusedInference, InferenceProgram
 from segnet_scratch.engine.ledger import accounts
 from segnet_scratch.engine.network import Network
 from segnet_scratch.engine.training import Objective, TrainingProgram
@@ -308,6 +308,23 @@ class TestHopper:
         assert all(sorted(ops) == ["backward_data", "backward_weight", "forward"] for ops in of_layer.values())
         assert not whole & weights.flipped.keys()
         assert not whole & WorkingWeights(model, "tf32").flipped.keys()
+
+    @pytest.mark.parametrize("rung", ["tf32", "tf32x3"])
+    def test_nothing_is_split_twice(self, with_hopper, rung):
+        """Weights come in planes, from SGD or folded; a gradient's are those of dgrad and wgrad."""
+        model, size = build("segnet", "host")
+        network = Network.of(model, 2, size)
+        weights, folded = WorkingWeights(model, rung), FoldedWeights(model, rung)
+        programs = (
+            TrainingProgram(network, weights.convolutions, Objective()),
+            InferenceProgram(network, folded.convolutions),
+        )
+        for program, given in zip(programs, (weights.arrays(), folded.arrays), strict=True):
+            split = [step.arrays["x"] for step in program.steps if step.op.name == "split_planes"]
+            assert len(set(split)) == len(split)
+            assert not set(split) & given.keys()
+            assert any(name.endswith(".weight.planes") for name in given)
+        assert "split_planes" in {step.op.name for step in programs[0].steps}
 
     def test_inference(self, monkeypatch):
         model, size = build("segnet", "host")

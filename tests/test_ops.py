@@ -97,7 +97,6 @@ class TestTable:
             op = row.plan(case, row.elements[0])
             assert op.flops >= 0
             twice = [op.inputs[name] for name in op.updates]  # read, and written in their place
-            twice += 2 * [s for name, s in op.workspace.items() if name.endswith("_planes")]  # written, and read
             assert op.bytes == sum(s.nbytes for s in (*op.inputs.values(), *op.outputs.values(), *twice)) > 0
             assert op.outputs or op.updates
 

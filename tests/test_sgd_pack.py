@@ -27,6 +27,7 @@ PARAMETERS = [
 ]
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
 each_storage = pytest.mark.parametrize("storage", [F32, BFLOAT16], ids=str)
+PLANES = {F32: 3, BFLOAT16: 1}  # of a copy, beside flipped ones of this type
 
 
 class Step:
@@ -39,14 +40,17 @@ class Step:
         self.m = [upload(rng.standard_normal(shape).astype(F32)) for shape, _ in parameters]
         self.copies, self.flipped = [], []
         for shape, outputs in parameters:
-            sizes = (None, None) if outputs is None else ((outputs, *shape[1:]), (shape[3], *shape[1:3], outputs))
-            copy, flipped = (None if s is None else upload(np.full(s, UNTOUCHED, storage)) for s in sizes)
+            copy = flipped = None
+            if outputs is not None:
+                _, kh, kw, c = shape
+                copy = upload(np.full((outputs, kh, kw, PLANES[storage] * c), UNTOUCHED, BFLOAT16))
+                flipped = upload(np.full((c, kh, kw, outputs), UNTOUCHED, storage))
             self.copies.append(copy)
             self.flipped.append(flipped)
         self.moved = columns(parameter=self.w, momentum=self.m, copy=self.copies, flipped=self.flipped)
         self.plan = [s for s, _ in parameters], [RATE] * len(parameters), [DECAY] * len(parameters), MOMENTUM
         of_copies = ([getattr(a, "shape", None) for a in arrays] for arrays in (self.copies, self.flipped))
-        self.plan = *self.plan, *of_copies, storage
+        self.plan = *self.plan, *of_copies, storage, PLANES[storage]
         self.op, self.copy = SgdPackStep(*self.plan), SgdPackStep(*self.plan, update=False)
 
     def step(self, gradients, lr, scale):
@@ -66,12 +70,16 @@ class Step:
         for index, (w, copy, flipped) in enumerate(zip(self.w, self.copies, self.flipped, strict=True)):
             if copy is None:
                 continue
-            o, kh, kw, _ = w.shape
-            np.testing.assert_array_equal(copy[:o], w.astype(copy.dtype), err_msg=f"copy {index}")
+            o, kh, kw, c = w.shape
+            left = w
+            for plane in np.split(copy[:o], copy.shape[3] // c, axis=3):
+                np.testing.assert_array_equal(plane, left.astype(BFLOAT16), err_msg=f"copy {index}")
+                left = left - plane.astype(F32)
+            assert copy.shape[3] == c or not left.any(), "three planes are all of a float32"
             for y in range(kh):
                 for x in range(kw):
                     turned = flipped[:, kh - 1 - y, kw - 1 - x]
-                    np.testing.assert_array_equal(turned[:, :o].T, w[:, y, x].astype(copy.dtype), err_msg=f"{index}")
+                    np.testing.assert_array_equal(turned[:, :o].T, w[:, y, x].astype(flipped.dtype), err_msg=f"{index}")
             assert (copy[o:] == UNTOUCHED).all()
             assert (flipped[..., o:] == UNTOUCHED).all()
 
@@ -133,8 +141,8 @@ def test_a_graph_of_steps_stays_whole_after_a_refresh(cupy):
 
 def test_a_parameter_may_have_either_copy():
     s = Step("host", BFLOAT16, [((5, 3, 3, 8), 8)] * 2)
-    *plan, copies, flipped, storage = s.plan
-    s.copy = SgdPackStep(*plan, [copies[0], None], [None, flipped[1]], storage, update=False)
+    *plan, copies, flipped, storage, planes = s.plan
+    s.copy = SgdPackStep(*plan, [copies[0], None], [None, flipped[1]], storage, planes, update=False)
     s.moved = columns(parameter=s.w, copy=[s.copies[0]], flipped=[None, s.flipped[1]])
     s.refresh()
     assert (s.copies[1] == UNTOUCHED).all()
@@ -173,6 +181,7 @@ GOOD = {"copies": [(8, 3, 3, 4)], "flipped": [(4, 3, 3, 8)]}
         ({"copies": []}, ShapeError, "0 of copy for 1 parameters"),
         ({"flipped": [None, None]}, ShapeError, "2 of flipped for 1 parameters"),
         ({"copies": [(4, 3, 3, 4)]}, ShapeError, r"copy 0 has shape \(4, 3, 3, 4\); expected \(5, 3, 3, 4\)"),
+        ({"planes": 2}, ShapeError, r"copy 0 has shape \(8, 3, 3, 4\); expected \(8, 3, 3, 8\)"),
         ({"copies": [(8, 36)]}, ShapeError, r"copy 0 has shape \(8, 36\)"),
         ({"flipped": [(4, 3, 3, 5)]}, ShapeError, r"flipped 0 has shape \(4, 3, 3, 5\); expected \(4, 3, 3, 8\)"),
         ({"flipped": [(8, 3, 3, 4)]}, ShapeError, r"flipped 0 .* for a weight \(5, 3, 3, 4\)"),
@@ -183,26 +192,26 @@ GOOD = {"copies": [(8, 3, 3, 4)], "flipped": [(4, 3, 3, 8)]}
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_what_does_not_fit_is_refused_by_name(change, error, message):
-    options = {"parameter": WEIGHT, "storage": F32, "dtype": F32, **GOOD, **change}
+    options = {"parameter": WEIGHT, "storage": F32, "planes": 1, "dtype": F32, **GOOD, **change}
     plan = [options["parameter"]], [1.0], [0.0], 0.9, options["copies"], options["flipped"]
     with pytest.raises(error, match=message):
-        SgdPackStep(*plan, np.dtype(options["storage"]), dtype=options["dtype"])
+        SgdPackStep(*plan, np.dtype(options["storage"]), options["planes"], dtype=options["dtype"])
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a: a.astype(BFLOAT16), DTypeError, "copy0 has element type bfloat16, expected float32"),
-        (lambda a: np.repeat(a, 2, -1)[..., ::2], ShapeError, "copy0 is a view .* C-contiguous"),
-        (memoryview, DeviceError, "copy0 is a memoryview, no array of the"),
-        (lambda a: a[:7], ShapeError, r"copy0 has shape \(7, 3, 3, 4\), expected \(8, 3, 3, 4\)"),
+        (lambda a: a.astype(BFLOAT16), DTypeError, "flipped0 has element type bfloat16, expected float32"),
+        (lambda a: np.repeat(a, 2, -1)[..., ::2], ShapeError, "flipped0 is a view .* C-contiguous"),
+        (memoryview, DeviceError, "flipped0 is a memoryview, no array of the"),
+        (lambda a: a[:3], ShapeError, r"flipped0 has shape \(3, 3, 3, 8\), expected \(4, 3, 3, 8\)"),
     ],
     ids=["type", "view", "library", "shape"],
 )
 @each_device
 def test_an_array_unlike_the_plan_is_refused_by_name(device, change, error, message):
     s = Step(device, F32, [(WEIGHT, 8)])
-    s.moved["copy0"] = change(s.moved["copy0"])
+    s.moved["flipped0"] = change(s.moved["flipped0"])
     with pytest.raises(error, match=message):
         s.refresh()
     with pytest.raises(error, match=message):

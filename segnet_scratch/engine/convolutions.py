@@ -7,8 +7,9 @@ from segnet_scratch.ops.convolution import conv2d_hopper as hopper
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardWeight
 from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedBackwardData, FusedForward, Size
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.split_planes import PLANES, in_planes
 from segnet_scratch.ops.convolution.tile_table import TileTable
-from segnet_scratch.ops.op import Spec
+from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.runtime.devices import Device
 
 
@@ -54,3 +55,8 @@ class Convolutions:
     def needs_flipped(self, weight: tuple[int, ...]) -> bool:
         """Does dgrad read a flipped copy of a weight (o, k, k, c)?"""
         return self.tiles is None or hopper.misfit_of_weight(weight) is not None
+
+    def copy_of(self, weight: tuple[int, ...]) -> Spec | None:
+        """What is kept of a weight in bfloat16 or planes of it; None where its kernels read the float32 parameter."""
+        planes = 1 if self.rung == "bf16" else 0 if self.needs_flipped(weight) else PLANES[self.rung]
+        return in_planes(spec(weight), planes) if planes else None

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import CLASSIFIER, Network, NetworkProgram, check, padded, storage, vector
+from segnet_scratch.engine.network import CLASSIFIER, PLANES_OF, Network, NetworkProgram, check, padded, storage, vector
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.nn.modules import ConvUnit
-from segnet_scratch.ops.op import Spec
+from segnet_scratch.ops.convolution.split_planes import as_read
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
@@ -36,14 +36,15 @@ class InferenceProgram(NetworkProgram):
                 arrays["pool_codes"] = f"{name}.codes"
             weight = self.spec_of(arrays["weight"])
             op = convolutions.forward(self.spec_of(x), weight, bias=True, relu=block.relu, pool=block.pool)
-            self.add(name, op, x=x, **arrays, y=f"{name}.z")
+            arrays["weight"] = self.as_read(name, arrays["weight"], op.inputs["weight"])
+            self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), **arrays, y=f"{name}.z")
             x = f"{name}.z"
         self._give(CLASSIFIER, network.classifier(convolutions.rung))
         self.classify(x)
 
     def _give(self, name: str, weight: tuple[int, ...]) -> dict[str, str]:
         return {
-            "weight": self.give(f"{name}.weight", Spec(weight, self.type)),
+            "weight": self.give_weight(f"{name}.weight", weight),
             "bias": self.give(f"{name}.bias", vector(weight[0])),
         }
 
@@ -65,7 +66,9 @@ class FoldedWeights:
         given |= {name: unit.folded() for name, unit in model.named_modules(ConvUnit).items()}
         self.arrays: dict[str, Array] = {}
         for name, (weight, bias) in given.items():
-            self.arrays[f"{name}.weight"] = model.device.upload(weight.astype(storage(rung)))
+            self.arrays[f"{name}.weight"] = array = model.device.upload(weight.astype(storage(rung)))
+            if copy := self.convolutions.copy_of(weight.shape):
+                self.arrays[f"{name}.weight{PLANES_OF}"] = as_read(model.device, array, copy)
             self.arrays[f"{name}.bias"] = model.device.upload(bias.astype(np.float32))
 
 

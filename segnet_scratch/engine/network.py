@@ -10,6 +10,7 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores, without_tensor_cores
+from segnet_scratch.ops.convolution.split_planes import SplitPlanes
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.ops.pieces import piece_of
@@ -18,6 +19,7 @@ from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 from segnet_scratch.segnet import Block, SegNet
 
 CLASSIFIER = "classifier"
+PLANES_OF = ".planes"  # ends the name of the planes of an array
 RUNG_OF_PRECISION = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
@@ -39,6 +41,11 @@ class Layer:
     def out(self) -> tuple[int, ...]:
         """What it gives to the next layer."""
         return windows_of(*self.full) if self.block.pool else self.full
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What its convolution reads: the images, or what the layer below gives, unpooled if the block begins so."""
+        return *self.full[:3], self.block.in_channels
 
     @property
     def weight(self) -> tuple[int, int, int, int]:
@@ -101,10 +108,26 @@ class NetworkProgram(Program):
         self.add("images", Cast.plan(self.given["images"]), x="images", y="images.cast")
         return "images.cast"
 
+    def give_weight(self, name: str, shape: tuple[int, ...]) -> str:
+        """Gives a convolution's weight, and its planes where there are kernels that read these."""
+        if (copy := self.convolutions.copy_of(shape)) and self.type != BFLOAT16:
+            self.give(f"{name}{PLANES_OF}", copy)
+        return self.give(name, Spec(shape, self.type))
+
+    def as_read(self, layer: str, array: str, read: Spec) -> str:
+        """The name of an array as an op reads it: as it is, or in planes, which are made once."""
+        whole, planes = self.spec_of(array), f"{array}{PLANES_OF}"
+        if whole == read:
+            return array
+        if planes not in self.given | self.made:
+            self.add(layer, SplitPlanes.plan(whole, read.shape[-1] // whole.shape[-1]), x=array, y=planes)
+        return planes
+
     def classify(self, x: str) -> None:
         """The logits of the last map."""
         weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
         op = self.convolutions.forward(self.spec_of(x), self.spec_of(weight), bias=True)
+        x, weight = (self.as_read(CLASSIFIER, array, op.inputs[name]) for name, array in (("x", x), ("weight", weight)))
         self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
 
 

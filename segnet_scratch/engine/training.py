@@ -77,7 +77,7 @@ class TrainingProgram(NetworkProgram):
 
     def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
         o, k, _, c = shape
-        self.give(name, Spec(shape, self.type))
+        self.give_weight(name, shape)
         below = name != f"{self.layers[0].name}.conv.weight"  # below the first layer there is nothing
         if below and self.convolutions.needs_flipped(shape):
             self.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
@@ -95,11 +95,13 @@ class TrainingProgram(NetworkProgram):
     def _block_forward(self, layer: Layer, x: str) -> None:
         """y, its statistics, and where there is a pool the pooled map."""
         name = layer.name
-        op = self.convolutions.forward(self.spec_of(x), Spec(layer.weight, self.type), statistics=True)
+        op = self.convolutions.forward(self._map(layer.read), Spec(layer.weight, self.type), statistics=True)
+        x, weight = self.as_read(name, x, op.inputs["x"]), f"{name}.conv.weight"
         statistics = {"partials": f"{name}.statistics"}
         if counted := "counts" in op.outputs:
             statistics["counts"] = f"{name}.counts"
-        self.add(name, op, x=x, weight=f"{name}.conv.weight", y=f"{name}.y", **statistics)
+        weight = self.as_read(name, weight, op.inputs["weight"])
+        self.add(name, op, x=x, weight=weight, y=f"{name}.y", **statistics)
         partials = self.spec_of(statistics["partials"])
         self.add(
             name,
@@ -137,6 +139,9 @@ class TrainingProgram(NetworkProgram):
             self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
         return made
 
+    def _map(self, shape: tuple[int, ...]) -> Spec:
+        return Spec(shape, self.type)
+
     def _norm(self, layer: Layer, prefix: str = "") -> dict[str, str]:
         """Of the layer's batch norm; `prefix` comes before what an op calls its parameters."""
         statistics = {what: f"{layer.name}.{what}" for what in ("mean", "inv_std")}
@@ -151,10 +156,12 @@ class TrainingProgram(NetworkProgram):
         given = {name: name for name in loss.optional if name in self.given}
         self.add("loss", loss, logits="logits", labels="labels", **given, loss="loss", dlogits="dlogits")
         self.phase = "backward"
+        wgrad = self.convolutions.backward_weight(self._map(last.full), self.spec_of(weight))
+        dy = self.as_read(CLASSIFIER, "dlogits", wgrad.inputs["dy"])
         with self._aside():
             self.add(CLASSIFIER, Conv2dBackwardBias.plan(logits), dy="dlogits", dbias=f"d{CLASSIFIER}.bias")
-            self._weight_gradient(CLASSIFIER, weight, f"{last.name}.z", "dlogits")
-        self._below_gradient(CLASSIFIER, weight, "dlogits", last)
+            self._weight_gradient(CLASSIFIER, weight, wgrad, f"{last.name}.z", dy)
+        self._below_gradient(CLASSIFIER, weight, logits, dy, last)
         for layer, below in zip(reversed(self.layers), [*reversed(self.layers[:-1]), None], strict=True):
             self._block_backward(layer, below)
 
@@ -167,6 +174,7 @@ class TrainingProgram(NetworkProgram):
         norm = self._norm(layer)
         del norm["bias"]
         y = self.spec_of(f"{name}.y")
+        wgrad = self.convolutions.backward_weight(self._map(layer.read), self.spec_of(weight))
         if layer.block.pool:
             dy, codes = f"d{name}.y", f"{name}.codes"
             op: Op = norm_relu.NormReluPoolBackward.plan(y)
@@ -174,12 +182,13 @@ class TrainingProgram(NetworkProgram):
         else:
             dy = f"d{name}.r"  # in place
             self.add(name, norm_relu.NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
+        dy = self.as_read(name, dy, wgrad.inputs["dy"])
         with self._aside():
             x = self._output(below, ".again") if below else self.first_input
-            self._weight_gradient(name, weight, x, dy)
+            self._weight_gradient(name, weight, wgrad, x, dy)
         if below is None:
             return
-        self._below_gradient(name, weight, dy, below, layer.unpool, layer.codes)
+        self._below_gradient(name, weight, y, dy, below, layer.unpool, layer.codes)
 
     @contextmanager
     def _aside(self) -> Generator[None]:
@@ -188,22 +197,28 @@ class TrainingProgram(NetworkProgram):
         yield
         self.aside = False
 
-    def _weight_gradient(self, name: str, weight: str, x: str, dy: str) -> None:
-        of_weight = self.spec_of(weight)
-        self.add(name, self.convolutions.backward_weight(self.spec_of(x), of_weight), x=x, dy=dy, dweight=f"d{weight}")
+    def _weight_gradient(self, name: str, weight: str, op: Op, x: str, dy: str) -> None:
+        self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), dy=dy, dweight=f"d{weight}")
 
     def _below_gradient(
-        self, name: str, weight: str, dy: str, below: Layer, unpool: Size | None = None, codes: str | None = None
+        self,
+        name: str,
+        weight: str,
+        y: Spec,
+        dy: str,
+        below: Layer,
+        unpool: Size | None = None,
+        codes: str | None = None,
     ) -> None:
         of_below = Below(self.spec_of(f"{below.name}.y"), below.block.relu, below.block.pool)
-        op = self.convolutions.backward_data(self.spec_of(dy), self.spec_of(weight), of_below, unpool)
+        op = self.convolutions.backward_data(y, self.spec_of(weight), of_below, unpool)
         arrays = self._norm(below, "bn_") | {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
         if below.block.pool:
             arrays["pool_codes"] = f"{below.name}.codes"
         if codes is not None:
             arrays["unpool_codes"] = codes
         if "weight" in op.inputs:
-            arrays["weight"] = weight
+            arrays["weight"] = self.as_read(name, weight, op.inputs["weight"])
         else:
             arrays["flipped"] = f"{weight}.flipped"
         self.add(name, op, dy=dy, below_y=f"{below.name}.y", **arrays)

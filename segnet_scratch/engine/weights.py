@@ -3,16 +3,17 @@
 import numpy as np
 
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import CLASSIFIER, check, padded, storage
+from segnet_scratch.engine.network import CLASSIFIER, PLANES_OF, check, padded, storage
 from segnet_scratch.runtime.devices import Array
+from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import SegNet
 
 
 class WorkingWeights:
-    """For each convolution its weight in the rung's element type, and flipped where dgrad takes it so.
+    """For each convolution its weight in bfloat16 or planes of it, and flipped where dgrad takes it so.
 
     The classifier's outputs are padded to whole pieces: its parameters move into larger arrays, in which what lies
-    beyond the classes is 0 and stays so. Where that is all a rung needs (float32), the parameter is the working weight.
+    beyond the classes is 0 and stays so. Where kernels take float32 (mma.sync), the parameter is the working weight.
     The optimiser that is given this object writes the copies in the launch that moves the parameters; its `refresh`
     does so after any other change. `gradients` are where the engine leaves those of the parameters, padded as they are.
     """
@@ -33,8 +34,8 @@ class WorkingWeights:
         weights = {name: p.data for name, p in model.named_parameters().items() if len(p.shape) == 4}
         for position, (name, weight) in enumerate(weights.items()):
             o, k, _, c = self._whole.get(name, weight).shape
-            if self.storage != np.float32:
-                self.copies[name] = device.zeros((o, k, k, c), self.storage)
+            if copy := self.convolutions.copy_of((o, k, k, c)):
+                self.copies[name] = device.zeros(copy.shape, copy.dtype)
             if position > 0 and self.convolutions.needs_flipped((o, k, k, c)):  # below the first layer there is nothing
                 self.flipped[name] = device.zeros((c, k, k, o), self.storage)
         self.gradients: dict[str, Array] = {}
@@ -49,4 +50,6 @@ class WorkingWeights:
         arrays = {name: p.data for name, p in self.model.named_parameters().items()}
         flipped = {f"{name}.flipped": array for name, array in self.flipped.items()}
         gradients = {f"d{name}": array for name, array in self.gradients.items()}
-        return arrays | self._whole | self.copies | flipped | gradients
+        of_copies = "" if self.storage == BFLOAT16 else PLANES_OF
+        copies = {f"{name}{of_copies}": array for name, array in self.copies.items()}
+        return arrays | self._whole | copies | flipped | gradients

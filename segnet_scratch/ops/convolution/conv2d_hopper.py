@@ -2,8 +2,8 @@
 
 The ops are those of conv2d_fused.py and conv2d.py with the same inputs, outputs and references, except that pixels
 are summed up for batch norm in other groups, whose sizes are an output (`counts`), and that dgrad reads the weight as
-it is. They multiply bfloat16; maps and weights of float32 (the rungs "tf32" and "tf32x3") are split into planes of it
-first (split_planes.py), the workspace of the ops.
+it is. They multiply bfloat16: of maps and weights of float32 (the rungs "tf32" and "tf32x3"), for which they are
+planned, their inputs are the planes (split_planes.py).
 
 The rule of what they take stands in `misfit`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
 """
@@ -25,9 +25,9 @@ from segnet_scratch.ops.convolution.conv2d_fused import (
     Size,
 )
 from segnet_scratch.ops.convolution.conv2d_geometry import Cut, Geometry
-from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
+from segnet_scratch.ops.convolution.split_planes import PLANES, in_planes, joined
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect, spec_of
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
@@ -135,7 +135,7 @@ def tiles_on(device: Device) -> TileTable | None:
 
 
 class _InPlanes(Op):
-    """A convolution whose factors are bfloat16, or are split into planes of it: more exact than tf32 would be."""
+    """A convolution whose factors are bfloat16, or planes of it, of float32: more exact than tf32 would be."""
 
     multiplied: str  # the rung; a plan of float64, which is for the reference alone, has none of its own
     geometry: Geometry
@@ -152,24 +152,14 @@ class _InPlanes(Op):
     def _factor(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
-    def _workspace(self, *names: str) -> dict[str, Spec]:
-        """The planes of inputs; those of float64 have none."""
-        planes, split = PLANES[self.multiplied], [name for name in names if self.inputs[name].dtype == np.float32]
-        return {f"{name}_planes": SplitPlanes.plan(self.inputs[name], planes).outputs["y"] for name in split}
+    def read_planes(self, *names: str) -> None:
+        """These inputs are planes, where they are float32; a plan of float64 takes them as they are."""
+        self.split_inputs = [name for name in names if self.inputs[name].dtype == np.float32]
+        self.inputs |= {name: in_planes(self.inputs[name], PLANES[self.multiplied]) for name in self.split_inputs}
 
-    def _factors(self, device: Device, b: Buffers, *names: str) -> list[Array]:
-        """Inputs as the kernels multiply them."""
-        if self.multiplied == "bf16":
-            return [getattr(b, name) for name in names]
-        for name in names:
-            x, y = getattr(b, name), getattr(b, f"{name}_planes")
-            SplitPlanes.plan(spec_of(x), PLANES[self.multiplied]).launch(device, Buffers(x=x, y=y))
-        return [getattr(b, f"{name}_planes") for name in names]
-
-    @property
-    def bytes(self) -> int:
-        """Planes are written, and read once at least."""
-        return super().bytes + 2 * sum(s.nbytes for name, s in self.workspace.items() if name.endswith("_planes"))
+    def numpy(self, b: Buffers) -> None:
+        planes = PLANES[self.multiplied]
+        super().numpy(Buffers(**vars(b) | {name: joined(getattr(b, name), planes) for name in self.split_inputs}))
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -200,11 +190,10 @@ class _Tiled(_InPlanes, FusedConv):
 
     def launch_tiles(self, device: Device, b: Buffers, name: str, weight_box: tuple[int, ...]) -> None:
         """The kernel for this tile, of the map of this name, on as many blocks as the GPU holds at once."""
-        map_, weight = self._factors(device, b, name, "weight")
-        taps = TensorMap(weight.reshape(weight.shape[0], 9, weight.shape[3]), weight_box)
+        taps = TensorMap(b.weight.reshape(b.weight.shape[0], 9, b.weight.shape[3]), weight_box)
         tiles = self.row_tiles * -(-self.product.o // self.tile.columns)
         grid, kernel = min(tiles, device.multiprocessors if device.gpu else 2), f"{self.name}_{self.tile.name}"
-        given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(map_)}
+        given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(getattr(b, name))}
         self.kernel(device, kernel, b, grid, THREADS, shared=self.tile.shared, **given)
 
     def alternatives(self) -> dict[str, Self]:
@@ -264,7 +253,8 @@ class HopperForward(_Tiled, FusedForward):
     def __init__(self, x: Spec, weight: Spec, rung: str = "bf16", tile: Tile | None = None, **options: bool) -> None:
         super().__init__(x, weight, rung, **options)
         self.take(partial(self.plan, x, weight, rung, **options), tile)
-        self.split, self.workspace = None, self._workspace("x", "weight")
+        self.split, self.workspace = None, {}
+        self.read_planes("x", "weight")
         if self.statistics:
             self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
             self.outputs["counts"] = Spec((self.groups,), np.dtype(np.int32))
@@ -296,7 +286,7 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         self.take(partial(self.plan, dy, weight, below, rung, unpool), tile)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
-        self.workspace = self._workspace("dy", "weight")
+        self.read_planes("dy", "weight")
         self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -327,13 +317,12 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
-        self.workspace |= self._workspace("x", "dy")
+        self.read_planes("x", "dy")
 
     def launch(self, device: Device, b: Buffers) -> None:
         g, parts = self.geometry, self.parts
-        x, dy = self._factors(device, b, "x", "dy")
         several = "partials" in self.workspace
-        arrays: dict[str, Any] = {"x": TensorMap(x, HALO), "dy": TensorMap(dy, (1, SIDE, SIDE, CHANNELS))}
+        arrays: dict[str, Any] = {"x": TensorMap(b.x, HALO), "dy": TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS))}
         arrays["partials"] = b.partials if several else b.dweight
         grid = g.c // CHANNELS * -(-g.o // CHANNELS), parts.count
         arrays |= self._sizes | {"parts": parts.count, "blocks_of_part": parts.each}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError
-from segnet_scratch.ops.cases import Bounds, Case, Hostile, MapRow, Refusal, Row, in_whole_pieces, of_magnitudes
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, in_whole_pieces, of_magnitudes
 from segnet_scratch.ops.convolution.conv2d_fused_cases import (
     FusedBackwardDataRow,
     FusedForwardRow,
@@ -26,7 +26,7 @@ from segnet_scratch.ops.convolution.conv2d_hopper import (
     HopperBackwardWeight,
     HopperForward,
 )
-from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes
+from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes, joined, split
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 
@@ -68,11 +68,22 @@ class HopperRow(FusedRow):
         return {"tile": NAMED[case["tile"]]}
 
     def growth(self, terms: int, eps: float) -> float:
-        # Two planes leave 2^-16 of each factor, and the product of two second planes is left out.
-        return super().growth(terms, eps) + (3 * 2.0**-16 if self.rung == "tf32" else 0)
+        # Of two planes the product of the second ones, each at most 2^-8 of its factor, is left out.
+        return super().growth(terms, eps) + (2.0**-16 if self.rung == "tf32" else 0)
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        arrays: Inputs = {}
+        for name, whole in super().inputs(self.reference_plan(case), case, rng, integers).items():
+            of = op.inputs[name]
+            assert whole is not None
+            arrays[name] = whole.astype(of.dtype)
+            if whole.shape != of.shape:
+                arrays[name] = planes = np.empty(of.shape, of.dtype)
+                split(whole.astype(np.float32), planes)
+        return arrays
 
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
-        return array
+        return joined(array, PLANES[self.rung]) if name in ("x", "dy", "weight") else array
 
     def cases(self) -> list[Case]:
         found = []

@@ -3,7 +3,8 @@
 import numpy as np
 
 from segnet_scratch.errors import DTypeError
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, spec_of
+from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.launch import ElementTypes
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -27,15 +28,37 @@ class SplitPlanes(Op):
         expect(1 <= planes <= 3, f"{self.name}: {planes} planes; expected 1 to 3")
         self.planes = planes
         self.inputs = {"x": x}
-        self.outputs = {"y": Spec((*x.shape[:-1], planes * x.shape[-1]), BFLOAT16)}
+        self.outputs = {"y": in_planes(x, planes)}
 
     @property
     def types(self) -> ElementTypes:
         return ElementTypes.of(BFLOAT16)
 
     def reference(self, b: Buffers) -> None:
-        left = b.x.copy()
-        with np.errstate(invalid="ignore"):  # of infinities
-            for plane in np.split(b.y, self.planes, axis=-1):
-                plane[...] = left
-                left = np.where(np.isfinite(plane.astype(np.float32)), left - plane.astype(np.float32), 0)
+        split(b.x, b.y)
+
+
+def in_planes(x: Spec, planes: int) -> Spec:
+    """What the planes of an array (..., c) are."""
+    return Spec((*x.shape[:-1], planes * x.shape[-1]), BFLOAT16)
+
+
+def split(x: np.ndarray, y: np.ndarray) -> None:
+    """Fills y (..., planes c) with the planes of x (..., c)."""
+    left = x.copy()
+    with np.errstate(invalid="ignore"):  # of infinities
+        for plane in np.split(y, y.shape[-1] // x.shape[-1], axis=-1):
+            plane[...] = left
+            left = np.where(np.isfinite(plane.astype(x.dtype)), left - plane.astype(x.dtype), 0)
+
+
+def joined(y: np.ndarray, planes: int) -> np.ndarray:
+    """What the planes of y (..., planes c) add up to: float32 (..., c), which has all 24 bits of three."""
+    return np.sum(np.split(y.astype(np.float32), planes, axis=-1)[::-1], axis=0)
+
+
+def as_read(device: Device, array: Array, read: Spec) -> Array:
+    """An array as an op reads it: as it is, or in planes."""
+    if spec_of(array) == read:
+        return array
+    return SplitPlanes.plan(spec_of(array), read.shape[-1] // array.shape[-1])(device, x=array).y

@@ -82,7 +82,7 @@ def flipped(w: np.ndarray) -> np.ndarray:
 
 
 class SgdPackRow(SgdRow):
-    """A step with copies in float32 or bfloat16. What lies beyond the outputs stays as it was."""
+    """A step with copies in one to three planes. What lies beyond the outputs stays as it was."""
 
     op, elements = SgdPackStep, (np.dtype(np.float32), BFLOAT16)
 
@@ -110,15 +110,18 @@ class SgdPackRow(SgdRow):
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         # A weight with copies, a vector, and a weight with a flipped copy alone.
         o, k, c, padding = case["weight"]
-        shapes, copies = [(o, k, k, c), (o,), (c, k, k, o)], [(o + padding, k, k, c), None, None]
+        planes = 1 + (o + c) % 3
+        shapes, copies = [(o, k, k, c), (o,), (c, k, k, o)], [(o + padding, k, k, planes * c), None, None]
         turned = [(c, k, k, o + padding), None, (o, k, k, c)]
         parameters = np.float64 if dtype == np.float64 else np.float32
-        return SgdPackStep(shapes, *self.options, copies, turned, dtype, dtype=parameters)
+        return SgdPackStep(shapes, *self.options, copies, turned, dtype, planes, dtype=parameters)
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         bounds, copies = super().bound(op, b, eps), {n: np.zeros(s.shape) for n, s in op.inputs.items()}
         w0, w2, o = np.asarray(bounds["parameter0"]), np.asarray(bounds["parameter2"]), len(b.parameter0)
-        copies["copy0"][:o], copies["flipped0"][..., :o] = w0, flipped(w0)
+        # The reference leaves nothing to further planes, and each of them is at most 2^-8 of the one before.
+        rest = [2.0 ** (-8 * k) * w0 / eps for k in range(1, op.planes)]  # type: ignore[attr-defined]
+        copies["copy0"][:o], copies["flipped0"][..., :o] = np.concatenate([w0, *rest], -1), flipped(w0)
         return {**bounds, "copy0": copies["copy0"], "flipped0": copies["flipped0"], "flipped2": flipped(w2)}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError
+from segnet_scratch.ops.convolution.split_planes import split
 from segnet_scratch.ops.op import Buffers, Spec, expect
 from segnet_scratch.ops.optimiser.sgd import SgdStep
 from segnet_scratch.runtime.devices import Device
@@ -20,8 +21,9 @@ Shapes = Sequence[tuple[int, ...] | None]
 class SgdPackStep(SgdStep):
     """SgdStep of float32 parameters; beside each weight (o, k, k, c) it keeps a copy and a flipped one up to date.
 
-    `copies` (padded, k, k, c) and `flipped` (c, k, k, padded) are shapes, None for a parameter that has none. They have
-    the element type `storage`, float32 or bfloat16 (float64 with parameters of float64, for the reference alone).
+    `copies` (padded, k, k, planes c) and `flipped` (c, k, k, padded) are shapes, None for a parameter that has none. A
+    copy is in `planes` of bfloat16 (split_planes.py; one is the weight, rounded), flipped ones have the element type
+    `storage`, float32 or bfloat16 (both float64 with parameters of float64, for the reference alone).
     padded is at least o, and what lies beyond o is left alone. flipped[c, k-1-y, k-1-x, o] is weight[o, y, x, c].
     Without `update` nothing moves, and the copies are written of the parameters as they are.
     """
@@ -38,11 +40,13 @@ class SgdPackStep(SgdStep):
         copies: Shapes,
         flipped: Shapes,
         storage: DTypeLike,
+        planes: int = 1,
         update: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(shapes, rates, decays, momentum, dtype)
-        of_parameters, self.storage, self.update = np.dtype(dtype), np.dtype(storage), update
+        of_parameters, self.storage = np.dtype(dtype), np.dtype(storage)
+        self.planes, self.update = planes, update
         if not of_parameters == self.storage == np.float64:
             if of_parameters != np.float32:
                 raise DTypeError(f"{self.name}: parameters have element type {of_parameters}; expected float32")
@@ -72,17 +76,22 @@ class SgdPackStep(SgdStep):
         """Outputs of the copies of a parameter, checked, and theirs among the inputs; 0 where it has none."""
         shape, copy, flipped = shapes
         given = copy or (flipped and flipped[::-1])
+        of_copies = np.dtype(np.float64) if self.storage == np.float64 else BFLOAT16
         if not shape or not given:
             return 0
         what = f"{self.name}: parameter {index} has shape {shape}"
         expect(len(shape) == 4, f"{what}; only a weight (o, k, k, c) has copies")
         o, *kernel, c = shape
         padded = max(o, given[0])
-        for kind, found, expected in (("copy", copy, (padded, *kernel, c)), ("flipped", flipped, (c, *kernel, padded))):
+        kinds = {
+            "copy": (copy, Spec((padded, *kernel, self.planes * c), of_copies)),
+            "flipped": (flipped, Spec((c, *kernel, padded), self.storage)),
+        }
+        for kind, (found, expected) in kinds.items():
             if found is not None:
                 what = f"{self.name}: {kind} {index} has shape {found}"
-                expect(found == expected, f"{what}; expected {expected} for a weight {shape}")
-                self.inputs[f"{kind}{index}"] = Spec(expected, self.storage)
+                expect(found == expected.shape, f"{what}; expected {expected.shape} for a weight {shape}")
+                self.inputs[f"{kind}{index}"] = expected
         return padded
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -101,7 +110,7 @@ class SgdPackStep(SgdStep):
                 return
         for w, copy, flipped in zip(*(self.of(b, kind) for kind in ("parameter", *self.beside)), strict=True):
             if copy is not None:
-                copy[: len(w)] = w
+                split(w, copy[: len(w)])
             if flipped is not None:
                 flipped[..., : len(w)] = w[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 
