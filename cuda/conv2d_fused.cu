@@ -20,6 +20,7 @@
 // The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
+// Where channels are no whole pieces, a block goes from tile to tile (common/gathered_gemm.cuh).
 #include "common/block_below.cuh"
 #include "common/gathered_gemm.cuh"
 
@@ -30,9 +31,9 @@ struct StoredTile {
     static constexpr int STRIDE = Block::COLUMNS + 8;  // 8 rows that a warp writes at once then lie in all banks
     static constexpr int ACROSS = Block::COLUMNS / PIECE, LANES = Block::THREADS_OF_BLOCK / ACROSS;
     storage_t* numbers;  // (ROWS, STRIDE)
-    float* lanes;        // (LANES, COLUMNS): what each thread has summed up
-    float* means;        // (COLUMNS)
-    static_assert(Block::ROWS * STRIDE * sizeof(storage_t) + (LANES + 1) * Block::COLUMNS * sizeof(float) <=
+    float* lanes;        // (2, LANES, COLUMNS): what each thread has summed up
+    int number;          // of the tile
+    static_assert(Block::KEPT + Block::ROWS * STRIDE * sizeof(storage_t) + 2 * LANES * Block::COLUMNS * sizeof(float) <=
                       Block::SHARED, "no room");
 
     __device__ static int column() { return (int)threadIdx.x % ACROSS * PIECE; }
@@ -40,97 +41,114 @@ struct StoredTile {
     __device__ static int channel() { return blockIdx.y * Block::COLUMNS + column(); }
 
     // Every thread brings its part of the tile. `bias` may be null.
-    __device__ StoredTile(const typename Block::Tile& tile, const accumulate_t* bias, int o) {
+    __device__ StoredTile(
+        typename Block::Tile& tile, const accumulate_t* bias, bool with_relu, int o, int number)
+        : number(number) {
         typedef typename Block::Tile Tile;
         // Not in arrays of their own: with them, a block would take more than the 99 KiB that some GPUs have for one.
-        SHARED_DYNAMIC(storage_t, memory);
-        numbers = memory;
+        SHARED_DYNAMIC(char, memory);
+        numbers = (storage_t*)(memory + Block::KEPT);
         lanes = (float*)(numbers + Block::ROWS * STRIDE);
-        means = lanes + LANES * Block::COLUMNS;
+        if (bias || with_relu) {
+#pragma unroll
+            for (int i = 0; i < 2 * Tile::N; ++i) {
+                const int n = i / 2, output = blockIdx.y * Block::COLUMNS + Block::column0() + Tile::column(n, i % 2);
+                const float shift = bias && output < o ? bias[output] : 0;
+#pragma unroll
+                for (int row = 0; row < 2 * Tile::M; ++row) {
+                    float& sum = tile.sums[row / 2][n][row % 2 * 2 + i % 2];
+                    sum += shift;
+                    if (with_relu && sum <= 0) sum = 0;  // a NaN stays one
+                }
+            }
+        }
         __syncthreads();  // the last stage has been read
 #pragma unroll
-        for (int n = 0; n < Tile::N; ++n) {
-            const int in_tile = Block::column0() + Tile::column(n, 0), output = blockIdx.y * Block::COLUMNS + in_tile;
-            const float shifts[2] = {bias && output < o ? bias[output] : 0, bias && output < o ? bias[output + 1] : 0};
-#pragma unroll
-            for (int i = 0; i < 2 * Tile::M; ++i) {
-                const float* const sums = tile.sums[i / 2][n] + i % 2 * 2;
-                storage_t* const to = numbers + (Block::row0() + Tile::row(i / 2, i % 2 * 2)) * STRIDE + in_tile;
-                *(Pair*)to = {storage_t(sums[0] + shifts[0]), storage_t(sums[1] + shifts[1])};
-            }
+        for (int i = 0; i < 2 * Tile::M * Tile::N; ++i) {
+            const int m = i / 2 / Tile::N, n = i / 2 % Tile::N, half = i % 2 * 2;
+            const int row = Block::row0() + Tile::row(m, half), column = Block::column0() + Tile::column(n, 0);
+            const float* const sums = tile.sums[m][n] + half;
+            *(Pair*)(numbers + row * STRIDE + column) = {storage_t(sums[0]), storage_t(sums[1])};
         }
         __syncthreads();
     }
     __device__ Piece piece(int row) const { return *(const Piece*)(numbers + row * STRIDE + column()); }
+    __device__ int64 row0() const { return (int64)number * Block::ROWS; }
 };
 
-// The sum over all lanes, in their order, of what each thread has summed for its piece of columns: that of column
-// threadIdx.x of the block, in threads below COLUMNS. Every thread calls this.
+struct __align__(2 * sizeof(accumulate_t)) Sums {
+    accumulate_t first, second;
+};
+
+// The sums over all lanes, in their order, of what each thread has summed for its piece of columns: those of column
+// threadIdx.x of the block, in threads below COLUMNS. Every thread calls this, once a tile.
 template <class Block>
-__device__ float add_lanes(const StoredTile<Block>& tile, const Values& own) {
+__device__ Sums add_lanes(const StoredTile<Block>& tile, const Values& first, const Values& second) {
+    float* const own = tile.lanes + tile.lane() * Block::COLUMNS + tile.column();
+    constexpr int LANES = StoredTile<Block>::LANES, ALL = LANES * Block::COLUMNS;
 #pragma unroll
-    for (int i = 0; i < PIECE; ++i) tile.lanes[tile.lane() * Block::COLUMNS + tile.column() + i] = own.of[i];
+    for (int i = 0; i < PIECE; ++i) own[i] = first.of[i], own[ALL + i] = second.of[i];
     __syncthreads();
-    float total = 0;
+    Sums total = {0, 0};
     if (threadIdx.x < Block::COLUMNS)
-        for (int lane = 0; lane < tile.LANES; ++lane) total += tile.lanes[lane * Block::COLUMNS + threadIdx.x];
-    __syncthreads();  // the next call writes `lanes` again
+#pragma unroll
+        for (int lane = 0; lane < LANES; ++lane) {
+            total.first += tile.lanes[lane * Block::COLUMNS + threadIdx.x];
+            total.second += tile.lanes[ALL + lane * Block::COLUMNS + threadIdx.x];
+        }
     return total;
 }
 
 // partials[tile][0 and 1][channel], for column threadIdx.x of the block.
 template <class Block>
-__device__ void store_partials(accumulate_t* partials, float first, float second, int o) {
+__device__ void store_partials(const StoredTile<Block>& tile, accumulate_t* partials, const Sums& sums, int o) {
     const int channel = blockIdx.y * Block::COLUMNS + threadIdx.x;
     if (threadIdx.x >= Block::COLUMNS || channel >= o) return;
-    partials[(int64)blockIdx.x * 2 * o + channel] = first;
-    partials[((int64)blockIdx.x * 2 + 1) * o + channel] = second;
+    partials[(int64)tile.number * 2 * o + channel] = sums.first;
+    partials[((int64)tile.number * 2 + 1) * o + channel] = sums.second;
 }
 
-// Mean and M2 of each column over the `count` rows of the tile that exist. In two passes: E[x^2] - E[x]^2 would cancel.
+// y[pixel, output] of the rows of the tile; and for `partials` mean and M2 of each column over the `count` rows that exist,
+// from sums of distances from the first row: E[x^2] - E[x]^2 would cancel, but a distance from one of the numbers has a
+// square of at most M2, so that M2 keeps all but a factor of 1 + count roundings.
 template <class Block>
-__device__ void store_statistics(const StoredTile<Block>& tile, accumulate_t* partials, int count, int o) {
-    Values own = {};
-    for (int row = tile.lane(); row < count; row += tile.LANES) {
-        const Values values = values_of(tile.piece(row));
+__device__ void store_map(const StoredTile<Block>& tile, storage_t* y, accumulate_t* partials, int count, int o) {
+    const Piece first = tile.piece(0);
+    const Values pivot = values_of(first);
+    Values distances = {}, squares = {};
+    const int rows = tile.channel() < o ? count : 0;
+    storage_t* to = y + (tile.row0() + tile.lane()) * o + tile.channel();
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) own.of[i] += values.of[i];
-    }
-    const float mean = add_lanes(tile, own) / count;
-    if (threadIdx.x < Block::COLUMNS) tile.means[threadIdx.x] = mean;
-    __syncthreads();
-    own = {};
-    for (int row = tile.lane(); row < count; row += tile.LANES) {
-        const Values values = values_of(tile.piece(row));
+    for (int i = 0; i < Block::ROWS / StoredTile<Block>::LANES; ++i, to += StoredTile<Block>::LANES * o) {
+        const int row = tile.lane() + i * StoredTile<Block>::LANES;
+        const Piece piece = row < count ? tile.piece(row) : first;
+        if (row < rows) store_piece(to, piece);
+        if (!partials) continue;
+        const Values values = values_of(piece);
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) {
-            const float distance = values.of[i] - tile.means[tile.column() + i];
-            own.of[i] += distance * distance;
+        for (int k = 0; k < PIECE; ++k) {
+            const float distance = values.of[k] - pivot.of[k];
+            distances.of[k] += distance;
+            squares.of[k] = fma(distance, distance, squares.of[k]);
         }
     }
-    store_partials<Block>(partials, mean, add_lanes(tile, own), o);
-}
-
-// y[pixel, output] of the rows of the tile.
-template <class Block>
-__device__ void store_map(const StoredTile<Block>& tile, storage_t* y, int count, int o, bool with_relu) {
-    if (tile.channel() >= o) return;
-    for (int row = tile.lane(); row < count; row += tile.LANES) {
-        const Piece piece = tile.piece(row);
-        const int64 element = ((int64)blockIdx.x * Block::ROWS + row) * o + tile.channel();
-        store_piece(y + element, with_relu ? relu(piece) : piece);
-    }
+    if (!partials) return;
+    Sums sums = add_lanes(tile, distances, squares);
+    if (threadIdx.x >= Block::COLUMNS) return;
+    const float offset = sums.first / count;
+    sums = {(float)tile.numbers[threadIdx.x] + offset, fma(-sums.first, offset, sums.second)};
+    store_partials(tile, partials, sums, o);
 }
 
 // The maximum of each window and its position, of rows in the order of windows. Which one wins: max_pool.cu.
 template <class Block>
 __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, uint8* codes, const RowOrder& order,
-                             int count, int o, bool with_relu) {
+                             int count, int o) {
     if (tile.channel() >= o) return;
     for (int window = tile.lane(); 4 * window < count; window += tile.LANES) {
-        const int64 row = (int64)blockIdx.x * Block::ROWS + 4 * window;
+        const int64 row = tile.row0() + 4 * window;
         const Pixel first = order.at((int)(row % order.rows_of_image()), true);
-        auto candidate = [&](int code) { return with_relu ? relu(tile.piece(4 * window + code)) : tile.piece(4 * window + code); };
+        auto candidate = [&](int code) { return tile.piece(4 * window + code); };
         PooledPiece pool(candidate(0));
 #pragma unroll
         for (int code = 1; code < 4; ++code)
@@ -141,10 +159,21 @@ __device__ void store_pooled(const StoredTile<Block>& tile, storage_t* pooled, u
     }
 }
 
-// How many of the rows of this block exist.
+// How many of the rows of a tile exist.
 template <class Block>
-__device__ int rows_of_block(const Convolution& g, const RowOrder& order) {
-    return (int)min((int64)g.n * order.rows_of_image() - (int64)blockIdx.x * Block::ROWS, (int64)Block::ROWS);
+__device__ int rows_of_tile(const Convolution& g, const RowOrder& order, int number) {
+    return (int)min((int64)g.n * order.rows_of_image() - (int64)number * Block::ROWS, (int64)Block::ROWS);
+}
+
+template <class Block>
+__device__ void store_forward(typename Block::Tile& tile, const accumulate_t* bias, storage_t* y, accumulate_t* partials,
+                              uint8* pool_codes, const Convolution& g, const RowOrder& order, int number, bool with_relu) {
+    const StoredTile<Block> stored(tile, bias, with_relu, g.o, number);
+    const int count = rows_of_tile<Block>(g, order, number);
+    if (pool_codes)
+        store_pooled(stored, y, pool_codes, order, count, g.o);
+    else
+        store_map(stored, y, partials, count, g.o);
 }
 
 template <class Block>
@@ -155,19 +184,24 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
     const RowOrder order(g, pool_codes != nullptr);
     typename Block::Tile tile;
     block_multiply<Block>(tile, x, weight, g, order);
-    const StoredTile<Block> stored(tile, bias, g.o);
-    const int count = rows_of_block<Block>(g, order);
-    if (pool_codes) {
-        store_pooled(stored, y, pool_codes, order, count, g.o, with_relu);
-    } else {
-        store_map(stored, y, count, g.o, with_relu);
-        if (partials) store_statistics(stored, partials, count, g.o);
-    }
+    store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, blockIdx.x, with_relu);
 }
 
-struct __align__(2 * sizeof(accumulate_t)) Sums {
-    accumulate_t first, second;
-};
+// Of few channels: a block computes every so-many-th tile, with weights that it has loaded once.
+template <class Block>
+__device__ void forward_elements(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
+                                 const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
+                                 accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes, const Convolution& g,
+                                 bool with_relu, int tiles) {
+    const RowOrder order(g, pool_codes != nullptr);
+    RowWalk walk(order, (int64)blockIdx.x * Block::ROWS, (int64)gridDim.x * Block::ROWS);
+    for (int number = blockIdx.x; number < tiles; number += gridDim.x, walk.next()) {
+        typename Block::Tile tile;
+        const bool exists = (int)threadIdx.x < rows_of_tile<Block>(g, order, number);
+        block_gather_forward<Block>(tile, x, weight, g, order, walk, exists, number != (int)blockIdx.x);
+        store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, number, with_relu);
+    }
+}
 
 // Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
 template <class Block>
@@ -201,13 +235,12 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
     const int rows_of_pixel = unpool_codes ? 4 : 1;  // a pixel of dr: a row, or the window of an unpool
     if (channel < c)
         for (int i = tile.lane(); i * rows_of_pixel < count; i += tile.LANES) {
-            const int64 pixel = (int64)blockIdx.x * (Block::ROWS / rows_of_pixel) + i, element = pixel * c + channel;
+            const int64 pixel = tile.row0() / rows_of_pixel + i, element = pixel * c + channel;
             auto row = [&](int code) { return tile.piece(i * rows_of_pixel + code); };
             const Piece piece = unpool_codes ? coded_piece(piece_codes(unpool_codes, element), row) : row(0);
             store_piece(dr + element, norm.gradient(piece, below.piece(pixel, channel, c), below.relu, sums));
         }
-    const float total = add_lanes(tile, sums.plain);
-    store_partials<Block>(partials, total, add_lanes(tile, sums.xhat), c);
+    store_partials(tile, partials, add_lanes(tile, sums.plain, sums.xhat), c);
 }
 
 template <class Block>
@@ -217,8 +250,8 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
     const RowOrder order(g, unpool_codes != nullptr);
     typename Block::Tile tile;
     block_multiply_forward<Block>(tile, dy, flipped, g, order);
-    const StoredTile<Block> stored(tile, nullptr, g.o);
-    store_gradient(stored, below, unpool_codes, dr, partials, rows_of_block<Block>(g, order), g.o);
+    const StoredTile<Block> stored(tile, nullptr, false, g.o, blockIdx.x);
+    store_gradient(stored, below, unpool_codes, dr, partials, rows_of_tile<Block>(g, order, blockIdx.x), g.o);
 }
 
 // What the kernels of fprop take.
@@ -249,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forwa
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(FPROP_PARAMETERS) {
-    forward<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
+    forward_elements<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
 #define BELOW {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0}

@@ -1,18 +1,22 @@
 // The products of implicit_gemm.cuh for channels that are no whole pieces (3 of an image, 21 of a classifier): numbers of
-// patches go one by one from global memory into the fragments of the tensor cores, without a copy in shared memory.
+// patches go one by one from global memory, in fprop to a row of shared memory that a thread puts together, in wgrad into the
+// fragments of the tensor cores.
 //
 // Such a number is 2 or 4 bytes, which no asynchronous copy takes; and an image of few channels, read 9 times over, comes
-// from the L1 cache. What bounds the first layer is the map of 64 channels, not the image:
+// from the L1 cache. The bytes that bound the first layer are those of the map of 64 channels, not of the image:
 //
 //   16x224x224, 3 -> 64, bfloat16   fprop                          wgrad
 //   bytes                           5 read, 103 written            108 read
 //   at 80 % of an H200's 4.25 TB/s  32 us                          32 us
 //   tensor cores (m16n8k16)         3.3 GFLOP, 5 us                3.3 GFLOP, 5 us
-//   numbers gathered                32 of a pixel: 0.8 M loads     the same
-//     at 4 clocks of an L1 a load   14 us on 132 multiprocessors   14 us
-//   instructions (estimated)        700 a thread of a tile: 20 us  400 a thread and 64 pixels: 6 us
+//   measured, inside a graph        108 us, before what follows    54 us
 //
-// So the depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is
+// Fprop was bound by instructions: 2300 a thread and tile with statistics (58 % of all cycles issued one, 188,000 cycles), of
+// which the patches of four rows a thread took 500, weights and positions of each tile 250, and 620 went to the numbers. Now 1050
+// by the machine code, 50,000 cycles of issue (26 us) on 132 multiprocessors: a thread finds the patch of one row, a block keeps
+// weights and positions from tile to tile, 16 numbers are under way in 94 instructions, and statistics take one pass. Not measured.
+//
+// The depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is
 // gathered once; and blocks are small enough for several on a multiprocessor, so that one loads while another stores.
 #pragma once
 #include "implicit_gemm.cuh"
@@ -25,6 +29,7 @@
 template <int ROWS, int COLUMNS>
 struct GatherTile : BlockTile<ROWS, COLUMNS, GATHER_THREADS, 1> {
     static constexpr bool GATHERED = true;
+    static constexpr int KEPT = COLUMNS * DEPTH_BYTES;  // bytes of weights, which one tile after the other is multiplied by
     static constexpr int SHARED = 2 * BlockTile<ROWS, COLUMNS>::STAGE_BYTES;
 };
 
@@ -50,49 +55,72 @@ __device__ unsigned fragment_word(Number number) {
         return number(0).bits | (unsigned)number(1).bits << 16;
 }
 
-// fprop: as block_multiply_forward. The weights pass through shared memory, a stage of the depth at a time.
+// Rows of fprop's product: a thread's own row of every so-many-th tile, walked by additions.
+struct RowWalk {
+    int image, within, step_images, step_within, rows_of_image;
+    __device__ RowWalk(const RowOrder& order, int64 first_row, int64 step) : rows_of_image(order.rows_of_image()) {
+        image = (int)(first_row / rows_of_image), within = (int)(first_row - (int64)image * rows_of_image);
+        step_images = (int)(step / rows_of_image), step_within = (int)(step - (int64)step_images * rows_of_image);
+    }
+    __device__ void next() {
+        image += step_images, within += step_within;
+        if (within >= rows_of_image) within -= rows_of_image, ++image;
+    }
+};
+
+// fprop: as block_multiply_forward, of the tile whose first row is given by `walk`. The weights pass through shared memory, a
+// stage of the depth at a time; `weights_there`: those of the tile before, where the depth is a single stage. Beside them the
+// numbers of patches, of which each thread gathers a row. The tile may be stored in their place.
 template <class Block>
 __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t* __restrict__ x,
-                                     const storage_t* __restrict__ weight, const Convolution& g, const RowOrder& order) {
+                                     const storage_t* __restrict__ weight, const Convolution& g, const RowOrder& order,
+                                     const RowWalk& walk, bool exists, bool weights_there) {
     typedef typename Block::Tile Tile;
     SHARED_DYNAMIC(char, stage);
     SHARED_ARRAY(Position, positions, [DEPTH]);
-    static_assert(Block::COLUMNS * DEPTH_BYTES <= Block::SHARED, "no room");
-
-    const int64 first_row = (int64)blockIdx.x * Block::ROWS, rows = (int64)g.n * order.rows_of_image();
-    const int first_image = (int)(first_row / order.rows_of_image());
-    const storage_t* const images = x + (int64)first_image * g.h * g.w * g.c;
-    Patch patches[2 * Tile::M];
-#pragma unroll
-    for (int i = 0; i < 2 * Tile::M; ++i) {
-        const int row = Block::row0() + Tile::row(i / 2, i % 2 * 2);
-        const int within = (int)(first_row - (int64)first_image * order.rows_of_image()) + row;
-        patches[i] = patch_of(g, order.at(within, first_row + row < rows));
-    }
+    char* const rows = stage + Block::KEPT;
+    static_assert(Block::ROWS == GATHER_THREADS && Block::WARPS_DOWN == GATHER_THREADS / WARP, "a warp gathers its own rows");
+    const storage_t* const images = x + (int64)walk.image * g.h * g.w * g.c;
+    const Patch patch = patch_of(g, order.at(walk.within + threadIdx.x, exists));
+    const storage_t* own = images + patch.offset;
+#ifndef SEGNET_HOST
+    size_t address = __cvta_generic_to_global(own);
+    asm volatile("" : "+l"(address));  // else each number has its offset added to the patch's, and both to `x`
+    own = (const storage_t*)__cvta_global_to_generic(address);
+#endif
 
     constexpr int LANES = GATHER_THREADS / STEP_DEPTH;
     const int lane = threadIdx.x / STEP_DEPTH, first_output = blockIdx.y * Block::COLUMNS, depth = g.depth();
     for (int k0 = 0; k0 < depth; k0 += DEPTH) {
         const int end = min(DEPTH, (depth - k0 + STEP_DEPTH - 1) / STEP_DEPTH * STEP_DEPTH);
         __syncthreads();  // the stage before has been read
-        if (threadIdx.x < DEPTH) positions[threadIdx.x] = Position::at(g, k0 + threadIdx.x);
-        for (int k = threadIdx.x % STEP_DEPTH; k < end; k += STEP_DEPTH)
+        if (!weights_there || depth > DEPTH) {
+            if (threadIdx.x < DEPTH) positions[threadIdx.x] = Position::at(g, k0 + threadIdx.x);
+            for (int k = threadIdx.x % STEP_DEPTH; k < end; k += STEP_DEPTH)
 #pragma unroll
-            for (int column = lane; column < Block::COLUMNS; column += LANES) {
-                const int output = first_output + column;
-                storage_t* const to = (storage_t*)(stage + DepthContiguous::offset(column, k / PIECE)) + k % PIECE;
-                *to = k0 + k < depth && output < g.o ? weight[(int64)output * depth + k0 + k] : storage_t(0);
-            }
-        __syncthreads();
+                for (int column = lane; column < Block::COLUMNS; column += LANES) {
+                    const int output = first_output + column;
+                    storage_t* const to = (storage_t*)(stage + DepthContiguous::offset(column, k / PIECE)) + k % PIECE;
+                    *to = k0 + k < depth && output < g.o ? weight[(int64)output * depth + k0 + k] : storage_t(0);
+                }
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int k = 0; k < end; k += STEP_DEPTH) {
+            Piece pieces[2];
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                pieces[i / 4].words[i % 4] = fragment_word(
+                    [&](int j) { return positions[k + i * WORD_NUMBERS + j].number(own, {0, patch.taps}); });
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                *(Piece*)(rows + DepthContiguous::offset(threadIdx.x, k / PIECE + i)) = pieces[i];
+        }
+        __syncwarp();
 #pragma unroll 1
         for (int step = 0; step * STEP_DEPTH < end; ++step) {
             typename Tile::Step f;
-            const Position* const own = positions + step * STEP_DEPTH + warp_lane() % 4 * WORD_NUMBERS;
-#pragma unroll
-            for (int i = 0; i < 4 * Tile::M; ++i)
-                f.a[i / 4][i % 4] = fragment_word([&](int j) {
-                    return own[i % 4 / 2 * (STEP_DEPTH / 2) + j].number(images, patches[i / 4 * 2 + i % 2]);
-                });
+            DepthContiguous::load(f.a, rows, Block::row0(), step);
             DepthContiguous::load(f.b, stage, 0, step);
             tile.add_step(f);
         }
@@ -103,9 +131,11 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
 template <class Block>
 __device__ void block_multiply(typename Block::Tile& tile, const storage_t* __restrict__ x,
                                const storage_t* __restrict__ weight, const Convolution& g, const RowOrder& order) {
-    if constexpr (Block::GATHERED)
-        block_gather_forward<Block>(tile, x, weight, g, order);
-    else
+    if constexpr (Block::GATHERED) {
+        const int64 first_row = (int64)blockIdx.x * Block::ROWS;
+        const bool exists = first_row + threadIdx.x < (int64)g.n * order.rows_of_image();
+        block_gather_forward<Block>(tile, x, weight, g, order, RowWalk(order, first_row, 0), exists, false);
+    } else
         block_multiply_forward<Block>(tile, x, weight, g, order);
 }
 

@@ -68,7 +68,11 @@ class FusedConv(Op):
         g = self.product
         tile = mma.chosen(device, self.name.removeprefix("conv2d_"), self.rung, g, self.default_tile)
         sizes = {**g.sizes, "tiles": self.tiles}
-        tile.launch(self, device, self.name, self.rung, b, tile.grid(self.rows, g.o), **sizes)
+        down, across = tile.grid(self.rows, g.o)
+        if tile is mma.ELEMENTS:  # its blocks go from tile to tile, on the host, too
+            resident = mma.RESIDENT_ELEMENTS[self.rung] * device.multiprocessors if device.gpu else 2
+            down = min(down, max(1, resident // across))
+        tile.launch(self, device, self.name, self.rung, b, (down, across), **sizes)
 
     def reference(self, b: Buffers) -> None:
         self._compute(b, plain_forward)

@@ -129,7 +129,9 @@ class FusedForwardRow(FusedRow):
     asked: ClassVar = {"statistics": True}
 
     def cases(self) -> list[Case]:
-        return [*super().cases(), fused_case("first layer of SegNet: three channels", (1, 9, 10), 3, 64)]
+        first = fused_case("first layer of SegNet: three channels, tiles across images", (3, 13, 17), 3, 64)
+        basic = fused_case("first layer of SegNet-Basic: stages of weights", (1, 13, 30), 3, 8, 7)
+        return [*super().cases(), first, basic]
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         g = op.geometry  # type: ignore[attr-defined]
@@ -161,7 +163,8 @@ class FusedInferenceRow(FusedRow):
     def cases(self) -> list[Case]:
         deep = self.with_every_option("deep and small, the depth is split", (1, 3, 5), 136, 72)
         uneven = fused_case("chunks of unequal depth", (2, 3, 2), 248, 8, **self.options[-1])
-        return [*super().cases(), *deep, uneven]
+        first = fused_case("three channels, windows across images", (3, 9, 15), 3, 8, relu=True, pool=True)
+        return [*super().cases(), *deep, uneven, first]
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         arrays = super().inputs(op, case, rng, integers)

@@ -55,6 +55,7 @@ class Tile:
 WIDE, MEDIUM, NARROW = Tile("128x128", 128, 128), Tile("128x64", 128, 64), Tile("128x32", 128, 32)
 # For channels that are no multiple of a 16-byte piece: fprop, wgrad.
 ELEMENTS, WEIGHT_ELEMENTS = Tile("elements", 128, 64), Tile("elements", 32, 64)
+RESIDENT_ELEMENTS = {"tf32": 4, "tf32x3": 3, "bf16": 4}  # blocks of fprop on a multiprocessor
 
 
 def pieces_fit(rung: str, *channels: int) -> bool:
