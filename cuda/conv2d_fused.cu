@@ -23,6 +23,7 @@
 // Where channels are no whole pieces, a block goes from tile to tile (common/gathered_gemm.cuh).
 #include "common/block_below.cuh"
 #include "common/gathered_gemm.cuh"
+#include "common/packed_codes.cuh"
 
 // The tile of a block in shared memory, as it is stored, where the stages of the main loop were. A thread looks after the
 // piece of columns from `column()` on, of every LANES-th row from `lane()` on.
@@ -235,10 +236,10 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
     const int rows_of_pixel = unpool_codes ? 4 : 1;  // a pixel of dr: a row, or the window of an unpool
     if (channel < c)
         for (int i = tile.lane(); i * rows_of_pixel < count; i += tile.LANES) {
-            const int64 pixel = tile.row0() / rows_of_pixel + i, element = pixel * c + channel;
+            const int64 element = (tile.row0() / rows_of_pixel + i) * c + channel;
             auto row = [&](int code) { return tile.piece(i * rows_of_pixel + code); };
             const Piece piece = unpool_codes ? coded_piece(piece_codes(unpool_codes, element), row) : row(0);
-            store_piece(dr + element, norm.gradient(piece, below.piece(pixel, channel, c), below.relu, sums));
+            store_piece(dr + element, norm.gradient(piece, load_piece(below.y + element), below.relu, sums));
         }
     store_partials(tile, partials, add_lanes(tile, sums.plain, sums.xhat), c);
 }
@@ -285,23 +286,22 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv
     forward_elements<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
-#define BELOW {below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0}
+#define BELOW {below_y, mean, inv_std, bn_weight, bn_bias, below_relu != 0}
 
 // What the kernels of dgrad take.
 #define DGRAD_PARAMETERS                                                                                                      \
     const storage_t* __restrict__ dy,                 /* (n, h, w, c): of fprop (n, oh, ow, o) */                             \
     const storage_t* __restrict__ flipped,            /* (o, kh, kw, c) */                                                    \
-    const storage_t* __restrict__ below_y,            /* (n, below_h, below_w, o) */                                          \
+    const storage_t* __restrict__ below_y,            /* (n, out_h, out_w, o) */                                              \
     const accumulate_t* __restrict__ mean,            /* (o) */                                                               \
     const accumulate_t* __restrict__ inv_std,         /* (o) */                                                               \
     const accumulate_t* __restrict__ bn_weight,       /* (o) */                                                               \
     const accumulate_t* __restrict__ bn_bias,         /* (o) */                                                               \
-    const uint8* __restrict__ OPTIONAL pool_codes,    /* (n, (below_h + 1) / 2, (below_w + 1) / 2, o / 4) */                  \
     const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (oh + 1) / 2, (ow + 1) / 2, o / 4) */                            \
     storage_t* __restrict__ dr,                       /* (n, out_h, out_w, o) */                                              \
     accumulate_t* __restrict__ partials,              /* (tiles, 2, o): sum of dr, of dr xhat */                              \
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int out_h, int out_w, int tiles, \
-    int below_h, int below_w, int below_relu
+    int below_relu
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_backward_data_128x128(DGRAD_PARAMETERS) {

@@ -39,13 +39,14 @@ struct StoreGradient {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) {
                     const int window = out.lane();
-                    if (rows.exists(BlockRows::row_of_window(window, 0))) y[0] = to.below.piece(rows.window(window), channel, to.c);
+                    if (rows.exists(BlockRows::row_of_window(window, 0)))
+                        y[0] = load_piece(to.below.y + rows.window(window) * to.c + channel);
                     return;
                 }
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int row = out.lane() + k * WayOut::LANES;
-                if (rows.exists(row)) y[k] = to.below.piece(rows.pixel(row), channel, to.c);
+                if (rows.exists(row)) y[k] = load_piece(to.below.y + rows.pixel(row) * to.c + channel);
             }
         }
 
@@ -88,17 +89,16 @@ struct StoreGradient {
 #define DGRAD_PARAMETERS                                                                                     \
     const __grid_constant__ TensorMap dy,             /* of (n, h, w, planes * o) */                         \
     const __grid_constant__ TensorMap weight,         /* of (o, 9, planes * c) */                            \
-    const storage_t* __restrict__ below_y,            /* (n, below_h, below_w, c) */                         \
+    const storage_t* __restrict__ below_y,            /* (n, out_h, out_w, c) */                             \
     const accumulate_t* __restrict__ mean,            /* (c) */                                              \
     const accumulate_t* __restrict__ inv_std,         /* (c) */                                              \
     const accumulate_t* __restrict__ bn_weight,       /* (c) */                                              \
     const accumulate_t* __restrict__ bn_bias,         /* (c) */                                              \
-    const uint8* __restrict__ OPTIONAL pool_codes,    /* (n, (below_h + 1) / 2, (below_w + 1) / 2, c / 4) */ \
     const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (h + 1) / 2, (w + 1) / 2, c / 4) */             \
     storage_t* __restrict__ dr,                       /* (n, out_h, out_w, c) */                             \
     accumulate_t* __restrict__ partials,              /* (2 * row_tiles, 2, c): sum of dr, of dr xhat */     \
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_h, int below_w, int below_relu
-#define BELOW Below{below_y, mean, inv_std, bn_weight, bn_bias, pool_codes, below_h, below_w, below_relu != 0}
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_relu
+#define BELOW Below{below_y, mean, inv_std, bn_weight, bn_bias, below_relu != 0}
 #define DGRAD_ARGUMENTS \
     dy, weight, nullptr, {n, h, w, o, c, planes}, row_tiles, StoreGradient{BELOW, unpool_codes, dr, partials, c}
 

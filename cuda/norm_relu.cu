@@ -3,16 +3,16 @@
 // Element types: float32, bfloat16.
 //
 //   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which the convolution left
-//   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z, not z;
-//                     blocks below an unpool write the unpooled map of z, not z
+//   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z and y where
+//                     the pool chose, not z; blocks below an unpool write the unpooled map of z, not z
 //   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
 //   backward          dy = weight inv_std (dr - dbias / rows - xhat dweight / rows), xhat = (y - mean) inv_std
 //                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; of a pooled block that of its
 //                     pooled map, which belongs to the coded element of each window (the others have dr 0)
 //
 // batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1),
-// pooled map (1/4) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy (1) backward.
-// These kernels are bound by that traffic. dy takes the place of dr where they are of one size.
+// pooled map and chosen y (1/4 each) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy
+// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size.
 //
 // Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
 // (pixels or windows), or of the four pixels of one window. No sums: any order.
@@ -144,17 +144,19 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
     const float* __restrict__ bias,     // (c)
     storage_t* __restrict__ pooled,     // (n, (h + 1) / 2, (w + 1) / 2, c)
     uint8* __restrict__ codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ chosen,     // (n, (h + 1) / 2, (w + 1) / 2, c): y at the coded positions
     int n, int h, int w, int c, int relu) {
     for (Share share(c); share.exists(c); share.next()) {
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
         for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
             const WindowPieces pieces(y, walk.window(share.channel, h, w, c), w, c);
-            PooledPiece pool(norm.of(pieces.at[0]));
+            PooledPiece pool(norm.of(pieces.at[0]), pieces.at[0]);
 #pragma unroll
-            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
+            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code, pieces.at[code]);
             const int64 element = walk.index * c + share.channel;
             store_piece(pooled + element, pool.piece());
             store_codes(codes, element, pool.codes());
+            store_piece(chosen + element, pool.source());
         }
     }
 }

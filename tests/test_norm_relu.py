@@ -80,6 +80,7 @@ class TestBitsOfTheLayers:
         out, pool = fused.NormReluPoolForward.plan(spec_of(y), relu)(device, **inputs), max_pool(device, z.astype(F32))
         assert same_bits(out.pooled, pool.y.astype(BFLOAT16))
         assert same_bits(out.codes, pack_codes(pool.codes))
+        assert same_bits(out.chosen, by_hand.gather(y, pool.codes))
 
     @each_map
     @pytest.mark.parametrize("dtype", [F32, BFLOAT16], ids=str)

@@ -35,6 +35,7 @@ def _kind(array: str) -> str:
         return "convolution outputs"
     return {
         "pooled": "pooled maps",
+        "chosen": "pooled maps",
         "codes": "indices",
         "z": "transient maps",
         "unpooled": "transient maps",

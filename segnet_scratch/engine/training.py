@@ -1,9 +1,9 @@
 """The training step of the fused engine: forward, loss and backward as one program on one arena.
 
 Read `TrainingProgram` top-down: it is SegNet, forwards and then backwards. Of the forward pass only y (a convolution's
-bare result), the pooled maps and their two-bit codes last until backward; z = relu(bn(y)) or its unpooled map goes as
-soon as the next convolution has read it, and is made again where wgrad needs it: to keep it would take the memory of y
-another time, to make it takes one pass.
+bare result), and of pools their maps, two-bit codes and y where they chose last until backward; z = relu(bn(y)) or its
+unpooled map goes as soon as the next convolution has read it, and is made again where wgrad needs it: to keep it would
+take the memory of y another time, to make it takes one pass.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -114,7 +114,7 @@ class TrainingProgram(NetworkProgram):
         )
         if layer.block.pool:
             pool = norm_relu.NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
-            out = {"pooled": f"{name}.pooled", "codes": f"{name}.codes"}
+            out = {what: f"{name}.{what}" for what in pool.outputs}
             self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
 
     def _output(self, layer: Layer, again: str = "") -> str:
@@ -210,18 +210,17 @@ class TrainingProgram(NetworkProgram):
         unpool: Size | None = None,
         codes: str | None = None,
     ) -> None:
-        of_below = Below(self.spec_of(f"{below.name}.y"), below.block.relu, below.block.pool)
+        read = f"{below.name}.chosen" if below.block.pool else f"{below.name}.y"
+        of_below = Below(self.spec_of(read), below.block.relu)
         op = self.convolutions.backward_data(y, self.spec_of(weight), of_below, unpool)
         arrays = self._norm(below, "bn_") | {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
-        if below.block.pool:
-            arrays["pool_codes"] = f"{below.name}.codes"
         if codes is not None:
             arrays["unpool_codes"] = codes
         if "weight" in op.inputs:
             arrays["weight"] = self.as_read(name, weight, op.inputs["weight"])
         else:
             arrays["flipped"] = f"{weight}.flipped"
-        self.add(name, op, dy=dy, below_y=f"{below.name}.y", **arrays)
+        self.add(name, op, dy=dy, below_y=read, **arrays)
 
 
 def branches_key(network: Network, rung: str) -> str:

@@ -183,11 +183,10 @@ class FusedForward(FusedConv):
 
 @dataclass(frozen=True)
 class Below:
-    """The block below a convolution: y (n, h, w, c) before its batch norm, and what it ends in."""
+    """The block below a convolution: y (n, h, w, c) before its batch norm, of a pool where it chose; with a ReLU?"""
 
     y: Spec
     relu: bool = True
-    pool: bool = False
 
     VECTORS: ClassVar[tuple[str, ...]] = ("mean", "inv_std", "bn_weight", "bn_bias")
 
@@ -197,8 +196,8 @@ class FusedBackwardData(FusedConv):
 
     dy (n, h, w, o) is the gradient of the convolution's output, `flipped` (c, k, k, o) its weight as dgrad takes it.
     The input of the convolution was the output of the block below, `below`; or with `unpool` = (h, w) its unpooled
-    output, and dr has the size of before. Where the block ends in a pool, dr is that of the pooled map: it belongs to
-    the elements that `pool_codes` names. partials (tiles, 2, c): of each 128 rows the sums of dr and of dr xhat.
+    output, and dr has the size of before. Where the block ends in a pool, dr is that of the pooled map, and y the
+    `chosen` of NormReluPoolForward. partials (tiles, 2, c): of each 128 rows the sums of dr and of dr xhat.
     """
 
     name, forward = "conv2d_fused_backward_data", False
@@ -209,15 +208,13 @@ class FusedBackwardData(FusedConv):
         g = self.geometry
         self._expect_pieces(channels=g.c, outputs=g.o)
         self.below, self.unpool, self.below_relu = below, unpool, below.relu
-        output = windows_of(*below.y.shape) if below.pool else below.y.shape
+        output = below.y.shape
         expect(
-            tuple(output) == tuple(self.out) and dy.shape == g.y and unpool in (None, (h, w)),
+            output == tuple(self.out) and dy.shape == g.y and unpool in (None, (h, w)),
             f"{self.name}: the block below gives {output}, the convolution takes {self.out} and gives {dy.shape}",
         )
         self.inputs = {"dy": dy, "flipped": dy.with_shape(g.c, g.kh, g.kw, g.o), "below_y": below.y}
         self.inputs |= self._vectors(g.c, *Below.VECTORS)
-        if below.pool:
-            self.inputs["pool_codes"] = packed_codes(output)
         if unpool is not None:
             self.inputs["unpool_codes"] = packed_codes(self.out)
         self.outputs = {"dr": dy.with_shape(*self.out), "partials": Spec((self.tiles, 2, g.c), self.vector)}
@@ -226,8 +223,6 @@ class FusedBackwardData(FusedConv):
         gradient, y = rounded(convolve(b.dy, self.flipped(b)), self.dtype), b.below_y
         if self.unpool is not None:
             gradient = gather_at(gradient, b.unpool_codes)
-        if self.below.pool:
-            y = gather_at(y, b.pool_codes)
         xhat = (y - b.mean) * b.inv_std
         if self.below.relu:
             passes = (y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0

@@ -181,26 +181,16 @@ class FusedInferenceRow(FusedRow):
 
 
 class FusedBackwardDataRow(FusedRow):
-    """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
+    """dgrad: gathered at an unpool or not, from a block with a ReLU or without."""
 
     op: type[Op] = FusedBackwardData
-    options = tuple(
-        {"unpool": unpool, "pool": pool, "relu": relu}
-        for unpool, pool, relu in (
-            *((unpool, pool, True) for unpool in (False, True) for pool in (False, True)),
-            (False, False, False),
-            (True, False, False),
-        )
-    )
+    options = tuple({"unpool": unpool, "relu": relu} for unpool in (False, True) for relu in (True, False))
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
         x, weight = self.specs(case, dtype)
-        unpool, pool = case["unpool"], case["pool"]
-        n, h, w, c = windows_of(*x.shape) if unpool else x.shape
-        # Of a pool: odd and even sizes of the map before it.
-        y = spec((n, 2 * h - 1, 2 * w, c) if pool else (n, h, w, c), dtype)
+        unpool = case["unpool"]
         dy = x.with_shape(*x.shape[:3], weight.shape[0])
-        below = Below(y, case["relu"], pool)
+        below = Below(x.with_shape(*(windows_of(*x.shape) if unpool else x.shape)), case["relu"])
         rung, size = case.sizes.get("rung", self.rung), x.shape[1:3] if unpool else None
         return self.op.plan(dy, weight, below, rung, size, **self.given(case))
 
@@ -213,10 +203,8 @@ class FusedBackwardDataRow(FusedRow):
 
         arrays |= {name: quarters(name) for name in ("below_y", "mean", "bn_weight", "bn_bias")}
         arrays["inv_std"] = rng.choice([0.25, 0.5, 1, 2], shapes["inv_std"]).astype(op.inputs["inv_std"].dtype)
-        sizes: dict[str, Any] = {"unpool_codes": case["x"][1:3], "pool_codes": shapes["below_y"][1:3]}
-        for name, size in sizes.items():
-            if name in arrays:
-                arrays[name] = packed(rng, op.outputs["dr"].shape, size)
+        if "unpool_codes" in arrays:
+            arrays["unpool_codes"] = packed(rng, op.outputs["dr"].shape, case["x"][1:3])
         return arrays
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
@@ -225,8 +213,6 @@ class FusedBackwardDataRow(FusedRow):
         error, y = self.growth(g.kh * g.kw * g.o, eps) * magnitudes, b.below_y
         if "unpool_codes" in op.inputs:
             error = gather_at(error, b.unpool_codes)
-        if "pool_codes" in op.inputs:
-            y = gather_at(y, b.pool_codes)
         xhat = np.abs(y - b.mean) * b.inv_std
         if op.below.relu:  # type: ignore[attr-defined]
             error = np.where((y - b.mean) * (b.inv_std * b.bn_weight) + b.bn_bias > 0, error, 0)

@@ -20,7 +20,7 @@ from segnet_scratch.ops.pieces import (
     share_grid,
     tiles_of,
 )
-from segnet_scratch.ops.pooling.packed_codes import max_pool_packed, packed_codes, scatter_from, unpooled
+from segnet_scratch.ops.pooling.packed_codes import gather_at, max_pool_packed, packed_codes, scatter_from, unpooled
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
@@ -138,17 +138,21 @@ class NormReluForward(_Forward):
 
 
 class NormReluPoolForward(_Forward):
-    """`pooled` (n, ceil(h/2), ceil(w/2), c), the 2x2 max-pool of z (see NormReluForward), and its packed `codes`."""
+    """`pooled` (n, ceil(h/2), ceil(w/2), c), the 2x2 max-pool of z (see NormReluForward), and its packed `codes`.
+
+    `chosen`, of the size of `pooled`: y at the positions that the pool chose, for the backward pass of the ReLU.
+    """
 
     name, over = "norm_relu_pool_forward", "pooled"
 
     def __init__(self, y: Spec, relu: bool = True) -> None:
         super().__init__(y, relu)
-        pooled = windows_of(*y.shape)
-        self.outputs = {"pooled": y.with_shape(*pooled), "codes": packed_codes(pooled)}
+        pooled = y.with_shape(*windows_of(*y.shape))
+        self.outputs = {"pooled": pooled, "codes": packed_codes(pooled.shape), "chosen": pooled}
 
     def reference(self, b: Buffers) -> None:
         max_pool_packed(rounded(self.normalised(b), self.inputs["y"].dtype), b.pooled, b.codes)
+        b.chosen[...] = gather_at(b.y, b.codes)
 
 
 class NormReluUnpoolForward(_Forward):

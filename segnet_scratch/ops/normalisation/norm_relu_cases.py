@@ -182,7 +182,7 @@ class NormForwardRow(NormRow):
 
 
 class NormPoolRow(NormRow):
-    """Pooled values and codes, to the last bit."""
+    """Pooled values, codes and the y that they came from, to the last bit."""
 
     exact = True
 
@@ -190,7 +190,8 @@ class NormPoolRow(NormRow):
         op, inputs = self.hostile_plan(rng)
         inputs["y"] = y = special(rng, op.inputs["y"])
         pooled, codes = by_hand.pool(self.rectified(y))
-        return Hostile(op, inputs, {"pooled": pooled, "codes": by_hand.packed(codes)})
+        expected = {"pooled": pooled, "codes": by_hand.packed(codes), "chosen": by_hand.gather(y, codes)}
+        return Hostile(op, inputs, expected)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         quarters, powers = np.arange(-8, 9) / 4, np.array([0.5, 1, 2])
