@@ -11,8 +11,7 @@
 // are taken from the last to the first, so that no flipped copy is kept.
 //
 // A thread looks after 8 channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
-// it asks for before the barrier that its pieces wait at. Sums: a thread adds up its own, then one thread a channel and sum
-// adds the 16 lanes in their order. No atomics.
+// it asks for before the barrier that its pieces wait at. No atomics.
 #include "common/block_below.cuh"
 #include "common/hopper_convolution.cuh"
 
@@ -23,16 +22,27 @@ struct StoreGradient {
     accumulate_t* partials;
     int c;
 
+    static constexpr bool ASKS = MULTIPLY != TF32X3;  // which has no registers left for it
+    template <class Rows>
+    __device__ void ask_for(const Rows& rows, int row, int channel) const {
+        if constexpr (Rows::WINDOWS)
+            if (unpool_codes) {
+                if (row < 16 && rows.exists(BlockRows::row_of_window(row, 0))) fetch(below.y + rows.window(row) * c + channel);
+                return;
+            }
+        if (rows.exists(row)) fetch(below.y + rows.pixel(row) * c + channel);
+    }
+    __device__ bool sums() const { return true; }
+
     // 8 channels of a thread.
-    struct Columns {
+    struct Columns : GradientSums {
         const StoreGradient& to;
         int channel;
         NormBelow norm;
-        GradientSums sums;
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
-        __device__ Columns(const StoreGradient& store, int first)
-            : to(store), channel(first), norm(store.below, first, store.c) {}
+        __device__ Columns(const StoreGradient& store, const WayOut& out, int column, int, bool)
+            : to(store), channel(column + out.column()), norm(store.below, column + out.column(), store.c) {}
 
         template <class Rows>
         __device__ void prepare(const Rows& rows, const WayOut& out) {
@@ -58,7 +68,7 @@ struct StoreGradient {
             for (int k = 0; k < 4; ++k) {
                 const int row = out.lane() + k * WayOut::LANES;
                 if (!rows.exists(row)) continue;
-                const Piece piece = norm.gradient(out.piece(place, row), y[k], to.below.relu, sums);
+                const Piece piece = norm.gradient(out.piece(place, row), y[k], to.below.relu, *this);
                 store_piece(to.dr + rows.pixel(row) * to.c + channel, piece);
             }
         }
@@ -70,19 +80,15 @@ struct StoreGradient {
             const unsigned codes = piece_codes(to.unpool_codes, element);
             const Piece piece =
                 coded_piece(codes, [&](int code) { return out.piece(place, BlockRows::row_of_window(window, code)); });
-            store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, sums));
-        }
-
-        // Of PART channels from `first` on: the lanes together.
-        __device__ void finish(WayOut& out, int row, int first) const {
-            const float* const numbers = out.exchange(sums.plain, sums.xhat);
-            const int kind = out.thread / PART, own = out.thread % PART;
-            if (kind > 1) return;
-            float sum = 0;
-            for (int lane = 0; lane < WayOut::LANES; ++lane) sum += numbers[(kind * WayOut::LANES + lane) * PART + own];
-            to.partials[((int64)row * 2 + kind) * to.c + first + own] = sum;
+            store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, *this));
         }
     };
+
+    // Of PART channels from `column` on: `sum` is as WayOut::add_lanes gave it.
+    __device__ void finish(WayOut& out, int row, int column, int, float sum, int) const {
+        const int kind = out.thread / PART;
+        if (kind < 2) partials[((int64)row * 2 + kind) * c + column + out.thread % PART] = sum;
+    }
 };
 
 // What the kernels take, and what they convolve.
@@ -96,11 +102,11 @@ struct StoreGradient {
     const accumulate_t* __restrict__ bn_bias,         /* (c) */                                              \
     const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (h + 1) / 2, (w + 1) / 2, c / 4) */             \
     storage_t* __restrict__ dr,                       /* (n, out_h, out_w, c) */                             \
-    accumulate_t* __restrict__ partials,              /* (2 * row_tiles, 2, c): sum of dr, of dr xhat */     \
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int below_relu
+    accumulate_t* __restrict__ partials,              /* (2 * slots, 2, c): sum of dr, of dr xhat */         \
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int slots, int below_relu
 #define BELOW Below{below_y, mean, inv_std, bn_weight, bn_bias, below_relu != 0}
 #define DGRAD_ARGUMENTS \
-    dy, weight, nullptr, {n, h, w, o, c, planes}, row_tiles, StoreGradient{BELOW, unpool_codes, dr, partials, c}
+    dy, weight, nullptr, {n, h, w, o, c, planes}, row_tiles, slots, StoreGradient{BELOW, unpool_codes, dr, partials, c}
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(DGRAD_PARAMETERS) {

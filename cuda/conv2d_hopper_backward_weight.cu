@@ -30,23 +30,19 @@ struct __align__(2 * sizeof(accumulate_t)) SumPair {
 
 typedef Ring<WEIGHT_STAGES, ATOM_BYTES + HALO_PLACE> Blocks;
 
-// Two rows of a block, 16 pixels.
-__device__ inline MNMajor pixels_of_dy(const char* block, int step) {
-    return mn_major(block + step * 2 * BLOCK_SIDE * ROW_BYTES, ATOM_BYTES, BLOCK_SIDE * ROW_BYTES);
-}
-__device__ inline MNMajor pixels_of_x(const char* block, int step) {
-    return mn_major(block + step * 2 * HALO_PITCH, ROW_BYTES, HALO_PITCH);
-}
+// Bytes to the next two rows of a block, 16 pixels.
+#define STEP_OF_DY (2 * BLOCK_SIDE * ROW_BYTES)
+#define STEP_OF_X (2 * HALO_PITCH)
 
 // A block added to the sums by ordinary additions: each tap has a sum of its own on the tensor cores.
-__device__ __forceinline__ void add_short_sums(Accumulators<192>& sums, const char* of_dy, const char* of_x) {
+__device__ __forceinline__ void add_short_sums(Accumulators<192>& sums, MNMajor of_dy, MNMajor of_x) {
     Accumulators<64> of_tap;
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-            wgmma(of_tap, pixels_of_dy(of_dy, step), pixels_of_x(of_x + tap * ROW_BYTES, step), step > 0);
+            wgmma(of_tap, moved(of_dy, step * STEP_OF_DY), moved(of_x, tap * ROW_BYTES + step * STEP_OF_X), step > 0);
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
@@ -72,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
     const int channel = blockIdx.x % (c / 64) * 64, output = blockIdx.x / (c / 64) * 64;
     const int across = (w + BLOCK_SIDE - 1) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1) / BLOCK_SIDE;
     const int first = blockIdx.y * blocks_of_part, last = min(first + blocks_of_part, n * across * down);
-    if (warpgroup_index() == TAP_ROWS) {
+    const int tap_row = warpgroup_index();
+    if (tap_row == TAP_ROWS) {
         setmaxnreg_decrease<32>();  // 3 * 160 + 32 is what 512 threads of 128 registers have
         auto load = [&](const BlockRows& block, int plane, int other) {
             blocks.acquire(ATOM_BYTES + HALO_BYTES);
@@ -93,15 +90,15 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
         for (int j = 0; j < 96; ++j) sums[j] = 0;
     for (int i = 0, all = max(last - first, 0) * g.products(); i < all; ++i) {
         blocks.wait();
-        const char* const of_dy = blocks.stage();
-        const char* const of_x = of_dy + ATOM_BYTES + warpgroup_index() * HALO_PITCH;
+        const MNMajor of_dy = mn_major(blocks.stage(), ATOM_BYTES, BLOCK_SIDE * ROW_BYTES);
+        const MNMajor of_x = mn_major(blocks.stage() + ATOM_BYTES + tap_row * HALO_PITCH, ROW_BYTES, HALO_PITCH);
         if constexpr (MULTIPLY == TF32X3) {
             add_short_sums(sums, of_dy, of_x);
         } else {
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; ++step)
-                wgmma(sums, pixels_of_dy(of_dy, step), pixels_of_x(of_x, step), i > 0 || step > 0);
+                wgmma(sums, moved(of_dy, step * STEP_OF_DY), moved(of_x, step * STEP_OF_X), i > 0 || step > 0);
             wgmma_commit();
             wgmma_wait<1>();
         }
@@ -112,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
     if (leader) blocks.release_previous();
 #pragma unroll
     for (int j = 0; j < 96; j += 2) {
-        const int row = output + wgmma_row(j), column = wgmma_column(j), tap = warpgroup_index() * 3 + column / 64;
+        const int row = output + wgmma_row(j), column = wgmma_column(j), tap = tap_row * 3 + column / 64;
         if (row >= o) continue;
         accumulate_t* const to = partials + (((int64)blockIdx.y * o + row) * TAPS + tap) * c + channel + column % 64;
         *(SumPair*)to = {sums[j], sums[j + 1]};

@@ -11,8 +11,10 @@
 // thread pools one: 16 windows x 8 pieces are the 128 threads. Tiles in a row of the batch have no windows: their pool is a
 // kernel of its own (ops/convolution/conv2d_hopper.py takes halo tiles there).
 //
-// Statistics: a thread looks after 8 channels of every 16th pixel and makes mean and M2 of its own up to eight pixels in
-// two passes (E[x^2] - E[x]^2 would cancel); then one thread a channel merges the 16 lanes in their order. No atomics.
+// Statistics: the sums of the distances d of all that a consumer has of a channel from the first of them, and of d d, so
+// mean = first + sum d / n, M2 = sum d d - (sum d)^2 / n. Since the first is one of them, (first - mean)^2 <= M2, so what cancels
+// is at most n + 1 times what is left, and where the first is a usual one, twice (E[x^2] - E[x]^2 may cancel altogether).
+// No atomics.
 #include "common/hopper_convolution.cuh"
 
 struct StoreForward {
@@ -23,13 +25,23 @@ struct StoreForward {
     int o;
     bool with_relu;
 
+    static constexpr bool ASKS = false;
+    template <class Rows>
+    __device__ void ask_for(const Rows&, int, int) const {}
+    __device__ bool sums() const { return partials != nullptr; }
+
     // 8 channels of a thread.
     struct Columns {
         const StoreForward& to;
-        int channel, count = 0;
-        Values mean = {}, m2 = {};  // of the `count` pixels that the thread has had
+        int channel;
+        char* kept;  // of the first pixel these channels
+        bool unknown;
+        Values first, plain = {}, other = {};  // sums of the distances from it, and of their squares
 
-        __device__ Columns(const StoreForward& store, int first) : to(store), channel(first) {}
+        __device__ Columns(const StoreForward& store, const WayOut& out, int column, int part, bool of_first_tile)
+            : to(store), channel(column + out.column()), kept(out.first + (part * 8 + out.thread % 8) * PIECE_BYTES), unknown(of_first_tile) {
+            if (to.partials && !unknown) first = values_of(*(const Piece*)kept);
+        }
         template <class Rows>
         __device__ void prepare(const Rows&, const WayOut&) {}
 
@@ -38,16 +50,20 @@ struct StoreForward {
             if (channel >= to.o) return;
             if constexpr (Rows::WINDOWS)
                 if (to.pool_codes) return pool(rows, out, place);
-            Piece pieces[4];
-            bool exists[4];
+            if (to.partials && unknown) {
+                const Piece piece = out.piece(place, 0);
+                first = values_of(piece);
+                if (out.lane() == 0) *(Piece*)kept = piece;
+                unknown = false;
+            }
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int row = out.lane() + k * WayOut::LANES;
-                pieces[k] = out.piece(place, row);
-                exists[k] = rows.exists(row);
-                if (exists[k]) store_piece(to.y + rows.pixel(row) * to.o + channel, to.with_relu ? relu(pieces[k]) : pieces[k]);
+                const Piece piece = out.piece(place, row);
+                if (!rows.exists(row)) continue;
+                store_piece(to.y + rows.pixel(row) * to.o + channel, to.with_relu ? relu(piece) : piece);
+                if (to.partials) add(piece);
             }
-            if (to.partials) add(pieces, exists);
         }
 
         __device__ void pool(const BlockRows& rows, const WayOut& out, const char* place) const {
@@ -66,63 +82,31 @@ struct StoreForward {
             store_codes(to.pool_codes, element, pooled.codes());
         }
 
-        // Mean and M2 of four pixels in two passes, then of all so far (Chan, Golub, LeVeque 1979).
-        __device__ void add(const Piece (&pieces)[4], const bool (&exists)[4]) {
-            Values own = {}, squares = {};
-            int added = 0;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const Values values = values_of(pieces[k]);
-                added += exists[k];
-#pragma unroll
-                for (int i = 0; i < PIECE; ++i) own.of[i] += exists[k] ? values.of[i] : 0;
-            }
-            if (added == 0) return;
-            const float each = 1.0f / added;
-#pragma unroll
-            for (int i = 0; i < PIECE; ++i) own.of[i] *= each;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const Values values = values_of(pieces[k]);
-#pragma unroll
-                for (int i = 0; i < PIECE; ++i) {
-                    const float distance = exists[k] ? values.of[i] - own.of[i] : 0;
-                    squares.of[i] += distance * distance;
-                }
-            }
-            const float share = (float)added / (count + added);
+        __device__ void add(const Piece& piece) {
+            const Values values = values_of(piece);
 #pragma unroll
             for (int i = 0; i < PIECE; ++i) {
-                const float distance = own.of[i] - mean.of[i];
-                mean.of[i] += distance * share;
-                m2.of[i] += squares.of[i] + distance * distance * (count * share);
+                const float distance = values.of[i] - first.of[i];
+                plain.of[i] += distance;
+                other.of[i] = fma(distance, distance, other.of[i]);
             }
-            count += added;
-        }
-
-        // Of PART channels from `first` on: the lanes together.
-        __device__ void finish(WayOut& out, int row, int first) const {
-            if (!to.partials) return;
-            if (out.column() == 0) out.counts[out.lane()] = count;
-            const float* const means = out.exchange(mean, m2);
-            const int thread = out.thread;
-            if (thread >= PART || first + thread >= to.o) return;
-            float pixels = 0, total = 0, squares = 0;
-            for (int lane = 0; lane < WayOut::LANES; ++lane) {
-                pixels += out.counts[lane];
-                total += out.counts[lane] * means[lane * PART + thread];
-            }
-            const float middle = pixels > 0 ? total / pixels : 0;
-            for (int lane = 0; lane < WayOut::LANES; ++lane) {
-                const float distance = means[lane * PART + thread] - middle;
-                squares += means[(WayOut::LANES + lane) * PART + thread] + out.counts[lane] * (distance * distance);
-            }
-            accumulate_t* const partial = to.partials + (int64)row * 2 * to.o + first + thread;
-            partial[0] = middle;
-            partial[to.o] = squares;
-            if (first + thread == 0) to.counts[row] = (int)pixels;
         }
     };
+
+    // Of PART channels from `column` on: `sum` is as WayOut::add_lanes gave it, of so many pixels.
+    __device__ void finish(WayOut& out, int row, int column, int part, float sum, int pixels) const {
+        float* const numbers = (float*)out.place();
+        numbers[out.thread] = sum;
+        const float* const all = (const float*)out.publish();
+        const int own = out.thread;
+        if (own >= PART || column + own >= o) return;
+        const float distances = all[own], squares = all[PART + own];
+        const float first = (float)((const storage_t*)out.first)[part * PART + own];
+        accumulate_t* const partial = partials + (int64)row * 2 * o + column + own;
+        partial[0] = pixels ? first + distances / pixels : 0;
+        partial[o] = pixels ? squares - distances * (distances / pixels) : 0;
+        if (column + own == 0) counts[row] = pixels;
+    }
 };
 
 // What the kernels take, and what they convolve.
@@ -131,12 +115,12 @@ struct StoreForward {
     const __grid_constant__ TensorMap weight,        /* of (o, 9, planes * c) */                \
     const accumulate_t* __restrict__ OPTIONAL bias,  /* (o) */                                  \
     storage_t* __restrict__ y,                       /* (n, out_h, out_w, o) */                 \
-    accumulate_t* __restrict__ OPTIONAL partials,    /* (2 * row_tiles, 2, o): mean, M2 */      \
-    int* __restrict__ OPTIONAL counts,               /* (2 * row_tiles) */                      \
+    accumulate_t* __restrict__ OPTIONAL partials,    /* (2 * slots, 2, o): mean, M2 */          \
+    int* __restrict__ OPTIONAL counts,               /* (2 * slots) */                          \
     uint8* __restrict__ OPTIONAL pool_codes,         /* (n, (h + 1) / 2, (w + 1) / 2, o / 4) */ \
-    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int relu
+    int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int slots, int relu
 #define FPROP_ARGUMENTS \
-    x, weight, bias, {n, h, w, c, o, planes}, row_tiles, StoreForward{y, partials, counts, pool_codes, o, relu != 0}
+    x, weight, bias, {n, h, w, c, o, planes}, row_tiles, slots, StoreForward{y, partials, counts, pool_codes, o, relu != 0}
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x64(FPROP_PARAMETERS) {

@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import threadpoolctl
-from bench.cases import CASES, Case
+from bench.cases import CASES, TABLE, Case, initial_state
 from bench.run import compile_kernels, console, run, write
 
 from segnet_scratch import __version__
@@ -82,10 +82,23 @@ def memory_of(options: argparse.Namespace, case: Case, name: str) -> int:
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def print_memory(options: argparse.Namespace) -> None:
-    from bench.contenders import OURS, makers_of
+def compile_peers() -> None:
+    """PyTorch compiles its steps of the table's cases, each in a process of its own, all at once, and keeps them."""
+    commands = ([sys.executable, __file__, "--child", f"compile: {number}"] for number in range(TABLE))
+    for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]:
+        process.wait()  # one that fails is told of where its step is to be timed
+
+
+def be_a_child(options: argparse.Namespace) -> None:
+    """What is done in a process of its own: compiling, or measuring memory."""
+    from bench.contenders import OURS, makers_of, peers_of
 
     task, name = options.child.split(": ")
+    if task == "compile":
+        case = CASES[int(name)]
+        (make,) = (make for way, make in peers_of(case, thorough=False).items() if "compile" in way)
+        make(initial_state(0, case.width))
+        return
     case = next(case for case in cpu_cases(options) if case.task == task)
     print(makers_of(case, get_device("numpy"), list(OURS), False)[name]()[1])
 
@@ -101,7 +114,7 @@ def main() -> None:
             raise SystemExit("error: PyTorch is not installed; pip install -e '.[oracle]', or --host") from None
         torch.set_num_threads(options.threads)
     if options.child:
-        print_memory(options)
+        be_a_child(options)
         return
     began = perf_counter()
     found: dict[str, Any] = {"environment": environment(1 if options.host else options.threads)}
@@ -124,6 +137,7 @@ def main() -> None:
         device = get_device("cuda")
         found["environment"] |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         console.print(", ".join(f"{what} {found['environment'][what]}" for what in ("device", "versions", "cudnn")))
+        compile_peers()
         compile_kernels(device)
         run(device, CASES, options.seconds, options.thorough, keep)
     else:

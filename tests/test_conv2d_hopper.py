@@ -37,12 +37,13 @@ class TestTiles:
         ("shape", "columns", "windows", "name"),
         [
             ((16, 224, 224), 64, False, "halo_256x64"),
-            ((16, 112, 112), 128, False, "halo_256x128"),
-            ((16, 56, 56), 256, False, "halo_256x128"),
-            ((16, 56, 56), 128, False, "halo_128x128"),  # 196 large tiles: two rounds, the second half empty
+            ((16, 224, 224), 24, False, "halo_256x32"),
+            ((16, 112, 112), 128, False, "columns_256x128"),
+            ((16, 56, 56), 256, True, "halo_256x128"),
+            ((16, 56, 56), 128, False, "columns_128x128"),  # 196 large tiles: two rounds, the second half empty
             ((16, 28, 28), 512, False, "columns_128x128"),
             ((16, 14, 14), 512, True, "halo_128x128"),
-            ((8, 90, 120), 256, False, "halo_256x128"),  # no multiple of 8, but large
+            ((8, 90, 120), 256, True, "halo_256x128"),  # no multiple of 8, but large
         ],
     )
     def test_by_shape(self, shape, columns, windows, name):
@@ -51,9 +52,10 @@ class TestTiles:
     def test_a_measured_tile_is_taken(self):
         x, weight = spec((16, 56, 56, 128), BFLOAT16), spec((256, 3, 3, 128), BFLOAT16)
         key = hopper.HopperForward.plan(x, weight, statistics=True).key
-        op = Convolutions("bf16", TileTable({key: "columns_256x128"})).forward(x, weight, statistics=True)
-        assert op.tile is hopper.NAMED["columns_256x128"]
-        assert Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight).tile is hopper.NAMED["halo_256x128"]
+        op = Convolutions("bf16", TileTable({key: "halo_256x128"})).forward(x, weight, statistics=True)
+        assert op.tile is hopper.NAMED["halo_256x128"]
+        other = Convolutions("bf16", TileTable({key: "128x64"})).forward(x, weight)
+        assert other.tile is hopper.NAMED["columns_256x128"]
 
 
 @pytest.mark.parametrize(("rung", "planes"), [("tf32", 2), ("tf32x3", 3)])
@@ -73,11 +75,28 @@ class TestGroups:
     @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 17), (3, 8, 8), (5, 7, 3)], ids=str)
     def test_every_pixel_is_in_one(self, tile, shape):
         map_ = np.arange(np.prod(shape)).reshape(*shape, 1)
-        groups = hopper.groups_of(tile, map_)
-        assert len(groups) == tile.groups(*shape)
-        assert all(len(group) <= tile.group for group in groups)
-        assert len(groups[0]) > 0
-        np.testing.assert_array_equal(np.sort(np.concatenate(groups).ravel()), map_.ravel())
+        for slots in {1, tile.rows(*shape)}:
+            groups = hopper.groups_of(tile, slots, map_)
+            assert len(groups) == 2 * slots
+            assert slots == 1 or all(len(group) <= tile.pixels // 2 for group in groups)
+            assert len(groups[0]) > 0
+            np.testing.assert_array_equal(np.sort(np.concatenate(groups).ravel()), map_.ravel())
+
+    @pytest.mark.parametrize(
+        ("shape", "o", "blocks", "slots", "across"),
+        [
+            ((16, 224, 224), 64, 132, 132, 1),
+            ((16, 112, 112), 256, 132, 66, 2),
+            ((16, 112, 112), 320, 132, 26, 5),
+            ((1, 8, 8), 64, 132, 1, 1),
+            ((16, 112, 112), 512, 2, 1, 4),
+        ],
+    )
+    def test_blocks_have_tiles_of_the_same_columns_and_are_few(self, shape, o, blocks, slots, across):
+        x, weight = spec((*shape, 64), BFLOAT16), spec((o, 3, 3, 64), BFLOAT16)
+        op = hopper.HopperForward.plan(x, weight, statistics=True, blocks=blocks)
+        assert (op.slots, op.across) == (slots, across)
+        assert op.outputs["partials"].shape == (2 * slots, 2, o)
 
 
 class TestParts:

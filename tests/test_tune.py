@@ -136,6 +136,8 @@ class TestTune:
         assert two_branches(another, *step)
         assert not two_branches(another, replace(self.NETWORK, batch=2), "bf16")
         assert not two_branches(HostDevice(), *step)
+        another.architecture = "sm_90"
+        assert two_branches(another, replace(self.NETWORK, batch=2), "bf16")
         monkeypatch.setenv("SEGNET_BRANCHES", "0")
         assert not two_branches(another, *step)
 

@@ -14,7 +14,7 @@ struct Below {
 
 // Sums of dr, the gradient before the ReLU, and of dr xhat, for the channels of a piece.
 struct GradientSums {
-    Values plain = {}, xhat = {};
+    Values plain = {}, other = {};
 };
 
 // The batch norm of the block below, for the channels of a piece.
@@ -36,7 +36,7 @@ struct NormBelow {
             const bool passes = distance * (inv_std.of[i] * weight.of[i]) + bias.of[i] > 0;
             if (relu && !passes) dr.of[i] = 0;
             sums.plain.of[i] += dr.of[i];
-            sums.xhat.of[i] += dr.of[i] * (distance * inv_std.of[i]);
+            sums.other.of[i] += dr.of[i] * (distance * inv_std.of[i]);
         }
         return piece_of(dr);
     }

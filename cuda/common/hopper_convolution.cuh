@@ -5,11 +5,12 @@
 //   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
 //   dgrad  dx[p, c] = sum over taps t, outputs o of   dy[p + t, o] * weight[o, 8 - t, c]    columns are channels of x
 //
-// A block of 384 threads computes tiles of 128 TILES pixels x COLUMNS, one after the other: tile blockIdx.x, then those
-// gridDim.x further on, columns innermost, so that blocks that run together read the same pixels. Its third warpgroup is
-// the producer: one thread that has the TMA fill two rings of stages in shared memory, as far ahead as they have room.
-// The other two are consumers: each multiplies 64 TILES of the pixels by all columns of the tile. A consumer keeps one
-// group of products in flight: when it has begun the next one it waits for the one before and releases its stages.
+// A block of 384 threads computes tiles of 128 TILES pixels x COLUMNS, one after the other, all of the same columns: blocks
+// that run together are of all columns of `slots` tiles of pixels and so read the same pixels; then each goes on to the
+// pixels `slots` tiles further on. Its third warpgroup is the producer: one thread that has the TMA fill two rings of stages in
+// shared memory, as far ahead as they have room. The other two are consumers: each multiplies 64 TILES of the pixels by all
+// columns of the tile. A consumer keeps one group of products in flight: when it has begun the next one it waits for the
+// one before and releases its stages.
 //
 // Where the pixels of a tile come from is a Source:
 //
@@ -43,6 +44,10 @@
 // and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
 // of a tile is what is stored. It has two places, used in turn: a place is written, a barrier of the warpgroup, it is
 // read. When it is written again, the barrier of the other place lies between, so nobody reads it any more.
+//
+// Two sums over the pixels of each column: a thread has them of its 8 columns and its pixels of a tile; then each thread adds
+// up one sum of one column over the lanes, in their order, and keeps it for all tiles of its block. So a consumer of a block
+// leaves one pair a column, whatever number of tiles it had. `slots` follows from the shape, not from the GPU.
 #pragma once
 #include "packed_codes.cuh"
 #include "tma.cuh"
@@ -71,10 +76,16 @@ struct Convolution {
     __device__ int products() const { return planes * (planes + 1) / 2; }
 };
 
-template <int COLUMNS>
-__device__ int tiles_across(const Convolution& g) {
-    return (g.columns + COLUMNS - 1) / COLUMNS;
-}
+// Those of a block: of pixels the tiles first, first + slots, ... below `count`, all from the column `column` on.
+struct Tiles {
+    int first, count, slots, column;
+
+    __device__ Tiles(const Convolution& g, int columns, int tiles, int slots_) : count(tiles), slots(slots_) {
+        const int across = (g.columns + columns - 1) / columns;
+        first = blockIdx.x / across;
+        column = blockIdx.x % across * columns;
+    }
+};
 
 // The first multiple of 1024 in dynamic shared memory, which is asked for with 1024 bytes to spare.
 __device__ inline char* align_stages(char* memory) { return memory + (0u - shared_address(memory)) % 1024; }
@@ -109,7 +120,7 @@ struct Ring {
     __device__ void release_previous() const { mbarrier_arrive(empty[(position.stage + STAGES - 1) % STAGES]); }
 };
 
-// 64 pixels of a consumer: a block of 8x8.
+// 64 pixels of a consumer: a block of 8x8; `next` goes on to the following one without dividing again.
 struct BlockRows {
     static constexpr bool WINDOWS = true;
     int image, y, x;  // of its first pixel
@@ -121,8 +132,16 @@ struct BlockRows {
         y = block / across % down * BLOCK_SIDE;
         image = block / across / down;
     }
+    __device__ void next() {
+        if ((x += BLOCK_SIDE) < w) return;
+        x = 0;
+        if ((y += BLOCK_SIDE) < h) return;
+        y = 0;
+        ++image;
+    }
     __device__ bool has(int dy, int dx) const { return image < images && y + dy < h && x + dx < w; }
     __device__ bool exists(int row) const { return has(row / BLOCK_SIDE, row % BLOCK_SIDE); }
+    __device__ int count() const { return image < images ? min(h - y, BLOCK_SIDE) * min(w - x, BLOCK_SIDE) : 0; }
     __device__ int64 pixel(int row) const { return ((int64)image * h + y + row / BLOCK_SIDE) * w + x + row % BLOCK_SIDE; }
     // 2x2 windows: 16 of them, four in a row.
     __device__ static int row_of_window(int window, int code) {
@@ -140,22 +159,33 @@ struct Halo {
     static constexpr int TILES = TILES_, BLOCKS = CONSUMERS * TILES, STAGES = 2, STAGE_BYTES = BLOCKS * HALO_PLACE;
     static constexpr int COPIED = BLOCKS * HALO_BYTES, TAPS_OF_STAGE = TAPS, TILE_BYTES = HALO_PLACE, PITCH = HALO_PITCH;
 
-    __device__ static void load(char* stage, const TensorMap& map, const Convolution& g, int tile, int channel, int, Mbarrier& full) {
+    // Where a tile lies, worked out once: the producer is one thread, and its divisions would take longer than the products.
+    struct Pixels {
+        int image[BLOCKS], y[BLOCKS], x[BLOCKS];
+        __device__ Pixels(const Convolution& g, int tile) {
 #pragma unroll
-        for (int i = 0; i < BLOCKS; ++i) {
-            const BlockRows block(g, tile * BLOCKS + i);  // one beyond the last image is loaded as zeros
-            tma_load(stage + i * HALO_PLACE, map, {channel, block.x - 1, block.y - 1, block.image}, full);
+            for (int i = 0; i < BLOCKS; ++i) {
+                const BlockRows block(g, tile * BLOCKS + i);  // one beyond the last image is loaded as zeros
+                image[i] = block.image, y[i] = block.y - 1, x[i] = block.x - 1;
+            }
         }
-    }
+        __device__ void load(char* stage, const TensorMap& map, int channel, int, Mbarrier& full) const {
+#pragma unroll
+            for (int i = 0; i < BLOCKS; ++i) tma_load(stage + i * HALO_PLACE, map, {channel, x[i], y[i], image[i]}, full);
+        }
+    };
     __device__ static constexpr int offset(int tap) { return tap / 3 * HALO_PITCH + tap % 3 * ROW_BYTES; }
-    __device__ static Rows rows(const Convolution& g, int tile, int i) { return Rows(g, tile * BLOCKS + i); }
+    // The first of a consumer's.
+    __device__ static Rows rows(const Convolution& g, int tile, int consumer) { return Rows(g, tile * BLOCKS + consumer * TILES); }
 };
 
 // 64 pixels of a consumer, in the order of the batch.
 struct RunRows {
     static constexpr bool WINDOWS = false;
-    int first, count;
-    __device__ bool exists(int row) const { return first + row < count; }
+    int first, pixels;
+    __device__ void next() { first += 64; }
+    __device__ bool exists(int row) const { return first + row < pixels; }
+    __device__ int count() const { return max(0, min(pixels - first, 64)); }
     __device__ int64 pixel(int row) const { return first + row; }
 };
 
@@ -165,13 +195,19 @@ struct Columns {
     static constexpr int TILES = TILES_, STAGES = STAGES_, STAGE_BYTES = CONSUMERS * TILES * ATOM_BYTES, COPIED = STAGE_BYTES;
     static constexpr int TAPS_OF_STAGE = 1, TILE_BYTES = ATOM_BYTES, PITCH = BLOCK_SIDE * ROW_BYTES;
 
-    __device__ static void load(char* stage, const TensorMap& map, const Convolution& g, int tile, int channel, int tap, Mbarrier& full) {
-        const int pixel = tile * CONSUMERS * TILES * 64, row = pixel / g.w;
-        tma_load_im2col(stage, map, {channel, pixel % g.w - 1, row % g.h - 1, row / g.h}, {tap % 3, tap / 3}, full);
-    }
+    struct Pixels {
+        int image, y, x;  // of the first one's first tap
+        __device__ Pixels(const Convolution& g, int tile) {
+            const int pixel = tile * CONSUMERS * TILES * 64, row = pixel / g.w;
+            image = row / g.h, y = row % g.h - 1, x = pixel % g.w - 1;
+        }
+        __device__ void load(char* stage, const TensorMap& map, int channel, int tap, Mbarrier& full) const {
+            tma_load_im2col(stage, map, {channel, x, y, image}, {tap % 3, tap / 3}, full);
+        }
+    };
     __device__ static constexpr int offset(int) { return 0; }
-    __device__ static Rows rows(const Convolution& g, int tile, int i) {
-        return {(tile * CONSUMERS * TILES + i) * 64, g.n * g.h * g.w};
+    __device__ static Rows rows(const Convolution& g, int tile, int consumer) {
+        return {(tile * CONSUMERS + consumer) * TILES * 64, g.n * g.h * g.w};
     }
 };
 
@@ -183,7 +219,8 @@ struct ForwardWeights {
                                 Mbarrier& full) {
         tma_load(stage, weight, {plane * g.depth + depth, tap, column}, full);
     }
-    __device__ static KMajor operand(const char* stage, int step) { return k_major(stage + step * 32, 8 * ROW_BYTES); }
+    static constexpr int STEP = 32;  // bytes to the next 16 of depth
+    __device__ static KMajor operand(const char* stage) { return k_major(stage, 8 * ROW_BYTES); }
 };
 template <int COLUMNS_>
 struct BackwardWeights {
@@ -195,9 +232,8 @@ struct BackwardWeights {
         for (int i = 0; i < COLUMNS / 64; ++i)
             tma_load(stage + i * ATOM_BYTES, weight, {first + 64 * i, TAPS - 1 - tap, depth}, full);
     }
-    __device__ static MNMajor operand(const char* stage, int step) {
-        return mn_major(stage + step * 16 * ROW_BYTES, ATOM_BYTES, 8 * ROW_BYTES);
-    }
+    static constexpr int STEP = 16 * ROW_BYTES;
+    __device__ static MNMajor operand(const char* stage) { return mn_major(stage, ATOM_BYTES, 8 * ROW_BYTES); }
 };
 
 // The thread's number, read anew. What is derived from threadIdx the compiler derives once for all tiles, and keeps it through
@@ -217,15 +253,15 @@ __device__ inline int thread_read_anew() {
 
 // What a consumer has of its two places on the way out, and how its threads meet.
 struct WayOut {
-    static constexpr int PLACES = 2, LANES = 16, COUNTS = 128;  // COUNTS: bytes of `counts`, and room to the next 128
+    static constexpr int PLACES = 2, LANES = 16, FIRST = 512;  // FIRST: bytes of `first`
     char* places;
-    float* counts;  // (LANES): how many pixels each has summed up
-    int turn = 0;
+    char* first;  // of each column what its sums are distances from: the first pixel of the block's first tile
+    int consumer, turn = 0;
     int thread;  // of the warpgroup
 
-    __device__ explicit WayOut(char* memory) {
-        places = memory + warpgroup_index() * PLACES * ATOM_BYTES;
-        counts = (float*)(memory + CONSUMERS * PLACES * ATOM_BYTES + warpgroup_index() * COUNTS);
+    __device__ WayOut(char* memory, int consumer_) : consumer(consumer_) {
+        places = memory + consumer * PLACES * ATOM_BYTES;
+        first = memory + CONSUMERS * PLACES * ATOM_BYTES + consumer * FIRST;
     }
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
     __device__ int column() const { return thread % 8 * PIECE; }
@@ -235,7 +271,7 @@ struct WayOut {
 
     // After the place has been written: everybody may read it; what is written next goes to the other one.
     __device__ const char* publish() {
-        named_barrier_sync(1 + warpgroup_index(), WARPGROUP);
+        named_barrier_sync(1 + consumer, WARPGROUP);
         const char* const written = place();
         turn ^= 1;
         return written;
@@ -252,41 +288,49 @@ struct WayOut {
         }
     }
 
-    // Two numbers for each of the PART columns, of every lane; every thread brings those of its piece. Afterwards
-    // numbers[(kind * LANES + lane) * PART + column].
-    __device__ const float* exchange(const Values& first, const Values& second) {
-        float* const numbers = (float*)place();
+    __device__ static Piece four_of(const float* numbers) {
+        return {{__float_as_uint(numbers[0]), __float_as_uint(numbers[1]), __float_as_uint(numbers[2]), __float_as_uint(numbers[3])}};
+    }
+
+    // Two numbers for each of the PART columns, of every lane, whose sums over the lanes these threads get: thread t < PART the
+    // first one of column t, the next PART threads the second one.
+    __device__ float add_lanes(const Values& first, const Values& second) {
+        float* const numbers = (float*)place() + lane() * PART + column();
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) {
-            numbers[lane() * PART + column() + i] = first.of[i];
-            numbers[(LANES + lane()) * PART + column() + i] = second.of[i];
+        for (int i = 0; i < PIECE; i += 4) {
+            *(Piece*)(numbers + i) = four_of(first.of + i);
+            *(Piece*)(numbers + LANES * PART + i) = four_of(second.of + i);
         }
-        return (const float*)publish();
+        const float* const all = (const float*)publish() + thread / PART * LANES * PART + thread % PART;
+        float sum = 0;
+        if (thread < 2 * PART)
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) sum += all[lane * PART];
+        return sum;
     }
 };
 
 // The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
 template <class Source, class Weights, class MapRing, class WeightRing>
 __device__ void produce(MapRing maps, WeightRing weights, const TensorMap& map, const TensorMap& weight, const Convolution& g,
-                        int tiles) {
-    const int across = tiles_across<Weights::COLUMNS>(g);
-    auto load = [&](int tile, int channel, int plane, int other) {
-        for (int tap = 0; tap < TAPS; ++tap) {
-            if (tap % Source::TAPS_OF_STAGE == 0) {
-                maps.acquire(Source::COPIED);
-                Source::load(maps.stage(), map, g, tile / across, plane * g.depth + channel, tap, maps.filled());
-                maps.position.advance();
-            }
-            weights.acquire(Weights::BYTES);
-            const int column = tile % across * Weights::COLUMNS;
-            Weights::load(weights.stage(), weight, g, other, channel, tap, column, weights.filled());
-            weights.position.advance();
-        }
-    };
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
+                        const Tiles& tiles) {
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
+        const typename Source::Pixels pixels(g, tile);
         for (int channel = 0; channel < g.depth; channel += DEPTH)
             for (int plane = 0; plane < g.planes; ++plane)
-                for (int other = 0; plane + other < g.planes; ++other) load(tile, channel, plane, other);
+                for (int other = 0; plane + other < g.planes; ++other)
+#pragma unroll
+                    for (int tap = 0; tap < TAPS; ++tap) {
+                        if (tap % Source::TAPS_OF_STAGE == 0) {
+                            maps.acquire(Source::COPIED);
+                            pixels.load(maps.stage(), map, plane * g.depth + channel, tap, maps.filled());
+                            maps.position.advance();
+                        }
+                        weights.acquire(Weights::BYTES);
+                        Weights::load(weights.stage(), weight, g, other, channel, tap, tiles.column, weights.filled());
+                        weights.position.advance();
+                    }
+    }
 }
 
 // A tap of a chunk added to the sums by ordinary additions: each 64 pixels a sum of their own on the tensor cores.
@@ -294,12 +338,14 @@ template <class Source, class Weights>
 __device__ __forceinline__ void add_short_sums(Accumulators<Weights::COLUMNS> (&sums)[Source::TILES], const char* pixels,
                                                const char* weights) {
     Accumulators<Weights::COLUMNS> of_tap;
+    const auto rows = k_major(pixels, Source::PITCH);
+    const auto columns = Weights::operand(weights);
 #pragma unroll
     for (int i = 0; i < Source::TILES; ++i) {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < DEPTH / 16; ++step)
-            wgmma(of_tap, k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH), Weights::operand(weights, step), step > 0);
+            wgmma(of_tap, moved(rows, i * Source::TILE_BYTES + step * 32), moved(columns, step * Weights::STEP), step > 0);
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
@@ -310,7 +356,7 @@ __device__ __forceinline__ void add_short_sums(Accumulators<Weights::COLUMNS> (&
 // A consumer: the sums of its part of one tile.
 template <class Source, class Weights, class MapRing, class WeightRing>
 __device__ __forceinline__ void multiply(Accumulators<Weights::COLUMNS> (&sums)[Source::TILES], MapRing& maps, WeightRing& weights,
-                                         const Convolution& g) {
+                                         const Convolution& g, int consumer) {
     const bool leader = warpgroup_thread() == 0;
     // A first product that ignores the sums would do, but to the compiler it reads them: they would hold their registers from
     // one tile to the next, and the way out would have none.
@@ -324,17 +370,18 @@ __device__ __forceinline__ void multiply(Accumulators<Weights::COLUMNS> (&sums)[
             const bool next_of_maps = tap % Source::TAPS_OF_STAGE == 0, begun = product + tap > 0;
             if (next_of_maps) maps.wait();
             weights.wait();
-            const char* const pixels = maps.stage() + warpgroup_index() * Source::TILES * Source::TILE_BYTES + Source::offset(tap);
+            const char* const pixels = maps.stage() + consumer * Source::TILES * Source::TILE_BYTES + Source::offset(tap);
             if constexpr (MULTIPLY == TF32X3) {
                 add_short_sums<Source, Weights>(sums, pixels, weights.stage());
             } else {
+                const auto rows = k_major(pixels, Source::PITCH);
+                const auto columns = Weights::operand(weights.stage());
                 wgmma_fence();
 #pragma unroll
                 for (int step = 0; step < DEPTH / 16; ++step)
 #pragma unroll
                     for (int i = 0; i < Source::TILES; ++i)
-                        wgmma(sums[i], k_major(pixels + i * Source::TILE_BYTES + step * 32, Source::PITCH),
-                              Weights::operand(weights.stage(), step), true);
+                        wgmma(sums[i], moved(rows, i * Source::TILE_BYTES + step * 32), moved(columns, step * Weights::STEP), true);
                 wgmma_commit();
                 wgmma_wait<1>();  // the group before this one is done
             }
@@ -378,21 +425,25 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<C
 }
 
 // The way of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
-// registers than there are. So that it finds its part in registers, the other parts move up.
+// registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
 // What is done there is a Leave: for each PART columns a Leave::Columns is made; its `prepare` may ask for what global memory
-// has of 64 pixels, `store` is given their place in shared memory, and `finish`, after the last of them, has the warpgroup.
+// has of 64 pixels, `store` is given their place in shared memory. Where sums() says so its sums over the pixels, `plain` and
+// `other`, are added up for all tiles of the block, and `finish` has them in the end. Where Leave::ASKS, `ask_for` has what
+// `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
 template <class Source, class Leave, int PARTS>
-__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], const Leave& leave, const Convolution& g, int tile, int column) {
+__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], float (&sums)[PARTS / Source::TILES], const Leave& leave,
+                           const typename Source::Rows& own, int column, bool first) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
+    constexpr int LAST = PARTS / Source::TILES - 1;
 #pragma unroll 1
-    for (int part = 0; part < PARTS; part += Source::TILES, column += PART) {
+    for (int part = 0; part <= LAST; ++part, column += PART) {
         out.begin();
-        typename Leave::Columns columns(leave, column + out.column());
+        typename Leave::Columns columns(leave, out, column, part, first);
+        typename Source::Rows rows = own;
 #pragma unroll 1
-        for (int i = 0; i < Source::TILES; ++i) {
+        for (int i = 0; i < Source::TILES; ++i, rows.next()) {
             out.begin();
-            const typename Source::Rows rows = Source::rows(g, tile, warpgroup_index() * Source::TILES + i);
             columns.prepare(rows, out);
             out.put(words[0]);
             columns.store(rows, out, out.publish());
@@ -401,8 +452,12 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], const L
 #pragma unroll
                 for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
+        if (!leave.sums()) continue;
         out.begin();
-        columns.finish(out, tile * CONSUMERS + warpgroup_index(), column);
+        const float sum = sums[0] + out.add_lanes(columns.plain, columns.other);
+#pragma unroll
+        for (int k = 1; k <= LAST; ++k) sums[k - 1] = sums[k];
+        sums[LAST] = sum;
     }
 }
 
@@ -410,8 +465,8 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], const L
 // ops/convolution/conv2d_hopper.py knows.
 template <class Source, class Weights, int WEIGHT_STAGES, class Leave>
 __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
-                                         const Convolution& g, int row_tiles, const Leave& leave) {
-    constexpr int COLUMNS = Weights::COLUMNS;
+                                         const Convolution& g, int row_tiles, int slots, const Leave& leave) {
+    constexpr int COLUMNS = Weights::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART;
     SHARED_DYNAMIC(char, memory);
     SHARED_ARRAY(Mbarrier, barriers, [2 * (Source::STAGES + WEIGHT_STAGES)]);
     char* const stages = align_stages(memory);
@@ -425,22 +480,39 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         mbarrier_init_fence();
     }
     __syncthreads();
-    const int across = tiles_across<COLUMNS>(g), tiles = row_tiles * across;
-    if (warpgroup_index() == CONSUMERS) {
+    const Tiles tiles(g, COLUMNS, row_tiles, slots);
+    const int consumer = warpgroup_index();
+    if (consumer == CONSUMERS) {
         setmaxnreg_decrease<PRODUCER_REGISTERS>();
         if (warpgroup_thread() == 0) produce<Source, Weights>(maps, weights, map, weight, g, tiles);
         return;
     }
     setmaxnreg_increase<CONSUMER_REGISTERS>();
-    WayOut way_out(stages + maps.BYTES + weights.BYTES);
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int column = tile % across * COLUMNS;
-        unsigned words[Source::TILES * ((COLUMNS + PART - 1) / PART)][WORDS] = {};
+    WayOut way_out(stages + maps.BYTES + weights.BYTES, consumer);
+    float totals[ACROSS] = {};
+    int pixels = 0;
+    bool first = true;
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots, first = false) {
+        if (Leave::ASKS) {
+            typename Source::Rows rows = Source::rows(g, tile, consumer);
+            for (int i = 0; i < Source::TILES; ++i, rows.next())
+                for (int k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
+                    leave.ask_for(rows, k % 64, tiles.column + k / 64 * PART);
+        }
+        unsigned words[Source::TILES * ACROSS][WORDS] = {};
         {
             Accumulators<COLUMNS> sums[Source::TILES];
-            multiply<Source, Weights>(sums, maps, weights, g);
-            round_sums(words, sums, bias ? bias + column : nullptr, g.columns - column);
+            multiply<Source, Weights>(sums, maps, weights, g, consumer);
+            round_sums(words, sums, bias ? bias + tiles.column : nullptr, g.columns - tiles.column);
         }
-        leave_tile<Source>(way_out, words, leave, g, tile / across, column);
+        typename Source::Rows rows = Source::rows(g, tile, consumer);
+        leave_tile<Source>(way_out, words, totals, leave, rows, tiles.column, first);
+        for (int i = 0; i < Source::TILES; ++i, rows.next()) pixels += rows.count();
+    }
+    if (!leave.sums()) return;
+#pragma unroll
+    for (int part = 0; part < ACROSS; ++part) {
+        way_out.begin();
+        leave.finish(way_out, tiles.first * CONSUMERS + consumer, tiles.column + part * PART, part, totals[part], pixels);
     }
 }

@@ -1,6 +1,6 @@
 // The warpgroup: four warps, 128 threads, that multiply together on Hopper; what its threads share out and how they meet.
 //
-//   warpgroup_index()               number of this thread's warpgroup, in a one-dimensional block
+//   warpgroup_index()               number of this thread's warpgroup, in a one-dimensional block; all threads of a warp ask at once
 //   warpgroup_thread()              number of this thread in it, 0 to 127
 //   setmaxnreg_decrease<N>()        the warpgroup keeps N registers a thread and gives the rest back to its block
 //   setmaxnreg_increase<N>()        it takes registers, up to N a thread; waits until others have given them back
@@ -22,7 +22,16 @@
 
 #define WARPGROUP 128
 
-__device__ inline int warpgroup_index() { return (int)(threadIdx.x / WARPGROUP); }
+// Out of a shuffle the compiler knows that it is the same in the whole warp: what is derived from it, addresses and descriptors
+// of shared memory, is then worked out once for the warp, where the instructions want it, and not by every thread.
+__device__ inline int warpgroup_index() {
+    const int index = (int)(threadIdx.x / WARPGROUP);
+#ifdef SEGNET_HOST
+    return index;
+#else
+    return __shfl_sync(0xFFFFFFFF, index, 0);
+#endif
+}
 __device__ inline int warpgroup_thread() { return (int)(threadIdx.x % WARPGROUP); }
 
 #ifdef SEGNET_HOST

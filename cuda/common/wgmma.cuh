@@ -24,6 +24,9 @@
 //   mn_major(start, leading, stride)  depth runs down: a row of the atom is 64 rows of a (columns of b) at one depth; the
 //                                     next 64 rows (columns) lie `leading` bytes on, the next eight of depth `stride`
 //
+//   moved(operand, bytes)             the same that begins so many bytes further on: an addition, where a new one takes eight
+//                                     instructions, as many as there are between two products
+//
 // `start`, `leading` and `stride` are multiples of 16 bytes below 256 KiB. Atoms may overlap.
 #pragma once
 #include "warpgroup.cuh"
@@ -60,6 +63,11 @@ __device__ inline MNMajor mn_major(const void* start, int leading, int stride) {
 }
 
 #endif
+
+template <class Operand>
+__device__ inline Operand moved(Operand operand, int bytes) {
+    return {operand.descriptor + (bytes >> 4)};
+}
 
 // Row and column of sums[i] in the product.
 __device__ inline int wgmma_row(int i) { return 16 * (warpgroup_thread() / WARP) + warp_lane() / 4 + i / 2 % 2 * 8; }

@@ -151,7 +151,7 @@ def _fold(model: nn.Module) -> None:
 
 def peers_of(case: Case, thorough: bool) -> dict[str, Callable[[State], Peer]]:
     """Makers by name. `thorough`: every way in every memory format; else those of which one was the best so far."""
-    ways = [("channels_last", way) for way in ("graph", "compile", "compile graph")]
+    ways = [("channels_last", way) for way in ("graph", "compile graph")]
     if not case.on_gpu:
         ways = [(memory_format, "eager") for memory_format in FORMATS]
     elif thorough:

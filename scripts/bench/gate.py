@@ -24,23 +24,26 @@ def errors_of(
     Where an input of a ReLU lies within a rounding of 0, or two values of a pool within one of each other, a rounding
     decides what follows. That adds to an error now and then, a mistake always.
     """
-    found: dict[str, Errors] = {}
-    for precision in precisions:
-        case = Case("training", 2, (size, size), precision, width, on_gpu)
-        exact_case = replace(case, precision="float32", on_gpu=False)
-        draws: dict[str, list[dict[str, float]]] = {}
-        for seed in range(DRAWS):
-            batch, state = case.data(seed), initial_state(seed, width)
-            exact = Peer(exact_case, state, "contiguous", dtype=torch.float64).training_pass(*batch)
+    draws: dict[str, dict[str, list[dict[str, float]]]] = {precision: {} for precision in precisions}
+    for seed in range(DRAWS):
+        cases = {p: Case("training", 2, (size, size), p, width, on_gpu) for p in precisions}
+        batch, state = cases[precisions[0]].data(seed), initial_state(seed, width)
+        exact_case = replace(cases[precisions[0]], precision="float32", on_gpu=False)
+        exact = Peer(exact_case, state, "contiguous", dtype=torch.float64).training_pass(*batch)
+        for precision, case in cases.items():
             contenders = {"PyTorch": Peer(case, state)} | {
                 name: make(case, device, state)
                 for name, make in OURS.items()
                 if (name, precision) != ("ours, layers", "bf16")
             }
+            torch.backends.cudnn.benchmark = False  # a search would take longer than what it finds
             for name, contender in contenders.items():
-                draws.setdefault(name, []).append(relative_errors(contender.training_pass(*batch), exact))
-        found[precision] = {name: {what: min(e[what] for e in es) for what in es[0]} for name, es in draws.items()}
-    return found
+                errors = relative_errors(contender.training_pass(*batch), exact)
+                draws[precision].setdefault(name, []).append(errors)
+    return {
+        precision: {name: {what: min(e[what] for e in es) for what in es[0]} for name, es in of_names.items()}
+        for precision, of_names in draws.items()
+    }
 
 
 def relative_errors(got: Mapping[str, np.ndarray], truth: Arrays) -> dict[str, float]:

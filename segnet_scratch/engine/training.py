@@ -229,9 +229,14 @@ def branches_key(network: Network, rung: str) -> str:
     return f"branches {rung} {network.batch}x{height}x{width} {len(blocks)} blocks of {blocks[0].out_channels}"
 
 
+def default_branches(device: Device) -> str:
+    """Two on Hopper, where they were measured to be faster (docs/explanation/kernels.md)."""
+    return "two" if device.architecture == "sm_90" else "one"
+
+
 def two_branches(device: Device, network: Network, rung: str) -> bool:
     """Do weight gradients run on a second stream? As `segnet tune` found, unless the environment says."""
-    tuned = table_of(device).choices.get(branches_key(network, rung)) == "two"
+    tuned = table_of(device).choices.get(branches_key(network, rung), default_branches(device)) == "two"
     return switch("SEGNET_BRANCHES", tuned, "weight gradients on a second stream", "one stream")
 
 

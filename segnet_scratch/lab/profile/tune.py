@@ -14,7 +14,7 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import InferenceProgram
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
 from segnet_scratch.engine.program import BoundProgram, Program
-from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key
+from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key, default_branches
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.ceilings import seconds_of
 from segnet_scratch.lab.profile.measure import stopwatch
@@ -97,7 +97,7 @@ def tune(
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
     planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
     seconds = {name: _seconds_of(device, program) for name, program in planned.items()}
-    choices.append(Choice(branches_key(network, kernels.rung), seconds, "one"))
+    choices.append(Choice(branches_key(network, kernels.rung), seconds, default_branches(device)))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 

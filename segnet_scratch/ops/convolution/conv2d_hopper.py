@@ -41,7 +41,7 @@ CONSUMERS = 2  # warpgroups that multiply
 THREADS = 128 * (CONSUMERS + 1)
 ALIGNMENT = 1024  # bytes, of the stages in shared memory
 HALO, HALO_PLACE, ROW = (1, SIDE + 2, SIDE + 2, CHANNELS), 13312, 128  # a block with its border; bytes of it, of a row
-WAY_OUT = CONSUMERS * (2 * 8192 + 128)
+WAY_OUT = CONSUMERS * (2 * 8192 + 512)
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,10 @@ class Tile:
         pixels = self.pixels // SIDE**2 * HALO_PLACE if self.halo else self.pixels * ROW
         return self.stages * pixels + self.weight_stages * self.columns * ROW + WAY_OUT + ALIGNMENT
 
-    @property
-    def group(self) -> int:
-        """Pixels that are summed up together for batch norm: those of a consumer."""
-        return self.pixels // CONSUMERS
-
     def rows(self, n: int, h: int, w: int) -> int:
         """Tiles that cover the pixels of a map."""
         pixels = n * -(-h // SIDE) * -(-w // SIDE) * SIDE**2 if self.halo else n * h * w
         return -(-pixels // self.pixels)
-
-    def groups(self, n: int, h: int, w: int) -> int:
-        """How many groups of pixels there are; of the last ones some may be empty."""
-        return CONSUMERS * self.rows(n, h, w)
 
     def fits(self, columns: int, windows: bool) -> bool:
         """Can it compute so many columns; and 2x2 windows, if there are any? They lie within a block of 8x8."""
@@ -170,15 +161,25 @@ class _InPlanes(Op):
 class _Tiled(_InPlanes, FusedConv):
     """What has a tile that could be another one, and is tuned by trying them."""
 
-    def take(self, again: Callable[..., Self], tile: Tile | None) -> None:
-        """Computes in this tile, or in the one of its shape; `again` plans the op in another one."""
+    def take(self, again: Callable[..., Self], tile: Tile | None, blocks: int) -> None:
+        """Computes in this tile, or in the one of its shape, on so many blocks; `again` plans it in another tile.
+
+        As many tiles of pixels as there are `slots` are computed at a time. For batch norm the pixels of a slot are
+        summed up together, apart for each of the consumers.
+        """
         g, self.again = self.product, again
         self.multiply_as(self.rung)
         self.tile_of_shape = tile_for(g.n, g.oh, g.ow, g.o, self.by_windows)
         self.tile = tile or self.tile_of_shape
         what = f"{self.name}: the tile {self.tile.name} does not fit {g.o} columns"
         expect(self.tile.fits(g.o, self.by_windows), f"{what}; expected one of {', '.join(self._fitting())}")
-        self.groups, self.row_tiles = self.tile.groups(g.n, g.oh, g.ow), self.tile.rows(g.n, g.oh, g.ow)
+        self.row_tiles, self.across = self.tile.rows(g.n, g.oh, g.ow), -(-g.o // self.tile.columns)
+        self.slots = min(self.row_tiles, max(1, blocks // self.across))
+
+    @property
+    def partials(self) -> Spec:
+        """Of each slot and consumer two sums a column."""
+        return Spec((CONSUMERS * self.slots, 2, self.product.o), self.vector)
 
     def _fitting(self) -> dict[str, Tile]:
         return {tile.name: tile for tile in TILES if tile.fits(self.product.o, self.by_windows)}
@@ -189,10 +190,9 @@ class _Tiled(_InPlanes, FusedConv):
         return key_of(f"{self.name.removeprefix('conv2d_')}{'_windows' * self.by_windows}", self.rung, self.geometry)
 
     def launch_tiles(self, device: Device, b: Buffers, name: str, weight_box: tuple[int, ...]) -> None:
-        """The kernel for this tile, of the map of this name, on as many blocks as the GPU holds at once."""
+        """The kernel for this tile, of the map of this name."""
         taps = TensorMap(b.weight.reshape(b.weight.shape[0], 9, b.weight.shape[3]), weight_box)
-        tiles = self.row_tiles * -(-self.product.o // self.tile.columns)
-        grid, kernel = min(tiles, device.multiprocessors if device.gpu else 2), f"{self.name}_{self.tile.name}"
+        grid, kernel = self.slots * self.across, f"{self.name}_{self.tile.name}"
         given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(getattr(b, name))}
         self.kernel(device, kernel, b, grid, THREADS, shared=self.tile.shared, **given)
 
@@ -206,43 +206,41 @@ class _Tiled(_InPlanes, FusedConv):
         return self.alternatives().get(name or "", self)
 
     def summed_together(self, map_: np.ndarray) -> Sequence[np.ndarray]:
-        return groups_of(self.tile, map_, SIDE // 2 if self.by_windows and not self.forward else SIDE)
+        return groups_of(self.tile, self.slots, map_, SIDE // 2 if self.by_windows and not self.forward else SIDE)
 
 
 def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
-    """The tile that the shape suggests, from measurements of a prototype (docs/explanation/kernels.md).
+    """The tile that the shape suggests, from measurements on an H200 (docs/explanation/kernels.md).
 
-    Halo tiles where no more than a tenth of their pixels lies beyond the edges, or where there are windows; the smaller
-    ones where the larger ones would leave many more multiprocessors of an H100 without work in their last round.
+    Pixels in a row where nothing asks for 2x2 windows; the smaller tile where the larger one would leave many more
+    multiprocessors of an H100 without work in its last round.
     """
     if columns % 128:
         return NAMED["halo_256x32" if columns <= 32 else "halo_256x64"]
-    within = h * w / (-(-h // SIDE) * -(-w // SIDE) * SIDE**2)
-    if within < 0.9 and not windows:
-        return NAMED["columns_128x128"]
 
     def busy(tile: Tile) -> float:
         tiles = tile.rows(n, h, w) * (columns // tile.columns)
         return tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS)
 
-    large, small = NAMED["halo_256x128"], NAMED["halo_128x128"]
+    kind = "halo" if windows else "columns"
+    large, small = NAMED[f"{kind}_256x128"], NAMED[f"{kind}_128x128"]
     return small if busy(large) < 0.85 * busy(small) else large
 
 
-def groups_of(tile: Tile, map_: np.ndarray, side: int = SIDE) -> list[np.ndarray]:
-    """(pixels, c) of each group that is summed up together; `side` 4: of a map that was pooled, or gathered."""
+def groups_of(tile: Tile, slots: int, map_: np.ndarray, side: int = SIDE) -> list[np.ndarray]:
+    """(pixels, c) of each slot and consumer; `side` 4: of a map that was pooled, or gathered."""
     n, h, w, c = map_.shape
+    together = tile.pixels // CONSUMERS
     if not tile.halo:
         flat = map_.reshape(-1, c)
-        groups = [flat[start : start + tile.group] for start in range(0, len(flat), tile.group)]
+        parts = [flat[start : start + together] for start in range(0, len(flat), together)]
     else:
         corners = ((i, y, x) for i in range(n) for y in range(0, h, side) for x in range(0, w, side))
         blocks = [map_[i, y : y + side, x : x + side].reshape(-1, c) for i, y, x in corners]
-        together = tile.group // SIDE**2
-        groups = [np.concatenate(blocks[k : k + together]) for k in range(0, len(blocks), together)]
-    scale = SIDE // side
-    missing = tile.groups(n, h * scale, w * scale) - len(groups)
-    return groups + [map_[:0, 0, 0]] * missing
+        together //= SIDE**2
+        parts = [np.concatenate(blocks[k : k + together]) for k in range(0, len(blocks), together)]
+    starts = range(slots * CONSUMERS)
+    return [np.concatenate([map_[:0, 0, 0], *parts[start :: slots * CONSUMERS]]) for start in starts]
 
 
 class HopperForward(_Tiled, FusedForward):
@@ -250,14 +248,22 @@ class HopperForward(_Tiled, FusedForward):
 
     name = "conv2d_hopper_forward"
 
-    def __init__(self, x: Spec, weight: Spec, rung: str = "bf16", tile: Tile | None = None, **options: bool) -> None:
+    def __init__(
+        self,
+        x: Spec,
+        weight: Spec,
+        rung: str = "bf16",
+        tile: Tile | None = None,
+        blocks: int = MULTIPROCESSORS,
+        **options: bool,
+    ) -> None:
         super().__init__(x, weight, rung, **options)
-        self.take(partial(self.plan, x, weight, rung, **options), tile)
+        self.take(partial(self.plan, x, weight, rung, blocks=blocks, **options), tile, blocks)
         self.split, self.workspace = None, {}
         self.read_planes("x", "weight")
         if self.statistics:
-            self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
-            self.outputs["counts"] = Spec((self.groups,), np.dtype(np.int32))
+            self.outputs["partials"] = self.partials
+            self.outputs["counts"] = Spec(self.partials.shape[:1], np.dtype(np.int32))
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.launch_tiles(device, b, "x", (self.tile.columns, 1, CHANNELS))
@@ -281,13 +287,14 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         rung: str = "bf16",
         unpool: Size | None = None,
         tile: Tile | None = None,
+        blocks: int = MULTIPROCESSORS,
     ) -> None:
         super().__init__(dy, weight, below, rung, unpool)
-        self.take(partial(self.plan, dy, weight, below, rung, unpool), tile)
+        self.take(partial(self.plan, dy, weight, below, rung, unpool, blocks=blocks), tile, blocks)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
         self.read_planes("dy", "weight")
-        self.outputs["partials"] = Spec((self.groups, 2, self.product.o), self.vector)
+        self.outputs["partials"] = self.partials
 
     def launch(self, device: Device, b: Buffers) -> None:
         self.launch_tiles(device, b, "dy", (CHANNELS, 1, CHANNELS))

@@ -31,9 +31,11 @@ from segnet_scratch.ops.op import Buffers, Op, Spec, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 
 
-def _case(reason: str, size: tuple[int, int, int], tile: str, c: int = CHANNELS, **options: Any) -> Case:
-    """A convolution from c channels to as many columns as the tile has."""
-    return fused_case(f"{reason}, {tile}", size, c, NAMED[tile].columns, tile=tile, **options)
+def _case(
+    reason: str, size: tuple[int, int, int], tile: str, c: int = CHANNELS, o: int | None = None, **options: Any
+) -> Case:
+    """A convolution from c channels to o, or as many columns as the tile has."""
+    return fused_case(f"{reason}, {tile}", size, c, o or NAMED[tile].columns, tile=tile, **options)
 
 
 SHAPES = [
@@ -41,6 +43,7 @@ SHAPES = [
     _case("a block", (1, 8, 8), "halo_256x64"),
     _case("a pixel less than blocks", (1, 7, 15), "halo_256x64"),
     _case("a pixel more than blocks", (1, 9, 17), "halo_256x64"),
+    _case("five tiles of the columns of two", (5, 9, 11), "halo_256x64", o=128),
     _case("two tiles, the second one not full; odd sizes", (2, 9, 11), "halo_256x64"),
     _case("one row", (1, 1, 19), "halo_128x128"),
     _case("two chunks of depth", (1, 8, 8), "halo_128x128", 128),
@@ -65,7 +68,7 @@ class HopperRow(FusedRow):
     windows = ""  # the option that asks for 2x2 windows, which only halo tiles have
 
     def given(self, case: Case) -> dict[str, Any]:
-        return {"tile": NAMED[case["tile"]]}
+        return {"tile": NAMED[case["tile"]], "blocks": 2}  # few, so that each has several tiles
 
     def growth(self, terms: int, eps: float) -> float:
         # Of two planes the product of the second ones, each at most 2^-8 of its factor, is left out.
