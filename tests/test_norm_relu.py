@@ -218,8 +218,8 @@ class TestPlans:
             plan(get_device("host"), **arrays)
 
 
-# Of each kernel: the numbers of a channel, the resident blocks that its launch counts on, and the 16-byte loads that a
-# thread begins before it uses the first.
+# Of each kernel: the numbers of a channel, the resident blocks that its launch counts on, and the pieces of maps that a
+# thread begins to load before it uses the first.
 LOADED = {
     "norm_relu_forward": (4, 3, 4),
     "norm_relu_pool_forward": (4, 3, 4),
@@ -243,9 +243,14 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     stored = {name for name in names if name.startswith("STG")}
     codes = f"E.{'U8' if element == 'float32' else 'U16'}"
     assert stored == {"STG.E.128"} | ({f"STG.{codes}"} if kernel == "norm_relu_pool_forward" else set())
-    # Word by word come the numbers of the channels alone: a piece of each, once.
-    narrow = {n: k for n, k in names.items() if n.startswith("LDG") and ".128" not in n and codes not in n}
-    assert narrow == ({"LDG.E.CONSTANT": channel_numbers * piece} if channel_numbers else {})
+    assert not {n for n in names if n.startswith("LDG") and ".128" not in n and codes not in n}
+    # The numbers of the channels are loaded once; but for sm_120, in rows while the first pieces are under way.
+    of_channels = channel_numbers * piece // 4
+    if kernel in ("norm_relu_forward", "norm_relu_backward") and architecture != "sm_120":
+        loads += of_channels
+    else:
+        of_numbers = [i for i, (name, _) in enumerate(code) if name == "LDG.E.128"][:of_channels]
+        code = [instruction for i, instruction in enumerate(code) if i not in of_numbers]
     assert loads_before_a_use(code, "LDG.E.128") >= loads
     (compiled,) = compile_all([find_kernel(kernel).source], [architecture], [element])
     (registers,) = (usage.registers for usage in compiled.usages if usage.kernel == kernel)

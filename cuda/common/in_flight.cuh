@@ -8,7 +8,8 @@
 //
 // is `for (i = first; i < end; i += step) use(i, load(i));`, its uses in that order, so that a sum keeps its bits. load(i)
 // reads what element i needs, by load_here. Beyond the end it is asked for the first element of its group once more, which
-// nobody else changes: a kernel may work in place.
+// nobody else changes: a kernel may work in place. `prepare`, if it is given, is called once, while the first loads are under way:
+// what `use` needs is then loaded at the same time, not before.
 //
 // tests/test_in_flight.py counts the loads before the first use in the machine code.
 #pragma once
@@ -52,12 +53,18 @@ __device__ inline bool in_sixteens(const T* array, int64 count) {
     return count % (16 / sizeof(T)) == 0 && (uint64)array % 16 == 0;
 }
 
-template <int LOADS, class Load, class Use>
-__device__ __forceinline__ void for_each_in_flight(int64 first, int64 end, int64 step, Load load, Use use) {
+struct Nothing {
+    __device__ void operator()() const {}
+};
+
+template <int LOADS, class Load, class Use, class Prepare = Nothing>
+__device__ __forceinline__ void for_each_in_flight(
+    int64 first, int64 end, int64 step, Load load, Use use, Prepare prepare = {}) {
     for (int64 i = first; i < end; i += LOADS * step) {
         decltype(load(i)) loaded[LOADS];
 #pragma unroll
         for (int k = 0; k < LOADS; ++k) loaded[k] = load(i + k * step < end ? i + k * step : i);
+        if (i == first) prepare();
 #pragma unroll
         for (int k = 0; k < LOADS; ++k)
             if (i + k * step < end) use(i + k * step, loaded[k]);

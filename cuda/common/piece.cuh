@@ -53,6 +53,18 @@ __device__ inline Values values_of(const Piece& piece) {
     return values;
 }
 
+// The numbers of a channel vector for the channels of a piece, all of which there are: 16 bytes a load.
+__device__ inline Values channels_of(const float* vector, int64 channel) {
+    Values values;
+#pragma unroll
+    for (int i = 0; i < PIECE; i += 4) {
+        const Piece four = load_piece_here((const storage_t*)(vector + channel + i));  // of float, whatever is stored
+#pragma unroll
+        for (int k = 0; k < 4; ++k) values.of[i + k] = __uint_as_float(four.words[k]);
+    }
+    return values;
+}
+
 // The numbers of a channel vector for the channels of a piece; 0 beyond the last channel.
 __device__ inline Values channels_of(const accumulate_t* vector, int channel, int channels) {
     Values values;

@@ -6,7 +6,8 @@
 //
 //   - a thread begins LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
 //     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
-//   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once;
+//   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once, 16 bytes a load,
+//     while its first pieces are under way;
 //   - the grid fills the GPU once (ops/pieces.py): a thread goes on to its next rows instead of making room for another;
 //   - the windows of a map are counted by additions. A division by sizes that are known at run time costs as much as
 //     everything else that is done to a piece.
@@ -37,9 +38,15 @@ struct Share {
     __device__ bool exists(int c) const { return c % PIECE == 0 && channel < c && first < step; }
     __device__ void next() { channel += threads * PIECE; }
     // use(i, load(i)) for the elements i with which its pieces begin, in_flight.cuh's way.
-    template <class Load, class Use>
-    __device__ void for_each_row(int64 rows, int c, Load load, Use use) const {
+    template <class Load, class Use, class Prepare>
+    __device__ void for_each_row(int64 rows, int c, Load load, Use use, Prepare prepare) const {
+#if defined(__CUDA_ARCH__) && \
+    __CUDA_ARCH__ >= 1200  // whose compiler would put one of the loads behind what is prepared
+        prepare();
         for_each_in_flight<LOADS>(first * c + channel, rows * c, step * c, load, use);
+#else
+        for_each_in_flight<LOADS>(first * c + channel, rows * c, step * c, load, use, prepare);
+#endif
     }
 };
 

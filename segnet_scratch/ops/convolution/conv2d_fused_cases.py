@@ -129,7 +129,7 @@ class FusedForwardRow(FusedRow):
     asked: ClassVar = {"statistics": True}
 
     def cases(self) -> list[Case]:
-        first = fused_case("first layer of SegNet: three channels, tiles across images", (3, 13, 17), 3, 64)
+        first = fused_case("first layer of SegNet: three channels, tiles across images", (3, 10, 15), 3, 64)
         basic = fused_case("first layer of SegNet-Basic: stages of weights", (1, 13, 30), 3, 8, 7)
         return [*super().cases(), first, basic]
 
