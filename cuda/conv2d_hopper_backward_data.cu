@@ -42,7 +42,7 @@ struct StoreGradient {
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
         __device__ Columns(const StoreGradient& store, const WayOut& out, int column, int, bool)
-            : to(store), channel(column + out.column()), norm(store.below, column + out.column(), store.c) {}
+            : to(store), channel(column + out.column()), norm(store.below, column + out.column()) {}
 
         template <class Rows>
         __device__ void prepare(const Rows& rows, const WayOut& out) {

@@ -20,11 +20,14 @@ struct GradientSums {
 // The batch norm of the block below, for the channels of a piece.
 struct NormBelow {
     Values mean, inv_std, weight, bias;
+    // Beyond the last channel they are those of the last ones: whoever is there stores nothing.
     __device__ NormBelow(const Below& below, int channel, int channels)
-        : mean(channels_of(below.mean, channel, channels)),
-          inv_std(channels_of(below.inv_std, channel, channels)),
-          weight(channels_of(below.weight, channel, channels)),
-          bias(channels_of(below.bias, channel, channels)) {}
+        : NormBelow(below, min(channel, channels - PIECE)) {}
+    __device__ NormBelow(const Below& below, int channel)
+        : mean(channels_of(below.mean, channel)),
+          inv_std(channels_of(below.inv_std, channel)),
+          weight(channels_of(below.weight, channel)),
+          bias(channels_of(below.bias, channel)) {}
 
     // dr from the gradient of the block's output and y; what is summed up of it is what is stored.
     __device__ Piece gradient(const Piece& of_output, const Piece& of_y, bool relu, GradientSums& sums) const {

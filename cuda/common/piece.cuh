@@ -65,14 +65,6 @@ __device__ inline Values channels_of(const float* vector, int64 channel) {
     return values;
 }
 
-// The numbers of a channel vector for the channels of a piece; 0 beyond the last channel.
-__device__ inline Values channels_of(const accumulate_t* vector, int channel, int channels) {
-    Values values;
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) values.of[i] = channel + i < channels ? vector[channel + i] : 0;
-    return values;
-}
-
 __device__ inline Piece either(const Piece& a, const Piece& b) {
     return {{a.words[0] | b.words[0], a.words[1] | b.words[1], a.words[2] | b.words[2], a.words[3] | b.words[3]}};
 }
