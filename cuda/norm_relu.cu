@@ -12,7 +12,8 @@
 //
 // batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1),
 // pooled map and chosen y (1/4 each) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy
-// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size.
+// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size. z, unpooled
+// map and dy of float32 are written in planes (common/planes.cuh), where Hopper's convolutions alone read them.
 //
 // Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
 // (pixels or windows), or of the four pixels of one window. No sums: any order. On maps of 28x28 and 14x14 the numbers of
@@ -125,18 +126,20 @@ struct Norm {
 };
 
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_forward(
-    const storage_t* __restrict__ y,    // (rows, c)
-    const float* __restrict__ mean,     // (c)
-    const float* __restrict__ inv_std,  // (c)
-    const float* __restrict__ weight,   // (c)
-    const float* __restrict__ bias,     // (c)
-    storage_t* __restrict__ z,          // (rows, c)
-    int64 rows, int c, int relu) {
+    const storage_t* __restrict__ y,            // (rows, c)
+    const float* __restrict__ mean,             // (c)
+    const float* __restrict__ inv_std,          // (c)
+    const float* __restrict__ weight,           // (c)
+    const float* __restrict__ bias,             // (c)
+    storage_t* __restrict__ OPTIONAL z,         // (rows, c)
+    bfloat16* __restrict__ OPTIONAL in_planes,  // (rows, planes * c): z, where it is given
+    int64 rows, int c, int planes, int relu) {
+    const MapOut out = {z, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
         Norm norm;
         share.for_each_row(
             rows, c, [&](int64 i) { return load_piece_here(y + i); },
-            [&](int64 i, const Piece& piece) { store_piece(z + i, norm.of(piece)); },
+            [&](int64 i, const Piece& piece) { out.store(i, share.channel, norm.of(piece)); },
             [&] { norm = Norm(mean, inv_std, weight, bias, share.channel, relu); });
     }
 }
@@ -167,17 +170,19 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
 }
 
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_forward(
-    const storage_t* __restrict__ y,    // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const float* __restrict__ mean,     // (c)
-    const float* __restrict__ inv_std,  // (c)
-    const float* __restrict__ weight,   // (c)
-    const float* __restrict__ bias,     // (c)
-    storage_t* __restrict__ unpooled,   // (n, h, w, c)
-    int n, int h, int w, int c, int relu) {
+    const storage_t* __restrict__ y,            // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ codes,            // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const float* __restrict__ mean,             // (c)
+    const float* __restrict__ inv_std,          // (c)
+    const float* __restrict__ weight,           // (c)
+    const float* __restrict__ bias,             // (c)
+    storage_t* __restrict__ OPTIONAL unpooled,  // (n, h, w, c)
+    bfloat16* __restrict__ OPTIONAL in_planes,  // (n, h, w, planes * c): unpooled, where it is given
+    int n, int h, int w, int c, int planes, int relu) {
+    const MapOut out = {unpooled, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-        unpool_share(y, codes, unpooled, share, n, h, w, c, [&](const Piece& piece) { return norm.of(piece); });
+        unpool_share(y, codes, out, share, n, h, w, c, [&](const Piece& piece) { return norm.of(piece); });
     }
 }
 
@@ -217,34 +222,38 @@ struct PiecePair {
 };
 
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_backward(
-    const storage_t* __restrict__ y,    // (rows, c)
-    const float* __restrict__ mean,     // (c)
-    const float* __restrict__ inv_std,  // (c)
-    const float* __restrict__ weight,   // (c)
-    const float* __restrict__ dweight,  // (c)
-    const float* __restrict__ dbias,    // (c)
-    storage_t* __restrict__ dr,         // (rows, c), which becomes dy
-    int64 rows, int c) {
+    const storage_t* __restrict__ y,            // (rows, c)
+    const float* __restrict__ mean,             // (c)
+    const float* __restrict__ inv_std,          // (c)
+    const float* __restrict__ weight,           // (c)
+    const float* __restrict__ dweight,          // (c)
+    const float* __restrict__ dbias,            // (c)
+    storage_t* __restrict__ dr,                 // (rows, c), which becomes dy
+    bfloat16* __restrict__ OPTIONAL in_planes,  // (rows, planes * c): dy, where it is given; dr stays
+    int64 rows, int c, int planes) {
+    const MapOut out = {dr, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
         NormBackward norm;
         share.for_each_row(
             rows, c, [&](int64 i) { return PiecePair{load_piece_here(y + i), load_piece_here(dr + i)}; },
-            [&](int64 i, const PiecePair& both) { store_piece(dr + i, norm.of(both.first, both.second)); },
+            [&](int64 i, const PiecePair& both) { out.store(i, share.channel, norm.of(both.first, both.second)); },
             [&] { norm = NormBackward(mean, inv_std, weight, dweight, dbias, share.channel, rows); });
     }
 }
 
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_backward(
-    const storage_t* __restrict__ y,    // (n, h, w, c)
-    const uint8* __restrict__ codes,    // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const storage_t* __restrict__ dr,   // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const float* __restrict__ mean,     // (c)
-    const float* __restrict__ inv_std,  // (c)
-    const float* __restrict__ weight,   // (c)
-    const float* __restrict__ dweight,  // (c)
-    const float* __restrict__ dbias,    // (c)
-    storage_t* __restrict__ dy,         // (n, h, w, c)
-    int n, int h, int w, int c) {
+    const storage_t* __restrict__ y,            // (n, h, w, c)
+    const uint8* __restrict__ codes,            // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const storage_t* __restrict__ dr,           // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const float* __restrict__ mean,             // (c)
+    const float* __restrict__ inv_std,          // (c)
+    const float* __restrict__ weight,           // (c)
+    const float* __restrict__ dweight,          // (c)
+    const float* __restrict__ dbias,            // (c)
+    storage_t* __restrict__ OPTIONAL dy,        // (n, h, w, c)
+    bfloat16* __restrict__ OPTIONAL in_planes,  // (n, h, w, planes * c): dy, where it is given
+    int n, int h, int w, int c, int planes) {
+    const MapOut out = {dy, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
         const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
         for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
@@ -255,8 +264,9 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_ba
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))
-                    store_piece(
-                        dy + window.at(code, w, c), norm.of(pieces.at[code], at_position(gradient, chosen, code)));
+                    out.store(
+                        window.at(code, w, c), share.channel,
+                        norm.of(pieces.at[code], at_position(gradient, chosen, code)));
         }
     }
 }

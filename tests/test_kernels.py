@@ -35,7 +35,8 @@ class TestSignature:
         assert name in lines[kernel.line - 1]
         for parameter in kernel.parameters:
             assert re.fullmatch(r"[A-Za-z_]\w*", parameter.name)
-            assert parameter.dtype(FLOAT32).kind in ("V" if parameter.tensor_map else "iuf")
+            raw = parameter.tensor_map or parameter.c_type == "bfloat16"
+            assert parameter.dtype(FLOAT32).kind in ("V" if raw else "iuf")
             if not parameter.scalar:
                 assert parameter.extent_code is not None, f"{name}: {parameter.name} has no shape comment"
                 # The shape refers to integer parameters that exist.

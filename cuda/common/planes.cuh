@@ -26,3 +26,16 @@ __device__ inline void store_planes(bfloat16* to, int c, int planes, const Piece
             left[j] = left_by(__uint_as_float(j % 2 ? pairs[j / 2] & 0xFFFF0000u : pairs[j / 2] << 16), left[j]);
     }
 }
+
+// A map (rows, c) that is written piece by piece: as it is stored, or float32 in planes instead.
+struct MapOut {
+    storage_t* whole;
+    bfloat16* in_planes;  // null: as it is stored
+    int c, planes;
+    // The piece that begins at element i, at this channel.
+    __device__ void store(int64 i, int64 channel, const Piece& piece) const {
+        if constexpr (sizeof(storage_t) == sizeof(float))
+            if (in_planes) return store_planes(in_planes + (i - channel) * planes + channel, c, planes, piece);
+        store_piece(whole + i, piece);
+    }
+};

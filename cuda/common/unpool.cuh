@@ -5,13 +5,14 @@
 // time is enough.
 #pragma once
 #include "packed_codes.cuh"
+#include "planes.cuh"
 #include "share.cuh"
 
 // y (n, h, w, c) of the windows of a share: make(x[window]) at the coded position, 0 at the others.
 template <class Make>
 __device__ void unpool_share(
-    const storage_t* __restrict__ x, const uint8* __restrict__ codes, storage_t* __restrict__ y, const Share& share,
-    int n, int h, int w, int c, Make make) {
+    const storage_t* __restrict__ x, const uint8* __restrict__ codes, const MapOut& y, const Share& share, int n, int h,
+    int w, int c, Make make) {
     for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
         const int64 element = walk.index * c + share.channel;
         const unsigned chosen = piece_codes(codes, element);
@@ -19,6 +20,6 @@ __device__ void unpool_share(
         const Window window = walk.window(share.channel, h, w, c);
 #pragma unroll
         for (int code = 0; code < 4; ++code)
-            if (window.holds(code)) store_piece(y + window.at(code, w, c), at_position(piece, chosen, code));
+            if (window.holds(code)) y.store(window.at(code, w, c), share.channel, at_position(piece, chosen, code));
     }
 }

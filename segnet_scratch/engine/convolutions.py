@@ -11,6 +11,7 @@ from segnet_scratch.ops.convolution.split_planes import PLANES, in_planes
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.runtime.devices import Device
+from segnet_scratch.runtime.precision import ELEMENTS_OF_RUNG
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,4 @@ class Convolutions:
     def copy_of(self, weight: tuple[int, ...]) -> Spec | None:
         """What is kept of a weight in bfloat16 or planes of it; None where its kernels read the float32 parameter."""
         planes = 1 if self.rung == "bf16" else 0 if self.needs_flipped(weight) else PLANES[self.rung]
-        return in_planes(spec(weight), planes) if planes else None
+        return in_planes(spec(weight, ELEMENTS_OF_RUNG[self.rung]), planes) if planes else None

@@ -11,7 +11,8 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, PLANES_OF, Network, NetworkProgram, check, padded, storage, vector
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.nn.modules import ConvUnit
-from segnet_scratch.ops.convolution.split_planes import as_read
+from segnet_scratch.ops.convolution.split_planes import as_read, planes_of
+from segnet_scratch.ops.op import Spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
@@ -27,20 +28,21 @@ class InferenceProgram(NetworkProgram):
         x = self.images()
         for layer in network.layers:
             name, block = layer.name, layer.block
+            arrays = self._give(name, layer.weight)
+            map_, weight = Spec(layer.read, self.type), self.spec_of(arrays["weight"])
+            op = convolutions.forward(map_, weight, bias=True, relu=block.relu, pool=block.pool)
             if layer.unpool is not None and layer.codes is not None:
-                unpool = UnpoolPacked.plan(self.spec_of(x), layer.unpool)
+                planes = planes_of(op.inputs["x"], block.in_channels)
+                unpool = UnpoolPacked.plan(self.spec_of(x), layer.unpool, planes)
                 self.add(name, unpool, x=x, codes=layer.codes, y=f"{name}.unpooled")
                 x = f"{name}.unpooled"
-            arrays = self._give(name, layer.weight)
             if block.pool:
                 arrays["pool_codes"] = f"{name}.codes"
-            weight = self.spec_of(arrays["weight"])
-            op = convolutions.forward(self.spec_of(x), weight, bias=True, relu=block.relu, pool=block.pool)
             arrays["weight"] = self.as_read(name, arrays["weight"], op.inputs["weight"])
             self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), **arrays, y=f"{name}.z")
             x = f"{name}.z"
         self._give(CLASSIFIER, network.classifier(convolutions.rung))
-        self.classify(x)
+        self.classify(self.classifier_op(self.spec_of(x)), x)
 
     def _give(self, name: str, weight: tuple[int, ...]) -> dict[str, str]:
         return {

@@ -9,8 +9,9 @@ import numpy as np
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.program import Program
 from segnet_scratch.errors import ConfigError
+from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores, without_tensor_cores
-from segnet_scratch.ops.convolution.split_planes import SplitPlanes
+from segnet_scratch.ops.convolution.split_planes import SplitPlanes, planes_of
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Spec, spec
 from segnet_scratch.ops.pieces import piece_of
@@ -120,15 +121,18 @@ class NetworkProgram(Program):
         if whole == read:
             return array
         if planes not in self.given | self.made:
-            self.add(layer, SplitPlanes.plan(whole, read.shape[-1] // whole.shape[-1]), x=array, y=planes)
+            self.add(layer, SplitPlanes.plan(whole, planes_of(read, whole.shape[-1])), x=array, y=planes)
         return planes
 
-    def classify(self, x: str) -> None:
+    def classifier_op(self, x: Spec) -> FusedForward:
+        """What makes the logits of a map."""
+        return self.convolutions.forward(x, self.spec_of(f"{CLASSIFIER}.weight"), bias=True)
+
+    def classify(self, op: FusedForward, x: str) -> None:
         """The logits of the last map."""
-        weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
-        op = self.convolutions.forward(self.spec_of(x), self.spec_of(weight), bias=True)
-        x, weight = (self.as_read(CLASSIFIER, array, op.inputs[name]) for name, array in (("x", x), ("weight", weight)))
-        self.add(CLASSIFIER, op, x=x, weight=weight, bias=bias, y="logits")
+        weight = self.as_read(CLASSIFIER, f"{CLASSIFIER}.weight", op.inputs["weight"])
+        x = self.as_read(CLASSIFIER, x, op.inputs["x"])
+        self.add(CLASSIFIER, op, x=x, weight=weight, bias=f"{CLASSIFIER}.bias", y="logits")
 
 
 def misfit(model: SegNet, rung: str, training: bool) -> str | None:

@@ -19,6 +19,7 @@ from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.convolution.conv2d_fused import Below, Size
+from segnet_scratch.ops.convolution.split_planes import planes_of
 from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation import norm_relu
@@ -86,21 +87,23 @@ class TrainingProgram(NetworkProgram):
     # Forward.
 
     def _forward(self) -> None:
-        x = self.first_input = self.images()
-        for layer in self.layers:
-            self._block_forward(layer, x)
-            x = self._output(layer)
-        self.classify(x)
+        self.first_input = self.images()
+        for below, layer in pairwise([None, *self.layers]):
+            assert layer is not None
+            self._block_forward(layer, below)
+        last = self.layers[-1]
+        op = self.classifier_op(self._map(last.full))
+        self.classify(op, self._output(last, op.inputs["x"]))
 
-    def _block_forward(self, layer: Layer, x: str) -> None:
+    def _block_forward(self, layer: Layer, below: Layer | None) -> None:
         """y, its statistics, and where there is a pool the pooled map."""
         name = layer.name
         op = self.convolutions.forward(self._map(layer.read), Spec(layer.weight, self.type), statistics=True)
-        x, weight = self.as_read(name, x, op.inputs["x"]), f"{name}.conv.weight"
+        x = self._output(below, op.inputs["x"]) if below else self.first_input
         statistics = {"partials": f"{name}.statistics"}
         if counted := "counts" in op.outputs:
             statistics["counts"] = f"{name}.counts"
-        weight = self.as_read(name, weight, op.inputs["weight"])
+        weight = self.as_read(name, f"{name}.conv.weight", op.inputs["weight"])
         self.add(name, op, x=x, weight=weight, y=f"{name}.y", **statistics)
         partials = self.spec_of(statistics["partials"])
         self.add(
@@ -117,25 +120,26 @@ class TrainingProgram(NetworkProgram):
             out = {what: f"{name}.{what}" for what in pool.outputs}
             self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
 
-    def _output(self, layer: Layer, again: str = "") -> str:
+    def _output(self, layer: Layer, read: Spec, again: str = "") -> str:
         """The array that the convolution above reads: z or the pooled map, unpooled if that block begins so.
 
-        `again` ends the name of what is made another time, for wgrad.
+        In planes, where it reads these; `again` ends the name of what is made another time, for wgrad.
         """
         name, relu, y = layer.name, layer.block.relu, self.spec_of(f"{layer.name}.y")
         unpool, codes = self.unpool_above.get(name, (None, ""))
+        planes = planes_of(read, layer.block.out_channels)
         if unpool is None:
             if layer.block.pool:
-                return f"{name}.pooled"
+                return self.as_read(name, f"{name}.pooled", read)
             made = f"{name}.z{again}"
-            self.add(name, norm_relu.NormReluForward.plan(y, relu), y=f"{name}.y", **self._norm(layer), z=made)
+            self.add(name, norm_relu.NormReluForward.plan(y, relu, planes), y=f"{name}.y", **self._norm(layer), z=made)
             return made
         made = f"{name}.unpooled{again}"
         if layer.block.pool:
             pooled = f"{name}.pooled"
-            self.add(name, UnpoolPacked.plan(self.spec_of(pooled), unpool), x=pooled, codes=codes, y=made)
+            self.add(name, UnpoolPacked.plan(self.spec_of(pooled), unpool, planes), x=pooled, codes=codes, y=made)
         else:
-            op = norm_relu.NormReluUnpoolForward.plan(y, unpool, relu)
+            op = norm_relu.NormReluUnpoolForward.plan(y, unpool, relu, planes)
             self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
         return made
 
@@ -175,16 +179,17 @@ class TrainingProgram(NetworkProgram):
         del norm["bias"]
         y = self.spec_of(f"{name}.y")
         wgrad = self.convolutions.backward_weight(self._map(layer.read), self.spec_of(weight))
+        planes, dr = planes_of(wgrad.inputs["dy"], layer.block.out_channels), f"d{name}.r"
         if layer.block.pool:
             dy, codes = f"d{name}.y", f"{name}.codes"
-            op: Op = norm_relu.NormReluPoolBackward.plan(y)
-            self.add(name, op, y=f"{name}.y", dr=f"d{name}.r", codes=codes, **norm, **sums, dy=dy)
+            op: Op = norm_relu.NormReluPoolBackward.plan(y, planes)
+            self.add(name, op, y=f"{name}.y", dr=dr, codes=codes, **norm, **sums, dy=dy)
         else:
-            dy = f"d{name}.r"  # in place
-            self.add(name, norm_relu.NormReluBackward.plan(y), y=f"{name}.y", dr=dy, **norm, **sums)
-        dy = self.as_read(name, dy, wgrad.inputs["dy"])
+            op = norm_relu.NormReluBackward.plan(y, planes)
+            dy = dr if op.updates else f"d{name}.y"
+            self.add(name, op, y=f"{name}.y", dr=dr, **norm, **sums, **dict.fromkeys(op.outputs, dy))
         with self._aside():
-            x = self._output(below, ".again") if below else self.first_input
+            x = self._output(below, wgrad.inputs["x"], ".again") if below else self.first_input
             self._weight_gradient(name, weight, wgrad, x, dy)
         if below is None:
             return

@@ -179,6 +179,15 @@ def of_magnitudes(op: Op, b: Buffers) -> Buffers:
     return magnitudes
 
 
+def bound_of_planes(error: np.ndarray, magnitude: np.ndarray, planes: int) -> np.ndarray:
+    """The bound of numbers, of this magnitude, in planes of bfloat16: the reference, in float64, has all in the first.
+
+    Each of the others is at most 2^-8 of the one before it.
+    """
+    others = [2.0 ** (-8 * k) * (magnitude + error) for k in range(1, planes)]
+    return np.concatenate([error, *others], -1)
+
+
 def maps(shapes: Mapping[str, tuple[int, ...]], **options: Any) -> list[Case]:
     """A case for each shape of `x`, its key the reason."""
     return [Case(reason, {"x": shape, **options}) for reason, shape in shapes.items()]

@@ -39,6 +39,7 @@ _NAMES = {
     np.uint64: ("uint64", "uint64_t", "unsigned long long", "size_t"),
     np.float32: ("float",),
     np.float64: ("double",),
+    BFLOAT16.type: ("bfloat16",),
 }
 _FIXED_TYPES = {name: kind for kind, names in _NAMES.items() for name in names}
 TENSOR_MAP = "TensorMap"  # cuda/common/tma.cuh

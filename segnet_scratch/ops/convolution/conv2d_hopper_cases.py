@@ -191,7 +191,7 @@ class SplitPlanesRow(MapRow):
         wrong: dict[str, tuple[Any, ...]] = {
             "empty": ("empty", {"x": spec((0, 8))}),
             "channels": ("a multiple of 4", {"x": spec((2, 6))}),
-            "planes": ("expected 1 to 3", {"planes": 4}),
+            "planes": ("expected 2 or 3", {"planes": 4}),
             "bfloat16": ("expected float32", {"x": spec((2, 8), BFLOAT16)}, DTypeError),
         }
         return self.refused(plain, wrong)

@@ -1,5 +1,7 @@
 """float32 as the sum of bfloat16 planes: how Hopper's tensor cores, which multiply bfloat16, compute with float32."""
 
+from typing import Any
+
 import numpy as np
 
 from segnet_scratch.errors import DTypeError
@@ -25,7 +27,7 @@ class SplitPlanes(Op):
             raise DTypeError(f"{self.name}: x has element type {x.dtype}; expected float32")
         expect(x.size > 0, f"{self.name}: x is empty: shape {x.shape}")
         expect(x.shape[-1] % 4 == 0, f"{self.name}: {x.shape[-1]} channels; expected a multiple of 4")
-        expect(1 <= planes <= 3, f"{self.name}: {planes} planes; expected 1 to 3")
+        expect(planes in (2, 3), f"{self.name}: {planes} planes; expected 2 or 3")
         self.planes = planes
         self.inputs = {"x": x}
         self.outputs = {"y": in_planes(x, planes)}
@@ -39,17 +41,27 @@ class SplitPlanes(Op):
 
 
 def in_planes(x: Spec, planes: int) -> Spec:
-    """What the planes of an array (..., c) are."""
-    return Spec((*x.shape[:-1], planes * x.shape[-1]), BFLOAT16)
+    """What the planes of an array (..., c) are; one plane is the array as it is, those of float64 have that type."""
+    if planes > 1 and x.dtype == BFLOAT16:
+        raise DTypeError(f"an array of shape {x.shape} has element type bfloat16; planes are those of float32")
+    of = BFLOAT16 if x.dtype == np.float32 and planes > 1 else x.dtype
+    return Spec((*x.shape[:-1], planes * x.shape[-1]), of)
+
+
+def planes_of(read: Spec, channels: int) -> int:
+    """In how many planes an op reads a map of so many channels."""
+    return read.shape[-1] // channels
 
 
 def split(x: np.ndarray, y: np.ndarray) -> None:
     """Fills y (..., planes c) with the planes of x (..., c)."""
-    left = x.copy()
+    first, *others = np.split(y, y.shape[-1] // x.shape[-1], axis=-1)
+    first[...], left, before = x, x, first
     with np.errstate(invalid="ignore"):  # of infinities
-        for plane in np.split(y, y.shape[-1] // x.shape[-1], axis=-1):
-            plane[...] = left
-            left = np.where(np.isfinite(plane.astype(x.dtype)), left - plane.astype(x.dtype), 0)
+        for plane in others:
+            held = before.astype(x.dtype)
+            plane[...] = left = np.where(np.isfinite(held), left - held, 0)
+            before = plane
 
 
 def joined(y: np.ndarray, planes: int) -> np.ndarray:
@@ -62,3 +74,8 @@ def as_read(device: Device, array: Array, read: Spec) -> Array:
     if spec_of(array) == read:
         return array
     return SplitPlanes.plan(spec_of(array), read.shape[-1] // array.shape[-1])(device, x=array).y
+
+
+def to_planes(b: Buffers, made: str, planes: int) -> dict[str, Any]:
+    """The parameters of a kernel that writes this output as it is, or in planes: the one for it or the other."""
+    return {} if planes == 1 else {made: None, "in_planes": getattr(b, made)}

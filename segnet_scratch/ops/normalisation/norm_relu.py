@@ -1,12 +1,14 @@
 """Batch norm with ReLU, max-pool and max-unpool for the fused engine (cuda/norm_relu.cu), and the merging of its sums.
 
 Maps are float32 or bfloat16, numbers of channels float32. Maps and numbers of float64 are for the reference alone.
+What Hopper's convolutions alone read of float32 is made in `planes` of bfloat16 (split_planes.py).
 """
 
 from typing import ClassVar
 
 import numpy as np
 
+from segnet_scratch.ops.convolution.split_planes import in_planes, split, to_planes
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
 from segnet_scratch.ops.normalisation.batch_norm_ranks import merge_moments
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_array, expect_map
@@ -91,13 +93,14 @@ class _OnMaps(Op):
     """Passes over y (n, h, w, c), a piece of channels a thread: of rows, or of the windows of `over`."""
 
     windows: ClassVar[bool] = True
+    made: ClassVar[str] = "dy"  # the output that may be in planes
     resident: ClassVar[int] = 3
     vectors: ClassVar[tuple[str, ...]] = ("mean", "inv_std", "weight", "dweight", "dbias")  # inputs (c)
 
-    def __init__(self, y: Spec) -> None:
+    def __init__(self, y: Spec, planes: int = 1) -> None:
         n, h, w, c = expect_map(self.name, "y", y, bfloat16=True)
         expect_pieces(self.name, y.dtype, channels=c)
-        self.rows, self.channels = n * h * w, c
+        self.rows, self.channels, self.planes = n * h * w, c, planes
         vector = Spec((c,), ElementTypes.of(y.dtype).accumulate)
         self.inputs = {"y": y, **dict.fromkeys(self.vectors, vector)}
         self.outputs = {}
@@ -105,17 +108,20 @@ class _OnMaps(Op):
 
     def launch(self, device: Device, b: Buffers) -> None:
         grid = share_grid(device, getattr(b, self.over), 1 if self.windows else LOADS, self.resident)
-        self.kernel(device, self.name, b, grid, SHARE_THREADS)
+        self.kernel(device, self.name, b, grid, SHARE_THREADS, **to_planes(b, self.made, self.planes))
 
     def numpy(self, b: Buffers) -> None:
-        in_float32(self, b, self.reference)
+        if self.planes > 1:
+            self.reference(b)
+        else:
+            in_float32(self, b, self.reference)
 
 
 class _Forward(_OnMaps):
     vectors = ("mean", "inv_std", "weight", "bias")
 
-    def __init__(self, y: Spec, relu: bool = True) -> None:
-        super().__init__(y)
+    def __init__(self, y: Spec, relu: bool = True, planes: int = 1) -> None:
+        super().__init__(y, planes)
         self.relu = relu
 
     def normalised(self, b: Buffers) -> np.ndarray:
@@ -127,14 +133,14 @@ class _Forward(_OnMaps):
 class NormReluForward(_Forward):
     """z = relu((y - mean) inv_std weight + bias). y, z (n, h, w, c), the others (c); `relu` False leaves it out."""
 
-    name, over, windows = "norm_relu_forward", "y", False
+    name, over, windows, made = "norm_relu_forward", "y", False, "z"
 
-    def __init__(self, y: Spec, relu: bool = True) -> None:
-        super().__init__(y, relu)
-        self.outputs = {"z": y}
+    def __init__(self, y: Spec, relu: bool = True, planes: int = 1) -> None:
+        super().__init__(y, relu, planes)
+        self.outputs = {"z": in_planes(y, planes)}
 
     def reference(self, b: Buffers) -> None:
-        b.z[...] = self.normalised(b)
+        split(self.normalised(b), b.z)
 
 
 class NormReluPoolForward(_Forward):
@@ -161,30 +167,33 @@ class NormReluUnpoolForward(_Forward):
     y (n, ceil(h/2), ceil(w/2), c).
     """
 
-    name, over = "norm_relu_unpool_forward", "y"
+    name, over, made = "norm_relu_unpool_forward", "y", "unpooled"
 
-    def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True) -> None:
-        super().__init__(y, relu)
+    def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True, planes: int = 1) -> None:
+        super().__init__(y, relu, planes)
         self.size = size
         self.inputs["codes"] = packed_codes(y.shape)
-        self.outputs = {"unpooled": unpooled(self.name, y, size)}
+        self.outputs = {"unpooled": in_planes(unpooled(self.name, y, size), planes)}
 
     def reference(self, b: Buffers) -> None:
-        b.unpooled[...] = scatter_from(self.normalised(b), b.codes, self.size)
+        split(scatter_from(self.normalised(b), b.codes, self.size), b.unpooled)
 
 
 class NormReluBackward(_OnMaps):
-    """`dr` (n, h, w, c), the gradient before the ReLU, becomes the gradient of y, in place."""
+    """`dr` (n, h, w, c), the gradient before the ReLU, becomes the gradient of y, in place; in planes that is `dy`."""
 
     name, over, windows, resident = "norm_relu_backward", "y", False, 2
-    updates = ("dr",)
 
-    def __init__(self, y: Spec) -> None:
-        super().__init__(y)
+    def __init__(self, y: Spec, planes: int = 1) -> None:
+        super().__init__(y, planes)
         self.inputs["dr"] = y
+        if planes == 1:
+            self.updates = ("dr",)
+        else:
+            self.outputs = {"dy": in_planes(y, planes)}
 
     def reference(self, b: Buffers) -> None:
-        b.dr[...] = _backward(b, b.dr, self.rows)
+        split(_backward(b, b.dr, self.rows), b.dr if self.updates else b.dy)
 
 
 class NormReluPoolBackward(_OnMaps):
@@ -192,14 +201,14 @@ class NormReluPoolBackward(_OnMaps):
 
     name, over, resident = "norm_relu_pool_backward", "dr", 2
 
-    def __init__(self, y: Spec) -> None:
-        super().__init__(y)
+    def __init__(self, y: Spec, planes: int = 1) -> None:
+        super().__init__(y, planes)
         pooled = windows_of(*y.shape)
         self.inputs |= {"codes": packed_codes(pooled), "dr": y.with_shape(*pooled)}
-        self.outputs = {"dy": y}
+        self.outputs = {"dy": in_planes(y, planes)}
 
     def reference(self, b: Buffers) -> None:
-        b.dy[...] = _backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows)
+        split(_backward(b, scatter_from(b.dr, b.codes, b.y.shape[1:3]), self.rows), b.dy)
 
 
 def _backward(b: Buffers, dr: np.ndarray, rows: int) -> np.ndarray:

@@ -11,8 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, random_map, values
+from segnet_scratch.ops.cases import (
+    Bounds,
+    Case,
+    Hostile,
+    Inputs,
+    MapRow,
+    Refusal,
+    Row,
+    bound_of_planes,
+    random_map,
+    values,
+)
+from segnet_scratch.ops.convolution.split_planes import split
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
@@ -136,6 +149,36 @@ class NormRow(MapRow):
     """Passes over maps of one element type: for each there are kernels of their own to be proven."""
 
     exact, channels, shapes = False, 8, PIECES
+    in_planes = False  # the output, of float32, as Hopper's convolutions read it
+
+    def plan(self, case: Case, dtype: DTypeLike) -> Op:
+        return self.op.plan(*self.specs(case, dtype), *self.options, **self.planes(case))
+
+    def specs(self, case: Case, dtype: DTypeLike) -> tuple[Any, ...]:
+        """What the plan takes beside the options."""
+        return (spec(case["x"], dtype),)
+
+    def planes(self, case: Case) -> dict[str, int]:
+        return {"planes": 2 + case["x"][2] % 2} if self.in_planes else {}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        found = self.errors(op, b, eps)
+        if not self.in_planes:
+            return dict(found)
+        of = [(name, error, getattr(b, name), op.planes) for name, error in found.items()]  # type: ignore[attr-defined]
+        return {n: bound_of_planes(error, np.abs(np.split(y, k, -1)[0]), k) for n, error, y, k in of}
+
+    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
+        """The bound of what is not in planes."""
+        return {}
+
+    def made(self, op: Op, inputs: Inputs, output: np.ndarray) -> Hostile:
+        """Hostile inputs that must give this output."""
+        (name,) = (n for n in (*op.outputs, *op.updates) if n != "codes")
+        if self.in_planes:
+            whole, s = output, op.outputs[name]
+            split(whole.astype(np.float32), output := np.empty(s.shape, s.dtype))
+        return Hostile(op, inputs, {name: output})
 
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c = random_map(rng)
@@ -161,11 +204,14 @@ class NormRow(MapRow):
 
     def refusals(self) -> list[Refusal]:
         element = self.elements[0]
-        wrong = {
+        wrong: dict[str, tuple[Any, ...]] = {
             "half a piece": ("use a width", {"y": spec((1, 4, 5, 6), element)}),
             "three dimensions": ("channels last", {"y": spec((4, 5, 8), element)}),
             "empty": ("empty", {"y": spec((0, 4, 5, 8), element)}),
         }
+        if self.in_planes:
+            y = spec((1, 4, 5, 8), BFLOAT16)
+            wrong["bfloat16"] = ("planes are those of float32", {"y": y, "planes": 2}, DTypeError)
         return self.refused({}, wrong)
 
 
@@ -175,9 +221,9 @@ class NormForwardRow(NormRow):
     def hostile(self, rng: np.random.Generator) -> Hostile:
         op, inputs = self.hostile_plan(rng)
         inputs["y"] = y = special(rng, op.inputs["y"])
-        return Hostile(op, inputs, {"z": self.rectified(y)})
+        return self.made(op, inputs, self.rectified(y))
 
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
         return {"z": z_error(b, eps)}
 
 
@@ -203,12 +249,12 @@ class NormPoolRow(NormRow):
 class UnpoolRow(NormRow):
     """Values, or their z, at the coded positions. The map of a case is the unpooled one."""
 
-    def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return self.op.plan(spec(windows_of(*case["x"]), dtype), case["x"][1:3], *self.options)
+    def specs(self, case: Case, dtype: DTypeLike) -> tuple[Any, ...]:
+        return spec(windows_of(*case["x"]), dtype), case["x"][1:3]
 
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
         if op.name == UnpoolPacked.name:
-            return {}
+            return {"y": scatter_from(0 * b.x, b.codes, op.size)}  # type: ignore[attr-defined]
         return {"unpooled": scatter_from(z_error(b, eps), b.codes, op.size)}  # type: ignore[attr-defined]
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
@@ -216,13 +262,13 @@ class UnpoolRow(NormRow):
         size = int(rng.integers(1, 6)), int(rng.integers(1, 6))
         op = self.plan(Case("hostile", {"x": (1, *size, 8)}), self.elements[0])
         inputs = neutral(op)
-        values, (output,) = next(iter(op.inputs)), op.outputs
+        values = next(iter(op.inputs))
         inputs[values] = x = special(rng, op.inputs[values])
         codes = rng.integers(0, 4, x.shape).astype(CODE)
         inputs["codes"] = by_hand.packed(codes)
         x = x.copy() if op.name == UnpoolPacked.name else self.rectified(x)
         x[valid_codes(codes, size) != codes] = 0
-        return Hostile(op, inputs, {output: by_hand.scatter(x, codes, size)})
+        return self.made(op, inputs, by_hand.scatter(x, codes, size))
 
     def refusals(self) -> list[Refusal]:
         pooled = "x" if self.op is UnpoolPacked else "y"
@@ -233,7 +279,7 @@ class UnpoolRow(NormRow):
 class NormBackwardRow(NormRow):
     """dy: the two means, a product and two differences."""
 
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
         # The term with the longest way, xhat dweight / rows, has 7 roundings of eps / 2.
         xhat, rows = np.abs(b.y - b.mean) * b.inv_std, op.rows  # type: ignore[attr-defined]
         dr = scatter_from(b.dr, b.codes, b.y.shape[1:3]) if "codes" in op.inputs else b.dr
@@ -247,13 +293,13 @@ class NormBackwardRow(NormRow):
         inputs["y"] = values(rng, op.inputs["y"])
         inputs["dr"] = dr = special(rng, op.inputs["dr"])
         if "codes" not in op.inputs:
-            return Hostile(op, inputs, {"dr": dr})
+            return self.made(op, inputs, dr)
         codes = rng.integers(0, 4, dr.shape).astype(CODE)
         inputs["codes"] = by_hand.packed(codes)
         _, h, w, _ = op.inputs["y"].shape
         inputs["dr"] = dr.copy()
         dr[valid_codes(codes, (h, w)) != codes] = 0  # what belongs to no element is lost
-        return Hostile(op, inputs, {"dy": by_hand.scatter(dr, codes, (h, w))})
+        return self.made(op, inputs, by_hand.scatter(dr, codes, (h, w)))
 
 
 def z_error(b: Buffers, eps: float) -> np.ndarray:
@@ -286,4 +332,9 @@ _OF_MAPS = [
     for element, end in ((np.float32, ""), (BFLOAT16, "_bfloat16"))
     for row, op, *relu in _MAP_ROWS
 ]
-ROWS: tuple[Row, ...] = (MergeStatisticsRow(), MergeGradientsRow(), *_OF_MAPS)
+_IN_PLANES = [
+    row(op, name=f"{op.name}_planes", elements=(np.dtype(np.float32),), options=tuple(relu), in_planes=True)
+    for row, op, *relu in _MAP_ROWS
+    if row is not NormPoolRow and relu != [False]
+]
+ROWS: tuple[Row, ...] = (MergeStatisticsRow(), MergeGradientsRow(), *_OF_MAPS, *_IN_PLANES)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row
+from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row, bound_of_planes
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.ops.optimiser.array_table import CHUNK
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
@@ -119,9 +119,8 @@ class SgdPackRow(SgdRow):
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         bounds, copies = super().bound(op, b, eps), {n: np.zeros(s.shape) for n, s in op.inputs.items()}
         w0, w2, o = np.asarray(bounds["parameter0"]), np.asarray(bounds["parameter2"]), len(b.parameter0)
-        # The reference leaves nothing to further planes, and each of them is at most 2^-8 of the one before.
-        rest = [2.0 ** (-8 * k) * w0 / eps for k in range(1, op.planes)]  # type: ignore[attr-defined]
-        copies["copy0"][:o], copies["flipped0"][..., :o] = np.concatenate([w0, *rest], -1), flipped(w0)
+        copies["copy0"][:o] = bound_of_planes(w0, w0 / eps, op.planes)  # type: ignore[attr-defined]
+        copies["flipped0"][..., :o] = flipped(w0)
         return {**bounds, "copy0": copies["copy0"], "flipped0": copies["flipped0"], "flipped2": flipped(w2)}
 
 
