@@ -16,6 +16,9 @@
 // by the machine code, 50,000 cycles of issue (26 us) on 132 multiprocessors: a thread finds the patch of one row, a block keeps
 // weights and positions from tile to tile, 16 numbers are under way in 94 instructions, and statistics take one pass. Not measured.
 //
+// Wgrad had the latency of the image before each of its products: a stage took 3200 cycles, of which its instructions are 1200 on
+// twelve warps. Now the numbers of the next stage are on their way meanwhile. Not measured.
+//
 // The depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is
 // gathered once; and blocks are small enough for several on a multiprocessor, so that one loads while another stores.
 #pragma once
@@ -147,7 +150,8 @@ __device__ void copy_gradients(char* stage, const storage_t* __restrict__ dy, co
     constexpr int LANES = GATHER_THREADS * UNIT / COLUMNS;
     const int number = threadIdx.x * UNIT % COLUMNS, output = first_output + number;
 #pragma unroll 8
-    for (int i = threadIdx.x * UNIT / COLUMNS; i < DEPTH; i += LANES) {
+    for (int lanes = 0; lanes < DEPTH; lanes += LANES) {
+        const int i = lanes + threadIdx.x * UNIT / COLUMNS;
         char* const to = stage + DepthDown<COLUMNS, COLUMNS>::offset(i, number / PIECE);
         const storage_t* const from = dy + (chunk.first_pixel + pixel0 + i) * g.o + output;
         const bool exists = pixel0 + i < chunk.count && output < g.o;
@@ -179,8 +183,13 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
 #pragma unroll
     for (int i = 0; i < 2 * Tile::M; ++i) positions[i] = Position::at(g, first_row + Tile::row(i / 2, i % 2 * 2));
 
+    auto find_patches = [&](int part, int slot) {
+        for (int i = threadIdx.x; i < DEPTH; i += GATHER_THREADS) patches[slot][i] = chunk.patch(g, part * DEPTH + i);
+    };
+    for (int part = 0; part < STAGES; ++part) find_patches(part, part);
+    __syncthreads();
     auto begin = [&](int part, int stage) {
-        for (int i = threadIdx.x; i < DEPTH; i += GATHER_THREADS) patches[stage][i] = chunk.patch(g, part * DEPTH + i);
+        if (part + 1 >= STAGES) find_patches(part + 1, stage + 1 == STAGES ? 0 : stage + 1);  // read a part and a barrier ago
         char* const to = stages + stage * STAGE_BYTES;
         if (g.o % PIECE == 0)
             copy_gradients<PIECE, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_output);
@@ -188,13 +197,21 @@ __device__ void block_gather_backward_weight(const storage_t* __restrict__ x, co
             copy_gradients<1, COLUMNS>(to, dy, g, chunk, part * DEPTH, first_output);
     };
     Tile tile;
-    run_pipeline(chunk.parts(), begin, [&](int stage) {
-        typename Tile::Step f;
+    storage_t ahead[4 * Tile::M][WORD_NUMBERS];  // of the next part: on their way while this one is multiplied
+    auto gather = [&](int stage) {
         const Patch* const own = patches[stage] + warp_index() * STEP_DEPTH + warp_lane() % 4 * WORD_NUMBERS;
 #pragma unroll
         for (int i = 0; i < 4 * Tile::M; ++i)
-            f.a[i / 4][i % 4] = fragment_word(
-                [&](int j) { return positions[i / 4 * 2 + i % 2].number(images, own[i % 4 / 2 * (STEP_DEPTH / 2) + j]); });
+#pragma unroll
+            for (int j = 0; j < WORD_NUMBERS; ++j)
+                ahead[i][j] = positions[i / 4 * 2 + i % 2].number(images, own[i % 4 / 2 * (STEP_DEPTH / 2) + j]);
+    };
+    gather(0);
+    run_pipeline(chunk.parts(), begin, [&](int stage) {
+        typename Tile::Step f;
+#pragma unroll
+        for (int i = 0; i < 4 * Tile::M; ++i) f.a[i / 4][i % 4] = fragment_word([&](int j) { return ahead[i][j]; });
+        gather(stage + 1 == STAGES ? 0 : stage + 1);  // beyond the last part there are no taps
         Right::load(f.b, stages + stage * STAGE_BYTES, 0, warp_index());
         tile.add_step(f);
     });
