@@ -12,8 +12,8 @@
 //
 // batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1),
 // pooled map and chosen y (1/4 each) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy
-// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size. z, unpooled
-// map and dy of float32 are written in planes (common/planes.cuh), where Hopper's convolutions alone read them.
+// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size. z, pooled
+// and unpooled map and dy of float32 are written in planes (common/planes.cuh), where Hopper's convolutions alone read them.
 //
 // Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
 // (pixels or windows), or of the four pixels of one window. No sums: any order. On maps of 28x28 and 14x14 the numbers of
@@ -145,15 +145,17 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_forward
 }
 
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_forward(
-    const storage_t* __restrict__ y,    // (n, h, w, c)
-    const float* __restrict__ mean,     // (c)
-    const float* __restrict__ inv_std,  // (c)
-    const float* __restrict__ weight,   // (c)
-    const float* __restrict__ bias,     // (c)
-    storage_t* __restrict__ pooled,     // (n, (h + 1) / 2, (w + 1) / 2, c)
-    uint8* __restrict__ codes,          // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    storage_t* __restrict__ chosen,     // (n, (h + 1) / 2, (w + 1) / 2, c): y at the coded positions
-    int n, int h, int w, int c, int relu) {
+    const storage_t* __restrict__ y,            // (n, h, w, c)
+    const float* __restrict__ mean,             // (c)
+    const float* __restrict__ inv_std,          // (c)
+    const float* __restrict__ weight,           // (c)
+    const float* __restrict__ bias,             // (c)
+    storage_t* __restrict__ OPTIONAL pooled,    // (n, (h + 1) / 2, (w + 1) / 2, c)
+    bfloat16* __restrict__ OPTIONAL in_planes,  // (n, (h + 1) / 2, (w + 1) / 2, planes * c): pooled, where it is given
+    uint8* __restrict__ codes,                  // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    storage_t* __restrict__ chosen,             // (n, (h + 1) / 2, (w + 1) / 2, c): y at the coded positions
+    int n, int h, int w, int c, int planes, int relu) {
+    const MapOut out = {pooled, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
         for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
@@ -162,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
 #pragma unroll
             for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code, pieces.at[code]);
             const int64 element = walk.index * c + share.channel;
-            store_piece(pooled + element, pool.piece());
+            out.store(element, share.channel, pool.piece());
             store_codes(codes, element, pool.codes());
             store_piece(chosen + element, pool.source());
         }

@@ -16,6 +16,7 @@ from segnet_scratch.engine.training import Objective, TrainingProgram
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.inference_step import InferenceStep
+from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.segnet import SegNet, SegNetBasic
 from segnet_scratch.step import TrainingStep
@@ -310,21 +311,19 @@ class TestHopper:
         assert not whole & WorkingWeights(model, "tf32").flipped.keys()
 
     @pytest.mark.parametrize("rung", ["tf32", "tf32x3"])
-    def test_nothing_is_split_twice(self, with_hopper, rung):
-        """Weights come in planes, from SGD or folded; a gradient's are those of dgrad and wgrad."""
-        model, size = build("segnet", "host")
-        network = Network.of(model, 2, size)
-        weights, folded = WorkingWeights(model, rung), FoldedWeights(model, rung)
-        programs = (
-            TrainingProgram(network, weights.convolutions, Objective()),
-            InferenceProgram(network, folded.convolutions),
+    def test_what_is_left_to_split(self, with_hopper, rung):
+        """Maps and weights come in planes; the gradient of the logits is split for dgrad and wgrad, z of inference."""
+        network, kernels = Network(SegNet.blocks_of(1.0), CLASSES, 16, (224, 224)), Convolutions(rung, TileTable({}))
+        programs = TrainingProgram(network, kernels, Objective()), InferenceProgram(network, kernels)
+        training, inference = (
+            [step.arrays["x"] for step in program.steps if step.op.name == "split_planes"] for program in programs
         )
-        for program, given in zip(programs, (weights.arrays(), folded.arrays), strict=True):
-            split = [step.arrays["x"] for step in program.steps if step.op.name == "split_planes"]
-            assert len(set(split)) == len(split)
-            assert not set(split) & given.keys()
+        assert training == ["dlogits"]
+        assert len(set(inference)) == len(inference)
+        assert all(name.endswith(".z") for name in inference)
+        model, _ = build("segnet", "host")
+        for given in (WorkingWeights(model, rung).arrays(), FoldedWeights(model, rung).arrays):
             assert any(name.endswith(".weight.planes") for name in given)
-        assert "split_planes" in {step.op.name for step in programs[0].steps}
 
     def test_inference(self, monkeypatch):
         model, size = build("segnet", "host")

@@ -113,6 +113,7 @@ class TestBitsOfTheLayers:
     "op",
     [
         fused.NormReluForward,
+        fused.NormReluPoolForward,
         fused.NormReluBackward,
         fused.NormReluPoolBackward,
         fused.NormReluUnpoolForward,
@@ -130,8 +131,9 @@ def test_planes_are_those_of_what_would_have_been_stored(op, planes):
         else rng.standard_normal(s.shape).astype(s.dtype)
         for name, s in whole.inputs.items()
     }
-    (in_planes,) = vars(split(device, **inputs)).values()
-    (stored,) = vars(whole(device, **inputs)).values() or (inputs["dr"],)
+    in_planes, *others = vars(split(device, **inputs)).values()
+    stored, *beside = vars(whole(device, **inputs)).values() or (inputs["dr"],)
+    assert all(same_bits(a, b) for a, b in zip(others, beside, strict=True))
     assert same_bits(in_planes, SplitPlanes.plan(spec_of(stored), planes)(device, x=stored).y)
 
 
@@ -272,8 +274,8 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     names = Counter(name for name, _ in code)
     stored = {name for name in names if name.startswith("STG")}
     codes = f"E.{'U8' if element == 'float32' else 'U16'}"
-    beside = f"STG.{codes}" if kernel == "norm_relu_pool_forward" else "STG.E.64"  # planes
-    assert stored == {"STG.E.128"} | (set() if beside == "STG.E.64" and element == "bfloat16" else {beside})
+    planes = {"STG.E.64"} if element == "float32" else set()
+    assert stored == {"STG.E.128"} | planes | ({f"STG.{codes}"} if kernel == "norm_relu_pool_forward" else set())
     assert not {n for n in names if n.startswith("LDG") and ".128" not in n and codes not in n}
     # The numbers of the channels are loaded once; but for sm_120, in rows while the first pieces are under way.
     of_channels = channel_numbers * piece // 4

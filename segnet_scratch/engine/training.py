@@ -96,7 +96,7 @@ class TrainingProgram(NetworkProgram):
         self.classify(op, self._output(last, op.inputs["x"]))
 
     def _block_forward(self, layer: Layer, below: Layer | None) -> None:
-        """y, its statistics, and where there is a pool the pooled map."""
+        """y and its statistics."""
         name = layer.name
         op = self.convolutions.forward(self._map(layer.read), Spec(layer.weight, self.type), statistics=True)
         x = self._output(below, op.inputs["x"]) if below else self.first_input
@@ -115,22 +115,23 @@ class TrainingProgram(NetworkProgram):
             mean=f"{name}.mean",
             inv_std=f"{name}.inv_std",
         )
-        if layer.block.pool:
-            pool = norm_relu.NormReluPoolForward.plan(self.spec_of(f"{name}.y"), layer.block.relu)
-            out = {what: f"{name}.{what}" for what in pool.outputs}
-            self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
 
     def _output(self, layer: Layer, read: Spec, again: str = "") -> str:
         """The array that the convolution above reads: z or the pooled map, unpooled if that block begins so.
 
-        In planes, where it reads these; `again` ends the name of what is made another time, for wgrad.
+        In planes, where it reads these; `again` ends the name of what is made another time, for wgrad; what was
+        pooled lasts till then.
         """
         name, relu, y = layer.name, layer.block.relu, self.spec_of(f"{layer.name}.y")
         unpool, codes = self.unpool_above.get(name, (None, ""))
         planes = planes_of(read, layer.block.out_channels)
+        if layer.block.pool and not again:
+            pool = norm_relu.NormReluPoolForward.plan(y, relu, planes if unpool is None else 1)
+            out = {what: f"{name}.{what}" for what in pool.outputs}
+            self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
         if unpool is None:
             if layer.block.pool:
-                return self.as_read(name, f"{name}.pooled", read)
+                return f"{name}.pooled"
             made = f"{name}.z{again}"
             self.add(name, norm_relu.NormReluForward.plan(y, relu, planes), y=f"{name}.y", **self._norm(layer), z=made)
             return made

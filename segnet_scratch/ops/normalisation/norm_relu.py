@@ -149,15 +149,17 @@ class NormReluPoolForward(_Forward):
     `chosen`, of the size of `pooled`: y at the positions that the pool chose, for the backward pass of the ReLU.
     """
 
-    name, over = "norm_relu_pool_forward", "pooled"
+    name, over, made = "norm_relu_pool_forward", "chosen", "pooled"
 
-    def __init__(self, y: Spec, relu: bool = True) -> None:
-        super().__init__(y, relu)
+    def __init__(self, y: Spec, relu: bool = True, planes: int = 1) -> None:
+        super().__init__(y, relu, planes)
         pooled = y.with_shape(*windows_of(*y.shape))
-        self.outputs = {"pooled": pooled, "codes": packed_codes(pooled.shape), "chosen": pooled}
+        self.outputs = {"pooled": in_planes(pooled, planes), "codes": packed_codes(pooled.shape), "chosen": pooled}
 
     def reference(self, b: Buffers) -> None:
-        max_pool_packed(rounded(self.normalised(b), self.inputs["y"].dtype), b.pooled, b.codes)
+        pooled = np.empty_like(b.chosen)
+        max_pool_packed(rounded(self.normalised(b), self.inputs["y"].dtype), pooled, b.codes)
+        split(pooled, b.pooled)
         b.chosen[...] = gather_at(b.y, b.codes)
 
 

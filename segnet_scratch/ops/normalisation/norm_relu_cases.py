@@ -172,13 +172,13 @@ class NormRow(MapRow):
         """The bound of what is not in planes."""
         return {}
 
-    def made(self, op: Op, inputs: Inputs, output: np.ndarray) -> Hostile:
-        """Hostile inputs that must give this output."""
-        (name,) = (n for n in (*op.outputs, *op.updates) if n != "codes")
+    def made(self, op: Op, inputs: Inputs, output: np.ndarray, **others: np.ndarray) -> Hostile:
+        """Hostile inputs that must give this output, and these others."""
+        (name,) = {*op.outputs, *op.updates} - others.keys()
         if self.in_planes:
             whole, s = output, op.outputs[name]
             split(whole.astype(np.float32), output := np.empty(s.shape, s.dtype))
-        return Hostile(op, inputs, {name: output})
+        return Hostile(op, inputs, {name: output, **others})
 
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c = random_map(rng)
@@ -228,16 +228,19 @@ class NormForwardRow(NormRow):
 
 
 class NormPoolRow(NormRow):
-    """Pooled values, codes and the y that they came from, to the last bit."""
+    """Pooled values, codes and the y that they came from, to the last bit; in planes to that of the first."""
 
     exact = True
+
+    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
+        return {"pooled": 0 * b.chosen} if self.in_planes else {}
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         op, inputs = self.hostile_plan(rng)
         inputs["y"] = y = special(rng, op.inputs["y"])
         pooled, codes = by_hand.pool(self.rectified(y))
-        expected = {"pooled": pooled, "codes": by_hand.packed(codes), "chosen": by_hand.gather(y, codes)}
-        return Hostile(op, inputs, expected)
+        beside = {"codes": by_hand.packed(codes), "chosen": by_hand.gather(y, codes)}
+        return self.made(op, inputs, pooled, **beside)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         quarters, powers = np.arange(-8, 9) / 4, np.array([0.5, 1, 2])
@@ -332,9 +335,8 @@ _OF_MAPS = [
     for element, end in ((np.float32, ""), (BFLOAT16, "_bfloat16"))
     for row, op, *relu in _MAP_ROWS
 ]
+_PLANES: dict[str, Any] = {"elements": (np.dtype(np.float32),), "in_planes": True, "exact": False}
 _IN_PLANES = [
-    row(op, name=f"{op.name}_planes", elements=(np.dtype(np.float32),), options=tuple(relu), in_planes=True)
-    for row, op, *relu in _MAP_ROWS
-    if row is not NormPoolRow and relu != [False]
+    row(op, name=f"{op.name}_planes", options=tuple(relu), **_PLANES) for row, op, *relu in _MAP_ROWS if relu != [False]
 ]
 ROWS: tuple[Row, ...] = (MergeStatisticsRow(), MergeGradientsRow(), *_OF_MAPS, *_IN_PLANES)
