@@ -131,6 +131,10 @@ class Row:
         """
         return {}
 
+    def planes(self, op: Op, output: str) -> int:
+        """In how many planes an output of bfloat16 is (convolution/split_planes.py): the bound is that of their sum."""
+        return 1
+
     def refusals(self) -> list[Refusal]:
         """Plans that must fail, beside what fails for every row: other element types, calls unlike the plan."""
         return []
@@ -177,15 +181,6 @@ def of_magnitudes(op: Op, b: Buffers) -> Buffers:
     magnitudes = Buffers(**{k: None if a is None else np.abs(a) for k, a in arrays.items()}, **empty_outputs(op))
     op.reference(magnitudes)
     return magnitudes
-
-
-def bound_of_planes(error: np.ndarray, magnitude: np.ndarray, planes: int) -> np.ndarray:
-    """The bound of numbers, of this magnitude, in planes of bfloat16: the reference, in float64, has all in the first.
-
-    Each of the others is at most 2^-8 of the one before it.
-    """
-    others = [2.0 ** (-8 * k) * (magnitude + error) for k in range(1, planes)]
-    return np.concatenate([error, *others], -1)
 
 
 def maps(shapes: Mapping[str, tuple[int, ...]], **options: Any) -> list[Case]:

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.lab.workbench.guards import FIRST, SECOND, Fill, GuardedArrays, bits
 from segnet_scratch.lab.workbench.reference import worst_element
 from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
+from segnet_scratch.ops.convolution.split_planes import joined
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
@@ -141,10 +142,12 @@ def examine(
             defects.append(Defect(name, what, memory=True))
         wanted, bound = expected[name]
         if got.dtype == BFLOAT16 and wanted.dtype != BFLOAT16:
+            planes = row.planes(op, name)
+            got, wanted = (joined(array, planes, np.float64) for array in (got, wanted))
             if integers:  # the exact sum has one nearest bfloat16
                 wanted = wanted.astype(BFLOAT16)
             else:
-                bound = bound + BFLOAT16_ROUNDING * (np.abs(wanted) + bound)
+                bound = bound + BFLOAT16_ROUNDING**planes * (np.abs(wanted) + bound)
         defects += deviations(name, got, wanted, bound)
     return Examination(op, inputs, defects, first.guarded + second.guarded)
 

@@ -26,7 +26,7 @@ from segnet_scratch.ops.convolution.conv2d_hopper import (
     HopperBackwardWeight,
     HopperForward,
 )
-from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes, joined, split
+from segnet_scratch.ops.convolution.split_planes import PLANES, SplitPlanes, as_planes, joined
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG
 
@@ -75,15 +75,8 @@ class HopperRow(FusedRow):
         return super().growth(terms, eps) + (2.0**-16 if self.rung == "tf32" else 0)
 
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
-        arrays: Inputs = {}
-        for name, whole in super().inputs(self.reference_plan(case), case, rng, integers).items():
-            of = op.inputs[name]
-            assert whole is not None
-            arrays[name] = whole.astype(of.dtype)
-            if whole.shape != of.shape:
-                arrays[name] = planes = np.empty(of.shape, of.dtype)
-                split(whole.astype(np.float32), planes)
-        return arrays
+        whole = super().inputs(self.reference_plan(case), case, rng, integers)
+        return {name: as_planes(a, op.inputs[name]) for name, a in whole.items() if a is not None}
 
     def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         return joined(array, PLANES[self.rung]) if name in ("x", "dy", "weight") else array
@@ -138,7 +131,7 @@ class HopperInferenceRow(HopperRow, FusedInferenceRow):
 
 
 class HopperBackwardDataRow(HopperRow, FusedBackwardDataRow):
-    """dgrad: gathered at an unpool or not, from a block that ends in a pool or not."""
+    """dgrad: gathered at an unpool or not."""
 
     op, windows = HopperBackwardData, "unpool"
     fewest_columns = CHANNELS  # they are channels of x

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, spec_of
@@ -64,16 +65,23 @@ def split(x: np.ndarray, y: np.ndarray) -> None:
             before = plane
 
 
-def joined(y: np.ndarray, planes: int) -> np.ndarray:
-    """What the planes of y (..., planes c) add up to: float32 (..., c), which has all 24 bits of three."""
-    return np.sum(np.split(y.astype(np.float32), planes, axis=-1)[::-1], axis=0)
+def as_planes(x: np.ndarray, s: Spec) -> np.ndarray:
+    """x in an array of this Spec: as it is, or float32 in planes."""
+    y = np.empty(s.shape, s.dtype)
+    split(x if x.shape == s.shape else x.astype(np.float32), y)
+    return y
+
+
+def joined(y: np.ndarray, planes: int, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """What the planes of y (..., planes c) add up to: (..., c); float32 has all 24 bits of three."""
+    return np.sum(np.split(y.astype(dtype), planes, axis=-1)[::-1], axis=0)
 
 
 def as_read(device: Device, array: Array, read: Spec) -> Array:
     """An array as an op reads it: as it is, or in planes."""
     if spec_of(array) == read:
         return array
-    return SplitPlanes.plan(spec_of(array), read.shape[-1] // array.shape[-1])(device, x=array).y
+    return SplitPlanes.plan(spec_of(array), planes_of(read, array.shape[-1]))(device, x=array).y
 
 
 def to_planes(b: Buffers, made: str, planes: int) -> dict[str, Any]:

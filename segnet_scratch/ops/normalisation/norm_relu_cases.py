@@ -13,19 +13,8 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DTypeError
 from segnet_scratch.ops import by_hand
-from segnet_scratch.ops.cases import (
-    Bounds,
-    Case,
-    Hostile,
-    Inputs,
-    MapRow,
-    Refusal,
-    Row,
-    bound_of_planes,
-    random_map,
-    values,
-)
-from segnet_scratch.ops.convolution.split_planes import split
+from segnet_scratch.ops.cases import Bounds, Case, Hostile, Inputs, MapRow, Refusal, Row, random_map, values
+from segnet_scratch.ops.convolution.split_planes import as_planes
 from segnet_scratch.ops.normalisation.norm_relu import (
     NormMergeGradients,
     NormMergeStatistics,
@@ -152,33 +141,20 @@ class NormRow(MapRow):
     in_planes = False  # the output, of float32, as Hopper's convolutions read it
 
     def plan(self, case: Case, dtype: DTypeLike) -> Op:
-        return self.op.plan(*self.specs(case, dtype), *self.options, **self.planes(case))
+        planes = {"planes": 2 + case["x"][2] % 2} if self.in_planes else {}
+        return self.op.plan(*self.specs(case, dtype), *self.options, **planes)
 
     def specs(self, case: Case, dtype: DTypeLike) -> tuple[Any, ...]:
         """What the plan takes beside the options."""
         return (spec(case["x"], dtype),)
 
-    def planes(self, case: Case) -> dict[str, int]:
-        return {"planes": 2 + case["x"][2] % 2} if self.in_planes else {}
-
-    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        found = self.errors(op, b, eps)
-        if not self.in_planes:
-            return dict(found)
-        of = [(name, error, getattr(b, name), op.planes) for name, error in found.items()]  # type: ignore[attr-defined]
-        return {n: bound_of_planes(error, np.abs(np.split(y, k, -1)[0]), k) for n, error, y, k in of}
-
-    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
-        """The bound of what is not in planes."""
-        return {}
+    def planes(self, op: Op, output: str) -> int:
+        return op.planes if self.in_planes else 1  # type: ignore[attr-defined]
 
     def made(self, op: Op, inputs: Inputs, output: np.ndarray, **others: np.ndarray) -> Hostile:
         """Hostile inputs that must give this output, and these others."""
         (name,) = {*op.outputs, *op.updates} - others.keys()
-        if self.in_planes:
-            whole, s = output, op.outputs[name]
-            split(whole.astype(np.float32), output := np.empty(s.shape, s.dtype))
-        return Hostile(op, inputs, {name: output, **others})
+        return Hostile(op, inputs, {name: as_planes(output, (op.inputs | op.outputs)[name]), **others})
 
     def random_case(self, rng: np.random.Generator) -> Case:
         n, h, w, c = random_map(rng)
@@ -223,17 +199,14 @@ class NormForwardRow(NormRow):
         inputs["y"] = y = special(rng, op.inputs["y"])
         return self.made(op, inputs, self.rectified(y))
 
-    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         return {"z": z_error(b, eps)}
 
 
 class NormPoolRow(NormRow):
-    """Pooled values, codes and the y that they came from, to the last bit; in planes to that of the first."""
+    """Pooled values, codes and the y that they came from, to the last bit."""
 
     exact = True
-
-    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
-        return {"pooled": 0 * b.chosen} if self.in_planes else {}
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         op, inputs = self.hostile_plan(rng)
@@ -245,7 +218,9 @@ class NormPoolRow(NormRow):
     def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
         quarters, powers = np.arange(-8, 9) / 4, np.array([0.5, 1, 2])
         gains = np.concatenate([powers, -powers, [0]])
-        of = {"y": quarters, "mean": quarters, "inv_std": powers, "weight": gains, "bias": quarters}
+        fine = [0, 2**-9 + 2**-18] if self.in_planes else [0]  # three planes, and still nothing is rounded
+        y = np.add.outer(quarters, fine).ravel()
+        of = {"y": y, "mean": quarters, "inv_std": powers, "weight": gains, "bias": quarters}
         return {name: rng.choice(of[name], s.shape).astype(s.dtype) for name, s in op.inputs.items()}
 
 
@@ -255,9 +230,9 @@ class UnpoolRow(NormRow):
     def specs(self, case: Case, dtype: DTypeLike) -> tuple[Any, ...]:
         return spec(windows_of(*case["x"]), dtype), case["x"][1:3]
 
-    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         if op.name == UnpoolPacked.name:
-            return {"y": scatter_from(0 * b.x, b.codes, op.size)}  # type: ignore[attr-defined]
+            return {}
         return {"unpooled": scatter_from(z_error(b, eps), b.codes, op.size)}  # type: ignore[attr-defined]
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
@@ -282,7 +257,7 @@ class UnpoolRow(NormRow):
 class NormBackwardRow(NormRow):
     """dy: the two means, a product and two differences."""
 
-    def errors(self, op: Op, b: Buffers, eps: float) -> dict[str, np.ndarray]:
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
         # The term with the longest way, xhat dweight / rows, has 7 roundings of eps / 2.
         xhat, rows = np.abs(b.y - b.mean) * b.inv_std, op.rows  # type: ignore[attr-defined]
         dr = scatter_from(b.dr, b.codes, b.y.shape[1:3]) if "codes" in op.inputs else b.dr

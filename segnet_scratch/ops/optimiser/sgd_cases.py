@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row, bound_of_planes
+from segnet_scratch.ops.cases import Bounds, Case, Inputs, Row
 from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.ops.optimiser.array_table import CHUNK
 from segnet_scratch.ops.optimiser.gradient_norm import GradientNorm
@@ -117,11 +117,13 @@ class SgdPackRow(SgdRow):
         return SgdPackStep(shapes, *self.options, copies, turned, dtype, planes, dtype=parameters)
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        bounds, copies = super().bound(op, b, eps), {n: np.zeros(s.shape) for n, s in op.inputs.items()}
-        w0, w2, o = np.asarray(bounds["parameter0"]), np.asarray(bounds["parameter2"]), len(b.parameter0)
-        copies["copy0"][:o] = bound_of_planes(w0, w0 / eps, op.planes)  # type: ignore[attr-defined]
-        copies["flipped0"][..., :o] = flipped(w0)
-        return {**bounds, "copy0": copies["copy0"], "flipped0": copies["flipped0"], "flipped2": flipped(w2)}
+        bounds = super().bound(op, b, eps)
+        w0, w2 = np.asarray(bounds["parameter0"]), np.asarray(bounds["parameter2"])
+        copy0 = np.pad(w0, [(0, len(b.copy0) - len(w0)), (0, 0), (0, 0), (0, 0)])
+        return {**bounds, "copy0": copy0, "flipped0": flipped(copy0), "flipped2": flipped(w2)}
+
+    def planes(self, op: Op, output: str) -> int:
+        return op.planes if output == "copy0" else 1  # type: ignore[attr-defined]
 
 
 class GradientNormRow(ArraysRow):
