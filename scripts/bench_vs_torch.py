@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import threadpoolctl
-from bench.cases import CASES, TABLE, Case, initial_state
+from bench.cases import CASES, COMPILED_AHEAD, Case, initial_state
 from bench.run import compile_kernels, console, run, write
 
 from segnet_scratch import __version__
@@ -84,20 +84,19 @@ def memory_of(options: argparse.Namespace, case: Case, name: str) -> int:
 
 def compile_peers() -> None:
     """PyTorch compiles its steps of the table's cases, each in a process of its own, all at once, and keeps them."""
-    commands = ([sys.executable, __file__, "--child", f"compile: {number}"] for number in range(TABLE))
+    commands = ([sys.executable, __file__, "--child", f"compile: {number}"] for number in range(COMPILED_AHEAD))
     for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]:
         process.wait()  # one that fails is told of where its step is to be timed
 
 
 def be_a_child(options: argparse.Namespace) -> None:
     """What is done in a process of its own: compiling, or measuring memory."""
-    from bench.contenders import OURS, makers_of, peers_of
+    from bench.contenders import OURS, Peer, makers_of
 
     task, name = options.child.split(": ")
     if task == "compile":
         case = CASES[int(name)]
-        (make,) = (make for way, make in peers_of(case, thorough=False).items() if "compile" in way)
-        make(initial_state(0, case.width))
+        Peer(case, initial_state(0, case.width), way="compile graph", folded=case.task == "inference")
         return
     case = next(case for case in cpu_cases(options) if case.task == task)
     print(makers_of(case, get_device("numpy"), list(OURS), False)[name]()[1])

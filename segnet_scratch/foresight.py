@@ -5,8 +5,10 @@ from math import prod
 import numpy as np
 
 from segnet_scratch.config import Config
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.ledger import fused_account, layers_account
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
+from segnet_scratch.engine.training import two_branches
 from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
@@ -28,7 +30,7 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     fixed = _COPIES * sum(prod(parameter.shape) for parameter in model.parameters()) * np.dtype(config.dtype).itemsize
     at_once = ranks.size * config.accumulate
     images = -(-config.batch // at_once)  # that go through the network together
-    of_image = _bytes_of_image(model, config)
+    of_image = _bytes_of_image(model, config, ranks)
     needed = fixed + images * of_image
     if needed <= free:
         return
@@ -42,12 +44,14 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     raise DeviceMemoryError(f"{problem}, {have} are free; {hint}", needed, free)
 
 
-def _bytes_of_image(model: SegNet, config: Config) -> int:
+def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator) -> int:
     """What one more image takes on the device: maps, indices and workspaces of a step, and itself in each batch."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
     network = Network.of(model, 1, config.image_size)
     if config.engine == "fused":
-        maps = fused_account(network, RUNG_OF_PRECISION[config.precision]).peak
+        rung = RUNG_OF_PRECISION[config.precision]
+        branches = ranks.size == 1 and two_branches(model.device, network, rung)
+        maps = fused_account(network, Convolutions.on(model.device, rung), branches).peak
     else:
         logits = 2 * pixels * model.classes * itemsize
         maps = layers_account(network, itemsize).peak + logits

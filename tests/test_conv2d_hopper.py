@@ -1,5 +1,6 @@
 """What plans of Hopper's convolutions decide from shapes alone: tiles, groups of pixels, parts of wgrad, the rule."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,8 +96,9 @@ class TestGroups:
     )
     def test_blocks_have_tiles_of_the_same_columns_and_are_few(self, shape, o, blocks, slots, across):
         x, weight = spec((*shape, 64), BFLOAT16), spec((o, 3, 3, 64), BFLOAT16)
-        op = hopper.HopperForward.plan(x, weight, statistics=True, blocks=blocks)
-        assert (op.slots, op.across) == (slots, across)
+        tile = replace(hopper.tile_for(*shape, o, False), blocks=blocks)
+        op = hopper.HopperForward.plan(x, weight, statistics=True, tile=tile)
+        assert (op.slots, op.column_tiles) == (slots, across)
         assert op.outputs["partials"].shape == (2 * slots, 2, o)
 
 

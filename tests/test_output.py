@@ -102,7 +102,9 @@ def test_tables_keep_their_numbers_in_a_narrow_terminal(sample, width):
     console = Console(file=out, width=width)
     console.print(scores_table(found))
     console.print(statistics_table(class_statistics(VOCDataset(sample, "train")), "train"))
-    console.print(_memory_table(accounts(Network(SegNet.blocks_of(1.0), 21, 16, (224, 224)), "bf16"), "MiB"))
+    console.print(
+        _memory_table(accounts(Network(SegNet.blocks_of(1.0), 21, 16, (224, 224)), get_device("numpy"), "bf16"), "MiB")
+    )
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text

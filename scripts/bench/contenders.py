@@ -97,7 +97,7 @@ class Peer:
             self.forward = torch.compile(self.model, mode=way if way == "max-autotune" else "default")
         set_precision(case.precision)
         self._autocast = torch.autocast(self.device, torch.bfloat16, enabled=case.precision == "bf16")
-        self._run: Callable[[], object] = self._capture() if way in ("graph", "compile graph") else self._step
+        self._run: Callable[[], object] = captured(self._step) if way in ("graph", "compile graph") else self._step
 
     def _forward_backward(self) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
@@ -114,18 +114,6 @@ class Peer:
         with torch.inference_mode(), self._autocast:
             self.forward(self.images)
 
-    def _capture(self) -> Callable[[], object]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph.replay
-
     def call(self, images: Tensor, labels: Tensor | None) -> None:
         """A training step, or inference where there are no labels. Images are in this contender's format already."""
         self.images.copy_(images)
@@ -139,6 +127,24 @@ class Peer:
         self.labels.copy_(torch.from_numpy(labels))
         logits = self._forward_backward().detach().to("cpu", self.form["dtype"])
         return {"logits": logits.numpy().transpose(0, 2, 3, 1), **gradients_of(self.model)}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Replays a call as a CUDA graph; what the call refers to is kept as long."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, looks for cuDNN's fastest algorithms
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay(_: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def _fold(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench.cases import CLASSES, SMALL, Case
-from bench.contenders import set_precision
+from bench.contenders import captured, set_precision
 from bench.timing import Clock, CudaClock, in_turn
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network, storage
@@ -63,7 +63,7 @@ def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> It
             ops = _ours(kernels, direction, x, weight)
             if kernels.tiles is not None:
                 ops["mma.sync"] = _ours(Convolutions(rung), direction, x, weight)["ours"]
-            calls = {"cuDNN": _torch_graph(_cudnn(direction, case.precision, x.shape, of_weight))}
+            calls = {"cuDNN": captured(_cudnn(direction, case.precision, x.shape, of_weight))}
             for name, op in ops.items():
                 calls[name] = Replayed(device, functools.partial(op.run, device, random_buffers(device, op)))
             flops = ops["ours"].flops
@@ -84,16 +84,6 @@ def _ours(kernels: Convolutions, direction: str, x: Spec, weight: Spec) -> dict[
         op = kernels.forward(x, weight, statistics=True)
     others = op.alternatives() if isinstance(op, HopperForward | HopperBackwardData) else {}
     return {"ours": op, **others}
-
-
-def _torch_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """Replays a call, as ours are replayed: launched one by one, short kernels would wait for Python."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()  # cuDNN looks for its fastest algorithm
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph.replay
 
 
 def _cudnn(direction: str, precision: str, x: tuple[int, ...], weight: tuple[int, ...]) -> Callable[[], object]:

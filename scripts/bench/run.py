@@ -180,12 +180,5 @@ def compile_kernels(device: Device) -> None:
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """The JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(
-        path,
-        [
-            json.dumps(
-                found, indent=1, default=lambda value: value.item() if isinstance(value, np.generic) else str(value)
-            ).encode()
-            + b"\n"
-        ],
-    )
+    plain = json.dumps(found, indent=1, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
+    write_durably(path, [plain.encode() + b"\n"])

@@ -9,8 +9,9 @@ from math import prod
 
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
-from segnet_scratch.engine.network import Network, storage
-from segnet_scratch.engine.training import Objective, TrainingProgram
+from segnet_scratch.engine.network import PLANES_OF, Network, storage
+from segnet_scratch.engine.training import Objective, TrainingProgram, two_branches
+from segnet_scratch.runtime.devices import Device
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ def _kind(array: str) -> str:
     """What an array of the training program is, for whoever reads the ledger."""
     if array.startswith("workspace."):
         return "workspace"
+    array = array.removesuffix(PLANES_OF)
     *_, what = array.split(".")
     if what == "y" and not array.startswith("d"):
         return "convolution outputs"
@@ -43,12 +45,12 @@ def _kind(array: str) -> str:
     }.get(what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums")
 
 
-def fused_account(network: Network, rung: str) -> Account:
+def fused_account(network: Network, kernels: Convolutions, branches: bool) -> Account:
     """The fused engine at the fullest step of its program; what the arena cannot fill counts as such.
 
     ShapeError where that engine cannot compute the network.
     """
-    program = TrainingProgram(network, Convolutions(rung), Objective())
+    program = TrainingProgram(network, kernels, Objective(), branches)
     arena = Arena.plan(program.lifetimes(kept=("loss", "logits")))
     fullest = max(range(len(program.steps)), key=lambda step: sum(arena.alive(step).values()))
     entries: Counter[str] = Counter()
@@ -81,10 +83,11 @@ def _paper(network: Network, itemsize: int, index: int, name: str) -> Account:
     return Account(name, entries)
 
 
-def accounts(network: Network, rung: str) -> list[Account]:
-    """The fused engine with this rung, the layers of this project in float32, PyTorch with maps as wide as the rung's.
+def accounts(network: Network, device: Device, rung: str) -> list[Account]:
+    """The fused engine as the device has it, the layers in float32, PyTorch with maps as wide as the rung's.
 
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
     torch = _paper(network, storage(rung).itemsize, 8, "PyTorch")
-    return [fused_account(network, rung), layers_account(network), torch]
+    branches = two_branches(device, network, rung)
+    return [fused_account(network, Convolutions.on(device, rung), branches), layers_account(network), torch]

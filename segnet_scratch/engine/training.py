@@ -18,7 +18,8 @@ from segnet_scratch.engine.network import CLASSIFIER, Layer, Network, NetworkPro
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
-from segnet_scratch.ops.convolution.conv2d_fused import Below, Size
+from segnet_scratch.ops.convolution.conv2d_fused import Below
+from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.split_planes import planes_of
 from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
@@ -88,8 +89,7 @@ class TrainingProgram(NetworkProgram):
 
     def _forward(self) -> None:
         self.first_input = self.images()
-        for below, layer in pairwise([None, *self.layers]):
-            assert layer is not None
+        for layer, below in zip(self.layers, [None, *self.layers[:-1]], strict=True):
             self._block_forward(layer, below)
         last = self.layers[-1]
         op = self.classifier_op(self._map(last.full))
@@ -194,7 +194,7 @@ class TrainingProgram(NetworkProgram):
             self._weight_gradient(name, weight, wgrad, x, dy)
         if below is None:
             return
-        self._below_gradient(name, weight, y, dy, below, layer.unpool, layer.codes)
+        self._below_gradient(name, weight, y, dy, below, layer)
 
     @contextmanager
     def _aside(self) -> Generator[None]:
@@ -206,22 +206,13 @@ class TrainingProgram(NetworkProgram):
     def _weight_gradient(self, name: str, weight: str, op: Op, x: str, dy: str) -> None:
         self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), dy=dy, dweight=f"d{weight}")
 
-    def _below_gradient(
-        self,
-        name: str,
-        weight: str,
-        y: Spec,
-        dy: str,
-        below: Layer,
-        unpool: Size | None = None,
-        codes: str | None = None,
-    ) -> None:
+    def _below_gradient(self, name: str, weight: str, y: Spec, dy: str, below: Layer, own: Layer | None = None) -> None:
         read = f"{below.name}.chosen" if below.block.pool else f"{below.name}.y"
         of_below = Below(self.spec_of(read), below.block.relu)
-        op = self.convolutions.backward_data(y, self.spec_of(weight), of_below, unpool)
+        op = self.convolutions.backward_data(y, self.spec_of(weight), of_below, own.unpool if own else None)
         arrays = self._norm(below, "bn_") | {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
-        if codes is not None:
-            arrays["unpool_codes"] = codes
+        if own and own.codes:
+            arrays["unpool_codes"] = own.codes
         if "weight" in op.inputs:
             arrays["weight"] = self.as_read(name, weight, op.inputs["weight"])
         else:
@@ -235,14 +226,14 @@ def branches_key(network: Network, rung: str) -> str:
     return f"branches {rung} {network.batch}x{height}x{width} {len(blocks)} blocks of {blocks[0].out_channels}"
 
 
-def default_branches(device: Device) -> str:
-    """Two on Hopper, where they were measured to be faster (docs/explanation/kernels.md)."""
-    return "two" if device.architecture == "sm_90" else "one"
+def default_branches(device: Device, rung: str) -> str:
+    """Two where they were measured to be faster: bfloat16 with Hopper's kernels (docs/explanation/kernels.md)."""
+    return "two" if device.gpu and rung == "bf16" and tiles_on(device) is not None else "one"
 
 
 def two_branches(device: Device, network: Network, rung: str) -> bool:
     """Do weight gradients run on a second stream? As `segnet tune` found, unless the environment says."""
-    tuned = table_of(device).choices.get(branches_key(network, rung), default_branches(device)) == "two"
+    tuned = table_of(device).choices.get(branches_key(network, rung), default_branches(device, rung)) == "two"
     return switch("SEGNET_BRANCHES", tuned, "weight gradients on a second stream", "one stream")
 
 

@@ -88,12 +88,10 @@ def _launch(device: Device, source: Path, threads: int, rounds: int, types: str)
     return y
 
 
-def seconds_of(
-    watch: Stopwatch, works: Sequence[Callable[[], object]], warm: int = 1, passes: int = PASSES
-) -> list[float]:
-    """The median time of each piece of work, all in turn `passes` times, after `warm` turns that do not count."""
+def seconds_of(watch: Stopwatch, works: Sequence[Callable[[], object]], warm: int = 1) -> list[float]:
+    """The median time of each piece of work, all in turn PASSES times, after `warm` turns that do not count."""
     laps: list[list[Lap]] = [[] for _ in works]
-    for _ in range(warm + passes):
+    for _ in range(warm + PASSES):
         for work, own in zip(works, laps, strict=True):
             own.append(watch.lap(work))
     return [median(watch.seconds(own[warm:])) for own in laps]

@@ -24,17 +24,17 @@ class Stopwatch:
     """
 
     def __init__(self, timer: Timer, cover: Callable[[], object] | None = None) -> None:
-        self.timer, self._cover, self._times = timer, cover or (lambda: None), 1
+        self.timer, self._cover, self._covers = timer, cover or (lambda: None), 1
 
     def lap(self, work: Callable[[], object]) -> Lap:
         """Does the work between two marks."""
-        for _ in range(self._times):
+        for _ in range(self._covers):
             self._cover()
         begin = self.timer.mark()
         work()
         waited = self.timer.has_reached(begin)
         if waited:
-            self._times = min(2 * self._times, MOST_COVERS)
+            self._covers = min(2 * self._covers, MOST_COVERS)
         return Lap(begin, self.timer.mark(), waited)
 
     def seconds(self, laps: list[Lap]) -> list[float]:

@@ -97,7 +97,7 @@ def tune(
     kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
     planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
     seconds = {name: _seconds_of(device, program) for name, program in planned.items()}
-    choices.append(Choice(branches_key(network, kernels.rung), seconds, default_branches(device)))
+    choices.append(Choice(branches_key(network, kernels.rung), seconds, default_branches(device, kernels.rung)))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 

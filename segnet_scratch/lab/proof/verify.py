@@ -16,9 +16,8 @@ import numpy as np
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import ConfigError, DeviceError
-from segnet_scratch.lab.proof.launches import device_has, kernels_of
 from segnet_scratch.lab.proof.parts import PARTS
-from segnet_scratch.lab.proof.parts.base import Part, reason_against
+from segnet_scratch.lab.proof.parts.base import Part, kernels_on, reason_against
 from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, HostBuilds
 from segnet_scratch.lab.proof.processes import do_all
 from segnet_scratch.lab.proof.table import ROWS, row_named
@@ -27,7 +26,6 @@ from segnet_scratch.ops.cases import Row
 from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
 from segnet_scratch.runtime.devices import cuda_missing, cupy_facts, get_device
 from segnet_scratch.runtime.host import compiler_name, find_compiler
-from segnet_scratch.runtime.launch import shipped_kernels
 
 DEVICES = ("host", "numpy", "cuda")
 ANY = "any"  # stands for the device of parts that need none
@@ -235,10 +233,7 @@ def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
     for (name, device), line in lines.items():
         if name == "reference" and device != "numpy" and line.tally.counts:
             work = Work(name, device, "op table")
-            able = {kernel for kernel in shipped_kernels() if device_has(get_device(device), kernel)}
-            if os.environ.get("SEGNET_HOPPER") == "0":
-                able -= {kernel for row in ROWS if isinstance(row, HopperRow) for kernel in kernels_of(row)}
-            for kernel in sorted(able - line.tally.kernels.keys()):
+            for kernel in sorted(kernels_on(get_device(device)) - line.tally.kernels.keys()):
                 message = "no row of the op table (lab/proof/table.py) launches this kernel"
                 line.tally.fail(work, "any", message, kernel)
 

@@ -57,6 +57,7 @@ class Tile:
     halo: bool
     stages: int  # of pixels in shared memory
     weight_stages: int
+    blocks: int = MULTIPROCESSORS  # of threads, at most: what is summed up together must not depend on the GPU at hand
 
     @property
     def shared(self) -> int:
@@ -161,8 +162,8 @@ class _InPlanes(Op):
 class _Tiled(_InPlanes, FusedConv):
     """What has a tile that could be another one, and is tuned by trying them."""
 
-    def take(self, again: Callable[..., Self], tile: Tile | None, blocks: int) -> None:
-        """Computes in this tile, or in the one of its shape, on so many blocks; `again` plans it in another tile.
+    def choose_tile(self, again: Callable[..., Self], tile: Tile | None) -> None:
+        """Computes in this tile, or in the one of its shape; `again` plans it in another tile.
 
         As many tiles of pixels as there are `slots` are computed at a time. For batch norm the pixels of a slot are
         summed up together, apart for each of the consumers.
@@ -173,8 +174,8 @@ class _Tiled(_InPlanes, FusedConv):
         self.tile = tile or self.tile_of_shape
         what = f"{self.name}: the tile {self.tile.name} does not fit {g.o} columns"
         expect(self.tile.fits(g.o, self.by_windows), f"{what}; expected one of {', '.join(self._fitting())}")
-        self.row_tiles, self.across = self.tile.rows(g.n, g.oh, g.ow), -(-g.o // self.tile.columns)
-        self.slots = min(self.row_tiles, max(1, blocks // self.across))
+        self.row_tiles, self.column_tiles = self.tile.rows(g.n, g.oh, g.ow), -(-g.o // self.tile.columns)
+        self.slots = min(self.row_tiles, max(1, self.tile.blocks // self.column_tiles))
 
     @property
     def partials(self) -> Spec:
@@ -192,7 +193,7 @@ class _Tiled(_InPlanes, FusedConv):
     def launch_tiles(self, device: Device, b: Buffers, name: str, weight_box: tuple[int, ...]) -> None:
         """The kernel for this tile, of the map of this name."""
         taps = TensorMap(b.weight.reshape(b.weight.shape[0], 9, b.weight.shape[3]), weight_box)
-        grid, kernel = self.slots * self.across, f"{self.name}_{self.tile.name}"
+        grid, kernel = self.slots * self.column_tiles, f"{self.name}_{self.tile.name}"
         given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(getattr(b, name))}
         self.kernel(device, kernel, b, grid, THREADS, shared=self.tile.shared, **given)
 
@@ -248,17 +249,9 @@ class HopperForward(_Tiled, FusedForward):
 
     name = "conv2d_hopper_forward"
 
-    def __init__(
-        self,
-        x: Spec,
-        weight: Spec,
-        rung: str = "bf16",
-        tile: Tile | None = None,
-        blocks: int = MULTIPROCESSORS,
-        **options: bool,
-    ) -> None:
+    def __init__(self, x: Spec, weight: Spec, rung: str = "bf16", tile: Tile | None = None, **options: bool) -> None:
         super().__init__(x, weight, rung, **options)
-        self.take(partial(self.plan, x, weight, rung, blocks=blocks, **options), tile, blocks)
+        self.choose_tile(partial(self.plan, x, weight, rung, **options), tile)
         self.split, self.workspace = None, {}
         self.read_planes("x", "weight")
         if self.statistics:
@@ -287,10 +280,9 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         rung: str = "bf16",
         unpool: Size | None = None,
         tile: Tile | None = None,
-        blocks: int = MULTIPROCESSORS,
     ) -> None:
         super().__init__(dy, weight, below, rung, unpool)
-        self.take(partial(self.plan, dy, weight, below, rung, unpool, blocks=blocks), tile, blocks)
+        self.choose_tile(partial(self.plan, dy, weight, below, rung, unpool), tile)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
         self.read_planes("dy", "weight")

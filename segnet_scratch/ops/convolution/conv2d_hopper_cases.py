@@ -4,6 +4,7 @@ Blocks of 8x8 pixels, four of them (or two, or pixels in a row) to a tile, 64 ch
 128 columns: the smallest cases that reach each edge, since every one is a block of 384 threads with its products.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class HopperRow(FusedRow):
     windows = ""  # the option that asks for 2x2 windows, which only halo tiles have
 
     def given(self, case: Case) -> dict[str, Any]:
-        return {"tile": NAMED[case["tile"]], "blocks": 2}  # few, so that each has several tiles
+        return {"tile": replace(NAMED[case["tile"]], blocks=2)}  # few, so that each has several tiles
 
     def growth(self, terms: int, eps: float) -> float:
         # Of two planes the product of the second ones, each at most 2^-8 of its factor, is left out.

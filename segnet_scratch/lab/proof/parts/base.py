@@ -11,13 +11,16 @@ import numpy as np
 
 from segnet_scratch.errors import SegnetError
 from segnet_scratch.lab.proof.compare import Defect
-from segnet_scratch.lab.proof.launches import Replay, noting_launches, rows_on
+from segnet_scratch.lab.proof.launches import Replay, device_has, kernels_of, noting_launches, rows_on
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import Effort, Tally, Work
 from segnet_scratch.ops.cases import Case, Inputs, Row
+from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
+from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
 from segnet_scratch.ops.op import Op
 from segnet_scratch.runtime.devices import Device, HostDevice, get_device
 from segnet_scratch.runtime.host import HostOptions
+from segnet_scratch.runtime.launch import shipped_kernels
 
 CASES_AT_ONCE = 40  # of a row, in one piece of work
 CASES_AT_ONCE_ON_GPU = 10  # few, so that the GPU need not wait long for what they are compared with
@@ -152,6 +155,13 @@ class RowPart(Part):
         fewest = min(tally.kernels.values(), default=0)
         kernels = f", {len(tally.kernels)} kernels with at least {fewest} shapes each"
         return super().ran(tally) + (kernels if fewest else "")
+
+
+def kernels_on(device: Device) -> set[str]:
+    """The shipped kernels that a device can run; Hopper's not where they are forbidden."""
+    forbidden = device.architecture is not None and tiles_on(device) is None
+    left_out = {kernel for row in ROWS if forbidden and isinstance(row, HopperRow) for kernel in kernels_of(row)}
+    return {kernel for kernel in shipped_kernels() if device_has(device, kernel)} - left_out
 
 
 def case_of(row: Row, index: int, seed: int) -> Case:

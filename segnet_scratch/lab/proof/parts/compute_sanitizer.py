@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from segnet_scratch.lab.proof.launches import kernels_of, noting_launches, rows_on
-from segnet_scratch.lab.proof.parts.base import Part
+from segnet_scratch.lab.proof.parts.base import Part, kernels_on
 from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.cases import Case, Row
@@ -94,7 +94,7 @@ def main(device: CudaDevice, seconds: float) -> dict[str, object]:
     """Runs cases until each row and each kernel has run and the time is over; how many."""
     device.without_pool()
     table = rows_on(device, ROWS)
-    able = set[str]().union(*map(kernels_of, table))
+    able = kernels_on(device)
     began, cases = monotonic(), 0
     with noting_launches() as launched:
         for row, case in cases_for(table):
