@@ -1,54 +1,21 @@
 // The gradient of a convolution's bias: dbias[o] = sum of dy over all pixels; dy seen as (rows, o).
 //
 // Two launches: every chunk of rows makes a partial sum, and the partials of a channel are added by lanes, as a binary tree.
-// The bias itself is added in the epilogue of the convolutions. Threads: common/columns.cuh; where channels are whole pieces of
-// 16 bytes, a thread of a block takes one of them, of every so-many-th row. All loads of a lane of partials are under way
-// at once.
-//
-// 16x224x224 of 24 bfloat16 channels, 38.5 MB, 9 us of an H200's bandwidth: 22.5 us (inside a graph) when threads took single
-// numbers of them, 8 lanes of 32 none, and 17 us for the partials, which one thread a channel added. Not measured since.
+// The bias itself is added in the epilogue of the convolutions. Threads: common/columns.cuh; 8 rows of a thread, and all partials
+// of a lane, are under way at once. 16x224x224 of 24 bfloat16 channels took 22.5 us of an H200, 9 by its bytes; and 17 us for
+// the partials, which one thread a channel added; not measured since.
 // Element types: float32, float64, bfloat16.
 #include "common/columns.cuh"
-#include "common/piece.cuh"
 #include "common/reduce.cuh"
 
 #define MERGE_CHANNELS 8
 #define MERGE_LANES 64
 
-// The sum of a chunk where the block's channels are pieces: thread t has piece t % across of every (threads / across)-th row.
-__device__ void add_pieces(
-    const storage_t* __restrict__ dy, accumulate_t* __restrict__ partials, int64 rows, int o, int64 rows_per_chunk) {
-    SHARED_ARRAY(Values, sums, [COLUMN_THREADS]);
-    const int first = blockIdx.x * COLUMN_LANES, across = min(COLUMN_LANES, o - first) / PIECE;
-    const int thread = threadIdx.y * COLUMN_LANES + threadIdx.x, lane = thread / across,
-              lanes = COLUMN_THREADS / across;
-    const int channel = first + thread % across * PIECE;
-    const int64 begin = blockIdx.y * rows_per_chunk, end = min(begin + rows_per_chunk, rows);
-    Values sum = {};
-    auto add = [&](const Values& values) {
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) sum.of[i] += values.of[i];
-    };
-    for_each_in_flight<8>(
-        (begin + lane) * o + channel, lane < lanes ? end * o : 0, (int64)lanes * o,
-        [&](int64 i) { return load_piece_here(dy + i); }, [&](int64, const Piece& piece) { add(values_of(piece)); });
-    for (int half = COLUMN_THREADS / 2; half > 0; half /= 2) {
-        sums[thread] = sum;
-        __syncthreads();
-        if (lane < half && lane + half < lanes) add(sums[thread + half * across]);
-        __syncthreads();
-    }
-    if (lane > 0) return;
-    for (int i = 0; i < PIECE; ++i) partials[(int64)blockIdx.y * o + channel + i] = sum.of[i];
-}
-
 // Launch: grid ((o + 31) / 32, chunks), block (32, 8)
-extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 3) conv2d_backward_bias_partial(
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 4) conv2d_backward_bias_partial(
     const storage_t* __restrict__ dy,     // (rows, o)
     accumulate_t* __restrict__ partials,  // (chunks, o)
     int64 rows, int o, int chunks, int64 rows_per_chunk) {
-    if constexpr (sizeof(storage_t) < 8)
-        if (o % PIECE == 0) return add_pieces(dy, partials, rows, o, rows_per_chunk);
     SHARED_ARRAY(accumulate_t, lanes, [ROW_LANES][COLUMN_LANES]);
     const ColumnSlice slice(rows, rows_per_chunk);
     accumulate_t sum = 0;

@@ -241,7 +241,7 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
             const Piece piece = unpool_codes ? coded_piece(piece_codes(unpool_codes, element), row) : row(0);
             store_piece(dr + element, norm.gradient(piece, load_piece(below.y + element), below.relu, sums));
         }
-    store_partials(tile, partials, add_lanes(tile, sums.plain, sums.other), c);
+    store_partials(tile, partials, add_lanes(tile, sums.first, sums.second), c);
 }
 
 template <class Block>

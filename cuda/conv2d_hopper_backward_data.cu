@@ -3,15 +3,16 @@
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes
-//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer has of a tile the
-//   sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
+//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer of a block
+//   has, in all its tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
 //
 // Main loop, tiles and the way out: common/hopper_convolution.cuh; the block below and what it does to a gradient:
 // common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps
 // are taken from the last to the first, so that no flipped copy is kept.
 //
-// A thread looks after 8 channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
-// it asks for before the barrier that its pieces wait at. No atomics.
+// A thread looks after a piece of channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
+// has been fetched into the L2 cache while the tile was multiplied (not for tf32x3), and is asked for before the barrier that
+// its pieces wait at. No atomics.
 #include "common/block_below.cuh"
 #include "common/hopper_convolution.cuh"
 
@@ -22,9 +23,9 @@ struct StoreGradient {
     accumulate_t* partials;
     int c;
 
-    static constexpr bool ASKS = MULTIPLY != TF32X3;  // which has no registers left for it
+    static constexpr bool FETCHES = MULTIPLY != TF32X3;  // which has no registers left for it
     template <class Rows>
-    __device__ void ask_for(const Rows& rows, int row, int channel) const {
+    __device__ void fetch_row(const Rows& rows, int row, int channel) const {
         if constexpr (Rows::WINDOWS)
             if (unpool_codes) {
                 if (row < 16 && rows.exists(BlockRows::row_of_window(row, 0))) fetch(below.y + rows.window(row) * c + channel);
@@ -32,16 +33,16 @@ struct StoreGradient {
             }
         if (rows.exists(row)) fetch(below.y + rows.pixel(row) * c + channel);
     }
-    __device__ bool sums() const { return true; }
+    __device__ bool has_sums() const { return true; }
 
-    // 8 channels of a thread.
+    // The piece of channels of a thread.
     struct Columns : GradientSums {
         const StoreGradient& to;
         int channel;
         NormBelow norm;
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
-        __device__ Columns(const StoreGradient& store, const WayOut& out, int column, int, bool)
+        __device__ Columns(const StoreGradient& store, const WayOut& out, int column)
             : to(store), channel(column + out.column()), norm(store.below, column + out.column()) {}
 
         template <class Rows>
@@ -61,7 +62,7 @@ struct StoreGradient {
         }
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, const char* place) {
+        __device__ void store(const Rows& rows, const WayOut& out, const char* place, int, bool) {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) return gather(rows, out, place);
 #pragma unroll
@@ -84,10 +85,13 @@ struct StoreGradient {
         }
     };
 
-    // Of PART channels from `column` on: `sum` is as WayOut::add_lanes gave it.
-    __device__ void finish(WayOut& out, int row, int column, int, float sum, int) const {
-        const int kind = out.thread / PART;
-        if (kind < 2) partials[((int64)row * 2 + kind) * c + column + out.thread % PART] = sum;
+    __device__ Two merge(const Two& total, const Two& sums, const WayOut&, int, int, int) const {
+        return {total.first + sums.first, total.second + sums.second};
+    }
+
+    __device__ void finish(int row, int channel, const Two& total, int) const {
+        partials[(int64)row * 2 * c + channel] = total.first;
+        partials[((int64)row * 2 + 1) * c + channel] = total.second;
     }
 };
 

@@ -2,19 +2,19 @@
 // a classifier, pieces of less than 64; bfloat16, or float32 in planes.
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
-//   training   y = x * weight, and of the pixels that each consumer has of a tile their number, and of every channel the
-//              mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch norm's
-//              statistics: y is not read again for them
+//   training   y = x * weight, and of the pixels that each consumer of a block has, in all its tiles, their number, and of every
+//              channel the mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch
+//              norm's statistics: y is not read again for them
 //   inference  (batch norm folded into weight and bias) y = [max-pool] [ReLU] (x * weight + bias), pooled ones with codes
 //
 // Main loop, tiles and the way out: common/hopper_convolution.cuh. A window of 2x2 lies within a block of 8x8 pixels, and a
 // thread pools one: 16 windows x 8 pieces are the 128 threads. Tiles in a row of the batch have no windows: their pool is a
 // kernel of its own (ops/convolution/conv2d_hopper.py takes halo tiles there).
 //
-// Statistics: the sums of the distances d of all that a consumer has of a channel from the first of them, and of d d, so
-// mean = first + sum d / n, M2 = sum d d - (sum d)^2 / n. Since the first is one of them, (first - mean)^2 <= M2, so what cancels
-// is at most n + 1 times what is left, and where the first is a usual one, twice (E[x^2] - E[x]^2 may cancel altogether).
-// No atomics.
+// Statistics of a consumer's part of a tile: the sums of the distances d of a channel from its first pixel, the pivot, and of d d.
+// mean = pivot + sum d / n, M2 = sum d d - (sum d)^2 / n. The pivot is one of the n <= 128, so (pivot - mean)^2 <= M2: what cancels is
+// at most n + 1 times what is left (E[x^2] - E[x]^2 may cancel altogether). Tiles are put together by mean and M2 (Chan,
+// Golub, LeVeque 1979). No atomics.
 #include "common/hopper_convolution.cuh"
 
 struct StoreForward {
@@ -25,36 +25,28 @@ struct StoreForward {
     int o;
     bool with_relu;
 
-    static constexpr bool ASKS = false;
-    template <class Rows>
-    __device__ void ask_for(const Rows&, int, int) const {}
-    __device__ bool sums() const { return partials != nullptr; }
+    static constexpr bool FETCHES = false;
+    __device__ bool has_sums() const { return partials != nullptr; }
 
-    // 8 channels of a thread.
+    // The piece of channels of a thread.
     struct Columns {
         const StoreForward& to;
         int channel;
-        char* kept;  // of the first pixel these channels
-        bool unknown;
-        Values first, plain = {}, other = {};  // sums of the distances from it, and of their squares
+        Values pivot, first = {}, second = {};  // sums of the distances from the pivot, and of their squares
 
-        __device__ Columns(const StoreForward& store, const WayOut& out, int column, int part, bool of_first_tile)
-            : to(store), channel(column + out.column()), kept(out.first + (part * 8 + out.thread % 8) * PIECE_BYTES), unknown(of_first_tile) {
-            if (to.partials && !unknown) first = values_of(*(const Piece*)kept);
-        }
+        __device__ Columns(const StoreForward& store, const WayOut& out, int column) : to(store), channel(column + out.column()) {}
         template <class Rows>
         __device__ void prepare(const Rows&, const WayOut&) {}
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, const char* place) {
+        __device__ void store(const Rows& rows, const WayOut& out, const char* place, int part, bool begins) {
             if (channel >= to.o) return;
             if constexpr (Rows::WINDOWS)
                 if (to.pool_codes) return pool(rows, out, place);
-            if (to.partials && unknown) {
+            if (to.partials && begins) {
                 const Piece piece = out.piece(place, 0);
-                first = values_of(piece);
-                if (out.lane() == 0) *(Piece*)kept = piece;
-                unknown = false;
+                pivot = values_of(piece);
+                if (out.lane() == 0) ((Piece*)out.pivots)[part * 8 + out.thread] = piece;
             }
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -86,26 +78,28 @@ struct StoreForward {
             const Values values = values_of(piece);
 #pragma unroll
             for (int i = 0; i < PIECE; ++i) {
-                const float distance = values.of[i] - first.of[i];
-                plain.of[i] += distance;
-                other.of[i] = fma(distance, distance, other.of[i]);
+                const float distance = values.of[i] - pivot.of[i];
+                first.of[i] += distance;
+                second.of[i] = fma(distance, distance, second.of[i]);
             }
         }
     };
 
-    // Of PART channels from `column` on: `sum` is as WayOut::add_lanes gave it, of so many pixels.
-    __device__ void finish(WayOut& out, int row, int column, int part, float sum, int pixels) const {
-        float* const numbers = (float*)out.place();
-        numbers[out.thread] = sum;
-        const float* const all = (const float*)out.publish();
-        const int own = out.thread;
-        if (own >= PART || column + own >= o) return;
-        const float distances = all[own], squares = all[PART + own];
-        const float first = (float)((const storage_t*)out.first)[part * PART + own];
-        accumulate_t* const partial = partials + (int64)row * 2 * o + column + own;
-        partial[0] = pixels ? first + distances / pixels : 0;
-        partial[o] = pixels ? squares - distances * (distances / pixels) : 0;
-        if (column + own == 0) counts[row] = pixels;
+    // Mean and M2 of a channel in the `before` pixels of the tiles before, and in a tile with `pixels` of them.
+    __device__ Two merge(const Two& total, const Two& sums, const WayOut& out, int part, int pixels, int before) const {
+        if (pixels == 0 || out.thread >= PART) return total;
+        const float off = sums.first / pixels, pivot = (float)((const storage_t*)out.pivots)[part * PART + out.thread];
+        const float distance = pivot + off - total.first, share = (float)pixels / (before + pixels);
+        const float m2 = sums.second - sums.first * off + distance * distance * (before * share);
+        return {total.first + distance * share, total.second + m2};
+    }
+
+    __device__ void finish(int row, int channel, const Two& total, int pixels) const {
+        if (channel >= o) return;
+        accumulate_t* const partial = partials + (int64)row * 2 * o + channel;
+        partial[0] = total.first;
+        partial[o] = total.second;
+        if (channel == 0) counts[row] = pixels;
     }
 };
 
@@ -127,9 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_h
     convolve<Halo<2>, ForwardWeights<64>, 9>(FPROP_ARGUMENTS);
 }
 
-// Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s. Each
-// product of 64 x 32 x 16 asks shared memory for 3 KB, 24 clocks; 64 columns, of which 40 are zeros, would take 32: of the 100 us
-// that the measured 593 TFLOP/s of 64 -> 64 give there remain 75.
+// Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s; 125 us there,
+// 149 in 64 columns, of which 40 are zeros. Shared memory bounds a product of 64 x 32 x 16: 3 KB, 24 clocks.
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x32(FPROP_PARAMETERS) {
     convolve<Halo<2>, ForwardWeights<32>, 9>(FPROP_ARGUMENTS);

@@ -10,8 +10,8 @@
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
 // infinity anywhere makes the norm one.
 //
-// The 118 MB of SegNet, 28 us at the bandwidth of an H200, took 37 us (inside a graph) with four bytes a load, 32 KB under way on a
-// multiprocessor, where there are 64 now; and the sums of its 1800 chunks 13 us, one thread a parameter. Not measured since.
+// The 118 MB of SegNet, 28 us at the bandwidth of an H200, take 37 us (inside a graph); the sums of its 1800 chunks took 13 us, one
+// thread a parameter, and have not been measured since.
 #include "common/in_flight.cuh"
 #include "common/reduce.cuh"
 #include "common/warp.cuh"
@@ -31,21 +31,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) gradient_norm_partial(
     const storage_t* const g = (const storage_t*)addresses[parameter];
     const int64 begin = chunk_start[blockIdx.x], end = min(begin + chunk_size, sizes[parameter]);
     double sum = 0;
-    auto add = [&](storage_t value) { sum += (double)value * (double)value; };
-    typedef Sixteen<storage_t> Group;
-    constexpr int GROUP = 16 / (int)sizeof(storage_t);
-    if (in_sixteens(g + begin, end - begin))
-        for_each_in_flight<4>(
-            threadIdx.x, (end - begin) / GROUP, blockDim.x,
-            [&](int64 i) { return load_here((const Group*)(g + begin) + i); },
-            [&](int64, const Group& group) {
-#pragma unroll
-                for (int i = 0; i < GROUP; ++i) add(group.of[i]);
-            });
-    else
-        for_each_in_flight<8>(
-            begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },
-            [&](int64, storage_t value) { add(value); });
+    for_each_in_flight<8>(
+        begin + threadIdx.x, end, blockDim.x, [&](int64 i) { return load_here(g + i); },
+        [&](int64, storage_t value) { sum += (double)value * (double)value; });
     sum = block_sum<THREADS>(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }

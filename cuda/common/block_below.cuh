@@ -14,7 +14,7 @@ struct Below {
 
 // Sums of dr, the gradient before the ReLU, and of dr xhat, for the channels of a piece.
 struct GradientSums {
-    Values plain = {}, other = {};
+    Values first = {}, second = {};
 };
 
 // The batch norm of the block below, for the channels of a piece.
@@ -38,8 +38,8 @@ struct NormBelow {
             const float distance = y.of[i] - mean.of[i];
             const bool passes = distance * (inv_std.of[i] * weight.of[i]) + bias.of[i] > 0;
             if (relu && !passes) dr.of[i] = 0;
-            sums.plain.of[i] += dr.of[i];
-            sums.other.of[i] += dr.of[i] * (distance * inv_std.of[i]);
+            sums.first.of[i] += dr.of[i];
+            sums.second.of[i] += dr.of[i] * (distance * inv_std.of[i]);
         }
         return piece_of(dr);
     }

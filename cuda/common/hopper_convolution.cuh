@@ -28,7 +28,7 @@
 // adds up at once. It depends on nothing else: not on the tile, not on the grid. It is that of the measured prototype
 // (docs/explanation/kernels.md), whose bits these kernels give, but for the sign of a zero: sums begin with 0 here.
 //
-// float32 is multiplied as the sum of `planes` bfloat16, each the rounding of what those before it leave (split_planes.cu): a
+// float32 is multiplied as the sum of `planes` bfloat16, each the rounding of what those before it leave (planes.cuh): a
 // map (n, h, w, planes c), a weight (o, 9, planes c). Plane a of the one meets plane b of the other where a + b < planes, one
 // product of the same chunk of channels after the other:
 //
@@ -45,9 +45,9 @@
 // of a tile is what is stored. It has two places, used in turn: a place is written, a barrier of the warpgroup, it is
 // read. When it is written again, the barrier of the other place lies between, so nobody reads it any more.
 //
-// Two sums over the pixels of each column: a thread has them of its 8 columns and its pixels of a tile; then each thread adds
-// up one sum of one column over the lanes, in their order, and keeps it for all tiles of its block. So a consumer of a block
-// leaves one pair a column, whatever number of tiles it had. `slots` follows from the shape, not from the GPU.
+// Two sums over the pixels of each column: a thread has them of its piece of columns and its pixels of a tile; then a thread a
+// column adds them up over the lanes, in their order, and to what it has of the tiles before. So a consumer of a block
+// leaves one pair a column, whatever number of tiles it had. `slots` follows from shape and tile, not from the GPU.
 #pragma once
 #include "packed_codes.cuh"
 #include "tma.cuh"
@@ -164,17 +164,13 @@ struct Halo {
 
     // Where a tile lies, worked out once: the producer is one thread, and its divisions would take longer than the products.
     struct Pixels {
-        int image[BLOCKS], y[BLOCKS], x[BLOCKS];
-        __device__ Pixels(const Convolution& g, int tile) {
-#pragma unroll
-            for (int i = 0; i < BLOCKS; ++i) {
-                const BlockRows block(g, tile * BLOCKS + i);  // one beyond the last image is loaded as zeros
-                image[i] = block.image, y[i] = block.y - 1, x[i] = block.x - 1;
-            }
-        }
+        BlockRows first;
+        __device__ Pixels(const Convolution& g, int tile) : first(g, tile * BLOCKS) {}
         __device__ void load(char* stage, const TensorMap& map, int channel, int, Mbarrier& full) const {
+            BlockRows block = first;  // one beyond the last image is loaded as zeros
 #pragma unroll
-            for (int i = 0; i < BLOCKS; ++i) tma_load(stage + i * HALO_PLACE, map, {channel, x[i], y[i], image[i]}, full);
+            for (int i = 0; i < BLOCKS; ++i, block.next())
+                tma_load(stage + i * HALO_PLACE, map, {channel, block.x - 1, block.y - 1, block.image}, full);
         }
     };
     __device__ static constexpr int offset(int tap) { return tap / 3 * HALO_PITCH + tap % 3 * ROW_BYTES; }
@@ -254,17 +250,22 @@ __device__ inline int thread_read_anew() {
 #define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
 #define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
+// Of a column.
+struct Two {
+    float first = 0, second = 0;
+};
+
 // What a consumer has of its two places on the way out, and how its threads meet.
 struct WayOut {
-    static constexpr int PLACES = 2, LANES = 16, FIRST = 512;  // FIRST: bytes of `first`
+    static constexpr int PLACES = 2, LANES = 16, PIVOT_BYTES = 512;
     char* places;
-    char* first;  // of each column what its sums are distances from: the first pixel of the block's first tile
+    char* pivots;  // of each column what its sums are distances from
     int consumer, turn = 0;
     int thread;  // of the warpgroup
 
     __device__ WayOut(char* memory, int consumer_) : consumer(consumer_) {
         places = memory + consumer * PLACES * ATOM_BYTES;
-        first = memory + CONSUMERS * PLACES * ATOM_BYTES + consumer * FIRST;
+        pivots = memory + CONSUMERS * PLACES * ATOM_BYTES + consumer * PIVOT_BYTES;
     }
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
     __device__ int column() const { return thread % 8 * PIECE; }
@@ -295,21 +296,23 @@ struct WayOut {
         return {{__float_as_uint(numbers[0]), __float_as_uint(numbers[1]), __float_as_uint(numbers[2]), __float_as_uint(numbers[3])}};
     }
 
-    // Two numbers for each of the PART columns, of every lane, whose sums over the lanes these threads get: thread t < PART the
-    // first one of column t, the next PART threads the second one.
-    __device__ float add_lanes(const Values& first, const Values& second) {
+    // Two numbers for each of the PART columns, of every lane: their sums over the lanes, for thread t < PART those of column t.
+    __device__ Two add_lanes(const Values& first, const Values& second) {
         float* const numbers = (float*)place() + lane() * PART + column();
 #pragma unroll
         for (int i = 0; i < PIECE; i += 4) {
             *(Piece*)(numbers + i) = four_of(first.of + i);
             *(Piece*)(numbers + LANES * PART + i) = four_of(second.of + i);
         }
-        const float* const all = (const float*)publish() + thread / PART * LANES * PART + thread % PART;
-        float sum = 0;
-        if (thread < 2 * PART)
+        const float* const all = (const float*)publish() + thread;
+        Two sums = {};
+        if (thread < PART)
 #pragma unroll
-            for (int lane = 0; lane < LANES; ++lane) sum += all[lane * PART];
-        return sum;
+            for (int lane = 0; lane < LANES; ++lane) {
+                sums.first += all[lane * PART];
+                sums.second += all[(LANES + lane) * PART];
+            }
+        return sums;
     }
 };
 
@@ -431,36 +434,37 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<C
 // registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
 // What is done there is a Leave: for each PART columns a Leave::Columns is made; its `prepare` may ask for what global memory
-// has of 64 pixels, `store` is given their place in shared memory. Where sums() says so its sums over the pixels, `plain` and
-// `other`, are added up for all tiles of the block, and `finish` has them in the end. Where Leave::ASKS, `ask_for` has what
-// `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
+// has of 64 pixels, `store` is given their place in shared memory. Where has_sums() says so, it has sums `first` and `second` over
+// the pixels, which `merge` puts together with those of the tiles before, and `finish` has in the end. Where Leave::FETCHES,
+// `fetch_row` has what `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
 template <class Source, class Leave, int PARTS>
-__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], float (&sums)[PARTS / Source::TILES], const Leave& leave,
-                           const typename Source::Rows& own, int column, bool first) {
+__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two (&totals)[PARTS / Source::TILES], const Leave& leave,
+                           const typename Source::Rows& own, int column, int pixels, int before) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
+    static_assert(PARTS / Source::TILES * ROW_BYTES <= WayOut::PIVOT_BYTES, "a row of pivots");
     constexpr int LAST = PARTS / Source::TILES - 1;
 #pragma unroll 1
     for (int part = 0; part <= LAST; ++part, column += PART) {
         out.begin();
-        typename Leave::Columns columns(leave, out, column, part, first);
+        typename Leave::Columns columns(leave, out, column);
         typename Source::Rows rows = own;
 #pragma unroll 1
         for (int i = 0; i < Source::TILES; ++i, rows.next()) {
             out.begin();
             columns.prepare(rows, out);
             out.put(words[0]);
-            columns.store(rows, out, out.publish());
+            columns.store(rows, out, out.publish(), part, i == 0);
 #pragma unroll
             for (int k = 1; k < PARTS; ++k)
 #pragma unroll
                 for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
-        if (!leave.sums()) continue;
+        if (!leave.has_sums()) continue;
         out.begin();
-        const float sum = sums[0] + out.add_lanes(columns.plain, columns.other);
+        const Two total = leave.merge(totals[0], out.add_lanes(columns.first, columns.second), out, part, pixels, before);
 #pragma unroll
-        for (int k = 1; k <= LAST; ++k) sums[k - 1] = sums[k];
-        sums[LAST] = sum;
+        for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
+        totals[LAST] = total;
     }
 }
 
@@ -492,15 +496,14 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     }
     setmaxnreg_increase<CONSUMER_REGISTERS>();
     WayOut way_out(stages + maps.BYTES + weights.BYTES, consumer);
-    float totals[ACROSS] = {};
+    Two totals[ACROSS];
     int pixels = 0;
-    bool first = true;
-    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots, first = false) {
-        if (Leave::ASKS) {
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
+        if constexpr (Leave::FETCHES) {
             typename Source::Rows rows = Source::rows(g, tile, consumer);
             for (int i = 0; i < Source::TILES; ++i, rows.next())
                 for (int k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
-                    leave.ask_for(rows, k % 64, tiles.column + k / 64 * PART);
+                    leave.fetch_row(rows, k % 64, tiles.column + k / 64 * PART);
         }
         unsigned words[Source::TILES * ACROSS][WORDS] = {};
         {
@@ -508,14 +511,17 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
             multiply<Source, Weights>(sums, maps, weights, g, consumer);
             round_sums(words, sums, bias ? bias + tiles.column : nullptr, g.columns - tiles.column);
         }
-        typename Source::Rows rows = Source::rows(g, tile, consumer);
-        leave_tile<Source>(way_out, words, totals, leave, rows, tiles.column, first);
-        for (int i = 0; i < Source::TILES; ++i, rows.next()) pixels += rows.count();
+        const typename Source::Rows own = Source::rows(g, tile, consumer);
+        typename Source::Rows rows = own;
+        int count = 0;
+        for (int i = 0; i < Source::TILES; ++i, rows.next()) count += rows.count();
+        leave_tile<Source>(way_out, words, totals, leave, own, tiles.column, count, pixels);
+        pixels += count;
     }
-    if (!leave.sums()) return;
+    if (!leave.has_sums()) return;
+    way_out.begin();
+    if (way_out.thread >= PART) return;
 #pragma unroll
-    for (int part = 0; part < ACROSS; ++part) {
-        way_out.begin();
-        leave.finish(way_out, tiles.first * CONSUMERS + consumer, tiles.column + part * PART, part, totals[part], pixels);
-    }
+    for (int part = 0; part < ACROSS; ++part)
+        leave.finish(tiles.first * CONSUMERS + consumer, tiles.column + part * PART + way_out.thread, totals[part], pixels);
 }

@@ -24,14 +24,7 @@
 
 // Out of a shuffle the compiler knows that it is the same in the whole warp: what is derived from it, addresses and descriptors
 // of shared memory, is then worked out once for the warp, where the instructions want it, and not by every thread.
-__device__ inline int warpgroup_index() {
-    const int index = (int)(threadIdx.x / WARPGROUP);
-#ifdef SEGNET_HOST
-    return index;
-#else
-    return __shfl_sync(0xFFFFFFFF, index, 0);
-#endif
-}
+__device__ inline int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, (int)(threadIdx.x / WARPGROUP), 0); }
 __device__ inline int warpgroup_thread() { return (int)(threadIdx.x % WARPGROUP); }
 
 #ifdef SEGNET_HOST

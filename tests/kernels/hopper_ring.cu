@@ -21,7 +21,8 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
     SHARED_ARRAY(Mbarrier, full, [STAGES]);
     SHARED_ARRAY(Mbarrier, empty, [STAGES]);
     char* const memory = aligned_memory();
-    char* const way_out = memory + STAGES * (A_BYTES + B_BYTES) + warpgroup_index() * 8192;
+    const int consumer = warpgroup_index();
+    char* const way_out = memory + STAGES * (A_BYTES + B_BYTES) + consumer * 8192;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(full[i], 1);
@@ -32,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
     __syncthreads();
     const bool leader = warpgroup_thread() == 0;
     RingPosition<STAGES> ring;
-    if (warpgroup_index() == 2) {
+    if (consumer == 2) {
         setmaxnreg_decrease<40>();
         if (!leader) return;
         tma_prefetch(a);
@@ -54,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-            wgmma(sums, k_major(stage + warpgroup_index() * 8192 + step * 32, 1024), k_major(stage + A_BYTES + step * 32, 1024),
+            wgmma(sums, k_major(stage + consumer * 8192 + step * 32, 1024), k_major(stage + A_BYTES + step * 32, 1024),
                   k + step > 0);
         wgmma_commit();
         wgmma_wait<1>();
@@ -68,9 +69,9 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
         *(storage_t*)(way_out + (at ^ (at / 128 % 8) * 16)) = (storage_t)sums[i];
     }
     fence_proxy_async();
-    named_barrier_sync(1 + warpgroup_index(), WARPGROUP);
+    named_barrier_sync(1 + consumer, WARPGROUP);
     if (leader) {
-        tma_store(c, {0, 64 * warpgroup_index()}, way_out);
+        tma_store(c, {0, 64 * consumer}, way_out);
         tma_store_commit();
         tma_store_wait<0>();
     }
