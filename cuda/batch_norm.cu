@@ -24,11 +24,6 @@
 #include "common/columns.cuh"
 #include "common/moments.cuh"
 
-template <class T>
-struct Two {
-    T first, second;
-};
-
 // Launch: grid ((c + 31) / 32, chunks), block (32, 8)
 extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, 4) batch_norm_partial_statistics(
     const storage_t* __restrict__ x,  // (rows, c)

@@ -69,7 +69,7 @@ struct StoredTile {
             const int m = i / 2 / Tile::N, n = i / 2 % Tile::N, half = i % 2 * 2;
             const int row = Block::row0() + Tile::row(m, half), column = Block::column0() + Tile::column(n, 0);
             const float* const sums = tile.sums[m][n] + half;
-            *(Pair*)(numbers + row * STRIDE + column) = {storage_t(sums[0]), storage_t(sums[1])};
+            *(Two<storage_t>*)(numbers + row * STRIDE + column) = {storage_t(sums[0]), storage_t(sums[1])};
         }
         __syncthreads();
     }
@@ -77,20 +77,16 @@ struct StoredTile {
     __device__ int64 row0() const { return (int64)number * Block::ROWS; }
 };
 
-struct __align__(2 * sizeof(accumulate_t)) Sums {
-    accumulate_t first, second;
-};
-
 // The sums over all lanes, in their order, of what each thread has summed for its piece of columns: those of column
 // threadIdx.x of the block, in threads below COLUMNS. Every thread calls this, once a tile.
 template <class Block>
-__device__ Sums add_lanes(const StoredTile<Block>& tile, const Values& first, const Values& second) {
+__device__ Two<accumulate_t> add_lanes(const StoredTile<Block>& tile, const Values& first, const Values& second) {
     float* const own = tile.lanes + tile.lane() * Block::COLUMNS + tile.column();
     constexpr int LANES = StoredTile<Block>::LANES, ALL = LANES * Block::COLUMNS;
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) own[i] = first.of[i], own[ALL + i] = second.of[i];
     __syncthreads();
-    Sums total = {0, 0};
+    Two<accumulate_t> total = {0, 0};
     if (threadIdx.x < Block::COLUMNS)
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) {
@@ -102,7 +98,7 @@ __device__ Sums add_lanes(const StoredTile<Block>& tile, const Values& first, co
 
 // partials[tile][0 and 1][channel], for column threadIdx.x of the block.
 template <class Block>
-__device__ void store_partials(const StoredTile<Block>& tile, accumulate_t* partials, const Sums& sums, int o) {
+__device__ void store_partials(const StoredTile<Block>& tile, accumulate_t* partials, const Two<accumulate_t>& sums, int o) {
     const int channel = blockIdx.y * Block::COLUMNS + threadIdx.x;
     if (threadIdx.x >= Block::COLUMNS || channel >= o) return;
     partials[(int64)tile.number * 2 * o + channel] = sums.first;
@@ -134,7 +130,7 @@ __device__ void store_map(const StoredTile<Block>& tile, storage_t* y, accumulat
         }
     }
     if (!partials) return;
-    Sums sums = add_lanes(tile, distances, squares);
+    Two<accumulate_t> sums = add_lanes(tile, distances, squares);
     if (threadIdx.x >= Block::COLUMNS) return;
     const float offset = sums.first / count;
     sums = {(float)tile.numbers[threadIdx.x] + offset, fma(-sums.first, offset, sums.second)};
@@ -221,7 +217,7 @@ __device__ void split(const storage_t* __restrict__ x, const storage_t* __restri
         for (int n = 0; n < Tile::N; ++n) {
             const int output = blockIdx.y * Block::COLUMNS + Block::column0() + Tile::column(n, 0);
             const float* const sums = tile.sums[i / 2][n] + i % 2 * 2;
-            if (output < g.o) *(Sums*)(partials + ((int64)blockIdx.z * rows + row) * g.o + output) = {sums[0], sums[1]};
+            if (output < g.o) *(Two<accumulate_t>*)(partials + ((int64)blockIdx.z * rows + row) * g.o + output) = {sums[0], sums[1]};
         }
     }
 }

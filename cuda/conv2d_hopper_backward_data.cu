@@ -85,11 +85,11 @@ struct StoreGradient {
         }
     };
 
-    __device__ Two merge(const Two& total, const Two& sums, const WayOut&, int, int, int) const {
+    __device__ Two<float> merge(const Two<float>& total, const Two<float>& sums, const WayOut&, int, int, int) const {
         return {total.first + sums.first, total.second + sums.second};
     }
 
-    __device__ void finish(int row, int channel, const Two& total, int) const {
+    __device__ void finish(int row, int channel, const Two<float>& total, int) const {
         partials[(int64)row * 2 * c + channel] = total.first;
         partials[((int64)row * 2 + 1) * c + channel] = total.second;
     }

@@ -24,10 +24,6 @@
 #define WEIGHT_THREADS ((TAP_ROWS + 1) * WARPGROUP)
 #define WEIGHT_STAGES 9
 
-struct __align__(2 * sizeof(accumulate_t)) SumPair {
-    accumulate_t first, second;
-};
-
 typedef Ring<WEIGHT_STAGES, ATOM_BYTES + HALO_PLACE> Blocks;
 
 // Bytes to the next two rows of a block, 16 pixels.
@@ -112,6 +108,6 @@ extern "C" __global__ void __launch_bounds__(WEIGHT_THREADS, 1) conv2d_hopper_ba
         const int row = output + wgmma_row(j), column = wgmma_column(j), tap = tap_row * 3 + column / 64;
         if (row >= o) continue;
         accumulate_t* const to = partials + (((int64)blockIdx.y * o + row) * TAPS + tap) * c + channel + column % 64;
-        *(SumPair*)to = {sums[j], sums[j + 1]};
+        *(Two<accumulate_t>*)to = {sums[j], sums[j + 1]};
     }
 }

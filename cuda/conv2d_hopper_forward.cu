@@ -86,7 +86,7 @@ struct StoreForward {
     };
 
     // Mean and M2 of a channel in the `before` pixels of the tiles before, and in a tile with `pixels` of them.
-    __device__ Two merge(const Two& total, const Two& sums, const WayOut& out, int part, int pixels, int before) const {
+    __device__ Two<float> merge(const Two<float>& total, const Two<float>& sums, const WayOut& out, int part, int pixels, int before) const {
         if (pixels == 0 || out.thread >= PART) return total;
         const float off = sums.first / pixels, pivot = (float)((const storage_t*)out.pivots)[part * PART + out.thread];
         const float distance = pivot + off - total.first, share = (float)pixels / (before + pixels);
@@ -94,7 +94,7 @@ struct StoreForward {
         return {total.first + distance * share, total.second + m2};
     }
 
-    __device__ void finish(int row, int channel, const Two& total, int pixels) const {
+    __device__ void finish(int row, int channel, const Two<float>& total, int pixels) const {
         if (channel >= o) return;
         accumulate_t* const partial = partials + (int64)row * 2 * o + channel;
         partial[0] = total.first;

@@ -37,7 +37,7 @@ __device__ void store_tile(const WarpTile<ROWS, COLUMNS>& tile, storage_t* __res
             const int rest = o - output0 - Tile::column(n, 0);  // outputs from here on
             const accumulate_t sums[2] = {tile.sums[m][n][first] + shift[n][0], tile.sums[m][n][first + 1] + shift[n][1]};
             if (PAIRS) {
-                if (rest > 0) *(Pair*)(row + 8 * n) = {storage_t(sums[0]), storage_t(sums[1])};
+                if (rest > 0) *(Two<storage_t>*)(row + 8 * n) = {storage_t(sums[0]), storage_t(sums[1])};
             } else {
                 if (rest > 0) row[8 * n] = sums[0];
                 if (rest > 1) row[8 * n + 1] = sums[1];

@@ -250,11 +250,6 @@ __device__ inline int thread_read_anew() {
 #define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
 #define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
-// Of a column.
-struct Two {
-    float first = 0, second = 0;
-};
-
 // What a consumer has of its two places on the way out, and how its threads meet.
 struct WayOut {
     static constexpr int PLACES = 2, LANES = 16, PIVOT_BYTES = 512;
@@ -297,7 +292,7 @@ struct WayOut {
     }
 
     // Two numbers for each of the PART columns, of every lane: their sums over the lanes, for thread t < PART those of column t.
-    __device__ Two add_lanes(const Values& first, const Values& second) {
+    __device__ Two<float> add_lanes(const Values& first, const Values& second) {
         float* const numbers = (float*)place() + lane() * PART + column();
 #pragma unroll
         for (int i = 0; i < PIECE; i += 4) {
@@ -305,7 +300,7 @@ struct WayOut {
             *(Piece*)(numbers + LANES * PART + i) = four_of(second.of + i);
         }
         const float* const all = (const float*)publish() + thread;
-        Two sums = {};
+        Two<float> sums = {};
         if (thread < PART)
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
@@ -438,7 +433,7 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<C
 // the pixels, which `merge` puts together with those of the tiles before, and `finish` has in the end. Where Leave::FETCHES,
 // `fetch_row` has what `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
 template <class Source, class Leave, int PARTS>
-__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two (&totals)[PARTS / Source::TILES], const Leave& leave,
+__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Leave& leave,
                            const typename Source::Rows& own, int column, int pixels, int before) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
     static_assert(PARTS / Source::TILES * ROW_BYTES <= WayOut::PIVOT_BYTES, "a row of pivots");
@@ -461,7 +456,7 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two (&t
         }
         if (!leave.has_sums()) continue;
         out.begin();
-        const Two total = leave.merge(totals[0], out.add_lanes(columns.first, columns.second), out, part, pixels, before);
+        const Two<float> total = leave.merge(totals[0], out.add_lanes(columns.first, columns.second), out, part, pixels, before);
 #pragma unroll
         for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
         totals[LAST] = total;
@@ -496,7 +491,7 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     }
     setmaxnreg_increase<CONSUMER_REGISTERS>();
     WayOut way_out(stages + maps.BYTES + weights.BYTES, consumer);
-    Two totals[ACROSS];
+    Two<float> totals[ACROSS] = {};
     int pixels = 0;
     for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
         if constexpr (Leave::FETCHES) {

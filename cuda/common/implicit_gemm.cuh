@@ -286,7 +286,3 @@ __device__ void block_backward_weight(const storage_t* __restrict__ x, const sto
             }
     }
 }
-
-struct __align__(2 * sizeof(storage_t)) Pair {
-    storage_t first, second;
-};

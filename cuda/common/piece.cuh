@@ -53,7 +53,8 @@ __device__ inline Values values_of(const Piece& piece) {
     return values;
 }
 
-// The numbers of a channel vector for the channels of a piece, all of which there are: 16 bytes a load.
+// The numbers of a channel vector for the channels of a piece, all of which there are: 16 bytes a load, so that a vector begins
+// at a multiple of 16 bytes, as allocations and the arena's arrays do.
 __device__ inline Values channels_of(const float* vector, int64 channel) {
     Values values;
 #pragma unroll

@@ -7,7 +7,7 @@
 //   - a thread begins LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
 //     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
 //   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once, 16 bytes a load,
-//     while its first pieces are under way;
+//     in walks over whole maps while its first pieces are under way;
 //   - the grid fills the GPU once (ops/pieces.py): a thread goes on to its next rows instead of making room for another;
 //   - the windows of a map are counted by additions. A division by sizes that are known at run time costs as much as
 //     everything else that is done to a piece.

@@ -36,6 +36,12 @@ typedef unsigned long long uint64;
     type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
+// Two of a kind, side by side: of numbers, what a thread moves at once.
+template <class T>
+struct __align__(2 * sizeof(T)) Two {
+    T first, second;
+};
+
 // Grid-stride loop: any grid covers any count.
 #define FOR_EACH_INDEX(index, count)                                                  \
     for (int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x; index < (count); \
