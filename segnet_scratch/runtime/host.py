@@ -153,6 +153,7 @@ def compiler_flags() -> list[str]:
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
     return [
         *("-x", "c++", "-std=c++17", "-O3", native, "-fno-math-errno", "-ffp-contract=off", "-g1"),
+        "-fno-strict-aliasing",  # kernels look at 16 bytes as pieces, and as numbers
         *("-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGNET_HOST"),
     ]
 
