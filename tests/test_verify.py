@@ -267,7 +267,7 @@ class TestVerify:
 
     def test_a_kernel_without_a_row_is_a_failure(self, monkeypatch):
         kernels = {**shipped_kernels(), "forgotten": None}
-        monkeypatch.setattr(verify, "shipped_kernels", lambda: kernels)
+        monkeypatch.setattr("segnet_scratch.lab.proof.parts.base.shipped_kernels", lambda: kernels)
         tally = Tally(kernels=Counter(shipped_kernels()), counts=Counter(shapes=1))
         line = verify.Line(Reference(), "host", tally)
         verify._expect_every_kernel({("reference", "host"): line})
