@@ -3,8 +3,9 @@
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes
-//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer of a block
-//   has, in all its tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
+//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer of a block has,
+//   in all its tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the
+//   batch norm below
 //
 // Main loop, tiles and the way out: common/hopper_convolution.cuh; the block below and what it does to a gradient:
 // common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps

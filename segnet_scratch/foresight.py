@@ -14,6 +14,9 @@ from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
 
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
+_PLANNED = (
+    64  # images at most for which a step is planned: beyond these what does not grow with the batch hardly counts
+)
 _COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
 
 
@@ -30,7 +33,7 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     fixed = _COPIES * sum(prod(parameter.shape) for parameter in model.parameters()) * np.dtype(config.dtype).itemsize
     at_once = ranks.size * config.accumulate
     images = -(-config.batch // at_once)  # that go through the network together
-    of_image = _bytes_of_image(model, config, ranks)
+    of_image = _bytes_of_image(model, config, ranks, min(images, _PLANNED))
     needed = fixed + images * of_image
     if needed <= free:
         return
@@ -44,15 +47,15 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     raise DeviceMemoryError(f"{problem}, {have} are free; {hint}", needed, free)
 
 
-def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator) -> int:
-    """What one more image takes on the device: maps, indices and workspaces of a step, and itself in each batch."""
+def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: int) -> int:
+    """An image's share of what a step with so many takes: maps, indices and workspaces, and itself in each batch."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
-    network = Network.of(model, 1, config.image_size)
+    network = Network.of(model, images, config.image_size)
     if config.engine == "fused":
         rung = RUNG_OF_PRECISION[config.precision]
         branches = ranks.size == 1 and two_branches(model.device, network, rung)
         maps = fused_account(network, Convolutions.on(model.device, rung), branches).peak
     else:
-        logits = 2 * pixels * model.classes * itemsize
+        logits = 2 * images * pixels * model.classes * itemsize
         maps = layers_account(network, itemsize).peak + logits
-    return maps + _PREPARED * pixels * (3 * itemsize + 1)
+    return maps // images + _PREPARED * pixels * (3 * itemsize + 1)

@@ -5,8 +5,10 @@ import re
 import pytest
 
 from segnet_scratch.config import Config
+from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.errors import DeviceMemoryError
 from segnet_scratch.foresight import check_memory
+from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.runtime import machine
 from segnet_scratch.runtime.devices import CudaDevice, NumpyDevice
 from segnet_scratch.segnet import SegNet
@@ -40,6 +42,15 @@ def test_the_batch_that_is_offered_fits_and_the_next_larger_ones_do_not(monkeypa
     larger = resolved(batch=int(1.3 * offered) + 5, **settings)
     with pytest.raises(DeviceMemoryError):
         check_memory(SegNet(21, 0.125, "numpy", dtype=config.dtype), larger)
+
+
+def test_what_does_not_grow_with_the_batch_is_counted_once(monkeypatch):
+    """Partial sums of Hopper's weight gradients, 19 MB at any batch: 16 images need 968 MiB, not 16 times 76."""
+    monkeypatch.setattr(Convolutions, "on", lambda *_: Convolutions("bf16", TileTable()))
+    settings = {"width": 1.0, "engine": "fused", "precision": "bf16", "size": 224}
+    parameters = 16 * sum(p.data.size for p in SegNet(21, 1.0, "numpy").parameters())
+    one, many = (refused(resolved(batch=n, **settings), 1000, monkeypatch).asked - parameters for n in (1, 16))
+    assert 10 * one < many < 16 * one - 200 * 2**20
 
 
 def test_the_parts_that_are_offered_fit(monkeypatch):

@@ -11,7 +11,7 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, PLANES_OF, Network, NetworkProgram, check, padded, storage, vector
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.nn.modules import ConvUnit
-from segnet_scratch.ops.convolution.split_planes import as_read, planes_of
+from segnet_scratch.ops.convolution.split_planes import planes_of, split_for
 from segnet_scratch.ops.op import Spec
 from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
@@ -29,7 +29,7 @@ class InferenceProgram(NetworkProgram):
         for layer in network.layers:
             name, block = layer.name, layer.block
             arrays = self._give(name, layer.weight)
-            map_, weight = Spec(layer.read, self.type), self.spec_of(arrays["weight"])
+            map_, weight = Spec(layer.input, self.type), self.spec_of(arrays["weight"])
             op = convolutions.forward(map_, weight, bias=True, relu=block.relu, pool=block.pool)
             if layer.unpool is not None and layer.codes is not None:
                 planes = planes_of(op.inputs["x"], block.in_channels)
@@ -70,7 +70,7 @@ class FoldedWeights:
         for name, (weight, bias) in given.items():
             self.arrays[f"{name}.weight"] = array = model.device.upload(weight.astype(storage(rung)))
             if copy := self.convolutions.copy_of(weight.shape):
-                self.arrays[f"{name}.weight{PLANES_OF}"] = as_read(model.device, array, copy)
+                self.arrays[f"{name}.weight{PLANES_OF}"] = split_for(model.device, array, copy)
             self.arrays[f"{name}.bias"] = model.device.upload(bias.astype(np.float32))
 
 

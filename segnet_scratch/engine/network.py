@@ -44,7 +44,7 @@ class Layer:
         return windows_of(*self.full) if self.block.pool else self.full
 
     @property
-    def read(self) -> tuple[int, ...]:
+    def input(self) -> tuple[int, ...]:
         """What its convolution reads: the images, or what the layer below gives, unpooled if the block begins so."""
         return *self.full[:3], self.block.in_channels
 

@@ -92,13 +92,13 @@ class TrainingProgram(NetworkProgram):
         for layer, below in zip(self.layers, [None, *self.layers[:-1]], strict=True):
             self._block_forward(layer, below)
         last = self.layers[-1]
-        op = self.classifier_op(self._map(last.full))
+        op = self.classifier_op(Spec(last.full, self.type))
         self.classify(op, self._output(last, op.inputs["x"]))
 
     def _block_forward(self, layer: Layer, below: Layer | None) -> None:
         """y and its statistics."""
         name = layer.name
-        op = self.convolutions.forward(self._map(layer.read), Spec(layer.weight, self.type), statistics=True)
+        op = self.convolutions.forward(Spec(layer.input, self.type), Spec(layer.weight, self.type), statistics=True)
         x = self._output(below, op.inputs["x"]) if below else self.first_input
         statistics = {"partials": f"{name}.statistics"}
         if counted := "counts" in op.outputs:
@@ -144,9 +144,6 @@ class TrainingProgram(NetworkProgram):
             self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
         return made
 
-    def _map(self, shape: tuple[int, ...]) -> Spec:
-        return Spec(shape, self.type)
-
     def _norm(self, layer: Layer, prefix: str = "") -> dict[str, str]:
         """Of the layer's batch norm; `prefix` comes before what an op calls its parameters."""
         statistics = {what: f"{layer.name}.{what}" for what in ("mean", "inv_std")}
@@ -161,7 +158,7 @@ class TrainingProgram(NetworkProgram):
         given = {name: name for name in loss.optional if name in self.given}
         self.add("loss", loss, logits="logits", labels="labels", **given, loss="loss", dlogits="dlogits")
         self.phase = "backward"
-        wgrad = self.convolutions.backward_weight(self._map(last.full), self.spec_of(weight))
+        wgrad = self.convolutions.backward_weight(Spec(last.full, self.type), self.spec_of(weight))
         dy = self.as_read(CLASSIFIER, "dlogits", wgrad.inputs["dy"])
         with self._aside():
             self.add(CLASSIFIER, Conv2dBackwardBias.plan(logits), dy="dlogits", dbias=f"d{CLASSIFIER}.bias")
@@ -179,7 +176,7 @@ class TrainingProgram(NetworkProgram):
         norm = self._norm(layer)
         del norm["bias"]
         y = self.spec_of(f"{name}.y")
-        wgrad = self.convolutions.backward_weight(self._map(layer.read), self.spec_of(weight))
+        wgrad = self.convolutions.backward_weight(Spec(layer.input, self.type), self.spec_of(weight))
         planes, dr = planes_of(wgrad.inputs["dy"], layer.block.out_channels), f"d{name}.r"
         if layer.block.pool:
             dy, codes = f"d{name}.y", f"{name}.codes"

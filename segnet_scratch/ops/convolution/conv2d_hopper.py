@@ -144,14 +144,14 @@ class _InPlanes(Op):
     def _factor(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
-    def read_planes(self, *names: str) -> None:
+    def expect_planes(self, *names: str) -> None:
         """These inputs are planes, where they are float32; a plan of float64 takes them as they are."""
-        self.split_inputs = [name for name in names if self.inputs[name].dtype == np.float32]
-        self.inputs |= {name: in_planes(self.inputs[name], PLANES[self.multiplied]) for name in self.split_inputs}
+        self.inputs_in_planes = [name for name in names if self.inputs[name].dtype == np.float32]
+        self.inputs |= {name: in_planes(self.inputs[name], PLANES[self.multiplied]) for name in self.inputs_in_planes}
 
     def numpy(self, b: Buffers) -> None:
         planes = PLANES[self.multiplied]
-        super().numpy(Buffers(**vars(b) | {name: joined(getattr(b, name), planes) for name in self.split_inputs}))
+        super().numpy(Buffers(**vars(b) | {name: joined(getattr(b, name), planes) for name in self.inputs_in_planes}))
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class HopperForward(_Tiled, FusedForward):
         super().__init__(x, weight, rung, **options)
         self.choose_tile(partial(self.plan, x, weight, rung, **options), tile)
         self.split, self.workspace = None, {}
-        self.read_planes("x", "weight")
+        self.expect_planes("x", "weight")
         if self.statistics:
             self.outputs["partials"] = self.partials
             self.outputs["counts"] = Spec(self.partials.shape[:1], np.dtype(np.int32))
@@ -285,7 +285,7 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         self.choose_tile(partial(self.plan, dy, weight, below, rung, unpool), tile)
         others = {name: spec for name, spec in self.inputs.items() if name not in ("dy", "flipped")}
         self.inputs = {"dy": dy, "weight": weight, **others}
-        self.read_planes("dy", "weight")
+        self.expect_planes("dy", "weight")
         self.outputs["partials"] = self.partials
 
     def launch(self, device: Device, b: Buffers) -> None:
@@ -316,7 +316,7 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
-        self.read_planes("x", "dy")
+        self.expect_planes("x", "dy")
 
     def launch(self, device: Device, b: Buffers) -> None:
         g, parts = self.geometry, self.parts

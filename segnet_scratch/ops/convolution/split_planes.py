@@ -77,7 +77,7 @@ def joined(y: np.ndarray, planes: int, dtype: DTypeLike = np.float32) -> np.ndar
     return np.sum(np.split(y.astype(dtype), planes, axis=-1)[::-1], axis=0)
 
 
-def as_read(device: Device, array: Array, read: Spec) -> Array:
+def split_for(device: Device, array: Array, read: Spec) -> Array:
     """An array as an op reads it: as it is, or in planes."""
     if spec_of(array) == read:
         return array

@@ -13,7 +13,7 @@ from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardWeight, HopperForward
-from segnet_scratch.ops.convolution.split_planes import as_read
+from segnet_scratch.ops.convolution.split_planes import split_for
 from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.devices import Array, Device
 
@@ -88,6 +88,6 @@ def _product(device: Device, rung: str, direction: str, left: np.ndarray, right:
             columns, size = np.pad(right, ((0, 0), (0, m - n))), (1, k // 24, 24, m)
             op, cut = HopperBackwardWeight.plan(spec(size, F32), spec((m, 3, 3, m), F32), rung), np.s_[:, 1, 1, :n]
             factors = {"x": upload(columns, *size), "dy": upload(left.T, *size)}
-    read = {name: a if a is None else as_read(device, a, op.inputs[name]) for name, a in factors.items()}
+    read = {name: a if a is None else split_for(device, a, op.inputs[name]) for name, a in factors.items()}
     result = getattr(op(device, **read), next(iter(op.outputs)))[cut]
     return device.download(result).reshape(m, n).astype(np.float64)
