@@ -12,6 +12,7 @@ from support.kernels import needs_compiler, python
 
 from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.lab.proof.parts import PARTS, accuracy
+from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import conv2d
@@ -225,23 +226,22 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.lab.proof.table import ROWS
 
 device = HostDevice(HostOptions(sanitize=True))
-for row in ROWS:
-    if row.name.endswith(RUNG):
-        for index, case in enumerate(row.cases()):
-            op = row.plan(case, row.elements[0])
-            op(device, **row.inputs(op, case, row.generator(0, index)))
+(row,) = (row for row in ROWS if row.name == ROW)
+for index, case in enumerate(row.cases()):
+    op = row.plan(case, row.elements[0])
+    op(device, **row.inputs(op, case, row.generator(0, index)))
 print("clean")
 """
 
 
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels can be sanitized on Linux only")
-@pytest.mark.skipif(not FULL, reason="half a minute for each rung; SEGNET_TEST_FULL=1 runs it")
-@pytest.mark.parametrize("rung", ["_tf32", "_tf32x3", "_bf16"])
-def test_under_the_sanitizers(rung):
+@pytest.mark.skipif(not FULL, reason="four minutes in all; SEGNET_TEST_FULL=1 runs it")
+@pytest.mark.parametrize("row", [row.name for row in ROWS if row.name.endswith(("_tf32", "_tf32x3", "_bf16"))])
+def test_under_the_sanitizers(row):
     """Arrays are allocations of their own here, so that reads outside of them show, too."""
     library = str(host.sanitizer_runtime())
     options = "detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0"
-    result = python(f"RUNG = {rung!r}\n{SANITIZED}", LD_PRELOAD=library, ASAN_OPTIONS=options)
+    result = python(f"ROW = {row!r}\n{SANITIZED}", LD_PRELOAD=library, ASAN_OPTIONS=options)
     assert result.stdout == "clean\n", result.stderr[:5000]
     assert "runtime error" not in result.stderr

@@ -73,7 +73,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # of a hang: what takes longest, sanitized kernels, takes half a minute
     )
 
 
