@@ -94,16 +94,13 @@ class Trainer:
         if config.batch // ranks.size < config.accumulate:
             problem = f"{config.batch} images do not give each of {ranks.size} ranks {config.accumulate} parts"
             raise ConfigError(f"batch: {problem}; raise it to {ranks.size * config.accumulate}, or take fewer ranks")
-        drop_last, skip_bad = len(self.train_set) >= config.batch, config.bad_samples == "skip"
-        share = ranks.rank, ranks.size
         source = self.train_set, transform_of(config), config.batch
-        self.loader: Loader
+        options: dict[str, Any] = {"seed": config.seed, "drop_last": len(self.train_set) >= config.batch}
+        options |= {"skip_bad": config.bad_samples == "skip", "share": (ranks.rank, ranks.size)}
         if config.cache == "device":
-            self.loader = DeviceLoader(*source, on, config.dtype, config.seed, drop_last, skip_bad, share)
+            self.loader: Loader = DeviceLoader(*source, on, config.dtype, **options)
         else:
-            self.loader = Loader(
-                *source, seed=config.seed, drop_last=drop_last, workers=config.workers, skip_bad=skip_bad, share=share
-            )
+            self.loader = Loader(*source, workers=config.workers, **options)
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = network_of(config, self.train_set.classes, on)
         if synchronised := config.sync_bn and ranks.size > 1:

@@ -11,7 +11,7 @@ from support.data import empty_voc, encoded, noise
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, colours, voc_palette
-from segnet_scratch.data.convert_masks import convert_masks
+from segnet_scratch.data.conversion import convert_masks
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import DataError
 

@@ -97,7 +97,7 @@ def test_indexed_png_holds_indices_and_the_palette(tmp_path):
     picture = Image.open(tmp_path / "all.png")
     assert picture.mode == "P"
     np.testing.assert_array_equal(np.array(picture), labels)
-    np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.colourise(labels))
+    np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.voc_palette()[labels])
     np.testing.assert_array_equal(data.read_mask(tmp_path / "all.png", 255), labels)
 
 
@@ -146,7 +146,9 @@ def test_palette_equals_the_one_inside_voc_files():
     dataset = data.VOCDataset(root, "val")
     for index in range(10):
         with Image.open(dataset.mask_path(index)) as picture:
-            np.testing.assert_array_equal(np.array(picture.convert("RGB")), data.colourise(dataset.sample(index)[1]))
+            np.testing.assert_array_equal(
+                np.array(picture.convert("RGB")), data.voc_palette()[dataset.sample(index)[1]]
+            )
 
 
 def test_root_of_real_voc_is_found_from_above():
@@ -350,7 +352,7 @@ def test_masks_of_few_colours_and_any_palette_keep_their_indices(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_colour_coded_mask_is_refused_with_the_reason(tmp_path, mode):
     path = tmp_path / "m.png"
-    path.write_bytes(encoded(data.colourise(np.ones((4, 4), np.uint8)), "PNG", mode))
+    path.write_bytes(encoded(data.voc_palette()[np.ones((4, 4), np.uint8)], "PNG", mode))
     with raises(DataError, str(path), "palette indices", match="colour-coded"):
         data.read_mask(path, 21)
 

@@ -20,7 +20,7 @@ from segnet_scratch import SegNet, checkpoint, load
 from segnet_scratch import weights as model_files
 from segnet_scratch.config import PRETRAINED
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
-from segnet_scratch.data.download import pretrained
+from segnet_scratch.data.download import install
 from segnet_scratch.errors import CheckpointError
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these tests: pip install -e .[oracle]")
@@ -515,7 +515,7 @@ def served(server, monkeypatch, tmp_path):
     def serve(name, content, **behaviour):
         file = f"{name}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
         url = server.url(file, content=content, **behaviour)
-        monkeypatch.setattr(pretrained, "_ADDRESS", url.removesuffix(file))
+        monkeypatch.setattr(install, "_WEIGHTS", url.removesuffix(file))
         monkeypatch.setitem(PRETRAINED, name, (file, len(content)))
         monkeypatch.setenv("SEGNET_CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache" / "weights" / file

@@ -16,7 +16,7 @@ from support.data import chunk, empty_voc, encoded, noise, png
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, voc_palette
-from segnet_scratch.data.convert_masks import convert_masks
+from segnet_scratch.data.conversion import convert_masks
 from segnet_scratch.data.findings import CODES, ERRORS, WARNINGS
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import DataError, SegnetError

@@ -12,8 +12,7 @@ from segnet_scratch.cli.data_tables import facts_table, finding_lines, labels_ta
 from segnet_scratch.data import VOCDataset, class_names, find_root, write_sample
 from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours, voc_colours
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
-from segnet_scratch.data.conversion import by_id, draw_splits, write_dataset
-from segnet_scratch.data.convert_masks import convert_folders, convert_masks
+from segnet_scratch.data.conversion import by_id, convert_folders, convert_masks, draw_splits, write_dataset
 from segnet_scratch.data.download import install_sbd, install_voc2012
 from segnet_scratch.data.palette import class_palette, png_bytes
 from segnet_scratch.data.polygons import read_coco, read_labelme

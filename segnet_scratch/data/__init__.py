@@ -1,9 +1,8 @@
 """Data sets in PASCAL VOC's layout: reading and checking, transforms, batches, caches, a synthetic sample.
 
-Also here, each imported by its own name: `verify`, `download`, `convert_masks`, `polygons`, `contact_sheet`.
+Also here, each imported by its own name: `verify`, `download`, `conversion`, `polygons`, `contact_sheet`.
 """
 
-from segnet_scratch.data.annotations import read_annotation as read_annotation
 from segnet_scratch.data.cache import open_dataset as open_dataset
 from segnet_scratch.data.loader import Batch as Batch
 from segnet_scratch.data.loader import Loader as Loader
@@ -13,7 +12,6 @@ from segnet_scratch.data.loader import ordered_map as ordered_map
 from segnet_scratch.data.loader import sample_rng as sample_rng
 from segnet_scratch.data.palette import VOC_CLASSES as VOC_CLASSES
 from segnet_scratch.data.palette import VOID as VOID
-from segnet_scratch.data.palette import colourise as colourise
 from segnet_scratch.data.palette import indexed_picture as indexed_picture
 from segnet_scratch.data.palette import save_indexed_png as save_indexed_png
 from segnet_scratch.data.palette import voc_palette as voc_palette

@@ -5,46 +5,27 @@ number of threads nor a stop and resume in mid-epoch changes what the network se
 """
 
 import logging
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import repeat, takewhile
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from segnet_scratch.data.transforms import EvalTransform, TrainTransform
+from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class SampleSource(Protocol):
-    """What the loader needs of a data set (`VOCDataset` is one)."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        """Image uint8 (H, W, 3), mask uint8 (H, W), id."""
-        ...
-
-
-class Transform(Protocol):
-    """What the loader needs of a transform (`TrainTransform`, `EvalTransform`)."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of every result."""
-        ...
-
-    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Image float32 (*size, 3), mask uint8 `size`."""
-        ...
+Progress = Callable[[int, int], None]  # told how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -113,6 +94,21 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def silent(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def walk(
+    function: Callable[[Item], Result], items: Collection[Item], workers: int | None = None, progress: Progress = silent
+) -> Generator[Result, None, None]:
+    """function(item) of every item, in order. workers: threads, as many as cores unless given."""
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    with closing(ordered_map(function, items, workers, ahead=4 * workers)) as results:
+        for done, result in enumerate(results, start=1):
+            progress(done, len(items))
+            yield result
+
+
 def in_background(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]:
     """The items, taken from their iterator by a thread, up to `ahead` of them in advance."""
     end = object()
@@ -136,8 +132,8 @@ class Loader:
 
     def __init__(
         self,
-        dataset: SampleSource,
-        transform: Transform,
+        dataset: VOCDataset,
+        transform: TrainTransform | EvalTransform,
         batch: int,
         seed: int = 0,
         shuffle: bool = True,

@@ -90,14 +90,6 @@ def voc_palette() -> np.ndarray:
     return palette
 
 
-def colourise(labels: np.ndarray) -> np.ndarray:
-    """Colours of a label map: integers (..., H, W) in 0..255 -> uint8 (..., H, W, 3), RGB.
-
-    Raises DataError for labels that are not integers in 0..255.
-    """
-    return voc_palette()[_as_bytes(labels, "colourise")]
-
-
 def indexed_picture(
     labels: np.ndarray, palette: np.ndarray | None = None, where: str = "indexed_picture"
 ) -> Image.Image:
@@ -105,10 +97,14 @@ def indexed_picture(
 
     Raises DataError, which begins with `where`, for anything but such a map.
     """
-    labels = _as_bytes(labels, where)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels are integers, got {labels.dtype}; take the argmax of scores first.")
     if labels.ndim != 2 or labels.size == 0:
         raise DataError(f"{where}: a label map is (height, width), got shape {labels.shape}; save one at a time.")
-    picture = Image.fromarray(labels)
+    if labels.min() < 0 or labels.max() > 255:
+        found = f"{labels.min()}..{labels.max()}"
+        raise DataError(f"{where}: labels lie in 0..255, got {found}; mark pixels without a class as {VOID}.")
+    picture = Image.fromarray(labels.astype(np.uint8, copy=False))
     picture.putpalette((voc_palette() if palette is None else palette).tobytes())
     return picture
 
@@ -131,13 +127,3 @@ def png_bytes(picture: Image.Image) -> bytes:
     content = BytesIO()
     picture.save(content, format="PNG")
     return content.getvalue()
-
-
-def _as_bytes(labels: np.ndarray, where: str) -> np.ndarray:
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}: labels are integers, got {labels.dtype}; take the argmax of scores first.")
-    if labels.size and (labels.min() < 0 or labels.max() > 255):
-        raise DataError(
-            f"{where}: labels lie in 0..255, got {labels.min()}..{labels.max()}; mark pixels without a class as {VOID}."
-        )
-    return labels.astype(np.uint8, copy=False)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from segnet_scratch.data.loader import Progress, silent, walk
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.pictures import label_counts, read_mask
 from segnet_scratch.data.voc import VOCDataset
-from segnet_scratch.data.walk import Progress, silent, walk
 from segnet_scratch.errors import DataError, printable
 
 # The weight of a class without a pixel: no loss is ever multiplied by it, so it only has to be harmless. With 1, the

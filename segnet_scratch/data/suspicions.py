@@ -7,10 +7,10 @@ import numpy as np
 
 from segnet_scratch.data.colours import VOID_NAMES
 from segnet_scratch.data.findings import Findings, Tell
+from segnet_scratch.data.loader import walk
 from segnet_scratch.data.palette import VOID, says_nothing
 from segnet_scratch.data.pictures import convert_command, decode, label_facts, mask_labels
 from segnet_scratch.data.voc import SPLIT_FOLDER, VOCDataset
-from segnet_scratch.data.walk import walk
 from segnet_scratch.errors import DataError
 
 

@@ -57,15 +57,13 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 class View:
     """How a sample is seen: resized to `scaled` (height, width), mirrored if `flip`, from (top, left) on.
 
-    A negative place is outside the picture. Contrast and brightness are those of ops/resampling/augment.py.
+    A negative place is outside the picture.
     """
 
     scaled: tuple[int, int]
     top: int = 0
     left: int = 0
     flip: bool = False
-    contrast: float = 1.0
-    brightness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
-        check_pair(image, mask)
+        _check_pair(image, mask)
         view = self.view(rng, mask.shape)
         height, width = self.size
         image, mask = resize_image(image, view.scaled), resize_mask(mask, view.scaled)
@@ -183,7 +181,7 @@ class EvalTransform:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> float32 normalised (*size, 3), uint8 `size`."""
-        check_pair(image, mask)
+        _check_pair(image, mask)
         return normalise(resize_image(image, self.size)), resize_mask(mask, self.size)
 
 
@@ -221,7 +219,7 @@ def _check_pixels(what: str, array: np.ndarray, channels: tuple[int, ...] = ()) 
         raise ShapeError(f"{expected}; pass one {what} at a time.")
 
 
-def check_pair(image: np.ndarray, mask: np.ndarray) -> None:
+def _check_pair(image: np.ndarray, mask: np.ndarray) -> None:
     """ShapeError or DTypeError unless these are an image uint8 (H, W, 3) and a mask uint8 (H, W) of one size."""
     _check_pixels("image", image, (3,))
     _check_pixels("mask", mask)

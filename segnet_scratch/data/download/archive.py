@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from segnet_scratch.data.download.sources import Source
-from segnet_scratch.data.walk import Progress, silent
+from segnet_scratch.data.loader import Progress, silent
 from segnet_scratch.errors import DataError
 
 

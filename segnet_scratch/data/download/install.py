@@ -1,10 +1,11 @@
-"""From nothing to a data set in a folder: room, download, checksum, unpacking."""
+"""From nothing to a data set in a folder, or to VGG16's weights: room, download, checksum, unpacking."""
 
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from segnet_scratch.config import PRETRAINED
 from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.fetch import Progress, fetch, silent
 from segnet_scratch.data.download.sbd import Merge, merge_sbd
@@ -12,7 +13,9 @@ from segnet_scratch.data.download.sources import SBD, VOC2012, Source
 from segnet_scratch.data.voc import VOCDataset, find_root
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason, whole_folder
+from segnet_scratch.runtime.cache import cache_directory
 
+_WEIGHTS = "https://download.pytorch.org/models/"  # torchvision's
 _MARGIN = 200_000_000  # bytes left free, so that the machine stays usable
 
 
@@ -86,3 +89,19 @@ def _fault(root: Path) -> str:
     except DataError as error:
         return str(error)
     return ""
+
+
+def pretrained_file(init: str, progress: Progress = silent) -> Path:
+    """The file that the setting `init` means, downloaded and verified if it is one of PRETRAINED and not there yet.
+
+    Those lie in the user's cache folder.
+
+    DataError, with the addresses and the place to put the file, where it cannot be had.
+    """
+    if init not in PRETRAINED:
+        return Path(init)
+    name, size = PRETRAINED[init]
+    target = cache_directory() / "weights" / name
+    digits = name.removesuffix(".pth").rpartition("-")[2]
+    fetch([_WEIGHTS + name], target, f"sha256:{digits}", size, progress, fix="start from another file: --init FILE")
+    return target

@@ -17,10 +17,9 @@ from PIL import Image
 
 from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.sources import Source
-from segnet_scratch.data.loader import ordered_map
+from segnet_scratch.data.loader import Progress, ordered_map, silent
 from segnet_scratch.data.palette import indexed_picture, png_bytes
 from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, check_sizes, find_image, mask_file, read_split
-from segnet_scratch.data.walk import Progress, silent
 from segnet_scratch.errors import DataError
 from segnet_scratch.extras import require
 from segnet_scratch.files import reason, sweep_temporaries, write_durably

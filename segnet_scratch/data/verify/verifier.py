@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.data.findings import CODES, Finding, Findings, Tell
+from segnet_scratch.data.loader import Progress, silent, walk
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.suspicions import suspect, suspect_palette
 from segnet_scratch.data.verify.layout import examine_layout, purpose
 from segnet_scratch.data.verify.pair import Folders, PairFacts, examine_pair
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, find_image, mask_file
-from segnet_scratch.data.walk import Progress, silent, walk
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ class AugmentForward(Op):
     images uint8 (pixels, 3); masks uint8 (pixels); starts int64 (n): each picture's first pixel; sizes int32 (n, 2):
     height, width; views int32 (n, 5): scaled height and width, top, left, flip; tones (n, 2): contrast, brightness;
     channels (2, 3): mean and standard deviation. What each does is written in augment.cu. Whoever makes these tables
-    answers for them (`data.packed.pack` does): a start beyond the buffers would be read.
+    answers for them (data/on_device.py does): a start beyond the buffers would be read.
     """
 
     name, over = "augment_forward", "labels"
