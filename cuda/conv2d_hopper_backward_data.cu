@@ -3,9 +3,8 @@
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
 //   dr = the gradient before the ReLU of the block below, from dy of this one: the sum over the taps, [gathered at the codes
-//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that each consumer of a block has,
-//   in all its tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the
-//   batch norm below
+//   of the unpool that lies between], zero where the ReLU below was; and over the pixels that a block has, in all its
+//   tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
 //
 // Main loop, tiles and the way out: common/hopper_convolution.cuh; the block below and what it does to a gradient:
 // common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps
@@ -63,31 +62,33 @@ struct StoreGradient {
         }
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, const char* place, int, bool) {
+        __device__ void store(const Rows& rows, const WayOut& out, bool) {
             if constexpr (Rows::WINDOWS)
-                if (to.unpool_codes) return gather(rows, out, place);
+                if (to.unpool_codes) return gather(rows, out);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int row = out.lane() + k * WayOut::LANES;
                 if (!rows.exists(row)) continue;
-                const Piece piece = norm.gradient(out.piece(place, row), y[k], to.below.relu, *this);
+                const Piece piece = norm.gradient(out.piece(row), y[k], to.below.relu, *this);
                 store_piece(to.dr + rows.pixel(row) * to.c + channel, piece);
             }
         }
 
-        __device__ void gather(const BlockRows& rows, const WayOut& out, const char* place) {
+        __device__ Two<float> of_tile(const Two<float>& sums, int) const { return sums; }
+
+        __device__ void gather(const BlockRows& rows, const WayOut& out) {
             const int window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             const int64 element = rows.window(window) * to.c + channel;
             const unsigned codes = piece_codes(to.unpool_codes, element);
             const Piece piece =
-                coded_piece(codes, [&](int code) { return out.piece(place, BlockRows::row_of_window(window, code)); });
+                coded_piece(codes, [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); });
             store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, *this));
         }
     };
 
-    __device__ Two<float> merge(const Two<float>& total, const Two<float>& sums, const WayOut&, int, int, int) const {
-        return {total.first + sums.first, total.second + sums.second};
+    __device__ Two<float> merge(const Two<float>& total, int, const Two<float>& more, int) const {
+        return {total.first + more.first, total.second + more.second};
     }
 
     __device__ void finish(int row, int channel, const Two<float>& total, int) const {
@@ -107,33 +108,33 @@ struct StoreGradient {
     const accumulate_t* __restrict__ bn_bias,         /* (c) */                                              \
     const uint8* __restrict__ OPTIONAL unpool_codes,  /* (n, (h + 1) / 2, (w + 1) / 2, c / 4) */             \
     storage_t* __restrict__ dr,                       /* (n, out_h, out_w, c) */                             \
-    accumulate_t* __restrict__ partials,              /* (2 * slots, 2, c): sum of dr, of dr xhat */         \
+    accumulate_t* __restrict__ partials,              /* (slots, 2, c): sum of dr, of dr xhat */             \
     int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int slots, int below_relu
 #define BELOW Below{below_y, mean, inv_std, bn_weight, bn_bias, below_relu != 0}
 #define DGRAD_ARGUMENTS \
     dy, weight, nullptr, {n, h, w, o, c, planes}, row_tiles, slots, StoreGradient{BELOW, unpool_codes, dr, partials, c}
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x64(DGRAD_PARAMETERS) {
-    convolve<Halo<2>, BackwardWeights<64>, 9>(DGRAD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 64), 1) conv2d_hopper_backward_data_halo_256x64(DGRAD_PARAMETERS) {
+    convolve<Halo<256, 64>, BackwardWeights<64>, 9>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_256x128(DGRAD_PARAMETERS) {
-    convolve<Halo<2>, BackwardWeights<128>, 5>(DGRAD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_backward_data_halo_256x128(DGRAD_PARAMETERS) {
+    convolve<Halo<256, 128>, BackwardWeights<128>, 5>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_halo_128x128(DGRAD_PARAMETERS) {
-    convolve<Halo<1>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_backward_data_halo_128x128(DGRAD_PARAMETERS) {
+    convolve<Halo<128, 128>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_256x128(DGRAD_PARAMETERS) {
-    convolve<Columns<2, 4>, BackwardWeights<128>, 4>(DGRAD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_backward_data_columns_256x128(DGRAD_PARAMETERS) {
+    convolve<Columns<256, 128, 4>, BackwardWeights<128>, 4>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_backward_data_columns_128x128(DGRAD_PARAMETERS) {
-    convolve<Columns<1, 6>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_backward_data_columns_128x128(DGRAD_PARAMETERS) {
+    convolve<Columns<128, 128, 6>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
 }

@@ -2,8 +2,7 @@
 // a classifier, pieces of less than 64; bfloat16, or float32 in planes.
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
-//   training   y = x * weight, and of the pixels that each consumer of a block has, in all its tiles, their number, and of every
-//              channel the mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch
+//   training   y = x * weight, and of the pixels that a block has, in all its tiles, their number, and of every channel the mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch
 //              norm's statistics: y is not read again for them
 //   inference  (batch norm folded into weight and bias) y = [max-pool] [ReLU] (x * weight + bias), pooled ones with codes
 //
@@ -32,6 +31,7 @@ struct StoreForward {
     struct Columns {
         const StoreForward& to;
         int channel;
+        float pivot_of_column;  // for the thread that adds it up
         Values pivot, first = {}, second = {};  // sums of the distances from the pivot, and of their squares
 
         __device__ Columns(const StoreForward& store, const WayOut& out, int column) : to(store), channel(column + out.column()) {}
@@ -39,30 +39,36 @@ struct StoreForward {
         __device__ void prepare(const Rows&, const WayOut&) {}
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, const char* place, int part, bool begins) {
+        __device__ void store(const Rows& rows, const WayOut& out, bool begins) {
+            if (begins) {
+                pivot = values_of(out.piece(0));
+                pivot_of_column = out.number(0, out.thread % PART);
+            }
             if (channel >= to.o) return;
             if constexpr (Rows::WINDOWS)
-                if (to.pool_codes) return pool(rows, out, place);
-            if (to.partials && begins) {
-                const Piece piece = out.piece(place, 0);
-                pivot = values_of(piece);
-                if (out.lane() == 0) ((Piece*)out.pivots)[part * 8 + out.thread] = piece;
-            }
+                if (to.pool_codes) return pool(rows, out);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int row = out.lane() + k * WayOut::LANES;
-                const Piece piece = out.piece(place, row);
+                const Piece piece = out.piece(row);
                 if (!rows.exists(row)) continue;
                 store_piece(to.y + rows.pixel(row) * to.o + channel, to.with_relu ? relu(piece) : piece);
                 if (to.partials) add(piece);
             }
         }
 
-        __device__ void pool(const BlockRows& rows, const WayOut& out, const char* place) const {
+        // Mean and M2 of a column.
+        __device__ Two<float> of_tile(const Two<float>& sums, int pixels) const {
+            if (pixels == 0) return {};
+            const float off = sums.first / pixels;
+            return {pivot_of_column + off, sums.second - sums.first * off};
+        }
+
+        __device__ void pool(const BlockRows& rows, const WayOut& out) const {
             const int window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             auto candidate = [&](int code) {
-                const Piece piece = out.piece(place, BlockRows::row_of_window(window, code));
+                const Piece piece = out.piece(BlockRows::row_of_window(window, code));
                 return to.with_relu ? relu(piece) : piece;
             };
             PooledPiece pooled(candidate(0));
@@ -85,13 +91,11 @@ struct StoreForward {
         }
     };
 
-    // Mean and M2 of a channel in the `before` pixels of the tiles before, and in a tile with `pixels` of them.
-    __device__ Two<float> merge(const Two<float>& total, const Two<float>& sums, const WayOut& out, int part, int pixels, int before) const {
-        if (pixels == 0 || out.thread >= PART) return total;
-        const float off = sums.first / pixels, pivot = (float)((const storage_t*)out.pivots)[part * PART + out.thread];
-        const float distance = pivot + off - total.first, share = (float)pixels / (before + pixels);
-        const float m2 = sums.second - sums.first * off + distance * distance * (before * share);
-        return {total.first + distance * share, total.second + m2};
+    // Mean and M2 of `before` pixels and `pixels` more.
+    __device__ Two<float> merge(const Two<float>& total, int before, const Two<float>& more, int pixels) const {
+        if (pixels == 0) return total;
+        const float distance = more.first - total.first, share = (float)pixels / (before + pixels);
+        return {total.first + distance * share, total.second + more.second + distance * distance * (before * share)};
     }
 
     __device__ void finish(int row, int channel, const Two<float>& total, int pixels) const {
@@ -109,41 +113,41 @@ struct StoreForward {
     const __grid_constant__ TensorMap weight,        /* of (o, 9, planes * c) */                \
     const accumulate_t* __restrict__ OPTIONAL bias,  /* (o) */                                  \
     storage_t* __restrict__ y,                       /* (n, out_h, out_w, o) */                 \
-    accumulate_t* __restrict__ OPTIONAL partials,    /* (2 * slots, 2, o): mean, M2 */          \
-    int* __restrict__ OPTIONAL counts,               /* (2 * slots) */                          \
+    accumulate_t* __restrict__ OPTIONAL partials,    /* (slots, 2, o): mean, M2 */              \
+    int* __restrict__ OPTIONAL counts,               /* (slots) */                              \
     uint8* __restrict__ OPTIONAL pool_codes,         /* (n, (h + 1) / 2, (w + 1) / 2, o / 4) */ \
     int n, int h, int w, int c, int o, int out_h, int out_w, int planes, int row_tiles, int slots, int relu
 #define FPROP_ARGUMENTS \
     x, weight, bias, {n, h, w, c, o, planes}, row_tiles, slots, StoreForward{y, partials, counts, pool_codes, o, relu != 0}
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x64(FPROP_PARAMETERS) {
-    convolve<Halo<2>, ForwardWeights<64>, 9>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 64), 1) conv2d_hopper_forward_halo_256x64(FPROP_PARAMETERS) {
+    convolve<Halo<256, 64>, ForwardWeights<64>, 9>(FPROP_ARGUMENTS);
 }
 
 // Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s; 125 us there,
 // 149 in 64 columns, of which 40 are zeros. Shared memory bounds a product of 64 x 32 x 16: 3 KB, 24 clocks.
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x32(FPROP_PARAMETERS) {
-    convolve<Halo<2>, ForwardWeights<32>, 9>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 32), 1) conv2d_hopper_forward_halo_256x32(FPROP_PARAMETERS) {
+    convolve<Halo<256, 32>, ForwardWeights<32>, 9>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_256x128(FPROP_PARAMETERS) {
-    convolve<Halo<2>, ForwardWeights<128>, 5>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_forward_halo_256x128(FPROP_PARAMETERS) {
+    convolve<Halo<256, 128>, ForwardWeights<128>, 5>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_halo_128x128(FPROP_PARAMETERS) {
-    convolve<Halo<1>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_forward_halo_128x128(FPROP_PARAMETERS) {
+    convolve<Halo<128, 128>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_256x128(FPROP_PARAMETERS) {
-    convolve<Columns<2, 4>, ForwardWeights<128>, 4>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_forward_columns_256x128(FPROP_PARAMETERS) {
+    convolve<Columns<256, 128, 4>, ForwardWeights<128>, 4>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
-extern "C" __global__ void __launch_bounds__(THREADS, 1) conv2d_hopper_forward_columns_128x128(FPROP_PARAMETERS) {
-    convolve<Columns<1, 6>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
+extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_forward_columns_128x128(FPROP_PARAMETERS) {
+    convolve<Columns<128, 128, 6>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
 }

@@ -14,6 +14,7 @@ from segnet_scratch.lab.proof.launches import Replay
 from segnet_scratch.ops.convolution import conv2d_hopper as hopper
 from segnet_scratch.ops.convolution.conv2d_fused import FusedForward
 from segnet_scratch.ops.convolution.conv2d_geometry import Geometry
+from segnet_scratch.ops.convolution.split_planes import PLANES
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import HostDevice
@@ -30,7 +31,8 @@ def geometry(n, h, w, c, o, kernel=3):
 class TestTiles:
     @pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: tile.name)
     def test_one_block_fits_a_multiprocessor(self, tile):
-        assert tile.shared + BARRIERS <= MAX_SHARED
+        for rung in PLANES:
+            assert tile.shared(rung) + BARRIERS <= MAX_SHARED
         # Stages begin where the pattern of the swizzle does.
         assert tile.columns * 128 % 1024 == 0
 
@@ -79,10 +81,9 @@ class TestGroups:
         _, down, across = -(-np.array(shape) // 8)
         place = 64 * ((image * down + y // 8) * across + x // 8) if tile.halo else map_[..., 0]
         for slots in {1, min(2, tile.rows(*shape)), tile.rows(*shape)}:
-            slot, consumer = place // tile.pixels % slots, place // (tile.pixels // 2) % 2
             for k, group in enumerate(hopper.groups_of(tile, slots, map_)):
-                np.testing.assert_array_equal(np.sort(group.ravel()), map_[2 * slot + consumer == k].ravel())
-            assert k == 2 * slots - 1
+                np.testing.assert_array_equal(np.sort(group.ravel()), map_[place // tile.pixels % slots == k].ravel())
+            assert k == slots - 1
 
     def test_blocks_have_tiles_of_the_same_columns_and_are_few(self):
         maps = {64: (16, 224, 224), 256: (16, 112, 112), 320: (16, 112, 112), 128: (1, 8, 8), 512: (16, 112, 112)}
@@ -91,7 +92,7 @@ class TestGroups:
             x, weight = spec((*shape, 64), BFLOAT16), spec((o, 3, 3, 64), BFLOAT16)
             tile = replace(hopper.tile_for(*shape, o, False), blocks=2 if o == 512 else 132)
             op = hopper.HopperForward.plan(x, weight, statistics=True, tile=tile)
-            assert op.outputs["partials"].shape == (2 * op.slots, 2, o)
+            assert op.outputs["partials"].shape == (op.slots, 2, o)
             found[o] = op.slots, op.column_tiles
         assert found == {64: (132, 1), 256: (66, 2), 320: (26, 5), 128: (1, 1), 512: (1, 4)}
 

@@ -5,12 +5,13 @@
 //   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
 //   dgrad  dx[p, c] = sum over taps t, outputs o of   dy[p + t, o] * weight[o, 8 - t, c]    columns are channels of x
 //
-// A block of 384 threads computes tiles of 128 TILES pixels x COLUMNS, one after the other, all of the same columns: blocks
-// that run together are of all columns of `slots` tiles of pixels and so read the same pixels; then each goes on to the
-// pixels `slots` tiles further on. Its third warpgroup is the producer: one thread that has the TMA fill two rings of stages in
-// shared memory, as far ahead as they have room. The other two are consumers: each multiplies 64 TILES of the pixels by all
-// columns of the tile. A consumer keeps one group of products in flight: when it has begun the next one it waits for the
-// one before and releases its stages.
+// A block of threads computes tiles of PIXELS x COLUMNS, one after the other, all of the same columns: blocks that run
+// together are of all columns of `slots` tiles of pixels and so read the same pixels; then each goes on to the pixels `slots`
+// tiles further on. Its last warpgroup is the producer: one thread that has the TMA fill two rings of stages in shared memory, as
+// far ahead as they have room. The others are consumers: each multiplies 64 TILES of the pixels by all columns of the tile. A
+// consumer keeps one group of products in flight: when it has begun the next one it waits for the one before and releases
+// its stages. Multiplying needs no more than two consumers; but the way out is a chain of loads, additions and barriers, and a
+// multiprocessor works on as many of them at once as it has consumers: four, one for each 64 pixels, where their registers suffice.
 //
 // Where the pixels of a tile come from is a Source:
 //
@@ -42,12 +43,12 @@
 //
 // The way out (WayOut): a consumer rounds 64 pixels x 128 bytes of columns to what is stored, exchanges them in shared memory,
 // and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
-// of a tile is what is stored. It has two places, used in turn: a place is written, a barrier of the warpgroup, it is
-// read. When it is written again, the barrier of the other place lies between, so nobody reads it any more.
+// of a tile is what is stored.
 //
-// Two sums over the pixels of each column: a thread has them of its piece of columns and its pixels of a tile; then a thread a
-// column adds them up over the lanes, in their order, and to what it has of the tiles before. So a consumer of a block
-// leaves one pair a column, whatever number of tiles it had. `slots` follows from shape and tile, not from the GPU.
+// Two sums over the pixels of each column: a thread has them of its piece of columns and its pixels of a tile; a thread a column
+// adds them up over the lanes, in their order, and puts them together with those of the tiles before; in the end the first
+// consumer's threads do the same over the consumers. So a block leaves one pair a column, whatever number of tiles it had.
+// `slots` follows from shape and tile, not from the GPU.
 #pragma once
 #include "packed_codes.cuh"
 #include "tma.cuh"
@@ -61,11 +62,14 @@
 #define HALO_PITCH 1280     // bytes of a row of a block with its border: 10 pixels
 #define HALO_BYTES 12800    // of the 10 rows, which the TMA copies
 #define HALO_PLACE 13312    // room for them: a multiple of 1024, where the pattern of the swizzle begins again
-#define CONSUMERS 2         // warpgroups that multiply
-#define THREADS ((CONSUMERS + 1) * WARPGROUP)
-#define PRODUCER_REGISTERS 40
-#define PART (8 * PIECE)     // columns in 128 bytes of a result
-#define CONSUMER_REGISTERS 232  // 2 * 232 + 40 is what 384 threads of 168 registers have
+#define PART (8 * PIECE)    // columns in 128 bytes of a result
+
+// Warpgroups that multiply. Of float32 in planes the sums and the words of 128 columns leave no room for four.
+__device__ constexpr int consumers_of(int pixels, int columns) { return MULTIPLY != BF16 && columns == 128 ? 2 : pixels / 64; }
+__device__ constexpr int threads_of(int pixels, int columns) { return (consumers_of(pixels, columns) + 1) * WARPGROUP; }
+// What they have of the block's registers, which are 384 threads' of 168 or 640 threads' of 96: 2 * 232 + 40, 4 * 112 + 32.
+__device__ constexpr int consumer_registers(int consumers) { return consumers == 4 ? 112 : 232; }
+__device__ constexpr int producer_registers(int consumers) { return consumers == 4 ? 32 : 40; }
 
 struct Convolution {
     int n, h, w;  // of the maps on both sides
@@ -156,10 +160,11 @@ struct BlockRows {
     }
 };
 
-template <int TILES_>
+template <int PIXELS, int COLUMNS>
 struct Halo {
     typedef BlockRows Rows;
-    static constexpr int TILES = TILES_, BLOCKS = CONSUMERS * TILES, STAGES = 2, STAGE_BYTES = BLOCKS * HALO_PLACE;
+    static constexpr int CONSUMERS = consumers_of(PIXELS, COLUMNS), BLOCKS = PIXELS / 64, TILES = BLOCKS / CONSUMERS;
+    static constexpr int STAGES = 2, STAGE_BYTES = BLOCKS * HALO_PLACE;
     static constexpr int COPIED = BLOCKS * HALO_BYTES, TAPS_OF_STAGE = TAPS, TILE_BYTES = HALO_PLACE, PITCH = HALO_PITCH;
 
     // Where a tile lies, worked out once: the producer is one thread, and its divisions would take longer than the products.
@@ -188,16 +193,17 @@ struct RunRows {
     __device__ int64 pixel(int row) const { return first + row; }
 };
 
-template <int TILES_, int STAGES_>
+template <int PIXELS, int COLUMNS, int STAGES_>
 struct Columns {
     typedef RunRows Rows;
-    static constexpr int TILES = TILES_, STAGES = STAGES_, STAGE_BYTES = CONSUMERS * TILES * ATOM_BYTES, COPIED = STAGE_BYTES;
+    static constexpr int CONSUMERS = consumers_of(PIXELS, COLUMNS), TILES = PIXELS / 64 / CONSUMERS;
+    static constexpr int STAGES = STAGES_, STAGE_BYTES = PIXELS * ROW_BYTES, COPIED = STAGE_BYTES;
     static constexpr int TAPS_OF_STAGE = 1, TILE_BYTES = ATOM_BYTES, PITCH = BLOCK_SIDE * ROW_BYTES;
 
     struct Pixels {
         int image, y, x;  // of the first one's first tap
         __device__ Pixels(const Convolution& g, int tile) {
-            const int pixel = tile * CONSUMERS * TILES * 64, row = pixel / g.w;
+            const int pixel = tile * PIXELS, row = pixel / g.w;
             image = row / g.h, y = row % g.h - 1, x = pixel % g.w - 1;
         }
         __device__ void load(char* stage, const TensorMap& map, int channel, int tap, Mbarrier& full) const {
@@ -206,7 +212,7 @@ struct Columns {
     };
     __device__ static constexpr int offset(int) { return 0; }
     __device__ static Rows rows(const Convolution& g, int tile, int consumer) {
-        return {(tile * CONSUMERS + consumer) * TILES * 64, g.n * g.h * g.w};
+        return {tile * PIXELS + consumer * TILES * 64, g.n * g.h * g.w};
     }
 };
 
@@ -250,41 +256,36 @@ __device__ inline int thread_read_anew() {
 #define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
 #define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
-// What a consumer has of its two places on the way out, and how its threads meet.
+// What a consumer has of shared memory on the way out, and how its threads meet.
 struct WayOut {
-    static constexpr int PLACES = 2, LANES = 16, PIVOT_BYTES = 512;
-    char* places;
-    char* pivots;  // of each column what its sums are distances from
-    int consumer, turn = 0;
+    static constexpr int LANES = 16;
+    char* place;  // 64 pixels x 128 bytes
+    int consumer;
     int thread;  // of the warpgroup
 
-    __device__ WayOut(char* memory, int consumer_) : consumer(consumer_) {
-        places = memory + consumer * PLACES * ATOM_BYTES;
-        pivots = memory + CONSUMERS * PLACES * ATOM_BYTES + consumer * PIVOT_BYTES;
-    }
+    __device__ WayOut(char* places, int consumer_) : place(places + consumer_ * ATOM_BYTES), consumer(consumer_) {}
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
     __device__ int column() const { return thread % 8 * PIECE; }
     __device__ int lane() const { return thread / 8; }
-    __device__ char* place() const { return places + turn * ATOM_BYTES; }
     __device__ static int offset(int row, int piece) { return row * ROW_BYTES + (piece ^ row % 8) * PIECE_BYTES; }
 
-    // After the place has been written: everybody may read it; what is written next goes to the other one.
-    __device__ const char* publish() {
-        named_barrier_sync(1 + consumer, WARPGROUP);
-        const char* const written = place();
-        turn ^= 1;
-        return written;
+    // Before the place is written: nobody reads what was there. After that: everybody may read it.
+    __device__ void meet() const { named_barrier_sync(1 + consumer, WARPGROUP); }
+    __device__ Piece piece(int row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
+    __device__ float number(int row, int column) const {
+        return (float)((const storage_t*)(place + offset(row, column / PIECE)))[column % PIECE];
     }
-    __device__ Piece piece(const char* place, int row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
 
     // Writes PART rounded columns of 64 pixels, whose words are in the order of wgmma's sums (wgmma.cuh).
-    __device__ void put(const unsigned (&words)[WORDS]) {
+    __device__ void put(const unsigned (&words)[WORDS]) const {
         const int row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
+        meet();
 #pragma unroll
         for (int j = 0; j < WORDS; ++j) {
             const int sum = j * NUMBERS, at = sum / 4 * 8 + column + sum % 2;
-            *(unsigned*)(place() + offset(row + sum / 2 % 2 * 8, at / PIECE) + at % PIECE / NUMBERS * 4) = words[j];
+            *(unsigned*)(place + offset(row + sum / 2 % 2 * 8, at / PIECE) + at % PIECE / NUMBERS * 4) = words[j];
         }
+        meet();
     }
 
     __device__ static Piece four_of(const float* numbers) {
@@ -292,14 +293,16 @@ struct WayOut {
     }
 
     // Two numbers for each of the PART columns, of every lane: their sums over the lanes, for thread t < PART those of column t.
-    __device__ Two<float> add_lanes(const Values& first, const Values& second) {
-        float* const numbers = (float*)place() + lane() * PART + column();
+    __device__ Two<float> add_lanes(const Values& first, const Values& second) const {
+        float* const numbers = (float*)place + lane() * PART + column();
+        meet();
 #pragma unroll
         for (int i = 0; i < PIECE; i += 4) {
             *(Piece*)(numbers + i) = four_of(first.of + i);
             *(Piece*)(numbers + LANES * PART + i) = four_of(second.of + i);
         }
-        const float* const all = (const float*)publish() + thread;
+        meet();
+        const float* const all = (const float*)place + thread;
         Two<float> sums = {};
         if (thread < PART)
 #pragma unroll
@@ -429,14 +432,13 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<C
 // registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
 // What is done there is a Leave: for each PART columns a Leave::Columns is made; its `prepare` may ask for what global memory
-// has of 64 pixels, `store` is given their place in shared memory. Where has_sums() says so, it has sums `first` and `second` over
-// the pixels, which `merge` puts together with those of the tiles before, and `finish` has in the end. Where Leave::FETCHES,
-// `fetch_row` has what `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
+// has of 64 pixels, `store` finds their results in shared memory. Where has_sums() says so, it has sums `first` and `second` over
+// the pixels, of which its `of_tile` makes what `merge` puts together, of two runs of pixels, and `finish` has in the end. Where
+// Leave::FETCHES, `fetch_row` has what `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
 template <class Source, class Leave, int PARTS>
 __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Leave& leave,
                            const typename Source::Rows& own, int column, int pixels, int before) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
-    static_assert(PARTS / Source::TILES * ROW_BYTES <= WayOut::PIVOT_BYTES, "a row of pivots");
     constexpr int LAST = PARTS / Source::TILES - 1;
 #pragma unroll 1
     for (int part = 0; part <= LAST; ++part, column += PART) {
@@ -448,7 +450,7 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
             out.begin();
             columns.prepare(rows, out);
             out.put(words[0]);
-            columns.store(rows, out, out.publish(), part, i == 0);
+            columns.store(rows, out, i == 0);
 #pragma unroll
             for (int k = 1; k < PARTS; ++k)
 #pragma unroll
@@ -456,10 +458,39 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
         }
         if (!leave.has_sums()) continue;
         out.begin();
-        const Two<float> total = leave.merge(totals[0], out.add_lanes(columns.first, columns.second), out, part, pixels, before);
+        const Two<float> own_sums = columns.of_tile(out.add_lanes(columns.first, columns.second), pixels);
+        const Two<float> total = leave.merge(totals[0], before, own_sums, pixels);
 #pragma unroll
         for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
         totals[LAST] = total;
+    }
+}
+
+// What the consumers of a block have summed up, `totals` of `pixels` each, put together in their order.
+template <int CONSUMERS, int ACROSS, class Leave>
+__device__ void leave_block(WayOut& out, const Two<float> (&totals)[ACROSS], int pixels, const Leave& leave, int row, int column) {
+    struct Sums {
+        Two<float> of_column;
+        int pixels;
+    };
+    out.begin();
+    out.meet();
+    const int thread = out.thread;
+    if (thread < PART)
+#pragma unroll
+        for (int part = 0; part < ACROSS; ++part) ((Sums*)out.place)[part * PART + thread] = {totals[part], pixels};
+    named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    if (out.consumer > 0 || thread >= PART) return;
+#pragma unroll
+    for (int part = 0; part < ACROSS; ++part) {
+        Two<float> total = totals[part];
+        int before = pixels;
+        for (int consumer = 1; consumer < CONSUMERS; ++consumer) {
+            const Sums& sums = ((const Sums*)(out.place + consumer * ATOM_BYTES))[part * PART + thread];
+            total = leave.merge(total, before, sums.of_column, sums.pixels);
+            before += sums.pixels;
+        }
+        leave.finish(row, column + part * PART + thread, total, before);
     }
 }
 
@@ -468,7 +499,7 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
 template <class Source, class Weights, int WEIGHT_STAGES, class Leave>
 __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
                                          const Convolution& g, int row_tiles, int slots, const Leave& leave) {
-    constexpr int COLUMNS = Weights::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART;
+    constexpr int COLUMNS = Weights::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART, CONSUMERS = Source::CONSUMERS;
     SHARED_DYNAMIC(char, memory);
     SHARED_ARRAY(Mbarrier, barriers, [2 * (Source::STAGES + WEIGHT_STAGES)]);
     char* const stages = align_stages(memory);
@@ -485,11 +516,11 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     const Tiles tiles(g, COLUMNS, row_tiles, slots);
     const int consumer = warpgroup_index();
     if (consumer == CONSUMERS) {
-        setmaxnreg_decrease<PRODUCER_REGISTERS>();
+        setmaxnreg_decrease<producer_registers(CONSUMERS)>();
         if (warpgroup_thread() == 0) produce<Source, Weights>(maps, weights, map, weight, g, tiles);
         return;
     }
-    setmaxnreg_increase<CONSUMER_REGISTERS>();
+    setmaxnreg_increase<consumer_registers(CONSUMERS)>();
     WayOut way_out(stages + maps.BYTES + weights.BYTES, consumer);
     Two<float> totals[ACROSS] = {};
     int pixels = 0;
@@ -513,10 +544,5 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         leave_tile<Source>(way_out, words, totals, leave, own, tiles.column, count, pixels);
         pixels += count;
     }
-    if (!leave.has_sums()) return;
-    way_out.begin();
-    if (way_out.thread >= PART) return;
-#pragma unroll
-    for (int part = 0; part < ACROSS; ++part)
-        leave.finish(tiles.first * CONSUMERS + consumer, tiles.column + part * PART + way_out.thread, totals[part], pixels);
+    if (leave.has_sums()) leave_block<CONSUMERS>(way_out, totals, pixels, leave, tiles.first, tiles.column);
 }

@@ -37,11 +37,10 @@ from segnet_scratch.runtime.tensor_map import Im2col, TensorMap
 CHANNELS = 64  # of which maps have a multiple: rows of 128 bytes
 PIECE = 8  # of which they have one where there are fewer: distances in a tensor map are multiples of 16 bytes
 SIDE = 8  # pixels of a block
-CONSUMERS = 2  # warpgroups that multiply
-THREADS = 128 * (CONSUMERS + 1)
+WARPGROUP = 128  # threads
 ALIGNMENT = 1024  # bytes, of the stages in shared memory
 HALO, HALO_PLACE, ROW = (1, SIDE + 2, SIDE + 2, CHANNELS), 13312, 128  # a block with its border; bytes of it, of a row
-WAY_OUT = CONSUMERS * (2 * 8192 + 512)
+WAY_OUT = 8192  # bytes of shared memory, of a consumer
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,15 @@ class Tile:
     weight_stages: int
     blocks: int = MULTIPROCESSORS  # of threads, at most: what is summed up together must not depend on the GPU at hand
 
-    @property
-    def shared(self) -> int:
+    def consumers(self, rung: str) -> int:
+        """Warpgroups of a block that multiply."""
+        return 2 if rung != "bf16" and self.columns == 128 else self.pixels // SIDE**2
+
+    def shared(self, rung: str) -> int:
         """Bytes of dynamic shared memory."""
         pixels = self.pixels // SIDE**2 * HALO_PLACE if self.halo else self.pixels * ROW
-        return self.stages * pixels + self.weight_stages * self.columns * ROW + WAY_OUT + ALIGNMENT
+        stages = self.stages * pixels + self.weight_stages * self.columns * ROW
+        return stages + self.consumers(rung) * WAY_OUT + ALIGNMENT
 
     def rows(self, n: int, h: int, w: int) -> int:
         """Tiles that cover the pixels of a map."""
@@ -166,7 +169,7 @@ class _Tiled(_InPlanes, FusedConv):
         """Computes in this tile, or in the one of its shape; `again` plans it in another tile.
 
         As many tiles of pixels as there are `slots` are computed at a time. For batch norm the pixels of a slot are
-        summed up together, apart for each of the consumers.
+        summed up together.
         """
         g, self.again = self.product, again
         self.multiply_as(self.rung)
@@ -179,8 +182,8 @@ class _Tiled(_InPlanes, FusedConv):
 
     @property
     def partials(self) -> Spec:
-        """Of each slot and consumer two sums a column."""
-        return Spec((CONSUMERS * self.slots, 2, self.product.o), self.vector)
+        """Of each slot two sums a column."""
+        return Spec((self.slots, 2, self.product.o), self.vector)
 
     def _fitting(self) -> dict[str, Tile]:
         return {tile.name: tile for tile in TILES if tile.fits(self.product.o, self.by_windows)}
@@ -194,8 +197,9 @@ class _Tiled(_InPlanes, FusedConv):
         """The kernel for this tile, of the map of this name."""
         taps = TensorMap(b.weight.reshape(b.weight.shape[0], 9, b.weight.shape[3]), weight_box)
         grid, kernel = self.slots * self.column_tiles, f"{self.name}_{self.tile.name}"
+        threads = WARPGROUP * (self.tile.consumers(self.rung) + 1)
         given: dict[str, Any] = {**self._sizes, "weight": taps, name: self.tile.map(getattr(b, name))}
-        self.kernel(device, kernel, b, grid, THREADS, shared=self.tile.shared, **given)
+        self.kernel(device, kernel, b, grid, threads, shared=self.tile.shared(self.rung), **given)
 
     def alternatives(self) -> dict[str, Self]:
         """The op in every tile that fits, by name."""
@@ -229,9 +233,9 @@ def tile_for(n: int, h: int, w: int, columns: int, windows: bool) -> Tile:
 
 
 def groups_of(tile: Tile, slots: int, map_: np.ndarray, side: int = SIDE) -> list[np.ndarray]:
-    """(pixels, c) of each slot and consumer; `side` 4: of a map that was pooled, or gathered."""
+    """(pixels, c) of each slot; `side` 4: of a map that was pooled, or gathered."""
     n, h, w, c = map_.shape
-    together = tile.pixels // CONSUMERS
+    together = tile.pixels
     if not tile.halo:
         flat = map_.reshape(-1, c)
         parts = [flat[start : start + together] for start in range(0, len(flat), together)]
@@ -240,8 +244,7 @@ def groups_of(tile: Tile, slots: int, map_: np.ndarray, side: int = SIDE) -> lis
         blocks = [map_[i, y : y + side, x : x + side].reshape(-1, c) for i, y, x in corners]
         together //= SIDE**2
         parts = [np.concatenate(blocks[k : k + together]) for k in range(0, len(blocks), together)]
-    starts = range(slots * CONSUMERS)
-    return [np.concatenate([map_[:0, 0, 0], *parts[start :: slots * CONSUMERS]]) for start in starts]
+    return [np.concatenate([map_[:0, 0, 0], *parts[start::slots]]) for start in range(slots)]
 
 
 class HopperForward(_Tiled, FusedForward):
