@@ -237,7 +237,10 @@ __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below
             const Piece piece = unpool_codes ? coded_piece(piece_codes(unpool_codes, element), row) : row(0);
             store_piece(dr + element, norm.gradient(piece, load_piece(below.y + element), below.relu, sums));
         }
-    store_partials(tile, partials, add_lanes(tile, sums.first, sums.second), c);
+    Two<accumulate_t> total = add_lanes(tile, sums.first, sums.second);
+    const int column = blockIdx.y * Block::COLUMNS + threadIdx.x;
+    if (threadIdx.x < Block::COLUMNS && column < c) total.second *= below.inv_std[column];
+    store_partials(tile, partials, total, c);
 }
 
 template <class Block>

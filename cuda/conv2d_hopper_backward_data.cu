@@ -25,7 +25,7 @@ struct StoreGradient {
 
     static constexpr bool FETCHES = MULTIPLY != TF32X3;  // which has no registers left for it
     template <class Rows>
-    __device__ void fetch_row(const Rows& rows, int row, int channel) const {
+    __device__ void fetch_row(const Rows& rows, unsigned row, int channel) const {
         if constexpr (Rows::WINDOWS)
             if (unpool_codes) {
                 if (row < 16 && rows.exists(BlockRows::row_of_window(row, 0))) fetch(below.y + rows.window(row) * c + channel);
@@ -40,6 +40,7 @@ struct StoreGradient {
         const StoreGradient& to;
         int channel;
         NormBelow norm;
+        int64 element;  // of the thread's first pixel, or window
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
         __device__ Columns(const StoreGradient& store, const WayOut& out, int column)
@@ -49,37 +50,37 @@ struct StoreGradient {
         __device__ void prepare(const Rows& rows, const WayOut& out) {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) {
-                    const int window = out.lane();
-                    if (rows.exists(BlockRows::row_of_window(window, 0)))
-                        y[0] = load_piece(to.below.y + rows.window(window) * to.c + channel);
+                    const unsigned window = out.lane();
+                    element = rows.window(window) * to.c + channel;
+                    if (rows.exists(BlockRows::row_of_window(window, 0))) y[0] = load_piece(to.below.y + element);
                     return;
                 }
+            element = rows.pixel(out.lane()) * to.c + channel;
+            const storage_t* from = to.below.y + element;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const int row = out.lane() + k * WayOut::LANES;
-                if (rows.exists(row)) y[k] = load_piece(to.below.y + rows.pixel(row) * to.c + channel);
-            }
+            for (int k = 0; k < 4; ++k, from += (int64)rows.pixels_between(WayOut::LANES) * to.c)
+                if (rows.exists(out.lane() + k * WayOut::LANES)) y[k] = load_piece(from);
         }
 
         template <class Rows>
         __device__ void store(const Rows& rows, const WayOut& out, bool) {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) return gather(rows, out);
+            Piece dr[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const int row = out.lane() + k * WayOut::LANES;
-                if (!rows.exists(row)) continue;
-                const Piece piece = norm.gradient(out.piece(row), y[k], to.below.relu, *this);
-                store_piece(to.dr + rows.pixel(row) * to.c + channel, piece);
-            }
+            for (int k = 0; k < 4; ++k) dr[k] = out.piece(out.lane() + k * WayOut::LANES);
+            storage_t* at = to.dr + element;
+#pragma unroll
+            for (int k = 0; k < 4; ++k, at += (int64)rows.pixels_between(WayOut::LANES) * to.c)
+                if (rows.exists(out.lane() + k * WayOut::LANES))
+                    store_piece(at, norm.gradient(dr[k], y[k], to.below.relu, *this));
         }
 
         __device__ Two<float> of_tile(const Two<float>& sums, int) const { return sums; }
 
         __device__ void gather(const BlockRows& rows, const WayOut& out) {
-            const int window = out.lane();
+            const unsigned window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
-            const int64 element = rows.window(window) * to.c + channel;
             const unsigned codes = piece_codes(to.unpool_codes, element);
             const Piece piece =
                 coded_piece(codes, [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); });
@@ -93,7 +94,7 @@ struct StoreGradient {
 
     __device__ void finish(int row, int channel, const Two<float>& total, int) const {
         partials[(int64)row * 2 * c + channel] = total.first;
-        partials[((int64)row * 2 + 1) * c + channel] = total.second;
+        partials[((int64)row * 2 + 1) * c + channel] = total.second * below.inv_std[channel];
     }
 };
 

@@ -47,13 +47,15 @@ struct StoreForward {
             if (channel >= to.o) return;
             if constexpr (Rows::WINDOWS)
                 if (to.pool_codes) return pool(rows, out);
+            Piece pieces[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const int row = out.lane() + k * WayOut::LANES;
-                const Piece piece = out.piece(row);
-                if (!rows.exists(row)) continue;
-                store_piece(to.y + rows.pixel(row) * to.o + channel, to.with_relu ? relu(piece) : piece);
-                if (to.partials) add(piece);
+            for (int k = 0; k < 4; ++k) pieces[k] = out.piece(out.lane() + k * WayOut::LANES);
+            storage_t* y = to.y + rows.pixel(out.lane()) * to.o + channel;
+#pragma unroll
+            for (int k = 0; k < 4; ++k, y += (int64)rows.pixels_between(WayOut::LANES) * to.o) {
+                if (!rows.exists(out.lane() + k * WayOut::LANES)) continue;
+                store_piece(y, to.with_relu ? relu(pieces[k]) : pieces[k]);
+                if (to.partials) add(pieces[k]);
             }
         }
 
@@ -65,7 +67,7 @@ struct StoreForward {
         }
 
         __device__ void pool(const BlockRows& rows, const WayOut& out) const {
-            const int window = out.lane();
+            const unsigned window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             auto candidate = [&](int code) {
                 const Piece piece = out.piece(BlockRows::row_of_window(window, code));

@@ -12,22 +12,25 @@ struct Below {
     bool relu;
 };
 
-// Sums of dr, the gradient before the ReLU, and of dr xhat, for the channels of a piece.
+// Sums of dr, the gradient before the ReLU, and of dr (y - mean), which inv_std makes that of dr xhat; for the channels of a piece.
 struct GradientSums {
     Values first = {}, second = {};
 };
 
 // The batch norm of the block below, for the channels of a piece.
 struct NormBelow {
-    Values mean, inv_std, weight, bias;
+    Values mean, scale, bias;
     // Beyond the last channel they are those of the last ones: whoever is there stores nothing.
     __device__ NormBelow(const Below& below, int channel, int channels)
         : NormBelow(below, min(channel, channels - PIECE)) {}
     __device__ NormBelow(const Below& below, int channel)
         : mean(channels_of(below.mean, channel)),
-          inv_std(channels_of(below.inv_std, channel)),
-          weight(channels_of(below.weight, channel)),
-          bias(channels_of(below.bias, channel)) {}
+          scale(channels_of(below.inv_std, channel)),
+          bias(channels_of(below.bias, channel)) {
+        const Values weight = channels_of(below.weight, channel);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) scale.of[i] *= weight.of[i];
+    }
 
     // dr from the gradient of the block's output and y; what is summed up of it is what is stored.
     __device__ Piece gradient(const Piece& of_output, const Piece& of_y, bool relu, GradientSums& sums) const {
@@ -36,10 +39,11 @@ struct NormBelow {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             const float distance = y.of[i] - mean.of[i];
-            const bool passes = distance * (inv_std.of[i] * weight.of[i]) + bias.of[i] > 0;
+            // distance * scale + bias > 0, as the forward pass rounds it: a sum of two is no zero but where they cancel.
+            const bool passes = distance * scale.of[i] > -bias.of[i];
             if (relu && !passes) dr.of[i] = 0;
             sums.first.of[i] += dr.of[i];
-            sums.second.of[i] += dr.of[i] * (distance * inv_std.of[i]);
+            sums.second.of[i] = fma(dr.of[i], distance, sums.second.of[i]);
         }
         return piece_of(dr);
     }

@@ -143,20 +143,22 @@ struct BlockRows {
         y = 0;
         ++image;
     }
-    __device__ bool has(int dy, int dx) const { return image < images && y + dy < h && x + dx < w; }
-    __device__ bool exists(int row) const { return has(row / BLOCK_SIDE, row % BLOCK_SIDE); }
-    __device__ int count() const { return image < images ? min(h - y, BLOCK_SIDE) * min(w - x, BLOCK_SIDE) : 0; }
-    // One multiplication of 64 bits for all rows.
-    __device__ int64 pixel(int row) const {
-        return ((int64)image * h + y) * w + x + (row / BLOCK_SIDE * w + row % BLOCK_SIDE);
+    // Without branches: the three comparisons become one predicate.
+    __device__ bool exists(unsigned row) const {
+        return (image < images) & (y + (int)(row / BLOCK_SIDE) < h) & (x + (int)(row % BLOCK_SIDE) < w);
     }
+    __device__ int count() const { return image < images ? min(h - y, BLOCK_SIDE) * min(w - x, BLOCK_SIDE) : 0; }
+    __device__ int64 pixel(unsigned row) const {
+        return ((int64)image * h + y) * w + x + (int)(row / BLOCK_SIDE * w + row % BLOCK_SIDE);
+    }
+    __device__ int pixels_between(int rows) const { return rows / BLOCK_SIDE * w; }  // of a multiple of 8
     // 2x2 windows: 16 of them, four in a row.
-    __device__ static int row_of_window(int window, int code) {
+    __device__ static unsigned row_of_window(unsigned window, unsigned code) {
         return (window / 4 * 2 + code / 2) * BLOCK_SIDE + window % 4 * 2 + code % 2;
     }
-    __device__ int64 window(int number) const {
+    __device__ int64 window(unsigned number) const {
         const int across = (w + 1) / 2;
-        return ((int64)image * ((h + 1) / 2) + y / 2) * across + x / 2 + (number / 4 * across + number % 4);
+        return ((int64)image * ((h + 1) / 2) + y / 2) * across + x / 2 + (int)(number / 4 * across + number % 4);
     }
 };
 
@@ -188,9 +190,10 @@ struct RunRows {
     static constexpr bool WINDOWS = false;
     int first, pixels;
     __device__ void next() { first += 64; }
-    __device__ bool exists(int row) const { return first + row < pixels; }
+    __device__ bool exists(unsigned row) const { return first + (int)row < pixels; }
     __device__ int count() const { return max(0, min(pixels - first, 64)); }
-    __device__ int64 pixel(int row) const { return first + row; }
+    __device__ int64 pixel(unsigned row) const { return first + (int)row; }
+    __device__ int pixels_between(int rows) const { return rows; }
 };
 
 template <int PIXELS, int COLUMNS, int STAGES_>
@@ -242,12 +245,12 @@ struct BackwardWeights {
 };
 
 // The thread's number, read anew. What is derived from threadIdx the compiler derives once for all tiles, and keeps it through
-// the main loop, whose sums need the registers.
-__device__ inline int thread_read_anew() {
+// the main loop, whose sums need the registers. Unsigned: a remainder is then one instruction.
+__device__ inline unsigned thread_read_anew() {
 #ifdef SEGNET_HOST
-    return (int)threadIdx.x;
+    return threadIdx.x;
 #else
-    int thread;
+    unsigned thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
 #endif
@@ -261,29 +264,31 @@ struct WayOut {
     static constexpr int LANES = 16;
     char* place;  // 64 pixels x 128 bytes
     int consumer;
-    int thread;  // of the warpgroup
+    unsigned thread;  // of the warpgroup
 
     __device__ WayOut(char* places, int consumer_) : place(places + consumer_ * ATOM_BYTES), consumer(consumer_) {}
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
-    __device__ int column() const { return thread % 8 * PIECE; }
-    __device__ int lane() const { return thread / 8; }
-    __device__ static int offset(int row, int piece) { return row * ROW_BYTES + (piece ^ row % 8) * PIECE_BYTES; }
+    __device__ int column() const { return (int)(thread % 8 * PIECE); }
+    __device__ unsigned lane() const { return thread / 8; }
+    __device__ static unsigned offset(unsigned row, unsigned piece) {
+        return row * ROW_BYTES + (piece * PIECE_BYTES ^ row % 8 * PIECE_BYTES);
+    }
 
     // Before the place is written: nobody reads what was there. After that: everybody may read it.
     __device__ void meet() const { named_barrier_sync(1 + consumer, WARPGROUP); }
-    __device__ Piece piece(int row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
-    __device__ float number(int row, int column) const {
+    __device__ Piece piece(unsigned row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
+    __device__ float number(unsigned row, unsigned column) const {
         return (float)((const storage_t*)(place + offset(row, column / PIECE)))[column % PIECE];
     }
 
     // Writes PART rounded columns of 64 pixels, whose words are in the order of wgmma's sums (wgmma.cuh).
     __device__ void put(const unsigned (&words)[WORDS]) const {
-        const int row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
+        const unsigned row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
         meet();
 #pragma unroll
-        for (int j = 0; j < WORDS; ++j) {
-            const int sum = j * NUMBERS, at = sum / 4 * 8 + column + sum % 2;
-            *(unsigned*)(place + offset(row + sum / 2 % 2 * 8, at / PIECE) + at % PIECE / NUMBERS * 4) = words[j];
+        for (unsigned j = 0; j < WORDS; ++j) {
+            const unsigned sum = j * NUMBERS, at = sum / 4 * 8 + column + sum % 2;
+            *(unsigned*)(place + offset(row, at / PIECE) + sum / 2 % 2 * 8 * ROW_BYTES + at % PIECE / NUMBERS * 4) = words[j];
         }
         meet();
     }
@@ -407,25 +412,26 @@ __device__ __forceinline__ void multiply(Accumulators<Weights::COLUMNS> (&sums)[
 // The sums as they are stored: of each PART columns the TILES of 64 pixels. `bias`, of the `columns` from the tile's first one
 // on, may be null.
 template <int TILES, int COLUMNS, int PARTS>
-__device__ void round_sums(unsigned (&words)[PARTS][WORDS], const Accumulators<COLUMNS> (&sums)[TILES],
-                           const accumulate_t* bias, int columns) {
+__device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS> (&sums)[TILES], const accumulate_t* bias,
+                           int columns) {
+    if (bias)
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 2; j += 2) {
-        const int column = wgmma_column(j), word = j / NUMBERS;
-        const bool shifted = bias && column < columns;
-        const float shifts[2] = {shifted ? bias[column] : 0, shifted ? bias[column + 1] : 0};
+        for (int j = 0; j < COLUMNS / 2; ++j)
+            if (wgmma_column(j) < columns) {
+                const float shift = bias[wgmma_column(j)];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const float first = sums[i][j] + shifts[0], second = sums[i][j + 1] + shifts[1];
-            unsigned(&part)[WORDS] = words[word / WORDS * TILES + i];
-            if constexpr (NUMBERS == 2) {
-                part[word % WORDS] = bfloat16_pair(first, second);
-            } else {
-                part[word % WORDS] = __float_as_uint(first);
-                part[word % WORDS + 1] = __float_as_uint(second);
+                for (int i = 0; i < TILES; ++i) sums[i][j] += shift;
             }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; j += NUMBERS) {
+            unsigned& word = words[j / NUMBERS / WORDS * TILES + i][j / NUMBERS % WORDS];
+            if constexpr (NUMBERS == 2)
+                word = bfloat16_pair(sums[i][j], sums[i][j + 1]);
+            else
+                word = __float_as_uint(sums[i][j] + 0);  // a number of its own, not in the register that the products want
         }
-    }
 }
 
 // The way of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
@@ -528,8 +534,8 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         if constexpr (Leave::FETCHES) {
             typename Source::Rows rows = Source::rows(g, tile, consumer);
             for (int i = 0; i < Source::TILES; ++i, rows.next())
-                for (int k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
-                    leave.fetch_row(rows, k % 64, tiles.column + k / 64 * PART);
+                for (unsigned k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
+                    leave.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
         }
         unsigned words[Source::TILES * ACROSS][WORDS] = {};
         {
