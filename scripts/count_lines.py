@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-KERNELS = {".cu", ".cuh", ".h"}
+KERNELS = {".cu", ".cuh", ".h", ".cpp"}
 
 
 def python_lines(text: str) -> int:

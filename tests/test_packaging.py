@@ -27,7 +27,7 @@ pytest.importorskip("hatchling", reason="the wheel is built with hatchling, whic
 SHIPPED = {
     path.relative_to(ROOT / "cuda").as_posix(): path.read_bytes()
     for path in (ROOT / "cuda").rglob("*")
-    if path.suffix in (".cu", ".cuh", ".h", ".md")
+    if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".md")
 }
 
 RECIPES = sorted((ROOT / "segnet_scratch" / "recipes").glob("*.toml"))

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <memory>
 #include <set>
 
 namespace host {
@@ -172,7 +173,7 @@ class Hopper : public Engine {
 
     static Hopper& get() {
         if (!worker->cooperative) throw NeedsFibers();
-        return *static_cast<Hopper*>(worker->engine.get());
+        return *static_cast<Hopper*>(worker->engine);
     }
     ThreadState& self() { return threads[thread_number()]; }
 

@@ -1,6 +1,6 @@
 """The host device's compiler and launcher: the same `.cu` files, built by a C++ compiler, every CUDA thread a fiber.
 
-How a launch is carried out is in cuda/common/host_runtime.h; this file builds the shared library and calls into it.
+How a launch is carried out is in cuda/common/host_runtime.cpp; this file builds the shared library and calls into it.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def compiler_flags() -> list[str]:
     return [
         *("-x", "c++", "-std=c++17", "-O3", native, "-fno-math-errno", "-ffp-contract=off", "-g1"),
         "-fno-strict-aliasing",  # kernels look at 16 bytes as pieces, and as numbers
-        *("-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGNET_HOST"),
+        *("-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DSEGNET_HOST"),
     ]
 
 
@@ -228,42 +229,60 @@ def _unit(source: Source) -> str:
 
 
 def _runtime() -> list[str]:
-    """What every unit includes, whether its source does or not."""
-    headers = ("host_runtime.h", "host_warp.h")
-    return [(cuda_directory() / "common" / name).read_text(encoding="utf-8") for name in headers]
+    """What every unit includes or is linked to, whether its source includes it or not."""
+    names = ("host_runtime.cpp", "host_runtime.h", "host_warp.h")
+    return [(cuda_directory() / "common" / name).read_text(encoding="utf-8") for name in names]
 
 
 @functools.cache
 def build(source: Source, types: ElementTypes, sanitize: bool = False, variables: str | None = None) -> Path:
     """The shared library of a source, compiled unless the cache has it. CompileError shows the compiler's lines."""
-    command = find_compiler()
-    flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *types.defines, *variable_flags(variables)]
+    flags = [*compiler_flags(), *(sanitizer_flags() if sanitize else ()), *variable_flags(variables)]
     unit = _unit(source)
     # Clones share libraries, except those whose reports name the file by its path.
     text = unit if sanitize else unit.replace(source.path.as_posix(), source.path.name)
-    key = cache_key(source.digest, text, _runtime(), flags, _compiler_identity(tuple(command)), _processor_identity())
-    library = cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so"
-    return kept(library, lambda: _compile(source, types, command, flags, unit))
+    key = _key(flags, source.digest, text, types.defines)
+
+    def make() -> bytes:
+        runtime = _runtime_object(flags)
+        log.info("compiling %s for the host device (%s)", source.path.name, types.name)
+        options = [*flags, *types.defines, *(f"-I{directory}" for directory in source.include_directories)]
+        library = _compile(source.path.name, unit, options, "-shared", "-x", "none", runtime)
+        source.check_unchanged()
+        return library
+
+    return kept(cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so", make)
 
 
-def _compile(source: Source, types: ElementTypes, command: list[str], flags: list[str], unit: str) -> bytes:
-    """The shared library of a source."""
-    log.info("compiling %s for the host device (%s)", source.path.name, types.name)
-    includes = [f"-I{directory}" for directory in source.include_directories]
+def _runtime_object(flags: Sequence[str]) -> Path:
+    """What every library is linked to, compiled unless the cache has it."""
+    path = cache_directory() / "host" / f"runtime-{_key(flags)}.o"
+    unit = '#include "common/host_runtime.cpp"\n'
+    return kept(path, lambda: _compile("host_runtime.cpp", unit, [*flags, f"-I{cuda_directory()}"], "-c"))
+
+
+def _key(flags: Sequence[str], *parts: object) -> str:
+    """Stands for what is compiled with these flags, by this compiler, for this processor."""
+    return cache_key(*parts, _runtime(), flags, _compiler_identity(tuple(find_compiler())), _processor_identity())
+
+
+def _compile(name: str, unit: str, flags: Sequence[str], *more: str | Path) -> bytes:
+    """What the compiler makes of the text of a file with this name."""
+    command = find_compiler()
     try:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "kernel.so"
             unit_path = Path(folder) / "unit.cpp"
             unit_path.write_text(unit, encoding="utf-8", errors="surrogateescape")  # the names of folders
             result = subprocess.run(
-                [*command, *flags, *includes, str(unit_path), "-o", str(output)],
+                [*command, *flags, str(unit_path), *map(str, more), "-o", str(output)],
                 capture_output=True,
                 text=True,
                 errors="replace",
             )
             if result.returncode != 0:
                 raise CompileError(
-                    f"{source.path.name} does not compile for the host device:",
+                    f"{name} does not compile for the host device:",
                     *_first_errors(result.stderr),
                     *_hint(result.stderr),
                 )
@@ -271,7 +290,6 @@ def _compile(source: Source, types: ElementTypes, command: list[str], flags: lis
                 raise CompileError(
                     f"the C++ compiler '{' '.join(command)}' wrote no library; unset CXX or set it to another"
                 )
-            source.check_unchanged()
             return output.read_bytes()
     except OSError as error:
         place = error.filename or "the folder for temporary files"

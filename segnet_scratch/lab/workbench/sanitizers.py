@@ -121,7 +121,7 @@ def _memory_report(kernel: str, kind: str, stderr: str) -> str:
     if thread := _THREAD.search(stderr):
         what = f"{thread.group(1)} {what}"
     for path, line in _FRAME.findall(stderr):
-        if Path(path).name != "host_runtime.h":
+        if Path(path).stem != "host_runtime":
             return _with_line(kernel, what, path, int(line))
     return f"{what}; {stderr.strip()[:500]}"
 
