@@ -11,7 +11,7 @@ from math import ceil, hypot
 import numpy as np
 
 from segnet_scratch.data.palette import VOID
-from segnet_scratch.extras import require
+from segnet_scratch.errors import require
 
 
 class Boundary(StrEnum):

@@ -77,25 +77,14 @@ def load(path: _Path) -> Checkpoint:
     """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
     with _opened(path) as stream:
         file = _File(stream)
-        record, metadata = _our_metadata(file)
+        record, metadata = _our_metadata(file.metadata)
         tensors = file.tensors()
         if _record(metadata, tensors) != record:
             raise ValueError("damaged content, which does not match its checksum")
         return Checkpoint(tensors, metadata)
 
 
-def read_metadata(path: _Path) -> dict[str, Any]:
-    """The metadata of a checkpoint from its header alone, so without the checksum; CheckpointError as in `load`."""
-    with _opened(path) as stream:
-        return _our_metadata(_File(stream))[1]
-
-
-def load_foreign(path: _Path) -> dict[str, np.ndarray]:
-    """The tensors of a file as `read_foreign` reads it."""
-    return read_foreign(path)[0]
-
-
-def read_foreign(path: _Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def load_foreign(path: _Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of any safetensors file, or of a state dict that torch.save wrote (no metadata).
 
     bfloat16 as float32. CheckpointError where it is missing, cut off, malformed, or a pickle that would run code.
@@ -108,6 +97,13 @@ def read_foreign(path: _Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return read_state_dict(file), {}
         found = _File(file)
         return found.tensors(), found.metadata
+
+
+def metadata_in(texts: Mapping[str, str]) -> dict[str, Any]:
+    """What `save` was given, out of the metadata of a file that `load_foreign` read; {} where others wrote it."""
+    with suppress(ValueError):
+        return _our_metadata(texts)[1]
+    return {}
 
 
 def _to_disk_order(name: str, array: np.ndarray) -> np.ndarray:
@@ -131,9 +127,9 @@ def _record(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> s
     return json.dumps({"format": FORMAT, "metadata": metadata, "sha256": digest.hexdigest()}, sort_keys=True)
 
 
-def _our_metadata(file: "_File") -> tuple[str, dict[str, Any]]:
-    """The record of a file written by `save` as it stands there, and the metadata in it."""
-    text = file.metadata.get(_KEY)
+def _our_metadata(texts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The record of a file written by `save` as it stands in its metadata, and what was saved in it."""
+    text = texts.get(_KEY)
     if text is None:
         raise ValueError("a file that was not written by this project (segnet convert reads others)")
     record = None

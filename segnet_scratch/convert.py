@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from segnet_scratch import checkpoint, weights
 from segnet_scratch.errors import CheckpointError, ConfigError
-from segnet_scratch.files import reason, write_durably
+from segnet_scratch.files import write_durably
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.segnet import ARCHITECTURES, POOLINGS, SegNet
 
@@ -110,7 +110,7 @@ def from_pytorch(
     width) are class names and input size, if not those of the file. `report` is told, line by line, what went where.
     CheckpointError where the arrays cannot be used.
     """
-    arrays, texts = checkpoint.read_foreign(source)
+    arrays, texts = checkpoint.load_foreign(source)
     notes, places = _notes(texts), find_places(arrays, names, source)
     ours = {new: places.turn(new, arrays[name]) for name, new in places.ours.items()}
     if "classifier.weight" in ours:
@@ -150,7 +150,7 @@ def to_pytorch(
     counts = [f"{name.removesuffix('running_var')}{_COUNT}" for name in arrays if name.endswith(".running_var")]
     state = arrays | {name: np.array(0) for name in counts}
     if like is not None:
-        theirs, _ = checkpoint.read_foreign(like)
+        theirs, _ = checkpoint.load_foreign(like)
         places, state = find_places(theirs, names or {}, like), dict(theirs)
         if homeless := [n for n in arrays.keys() - set(places.ours.values()) if arrays[n].any()]:
             raise CheckpointError(f"{like}: its network has no place for {min(homeless)} of {source}")
@@ -164,11 +164,8 @@ def to_pytorch(
                 raise CheckpointError(f"{like}: {sides}; give the state dict of the same network")
     notes = {**metadata, "pooling": metadata["model"].get("pooling", "ceil")}
     texts = {key: json.dumps(notes[key]) for key in _KEPT if notes.get(key)}
-    try:
-        plain = {name: np.ascontiguousarray(array) for name, array in state.items()}
-        write_durably(target, [safetensors.numpy.save(plain, texts)])
-    except OSError as error:
-        raise CheckpointError(f"{target}: could not be written: {reason(error)}") from error
+    plain = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    write_durably(target, [safetensors.numpy.save(plain, texts)])
     return len(state)
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 _NAMED = 5
 
@@ -87,3 +89,12 @@ def of_file(path: str | Path) -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError) as error:
         raise type(error)(f"{path}: {error.args[0]}", *error.args[1:]) from error
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Imports a library; MissingLibraryError with the command that installs it where that fails."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        problem = f"expected the library {module}, which cannot be imported ({error})"
+        raise MissingLibraryError(f"{purpose}: {problem}; pip install 'segnet_scratch[{extra}]'") from error

@@ -1,4 +1,7 @@
-"""Evaluation by the VOC protocol: the image resized to the network's size, the logits resized to the ground truth's."""
+"""Evaluation by the VOC protocol: the image resized to the network's size, the logits resized to the ground truth's.
+
+`score` scores predictions made elsewhere by the same code.
+"""
 
 import logging
 import math
@@ -7,13 +10,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segnet_scratch.boundary import Boundary, authors_boundary_f1, boundary_f1
-from segnet_scratch.data import VOID, VOCDataset, ordered_map, resize_mask
-from segnet_scratch.errors import DataError
+from segnet_scratch.data import VOID, VOCDataset, ordered_map, read_mask, resize_mask
+from segnet_scratch.data.pictures import decode, mask_labels
+from segnet_scratch.errors import DataError, some_of
 from segnet_scratch.inference import Segmented, Segmenter
 from segnet_scratch.metrics import Scores, confusion_matrix, mean_of_numbers, plain, scores
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward
@@ -84,9 +89,8 @@ def summed(
     f1 = np.array([image.boundary_f1 for image in images], float)
     if boundary is Boundary.authors:
         f1 = np.nan_to_num(f1)
-    return Evaluation(
-        scores(counts), loss, len(images), tuple(names), mean_of_numbers(f1) if boundary else None, images
-    )
+    mean = mean_of_numbers(f1) if boundary else None
+    return Evaluation(scores(counts), loss, len(images), tuple(names), mean, images)
 
 
 _Truth = tuple[str, np.ndarray, np.ndarray]  # id, mask at its own size and at the network's
@@ -176,3 +180,46 @@ def check_classes(model: SegNet, dataset: VOCDataset) -> None:
     if {trained[label] for label in differ} & set(dataset.names):
         raise DataError(f"{problem}, and classes change places; use the data it was trained for, or correct labels.txt")
     log.warning("%s; do they mean the same?", problem)
+
+
+def score(
+    predictions: Path,
+    dataset: VOCDataset,
+    boundary: Boundary | None = None,
+    workers: int = 2,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """The scores of `predictions/ID.png` for every image of a split: class numbers, indexed or grey, as large as masks.
+
+    `advance` is told of each image. The loss is NaN: label maps have none. DataError for predictions that are missing,
+    of another size than the ground truth, or that hold anything but numbers of classes.
+    """
+    files = [predictions / f"{name}.png" for name in dataset.ids]
+    if missing := [path for path in files if not path.is_file()]:
+        problem = f"{predictions}: {len(missing)} of {len(files)} predictions are missing:"
+        fix = f"Name the folder that holds ID.png for every id of the list {dataset.split}."
+        raise DataError(problem, *some_of(missing), fix)
+    found: list[Scored] = []
+
+    def score_one(index: int) -> Scored:
+        truth = read_mask(dataset.mask_path(index), dataset.classes)
+        prediction = _read_prediction(files[index], truth.shape, dataset.classes)
+        return measure(dataset.ids[index], truth, prediction, dataset.classes, boundary)
+
+    with closing(ordered_map(score_one, range(len(files)), workers, ahead=8)) as measured:
+        for scored in measured:
+            found.append(scored)
+            advance(1)
+    return summed(found, dataset.names, boundary)
+
+
+def _read_prediction(path: Path, size: tuple[int, ...], classes: int) -> np.ndarray:
+    labels = mask_labels(path, decode(path, "mask"))
+    if labels.shape != size:
+        sizes = f"{labels.shape[0]} x {labels.shape[1]} (height x width), its ground truth {size[0]} x {size[1]}"
+        raise DataError(f"{path}: {sizes}; resize the logits to that size before taking the class")
+    if labels.max() >= classes:
+        expected = f"expected 0..{classes - 1} in every pixel, void or not, as the VOC development kit does"
+        fix = "write numbers of classes, in the order of the data set"
+        raise DataError(f"{path}: label {labels.max()}; {expected}; {fix}")
+    return labels

@@ -20,8 +20,7 @@ from segnet_scratch import __version__
 from segnet_scratch.data import normalise
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from segnet_scratch.errors import SegnetError
-from segnet_scratch.extras import require
+from segnet_scratch.errors import SegnetError, require
 from segnet_scratch.files import write_durably
 from segnet_scratch.nn.autograd import no_grad
 from segnet_scratch.nn.modules import ConvUnit

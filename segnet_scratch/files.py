@@ -153,7 +153,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     if target.is_symlink() or (target.exists() and not target.is_dir()) or len(litter) < len(there):
         raise DataError(f"{target}: is there already, and is left as it is; choose a new or an empty folder.")
     with scratch_folder(target) as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.filename is None:  # of a disk that is full while a file is written
+                error.filename = str(target)
+            raise
         # Some ten thousand files: one sync of everything costs less than one for each. Before the rename, or a power
         # failure could leave a whole folder of empty files.
         os.sync()

@@ -14,9 +14,8 @@ from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
 
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
-_PLANNED = (
-    64  # images at most for which a step is planned: beyond these what does not grow with the batch hardly counts
-)
+# Images at most for which a step is planned: beyond these what does not grow with the batch hardly counts.
+_PLANNED = 64
 _COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
 
 

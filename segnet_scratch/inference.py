@@ -313,17 +313,6 @@ def _read(found: Any) -> np.ndarray:
     return found.numpy() if isinstance(found, Tensor) else found
 
 
-def segment(
-    model: SegNet,
-    image: np.ndarray,
-    size: tuple[int, int],
-    inference: Inference | None = None,
-    with_logits: bool = False,
-) -> Segmentation:
-    """Segments one RGB image, uint8 (h, w, 3); for many a `Segmenter` is faster."""
-    return Segmenter(model, size, inference)(image, with_logits)
-
-
 def classify(model: SegNet, logits: Array) -> Array:
     """Labels uint8 (n, h, w) of logits (n, h, w, classes)."""
     return ArgmaxForward.plan(spec_of(logits))(model.device, logits=logits).labels

@@ -118,13 +118,8 @@ class MetricsLog:
         """Add one row and hand it to the operating system, so that a kill does not lose it.
 
         NumPy scalars are taken as numbers; NaN and infinity become null, because JSON has no such numbers.
-        Raises TrainingError for a row without an integer `step` or with values that JSON cannot hold.
         """
-        try:
-            line = _encode_row(row)
-        except (TypeError, ValueError) as error:
-            expected = "a row of numbers and text with an integer step"
-            raise TrainingError(f"{self.path}: expected {expected}, got {row!r}; {error}") from error
+        line = _encoded(row)
         try:
             # Unbuffered, so that closing the file has nothing left to write that could fail or be lost.
             with self.path.open("a+b", buffering=0) as file:
@@ -145,7 +140,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         rows = [row for row in self.read(self.path) if row["step"] <= step]
-        kept = [_encode_row(row) for row in rows if not (validation_due and row["step"] == step and "miou" in row)]
+        kept = [_encoded(row) for row in rows if not (validation_due and row["step"] == step and "miou" in row)]
         try:
             write_durably(self.path, kept)
         except OSError as error:
@@ -168,18 +163,15 @@ class MetricsLog:
             row: Any = None
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            if not _has_step(row):
+            if not (isinstance(row, dict) and type(row.get("step")) is int):
                 expected = f"expected a JSON object with an integer step, got {line[:60]!r}; remove the line."
                 raise DataError(f"{path}: line {number}: {expected}")
             rows.append(row)
         return rows
 
 
-def _encode_row(row: Mapping[str, Any]) -> bytes:
-    numbers = plain(row)
-    if not _has_step(numbers):
-        raise ValueError("add step=...")
-    return json.dumps(numbers, allow_nan=False).encode() + b"\n"
+def _encoded(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain(row), allow_nan=False).encode() + b"\n"
 
 
 def _drop_torn_line(file: FileIO) -> None:
@@ -203,10 +195,6 @@ def mean_of_numbers(values: np.ndarray) -> float:
     """The mean of what is not NaN; NaN where nothing is left."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if numbers.size else math.nan
-
-
-def _has_step(row: Any) -> bool:
-    return isinstance(row, dict) and type(row.get("step")) is int
 
 
 def plain(value: Any) -> Any:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from time import time
 from typing import Any
 
+from segnet_scratch.errors import require
 from segnet_scratch.evaluate import Evaluation
-from segnet_scratch.extras import require
 from segnet_scratch.files import reason
 from segnet_scratch.train import Listener, Trainer
 

@@ -24,10 +24,8 @@ def save(
     tensors = model.state_dict()
     tensors |= {MOMENTUM + name: array for name, array in (momenta or {}).items()}
     if broken := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
-        problem = (
-            f"{len(broken)} arrays hold NaN or infinity ({broken[0]}, ...); the file there, if any, is an earlier one"
-        )
-        raise CheckpointError(f"{path}: not saved, {problem}; train with a smaller lr, or with warmup")
+        problem = f"{len(broken)} arrays hold NaN or infinity ({broken[0]}, ...); the file there, if any, is an earlier"
+        raise CheckpointError(f"{path}: not saved, {problem} one; train with a smaller lr, or with warmup")
     checkpoint.save(path, tensors, {**metadata, "model": model.describe()})
 
 
@@ -72,12 +70,10 @@ def initialise(model: SegNet, path: str | Path, names: Sequence[str] | None = No
     it was initialised.
     Returns one line that says what was taken. CheckpointError where the file fits neither.
     """
-    weights = {name: array for name, array in checkpoint.load_foreign(path).items() if not name.startswith(MOMENTUM)}
+    arrays, texts = checkpoint.load_foreign(path)
+    weights = {name: array for name, array in arrays.items() if not name.startswith(MOMENTUM)}
     check_values(path, weights)
-    try:
-        told = checkpoint.read_metadata(path)
-    except CheckpointError:  # the file of another program, which tells of no classes and no pools
-        told = {}
+    told = checkpoint.metadata_in(texts)
     with of_file(path):
         pooling = told.get("model", {}).get("pooling", "ceil")
         if told and pooling != model.pooling:

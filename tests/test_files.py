@@ -210,6 +210,11 @@ def test_one_that_is_being_filled_is_not_swept(tmp_path):
     assert names(tmp_path / "b") == ["file"]
 
 
+def test_a_disk_that_is_full_names_the_folder(tmp_path):
+    with pytest.raises(OSError, match=r"No space .*new'$"), whole_folder(tmp_path / "new"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write: without a name
+
+
 def test_the_first_to_end_wins(tmp_path):
     def fill_both():
         with whole_folder(tmp_path / "b") as second:

@@ -195,7 +195,7 @@ def test_a_public_segnet_comes_in_and_goes_back(name, tmp_path):
         array.data[...] += RNG.normal(0, 0.01, array.shape)
     model_files.save(ours, model, {})
     count = to_pytorch(ours, back, like=theirs)
-    state = {key: torch.from_numpy(array) for key, array in checkpoint.load_foreign(back).items()}
+    state = {key: torch.from_numpy(array) for key, array in checkpoint.load_foreign(back)[0].items()}
     assert count == len(state) == len(module.state_dict())
     fresh = make().eval()
     fresh.load_state_dict(state, strict=True)
@@ -212,7 +212,7 @@ def test_an_eps_of_another_value_goes_both_ways(tmp_path):
     from_pytorch(theirs, ours, {}, "floor", eps=1e-3)
     assert_same_logits(load(ours, "numpy"), module, (33, 40))
     to_pytorch(ours, back, like=theirs, eps=1e-3)
-    got, expected = checkpoint.load_foreign(back), checkpoint.load_foreign(theirs)
+    got, expected = checkpoint.load_foreign(back)[0], checkpoint.load_foreign(theirs)[0]
     np.testing.assert_allclose(got["bn33d.running_var"], expected["bn33d.running_var"], rtol=1e-5)
 
 
@@ -255,7 +255,7 @@ def test_a_safetensors_file_has_lost_the_order_and_a_map_brings_it_back(tmp_path
     from_pytorch(theirs, ours, names, "floor")
     assert_same_logits(load(ours, "numpy"), module, (32, 64))
     assert to_pytorch(ours, again, theirs, names) == len(arrays)
-    back = checkpoint.load_foreign(again)
+    back = checkpoint.load_foreign(again)[0]
     assert back.keys() == arrays.keys()
     assert np.array_equal(back["conv32d.weight"], arrays["conv32d.weight"])
     assert not back["conv32d.bias"].any()
@@ -267,7 +267,7 @@ def test_fewer_classes_go_back_and_another_network_does_not(tmp_path):
     torch.save(Flat(11).state_dict(), theirs)
     model_files.save(ours, SegNet(3, 1 / 16, "numpy"), {})
     to_pytorch(ours, back, like=theirs)
-    assert checkpoint.load_foreign(back)["conv11d.weight"].shape == (3, 4, 3, 3)
+    assert checkpoint.load_foreign(back)[0]["conv11d.weight"].shape == (3, 4, 3, 3)
     model_files.save(ours, SegNet(3, 1 / 32, "numpy"), {})
     with pytest.raises(CheckpointError, match=r"conv11\.weight is 4x3x3x3, but 2x3x3x3 in .*ours"):
         to_pytorch(ours, back, like=theirs)
@@ -300,7 +300,7 @@ def test_the_commands(tmp_path, segnet):
     assert re.search(r"decoder\.2\.2 +<- module\.decoder_convtr_10\.0 8x4x3x3 turned, its bias folded", done.out)
     assert re.search(r"left out: 30 arrays \(module\.vgg16\.features\.0\.weight, ", done.out)
     assert segnet("convert", ours, back, "--like", theirs).code == 0
-    state = {key: torch.from_numpy(array) for key, array in checkpoint.load_foreign(back).items()}
+    state = {key: torch.from_numpy(array) for key, array in checkpoint.load_foreign(back)[0].items()}
     nn.DataParallel(FromVgg16()).load_state_dict(state, strict=True)
     (tmp_path / "m.toml").write_text('"a" = "b"')
     refused = segnet("convert", ours, back, "--to", "pytorch", "--map", tmp_path / "m.toml")
@@ -344,7 +344,7 @@ class OldParameter:
 )
 def test_every_tensor_of_a_state_dict_is_read(form, wrap, tmp_path):
     torch.save(wrap(TENSORS | {"old": OldParameter(TENSORS["float"])}), tmp_path / "x.pth", **FORMATS[form])
-    got = checkpoint.load_foreign(tmp_path / "x.pth")
+    got = checkpoint.load_foreign(tmp_path / "x.pth")[0]
     assert list(got) == [*TENSORS, "old"]
     for name, tensor in {**TENSORS, "old": TENSORS["float"]}.items():
         expected = tensor.detach()
@@ -402,13 +402,13 @@ def test_a_file_that_was_cut_off_or_damaged_is_refused(form, tmp_path):
         with pytest.raises(
             CheckpointError, match=r"x\.pth: expected a sound safetensors or PyTorch file, got: .*; get it anew"
         ):
-            checkpoint.load_foreign(path)
+            checkpoint.load_foreign(path)[0]
     for place in RNG.integers(4, len(content), 150):
         damaged = bytearray(content)
         damaged[place] ^= 1 << RNG.integers(8)
         path.write_bytes(damaged)
         try:  # a legacy file has no checksums; a damage that leaves it readable shows nowhere
-            got = checkpoint.load_foreign(path)
+            got = checkpoint.load_foreign(path)[0]
         except CheckpointError:
             continue
         assert sum(array.nbytes for array in got.values()) < 20 * len(content)
@@ -454,7 +454,7 @@ def handmade(tmp_path, size, stride, offset=0, count=4, dtype="FloatStorage", ke
 
 
 def test_a_tensor_that_would_reach_beyond_its_storage_is_refused(tmp_path):
-    got = checkpoint.load_foreign(handmade(tmp_path, (2, 2), (1, 2)))["w"]
+    got = checkpoint.load_foreign(handmade(tmp_path, (2, 2), (1, 2)))[0]["w"]
     np.testing.assert_array_equal(got, [[0, 2], [1, 3]])
     for wrong, message in (
         ({"size": (5,), "stride": (1,)}, "larger than its storage of 4"),
@@ -469,7 +469,7 @@ def test_a_tensor_that_would_reach_beyond_its_storage_is_refused(tmp_path):
         ({"size": (1,), "stride": (1,), "dtype": "ComplexFloatStorage"}, r"wants torch\.ComplexFloatStorage"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.load_foreign(handmade(tmp_path, **wrong))
+            checkpoint.load_foreign(handmade(tmp_path, **wrong))[0]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_a_tensor_that_would_reach_beyond_its_storage_is_refused(tmp_path):
 def test_what_holds_no_state_dict_says_so(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load_foreign(tmp_path / "x.pth")
+        checkpoint.load_foreign(tmp_path / "x.pth")[0]
 
 
 # --- VGG16 by name

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "segnet_scratch"
 
 # From below; modules on one line are one layer. README.md draws this.
 LAYERS = [
-    {"errors", "extras", "recipes", "config"},
+    {"errors", "recipes", "config"},
     {"files", "run_folder", "progress"},  # atomic writes; the files of a run; bars
     {"runtime"},  # how a kernel gets to run
     {"ops"},  # plan, run, reference and cases of every operation
@@ -20,7 +20,7 @@ LAYERS = [
     {"optim"},
     {"step", "inference_step"},  # one training step and one inference step, whichever engine computes it
     {"metrics", "boundary"},
-    {"inference", "evaluate", "score", "submit", "predict", "film", "video", "export"},
+    {"inference", "evaluate", "submit", "predict", "video", "export"},
     {"train", "foresight"},
     {"display", "run_record", "tensorboard", "report", "serve"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest

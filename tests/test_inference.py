@@ -4,13 +4,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from support.evaluation import bilinear, network, softmax
+from support.evaluation import bilinear, network, segment, softmax
 
 from segnet_scratch import get_device
 from segnet_scratch import inference as inference_module
 from segnet_scratch.data import normalise, resize_image
 from segnet_scratch.errors import ConfigError, ShapeError
-from segnet_scratch.inference import Inference, Segmenter, segment, window_starts
+from segnet_scratch.inference import Inference, Segmenter, window_starts
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
 

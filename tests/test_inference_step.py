@@ -5,14 +5,14 @@ from itertools import count, islice
 
 import numpy as np
 import pytest
-from support.evaluation import network
+from support.evaluation import network, segment
 
 from segnet_scratch import inference_step
 from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import VOCDataset, in_background, ordered_map
 from segnet_scratch.errors import ConfigError, DataError, DTypeError, ShapeError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.inference import Inference, Segmenter, segment
+from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.runtime.devices import CudaDevice
 from segnet_scratch.segnet import SegNetBasic

@@ -18,7 +18,7 @@ from segnet_scratch.lab.proof.compare import deviations, examine, same_bits
 from segnet_scratch.lab.proof.launches import kernels_of
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import case_of
-from segnet_scratch.lab.proof.parts.losses import EDGES
+from segnet_scratch.lab.proof.parts.refusals import EDGES
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import FULL, QUICK, Effort
 from segnet_scratch.nn.autograd import tensor

@@ -10,9 +10,9 @@ from rich.console import Console
 from support.kernels import needs_compiler
 
 from segnet_scratch import progress
-from segnet_scratch.cli.data_tables import statistics_table
+from segnet_scratch.cli.common import Output
+from segnet_scratch.cli.data import statistics_table
 from segnet_scratch.cli.kernels import _arrays
-from segnet_scratch.cli.output import Output
 from segnet_scratch.cli.profile import _memory_table
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, class_statistics
 from segnet_scratch.display import scores_table

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import raises
-from support.evaluation import network
+from support.evaluation import network, segment
 
 from segnet_scratch import SegNetBasic
 from segnet_scratch.data import drawing, normalise, resize_image
 from segnet_scratch.data.drawing import Style, heat_colours, heat_map
 from segnet_scratch.data.palette import class_palette
 from segnet_scratch.errors import DataError
-from segnet_scratch.inference import Inference, Segmenter, segment
+from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
 
 NAMES = ("background", "circle", "square", "triangle", "star", "ring")

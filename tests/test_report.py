@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from support.evaluation import segment
 
 from segnet_scratch import weights
 from segnet_scratch.boundary import Boundary
@@ -21,7 +22,7 @@ from segnet_scratch.config import Config
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import evaluate
-from segnet_scratch.inference import Segmenter, segment
+from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report import write_report
 from segnet_scratch.report.curves import smooth, thinned

@@ -6,15 +6,14 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
-from support.evaluation import network
+from support.evaluation import network, segment
 
 from segnet_scratch import SegNetBasic, weights
 from segnet_scratch.boundary import Boundary
 from segnet_scratch.data import SAMPLE_CLASSES, VOCDataset, save_indexed_png
 from segnet_scratch.errors import DataError
-from segnet_scratch.evaluate import check_classes, evaluate
-from segnet_scratch.inference import Segmenter, segment
-from segnet_scratch.score import score
+from segnet_scratch.evaluate import check_classes, evaluate, score
+from segnet_scratch.inference import Segmenter
 
 SIZE = (40, 56)
 

@@ -7,11 +7,11 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from support.evaluation import network
+from support.evaluation import network, segment
 
 from segnet_scratch.data import VOC_CLASSES, VOCDataset, indexed_picture, voc_palette
 from segnet_scratch.errors import ConfigError, DataError
-from segnet_scratch.inference import Inference, Segmenter, segment
+from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.submit import Competition, check_results, submit
 
 SIZE = (32, 48)

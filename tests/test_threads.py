@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from support.evaluation import segment
 
 import segnet_scratch
-from segnet_scratch.inference import Inference, segment
+from segnet_scratch.inference import Inference
 from segnet_scratch.nn import autograd
 from segnet_scratch.nn.autograd import no_grad, tensor
 from segnet_scratch.nn.functions import cross_entropy, relu

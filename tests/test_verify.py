@@ -17,8 +17,8 @@ from segnet_scratch.lab.proof.misuse import MISUSES, DryDevice, valid_call
 from segnet_scratch.lab.proof.parts import same_bits
 from segnet_scratch.lab.proof.parts.base import reason_against
 from segnet_scratch.lab.proof.parts.gate import refusal_problems
-from segnet_scratch.lab.proof.parts.hostile import HostileInputs
 from segnet_scratch.lab.proof.parts.reference import Integers, Reference
+from segnet_scratch.lab.proof.parts.refusals import HostileInputs
 from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Variables
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named

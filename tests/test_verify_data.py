@@ -16,6 +16,7 @@ from support.data import chunk, empty_voc, encoded, noise, png
 
 from segnet_scratch import data
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, voc_palette
+from segnet_scratch.data.colours import voc_colours
 from segnet_scratch.data.conversion import convert_masks
 from segnet_scratch.data.findings import CODES, ERRORS, WARNINGS
 from segnet_scratch.data.verify import verify
@@ -64,7 +65,7 @@ def test_files_that_operating_systems_leave_are_passed_over(root):
         (root / "JPEGImages" / name).write_bytes(b"x")
     report = verify(root)
     assert (report.passed, report.splits, list(report.unlisted.values())) == (True, {"train": 4, "val": 2}, [0, 0])
-    assert convert_masks(root, root.with_name("new")) == 6
+    assert convert_masks(root, root.with_name("new"), voc_colours(data.VOC_CLASSES)) == 6
     assert not list(root.with_name("new").rglob("._*"))
 
 

@@ -18,9 +18,8 @@ from support.kernels import needs_compiler
 from segnet_scratch.lab.proof import processes, verify
 from segnet_scratch.lab.proof.parts import PARTS, compute_sanitizer, learning
 from segnet_scratch.lab.proof.parts.learning import Learning
-from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
-from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Uploads
+from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, Nccl, OtherDevices, Timing, Uploads
 from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import QUICK, Tally, Work

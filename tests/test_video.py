@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import real
-from support.evaluation import network
+from support.evaluation import network, segment
 
 from segnet_scratch import files
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.errors import ConfigError, DataError
-from segnet_scratch.film import Film, _Clock, opened_film, upright
-from segnet_scratch.inference import Inference, Segmenter, segment
-from segnet_scratch.video import Video, find_video, plan_videos, predict_video
+from segnet_scratch.inference import Inference, Segmenter
+from segnet_scratch.video import Film, Video, _Clock, find_video, opened_film, plan_videos, predict_video, upright
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'segnet_scratch[video]'")
 
@@ -329,7 +328,7 @@ def test_films_whose_times_do_not_rise_are_written_whole(model, tmp_path, file, 
 )
 def test_films_are_shown_as_players_do(file, turn):
     path = real("cases", "video-mirrored", file)
-    with opened_film(file, path) as film:
+    with opened_film(find_video(str(path))) as film:
         found, _ = next(film.frames())
     np.testing.assert_array_equal(found, turn(read_clip(path)[0][1]))
 
@@ -365,7 +364,7 @@ def test_a_cover_is_no_film(model, tmp_path):
             frame.pts, frame.time_base = k, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with opened_film("a", path) as film:
+    with opened_film(find_video(str(path))) as film:
         assert [picture.shape for picture, _ in film.frames()] == [(32, 48, 3)] * 3
 
 
@@ -381,7 +380,7 @@ def test_a_film_that_breaks_off_is_kept_as_far_as_it_goes(model, tmp_path):
 def test_damaged_packets_are_passed_over_and_counted(model, tmp_path):
     clip = write_clip(tmp_path / "a.mkv", pictures(10, 32, 48))
     packet = SimpleNamespace(decode=lambda: (_ for _ in ()).throw(av.error.InvalidDataError(1, "Invalid data")))
-    with opened_film("a", clip) as film:
+    with opened_film(find_video(str(clip))) as film:
         packets = list(film._container.demux(film._stream))
         some = iter([packets[0], packet, *packets[1:]])
         film._container = SimpleNamespace(demux=lambda stream: some, format=film._container.format)

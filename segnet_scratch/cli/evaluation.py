@@ -18,15 +18,13 @@ from segnet_scratch.config import AUTO
 from segnet_scratch.data import VOCDataset
 from segnet_scratch.data.drawing import Style
 from segnet_scratch.display import scores_table, write_json, write_per_image
-from segnet_scratch.errors import DataError, DeviceMemoryError
-from segnet_scratch.evaluate import Evaluation, evaluate
-from segnet_scratch.extras import require
+from segnet_scratch.errors import DataError, DeviceMemoryError, require
+from segnet_scratch.evaluate import Evaluation, evaluate, score
 from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
 from segnet_scratch.progress import watched
 from segnet_scratch.report import write_report
 from segnet_scratch.runtime.devices import get_device
-from segnet_scratch.score import score
 from segnet_scratch.serve import LOOPBACK, serve
 from segnet_scratch.submit import Competition, submit
 from segnet_scratch.video import camera_video, find_video, plan_videos, predict_video

@@ -14,7 +14,7 @@ from segnet_scratch import weights
 from segnet_scratch.cli import options
 from segnet_scratch.cli.command import command
 from segnet_scratch.cli.common import app, console, join_ranks, output, say
-from segnet_scratch.cli.data_tables import transferred
+from segnet_scratch.cli.data import transferred
 from segnet_scratch.config import PRETRAINED, describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset

@@ -10,23 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data.colours import ColourTable, voc_colours
+from segnet_scratch.data.colours import ColourTable
 from segnet_scratch.data.loader import Progress, silent, walk
 from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import orientation, read_image
 from segnet_scratch.data.relabel import Relabelling
-from segnet_scratch.data.voc import (
-    FOLDERS,
-    IMAGE_FOLDER,
-    SPLIT_FOLDER,
-    VOCDataset,
-    class_names,
-    find_root,
-    mask_file,
-    split_files,
-)
+from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, VOCDataset, find_root, mask_file, split_files
 from segnet_scratch.errors import DataError, some_of
-from segnet_scratch.files import reason, visible_files, whole_folder
+from segnet_scratch.files import visible_files, whole_folder
 
 
 class Pair(NamedTuple):
@@ -66,18 +57,15 @@ def write_dataset(
         save_indexed_png(mask_file(folder, name), labels, palette)
         return ""
 
-    try:
-        with whole_folder(out) as folder:
-            for part in FOLDERS:
-                (folder / part).mkdir(parents=True)
-            if problems := [*filter(None, walk(convert, pairs.items(), progress=progress))]:
-                what = f"{len(problems)} of {len(pairs)} masks hold {lacks[0]}"
-                raise DataError(f"{what}; nothing was written, {out} is not there:", *some_of(problems), lacks[1])
-            for split, ids in splits.items():
-                (folder / SPLIT_FOLDER / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
-            (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{error.filename2 or error.filename or out}: {reason(error)}.") from error
+    with whole_folder(out) as folder:
+        for part in FOLDERS:
+            (folder / part).mkdir(parents=True)
+        if problems := [*filter(None, walk(convert, pairs.items(), progress=progress))]:
+            what = f"{len(problems)} of {len(pairs)} masks hold {lacks[0]}"
+            raise DataError(f"{what}; nothing was written, {out} is not there:", *some_of(problems), lacks[1])
+        for split, ids in splits.items():
+            (folder / SPLIT_FOLDER / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+        (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     return len(pairs)
 
 
@@ -116,19 +104,18 @@ def _write_upright(source: Path, folder: Path, name: str) -> tuple[int, int]:
 
 
 def convert_masks(
-    source: str | Path, out: str | Path, table: ColourTable | Relabelling | None = None, progress: Progress = silent
+    source: str | Path, out: str | Path, table: ColourTable | Relabelling, progress: Progress = silent
 ) -> int:
     """Writes the data set `source`, in VOC layout but with colours or other numbers in its masks, to `out`.
 
-    table: the numbers of colours, or new ones of labels; VOC's colours for the classes of the set unless given. All
-    ids that a split names are taken, images are copied, labels.txt is written. `out` appears whole or not at all.
-    progress is told of the masks done and their number. Returns the number of masks.
+    table: the numbers of colours, or new ones of labels. All ids that a split names are taken, images are copied,
+    labels.txt is written. `out` appears whole or not at all. progress is told of the masks done and their number.
+    Returns the number of masks.
 
     Raises DataError where `out` holds something, where files are missing or damaged, and for what the table lacks: the
     message tells the masks, and of each colour the pixels and the first place.
     """
     root = find_root(source)
-    table = table or voc_colours(class_names(root))
     splits = [VOCDataset(root, split) for split in split_files(root)]
     if not splits:
         raise DataError(f"{root / SPLIT_FOLDER}: expected lists such as train.txt, got none; name the images in one.")

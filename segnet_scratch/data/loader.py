@@ -42,10 +42,8 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, index)))
 
 
-def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The indices 0..count-1 in the order of this epoch: int64 (count,)."""
-    if not shuffle:
-        return np.arange(count)
     # A spawn key of another length than the samples' keeps the order independent of their streams.
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,))).permutation(count)
 
@@ -119,16 +117,18 @@ def in_background(items: Iterator[Item], ahead: int) -> Generator[Item, None, No
 class Loader:
     """Batches of a data set, epoch by epoch.
 
-    batch: samples a batch. shuffle: a new order every epoch. drop_last: leave out a last batch that is
-    not full. workers: threads (0: none; decoding releases Python's lock, so threads suffice). prefetch:
-    batches to prepare ahead. skip_bad: the next sample of the data set stands in for one that cannot be read.
-    share: (rank, ranks) of several processes that make the same steps: of each batch rank r has samples r, r + ranks,
-    ..., so that all make equally many steps, and those of batches in equal parts are spread over each part.
-    Attributes: batches_per_epoch; waited, the seconds consumers have spent waiting for data in all; bad, what was said
-    of each sample that another stood in for, by its index.
+    batch: samples a batch. drop_last: leave out a last batch that is not full. workers: threads (0: none; decoding
+    releases Python's lock, so threads suffice). skip_bad: the next sample of the data set stands in for one that
+    cannot be read. share: (rank, ranks) of several processes that make the same steps: of each batch rank r has samples
+    r, r + ranks, ..., so that all make equally many steps, and those of batches in equal parts are spread over each
+    part.
+    Attributes: batches_per_epoch; prefetch, batches that are prepared ahead; waited, the seconds consumers have spent
+    waiting for data in all; bad, what was said of each sample that another stood in for, by its index.
     Raises DataError for an argument out of range, an empty data set, or one too small for a full batch
     with drop_last, or, shared, with a batch that does not give each rank a sample.
     """
+
+    prefetch = 2
 
     def __init__(
         self,
@@ -136,19 +136,12 @@ class Loader:
         transform: TrainTransform | EvalTransform,
         batch: int,
         seed: int = 0,
-        shuffle: bool = True,
         drop_last: bool = False,
         workers: int = 2,
-        prefetch: int = 2,
         skip_bad: bool = False,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        for name, value, least in (
-            ("batch", batch, 1),
-            ("seed", seed, 0),
-            ("workers", workers, 0),
-            ("prefetch", prefetch, 1),
-        ):
+        for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("workers", workers, 0)):
             if value < least:
                 raise DataError(f"loader: {name} {value}: expected at least {least}.")
         count = len(dataset)
@@ -165,14 +158,8 @@ class Loader:
                 f"loader: a batch of {smallest} of {count} samples does not give each of {share[1]} ranks one; use "
                 "fewer ranks, or a larger batch."
             )
-        self.dataset = dataset
-        self.transform = transform
-        self.batch = batch
-        self.share = share
-        self.seed = seed
-        self.shuffle = shuffle
-        self.workers = workers
-        self.prefetch = prefetch
+        self.dataset, self.transform, self.batch, self.share = dataset, transform, batch, share
+        self.seed, self.workers = seed, workers
         self.batches_per_epoch = count // batch if drop_last else -(-count // batch)
         self.waited = 0.0
         self.bad: dict[int, str] = {}
@@ -211,7 +198,7 @@ class Loader:
             raise DataError(f"loader: epoch {epoch_number}: expected at least 0.")
         if not 0 <= start_batch <= self.batches_per_epoch:
             raise DataError(f"loader: start_batch {start_batch}: expected 0..{self.batches_per_epoch}.")
-        order = epoch_order(len(self.dataset), self.seed, epoch_number, self.shuffle)
+        order = epoch_order(len(self.dataset), self.seed, epoch_number)
         starts = range(start_batch * self.batch, self.batches_per_epoch * self.batch, self.batch)
         rank, ranks = self.share
         return self._batches(epoch_number, [order[s : s + self.batch][rank::ranks].tolist() for s in starts])

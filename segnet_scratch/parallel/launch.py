@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from segnet_scratch.errors import ConfigError, DeviceError, MissingLibraryError
-from segnet_scratch.extras import require
+from segnet_scratch.errors import ConfigError, DeviceError, MissingLibraryError, require
 from segnet_scratch.parallel.communicator import ALONE, Communicator
 from segnet_scratch.parallel.mpi import MpiCommunicator
 

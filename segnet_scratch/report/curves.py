@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.extras import require
+from segnet_scratch.errors import require
 
 _POINTS = 1000  # of a curve, at most; more than a page is pixels wide would only make the file large
 _RAW, _SMOOTH, _OTHER = "#b9cdea", "#1f5fbf", "#d1622b"

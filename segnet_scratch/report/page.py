@@ -14,9 +14,8 @@ from segnet_scratch import weights
 from segnet_scratch.boundary import Boundary
 from segnet_scratch.config import AUTO, NO_VALIDATION, Config, describe, difference, load_config
 from segnet_scratch.data import VOCDataset
-from segnet_scratch.errors import DataError
+from segnet_scratch.errors import DataError, require
 from segnet_scratch.evaluate import Evaluation, evaluate
-from segnet_scratch.extras import require
 from segnet_scratch.files import write_durably
 from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog

@@ -23,8 +23,7 @@ from segnet_scratch.data import read_image, resize_image, resize_mask
 from segnet_scratch.data.drawing import Style, heat_colours
 from segnet_scratch.data.palette import has_background
 from segnet_scratch.data.pictures import MAX_PIXELS, label_counts
-from segnet_scratch.errors import ConfigError, SegnetError
-from segnet_scratch.extras import require
+from segnet_scratch.errors import ConfigError, SegnetError, require
 from segnet_scratch.files import reason
 from segnet_scratch.inference import Segmenter, scaled
 from segnet_scratch.report.pictures import jpeg_uri, png_uri

@@ -3,6 +3,7 @@
 import numpy as np
 
 from segnet_scratch import SegNetBasic
+from segnet_scratch.inference import Segmenter
 
 
 def network(classes=6, device="numpy", cls=SegNetBasic, **options):
@@ -21,6 +22,11 @@ def network(classes=6, device="numpy", cls=SegNetBasic, **options):
     model = cls(classes, 1 / 16, device, **options)
     model.load_state_dict(state)
     return model.eval()
+
+
+def segment(model, image, size, inference=None, with_logits=False):
+    """What a Segmenter finds in one image."""
+    return Segmenter(model, size, inference)(image, with_logits)
 
 
 def bilinear(x, height, width):

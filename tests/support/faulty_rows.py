@@ -6,7 +6,7 @@
 import numpy as np
 
 from segnet_scratch.lab.proof import table
-from segnet_scratch.lab.proof.worker import main
+from segnet_scratch.lab.proof.processes import main
 from segnet_scratch.ops.cases import Case, Row
 from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.launch import launch

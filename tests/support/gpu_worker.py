@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from segnet_scratch.lab.proof.worker import main
+from segnet_scratch.lab.proof.processes import main
 from support.fake_cupy import FakeCupy
 
 if __name__ == "__main__":

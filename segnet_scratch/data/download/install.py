@@ -12,7 +12,7 @@ from segnet_scratch.data.download.sbd import Merge, merge_sbd
 from segnet_scratch.data.download.sources import SBD, VOC2012, Source
 from segnet_scratch.data.voc import VOCDataset, find_root
 from segnet_scratch.errors import DataError
-from segnet_scratch.files import reason, whole_folder
+from segnet_scratch.files import whole_folder
 from segnet_scratch.runtime.cache import cache_directory
 
 _WEIGHTS = "https://download.pytorch.org/models/"  # torchvision's
@@ -35,19 +35,16 @@ def install_voc2012(
             raise DataError(*fault.split("\n"), f"The data set is not whole; move {root} away and download it again.")
         return root
     archive = _archive(directory, source, mirrors, progress)
-    try:
-        with whole_folder(root) as folder:
-            files = read_files(archive, source, partial(progress, "unpack"))
-            for name in source.wanted:
-                (folder / name).mkdir(parents=True)
-            for name, content in files:
-                # "x": an existing file, or a link however it came there, is never written through.
-                with (folder / name).open("xb") as stream:
-                    stream.write(content)
-            if fault := _fault(folder):
-                raise DataError(f"{archive}: holds no whole data set: {fault.replace(str(folder), str(root))}")
-    except OSError as error:
-        raise DataError(f"{root}: {reason(error)}.") from error
+    with whole_folder(root) as folder:
+        files = read_files(archive, source, partial(progress, "unpack"))
+        for name in source.wanted:
+            (folder / name).mkdir(parents=True)
+        for name, content in files:
+            # "x": an existing file, or a link however it came there, is never written through.
+            with (folder / name).open("xb") as stream:
+                stream.write(content)
+        if fault := _fault(folder):
+            raise DataError(f"{archive}: holds no whole data set: {fault.replace(str(folder), str(root))}")
     return root
 
 

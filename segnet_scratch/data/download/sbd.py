@@ -20,9 +20,8 @@ from segnet_scratch.data.download.sources import Source
 from segnet_scratch.data.loader import Progress, ordered_map, silent
 from segnet_scratch.data.palette import indexed_picture, png_bytes
 from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, check_sizes, find_image, mask_file, read_split
-from segnet_scratch.errors import DataError
-from segnet_scratch.extras import require
-from segnet_scratch.files import reason, sweep_temporaries, write_durably
+from segnet_scratch.errors import DataError, require
+from segnet_scratch.files import sweep_temporaries, write_durably
 
 # The list that is written.
 SPLIT = "train_aug"
@@ -49,36 +48,33 @@ def merge_sbd(archive: Path, root: Path, source: Source, progress: Progress = si
     train, val = read_split(root, "train"), set(read_split(root, "val"))
     listed: set[str] = set()
     found: set[str] = set()
-    try:
-        for folder in FOLDERS:
-            sweep_temporaries(root / folder)
+    for folder in FOLDERS:
+        sweep_temporaries(root / folder)
 
-        def jobs() -> Iterator[tuple[str, str, bytes]]:
-            for path, content in read_files(archive, source, progress):
-                name = PurePosixPath(path)
-                if name.suffix == ".txt":
-                    if name.stem in ("train", "val"):
-                        listed.update(content.decode("utf-8", "replace").split())
-                    continue
-                if name.suffix == ".mat":
-                    found.add(name.stem)
-                if name.stem not in val:
-                    yield name.suffix, name.stem, content
+    def jobs() -> Iterator[tuple[str, str, bytes]]:
+        for path, content in read_files(archive, source, progress):
+            name = PurePosixPath(path)
+            if name.suffix == ".txt":
+                if name.stem in ("train", "val"):
+                    listed.update(content.decode("utf-8", "replace").split())
+                continue
+            if name.suffix == ".mat":
+                found.add(name.stem)
+            if name.stem not in val:
+                yield name.suffix, name.stem, content
 
-        workers = os.cpu_count() or 1
-        with closing(ordered_map(partial(_add, archive, root, loadmat), jobs(), workers, ahead=8 * workers)) as results:
-            added = sum(results)
-        if not listed or listed - found:
-            what = f"{len(listed - found)} of the {len(listed)} ids in its lists have no mask"
-            raise DataError(f"{archive}: {what}; expected SBD's {source.file}, with lists and a mask for each id.")
-        ids = [*train, *sorted(found - val - set(train))]
-        for name in ids:
-            image, mask = find_image(root, name), mask_file(root, name)
-            check_sizes(image, _size(image), mask, _size(mask))
-        os.sync()  # some ten thousand files at once; before the list, which says that they are there
-        write_durably(root / SPLIT_FOLDER / f"{SPLIT}.txt", ["".join(f"{name}\n" for name in ids).encode()])
-    except OSError as error:
-        raise DataError(f"{error.filename or root}: {reason(error)}.") from error
+    workers = os.cpu_count() or 1
+    with closing(ordered_map(partial(_add, archive, root, loadmat), jobs(), workers, ahead=8 * workers)) as results:
+        added = sum(results)
+    if not listed or listed - found:
+        what = f"{len(listed - found)} of the {len(listed)} ids in its lists have no mask"
+        raise DataError(f"{archive}: {what}; expected SBD's {source.file}, with lists and a mask for each id.")
+    ids = [*train, *sorted(found - val - set(train))]
+    for name in ids:
+        image, mask = find_image(root, name), mask_file(root, name)
+        check_sizes(image, _size(image), mask, _size(mask))
+    os.sync()  # some ten thousand files at once; before the list, which says that they are there
+    write_durably(root / SPLIT_FOLDER / f"{SPLIT}.txt", ["".join(f"{name}\n" for name in ids).encode()])
     return Merge(root, len(ids), added)
 
 

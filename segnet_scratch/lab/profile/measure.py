@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.extras import require
+from segnet_scratch.errors import require
 from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.profile import ladder
 from segnet_scratch.lab.profile.ceilings import measure as measure_ceilings

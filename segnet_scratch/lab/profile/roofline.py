@@ -9,8 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from segnet_scratch.errors import ConfigError
-from segnet_scratch.extras import require
+from segnet_scratch.errors import ConfigError, require
 from segnet_scratch.files import write_durably
 from segnet_scratch.lab.profile.record import Profile
 

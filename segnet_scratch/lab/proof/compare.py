@@ -80,30 +80,24 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def reference(row: Row, case: Case, inputs: Inputs) -> tuple[Op, Buffers, dict[str, np.ndarray]]:
-    """The reference evaluated in float64: its op, its inputs beside its outputs, and all results by name."""
-    op = row.reference_plan(case)
-    given = {name: a for name, a in inputs.items() if a is not None}
-    wide = dict.fromkeys(inputs) | {n: row.as_seen(n, a).astype(op.inputs[n].dtype) for n, a in given.items()}
-    outputs = empty_outputs(op)
-    updated = {name: np.copy(wide[name]) for name in op.updates}
-    op.reference(Buffers(**{**wide, **updated}, **outputs))
-    return op, Buffers(**wide, **outputs), {**outputs, **updated}
-
-
 Expectation = dict[str, tuple[np.ndarray, np.ndarray | float]]  # by output: what it must be, and how far it may be off
 
 
 def expectation(row: Row, case: Case, inputs: Inputs, dtype: np.dtype, integers: bool = False) -> Expectation:
-    """What `examine` compares with, from the reference for these inputs. It needs no device."""
-    wide, b, expected = reference(row, case, inputs)
+    """What `examine` compares with: the reference for these inputs, evaluated in float64. It needs no device."""
+    op = row.reference_plan(case)
+    given = {name: a for name, a in inputs.items() if a is not None}
+    wide = dict.fromkeys(inputs) | {n: row.as_seen(n, a).astype(op.inputs[n].dtype) for n, a in given.items()}
+    outputs, updated = empty_outputs(op), {name: np.copy(wide[name]) for name in op.updates}
+    op.reference(Buffers(**{**wide, **updated}, **outputs))
     sums = np.finfo(ElementTypes.of(dtype).accumulate)
     # In float64 the reference has rounding errors of its own, as large as those of the op.
     eps = float(sums.eps) * (2 if dtype == np.float64 else 1)
     # Below the smallest normal number precision fades, and a GPU may flush to 0.
     tiny = 4 * float(sums.tiny)
-    bounds = {} if integers else {name: bound + tiny for name, bound in row.bound(wide, b, eps).items()}
-    return {name: (wanted, bounds.get(name, 0.0)) for name, wanted in expected.items()}
+    bounds = {} if integers else row.bound(op, Buffers(**wide, **outputs), eps)
+    expected = {**outputs, **updated}
+    return {name: (wanted, bounds[name] + tiny if name in bounds else 0.0) for name, wanted in expected.items()}
 
 
 @dataclass(frozen=True)

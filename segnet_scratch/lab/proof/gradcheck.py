@@ -24,6 +24,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.differentiable import Chosen, Maker, Subject, differentiable, differentiables
+from segnet_scratch.metrics import plain
 from segnet_scratch.nn.autograd import Function, OpFunction, Tensor
 from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
@@ -111,7 +112,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and strings; a number that is not finite becomes None, as JSON has none."""
-        return _finite({**asdict(self), "limit": self.limit})
+        return plain({**asdict(self), "limit": self.limit})
 
     def __str__(self) -> str:
         line = f"{self.op:13} {self.verdict}  worst error {self.worst:.1e} (limit {self.limit:.0e})"
@@ -124,12 +125,6 @@ class Result:
         if not self.passed and self.uncompared:
             line += f"\n  nothing to compare with for {', '.join(self.uncompared)}"
         return line
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def names() -> list[str]:

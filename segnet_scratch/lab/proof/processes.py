@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -21,13 +22,14 @@ from math import inf
 from typing import Any
 
 from segnet_scratch.errors import CompileError
+from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import CASE_MARK
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.lab.workbench.sanitizers import python_path, read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
 AHEAD = 4  # pieces of work for each core of the others that a GPU may be behind them: their results lie on the disk
-WORKER = "segnet_scratch.lab.proof.worker"
+WORKER = "segnet_scratch.lab.proof.processes"
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SEGNET_THREADS")
 
 
@@ -171,3 +173,28 @@ def _last_case(work: Work, text: str) -> str:
     if CASE_MARK in text:
         return text.rpartition(CASE_MARK)[2].partition("\n")[0]
     return f"one of the {work.cases}"
+
+
+def main() -> None:
+    """Ends when its input does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this process
+    os.environ.pop("LD_PRELOAD", None)  # a sanitizer's library is here by now, and not for the programs started here
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels print is no answer
+    for line in sys.stdin:
+        work = Work.from_json(json.loads(line))
+        start = time.perf_counter()
+        try:
+            tally = PARTS[work.part].do(work)
+        except Exception:  # of no kind that a part expects: the report has to show where
+            tally = Tally()
+            tally.fail(work, work.cases, traceback.format_exc())
+        tally.seconds = time.perf_counter() - start
+        answers.write(json.dumps(tally.to_json()) + "\n")
+        answers.flush()
+    answers.flush()
+    os._exit(0)  # Python's end under a sanitizer is slow
+
+
+if __name__ == "__main__":
+    main()

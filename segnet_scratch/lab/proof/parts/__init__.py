@@ -6,12 +6,9 @@
     accuracy.py      errors of float32 sums beside a chain's
     gradients.py     gradient checks of ops and networks
     same_bits.py     orders of threads and blocks, variables without a value, sanitizers, the same bits again
-    hostile.py       hostile inputs of pooling and its like
-    losses.py        edges of the loss
-    refusals.py      inputs that must be refused
+    refusals.py      inputs that must be refused, and hostile ones; edges of the loss
     gate.py          launches that must be refused
-    steps.py         training steps: the same bits again; on a GPU other devices, graphs, the fused engine, uploads
-    ranks.py         NCCL on one GPU
+    steps.py         training steps: the same bits again; on a GPU other devices, graphs, fused engine, uploads, NCCL
     learning.py      that it learns
     compute_sanitizer.py  NVIDIA's four tools
 
@@ -24,14 +21,11 @@ from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, GpuBuilds, Ho
 from segnet_scratch.lab.proof.parts.compute_sanitizer import ComputeSanitizer
 from segnet_scratch.lab.proof.parts.gate import Gate
 from segnet_scratch.lab.proof.parts.gradients import Gradients, Networks
-from segnet_scratch.lab.proof.parts.hostile import HostileInputs
 from segnet_scratch.lab.proof.parts.learning import Demo, Learning
-from segnet_scratch.lab.proof.parts.losses import Losses
-from segnet_scratch.lab.proof.parts.ranks import Nccl
 from segnet_scratch.lab.proof.parts.reference import HostBits, Integers, Reference
-from segnet_scratch.lab.proof.parts.refusals import Refusals
+from segnet_scratch.lab.proof.parts.refusals import HostileInputs, Losses, Refusals
 from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Sanitizers, Variables
-from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, OtherDevices, Timing, Training, Uploads
+from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, Nccl, OtherDevices, Timing, Training, Uploads
 
 # In the order of the report, in which a GPU has them, too.
 PARTS: dict[str, Part] = {
