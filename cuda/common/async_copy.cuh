@@ -2,7 +2,6 @@
 // thread goes on while they are under way.
 //
 //   cp_async_16(to, from, bytes);  begins a copy of 16 bytes; only `bytes` of them are read, the rest become zeros
-//   cp_async_4(to, from, bytes);   the same of 4 bytes
 //   cp_async_commit();             the copies begun since the last commit become a group
 //   cp_async_wait_group<N>();      waits until at most the N youngest groups are under way
 //
@@ -18,18 +17,18 @@
 
 namespace host {
 
-inline void begin_copy(const char* operation, Place here, void* to, const void* from, size_t size, int bytes) {
+inline void begin_copy(Place here, void* to, const void* from, int bytes) {
     if (!worker->cooperative) throw NeedsFibers();
-    if (bytes < 0 || size_t(bytes) > size) fault(operation, here, "reads more bytes than it writes");
-    if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
-        fault(operation, here, "has an address that is no multiple of its size");
+    if (bytes < 0 || bytes > 16) fault("cp_async_16", here, "reads more bytes than it writes");
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        fault("cp_async_16", here, "has an address that is no multiple of its size");
 #ifdef __SANITIZE_ADDRESS__
     // The copy itself is carried out elsewhere; a wrong address is to be reported here.
     volatile const char* source = static_cast<const char*>(from);
     for (int i = 0; i < bytes; ++i) (void)source[i];
 #endif
-    std::memset(to, kPoisonByte, size);
-    worker->current->copies.push_back({to, from, size, size_t(bytes)});
+    std::memset(to, kPoisonByte, 16);
+    worker->current->copies.push_back({to, from, size_t(bytes)});
 }
 
 inline void finish_copies(size_t pending_groups) {
@@ -39,7 +38,7 @@ inline void finish_copies(size_t pending_groups) {
     for (size_t i = 0; i < count; ++i) {
         const AsyncCopy& copy = self->copies[i];
         std::memcpy(copy.to, copy.from, copy.read);
-        std::memset(static_cast<char*>(copy.to) + copy.read, 0, copy.bytes - copy.read);
+        std::memset(static_cast<char*>(copy.to) + copy.read, 0, 16 - copy.read);
     }
     self->copies.erase(self->copies.begin(), self->copies.begin() + long(count));
     self->copy_groups.erase(self->copy_groups.begin(), self->copy_groups.begin() + long(groups));
@@ -48,12 +47,7 @@ inline void finish_copies(size_t pending_groups) {
 
 }  // namespace host
 
-inline void cp_async_16(void* to, const void* from, int bytes, HERE) {
-    host::begin_copy("cp_async_16", here, to, from, 16, bytes);
-}
-inline void cp_async_4(void* to, const void* from, int bytes, HERE) {
-    host::begin_copy("cp_async_4", here, to, from, 4, bytes);
-}
+inline void cp_async_16(void* to, const void* from, int bytes, HERE) { host::begin_copy(here, to, from, bytes); }
 inline void cp_async_commit() {
     if (!host::worker->cooperative) throw host::NeedsFibers();
     host::worker->current->copy_groups.push_back(host::worker->current->copies.size());
@@ -67,10 +61,6 @@ inline void cp_async_wait_group() {
 
 __device__ inline void cp_async_16(void* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
-}
-__device__ inline void cp_async_4(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -41,18 +41,17 @@ inline const SharedArray* array_at(size_t offset) {
     return nullptr;
 }
 
-// The final address of a byte in a place with swizzle: bits 7... of an address exchange its pieces of 16 bytes.
-inline unsigned swizzled(unsigned address, unsigned span) { return address ^ ((address >> 7 & (span / 16 - 1)) << 4); }
+// The final address of a byte in a place with swizzle: bits 7 to 9 of an address exchange its pieces of 16 bytes.
+inline unsigned swizzled(unsigned address) { return address ^ ((address >> 7 & 7) << 4); }
 
 // What a TensorMap holds on the host device, as segnet_scratch/kernels/tensor_map.py fills it in (same fields, same order).
 struct MapFields {
     unsigned magic;
-    unsigned char rank, im2col, span, element;  // span: bytes within which pieces are exchanged, 16 (no swizzle) to 128
+    unsigned char rank, im2col, element;
     unsigned long long address;
     unsigned long long strides[4];  // bytes, from the second dimension on
     unsigned sizes[5];              // numbers, innermost first
     unsigned short box[5];          // of im2col: channels, pixels
-    unsigned char steps[5];         // every how many-th number is taken
     signed char lower[2], upper[2];  // of im2col: the corners of the pixels, x and y, from the first and the last
 };
 constexpr unsigned kMapMagic = 0x50414D54;  // "TMAP"
@@ -76,12 +75,8 @@ struct Transfer {
     MapFields map;
     int corner[4], tap[2];
     unsigned offset, bytes;     // in shared memory
-    Barrier* barrier;           // of a load
-    unsigned long long group;   // of a store: the number of its group; kUncommitted before the commit
-    bool read;                  // of a store: its box has been read
-    std::vector<unsigned char> contents;  // of a store
+    Barrier* barrier;
 };
-constexpr unsigned long long kUncommitted = ~0ull;
 
 // The sums of a warpgroup, 64 x N, while products that add to them are under way.
 struct Sums {
@@ -140,8 +135,6 @@ struct ThreadState {
     // wgmma (host_wgmma.h)
     unsigned long long epoch;  // counts its fences
     size_t products, groups;   // begun, committed
-    // TMA stores (host_tma.h): how many groups it has committed
-    unsigned long long store_groups;
 };
 
 struct WarpgroupState {
@@ -155,7 +148,7 @@ struct WarpgroupState {
 
 // How the units of shared memory are being used by what is under way.
 struct Usage {
-    unsigned short products, stores;
+    unsigned short products;
     bool load;
 };
 
@@ -165,7 +158,7 @@ class Hopper : public Engine {
     NamedBarrier named[16];
     std::vector<ThreadState> threads;
     std::vector<WarpgroupState> warpgroups;
-    std::vector<std::unique_ptr<Transfer>> loads, stores;
+    std::vector<std::unique_ptr<Transfer>> loads;
     std::vector<Usage> usage;
     std::vector<unsigned char> view;  // shared memory as TMA and wgmma see it
     int free_registers;
@@ -252,9 +245,7 @@ class Hopper : public Engine {
         for (unsigned i = 0; i < bytes; ++i) worker->arena_base[offset + i] = view[offset + i] = from[i];
     }
 
-    void arrive(unsigned i);           // load i brings its box
-    void read_store(Transfer& store);  // a store reads its box
-    void write_store(const Transfer& store);
+    void arrive(unsigned i);  // load i brings its box
     void maybe_early() {
         if (worker->launch->order == int(Order::shuffled) && !loads.empty() && worker->next_random() % 2)
             arrive(unsigned(worker->next_random() % loads.size()));
@@ -291,19 +282,19 @@ inline void Hopper::complete_if_done(Barrier& barrier) {
 
 // ------------------------------------------------------------------------------------------------ warpgroups
 
-HOST_CALL void named_barrier(const char* operation, int id, int count, bool waits, Place place) {
+HOST_CALL void named_barrier_sync(int id, int count, HERE) {
+    const char* const operation = "named_barrier_sync";
     Hopper& hopper = Hopper::get();
-    if (id < 1 || id > 15) fault(operation, place, "names barrier %d; 1 to 15 are free (0 is __syncthreads)", id);
+    if (id < 1 || id > 15) fault(operation, here, "names barrier %d; 1 to 15 are free (0 is __syncthreads)", id);
     if (count < 32 || count % 32 || size_t(count) > hopper.threads.size())
-        fault(operation, place, "is for %d threads; expected a multiple of 32, at most the block's %zu", count, hopper.threads.size());
+        fault(operation, here, "is for %d threads; expected a multiple of 32, at most the block's %zu", count, hopper.threads.size());
     NamedBarrier& barrier = hopper.named[id];
     if (barrier.arrived && barrier.threads != count)
-        fault(operation, place, "is for %d threads, but others came to barrier %d for %d", count, id, barrier.threads);
+        fault(operation, here, "is for %d threads, but others came to barrier %d for %d", count, id, barrier.threads);
     barrier.threads = count;
     if (++barrier.arrived < count) {
-        if (!waits) return;
         barrier.waiting.insert(thread_number());
-        return hopper.wait(operation, place);
+        return hopper.wait(operation, here);
     }
     barrier.arrived = 0;
     hopper.wake_all(0, unsigned(hopper.threads.size()), [&](unsigned thread) { return barrier.waiting.erase(thread) == 1; });
@@ -346,7 +337,6 @@ inline void Hopper::begin_block() {
     const size_t count = worker->fibers.size();
     barriers.clear();
     loads.clear();
-    stores.clear();
     for (NamedBarrier& barrier : named) barrier = NamedBarrier();
     threads.assign(count, ThreadState());
     for (Fiber& fiber : worker->fibers) fiber.waits_for_engine = false;
@@ -403,10 +393,10 @@ inline void Hopper::update_view(Place place) {
             word& seen = *reinterpret_cast<word*>(view.data() + at);
             if (stored == seen) continue;
             const Usage& use = usage[at / kUnit];
-            if (use.products || use.stores || use.load)
+            if (use.products || use.load)
                 fault("fence_proxy_async", place, "finds that shared array '%s' was overwritten at byte %zu, which %s", array.name,
                       at - array.offset,
-                      use.load ? "a copy under way is writing" : use.stores ? "a store still reads" : "a product still reads");
+                      use.load ? "a copy under way is writing" : "a product still reads");
             seen = stored;
         }
     }
@@ -420,16 +410,12 @@ inline void Hopper::end_block() {
     for (const WarpgroupState& group : warpgroups)
         for (const auto& product : group.products)
             return report("wgmma", product->place, "is under way when the block ends: no wgmma_wait covers it");
-    for (const auto& store : stores)
-        if (!store->read)
-            return report(store->operation, store->place, "still reads shared memory when the block ends: no tma_store_wait_read covers it");
     for (int i = 1; i < 16; ++i)
         if (named[i].arrived)
             return worker->fail("named barrier %d has %d of %d threads when the block ends", i, named[i].arrived, named[i].threads);
     for (const Barrier& barrier : barriers)
         if (barrier.bytes)
             return report("mbarrier_init", barrier.initialised, "makes a barrier that still expects bytes when the block ends");
-    for (const auto& store : stores) write_store(*store);
 }
 
 static const bool hopper_engine = (make_engine = []() -> Engine* { return new Hopper; }, true);

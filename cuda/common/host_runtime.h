@@ -160,7 +160,7 @@ inline void forbid(const void*, size_t) {}
 struct AsyncCopy {
     void* to;
     const void* from;
-    size_t bytes, read;  // what lies between is zeros
+    size_t read;  // bytes; the rest of 16 become zeros
 };
 
 // Where in the source an instruction stands; as a default argument, where its wrapper was called.

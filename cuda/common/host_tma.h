@@ -1,4 +1,4 @@
-// The tensor memory accelerator on the host device (tma.cuh): boxes between global and shared memory.
+// The tensor memory accelerator on the host device (tma.cuh): boxes from global to shared memory.
 #pragma once
 #include "host_hopper.h"
 
@@ -29,22 +29,22 @@ void visit_box(const Transfer& t, Visit visit) {
             const bool exists = inside(1, column) && inside(2, row) && inside(3, image);
             run(exists, base + column * (long long)m.strides[0] + row * (long long)m.strides[1] + image * (long long)m.strides[2],
                 t.corner[0], m.box[0]);
-            if ((x += m.steps[1]) < (long long)m.sizes[1] + m.upper[0]) continue;
+            if (++x < (long long)m.sizes[1] + m.upper[0]) continue;
             x = m.lower[0];
-            if ((y += m.steps[2]) < (long long)m.sizes[2] + m.upper[1]) continue;
+            if (++y < (long long)m.sizes[2] + m.upper[1]) continue;
             y = m.lower[1];
             ++image;
         }
         return;
     }
-    unsigned counts[4], rows = 1;
-    for (int d = 1; d < m.rank; ++d) rows *= counts[d] = unsigned(m.box[d] + m.steps[d] - 1) / m.steps[d];
+    unsigned rows = 1;
+    for (int d = 1; d < m.rank; ++d) rows *= m.box[d];
     for (unsigned number = 0; number < rows; ++number) {
         bool exists = true;
         const char* row = base;
         unsigned left = number;
-        for (int d = 1; d < m.rank; left /= counts[d++]) {
-            const long long i = t.corner[d] + (long long)(left % counts[d]) * m.steps[d];
+        for (int d = 1; d < m.rank; left /= m.box[d++]) {
+            const long long i = t.corner[d] + (long long)(left % m.box[d]);
             exists &= inside(d, i);
             row += i * (long long)m.strides[d - 1];
         }
@@ -53,10 +53,9 @@ void visit_box(const Transfer& t, Visit visit) {
 }
 
 inline unsigned box_bytes(const MapFields& m) {
-    unsigned numbers = m.box[0];
-    if (m.im2col) return numbers * m.box[1] * m.element;
-    for (int d = 1; d < m.rank; ++d) numbers *= unsigned(m.box[d] + m.steps[d] - 1) / m.steps[d];
-    return numbers * m.element;
+    unsigned bytes = m.element;
+    for (int d = 0; d < (m.im2col ? 2 : m.rank); ++d) bytes *= m.box[d];
+    return bytes;
 }
 
 // A transfer that begins: what is wrong with it is found here.
@@ -89,11 +88,9 @@ HOST_CALL void begin_load(std::unique_ptr<Transfer> t, const void* full) {
         fault(operation, place, "uses an mbarrier without mbarrier_init_fence after its initialisation");
     for (unsigned unit = t->offset / kUnit; unit < (t->offset + t->bytes) / kUnit; ++unit) {
         Usage& use = hopper.usage[unit];
-        if (use.products || use.stores || use.load)
+        if (use.products || use.load)
             fault(operation, place, "overwrites a place which %s: byte %u of its box",
-                  use.load       ? "another copy under way is writing"
-                  : use.products ? "a product still reads (no wgmma_wait has covered it)"
-                                 : "a store still reads (no tma_store_wait_read has covered it)",
+                  use.load ? "another copy under way is writing" : "a product still reads (no wgmma_wait has covered it)",
                   unit * kUnit - t->offset);
         use.load = true;
     }
@@ -121,7 +118,7 @@ inline void Hopper::arrive(unsigned i) {
         if (from) std::memcpy(box.data() + at, from, element);
     });
     for (unsigned at = 0; at < t->bytes; at += kUnit) {
-        write(swizzled(t->offset + at, t->map.span), box.data() + at, kUnit);
+        write(swizzled(t->offset + at), box.data() + at, kUnit);
         usage[(t->offset + at) / kUnit].load = false;
     }
     Barrier& barrier = *t->barrier;
@@ -129,55 +126,6 @@ inline void Hopper::arrive(unsigned i) {
     if (barrier.pending == 0 && barrier.bytes < 0)
         fault(t->operation, t->place, "brings %lld bytes more than were announced to its mbarrier", -barrier.bytes);
     complete_if_done(barrier);
-}
-
-HOST_CALL void begin_store(std::unique_ptr<Transfer> t) {
-    Hopper& hopper = Hopper::get();
-    t->group = kUncommitted;
-    t->contents.resize(t->bytes);
-    for (unsigned unit = t->offset / kUnit; unit < (t->offset + t->bytes) / kUnit; ++unit) {
-        if (hopper.usage[unit].load) fault(t->operation, t->place, "reads a place to which a copy is under way");
-        ++hopper.usage[unit].stores;
-    }
-    hopper.read(t->operation, t->place, t->offset, t->contents.data(), t->bytes);
-    hopper.stores.push_back(std::move(t));
-}
-
-// What it stores is what is there when it reads; should that be other than it was, nothing said that it might be.
-inline void Hopper::read_store(Transfer& store) {
-    for (unsigned i = 0; i < store.bytes; ++i)
-        if (worker->arena_base[store.offset + i] != store.contents[i])
-            fault(store.operation, store.place, "still reads shared memory (byte %u of its box) that was overwritten before tma_store_wait_read", i);
-    for (unsigned unit = store.offset / kUnit; unit < (store.offset + store.bytes) / kUnit; ++unit) --usage[unit].stores;
-    store.read = true;
-}
-
-inline void Hopper::write_store(const Transfer& store) {
-    visit_box(store, [&](unsigned at, const char* to) {
-        const unsigned from = swizzled(store.offset + at, store.map.span) - store.offset;
-        if (to) std::memcpy(const_cast<char*>(to), store.contents.data() + from, store.map.element);
-    });
-}
-
-HOST_CALL void tma_store_commit() {
-    Hopper& hopper = Hopper::get();
-    const unsigned long long group = hopper.self().store_groups++;
-    for (auto& store : hopper.stores)
-        if (store->thread == thread_number() && store->group == kUncommitted) store->group = group;
-}
-
-// Waits for all but `pending` of the thread's groups: until they have read shared memory, or until they have arrived.
-HOST_CALL void wait_for_stores(unsigned long long pending, bool only_read) {
-    Hopper& hopper = Hopper::get();
-    const unsigned long long groups = hopper.self().store_groups;
-    auto& stores = hopper.stores;
-    auto done = [&](const std::unique_ptr<Transfer>& store) {
-        if (store->thread != thread_number() || store->group == kUncommitted || store->group + pending >= groups) return false;
-        if (!store->read) hopper.read_store(*store);
-        if (!only_read) hopper.write_store(*store);
-        return !only_read;
-    };
-    stores.erase(std::remove_if(stores.begin(), stores.end(), done), stores.end());
 }
 
 HOST_CALL void begin_load_im2col(const void* map, const int* pixel, const int* tap, const void* to, const void* full, Place place) {

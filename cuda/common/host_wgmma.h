@@ -29,10 +29,10 @@ void visit_pieces(const Operand& operand, Visit visit) {
     if (operand.mn_major) {
         for (unsigned k = 0, i = 0; k < 16; ++k)
             for (unsigned row = 0; row < count; row += 8, ++i)
-                visit(i, swizzled(start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2, 128));
+                visit(i, swizzled(start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2));
     } else {
         for (unsigned row = 0, i = 0; row < count; ++row)
-            for (unsigned half = 0; half < 2; ++half, ++i) visit(i, swizzled(start + row / 8 * stride + row % 8 * 128 + half * 16, 128));
+            for (unsigned half = 0; half < 2; ++half, ++i) visit(i, swizzled(start + row / 8 * stride + row % 8 * 128 + half * 16));
     }
 }
 
@@ -99,10 +99,10 @@ void compute(const Product& product) {
 
 inline void compute(const Product& product) {
     switch (product.b.count) {
-#define HOST_WGMMA(n) case n: return compute<n>(product);
-        HOST_WGMMA(8) HOST_WGMMA(16) HOST_WGMMA(24) HOST_WGMMA(32) HOST_WGMMA(64)
-        HOST_WGMMA(96) HOST_WGMMA(128) HOST_WGMMA(192) HOST_WGMMA(256)
-#undef HOST_WGMMA
+        case 32: return compute<32>(product);
+        case 64: return compute<64>(product);
+        case 128: return compute<128>(product);
+        case 192: return compute<192>(product);
     }
 }
 

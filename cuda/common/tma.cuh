@@ -1,4 +1,4 @@
-// The tensor memory accelerator (Hopper: TMA): one thread has a whole box of a tensor copied between global and shared
+// The tensor memory accelerator (Hopper: TMA): one thread has a whole box of a tensor copied from global to shared
 // memory, by the coordinates of its corner.
 //
 // A TensorMap describes the tensor in global memory (address, sizes, strides), the box and how the box lies in shared
@@ -10,15 +10,11 @@
 //   tma_load(to, map, {c, x, y, n}, full)       a box whose corner is there, innermost coordinate first, into shared memory;
 //                                               what lies outside the tensor is filled with zeros
 //   tma_load_im2col(to, map, {c, x, y, n}, {dx, dy}, full)   a run of pixels of an im2col map: see below
-//   tma_store(map, {c, x, y, n}, from)          a box from shared memory; what lies outside the tensor is left out
-//   tma_store_commit()                          the thread's stores since the last commit become a group
-//   tma_store_wait_read<N>()                    waits until at most N groups still read shared memory: it may be reused
-//   tma_store_wait<N>()                         waits until at most N groups are under way: the data is in global memory
-//   fence_proxy_async()                         after ordinary stores to shared memory, before TMA or wgmma reads them
+//   fence_proxy_async()                         after ordinary stores to shared memory, before wgmma reads them
 //
 // A load counts its bytes, zeros included, as arrived at `full`, of which somebody must have announced them
-// (mbarrier_arrive_expect_tx). `to` and `from` are multiples of 128 bytes; in a map with 128-byte swizzle the 16-byte
-// pieces of each 128 bytes are exchanged: piece p of the 128 bytes at address a lies at p ^ (a / 128 % 8). Places at
+// (mbarrier_arrive_expect_tx). `to` is a multiple of 128 bytes; the 16-byte
+// pieces of each 128 bytes are exchanged (the swizzle): piece p of the 128 bytes at address a lies at p ^ (a / 128 % 8). Places at
 // multiples of 1024 make that the row of the box.
 //
 // im2col: the map's corners bound the pixels at which a filter's first tap stands: of a 3 x 3 filter with padding 1 -1 to
@@ -42,15 +38,6 @@ inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], 
 inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2], Mbarrier& full, HERE) {
     host::begin_load_im2col(&map, pixel, tap, to, &full, here);
 }
-template <int RANK>
-inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from, HERE) {
-    host::begin_store(host::transfer("tma_store", &map, corner, RANK, from, here));
-}
-using host::tma_store_commit;
-template <int PENDING>
-inline void tma_store_wait_read() { host::wait_for_stores(PENDING, true); }
-template <int PENDING>
-inline void tma_store_wait() { host::wait_for_stores(PENDING, false); }
 inline void fence_proxy_async(HERE) { host::Hopper::get().update_view(here); }
 
 #else
@@ -59,28 +46,20 @@ __device__ inline void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The coordinates of a corner in an instruction: their names from %2 or %3 on, and their operands.
-#define AT_2(a, b, c, d) "{%" #a ", %" #b "}"
-#define AT_3(a, b, c, d) "{%" #a ", %" #b ", %" #c "}"
-#define AT_4(a, b, c, d) "{%" #a ", %" #b ", %" #c ", %" #d "}"
-#define CORNER_2 "r"(corner[0]), "r"(corner[1])
-#define CORNER_3 CORNER_2, "r"(corner[2])
-#define CORNER_4 CORNER_3, "r"(corner[3])
-
-#define TMA_LOAD(rank)                                                                                                  \
-    asm volatile("cp.async.bulk.tensor." #rank "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, " \
-                 AT_##rank(3, 4, 5, 6) "], [%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&full)),     \
-                 CORNER_##rank                                                                                          \
+#define TMA_LOAD(rank, names, ...)                                                                                                \
+    asm volatile("cp.async.bulk.tensor." rank "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {" names "}], " \
+                 "[%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&full)), __VA_ARGS__                             \
                  : "memory")
 template <int RANK>
 __device__ inline void tma_load(void* to, const TensorMap& map, const int (&corner)[RANK], Mbarrier& full) {
     static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
+    const int* const c = corner;
     if constexpr (RANK == 2)
-        TMA_LOAD(2);
+        TMA_LOAD("2", "%3, %4", "r"(c[0]), "r"(c[1]));
     else if constexpr (RANK == 3)
-        TMA_LOAD(3);
+        TMA_LOAD("3", "%3, %4, %5", "r"(c[0]), "r"(c[1]), "r"(c[2]));
     else
-        TMA_LOAD(4);
+        TMA_LOAD("4", "%3, %4, %5, %6", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 __device__ inline void tma_load_im2col(void* to, const TensorMap& map, const int (&pixel)[4], const int (&tap)[2],
@@ -91,31 +70,6 @@ __device__ inline void tma_load_im2col(void* to, const TensorMap& map, const int
         "l"(&map), "r"(shared_address(&full)), "r"(pixel[0]), "r"(pixel[1]), "r"(pixel[2]), "r"(pixel[3]),
         "h"((unsigned short)tap[0]), "h"((unsigned short)tap[1])
         : "memory");
-}
-
-#define TMA_STORE(rank)                                                                                                       \
-    asm volatile("cp.async.bulk.tensor." #rank "d.global.shared::cta.tile.bulk_group [%0, " AT_##rank(2, 3, 4, 5) "], [%1];" \
-                 ::"l"(&map), "r"(shared_address(from)), CORNER_##rank                                                       \
-                 : "memory")
-template <int RANK>
-__device__ inline void tma_store(const TensorMap& map, const int (&corner)[RANK], const void* from) {
-    static_assert(RANK >= 2 && RANK <= 4, "maps of two to four dimensions");
-    if constexpr (RANK == 2)
-        TMA_STORE(2);
-    else if constexpr (RANK == 3)
-        TMA_STORE(3);
-    else
-        TMA_STORE(4);
-}
-
-__device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void tma_store_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ inline void tma_store_wait() {
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

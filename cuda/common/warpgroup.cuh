@@ -5,7 +5,6 @@
 //   setmaxnreg_decrease<N>()        the warpgroup keeps N registers a thread and gives the rest back to its block
 //   setmaxnreg_increase<N>()        it takes registers, up to N a thread; waits until others have given them back
 //   named_barrier_sync(id, threads)    a barrier of some of the block's warps: `threads` of them, a multiple of 32, meet
-//   named_barrier_arrive(id, threads)  the same, without waiting: counts as arrived
 //
 // Barrier 0 is __syncthreads()'s; 1 to 15 are free. N is a multiple of 8, 24 to 256. A block is launched with as many
 // registers a thread as the compiler gave the kernel (__launch_bounds__ decides); decreases and increases together may
@@ -35,8 +34,7 @@ template <int REGISTERS>
 inline void setmaxnreg_decrease(HERE) { host::set_registers("setmaxnreg_decrease", REGISTERS, false, here); }
 template <int REGISTERS>
 inline void setmaxnreg_increase(HERE) { host::set_registers("setmaxnreg_increase", REGISTERS, true, here); }
-inline void named_barrier_sync(int id, int threads, HERE) { host::named_barrier("named_barrier_sync", id, threads, true, here); }
-inline void named_barrier_arrive(int id, int threads, HERE) { host::named_barrier("named_barrier_arrive", id, threads, false, here); }
+using host::named_barrier_sync;
 
 #else
 
@@ -50,9 +48,6 @@ __device__ inline void setmaxnreg_increase() {
 }
 __device__ inline void named_barrier_sync(int id, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #endif

@@ -4,7 +4,7 @@
 //   wgmma_fence();                          the registers of the sums, and what was written to shared memory and fenced
 //                                           (fence_proxy_async), are ready: before the first product of a group
 //   wgmma(sums, a, b, accumulate);          sums += a b; without accumulate sums = a b, whatever they held.
-//                                           Accumulators<N> sums: N / 2 numbers a thread; N is 8, 16, 24, 32, 64, ..., 256
+//                                           Accumulators<N> sums: N / 2 numbers a thread; N is 32, 64, 128, 192
 //   wgmma_commit();                         the products begun since the last commit become a group
 //   wgmma_wait<P>();                        waits until at most the P youngest groups are under way
 //
@@ -127,32 +127,21 @@ __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-#define NAMES_4 "%0, %1, %2, %3"
-#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
-#define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
-#define NAMES_16 NAMES_12 ", %12, %13, %14, %15"
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32 \
     NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_48 \
-    NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_64 \
-    NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_64                                                                                   \
+    NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+             ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_96                                                                                   \
     NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
              ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define NAMES_128                                                                                                    \
-    NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-             ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
-#define SUMS_12(i) SUMS_8(i), SUMS_4(i + 8)
-#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
-#define SUMS_48(i) SUMS_32(i), SUMS_16(i + 32)
 #define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
 #define SUMS_96(i) SUMS_64(i), SUMS_32(i + 64)
-#define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
 
 // Of one N. Operands are numbered through: the sums, then a, b, accumulate and whether a and b are MN-major.
 #define WGMMA(n, COUNT, A, B, ACCUMULATE, A_MN, B_MN)                                                          \
@@ -170,17 +159,12 @@ __device__ inline void wgmma_wait() {
 
 template <int N, class A_Operand, class B_Operand>
 __device__ __forceinline__ void wgmma(Accumulators<N>& accumulators, A_Operand a, B_Operand b, bool accumulate) {
-    static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "no such N");
+    static_assert(N == 32 || N == 64 || N == 128 || N == 192, "no such N");
     float(&sums)[N / 2] = accumulators.values;
-    WGMMA(8, 4, "%4", "%5", "%6", "%7", "%8");
-    WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12");
-    WGMMA(24, 12, "%12", "%13", "%14", "%15", "%16");
     WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20");
     WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36");
-    WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52");
     WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68");
     WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100");
-    WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132");
 }
 
 #undef WGMMA

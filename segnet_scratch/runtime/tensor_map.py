@@ -17,7 +17,8 @@ from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, ShapeErr
 from segnet_scratch.runtime.precision import BFLOAT16
 
 BYTES = 128
-SWIZZLES = (0, 32, 64, 128)  # bytes of shared memory within which pieces of 16 bytes are exchanged
+SWIZZLE = 128  # bytes of shared memory within which pieces of 16 bytes are exchanged
+_SWIZZLE_128 = 3  # CU_TENSOR_MAP_SWIZZLE_128B
 # CUtensorMapDataType of the driver, by element type.
 _DATA_TYPES = {np.dtype(np.uint8): 0, np.dtype(np.float32): 7, np.dtype(np.float64): 8, BFLOAT16: 9}
 _L2_PROMOTION_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B: a miss fetches 256 bytes
@@ -37,19 +38,17 @@ class Im2col:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Boxes of an array that one thread has copied to and from shared memory.
+    """Boxes of an array that one thread has copied to shared memory.
 
     `array` has two to four dimensions and is contiguous; `box` is the box's size in its dimensions, in the array's
     order: (1, 10, 10, 64) of (n, h, w, c). (The coordinates that a kernel gives are in the opposite order, innermost
-    first.) Of an `im2col` map, of (n, h, w, c), the box is (pixels, channels). `steps` takes every how many-th element
-    of each dimension. In shared memory pieces of 16 bytes are exchanged within `swizzle` bytes; the box's last
-    dimension is no longer than that. ShapeError, DTypeError or LaunchError name what the hardware does not take.
+    first.) Of an `im2col` map, of (n, h, w, c), the box is (pixels, channels). In shared memory pieces of 16 bytes are
+    exchanged within SWIZZLE bytes; the box's last dimension is no longer than that. ShapeError, DTypeError or
+    LaunchError name what the hardware does not take.
     """
 
     array: Any
     box: tuple[int, ...]
-    swizzle: int = 128
-    steps: tuple[int, ...] | None = None
     im2col: Im2col | None = None
 
     def __post_init__(self) -> None:
@@ -70,16 +69,12 @@ class TensorMap:
             raise ShapeError(f"{what}: box {self.box}; expected {names}, each at least 1 and at most {limits}")
         if any(not 1 <= n < 2**32 for n in shape):
             raise ShapeError(f"{what}: expected sizes from 1 to 2^32 - 1")
-        if len(self._steps) != len(shape) or any(not 1 <= step <= 8 for step in self._steps) or self._steps[-1] != 1:
-            raise ShapeError(f"{what}: steps {self.steps}; expected one for each dimension, 1 to 8, the last one 1")
         row, inner = shape[-1] * size, self.box[-1] * size
         if row % 16:
             raise ShapeError(f"{what}: rows of {row} bytes; expected a multiple of 16; pad the last dimension")
-        if self.swizzle not in SWIZZLES:
-            raise ShapeError(f"{what}: swizzle {self.swizzle}; expected one of {SWIZZLES} bytes")
-        if inner % 16 or (self.swizzle and inner > self.swizzle):
-            most = f", at most the swizzle's {self.swizzle}" if self.swizzle else ""
-            raise ShapeError(f"{what}: a box with rows of {inner} bytes; expected a multiple of 16{most}")
+        if inner % 16 or inner > SWIZZLE:
+            wanted = f"a multiple of 16, at most the swizzle's {SWIZZLE}"
+            raise ShapeError(f"{what}: a box with rows of {inner} bytes; expected {wanted}")
         if self.im2col:
             for corner in (*self.im2col.lower, *self.im2col.upper):
                 if not -128 <= corner < 128:
@@ -89,35 +84,27 @@ class TensorMap:
                     raise ShapeError(f"{what}: {self.im2col} leaves no pixel; a filter is larger than the padded map")
 
     @property
-    def _steps(self) -> tuple[int, ...]:
-        return self.steps or (1,) * len(self.array.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of a box in shared memory: what a load counts at its mbarrier."""
-        if self.im2col:
-            return prod(self.box) * int(self.array.itemsize)
-        return prod(-(-n // step) for n, step in zip(self.box, self._steps, strict=True)) * int(self.array.itemsize)
+        return prod(self.box) * int(self.array.itemsize)
 
     @property
-    def _inner_first(self) -> tuple[list[int], list[int], list[int]]:
-        """Sizes, strides in bytes from the second dimension on, and steps, innermost dimension first."""
+    def _inner_first(self) -> tuple[list[int], list[int]]:
+        """Sizes, and strides in bytes from the second dimension on, innermost dimension first."""
         sizes = [int(n) for n in reversed(self.array.shape)]
         strides = [prod(sizes[:d]) * int(self.array.itemsize) for d in range(1, len(sizes))]
-        return sizes, strides, list(reversed(self._steps))
+        return sizes, strides
 
     def host_bytes(self) -> np.ndarray:
         """host::MapFields of cuda/common/host_hopper.h: 128 bytes at a multiple of 64."""
-        sizes, strides, steps = self._inner_first
+        sizes, strides = self._inner_first
         blob = aligned_bytes()
         fields = _HostMap.from_address(blob.ctypes.data)
         fields.magic, fields.rank, fields.im2col = _MAGIC, len(sizes), self.im2col is not None
-        fields.span, fields.element = max(self.swizzle, 16), self.array.itemsize
-        fields.address = self.array.ctypes.data
+        fields.element, fields.address = self.array.itemsize, self.array.ctypes.data
         fields.strides[: len(strides)] = strides
         fields.sizes[: len(sizes)] = sizes
         fields.box[: len(self.box)] = self.box[::-1]
-        fields.steps[: len(steps)] = steps
         if self.im2col:
             fields.lower[:] = self.im2col.lower[::-1]
             fields.upper[:] = self.im2col.upper[::-1]
@@ -125,11 +112,11 @@ class TensorMap:
 
     def cuda_bytes(self, address: int) -> np.ndarray:
         """CUtensorMap, as the driver makes it for an array at this address: 128 bytes at a multiple of 64."""
-        sizes, strides, steps = self._inner_first
+        sizes, strides = self._inner_first
         blob = aligned_bytes()
         head = (ctypes.c_void_p(blob.ctypes.data), _DATA_TYPES[np.dtype(self.array.dtype)], len(sizes))
         tensor = (ctypes.c_void_p(address), _numbers(ctypes.c_uint64, sizes), _numbers(ctypes.c_uint64, strides))
-        tail = (_numbers(ctypes.c_uint32, steps), 0, SWIZZLES.index(self.swizzle), _L2_PROMOTION_256, 0)
+        tail = (_numbers(ctypes.c_uint32, [1] * len(sizes)), 0, _SWIZZLE_128, _L2_PROMOTION_256, 0)
         box = self.box[::-1]
         if self.im2col:
             corners = (_numbers(ctypes.c_int, corner[::-1]) for corner in (self.im2col.lower, self.im2col.upper))
@@ -145,10 +132,7 @@ class TensorMap:
     def describe(self) -> str:
         """One line for messages."""
         kind = f", {self.im2col}" if self.im2col else ""
-        return (
-            f"a tensor map of {np.dtype(self.array.dtype).name} {tuple(self.array.shape)}, box {self.box}, swizzle "
-            f"{self.swizzle}{kind}"
-        )
+        return f"a tensor map of {np.dtype(self.array.dtype).name} {tuple(self.array.shape)}, box {self.box}{kind}"
 
 
 class _HostMap(ctypes.Structure):
@@ -156,12 +140,11 @@ class _HostMap(ctypes.Structure):
 
     _fields_ = (
         ("magic", ctypes.c_uint32),
-        *((name, ctypes.c_uint8) for name in ("rank", "im2col", "span", "element")),
+        *((name, ctypes.c_uint8) for name in ("rank", "im2col", "element")),
         ("address", ctypes.c_uint64),
         ("strides", ctypes.c_uint64 * 4),
         ("sizes", ctypes.c_uint32 * 5),
         ("box", ctypes.c_uint16 * 5),
-        ("steps", ctypes.c_uint8 * 5),
         ("lower", ctypes.c_int8 * 2),
         ("upper", ctypes.c_int8 * 2),
     )

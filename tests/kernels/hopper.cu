@@ -45,17 +45,10 @@ __device__ void open_products(const uint8* image, const int* numbers, const int*
     char* const memory = aligned_memory();
     fill_shared(memory, image, bytes);
     for (int i = 0; i < cases; ++i, numbers += 6, out += 64 * n) {
-        if (n == 8) open_product<8, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-        if (n == 24) open_product<24, A_MN, B_MN>(memory, numbers, accumulate[i], out);
+        if (n == 32) open_product<32, A_MN, B_MN>(memory, numbers, accumulate[i], out);
         if (n == 64) open_product<64, A_MN, B_MN>(memory, numbers, accumulate[i], out);
+        if (n == 128) open_product<128, A_MN, B_MN>(memory, numbers, accumulate[i], out);
         if (n == 192) open_product<192, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-        if (n == 256) open_product<256, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-        if constexpr (!A_MN && !B_MN) {
-            if (n == 16) open_product<16, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-            if (n == 32) open_product<32, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-            if (n == 96) open_product<96, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-            if (n == 128) open_product<128, A_MN, B_MN>(memory, numbers, accumulate[i], out);
-        }
     }
 }
 
@@ -142,43 +135,5 @@ extern "C" __global__ void loads_im2col(const __grid_constant__ TensorMap map,
     open_loads(out, cases, bytes, place, [&](char* to, int i, Mbarrier& full) {
         const int* const c = corners + 6 * i;
         tma_load_im2col(to, map, {c[0], c[1], c[2], c[3]}, {c[4], c[5]}, full);
-    });
-}
-
-// Stores the same image of shared memory at every corner.
-template <class Store>
-__device__ void open_stores(const uint8* image, int cases, int bytes, int place, Store store) {
-    char* const from = aligned_memory() + place;
-    fill_shared(from, image, bytes);
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < cases; ++i) {
-        store(from, i);
-        tma_store_commit();
-        tma_store_wait_read<1>();
-    }
-    tma_store_wait<0>();
-}
-extern "C" __global__ void stores_2d(const __grid_constant__ TensorMap map,
-                                     const int* corners,  // (cases, 2)
-                                     const uint8* image,  // (bytes)
-                                     int cases, int bytes, int place) {
-    open_stores(image, cases, bytes, place, [&](const char* from, int i) {
-        tma_store(map, {corners[2 * i], corners[2 * i + 1]}, from);
-    });
-}
-extern "C" __global__ void stores_3d(const __grid_constant__ TensorMap map,
-                                     const int* corners,  // (cases, 3)
-                                     const uint8* image,  // (bytes)
-                                     int cases, int bytes, int place) {
-    open_stores(image, cases, bytes, place, [&](const char* from, int i) {
-        tma_store(map, {corners[3 * i], corners[3 * i + 1], corners[3 * i + 2]}, from);
-    });
-}
-extern "C" __global__ void stores_4d(const __grid_constant__ TensorMap map,
-                                     const int* corners,  // (cases, 4)
-                                     const uint8* image,  // (bytes)
-                                     int cases, int bytes, int place) {
-    open_stores(image, cases, bytes, place, [&](const char* from, int i) {
-        tma_store(map, {corners[4 * i], corners[4 * i + 1], corners[4 * i + 2], corners[4 * i + 3]}, from);
     });
 }

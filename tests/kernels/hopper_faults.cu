@@ -146,42 +146,19 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 16:  // TMA stores what threads stored without fence_proxy_async
-            memory[thread] = 1;
-            __syncthreads();
-            if (first) {
-                tma_store(tile, {0, 0}, memory);  // here
-                tma_store_commit();
-                tma_store_wait<0>();
-            }
-            break;
-        case 17:  // only the first thread fences, before the others have stored
+        case 16:  // only the first thread fences, before the others have stored
             memory[thread] = 1;
             if (first) fence_proxy_async();
             __syncthreads();
-            if (first) {
-                tma_store(tile, {0, 0}, memory);  // here
-                tma_store_commit();
-                tma_store_wait<0>();
+            if (one_group) {
+                Accumulators<64> sums;
+                wgmma_fence();
+                wgmma(sums, k_major(memory, 1024), k_major(memory + TILE, 1024), false);  // here
+                wgmma_commit();
+                wgmma_wait<0>();
             }
             break;
-        case 18:  // the source of a store is used again before it was read
-            if (first) {
-                tma_store(tile, {0, 0}, memory);  // here
-                tma_store_commit();
-                memory[0] = 1;
-                tma_store_wait_read<0>();
-                tma_store_wait<0>();
-            }
-            break;
-        case 19:  // a load overwrites the source of a store
-            if (first) {
-                tma_store(tile, {0, 0}, memory);
-                tma_store_commit();
-                tma_load(memory, tile, {0, 0}, barrier[0]);  // here
-            }
-            break;
-        case 20:  // a product reads a place before its mbarrier says that it is full
+        case 17:  // a product reads a place before its mbarrier says that it is full
             if (first) {
                 mbarrier_arrive_expect_tx(barrier[0], TILE);
                 tma_load(memory, tile, {0, 0}, barrier[0]);
@@ -195,7 +172,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 21:  // threads store to a place to which a copy is under way
+        case 18:  // threads store to a place to which a copy is under way
             if (first) {
                 mbarrier_arrive_expect_tx(barrier[0], TILE);
                 tma_load(memory + 2 * TILE, tile, {0, 0}, barrier[0]);  // here
@@ -203,28 +180,28 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 mbarrier_wait(barrier[0], 0);
             }
             break;
-        case 22:  // a box at a misaligned place
+        case 19:  // a box at a misaligned place
             if (first) tma_load(memory + 2 * TILE + 64, tile, {0, 0}, barrier[0]);  // here
             break;
-        case 23:  // a box that does not fit into its array
+        case 20:  // a box that does not fit into its array
             if (first) tma_load(memory + 4 * TILE - 1024, tile, {0, 0}, barrier[0]);  // here
             break;
-        case 24:  // coordinates of another rank than the map's
+        case 21:  // coordinates of another rank than the map's
             if (first) tma_load(memory + 2 * TILE, tile, {0, 0, 0}, barrier[0]);  // here
             break;
-        case 25:  // im2col begins outside of its pixels
+        case 22:  // im2col begins outside of its pixels
             if (first) tma_load_im2col(memory + 2 * TILE, row, {0, 8, -1, 0}, {0, 0}, barrier[0]);  // here
             break;
-        case 26:  // a map of im2col for a box
+        case 23:  // a map of im2col for a box
             if (first) tma_load(memory + 2 * TILE, row, {0, 0, 0, 0}, barrier[0]);  // here
             break;
-        case 27:  // a matrix that begins at no multiple of 16 bytes
+        case 24:  // a matrix that begins at no multiple of 16 bytes
             k_major(memory + 8, 1024);  // here
             break;
-        case 28:  // a stride that is no multiple of 16 bytes
+        case 25:  // a stride that is no multiple of 16 bytes
             mn_major(memory, 128, 1032);  // here
             break;
-        case 29:  // a matrix that passes the end of its array
+        case 26:  // a matrix that passes the end of its array
             if (one_group) {
                 Accumulators<64> sums;
                 wgmma_fence();
@@ -233,7 +210,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 30:  // a swizzle that these kernels do not use
+        case 27:  // a swizzle that these kernels do not use
             if (one_group) {
                 Accumulators<64> sums;
                 KMajor left = k_major(memory, 1024);
@@ -244,7 +221,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 31:  // an incomplete warpgroup
+        case 28:  // an incomplete warpgroup
             if (thread < 96) {
                 Accumulators<64> sums;
                 wgmma_fence();
@@ -253,7 +230,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();  // here
             }
             break;
-        case 32:  // threads of a warpgroup name unlike operands
+        case 29:  // threads of a warpgroup name unlike operands
             if (one_group) {
                 Accumulators<64> sums;
                 wgmma_fence();
@@ -262,7 +239,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 33:  // a product that nobody waits for
+        case 30:  // a product that nobody waits for
             if (one_group) {
                 Accumulators<64> sums;
                 wgmma_fence();
@@ -270,40 +247,28 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_commit();
             }
             break;
-        case 34:  // a load that nobody waits for
+        case 31:  // a load that nobody waits for
             if (first) {
                 mbarrier_arrive_expect_tx(barrier[0], TILE);
                 tma_load(memory + 2 * TILE, tile, {0, 0}, barrier[0]);  // here
             }
             break;
-        case 35:  // a store that nobody waits for
-            if (first) {
-                tma_store(tile, {0, 0}, memory);  // here
-                tma_store_commit();
-            }
-            break;
-        case 36:  // a store that is in no group when it is waited for
-            if (first) {
-                tma_store(tile, {0, 0}, memory);  // here
-                tma_store_wait<0>();
-            }
-            break;
-        case 37:  // more registers than the block has
+        case 32:  // more registers than the block has
             setmaxnreg_increase<232>();  // here
             break;
-        case 38:  // an increase to fewer registers
+        case 33:  // an increase to fewer registers
             if (one_group) setmaxnreg_increase<40>();  // here
             break;
-        case 39:  // a named barrier for unlike numbers of threads
+        case 34:  // a named barrier for unlike numbers of threads
             if (one_group)
                 named_barrier_sync(1, 256);
             else
                 named_barrier_sync(1, 128);  // here
             break;
-        case 40:  // a named barrier that one thread does not reach
+        case 35:  // a named barrier that one thread does not reach
             if (thread > 0) named_barrier_sync(1, 256);  // here
             break;
-        case 41:  // the barrier of __syncthreads by name
+        case 36:  // the barrier of __syncthreads by name
             named_barrier_sync(0, 256);  // here
             break;
     }

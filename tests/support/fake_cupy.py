@@ -81,15 +81,14 @@ class FakeDriver:
         assert address.value % 16 == 0
         assert all(stride % 16 == 0 for stride in strides)
         assert [len(sizes), len(strides), len(steps)] == [rank, rank - 1, rank]
-        assert (interleave, fill) == (0, 0)
+        assert (interleave, swizzle, fill, set(steps)) == (0, 3, 0, {1})
         assert promotion in range(4)
         fields = tensor_map._HostMap.from_address(to.value)
         fields.magic, fields.rank, fields.im2col = int.from_bytes(b"TMAP", "little"), rank, corners is not None
-        fields.span = (16, 32, 64, 128)[swizzle]
         fields.element = {0: 1, 7: 4, 8: 8, 9: 2}[dtype]
-        assert box[0] * fields.element <= (256, 32, 64, 128)[swizzle] or swizzle == 0, "CUDA_ERROR_INVALID_VALUE"
+        assert box[0] * fields.element <= 128, "CUDA_ERROR_INVALID_VALUE"
         fields.address = address.value
-        fields.strides[: rank - 1], fields.sizes[:rank], fields.steps[:rank] = list(strides), list(sizes), list(steps)
+        fields.strides[: rank - 1], fields.sizes[:rank] = list(strides), list(sizes)
         fields.box[: len(box)] = box
         if corners:
             fields.lower[:], fields.upper[:] = corners
