@@ -173,30 +173,25 @@ __device__ void store_forward(typename Block::Tile& tile, const accumulate_t* bi
         store_map(stored, y, partials, count, g.o);
 }
 
+// Of few channels a block computes every so-many-th tile, with weights that it has loaded once.
 template <class Block>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
                         accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes, const Convolution& g,
-                        bool with_relu) {
+                        bool with_relu, int tiles) {
     const RowOrder order(g, pool_codes != nullptr);
-    typename Block::Tile tile;
-    block_multiply<Block>(tile, x, weight, g, order);
-    store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, blockIdx.x, with_relu);
-}
-
-// Of few channels: a block computes every so-many-th tile, with weights that it has loaded once.
-template <class Block>
-__device__ void forward_elements(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
-                                 const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
-                                 accumulate_t* __restrict__ partials, uint8* __restrict__ pool_codes, const Convolution& g,
-                                 bool with_relu, int tiles) {
-    const RowOrder order(g, pool_codes != nullptr);
-    RowWalk walk(order, (int64)blockIdx.x * Block::ROWS, (int64)gridDim.x * Block::ROWS);
-    for (int number = blockIdx.x; number < tiles; number += gridDim.x, walk.next()) {
+    if constexpr (Block::GATHERED) {
+        RowWalk walk(order, (int64)blockIdx.x * Block::ROWS, (int64)gridDim.x * Block::ROWS);
+        for (int number = blockIdx.x; number < tiles; number += gridDim.x, walk.next()) {
+            typename Block::Tile tile;
+            const bool exists = (int)threadIdx.x < rows_of_tile<Block>(g, order, number);
+            block_gather_forward<Block>(tile, x, weight, g, order, walk, exists, number != (int)blockIdx.x);
+            store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, number, with_relu);
+        }
+    } else {
         typename Block::Tile tile;
-        const bool exists = (int)threadIdx.x < rows_of_tile<Block>(g, order, number);
-        block_gather_forward<Block>(tile, x, weight, g, order, walk, exists, number != (int)blockIdx.x);
-        store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, number, with_relu);
+        block_multiply_forward<Block>(tile, x, weight, g, order);
+        store_forward<Block>(tile, bias, y, partials, pool_codes, g, order, blockIdx.x, with_relu);
     }
 }
 
@@ -267,22 +262,22 @@ __device__ void backward_data(const storage_t* __restrict__ dy, const storage_t*
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, WIDE_BLOCKS) conv2d_fused_forward_128x128(FPROP_PARAMETERS) {
-    forward<BlockTile<128, 128>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
+    forward<BlockTile<128, 128>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x64(FPROP_PARAMETERS) {
-    forward<BlockTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
+    forward<BlockTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_forward_128x32(FPROP_PARAMETERS) {
-    forward<BlockTile<128, 32>>(x, weight, bias, y, partials, pool_codes, SIZES, relu);
+    forward<BlockTile<128, 32>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) conv2d_fused_forward_elements(FPROP_PARAMETERS) {
-    forward_elements<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
+    forward<GatherTile<128, 64>>(x, weight, bias, y, partials, pool_codes, SIZES, relu, tiles);
 }
 
 #define BELOW {below_y, mean, inv_std, bn_weight, bn_bias, below_relu != 0}

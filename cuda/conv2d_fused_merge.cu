@@ -15,16 +15,13 @@ struct Merge {
     __device__ Piece piece(int64 row, int output) const {
         Values z = {};
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const accumulate_t* const from = partials + (chunk * rows + row) * o + output;
+            const Values sums = channels_of(partials + (chunk * rows + row) * o, output);
 #pragma unroll
-            for (int four = 0; four < PIECE; four += 4) {
-                const Piece sums = load_piece((const storage_t*)(from + four));  // of floats, whatever is stored
-#pragma unroll
-                for (int i = 0; i < 4; ++i) z.of[four + i] += __uint_as_float(sums.words[i]);
-            }
+            for (int i = 0; i < PIECE; ++i) z.of[i] += sums.of[i];
         }
+        const Values shift = channels_of(bias, output);
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) z.of[i] += bias[output + i];
+        for (int i = 0; i < PIECE; ++i) z.of[i] += shift.of[i];
         return with_relu ? relu(piece_of(z)) : piece_of(z);
     }
 };

@@ -60,8 +60,13 @@ __device__ void store(const typename Block::Tile& tile, const accumulate_t* __re
 template <class Block>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
+    const RowOrder order(g, false);
     typename Block::Tile tile;
-    block_multiply<Block>(tile, x, weight, g, RowOrder(g, false));
+    if constexpr (Block::GATHERED) {
+        const int64 first_row = (int64)blockIdx.x * Block::ROWS;
+        block_gather_forward<Block>(tile, x, weight, g, order, RowWalk(order, first_row, 0), first_row + threadIdx.x < g.pixels(), false);
+    } else
+        block_multiply_forward<Block>(tile, x, weight, g, order);
     store<Block>(tile, bias, y, g);
 }
 

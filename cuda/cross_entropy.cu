@@ -68,9 +68,7 @@ extern "C" __global__ void cross_entropy_merge(
     storage_t* __restrict__ loss,         // (1)
     int blocks, int divisor) {
     for (int i = 0; i < 3; ++i) {
-        double own = 0;
-        for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block * 3 + i];
-        const double total = block_sum<THREADS>(own);
+        const double total = block_total<THREADS>(partials + i, blocks, 3);
         if (threadIdx.x == 0) sums[i] = total;
     }
     if (threadIdx.x == 0) loss[0] = (storage_t)(sums[0] * reciprocal_of(sums, divisor));

@@ -161,13 +161,13 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
         const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
         for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
             const WindowPieces pieces(y, walk.window(share.channel, h, w, c), w, c);
-            PooledPiece pool(norm.of(pieces.at[0]), pieces.at[0]);
+            PooledPiece pool(norm.of(pieces.at[0]));
 #pragma unroll
-            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code, pieces.at[code]);
+            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
             const int64 element = walk.index * c + share.channel;
             out.store(element, share.channel, pool.piece());
             store_codes(codes, element, pool.codes());
-            store_piece(chosen + element, pool.source());
+            store_piece(chosen + element, coded_piece(pool.codes(), [&](int code) { return pieces.at[code]; }));
         }
     }
 }

@@ -46,9 +46,7 @@ extern "C" __global__ void softmax_cross_entropy_normalise(
     const double* __restrict__ OPTIONAL share,  // (1)
     double* __restrict__ reciprocal,            // (1)
     int blocks, int by_valid) {
-    double own = 0;
-    for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block * 2 + by_valid];
-    const double normaliser = block_sum<THREADS>(own);
+    const double normaliser = block_total<THREADS>(partials + by_valid, blocks, 2);
     if (threadIdx.x == 0) reciprocal[0] = normaliser != 0 ? (share ? share[0] : 1) / normaliser : 0.0;
 }
 
@@ -157,8 +155,6 @@ extern "C" __global__ void softmax_cross_entropy_merge(
     const double* __restrict__ reciprocal,  // (1)
     float* __restrict__ loss,               // (1)
     int blocks) {
-    double own = 0;
-    for (int block = threadIdx.x; block < blocks; block += THREADS) own += partials[block];
-    const double total = block_sum<THREADS>(own);
+    const double total = block_total<THREADS>(partials, blocks, 1);
     if (threadIdx.x == 0) loss[0] = (float)(total * reciprocal[0]);
 }

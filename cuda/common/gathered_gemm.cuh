@@ -130,18 +130,6 @@ __device__ void block_gather_forward(typename Block::Tile& tile, const storage_t
     }
 }
 
-// The sums of a block's tile, by the main loop that the tile is made for.
-template <class Block>
-__device__ void block_multiply(typename Block::Tile& tile, const storage_t* __restrict__ x,
-                               const storage_t* __restrict__ weight, const Convolution& g, const RowOrder& order) {
-    if constexpr (Block::GATHERED) {
-        const int64 first_row = (int64)blockIdx.x * Block::ROWS;
-        const bool exists = first_row + threadIdx.x < (int64)g.n * order.rows_of_image();
-        block_gather_forward<Block>(tile, x, weight, g, order, RowWalk(order, first_row, 0), exists, false);
-    } else
-        block_multiply_forward<Block>(tile, x, weight, g, order);
-}
-
 // A stage of dy: the pixels of a chunk from `pixel0` on, UNIT numbers at a time, a piece or a single one. Two bytes are too few
 // for an asynchronous copy; what a stage receives early is safe, since nobody reads it before the barrier after its wait.
 template <int UNIT, int COLUMNS>

@@ -47,29 +47,25 @@ __device__ inline void store_codes(uint8* codes, int64 offset, unsigned piece) {
 }
 
 // The maximum of a window and its position, of pieces that are offered in the order of their positions; the first is
-// given at once. Which maximum wins is that of max_pool.cu: the first one, but a NaN over numbers. `source`: what the
-// candidate was made of, if the maximum's is wanted.
+// given at once. Which maximum wins is that of max_pool.cu: the first one, but a NaN over numbers.
 struct PooledPiece {
-    Values best, source_of_best;
+    Values best;
     unsigned chosen[PIECE];
 
-    __device__ explicit PooledPiece(const Piece& first, const Piece& source = {})
-        : best(values_of(first)), source_of_best(values_of(source)) {
+    __device__ explicit PooledPiece(const Piece& first) : best(values_of(first)) {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) chosen[i] = 0;
     }
-    __device__ void offer(const Piece& candidate, unsigned code, const Piece& source = {}) {
-        const Values values = values_of(candidate), sources = values_of(source);
+    __device__ void offer(const Piece& candidate, unsigned code) {
+        const Values values = values_of(candidate);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             const bool wins = !(values.of[i] <= best.of[i]) && best.of[i] == best.of[i];
             best.of[i] = wins ? values.of[i] : best.of[i];
             chosen[i] = wins ? code : chosen[i];
-            source_of_best.of[i] = wins ? sources.of[i] : source_of_best.of[i];
         }
     }
     __device__ Piece piece() const { return piece_of_exact(best); }
-    __device__ Piece source() const { return piece_of_exact(source_of_best); }
     __device__ unsigned codes() const {
         unsigned packed = 0;
 #pragma unroll

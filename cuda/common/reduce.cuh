@@ -27,6 +27,14 @@ __device__ void block_store_sums(const double (&own)[COUNT], double* partials) {
     }
 }
 
+// The sum of `count` numbers `step` apart over such a block: what block_store_sums left of one of its sums. Valid in thread 0.
+template <int THREADS>
+__device__ double block_total(const double* numbers, int count, int step) {
+    double own = 0;
+    for (int i = threadIdx.x; i < count; i += THREADS) own += numbers[(int64)i * step];
+    return block_sum<THREADS>(own);
+}
+
 // The sums of COUNT numbers over threadIdx.y, for each threadIdx.x of a block of COLUMNS x LANES threads; valid everywhere.
 template <int LANES, int COLUMNS, int COUNT>
 __device__ void block_add_lanes(double (&sums)[COUNT]) {
