@@ -130,10 +130,9 @@ def evaluate(
         return (name, mask, resize_mask(mask, segmenter.size)), image
 
     def watch(truths: Sequence[_Truth], logits: Array) -> None:
-        flat = logits.reshape(-1, logits.shape[-1])
-        labels = device.upload(np.stack([small for _, _, small in truths]).reshape(-1))
-        op = CrossEntropyForward.plan(spec_of(flat))
-        losses.append(device.read([op(device, logits=flat, labels=labels, class_weights=None).sums]))
+        labels = device.upload(np.stack([small for _, _, small in truths]))
+        op = CrossEntropyForward.plan(spec_of(logits))
+        losses.append(device.read([op(device, logits=logits, labels=labels, class_weights=None).sums]))
 
     def score(result: Segmented[_Truth]) -> Scored:
         (name, mask, _), _, segmented = result

@@ -20,12 +20,11 @@ from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, DTypeError, ShapeError
-from segnet_scratch.nn.autograd import Tensor
-from segnet_scratch.nn.functions import CrossEntropy
+from segnet_scratch.nn.autograd import Tensor, apply
 from segnet_scratch.ops.convolution.conv2d_mma import has_tensor_cores
 from segnet_scratch.ops.elementwise.arithmetic import compute
-from segnet_scratch.ops.loss.cross_entropy import check_class_weights, check_labels
-from segnet_scratch.ops.op import VOID
+from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward, check_class_weights, check_labels
+from segnet_scratch.ops.op import VOID, spec_of
 from segnet_scratch.optim import SGD
 from segnet_scratch.parallel import ALONE, Communicator, GradientSum
 from segnet_scratch.runtime.devices import Array, Device, Reading
@@ -135,7 +134,9 @@ class LayersTraining:
             logits = self.model(Tensor(self.images[cut], self.device))
             with scope("loss"):
                 # Not the function: it would check labels once more.
-                loss = CrossEntropy.of(logits, self.labels[cut], *self._objective)
+                class_weights, normalisation, smoothing = self._objective
+                op = CrossEntropyForward.plan(spec_of(logits.data), normalisation, smoothing)
+                loss = apply(op, logits=logits, labels=self.labels[cut], class_weights=class_weights)
             if hold is not None:
                 hold.append(logits.data)
             del logits  # 21 floats a pixel: backward frees them as soon as it can

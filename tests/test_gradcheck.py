@@ -19,7 +19,7 @@ from segnet_scratch.lab.proof.parts.gradients import Gradients
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Arithmetic, OpFunction, Tensor, Unary
-from segnet_scratch.nn.functions import CrossEntropy, Dropout, Fit
+from segnet_scratch.nn.functions import Dropout, Fit
 from segnet_scratch.ops.cases import MapRow
 from segnet_scratch.ops.elementwise.arithmetic import BINARY
 from segnet_scratch.ops.elementwise.cases import ReluRow
@@ -28,7 +28,7 @@ from segnet_scratch.runtime.devices import get_device
 
 RTOL = LIMITS["float64"]
 each_device = pytest.mark.parametrize("device", ["numpy", "host"])
-OWN = {"add": Arithmetic, "elementwise": Unary, "softmax": Unary, "cross_entropy": CrossEntropy, "dropout": Dropout}
+OWN = {"add": Arithmetic, "elementwise": Unary, "softmax": Unary, "dropout": Dropout}
 OWN["fit"] = Fit
 FUNCTIONS = sorted({*names()} - {"arithmetic", "segnet", "sum_forward"})
 

@@ -273,7 +273,6 @@ class TestAsyncCopies:
         for numbers, text, message in (
             ((1, 0, 16), "line of the copy", "cp_async_16 has an address that is no multiple"),
             ((4, 2, 16), "line of the load", "ldmatrix_x4 has a row at an address"),
-            ((4, 0, 8), "line of the small copy", "cp_async_4 has an address"),
             ((0, 0, 17), "line of the copy", "cp_async_16 reads more bytes than it writes"),
         ):
             found = fault("misaligned", np.zeros(32, F32), *numbers, block=32)

@@ -5,12 +5,12 @@ arrays and keeps what `backward` needs; `backward` turns the gradient of the out
 `Tensor.backward` walks the graph once, from the loss to the parameters, each Function after all that used its outputs.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -18,28 +18,15 @@ from segnet_scratch.errors import DeviceError, DTypeError, SegnetError, ShapeErr
 from segnet_scratch.ops.elementwise.arithmetic import Elementwise, compute, repeat_to, sum_to
 from segnet_scratch.ops.op import Op, spec_of
 from segnet_scratch.runtime.devices import Array, Device, get_device
-from segnet_scratch.runtime.observe import current_scope, scope
+from segnet_scratch.runtime.observe import current_scope, scope, within
 from segnet_scratch.runtime.precision import is_floating
-
-T = TypeVar("T")
 
 # Of each thread and asyncio task its own: one may predict while another trains.
 _recording = ContextVar("recording", default=True)
 _keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
 
 
-@contextlib.contextmanager
-def within(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Within this context a variable has a value, in this thread."""
-    previous = variable.get()
-    variable.set(value)
-    try:
-        yield
-    finally:
-        variable.set(previous)  # no token: a generator with this in it may be closed in another context
-
-
-def no_grad() -> contextlib.AbstractContextManager[None]:
+def no_grad() -> AbstractContextManager[None]:
     """Within this context no graph is recorded, in this thread: for evaluation and prediction."""
     return within(_recording, False)
 

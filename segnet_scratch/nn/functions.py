@@ -113,26 +113,6 @@ def max_unpool(x: Tensor, codes: PoolCodes) -> Tensor:
     return apply(MaxUnpoolForward.plan(_spec(x), spec_of(codes.codes), codes.size), x=x, codes=codes.codes)
 
 
-class CrossEntropy(OpFunction):
-    """Takes logits (..., classes) as rows of pixels."""
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Array, class_weights: Array | None, *options: str | float) -> Tensor:
-        """The loss against labels (...) that have been checked; options are those of the op."""
-        op = objective.CrossEntropyForward.plan(_spec(logits).with_shape(labels.size, logits.shape[-1]), *options)
-        given = {"logits": logits, "labels": labels.reshape(-1), "class_weights": class_weights}
-        return cls(logits.device, op, given)(logits)
-
-    def forward(self, logits: Array) -> Array:
-        self.shape = logits.shape
-        return super().forward(logits.reshape(-1, logits.shape[-1]))
-
-    def backward(self, dloss: Array) -> tuple[Array]:
-        (dlogits,) = super().backward(dloss)
-        assert dlogits is not None
-        return (dlogits.reshape(self.shape),)
-
-
 def cross_entropy(
     logits: Tensor,
     labels: np.ndarray | Array,
@@ -173,7 +153,8 @@ def cross_entropy(
     if reduction == "none":
         return _losses(logits, device.download(labels), class_weights, smoothing)
     divide = "none" if reduction == "sum" else normalisation
-    return CrossEntropy.of(logits, labels, class_weights, divide, smoothing)
+    op = objective.CrossEntropyForward.plan(_spec(logits), divide, smoothing)
+    return apply(op, logits=logits, labels=labels, class_weights=class_weights)
 
 
 def _losses(logits: Tensor, labels: np.ndarray, class_weights: Array | None, smoothing: float) -> Tensor:

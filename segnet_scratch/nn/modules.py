@@ -9,12 +9,13 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from segnet_scratch.nn.autograd import Tensor, within
+from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.nn.functions import batch_norm, conv2d, conv_transpose2d, dropout, relu
 from segnet_scratch.ops.convolution.conv_transpose2d import bilinear_weight
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
 from segnet_scratch.parallel import ALONE
 from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.observe import within
 
 Kind = TypeVar("Kind", bound="Module")
 

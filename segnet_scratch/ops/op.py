@@ -106,7 +106,7 @@ class Op:
         raise NotImplementedError
 
     def numpy(self, b: Buffers) -> None:
-        """Computes with the fast NumPy of the chapter (`fast.py`) where there is one."""
+        """Computes with the fast NumPy of the chapter (`fast.py`) where there is one; never with maps of bfloat16."""
         self.reference(b)
 
     def gradient(self) -> "tuple[Op, ...]":
@@ -123,7 +123,19 @@ class Op:
             self.launch(device, b)
             return
         with np.errstate(all="ignore"):  # as the kernels: 1 / 0 is infinity
-            self.numpy(b)
+            if next(iter(self.inputs.values())).dtype == BFLOAT16:
+                self._in_float32(b)
+            else:
+                self.numpy(b)
+
+    def _in_float32(self, b: Buffers) -> None:
+        """Computes with float32 in place of bfloat16, and rounds the outputs (and inputs that are updated)."""
+        given = vars(b).items()
+        wide = {k: a.astype(np.float32) if a is not None and a.dtype == BFLOAT16 else a for k, a in given}
+        self.numpy(Buffers(**wide))
+        for name in (*self.outputs, *self.updates):
+            if wide[name] is not (target := getattr(b, name)):
+                target[...] = wide[name]
 
     def kernel(
         self,

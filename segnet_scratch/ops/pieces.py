@@ -1,10 +1,8 @@
-"""What the kernels of the fused engine have in common: pieces of 16 bytes, tiles of 128 rows, bfloat16 in NumPy."""
-
-from collections.abc import Callable
+"""What the kernels of the fused engine have in common: pieces of 16 bytes, tiles of 128 rows."""
 
 import numpy as np
 
-from segnet_scratch.ops.op import Buffers, Op, expect
+from segnet_scratch.ops.op import expect
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -47,17 +45,3 @@ def tiles_of(rows: int) -> int:
 def rounded(array: np.ndarray, storage: np.dtype) -> np.ndarray:
     """What is stored of an array, in the array's own type."""
     return array.astype(BFLOAT16).astype(array.dtype) if storage == BFLOAT16 else array
-
-
-def in_float32(op: Op, b: Buffers, compute: Callable[[Buffers], None]) -> None:
-    """Lets NumPy compute with float32 in place of bfloat16, and rounds the outputs (and inputs that are updated)."""
-    wide = Buffers(**{k: _wide(array) for k, array in vars(b).items()})
-    compute(wide)
-    for name in (*op.outputs, *op.updates):
-        target = getattr(b, name)
-        if target.dtype == BFLOAT16:
-            target[...] = getattr(wide, name)
-
-
-def _wide(array: np.ndarray | None) -> np.ndarray | None:
-    return array.astype(np.float32) if array is not None and array.dtype == BFLOAT16 else array

@@ -6,11 +6,12 @@ corrupt memory. Here each of them is an error that names kernel and argument.
 
 from collections.abc import Sequence
 from math import inf, prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
+from segnet_scratch.runtime.devices.base import Device
 from segnet_scratch.runtime.multiprocessor import largest_shared
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
@@ -21,23 +22,7 @@ MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 
-class KernelDevice(Protocol):
-    """What a launch must know of a device: which arrays are its own, where they lie, and how a kernel is run there."""
-
-    name: str
-    architecture: str | None  # "sm_90"; None where there is no GPU
-
-    def owns(self, array: Any) -> bool:
-        """Is this an array of the device?"""
-
-    def address(self, array: Any) -> int:
-        """The address of its first element."""
-
-    def execute(self, launch: Launch) -> None:
-        """Runs a kernel with arguments that the gate has checked."""
-
-
-def check_launch(home: KernelDevice, launch: Launch) -> list[Any]:
+def check_launch(home: Device, launch: Launch) -> list[Any]:
     """The arguments ready to be passed: arrays (or None) for pointers, TensorMaps, NumPy scalars of the declared type.
 
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
@@ -108,7 +93,7 @@ def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None
         )
 
 
-def _check_array(home: KernelDevice, what: str, parameter: Parameter, types: ElementTypes, array: Any) -> None:
+def _check_array(home: Device, what: str, parameter: Parameter, types: ElementTypes, array: Any) -> None:
     if array is None:
         if parameter.optional:
             return
@@ -132,7 +117,7 @@ def _check_array(home: KernelDevice, what: str, parameter: Parameter, types: Ele
         raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
 
 
-def _check_tensor_map(home: KernelDevice, what: str, types: ElementTypes, argument: Any) -> int:
+def _check_tensor_map(home: Device, what: str, types: ElementTypes, argument: Any) -> int:
     """The address of its array."""
     if not isinstance(argument, TensorMap):
         raise DTypeError(f"{what} is a {type(argument).__name__}; expected a TensorMap of an array")

@@ -7,12 +7,13 @@ from typing import Any
 
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.runtime import observe
-from segnet_scratch.runtime.gate import KernelDevice, check_launch
+from segnet_scratch.runtime.devices.base import Device
+from segnet_scratch.runtime.gate import check_launch
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
-__all__ = ["ElementTypes", "Kernel", "KernelDevice", "Launch", "find_kernel", "launch", "shipped_kernels", "three"]
+__all__ = ["ElementTypes", "Kernel", "Launch", "find_kernel", "launch", "shipped_kernels", "three"]
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def find_kernel(name: str) -> Kernel:
 
 
 def launch(
-    device: KernelDevice,
+    device: Device,
     kernel: str | Kernel,
     grid: Sequence[int] | int,
     block: Sequence[int] | int,

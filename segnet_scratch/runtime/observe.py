@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from segnet_scratch.runtime.signature import ElementTypes, Kernel
+
+T = TypeVar("T")
 
 
 class Planned(Protocol):
@@ -64,18 +66,19 @@ _listener = ContextVar("listener", default=_NOBODY)
 
 
 @contextlib.contextmanager
-def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+def within(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Within this context a variable has a value, in this thread."""
     previous = variable.get()
     variable.set(value)
     try:
         yield
     finally:
-        variable.set(previous)
+        variable.set(previous)  # no token: a generator with this in it may be closed in another context
 
 
 def observe(listener: Listener) -> contextlib.AbstractContextManager[None]:
     """Within this context a listener is told of everything that this thread computes; one at a time."""
-    return _within(_listener, listener)
+    return within(_listener, listener)
 
 
 def listener() -> Listener:
@@ -85,7 +88,7 @@ def listener() -> Listener:
 
 def scope(name: str) -> contextlib.AbstractContextManager[None]:
     """Within this context what is computed belongs to the layer of this name."""
-    return _within(_scope, name)
+    return within(_scope, name)
 
 
 def current_scope() -> str:

@@ -100,7 +100,7 @@ extern "C" __global__ void copy_groups(const float* x,  // (2, threads, 4)
     float* const second = first + 4 * threads;
     cp_async_16(first, x + 4 * threadIdx.x, bytes);
     cp_async_commit();
-    for (int i = 0; i < 4; ++i) cp_async_4(second + i, x + 4 * (threads + threadIdx.x) + i, bytes ? 4 : 0);
+    cp_async_16(second, x + 4 * (threads + threadIdx.x), bytes ? 16 : 0);
     cp_async_commit();
     if (waits > 0) cp_async_wait_group<1>();
     if (waits > 1) cp_async_wait_group<0>();
@@ -144,7 +144,6 @@ extern "C" __global__ void misaligned(float* x, int copy, int row, int bytes) {
     unsigned r[4];
     memory[threadIdx.x] = 0;
     __syncthreads();
-    cp_async_16(memory + copy, x, bytes);                                // line of the copy
-    ldmatrix_x4(r[0], r[1], r[2], r[3], memory + row);                   // line of the load
-    cp_async_4(memory, (const char*)x + bytes / 8, 4);                   // line of the small copy
+    cp_async_16(memory + copy, x, bytes);               // line of the copy
+    ldmatrix_x4(r[0], r[1], r[2], r[3], memory + row);  // line of the load
 }

@@ -17,7 +17,6 @@ and what an optimiser adds up.
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,17 +95,8 @@ class _ConvOp(Op):
             tile.launch(self, device, "conv2d_forward_mma", self.rung, b, tile.grid(g.pixels, g.o), **g.sizes)
 
     def _factor(self, array: np.ndarray) -> np.ndarray:
-        """What the rung multiplies: for tf32 the rounded numbers, for bfloat16 the same in float32."""
-        if self.rung == "tf32":
-            return round_to_tf32(array)
-        return array.astype(np.float32) if array.dtype == BFLOAT16 else array
-
-    def _compute(self, output: np.ndarray, fast_way: Callable[..., None], *arrays: np.ndarray | None) -> None:
-        """Lets NumPy compute an output in float32 and rounds it, where it is bfloat16."""
-        exact = np.empty(output.shape, np.float32) if output.dtype == BFLOAT16 else output
-        fast_way(*arrays, exact, self.stride, self.padding)
-        if exact is not output:
-            output[...] = exact
+        """What the rung multiplies."""
+        return round_to_tf32(array) if self.rung == "tf32" else array
 
 
 class Conv2dForward(_ConvOp):
@@ -134,7 +124,7 @@ class Conv2dForward(_ConvOp):
         return Conv2dBackwardData.plan(x, weight, *options), Conv2dBackwardWeight.plan(x, weight, *options), of_bias
 
     def numpy(self, b: Buffers) -> None:
-        self._compute(b.y, fast.forward, self._factor(b.x), self._factor(b.weight), b.bias)
+        fast.forward(self._factor(b.x), self._factor(b.weight), b.bias, b.y, self.stride, self.padding)
 
 
 class Conv2dBackwardData(_ConvOp):
@@ -159,7 +149,7 @@ class Conv2dBackwardData(_ConvOp):
         b.dx[...] = padded[:, p : p + g.h, p : p + g.w]
 
     def numpy(self, b: Buffers) -> None:
-        self._compute(b.dx, fast.backward_data, self._factor(b.dy), self._factor(b.weight))
+        fast.backward_data(self._factor(b.dy), self._factor(b.weight), b.dx, self.stride, self.padding)
 
 
 class Conv2dBackwardWeight(_ConvOp):
@@ -197,7 +187,7 @@ class Conv2dBackwardWeight(_ConvOp):
             b.dweight[:, ky, kx] = np.einsum("nyxo,nyxc->oc", b.dy, patch)
 
     def numpy(self, b: Buffers) -> None:
-        self._compute(b.dweight, fast.backward_weight, self._factor(b.x), self._factor(b.dy))
+        fast.backward_weight(self._factor(b.x), self._factor(b.dy), b.dweight, self.stride, self.padding)
 
 
 class Conv2dBackwardBias(ColumnsOp):
@@ -224,7 +214,7 @@ class Conv2dBackwardBias(ColumnsOp):
         b.dbias[...] = b.dy.sum((0, 1, 2))
 
     def numpy(self, b: Buffers) -> None:
-        fast.backward_bias(b.dy.astype(b.dbias.dtype, copy=False), b.dbias)
+        fast.backward_bias(b.dy, b.dbias)
 
 
 def _padded(g: Geometry, x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from segnet_scratch.ops.convolution import fast
 from segnet_scratch.ops.convolution.conv2d import Conv2dForward
 from segnet_scratch.ops.convolution.conv2d_geometry import Cut, Geometry
 from segnet_scratch.ops.op import Buffers, Op, Spec, element_grid, expect, expect_map, expect_type, spec_of
-from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, in_float32, piece_of, rounded, tiles_of
+from segnet_scratch.ops.pieces import PIECE_BYTES, TILE_ROWS, expect_pieces, piece_of, rounded, tiles_of
 from segnet_scratch.ops.pooling.packed_codes import gather_at, max_pool_packed, packed_codes
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
@@ -78,7 +78,7 @@ class FusedConv(Op):
         self._compute(b, plain_forward)
 
     def numpy(self, b: Buffers) -> None:
-        in_float32(self, b, lambda wide: self._compute(wide, self._fast_forward))
+        self._compute(b, self._fast_forward)
 
     def _compute(self, b: Buffers, convolve: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         raise NotImplementedError

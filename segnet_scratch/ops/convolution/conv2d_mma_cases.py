@@ -8,7 +8,7 @@ sum of absolute products. It covers any order: nothing in the argument for sqrt(
 
 import numpy as np
 
-from segnet_scratch.ops.cases import Case, MapRow, Row
+from segnet_scratch.ops.cases import Case, MapRow, Row, in_whole_pieces
 from segnet_scratch.ops.convolution.conv2d_cases import CONVOLUTIONS, OPS, Conv2dRow, conv_case
 from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.op import Op
@@ -47,9 +47,7 @@ class TensorCoreRow(Conv2dRow):
     def random_case(self, rng: np.random.Generator) -> Case:
         case = super().random_case(rng)
         if rng.integers(2):  # as many with whole pieces as without
-            *map_size, c = case["x"]
-            sizes = {"x": (*map_size, -(-c // 8) * 8), "o": -(-case["o"] // 8) * 8}
-            case = Case(case.reason, {**case.sizes, **sizes})
+            case = in_whole_pieces(Case(case.reason, {**case.sizes, "o": -(-case["o"] // 8) * 8}), 8)
         return case
 
     def reference_plan(self, case: Case) -> Op:

@@ -111,7 +111,7 @@ class CrossEntropyRow(Row):
 
     def refusals(self) -> list[Refusal]:
         wrong = {
-            "four dimensions": ("expected (pixels, classes)", {"logits": spec((1, 4, 5, 3))}),
+            "no dimensions": ("expected (..., classes)", {"logits": spec(())}),
             "256 classes": ("at most 255", {"logits": spec((3, 256))}),
             "normalisation": ("'sum'", {"normalisation": "sum"}),
             "smoothing": ("smoothing 1.0", {"smoothing": 1.0}),

@@ -22,16 +22,20 @@ class CrossEntropyOp(Op):
     optional = ("class_weights",)
 
     def __init__(self, logits: Spec, normalisation: str = "weights", smoothing: float = 0.0) -> None:
-        self.pixels, self.classes = expect_array(self.name, "logits", logits, "pixels, classes")
+        *pixels, self.classes = expect_array(self.name, "logits", logits, "..., classes")
+        self.pixels = logits.size // self.classes
         expect(self.classes <= VOID, f"cross_entropy: {self.classes} classes; at most {VOID} fit beside void, {VOID}")
         expect_objective(normalisation, smoothing, tuple(_DIVISORS))
         self.normalisation, self.divisor, self.smoothing = normalisation, _DIVISORS[normalisation], smoothing
-        labels = Spec((self.pixels,), np.dtype(np.uint8))
+        labels = Spec(tuple(pixels), np.dtype(np.uint8))
         self.inputs = {"logits": logits, "labels": labels, "class_weights": logits.with_shape(self.classes)}
+
+    def _rows(self, logits: np.ndarray) -> np.ndarray:
+        return logits.reshape(self.pixels, self.classes)
 
 
 class CrossEntropyForward(CrossEntropyOp):
-    """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (pixels, classes), labels uint8 (pixels).
+    """loss (1) and sums (3) = weighted loss, weights, valid pixels. logits (..., classes), labels uint8 (...).
 
     `normalisation` divides by the sum of weights ("weights", as PyTorch does), by the number of valid pixels ("valid",
     as the authors' Caffe does) or by nothing ("none"). Without a valid pixel the loss is 0. `smoothing` spreads that
@@ -70,7 +74,7 @@ class CrossEntropyForward(CrossEntropyOp):
         return (CrossEntropyBackward.plan(self.inputs["logits"], self.normalisation, self.smoothing),)
 
     def numpy(self, b: Buffers) -> None:
-        fast.cross_entropy_forward(b.logits, b.labels, b.class_weights, self.smoothing, b.sums)
+        fast.cross_entropy_forward(self._rows(b.logits), b.labels.reshape(-1), b.class_weights, self.smoothing, b.sums)
         self._divide(b)
 
     def _divide(self, b: Buffers) -> None:
@@ -94,17 +98,19 @@ class CrossEntropyBackward(CrossEntropyOp):
     def reference(self, b: Buffers) -> None:
         valid = b.labels < self.classes
         labels = np.where(valid, b.labels, 0)
-        exponentials = np.exp(b.logits - b.logits.max(axis=1, keepdims=True))
-        softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
-        hot = np.arange(self.classes) == labels[:, None]
+        exponentials = np.exp(b.logits - b.logits.max(axis=-1, keepdims=True))
+        softmax = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        hot = np.arange(self.classes) == labels[..., None]
         class_weights = np.ones(self.classes) if b.class_weights is None else b.class_weights
-        of_label = class_weights[labels][:, None] * (softmax - hot)
+        of_label = class_weights[labels][..., None] * (softmax - hot)
         of_all = (class_weights.sum() * softmax - class_weights) / self.classes
         gradient = (1 - self.smoothing) * of_label + self.smoothing * of_all
-        b.dlogits[...] = np.where(valid[:, None], gradient * self._scale(b), 0)
+        b.dlogits[...] = np.where(valid[..., None], gradient * self._scale(b), 0)
 
     def numpy(self, b: Buffers) -> None:
-        fast.cross_entropy_backward(b.logits, b.labels, b.class_weights, self.smoothing, self._scale(b), b.dlogits)
+        logits, dlogits = self._rows(b.logits), self._rows(b.dlogits)
+        labels, scale = b.labels.reshape(-1), self._scale(b)
+        fast.cross_entropy_backward(logits, labels, b.class_weights, self.smoothing, scale, dlogits)
 
     def _scale(self, b: Buffers) -> float:
         # In Python floats: NumPy would round the product to the type of dloss.

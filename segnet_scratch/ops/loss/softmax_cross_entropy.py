@@ -3,8 +3,8 @@
 import numpy as np
 
 from segnet_scratch.ops.loss.cross_entropy import CrossEntropyBackward, CrossEntropyForward, expect_objective
-from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, element_grid, expect, expect_map
-from segnet_scratch.ops.pieces import expect_pieces, in_float32
+from segnet_scratch.ops.op import VOID, Buffers, Op, Spec, element_grid, expect, expect_map, spec_of
+from segnet_scratch.ops.pieces import expect_pieces
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes
 
@@ -47,17 +47,14 @@ class SoftmaxCrossEntropy(Op):
         self.kernel(device, f"{self.name}_merge", b, 1)
 
     def reference(self, b: Buffers) -> None:
-        logits, labels = b.logits[..., : self.classes].reshape(-1, self.classes), b.labels.reshape(-1)
-        spec = Spec(logits.shape, logits.dtype)
-        given = {"logits": logits, "labels": labels, "class_weights": b.class_weights}
+        logits = b.logits[..., : self.classes]
+        given = {"logits": logits, "labels": b.labels, "class_weights": b.class_weights}
         sums, gradient = np.empty(3), np.empty_like(logits)
         options = self.normalisation, self.smoothing
-        CrossEntropyForward.plan(spec, *options).reference(Buffers(**given, loss=b.loss, sums=sums))
+        CrossEntropyForward.plan(spec_of(logits), *options).reference(Buffers(**given, loss=b.loss, sums=sums))
         share = np.ones(1, logits.dtype) if b.share is None else b.share.astype(logits.dtype)
         b.loss *= share
-        CrossEntropyBackward.plan(spec, *options).reference(Buffers(**given, sums=sums, dloss=share, dlogits=gradient))
+        backward = CrossEntropyBackward.plan(spec_of(logits), *options)
+        backward.reference(Buffers(**given, sums=sums, dloss=share, dlogits=gradient))
         b.dlogits[...] = 0
-        b.dlogits[..., : self.classes] = gradient.reshape(*b.labels.shape, -1)
-
-    def numpy(self, b: Buffers) -> None:
-        in_float32(self, b, self.reference)
+        b.dlogits[..., : self.classes] = gradient

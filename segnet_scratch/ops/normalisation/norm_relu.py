@@ -12,16 +12,7 @@ from segnet_scratch.ops.convolution.split_planes import in_planes, split, to_pla
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
 from segnet_scratch.ops.normalisation.batch_norm_ranks import merge_moments
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_array, expect_map
-from segnet_scratch.ops.pieces import (
-    LOADS,
-    SHARE_THREADS,
-    TILE_ROWS,
-    expect_pieces,
-    in_float32,
-    rounded,
-    share_grid,
-    tiles_of,
-)
+from segnet_scratch.ops.pieces import LOADS, SHARE_THREADS, TILE_ROWS, expect_pieces, rounded, share_grid, tiles_of
 from segnet_scratch.ops.pooling.packed_codes import gather_at, max_pool_packed, packed_codes, scatter_from, unpooled
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
@@ -109,12 +100,6 @@ class _OnMaps(Op):
     def launch(self, device: Device, b: Buffers) -> None:
         grid = share_grid(device, getattr(b, self.over), 1 if self.windows else LOADS, self.resident)
         self.kernel(device, self.name, b, grid, SHARE_THREADS, **to_planes(b, self.made, self.planes))
-
-    def numpy(self, b: Buffers) -> None:
-        if self.planes > 1:
-            self.reference(b)
-        else:
-            in_float32(self, b, self.reference)
 
 
 class _Forward(_OnMaps):

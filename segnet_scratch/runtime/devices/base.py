@@ -9,8 +9,9 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.runtime.devices.timer import Timer
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
 from segnet_scratch.runtime.machine import available_memory
+from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.signature import ElementTypes, Kernel
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Item = TypeVar("Item")

@@ -10,7 +10,8 @@ from numpy.typing import DTypeLike
 from segnet_scratch.runtime import host as host_kernels
 from segnet_scratch.runtime.devices.base import Array, Device
 from segnet_scratch.runtime.host import HostOptions
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
+from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.signature import ElementTypes, Kernel
 
 
 class NumpyDevice(Device):

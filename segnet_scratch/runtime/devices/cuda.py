@@ -14,7 +14,8 @@ from segnet_scratch.runtime.devices.base import Array, Device, Item, Reading, Re
 from segnet_scratch.runtime.devices.graph import Recording
 from segnet_scratch.runtime.devices.prefetch import PinnedReading, Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
+from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.signature import ElementTypes, Kernel
 from segnet_scratch.runtime.tensor_map import TensorMap
 
 # While `capture` records; of each thread its own, as CuPy's current stream and allocator are.
