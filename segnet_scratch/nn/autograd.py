@@ -118,8 +118,7 @@ class Tensor:
     def __add__(self, other: Any) -> "Tensor":
         return self.combined(other, "add")
 
-    def __radd__(self, other: Any) -> "Tensor":
-        return self + other
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> "Tensor":
         return self.combined(other, "subtract")
@@ -130,8 +129,7 @@ class Tensor:
     def __mul__(self, other: Any) -> "Tensor":
         return self.combined(other, "multiply")
 
-    def __rmul__(self, other: Any) -> "Tensor":
-        return self * other
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> "Tensor":
         return self.combined(other, "divide")

@@ -373,4 +373,4 @@ def run(launch: observe.Launch, options: HostOptions) -> None:
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
     if entry(ctypes.byref(call), addresses) != 0:
         raise KernelFault(f"{kernel.source.path.name}: {call.message.decode(errors='replace')}")
-    observe.passed_barriers(call.barriers)
+    observe.listener().barriers(call.barriers)

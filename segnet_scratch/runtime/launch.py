@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from segnet_scratch.errors import LaunchError
-from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.devices.base import Device
 from segnet_scratch.runtime.gate import check_launch
-from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.observe import Launch, listener
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
@@ -59,7 +58,7 @@ def launch(
         kernel = find_kernel(kernel)
     asked = Launch(kernel, types, three(grid), three(block), shared, arguments)
     checked = replace(asked, arguments=check_launch(device, asked))
-    observe.launched(checked, lambda: device.execute(checked))
+    listener().launch(checked, lambda: device.execute(checked))
 
 
 def three(size: Sequence[int] | int) -> tuple[int, ...]:

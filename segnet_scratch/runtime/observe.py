@@ -99,13 +99,3 @@ def current_scope() -> str:
 def carry_out(op: Planned, run: Callable[[], None]) -> None:
     """Calls `run`, which does the work of an op, under the eyes of the listener."""
     _listener.get().op(op, run)
-
-
-def launched(launch: Launch, run: Callable[[], None]) -> None:
-    """Calls `run`, which launches a kernel, under the eyes of the listener."""
-    _listener.get().launch(launch, run)
-
-
-def passed_barriers(count: int) -> None:
-    """Tells the listener how many barriers the blocks of the last launch met."""
-    _listener.get().barriers(count)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import DeviceError, DeviceMemoryError
+from segnet_scratch.runtime import nvrtc
 from segnet_scratch.runtime.devices import cupy_library
 from segnet_scratch.runtime.devices.base import Array, Device, Item, Reading, Result
 from segnet_scratch.runtime.devices.graph import Recording
@@ -183,20 +184,16 @@ class CudaDevice(Device):
         return value
 
     def compile(self, kernel: Kernel, types: ElementTypes) -> None:
-        from segnet_scratch.runtime.nvrtc import cached_cubin
-
-        cached_cubin(kernel.source, types, self.architecture)
+        nvrtc.cached_cubin(kernel.source, types, self.architecture)
 
     def timer(self) -> Timer:
         return EventTimer(self._cupy)
 
     def _load(self, kernel: Kernel, types: ElementTypes) -> Any:
-        from segnet_scratch.runtime.nvrtc import cached_cubin
-
         self._expect_no_recording(f"launch {kernel.name} for the first time")
         key = kernel.source.digest, types
         if key not in self._modules:
-            cubin = cached_cubin(kernel.source, types, self.architecture)
+            cubin = nvrtc.cached_cubin(kernel.source, types, self.architecture)
             self._modules[key] = self._cupy.RawModule(path=str(cubin))
         self._functions[kernel.source.digest, kernel.name, types] = function = self._modules[key].get_function(
             kernel.name
