@@ -195,28 +195,6 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
     }
 }
 
-// Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
-template <class Block>
-__device__ void split(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
-                      accumulate_t* __restrict__ partials, const Convolution& g, int64 rows, bool by_windows,
-                      int parts_per_chunk) {
-    typedef typename Block::Tile Tile;
-    Tile tile;
-    const RowOrder order(g, by_windows);
-    block_multiply_forward<Block>(tile, x, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
-#pragma unroll
-    for (int i = 0; i < 2 * Tile::M; ++i) {
-        const int64 row = (int64)blockIdx.x * Block::ROWS + Block::row0() + Tile::row(i / 2, i % 2 * 2);
-        if (row >= rows) continue;
-#pragma unroll
-        for (int n = 0; n < Tile::N; ++n) {
-            const int output = blockIdx.y * Block::COLUMNS + Block::column0() + Tile::column(n, 0);
-            const float* const sums = tile.sums[i / 2][n] + i % 2 * 2;
-            if (output < g.o) *(Two<accumulate_t>*)(partials + ((int64)blockIdx.z * rows + row) * g.o + output) = {sums[0], sums[1]};
-        }
-    }
-}
-
 // Writes dr of the rows (or windows) of a tile, and the sums of each column.
 template <class Block>
 __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below, const uint8* unpool_codes, storage_t* dr,
@@ -312,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_backw
     backward_data<BlockTile<128, 32>>(dy, flipped, BELOW, unpool_codes, dr, partials, SIZES);
 }
 
+// Sums of a part of the depth, for conv2d_fused_merge.cu: partials[blockIdx.z][row][output].
 // Launch: by ops/convolution/conv2d_fused.py only, which gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split_128x64(
     const storage_t* __restrict__ x,         // (n, h, w, c)
@@ -319,5 +298,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv2d_fused_split
     accumulate_t* __restrict__ partials,     // (chunks, rows, o)
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x, int rows, int by_windows,
     int chunks, int parts_per_chunk) {
-    split<BlockTile<128, 64>>(x, weight, partials, SIZES, rows, by_windows, parts_per_chunk);
+    typedef BlockTile<128, 64> Block;
+    typedef Block::Tile Tile;
+    Tile tile;
+    const Convolution g = SIZES;
+    const RowOrder order(g, by_windows);
+    block_multiply_forward<Block>(tile, x, weight, g, order, blockIdx.z * parts_per_chunk, parts_per_chunk);
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::M; ++i) {
+        const int64 row = (int64)blockIdx.x * Block::ROWS + Block::row0() + Tile::row(i / 2, i % 2 * 2);
+        if (row >= rows) continue;
+#pragma unroll
+        for (int j = 0; j < Tile::N; ++j) {
+            const int output = blockIdx.y * Block::COLUMNS + Block::column0() + Tile::column(j, 0);
+            const float* const sums = tile.sums[i / 2][j] + i % 2 * 2;
+            if (output < g.o) *(Two<accumulate_t>*)(partials + ((int64)blockIdx.z * rows + row) * g.o + output) = {sums[0], sums[1]};
+        }
+    }
 }

@@ -47,17 +47,6 @@ __device__ void store_tile(const WarpTile<ROWS, COLUMNS>& tile, storage_t* __res
 }
 
 template <class Block>
-__device__ void store(const typename Block::Tile& tile, const accumulate_t* __restrict__ bias, storage_t* __restrict__ y,
-                      const Convolution& g) {
-    const int64 pixel0 = (int64)blockIdx.x * Block::ROWS + Block::row0();
-    const int output0 = blockIdx.y * Block::COLUMNS + Block::column0();
-    if (g.o % 2 == 0)
-        store_tile<true>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
-    else
-        store_tile<false>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
-}
-
-template <class Block>
 __device__ void forward(const storage_t* __restrict__ x, const storage_t* __restrict__ weight,
                         const accumulate_t* __restrict__ bias, storage_t* __restrict__ y, const Convolution& g) {
     const RowOrder order(g, false);
@@ -67,7 +56,12 @@ __device__ void forward(const storage_t* __restrict__ x, const storage_t* __rest
         block_gather_forward<Block>(tile, x, weight, g, order, RowWalk(order, first_row, 0), first_row + threadIdx.x < g.pixels(), false);
     } else
         block_multiply_forward<Block>(tile, x, weight, g, order);
-    store<Block>(tile, bias, y, g);
+    const int64 pixel0 = (int64)blockIdx.x * Block::ROWS + Block::row0();
+    const int output0 = blockIdx.y * Block::COLUMNS + Block::column0();
+    if (g.o % 2 == 0)
+        store_tile<true>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
+    else
+        store_tile<false>(tile, y, bias, pixel0, g.pixels(), output0, g.o);
 }
 
 // What the kernels of fprop take.

@@ -21,8 +21,9 @@
 // any order.
 #include "common/types.cuh"
 
-// Where weight[c, ky, kx, o] lies in packed (2, 2, o, 2, 2, c).
-__device__ inline int64 packed_index(int channel, int ky, int kx, int output, int c, int o) {
+// Where the i-th number of a weight (c, 4, 4, o) lies in packed (2, 2, o, 2, 2, c).
+__device__ inline int64 packed_index(int64 i, int c, int o) {
+    const int output = (int)(i % o), kx = (int)(i / o % 4), ky = (int)(i / o / 4 % 4), channel = (int)(i / o / 16);
     const int p = ky % 2, q = kx % 2, ty = 1 - ky / 2, tx = 1 - kx / 2;
     return (((((int64)p * 2 + q) * o + output) * 2 + ty) * 2 + tx) * c + channel;
 }
@@ -31,22 +32,14 @@ extern "C" __global__ void conv_transpose2d_pack_weight(
     const storage_t* __restrict__ weight,  // (c, 4, 4, o)
     storage_t* __restrict__ packed,        // (4 * o, 2, 2, c)
     int c, int o) {
-    const int64 count = (int64)16 * c * o;
-    FOR_EACH_INDEX(i, count) {
-        const int output = (int)(i % o), kx = (int)(i / o % 4), ky = (int)(i / o / 4 % 4), channel = (int)(i / o / 16);
-        packed[packed_index(channel, ky, kx, output, c, o)] = weight[i];
-    }
+    FOR_EACH_INDEX(i, (int64)16 * c * o) packed[packed_index(i, c, o)] = weight[i];
 }
 
 extern "C" __global__ void conv_transpose2d_unpack_weight(
     const storage_t* __restrict__ dpacked,  // (4 * o, 2, 2, c)
     storage_t* __restrict__ dweight,        // (c, 4, 4, o)
     int c, int o) {
-    const int64 count = (int64)16 * c * o;
-    FOR_EACH_INDEX(i, count) {
-        const int output = (int)(i % o), kx = (int)(i / o % 4), ky = (int)(i / o / 4 % 4), channel = (int)(i / o / 16);
-        dweight[i] = dpacked[packed_index(channel, ky, kx, output, c, o)];
-    }
+    FOR_EACH_INDEX(i, (int64)16 * c * o) dweight[i] = dpacked[packed_index(i, c, o)];
 }
 
 extern "C" __global__ void conv_transpose2d_forward_interleave(
