@@ -18,8 +18,14 @@ from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, Batch
 from segnet_scratch.ops.op import spec, spec_of
 from segnet_scratch.ops.pieces import SHARE_THREADS, TILE_ROWS, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
-from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
+from segnet_scratch.ops.pooling.packed_codes import (
+    UnpoolPacked,
+    gather_at,
+    pack_codes,
+    packed_codes,
+    scatter_from,
+    unpack_codes,
+)
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
 from segnet_scratch.runtime.precision import BFLOAT16

@@ -13,7 +13,7 @@ from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.nn.modules import ConvUnit
 from segnet_scratch.ops.convolution.split_planes import planes_of, split_for
 from segnet_scratch.ops.op import Spec
-from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
+from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 

@@ -25,7 +25,7 @@ from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation import norm_relu
 from segnet_scratch.ops.op import Op, Spec, spec
-from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
+from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
 from segnet_scratch.segnet import SegNet

@@ -18,10 +18,10 @@ from segnet_scratch.lab.proof import table
 from segnet_scratch.nn import functions
 from segnet_scratch.nn.autograd import Tensor, apply
 from segnet_scratch.ops.cases import MAPS, Case, Row, Shape
+from segnet_scratch.ops.loss.cases import LogSoftmaxRow
 from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
-from segnet_scratch.ops.loss.log_softmax_cases import LogSoftmaxRow
 from segnet_scratch.ops.op import VOID
-from segnet_scratch.ops.resampling.resize_cases import ResizeRow
+from segnet_scratch.ops.resampling.cases import ResizeRow
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.precision import is_floating
 from segnet_scratch.segnet import ARCHITECTURES

@@ -8,28 +8,18 @@ from collections.abc import Sequence
 
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.ops.cases import Row
-from segnet_scratch.ops.convolution import (
-    conv2d_cases,
-    conv2d_fused_cases,
-    conv2d_hopper_cases,
-    conv2d_lessons_cases,
-    conv2d_mma_cases,
-    conv_transpose2d_cases,
-)
-from segnet_scratch.ops.elementwise import arithmetic_cases
+from segnet_scratch.ops.convolution import conv2d_cases, conv2d_fused_cases, conv2d_hopper_cases, conv_transpose2d_cases
 from segnet_scratch.ops.elementwise import cases as elementwise_cases
 from segnet_scratch.ops.loss import cases as loss_cases
-from segnet_scratch.ops.loss import log_softmax_cases
 from segnet_scratch.ops.normalisation import batch_norm_cases, norm_relu_cases
-from segnet_scratch.ops.optimiser import sgd_cases
+from segnet_scratch.ops.optimiser import cases as optimiser_cases
 from segnet_scratch.ops.pooling import cases as pooling_cases
-from segnet_scratch.ops.resampling import augment_cases, resize_cases
+from segnet_scratch.ops.resampling import cases as resampling_cases
 
 ROWS: tuple[Row, ...] = (
-    *(*conv2d_cases.ROWS, *conv2d_lessons_cases.ROWS, *conv2d_mma_cases.ROWS, *conv2d_fused_cases.ROWS),
-    *(*conv2d_hopper_cases.ROWS, *conv_transpose2d_cases.ROWS, *batch_norm_cases.ROWS, *norm_relu_cases.ROWS),
-    *(*elementwise_cases.ROWS, *arithmetic_cases.ROWS, *pooling_cases.ROWS, *loss_cases.ROWS),
-    *(*log_softmax_cases.ROWS, *resize_cases.ROWS, *augment_cases.ROWS, *sgd_cases.ROWS),
+    *(*conv2d_cases.ROWS, *conv2d_fused_cases.ROWS, *conv2d_hopper_cases.ROWS, *conv_transpose2d_cases.ROWS),
+    *(*batch_norm_cases.ROWS, *norm_relu_cases.ROWS),
+    *(*elementwise_cases.ROWS, *pooling_cases.ROWS, *loss_cases.ROWS, *resampling_cases.ROWS, *optimiser_cases.ROWS),
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows of the convolutions: fprop, dgrad and wgrad of each rung, and the gradient of the bias."""
+"""Rows of the convolutions: fprop, dgrad and wgrad of each rung, the rungs that teach, and the gradient of the bias."""
 
 from math import sqrt
 from typing import Any, ClassVar
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from segnet_scratch.errors import DTypeError
+from segnet_scratch.errors import DTypeError, ShapeError
 from segnet_scratch.ops.cases import (
     COLUMN_MAPS,
     Bounds,
@@ -16,6 +16,7 @@ from segnet_scratch.ops.cases import (
     Refusal,
     Row,
     Shape,
+    in_whole_pieces,
     of_magnitudes,
     random_map,
 )
@@ -26,8 +27,9 @@ from segnet_scratch.ops.convolution.conv2d import (
     Conv2dBackwardWeight,
     Conv2dForward,
 )
+from segnet_scratch.ops.convolution.conv2d_lessons import LESSONS, Conv2dLesson
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
-from segnet_scratch.runtime.precision import BFLOAT16
+from segnet_scratch.runtime.precision import BFLOAT16, ELEMENTS_OF_RUNG, round_to_tf32
 
 
 def conv_case(
@@ -155,7 +157,7 @@ class Conv2dRow(Row):
 def growth_of(rung: str, terms: int) -> float:
     """By how many eps a sum of so many products may be off, relative to the sum of their absolute values."""
     # c = 2: one rounding a term, and twice the error of direct summation where NumPy takes Winograd's way.
-    # Tensor cores: twice that (conv2d_mma_cases.py), which the kernels of lessons keep with room to spare. In tf32x3 a
+    # Tensor cores: twice that (TensorCoreRow), which the kernels of lessons keep with room to spare. In tf32x3 a
     # product lacks the rests of its factors and small * small, 2^-22 of it each, or 6 eps.
     return (2 if rung in ("direct", "tiled") else 4) * sqrt(terms) + 6 * (rung == "tf32x3")
 
@@ -182,8 +184,102 @@ class Conv2dBackwardBiasRow(MapRow):
 
 
 OPS = (Conv2dForward, Conv2dBackwardData, Conv2dBackwardWeight)
+
+
+# On tensor cores the reference sees the factors as they do, rounded to tf32 or as bfloat16, multiplies and adds them in
+# float64. What remains is the float32 sum. In which order a tensor core adds is not documented, and it cuts bits off
+# where others round, so a term costs up to eps and not eps / 2: the bound is twice that of the other rungs, 4 eps
+# sqrt(K) times the sum of absolute products. It covers any order: nothing in the argument for sqrt(K) (ops/cases.py)
+# depends on one.
+
+# Blocks compute 128 rows x 32, 64 or 128 columns; a stage is 128 bytes of depth: 32 float32 or 64 bfloat16, in pieces
+# of 4 or 8 numbers. Rows, columns, depth are (pixels, o, kernel c) in fprop, (pixels, c, kernel o) in dgrad and
+# (kernel c, o, pixels) in wgrad. Multiples of 8 are whole pieces in each of them; other channels are copied one by one.
+TENSOR_CORE_TILES = [
+    *(conv_case(f"{p} pixels of a tile's 128", (1, 1, p, 32), 40, (1, 1)) for p in (127, 128, 129)),
+    *(conv_case(f"{o} outputs: columns of the tiles", (1, 3, 5, 32), o, (1, 1)) for o in (31, 32, 33, 64, 65, 129)),
+    *(conv_case(f"{o} outputs: a piece off the tiles", (1, 3, 5, 32), o, (1, 1)) for o in (24, 56, 72, 120, 136)),
+    *(conv_case(f"{c} channels: depth and rows of the tiles", (1, 3, 5, c), 32, (1, 1)) for c in (63, 65, 129)),
+    *(conv_case(f"{c} channels: a piece off the tiles", (1, 3, 5, c), 32, (1, 1)) for c in (24, 56, 72, 120, 136)),
+    *(conv_case(f"{c} channels: stages of the pipeline", (1, 3, 5, c), 8, (1, 1)) for c in (64, 96, 160, 192)),
+    *(conv_case(f"{p} pixels: depth of wgrad", (1, 1, p, 8), 8, (1, 1)) for p in (31, 33, 63, 64, 65, 97)),
+    *(conv_case(f"{p} pixels: chunks of wgrad", (1, 1, p, 8), 16, (1, 1)) for p in (2048, 2049)),
+    conv_case("one piece of channels: several taps in a stage", (1, 4, 5, 8), 8, (3, 3), 1),
+    conv_case("half a piece of bfloat16", (1, 4, 5, 4), 12, (3, 3), 1),
+    conv_case("stages that cut through taps", (2, 5, 6, 40), 48, (3, 3), 1),
+    conv_case("one pixel with whole pieces", (1, 1, 1, 8), 8, (3, 3), 1),
+    conv_case("many images in a tile", (30, 2, 3, 8), 16, (3, 3), 1),
+    conv_case("kernel larger than the image, whole pieces", (2, 3, 3, 8), 8, (5, 5), 1),
+    conv_case("padding wider than the kernel, whole pieces", (1, 3, 4, 8), 8, (2, 2), 3),
+    conv_case("the largest kernel", (1, 9, 8, 4), 4, (15, 15), 7),
+    conv_case("a layer of SegNet", (1, 7, 9, 64), 128, (3, 3), 1),
+]
+
+
+class TensorCoreRow(Conv2dRow):
+    """fprop, dgrad or wgrad in a tensor-core rung."""
+
+    def cases(self) -> list[Case]:
+        return CONVOLUTIONS + TENSOR_CORE_TILES
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        case = super().random_case(rng)
+        if rng.integers(2):  # as many with whole pieces as without
+            case = in_whole_pieces(Case(case.reason, {**case.sizes, "o": -(-case["o"] // 8) * 8}), 8)
+        return case
+
+    def reference_plan(self, case: Case) -> Op:
+        return self.planned(case, np.float64, "direct")
+
+    def as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        return round_to_tf32(array) if self.rung == "tf32" and name != "bias" else array
+
+
+# Blocks of 16 x 16, 128 x 64 and 64 x 64 results, depths of 16 and 32.
+EDGES = [
+    *(conv_case(f"{p} pixels, {o} outputs", (1, 1, p, 16), o, (1, 1)) for p, o in ((15, 17), (16, 16), (17, 15))),
+    *(conv_case(f"{p} pixels, {o} outputs", (1, 1, p, 16), o, (1, 1)) for p, o in ((63, 65), (64, 64), (65, 63))),
+    *(conv_case(f"{c} channels: rounds of the depth", (1, 3, 5, c), 9, (1, 1)) for c in (8, 24, 32, 40, 72)),
+]
+
+
+class LessonRow(Conv2dRow):
+    """fprop by the kernel of a lesson."""
+
+    function = ""  # nobody calls it but this row
+
+    def cases(self) -> list[Case]:
+        return [in_whole_pieces(case, self.channels) for case in CONVOLUTIONS + TILES + EDGES]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        return in_whole_pieces(super().random_case(rng), self.channels)
+
+    def reference_plan(self, case: Case) -> Op:
+        weight = spec((case["o"], *case["kernel"], case["x"][3]), np.float64)
+        return Conv2dForward.plan(spec(case["x"], np.float64), weight, case["stride"], case["padding"], "direct")
+
+    def refusals(self) -> list[Refusal]:
+        def attempt(c: int, stride: int, dtype: DTypeLike) -> object:
+            return Conv2dLesson(spec((1, 4, 5, c), dtype), spec((2, 3, 3, c), dtype), stride, 1, self.rung)
+
+        taken = self.elements[0]
+        refusals = [Refusal("stride 2", lambda: attempt(8, 2, taken), ShapeError, "use 'direct'")]
+        if self.channels > 1:
+            multiples = f"multiples of {self.channels}"
+            refusals.append(Refusal("channels", lambda: attempt(9, 1, taken), ShapeError, multiples))
+            refusals.append(Refusal("element type", lambda: attempt(8, 1, np.float64), DTypeError, "not float64"))
+        return refusals
+
+
 ROWS: tuple[Row, ...] = (
     *(Conv2dRow(op, "direct") for op in OPS),
     *(Conv2dRow(op, "tiled", elements=(*Row.elements, BFLOAT16)) for op in OPS),
     Conv2dBackwardBiasRow(Conv2dBackwardBias),
+    *(
+        LessonRow(
+            Conv2dLesson, lesson, elements=tuple(spec((), kind).dtype for kind in of.elements), channels=of.channels
+        )
+        for lesson, of in LESSONS.items()
+    ),
+    *(TensorCoreRow(op, rung, elements=(element,)) for rung, element in ELEMENTS_OF_RUNG.items() for op in OPS),
 )

@@ -92,9 +92,6 @@ class FusedConv(Op):
         """What the rung multiplies."""
         return round_to_tf32(array) if self.rung == "tf32" else array
 
-    def _expect_pieces(self, **channels: int) -> None:
-        expect_pieces(self.name, ELEMENTS_OF_RUNG[self.rung], **channels)
-
     def _vectors(self, channels: int, *names: str) -> dict[str, Spec]:
         return {name: Spec((channels,), self.vector) for name in names}
 
@@ -140,7 +137,7 @@ class FusedForward(FusedConv):
         super().__init__(x, x.shape, weight, rung, pool)
         g, bare = self.geometry, not (bias or relu or pool)
         expect(bare or not statistics, f"{self.name}: statistics are those of the bare convolution")
-        self._expect_pieces(outputs=g.o)
+        expect_pieces(self.name, ELEMENTS_OF_RUNG[rung], outputs=g.o)
         self.statistics, self.relu, self.pool = statistics, relu, pool
         self.inputs = {"x": x, "weight": weight}
         if bias:
@@ -206,7 +203,7 @@ class FusedBackwardData(FusedConv):
         n, h, w, _ = expect_map(self.name, "dy", dy, bfloat16=True)
         super().__init__(dy, (n, h, w, weight.shape[3]), weight, rung, unpool is not None)
         g = self.geometry
-        self._expect_pieces(channels=g.c, outputs=g.o)
+        expect_pieces(self.name, ELEMENTS_OF_RUNG[rung], channels=g.c, outputs=g.o)
         self.below, self.unpool, self.below_relu = below, unpool, below.relu
         output = below.y.shape
         expect(

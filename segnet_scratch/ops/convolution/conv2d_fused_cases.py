@@ -1,6 +1,6 @@
 """Rows of the fused convolutions.
 
-Their bounds are those of the tensor-core rungs (conv2d_mma_cases.py), carried through what follows the convolution.
+Their bounds are those of the tensor-core rungs (TensorCoreRow), carried through what follows the convolution.
 Two things decide by a comparison, which an error in the last bit would turn: a max-pool, and the ReLU that stops a
 gradient. There the inputs make the compared numbers exact: small integers before a pool, so that nothing is rounded and
 ties are frequent; multiples of 1/4 in the batch norm of the block below.

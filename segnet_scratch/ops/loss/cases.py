@@ -1,4 +1,4 @@
-"""Rows of the loss, and of what counts right and wrong pixels."""
+"""Rows of the loss, of the logarithm of a softmax, and of what counts right and wrong pixels."""
 
 from collections.abc import Mapping
 from math import prod, sqrt
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from segnet_scratch.errors import ShapeError
 from segnet_scratch.ops import by_hand
 from segnet_scratch.ops.cases import (
     MAPS,
@@ -24,6 +25,7 @@ from segnet_scratch.ops.cases import (
 )
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS, CrossEntropyBackward, CrossEntropyForward
+from segnet_scratch.ops.loss.log_softmax import LogSoftmaxBackward, LogSoftmaxForward
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.op import VOID, Buffers, Op, spec, spec_of
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -212,12 +214,47 @@ class ArgmaxRow(MapRow):
         return self.refused({}, wrong)
 
 
-ROWS = (
+class LogSoftmaxRow(MapRow):
+    """Logits up to +-1e4 must not overflow, nor round away the small ones."""
+
+    exact = False
+
+    def cases(self) -> list[Case]:
+        return [
+            *maps({"one axis": (7,), "most classes": (10, 255), **MAPS}),
+            Case("large", {"x": (50, 21), "scale": 1e4}),
+        ]
+
+    def differentiable(self, case: Case) -> bool:
+        return "scale" not in case.sizes  # differences of logits of 1e4 have few digits
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        x = values(rng, next(iter(op.inputs.values())), integers) * case.sizes.get("scale", 3.0)
+        if self.op is LogSoftmaxForward:
+            return {"x": x.astype(op.inputs["x"].dtype)}
+        log_softmax = x - x.max(-1, keepdims=True)
+        log_softmax -= np.log(np.exp(log_softmax).sum(-1, keepdims=True))
+        return {"y": log_softmax.astype(x.dtype), "dy": values(rng, op.inputs["dy"], integers)}
+
+    def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
+        if self.op is LogSoftmaxForward:
+            d = b.x - b.x.max(-1, keepdims=True)
+            log_sum = np.log(np.exp(d).sum(-1, keepdims=True))
+            return {"y": 2 * eps * (sqrt(b.x.shape[-1]) + 1 + log_sum - d)}
+        softmax, terms = np.exp(b.y), np.abs(b.dy).sum(-1, keepdims=True)
+        grown = 2 * eps * (sqrt(b.y.shape[-1]) + 3 + np.abs(b.y))
+        return {"dx": eps * np.abs(b.dx) + grown * softmax * terms + eps * np.abs(b.dy)}
+
+    def refusals(self) -> list[Refusal]:
+        return [Refusal("no classes", lambda: self.op.plan(spec((3, 0), np.float32)), ShapeError, "is empty")]
+
+
+ROWS: tuple[Row, ...] = (
     *(
         CrossEntropyRow(op, name=f"{op.name}_{how}", normalisation=how, function=function)
         for op in (CrossEntropyForward, CrossEntropyBackward)
         for how, function in (*((how, "cross_entropy") for how in NORMALISATIONS), ("none", ""))
     ),
     *(SoftmaxCrossEntropyRow(name=f"softmax_cross_entropy_{how}", normalisation=how) for how in NORMALISATIONS),
-    ArgmaxRow(ArgmaxForward),
+    *(ArgmaxRow(ArgmaxForward), LogSoftmaxRow(LogSoftmaxForward), LogSoftmaxRow(LogSoftmaxBackward)),
 )

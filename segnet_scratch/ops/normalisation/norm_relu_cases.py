@@ -26,8 +26,7 @@ from segnet_scratch.ops.normalisation.norm_relu import (
 )
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.ops.pieces import TILE_ROWS
-from segnet_scratch.ops.pooling.packed_codes import pack_codes, scatter_from
-from segnet_scratch.ops.pooling.unpool_packed import UnpoolPacked
+from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked, pack_codes, scatter_from
 from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
 from segnet_scratch.runtime.precision import BFLOAT16
 

@@ -2,9 +2,9 @@
 
 from typing import Any, ClassVar
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect_map
+from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map
 from segnet_scratch.ops.pooling import fast as pooling
-from segnet_scratch.ops.pooling.windows import CODE, WindowOp, expect_codes, gather, scatter, valid_codes, windows_of
+from segnet_scratch.ops.pooling.windows import CODE, WindowOp, gather, scatter, valid_codes, windows_of
 
 
 class ToPositions(WindowOp):
@@ -14,7 +14,10 @@ class ToPositions(WindowOp):
 
     def __init__(self, values: Spec, codes: Spec, size: tuple[int, int]) -> None:
         n, _, _, c = expect_map(self.name, self.over, values)
-        expect_codes(self.name.removesuffix("_forward"), codes, values.shape, size)
+        op = self.name.removesuffix("_forward")
+        what = f"{op}: codes {codes.shape} of a map of size {size} do not fit values {values.shape}"
+        fits = codes.shape == values.shape == windows_of(n, *size, c)
+        expect(fits, f"{what}; pass the codes of the pool that made them")
         self.inputs = {self.over: values, "codes": codes}
         self.outputs = {self.made: values.with_shape(n, *size, c)}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect
+from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.ops.pieces import SHARE_THREADS, share_grid
 from segnet_scratch.runtime.devices import Array, Device
 
@@ -30,14 +30,6 @@ class PoolCodes:
 def windows_of(n: int, h: int, w: int, c: int) -> tuple[int, int, int, int]:
     """Shape of the values and codes of a map (n, h, w, c)."""
     return n, (h + 1) // 2, (w + 1) // 2, c
-
-
-def expect_codes(op: str, codes: Spec, values: tuple[int, ...], size: tuple[int, int]) -> None:
-    """ShapeError unless the codes belong to these values and to a map of this size."""
-    n, _, _, c = values
-    what = f"{op}: codes {codes.shape} of a map of size {size} do not fit values {values}"
-    fits = codes.shape == values == windows_of(n, *size, c)
-    expect(fits, f"{what}; pass the codes of the pool that made them")
 
 
 class WindowOp(Op):

@@ -35,7 +35,7 @@ class Reading:
 
 
 class Device:
-    """Memory and execution of one device."""
+    """Memory and execution of one device: where a subclass does not say otherwise, those of the CPU."""
 
     name: str
     runs_kernels: bool  # True: ops launch kernels; False: ops compute with NumPy
@@ -45,15 +45,15 @@ class Device:
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """An array with undefined contents."""
-        raise NotImplementedError
+        return np.empty(tuple(shape), dtype)
 
     def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
         """An array of zeros."""
-        raise NotImplementedError
+        return np.zeros(tuple(shape), dtype)
 
     def upload(self, array: np.ndarray) -> Array:
         """A C-contiguous array of this device with the same contents; NumPy arrays may be shared, not copied."""
-        raise NotImplementedError
+        return np.asarray(array, order="C")
 
     def constant(self, array: np.ndarray) -> Array:
         """As `upload`, for an array that nobody writes to later; allowed while `capture` records, too."""
@@ -61,7 +61,7 @@ class Device:
 
     def download(self, array: Array) -> np.ndarray:
         """The contents as a NumPy array."""
-        raise NotImplementedError
+        return np.asarray(array)
 
     def read(self, arrays: Sequence[Array]) -> Reading:
         """The contents that the arrays have once everything asked of the device so far is done. Waits for nothing."""
@@ -69,7 +69,7 @@ class Device:
 
     def from_dlpack(self, array: Any) -> Array:
         """An array of another library (PyTorch, JAX, CuPy) on this device, shared where the library allows it."""
-        raise NotImplementedError
+        return self.upload(np.from_dlpack(array))
 
     def copy(self, array: Array) -> Array:
         """Another array with the same contents."""
@@ -81,11 +81,11 @@ class Device:
 
     def owns(self, array: Any) -> bool:
         """Is this an array of the device?"""
-        raise NotImplementedError
+        return isinstance(array, np.ndarray)
 
     def address(self, array: Array) -> int:
         """The address of the array's first element."""
-        raise NotImplementedError
+        return int(array.__array_interface__["data"][0])
 
     def gpu_identity(self) -> str | None:
         """What tells a GPU from others of its machine; None where there is none."""

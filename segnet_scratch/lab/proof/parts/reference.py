@@ -8,8 +8,8 @@ from segnet_scratch.lab.proof.compare import Expectation, examine, expectation, 
 from segnet_scratch.lab.proof.parts.base import CaseRun, RowPart, blame
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.cases import Row
+from segnet_scratch.ops.convolution.conv2d_cases import TensorCoreRow
 from segnet_scratch.ops.convolution.conv2d_fused_cases import FusedRow
-from segnet_scratch.ops.convolution.conv2d_mma_cases import TensorCoreRow
 from segnet_scratch.ops.loss.cases import CrossEntropyRow
 from segnet_scratch.runtime.devices import NumpyDevice, get_device
 
