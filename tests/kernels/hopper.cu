@@ -41,7 +41,8 @@ __device__ void open_product(const char* memory, const int* numbers, bool accumu
 }
 
 template <bool A_MN, bool B_MN>
-__device__ void open_products(const uint8* image, const int* numbers, const int* accumulate, float* out, int cases, int bytes, int n) {
+__device__ void open_products(
+    const uint8* image, const int* numbers, const int* accumulate, float* out, int cases, int bytes, int n) {
     char* const memory = aligned_memory();
     fill_shared(memory, image, bytes);
     for (int i = 0; i < cases; ++i, numbers += 6, out += 64 * n) {
@@ -53,32 +54,36 @@ __device__ void open_products(const uint8* image, const int* numbers, const int*
 }
 
 // Operands K- or MN-major: a, then b.
-extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_kk(const uint8* image,     // (bytes)
-                                                                       const int* numbers,     // (cases, 6)
-                                                                       const int* accumulate,  // (cases)
-                                                                       float* out,             // (cases, 64, n)
-                                                                       int cases, int bytes, int n) {
+extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_kk(
+    const uint8* image,     // (bytes)
+    const int* numbers,     // (cases, 6)
+    const int* accumulate,  // (cases)
+    float* out,             // (cases, 64, n)
+    int cases, int bytes, int n) {
     open_products<false, false>(image, numbers, accumulate, out, cases, bytes, n);
 }
-extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_km(const uint8* image,     // (bytes)
-                                                                       const int* numbers,     // (cases, 6)
-                                                                       const int* accumulate,  // (cases)
-                                                                       float* out,             // (cases, 64, n)
-                                                                       int cases, int bytes, int n) {
+extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_km(
+    const uint8* image,     // (bytes)
+    const int* numbers,     // (cases, 6)
+    const int* accumulate,  // (cases)
+    float* out,             // (cases, 64, n)
+    int cases, int bytes, int n) {
     open_products<false, true>(image, numbers, accumulate, out, cases, bytes, n);
 }
-extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_mk(const uint8* image,     // (bytes)
-                                                                       const int* numbers,     // (cases, 6)
-                                                                       const int* accumulate,  // (cases)
-                                                                       float* out,             // (cases, 64, n)
-                                                                       int cases, int bytes, int n) {
+extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_mk(
+    const uint8* image,     // (bytes)
+    const int* numbers,     // (cases, 6)
+    const int* accumulate,  // (cases)
+    float* out,             // (cases, 64, n)
+    int cases, int bytes, int n) {
     open_products<true, false>(image, numbers, accumulate, out, cases, bytes, n);
 }
-extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_mm(const uint8* image,     // (bytes)
-                                                                       const int* numbers,     // (cases, 6)
-                                                                       const int* accumulate,  // (cases)
-                                                                       float* out,             // (cases, 64, n)
-                                                                       int cases, int bytes, int n) {
+extern "C" __global__ void __launch_bounds__(WARPGROUP, 1) products_mm(
+    const uint8* image,     // (bytes)
+    const int* numbers,     // (cases, 6)
+    const int* accumulate,  // (cases)
+    float* out,             // (cases, 64, n)
+    int cases, int bytes, int n) {
     open_products<true, true>(image, numbers, accumulate, out, cases, bytes, n);
 }
 
@@ -104,34 +109,38 @@ __device__ void open_loads(uint8* out, int cases, int bytes, int place, Load loa
     }
 }
 
-extern "C" __global__ void loads_2d(const __grid_constant__ TensorMap map,
-                                    const int* corners,  // (cases, 2)
-                                    uint8* out,          // (cases, bytes)
-                                    int cases, int bytes, int place) {
+extern "C" __global__ void loads_2d(
+    const __grid_constant__ TensorMap map,
+    const int* corners,  // (cases, 2)
+    uint8* out,          // (cases, bytes)
+    int cases, int bytes, int place) {
     open_loads(out, cases, bytes, place, [&](char* to, int i, Mbarrier& full) {
         tma_load(to, map, {corners[2 * i], corners[2 * i + 1]}, full);
     });
 }
-extern "C" __global__ void loads_3d(const __grid_constant__ TensorMap map,
-                                    const int* corners,  // (cases, 3)
-                                    uint8* out,          // (cases, bytes)
-                                    int cases, int bytes, int place) {
+extern "C" __global__ void loads_3d(
+    const __grid_constant__ TensorMap map,
+    const int* corners,  // (cases, 3)
+    uint8* out,          // (cases, bytes)
+    int cases, int bytes, int place) {
     open_loads(out, cases, bytes, place, [&](char* to, int i, Mbarrier& full) {
         tma_load(to, map, {corners[3 * i], corners[3 * i + 1], corners[3 * i + 2]}, full);
     });
 }
-extern "C" __global__ void loads_4d(const __grid_constant__ TensorMap map,
-                                    const int* corners,  // (cases, 4)
-                                    uint8* out,          // (cases, bytes)
-                                    int cases, int bytes, int place) {
+extern "C" __global__ void loads_4d(
+    const __grid_constant__ TensorMap map,
+    const int* corners,  // (cases, 4)
+    uint8* out,          // (cases, bytes)
+    int cases, int bytes, int place) {
     open_loads(out, cases, bytes, place, [&](char* to, int i, Mbarrier& full) {
         tma_load(to, map, {corners[4 * i], corners[4 * i + 1], corners[4 * i + 2], corners[4 * i + 3]}, full);
     });
 }
-extern "C" __global__ void loads_im2col(const __grid_constant__ TensorMap map,
-                                        const int* corners,  // (cases, 6)
-                                        uint8* out,          // (cases, bytes)
-                                        int cases, int bytes, int place) {
+extern "C" __global__ void loads_im2col(
+    const __grid_constant__ TensorMap map,
+    const int* corners,  // (cases, 6)
+    uint8* out,          // (cases, bytes)
+    int cases, int bytes, int place) {
     open_loads(out, cases, bytes, place, [&](char* to, int i, Mbarrier& full) {
         const int* const c = corners + 6 * i;
         tma_load_im2col(to, map, {c[0], c[1], c[2], c[3]}, {c[4], c[5]}, full);

@@ -16,6 +16,7 @@ __device__ inline void multiply(Accumulators<64>& sums, const Scene& scene) {
     wgmma(sums, k_major(scene.memory, 1024), k_major(scene.memory + TILE, 1024), false);
 }
 
+// clang-format off
 __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& tile, const TensorMap& row, float* out) {
     const int thread = threadIdx.x;
     char* const memory = scene.memory;
@@ -273,11 +274,12 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
             break;
     }
 }
+// clang-format on
 
-extern "C" __global__ void __launch_bounds__(384, 1) hopper_faults(const __grid_constant__ TensorMap tile,
-                                                                   const __grid_constant__ TensorMap row,
-                                                                   float* out,  // (256)
-                                                                   int fault) {
+extern "C" __global__ void __launch_bounds__(384, 1) hopper_faults(
+    const __grid_constant__ TensorMap tile, const __grid_constant__ TensorMap row,
+    float* out,  // (256)
+    int fault) {
     SHARED_DYNAMIC(char, raw);
     SHARED_ARRAY(Mbarrier, barrier, [4]);
     const Scene scene = {raw + (0u - shared_address(raw)) % 1024, barrier};

@@ -14,10 +14,10 @@ __device__ inline char* aligned_memory() {
 #define A_BYTES 16384
 #define B_BYTES 8192
 
-extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid_constant__ TensorMap a,
-                                                                    const __grid_constant__ TensorMap b,
-                                                                    storage_t* c,  // (128, 64)
-                                                                    int depth) {
+extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(
+    const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+    storage_t* c,  // (128, 64)
+    int depth) {
     SHARED_ARRAY(Mbarrier, full, [STAGES]);
     SHARED_ARRAY(Mbarrier, empty, [STAGES]);
     char* const memory = aligned_memory();
@@ -54,8 +54,9 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-            wgmma(sums, k_major(stage + consumer * 8192 + step * 32, 1024), k_major(stage + A_BYTES + step * 32, 1024),
-                  k + step > 0);
+            wgmma(
+                sums, k_major(stage + consumer * 8192 + step * 32, 1024), k_major(stage + A_BYTES + step * 32, 1024),
+                k + step > 0);
         wgmma_commit();
         wgmma_wait<1>();
         if (leader && k > 0) mbarrier_arrive(empty[before]);
@@ -67,8 +68,9 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(const __grid
 }
 
 // What an ordinary load finds where a copy is under way: NaN, and under AddressSanitizer a report with this line.
-extern "C" __global__ void __launch_bounds__(32, 1) hopper_early_load(const __grid_constant__ TensorMap tile,
-                                                                      float* out) {  // (1)
+extern "C" __global__ void __launch_bounds__(32, 1) hopper_early_load(
+    const __grid_constant__ TensorMap tile,
+    float* out) {  // (1)
     SHARED_ARRAY(Mbarrier, full, [1]);
     char* const memory = aligned_memory();
     if (threadIdx.x == 0) {

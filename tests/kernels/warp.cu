@@ -2,10 +2,11 @@
 #include "common/async_copy.cuh"
 #include "common/mma.cuh"
 
-extern "C" __global__ void shuffles(const float* x,   // (threads)
-                                    float* received,  // (6, threads)
-                                    int* votes,       // (3, threads)
-                                    int threads, int amount, int width) {
+extern "C" __global__ void shuffles(
+    const float* x,   // (threads)
+    float* received,  // (6, threads)
+    int* votes,       // (3, threads)
+    int threads, int amount, int width) {
     const int i = threadIdx.x;
     received[i] = __shfl_sync(0xFFFFFFFF, x[i], amount, width);
     received[threads + i] = __shfl_up_sync(0xFFFFFFFF, x[i], amount, width);
@@ -55,32 +56,36 @@ __device__ void multiply_open(const unsigned* a, const unsigned* b, float* d, in
         for (int i = 0; i < 4; ++i) d[4 * (32 * n + threadIdx.x) + i] = sums[n][i];
 }
 
-extern "C" __global__ void multiply_tf32(const unsigned* a,  // (32, 4)
-                                         const unsigned* b,  // (fragments, 32, 2)
-                                         float* d,           // (fragments, 32, 4)
-                                         int fragments) {
+extern "C" __global__ void multiply_tf32(
+    const unsigned* a,  // (32, 4)
+    const unsigned* b,  // (fragments, 32, 2)
+    float* d,           // (fragments, 32, 4)
+    int fragments) {
     multiply_open<false>(a, b, d, fragments);
 }
 
-extern "C" __global__ void multiply_bf16(const unsigned* a,  // (32, 4)
-                                         const unsigned* b,  // (fragments, 32, 2)
-                                         float* d,           // (fragments, 32, 4)
-                                         int fragments) {
+extern "C" __global__ void multiply_bf16(
+    const unsigned* a,  // (32, 4)
+    const unsigned* b,  // (fragments, 32, 2)
+    float* d,           // (fragments, 32, 4)
+    int fragments) {
     multiply_open<true>(a, b, d, fragments);
 }
 
-extern "C" __global__ void round_to_tf32(const float* x,      // (count)
-                                         unsigned* rounded,   // (count)
-                                         int count) {
+extern "C" __global__ void round_to_tf32(
+    const float* x,     // (count)
+    unsigned* rounded,  // (count)
+    int count) {
     FOR_EACH_INDEX(i, count) rounded[i] = to_tf32(x[i]);
 }
 
 // rows[l] is the row, of 16 bytes, that lane l points at.
-extern "C" __global__ void load_matrices(const unsigned* numbers,   // (rows, 4)
-                                         const int* row_of,         // (32)
-                                         unsigned* plain,           // (32, 4)
-                                         unsigned* transposed,      // (32, 4)
-                                         int rows) {
+extern "C" __global__ void load_matrices(
+    const unsigned* numbers,  // (rows, 4)
+    const int* row_of,        // (32)
+    unsigned* plain,          // (32, 4)
+    unsigned* transposed,     // (32, 4)
+    int rows) {
     SHARED_DYNAMIC(unsigned, memory);
     for (int i = threadIdx.x; i < 4 * rows; i += blockDim.x) memory[i] = numbers[i];
     __syncthreads();
@@ -92,9 +97,10 @@ extern "C" __global__ void load_matrices(const unsigned* numbers,   // (rows, 4)
 }
 
 // Two groups of copies; the first `waits` waits are carried out. Sizes: 16 bytes and, of them, `bytes` read.
-extern "C" __global__ void copy_groups(const float* x,  // (2, threads, 4)
-                                       float* y,        // (2, threads, 4)
-                                       int threads, int bytes, int waits, int barrier) {
+extern "C" __global__ void copy_groups(
+    const float* x,  // (2, threads, 4)
+    float* y,        // (2, threads, 4)
+    int threads, int bytes, int waits, int barrier) {
     SHARED_DYNAMIC(float, memory);
     float* const first = memory + 4 * threadIdx.x;
     float* const second = first + 4 * threads;
