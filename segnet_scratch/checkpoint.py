@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files that survive a kill, a full disk and a damaged disk, and never run code.
 
-The safetensors library writes the format; `_File` reads it, without a map of the file that a truncation would turn
-into a crash. Ours is also what the format leaves out: a save that is atomic and durable (files.py), and a SHA-256 of
-the content, because the format itself accepts a flipped data bit.
+The safetensors library writes the format; `_read_safetensors` reads it, without a map of the file that a truncation
+would turn into a crash. Ours is also what the format leaves out: a save that is atomic and durable (files.py), and a
+SHA-256 of the content, because the format itself accepts a flipped data bit.
 """
 
 import hashlib
@@ -76,9 +76,8 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 def load(path: _Path) -> Checkpoint:
     """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
     with _opened(path) as stream:
-        file = _File(stream)
-        record, metadata = _our_metadata(file.metadata)
-        tensors = file.tensors()
+        tensors, texts = _read_safetensors(stream)
+        record, metadata = _our_metadata(texts)
         if _record(metadata, tensors) != record:
             raise ValueError("damaged content, which does not match its checksum")
         return Checkpoint(tensors, metadata)
@@ -93,10 +92,7 @@ def load_foreign(path: _Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with _opened(path, "safetensors or PyTorch", fix) as file:
         start = file.read(4)
         file.seek(0)
-        if is_torch_file(start):
-            return read_state_dict(file), {}
-        found = _File(file)
-        return found.tensors(), found.metadata
+        return (read_state_dict(file), {}) if is_torch_file(start) else _read_safetensors(file)
 
 
 def metadata_in(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -142,60 +138,52 @@ def _our_metadata(texts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     return text, record["metadata"]
 
 
-class _File:
-    """An open safetensors file: what its header says, checked as strictly as the library does, and the data.
+def _read_safetensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, its header checked as strictly as the library does.
 
     The library maps the files that it opens, and a file that somebody truncates while it is mapped (`cp` over a
     checkpoint does) ends the process with SIGBUS. Parsing the whole content from memory would need that memory twice,
     and a copy of the header for the library a folder for temporary files, which may be full. So we read it ourselves.
     """
+    start, size = file.read(8), os.fstat(file.fileno()).st_size
+    for mark, kind in _NO_SAFETENSORS.items():
+        if start.startswith(mark):
+            raise ValueError(kind)
+    if not start:
+        raise ValueError("an empty file")
+    length = int.from_bytes(start, "little")
+    # Megabytes of header cost seconds and a gigabyte to read; 2,000 tensors need 0.2 MB.
+    if length > _MAX_HEADER:
+        long = f"a header of {length} bytes, more than {_MAX_HEADER}"
+        raise ValueError(long if length <= size else f"another kind of file: it begins with {start!r}")
+    header = None
+    with suppress(ValueError):
+        header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
+    if len(start) < 8 or not isinstance(header, dict):
+        raise ValueError("a header that is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("metadata that is no JSON object of texts")
+    places = sorted((_place_of(name, entry), name) for name, entry in header.items())
+    end = 0
+    for (begin, after, _, _), name in places:
+        if begin != end:
+            raise ValueError(f"tensor {name[:80]} at byte {begin} of the data, expected {end}: a hole or an overlap")
+        end = after
+    if end != size - 8 - length:
+        raise ValueError(f"{size - 8 - length} bytes of data, expected {end}")
+    return {name: _read_tensor(file, name, dtype, shape) for (_, _, dtype, shape), name in places}, metadata
 
-    def __init__(self, file: BinaryIO) -> None:
-        start, size = file.read(8), os.fstat(file.fileno()).st_size
-        for mark, kind in _NO_SAFETENSORS.items():
-            if start.startswith(mark):
-                raise ValueError(kind)
-        if not start:
-            raise ValueError("an empty file")
-        length = int.from_bytes(start, "little")
-        # Megabytes of header cost seconds and a gigabyte to read; 2,000 tensors need 0.2 MB.
-        if length > _MAX_HEADER:
-            long = f"a header of {length} bytes, more than {_MAX_HEADER}"
-            raise ValueError(long if length <= size else f"another kind of file: it begins with {start!r}")
-        self._file = file
-        header = None
-        with suppress(ValueError):
-            header = json.loads(file.read(min(length, size)).decode())  # Python makes room for all it is asked to read
-        if len(start) < 8 or not isinstance(header, dict):
-            raise ValueError("a header that is no JSON object")
-        metadata = header.pop("__metadata__", None)
-        self.metadata: dict[str, str] = {} if metadata is None else metadata
-        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
-            raise ValueError("metadata that is no JSON object of texts")
-        places = sorted((_place_of(name, entry), name) for name, entry in header.items())
-        end = 0
-        for (begin, after, _, _), name in places:
-            if begin != end:
-                where = f"at byte {begin} of the data, expected {end}"
-                raise ValueError(f"tensor {name[:80]} {where}: a hole or an overlap")
-            end = after
-        if end != size - 8 - length:
-            raise ValueError(f"{size - 8 - length} bytes of data, expected {end}")
-        # In the order of their data, as they are read.
-        self._layout = {name: (dtype, shape) for (_, _, dtype, shape), name in places}
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """All tensors by name; to be called once."""
-        return {name: self._read(name, *layout) for name, layout in self._layout.items()}
-
-    def _read(self, name: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
-        try:
-            array = np.empty(shape, _DTYPES[dtype])
-        except ValueError as error:  # too many sides, or an empty tensor whose other sides overflow its size
-            raise ValueError(f"tensor {name[:80]}, which NumPy cannot hold: {error}") from error
-        if self._file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
-            raise ValueError("data that ends too early: it was cut off while it was read")
-        return array.astype(np.float32) if dtype == "BF16" else array
+def _read_tensor(file: BinaryIO, name: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    try:
+        array = np.empty(shape, _DTYPES[dtype])
+    except ValueError as error:  # too many sides, or an empty tensor whose other sides overflow its size
+        raise ValueError(f"tensor {name[:80]}, which NumPy cannot hold: {error}") from error
+    if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
+        raise ValueError("data that ends too early: it was cut off while it was read")
+    return array.astype(np.float32) if dtype == "BF16" else array
 
 
 def _place_of(name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:

@@ -55,6 +55,5 @@ def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: 
         branches = ranks.size == 1 and two_branches(model.device, network, rung)
         maps = fused_account(network, Convolutions.on(model.device, rung), branches).peak
     else:
-        logits = 2 * images * pixels * model.classes * itemsize
-        maps = layers_account(network, itemsize).peak + logits
+        maps = layers_account(network, itemsize).peak + 2 * images * pixels * model.classes * itemsize  # and logits
     return maps // images + _PREPARED * pixels * (3 * itemsize + 1)

@@ -143,8 +143,8 @@ def plan_targets(sources: Sequence[Path], out: Path, endings: Mapping[str, str])
     targets = []
     for path in sources:
         clashes = any(often[_same_anywhere(path.stem + ending)] > 1 for ending in endings.values())
-        kept = path.name if clashes else path.stem
-        targets.append({kind: out / (kept + ending) for kind, ending in endings.items()})
+        name = path.name if clashes else path.stem
+        targets.append({kind: out / f"{name}{ending}" for kind, ending in endings.items()})
         for target in targets[-1].values():
             if real(target) in inputs:
                 raise DataError(f"{target}: the result for {path} would overwrite this file; choose another --out")

@@ -43,12 +43,7 @@ class Video:
     stem: str  # of the file made from it
     location: str
     format: str | None = None  # of a camera, the interface of the system
-    path: Path | None = None  # of a file
-
-    @property
-    def is_camera(self) -> bool:
-        """Whether it goes on until it is stopped."""
-        return self.path is None
+    path: Path | None = None  # of a file; a camera has none
 
 
 def pyav() -> Any:

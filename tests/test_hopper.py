@@ -15,7 +15,7 @@ from support.fake_cupy import has_nvrtc
 from support.tensor_core import multiply_add
 
 from segnet_scratch.errors import CompileError, DTypeError, KernelFault, LaunchError, ShapeError
-from segnet_scratch.lab.proof.misuse import MISUSES
+from segnet_scratch.lab.proof.parts.gate import MISUSES
 from segnet_scratch.runtime import host, nvrtc
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.runtime.launch import ElementTypes, launch

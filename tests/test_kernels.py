@@ -10,8 +10,8 @@ from support import ROOT, raises
 from support.kernels import FLOAT32, DryDevice, needs_compiler, parse, sentinel_array, valid_call
 
 from segnet_scratch.errors import CompileError, DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
-from segnet_scratch.lab.proof.misuse import MISUSES
 from segnet_scratch.lab.proof.parts import PARTS
+from segnet_scratch.lab.proof.parts.gate import MISUSES
 from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_GRID

@@ -11,8 +11,8 @@ from support.data import empty_voc, encoded, noise
 
 from segnet_scratch.config import Config
 from segnet_scratch.data import VOC_CLASSES, VOID, VOCDataset, read_mask, save_indexed_png, voc_palette
+from segnet_scratch.data.colours import parse_relabelling
 from segnet_scratch.data.conversion import convert_masks
-from segnet_scratch.data.relabel import parse_relabelling
 from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import ConfigError, DataError

@@ -12,11 +12,10 @@ from support.kernels import line_of, needs_compiler, needs_sanitizers, written_k
 from segnet_scratch.errors import CompileError, ConfigError, DeviceError
 from segnet_scratch.lab.proof import processes, table, verify
 from segnet_scratch.lab.proof.differentiable import NETWORKS
-from segnet_scratch.lab.proof.launches import rows_on
-from segnet_scratch.lab.proof.misuse import MISUSES, DryDevice, valid_call
+from segnet_scratch.lab.proof.launches import DryDevice, rows_on
 from segnet_scratch.lab.proof.parts import same_bits
 from segnet_scratch.lab.proof.parts.base import reason_against
-from segnet_scratch.lab.proof.parts.gate import refusal_problems
+from segnet_scratch.lab.proof.parts.gate import MISUSES, refusal_problems, valid_call
 from segnet_scratch.lab.proof.parts.reference import Integers, Reference
 from segnet_scratch.lab.proof.parts.refusals import HostileInputs
 from segnet_scratch.lab.proof.parts.same_bits import Orders, Repeats, Variables

@@ -195,7 +195,7 @@ def test_sound_is_no_video(model, tmp_path):
 def test_a_camera_runs_until_it_is_stopped(model, tmp_path):
     """libav's test picture in place of a camera: it goes on for ever too."""
     camera = Video("camera 0", "camera0", "testsrc=size=64x48:rate=30", "lavfi")
-    assert camera.is_camera
+    assert camera.path is None
 
     def stop(done, frames, rate):
         assert frames == 0  # not known
@@ -223,7 +223,7 @@ def test_which_arguments_mean_videos_and_cameras(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
     found = find_video("a.MP4")
-    assert (found.stem, found.path.name, found.is_camera) == ("a", "a.MP4", False)
+    assert (found.stem, found.path.name) == ("a", "a.MP4")
     assert [find_video(name).stem for name in ("camera", "camera:0", "camera:1")] == ["camera0", "camera0", "camera1"]
     assert [find_video(name) for name in ("b.jpg", "missing.mp4", "folder.mp4", "camera:2", "camera:x")] == [None] * 5
 

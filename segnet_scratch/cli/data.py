@@ -15,14 +15,20 @@ from segnet_scratch.cli import options
 from segnet_scratch.cli.command import command
 from segnet_scratch.cli.common import app, console, fail, say
 from segnet_scratch.data import VOCDataset, class_names, find_root, write_sample
-from segnet_scratch.data.colours import ColourTable, camvid_colours, read_colours, voc_colours
+from segnet_scratch.data.colours import (
+    ColourTable,
+    Relabelling,
+    camvid_colours,
+    parse_relabelling,
+    read_colours,
+    voc_colours,
+)
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
 from segnet_scratch.data.conversion import by_id, convert_folders, convert_masks, draw_splits, write_dataset
 from segnet_scratch.data.download import install_sbd, install_voc2012
 from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.palette import class_palette, png_bytes
 from segnet_scratch.data.polygons import read_coco, read_labelme
-from segnet_scratch.data.relabel import Relabelling, parse_relabelling
 from segnet_scratch.data.statistics import ClassStatistics, class_statistics
 from segnet_scratch.data.verify import Report
 from segnet_scratch.data.verify import verify as run_verify

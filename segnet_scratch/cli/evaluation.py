@@ -223,7 +223,7 @@ def predict(
             say(f"{target}: {written.frames} frames, {rate:.1f} frames/s, the network alone {alone:.1f}{cut}")
             figures = {"frames": written.frames, "frames_per_second": rate, "network_frames_per_second": alone}
             results.append({"video": written.source, "overlay": str(target), **figures})
-            stopped = written.interrupted and not video.is_camera  # a camera has no other end
+            stopped = written.interrupted and video.path is not None  # a camera has no other end
             if stopped:
                 break
     except KeyboardInterrupt:

@@ -188,8 +188,7 @@ def memory(
         --classes: Outputs of the classifier.
     """
     sides = options.image_size(size)
-    network = _network(model, width, classes, batch, sides)
-    found = accounts(network, get_device("auto"), RUNG_OF_PRECISION[precision])
+    found = accounts(_network(model, width, classes, batch, sides), get_device("auto"), RUNG_OF_PRECISION[precision])
     console.print(
         _memory_table(found, f"{model}, width {width:g}, {batch} images of {sides[0]}x{sides[1]}, {precision}, MiB")
     )

@@ -198,10 +198,10 @@ def verify(
         --minutes: Begin nothing after so long; random cases are left out first.
     """
     devices = None if not device or "all" in device else device
-    limit = inf if minutes is None else minutes
     with watched(problems, "verifying") as watch:
         report = run_verify(
-            *(devices, FULL if full else QUICK, seed, only, row, order, sanitize, limit),
+            *(devices, FULL if full else QUICK, seed, only, row, order, sanitize),
+            minutes=inf if minutes is None else minutes,
             keep=lambda report: write_json(json, report.to_json()),
             progress=watch.update,
         )

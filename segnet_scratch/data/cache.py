@@ -33,8 +33,7 @@ Sample = tuple[np.ndarray, np.ndarray, str]
 
 def open_dataset(path: str | Path, split: str, cache: CacheMode = "none") -> VOCDataset:
     """The split of a data set, read through the cache that is asked for. Raises DataError as VOCDataset does."""
-    kinds = {"none": VOCDataset, "memory": MemoryCachedDataset, "disk": DiskCachedDataset}
-    return kinds[cache](path, split)
+    return {"none": VOCDataset, "memory": MemoryCachedDataset, "disk": DiskCachedDataset}[cache](path, split)
 
 
 class MemoryCachedDataset(VOCDataset):

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data.colours import ColourTable
+from segnet_scratch.data.colours import ColourTable, Relabelling
 from segnet_scratch.data.loader import Progress, silent, walk
 from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import orientation, read_image
-from segnet_scratch.data.relabel import Relabelling
 from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, VOCDataset, find_root, mask_file, split_files
 from segnet_scratch.errors import DataError, some_of
 from segnet_scratch.files import visible_files, whole_folder

@@ -1,14 +1,16 @@
 """Pictures of segmentations: class colours over the image, legends, uncertainty as a heat map."""
 
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from segnet_scratch.data.palette import VOID, class_palette, has_background
+from segnet_scratch.data.palette import VOID, class_palette, has_background, png_bytes
 from segnet_scratch.data.pictures import label_counts
 
 _MARGIN, _SQUARE, _LINE = 4, 10, 16  # of a legend, in pixels
@@ -127,3 +129,15 @@ def above(upper: Image.Image, lower: Image.Image) -> Image.Image:
     combined.paste(upper, (0, 0))
     combined.paste(lower, (0, upper.height))
     return combined
+
+
+def jpeg_uri(image: np.ndarray) -> str:
+    """A photo, uint8 (h, w, 3), as a data URI."""
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def png_uri(picture: Image.Image) -> str:
+    """A picture, without loss, as a data URI."""
+    return f"data:image/png;base64,{b64encode(png_bytes(picture)).decode()}"

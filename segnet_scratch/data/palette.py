@@ -115,9 +115,8 @@ def save_indexed_png(path: str | Path, labels: np.ndarray, palette: np.ndarray |
     With VOC's this is the form that VOC's evaluation server takes and that `read_mask` reads back unchanged.
     Raises DataError for anything but such a map, and when the file cannot be written.
     """
-    picture = indexed_picture(labels, palette, str(path))
     try:
-        picture.save(path, format="PNG")
+        indexed_picture(labels, palette, str(path)).save(path, format="PNG")
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {reason(error)}.") from error
 

@@ -33,19 +33,16 @@ def world() -> Communicator:
     comm = mpi.COMM_WORLD
     expected = next((int(os.environ[name]) for name in SIZES if name in os.environ), comm.Get_size())
     if comm.Get_size() != expected:
+        library, other = mpi.Get_library_version().splitlines()[0], mpirun() or "the mpirun of that library"
         raise DeviceError(
-            f"mpirun has started {expected} processes, the MPI library of mpi4py ({_first_line(mpi)}) sees "
-            f"{comm.Get_size()}: they are of different MPI; start with {mpirun() or 'the mpirun of that library'}"
+            f"mpirun has started {expected} processes, the MPI library of mpi4py ({library}) sees {comm.Get_size()}: "
+            f"they are of different MPI; start with {other}"
         )
     if comm.Get_size() == 1:
         return ALONE
     ranks = MpiCommunicator(comm, mpi.Get_processor_name())
     _share_machine(ranks)
     return ranks
-
-
-def _first_line(mpi: object) -> str:
-    return str(mpi.Get_library_version()).splitlines()[0]  # type: ignore[attr-defined]
 
 
 def _share_machine(ranks: Communicator) -> None:

@@ -83,8 +83,7 @@ class MpiCommunicator(Communicator):
         gpu = device.gpu_identity()
         gpus = self.exchange((self.host, gpu))
         if gpu is not None and len(set(gpus)) == self.size:  # NCCL has one rank a GPU
-            identity = self.first(new_identity)
-            self.arrays = NcclArrays(identity, self.rank, self.size)
+            self.arrays = NcclArrays(self.first(new_identity), self.rank, self.size)
         return self
 
     def exchange(self, value: Value) -> list[Value]:

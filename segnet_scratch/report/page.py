@@ -1,4 +1,4 @@
-"""What a page says of a run, gathered from its folder and, where the data is at hand, from its best network."""
+"""What a page says and shows of a run, gathered from its folder and, where the data is at hand, its best network."""
 
 import math
 import platform
@@ -13,22 +13,48 @@ import numpy as np
 from segnet_scratch import weights
 from segnet_scratch.boundary import Boundary
 from segnet_scratch.config import AUTO, NO_VALIDATION, Config, describe, difference, load_config
-from segnet_scratch.data import VOCDataset
+from segnet_scratch.data import VOID, VOCDataset, indexed_picture, resize_image, resize_mask
+from segnet_scratch.data.drawing import jpeg_uri, png_uri
 from segnet_scratch.errors import DataError, require
-from segnet_scratch.evaluate import Evaluation, evaluate
+from segnet_scratch.evaluate import Evaluation, ImageScore, evaluate
 from segnet_scratch.files import write_durably
-from segnet_scratch.inference import Segmenter
+from segnet_scratch.inference import Segmenter, scaled
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.report.curves import Rows, draw_curves, series
-from segnet_scratch.report.pictures import Example, example
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.run_record import Session, read_sessions, versions
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.segnet import SegNet
 
 _EXAMPLES = 4  # best ones, and as many worst ones
+_WIDTH = 420  # pixels of a picture at most: twice what the page gives it, for fine screens and for print
+_WRONG = np.array([214, 40, 40])
 
 Progress = Callable[[int], Callable[[int], None]]  # told the number of images, gives what is told how many are done
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the validation set on the page; its pictures are data URIs."""
+
+    score: ImageScore
+    image: str
+    truth: str
+    prediction: str
+    errors: str
+
+
+def example(score: ImageScore, index: int, dataset: VOCDataset, segmenter: Segmenter) -> Example:
+    """Image, truth and prediction of a sample, made as small as the page needs them."""
+    image, truth, _ = dataset.sample(index)
+    found = segmenter(image).labels
+    size = scaled(truth.shape, min(1.0, _WIDTH / truth.shape[1]))
+    image, truth, found = resize_image(image, size), resize_mask(truth, size), resize_mask(found, size)
+    wrong = (truth != found) & (truth != VOID)
+    grey = 0.6 * image.mean(axis=2, keepdims=True) + 90  # pale, so that red stands out
+    errors = np.where(wrong[..., None], _WRONG, np.where((truth == VOID)[..., None], 255, grey))
+    right, predicted = (png_uri(indexed_picture(mask, dataset.palette)) for mask in (truth, found))
+    return Example(score, jpeg_uri(image), right, predicted, jpeg_uri(np.rint(errors.clip(0, 255)).astype(np.uint8)))
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.data import read_image, resize_image, resize_mask
-from segnet_scratch.data.drawing import Style, heat_colours
+from segnet_scratch.data.drawing import Style, heat_colours, jpeg_uri, png_uri
 from segnet_scratch.data.palette import has_background
 from segnet_scratch.data.pictures import MAX_PIXELS, label_counts
 from segnet_scratch.errors import ConfigError, SegnetError, require
 from segnet_scratch.files import reason
 from segnet_scratch.inference import Segmenter, scaled
-from segnet_scratch.report.pictures import jpeg_uri, png_uri
 
 MAX_BYTES = 32 << 20  # of a picture's file
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -59,8 +58,7 @@ def application(segmenter: Segmenter, style: Style, name: str, hosts: tuple[str,
     def segment() -> dict[str, Any]:
         if flask.request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
             flask.abort(403, "asked for by the page of another site")
-        content = flask.request.get_data(cache=False)
-        return worker.submit(segmented, segmenter, content).result()
+        return worker.submit(segmented, segmenter, flask.request.get_data(cache=False)).result()
 
     def refuse(error: Exception) -> Any:
         if isinstance(error, SegnetError):

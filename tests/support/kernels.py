@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.lab.proof.misuse import FLOAT32, FLOAT64, SENTINEL, Call, DryDevice, sentinel_array, valid_call
+from segnet_scratch.lab.proof.launches import DryDevice
 from segnet_scratch.lab.proof.parts.base import reason_against
+from segnet_scratch.lab.proof.parts.gate import FLOAT32, FLOAT64, SENTINEL, Call, sentinel_array, valid_call
 from segnet_scratch.runtime import host
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.host import HostOptions

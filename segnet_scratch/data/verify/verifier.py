@@ -94,8 +94,7 @@ def verify(
     for split, members in lists.items():
         histograms = _histograms(by_name[name] for name in members)
         if purpose(split) == "train" and len(histograms):
-            masks = f"the {len(histograms):,} masks"
-            suspect(root, split, names, histograms.sum(axis=0), masks, doubts)
+            suspect(root, split, names, histograms.sum(axis=0), f"the {len(histograms):,} masks", doubts)
     found += dict.fromkeys(doubts)  # two lists may give the same
     histograms = _histograms(facts)
     return Report(

@@ -201,13 +201,12 @@ def check_cases(
     share = sum(check.skipped for check in checks) / max(attempts, 1)
     where = max(derivatives, key=lambda w: w.error, default=None)
     worst = where.error if where else 0.0 if chosen.may_tie else inf
-    kinks = [kink for check in checks for kink in check.kinks]
     return Result(
         *(name, dtype.name, len(indices), sum(len(check.leaves) for check in checks), len(derivatives)),
         *(share, worst, where),
         passed=worst <= RTOL[dtype.name] and (chosen.may_tie or (share <= MAX_SKIPPED and not uncompared)),
         seconds=time.perf_counter() - start,
-        kinks=tuple(kinks[:KINKS_KEPT]),
+        kinks=tuple([kink for check in checks for kink in check.kinks][:KINKS_KEPT]),
         uncompared=tuple(uncompared),
     )
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.proof.compare import Defect
-from segnet_scratch.lab.proof.misuse import DryDevice
 from segnet_scratch.lab.workbench.execution import Executor
 from segnet_scratch.lab.workbench.guards import FIRST
 from segnet_scratch.lab.workbench.races import describe_writers, find_race
@@ -21,10 +20,23 @@ from segnet_scratch.ops.cases import Case, Inputs, Row, empty_outputs
 from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
 from segnet_scratch.ops.op import Buffers, Op
-from segnet_scratch.runtime.devices import Device, HostDevice
+from segnet_scratch.runtime.devices import Device, HostDevice, NumpyDevice
 from segnet_scratch.runtime.geometry import runs_alone
 from segnet_scratch.runtime.launch import Launch, find_kernel
 from segnet_scratch.runtime.observe import Listener, observe
+
+
+class DryDevice(NumpyDevice):
+    """Passes for the host device, but notes a launch instead of carrying it out; it needs no compiler."""
+
+    name = "host"
+    runs_kernels = True
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def execute(self, launch: Launch) -> None:
+        self.launches.append(launch)
 
 
 def kernels_of(row: Row, cases: Sequence[Case] = ()) -> set[str]:

@@ -232,10 +232,9 @@ def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
     """A shipped kernel that a device could run and no row launches is a failure."""
     for (name, device), line in lines.items():
         if name == "reference" and device != "numpy" and line.tally.counts:
-            work = Work(name, device, "op table")
             for kernel in sorted(kernels_on(get_device(device)) - line.tally.kernels.keys()):
                 message = "no row of the op table (lab/proof/table.py) launches this kernel"
-                line.tally.fail(work, "any", message, kernel)
+                line.tally.fail(Work(name, device, kernel), "any", message)
 
 
 def _environment(devices: Sequence[str]) -> dict[str, str]:

@@ -94,9 +94,9 @@ class Tally:
     notes: list[str] = field(default_factory=list)  # what was measured
     seconds: float = 0.0
 
-    def fail(self, work: Work, case: object, message: object, target: str = "") -> None:
+    def fail(self, work: Work, case: object, message: object) -> None:
         """Notes a failure."""
-        self.failures.append(Failure(work.part, work.device, target or work.target, str(case), str(message)))
+        self.failures.append(Failure(work.part, work.device, work.target, str(case), str(message)))
 
     @contextmanager
     def attempt(self, work: Work, case: object) -> Iterator[None]:
