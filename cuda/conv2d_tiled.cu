@@ -26,24 +26,6 @@
 #define THREADS 128
 #define PAD 4  // shifts the rows of a tile against each other, so that storing one column meets different banks
 
-// Where the patch of an output pixel begins. One from `end` on lies far above its image: every bounds check refuses it.
-struct Patch {
-    int64 image;
-    int y, x;
-    __device__ static Patch of(int64 pixel, int64 end, int h, int w, int c, int oh, int ow, int pad_y, int pad_x) {
-        return {
-            pixel / ow / oh * h * w * c, pixel < end ? (int)(pixel / ow % oh) - pad_y : -(1 << 30),
-            (int)(pixel % ow) - pad_x};
-    }
-    // The number of a channel at a tap; 0 outside the image, and where there is no such tap.
-    __device__ storage_t
-    number(const storage_t* map, int ky, int kx, int channel, int h, int w, int c, bool exists) const {
-        const int iy = y + ky, ix = x + kx;
-        const bool inside = exists && iy >= 0 && iy < h && ix >= 0 && ix < w;
-        return inside ? map[image + ((int64)iy * w + ix) * c + channel] : storage_t(0);
-    }
-};
-
 typedef storage_t LeftTile[TILE_DEPTH][TILE_ROWS + PAD];
 typedef storage_t RightTile[TILE_DEPTH][TILE_COLUMNS + PAD];
 
@@ -85,19 +67,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_forward_tiled(
     int n, int h, int w, int c, int oh, int ow, int o, int kh, int kw, int pad_y, int pad_x) {
     SHARED_ARRAY(storage_t, left, [TILE_DEPTH][TILE_ROWS + PAD]);
     SHARED_ARRAY(storage_t, right, [TILE_DEPTH][TILE_COLUMNS + PAD]);
-    SHARED_ARRAY(Patch, patches, [TILE_ROWS]);
+    SHARED_ARRAY(int64, patch_image, [TILE_ROWS]);
+    SHARED_ARRAY(int, patch_y, [TILE_ROWS]);
+    SHARED_ARRAY(int, patch_x, [TILE_ROWS]);
 
     const int64 pixels = (int64)n * oh * ow, first_pixel = (int64)blockIdx.x * TILE_ROWS;
     const int first_output = blockIdx.y * TILE_COLUMNS;
-    patches[threadIdx.x] = Patch::of(first_pixel + threadIdx.x, pixels, h, w, c, oh, ow, pad_y, pad_x);
+    {
+        const int64 pixel = first_pixel + threadIdx.x;
+        patch_image[threadIdx.x] = pixel / ow / oh * h * w * c;
+        // A row past the last pixel lies far above its image: every bounds check below refuses it.
+        patch_y[threadIdx.x] = pixel < pixels ? (int)(pixel / ow % oh) - pad_y : -(1 << 30);
+        patch_x[threadIdx.x] = (int)(pixel % ow) - pad_x;
+    }
     __syncthreads();
 
     Results results;
     const int depth = kh * kw * c, own_k = threadIdx.x % TILE_DEPTH, own_row = threadIdx.x / TILE_DEPTH;
     for (int first_k = 0; first_k < depth; first_k += TILE_DEPTH) {
         const int k = first_k + own_k, tap = k / c, channel = k - tap * c, ky = tap / kw, kx = tap - ky * kw;
-        for (int row = own_row; row < TILE_ROWS; row += THREADS / TILE_DEPTH)
-            left[own_k][row] = patches[row].number(x, ky, kx, channel, h, w, c, k < depth);
+        for (int row = own_row; row < TILE_ROWS; row += THREADS / TILE_DEPTH) {
+            const int iy = patch_y[row] + ky, ix = patch_x[row] + kx;
+            const bool inside = k < depth && iy >= 0 && iy < h && ix >= 0 && ix < w;
+            left[own_k][row] = inside ? x[patch_image[row] + ((int64)iy * w + ix) * c + channel] : storage_t(0);
+        }
         for (int column = own_row; column < TILE_COLUMNS; column += THREADS / TILE_DEPTH) {
             const int output = first_output + column;
             right[own_k][column] = k < depth && output < o ? weight[(int64)output * depth + k] : storage_t(0);
@@ -139,7 +132,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
     int64 pixels_per_chunk) {
     SHARED_ARRAY(storage_t, left, [TILE_DEPTH][TILE_ROWS + PAD]);
     SHARED_ARRAY(storage_t, right, [TILE_DEPTH][TILE_COLUMNS + PAD]);
-    SHARED_ARRAY(Patch, patches, [TILE_DEPTH]);
+    SHARED_ARRAY(int64, patch_image, [TILE_DEPTH]);
+    SHARED_ARRAY(int, patch_y, [TILE_DEPTH]);
+    SHARED_ARRAY(int, patch_x, [TILE_DEPTH]);
 
     const int depth = kh * kw * c, first_row = blockIdx.x * TILE_ROWS, first_output = blockIdx.y * TILE_COLUMNS;
     const int64 pixels = (int64)n * oh * ow, first_pixel = blockIdx.z * pixels_per_chunk;
@@ -149,11 +144,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_backward_weight_til
 
     Results results;
     for (int64 pixel0 = first_pixel; pixel0 < end_pixel; pixel0 += TILE_DEPTH) {
-        if (threadIdx.x < TILE_DEPTH)
-            patches[threadIdx.x] = Patch::of(pixel0 + threadIdx.x, end_pixel, h, w, c, oh, ow, pad_y, pad_x);
+        if (threadIdx.x < TILE_DEPTH) {
+            const int64 pixel = pixel0 + threadIdx.x;
+            patch_image[threadIdx.x] = pixel / ow / oh * h * w * c;
+            patch_y[threadIdx.x] = pixel < end_pixel ? (int)(pixel / ow % oh) - pad_y : -(1 << 30);
+            patch_x[threadIdx.x] = (int)(pixel % ow) - pad_x;
+        }
         __syncthreads();  // also: everyone has finished with the tiles of the round before
-        for (int i = 0; i < TILE_DEPTH; ++i)
-            left[i][threadIdx.x] = patches[i].number(x, ky, kx, channel, h, w, c, k < depth);
+        for (int i = 0; i < TILE_DEPTH; ++i) {
+            const int iy = patch_y[i] + ky, ix = patch_x[i] + kx;
+            const bool inside = k < depth && iy >= 0 && iy < h && ix >= 0 && ix < w;
+            left[i][threadIdx.x] = inside ? x[patch_image[i] + ((int64)iy * w + ix) * c + channel] : storage_t(0);
+        }
         for (int i = threadIdx.x; i < TILE_DEPTH * TILE_COLUMNS; i += THREADS) {
             const int64 pixel = pixel0 + i / TILE_COLUMNS;
             const int column = i % TILE_COLUMNS, output = first_output + column;
