@@ -20,7 +20,7 @@ from segnet_scratch import weights
 from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config
 from segnet_scratch.data import Batch, ColourJitter, Loader, TrainTransform, VOCDataset, class_statistics, open_dataset
 from segnet_scratch.data.cache import CacheMode
-from segnet_scratch.data.download import pretrained_file
+from segnet_scratch.data.download.install import pretrained_file
 from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, of_file

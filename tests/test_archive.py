@@ -11,9 +11,9 @@ import pytest
 from support.data import encoded, noise, small_source
 
 from segnet_scratch import data
-from segnet_scratch.data.download import VOC2012, install_voc2012
 from segnet_scratch.data.download import install as install_module
-from segnet_scratch.data.download.archive import read_files
+from segnet_scratch.data.download.install import VOC2012, install_voc2012
+from segnet_scratch.data.download.sources import read_files
 from segnet_scratch.data.palette import indexed_picture
 from segnet_scratch.errors import DataError
 

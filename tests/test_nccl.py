@@ -8,9 +8,8 @@ from support.kernels import needs_compiler
 
 from segnet_scratch.config import Config
 from segnet_scratch.errors import MissingLibraryError
-from segnet_scratch.parallel import gradients
-from segnet_scratch.parallel.mpi import HostArrays, MpiCommunicator
-from segnet_scratch.parallel.nccl import NcclArrays
+from segnet_scratch.parallel import communicator
+from segnet_scratch.parallel.mpi import HostArrays, MpiCommunicator, NcclArrays
 from segnet_scratch.runtime.devices import CudaDevice
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import SegNetBasic
@@ -43,7 +42,7 @@ def steps(engine, precision, ranks=None, sync_bn=False, count=3, rounded=False, 
 @pytest.fixture
 def small_buckets(monkeypatch):
     """Several buckets for a network of a few kilobytes, the last of them not full."""
-    monkeypatch.setattr(gradients, "BUCKET", 30_000)
+    monkeypatch.setattr(communicator, "BUCKET", 30_000)
 
 
 @pytest.mark.usefixtures("small_buckets")
@@ -86,7 +85,7 @@ def test_a_gradient_that_is_still_read_is_not_summed(cupy, monkeypatch):
     def first_touch(self, array):
         return next(number for number, step in enumerate(self.steps) if array in step.arrays.values())
 
-    monkeypatch.setattr(gradients, "BUCKET", 1)
+    monkeypatch.setattr(communicator, "BUCKET", 1)
     monkeypatch.setattr(Program, "last_touch", first_touch)
     with pytest.raises(Race, match="may still be using"):
         steps("fused", "bf16", Mirrors(2), count=1)

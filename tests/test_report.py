@@ -24,8 +24,8 @@ from segnet_scratch.errors import DataError
 from segnet_scratch.evaluate import evaluate
 from segnet_scratch.inference import Segmenter
 from segnet_scratch.metrics import MetricsLog
-from segnet_scratch.report import write_report
 from segnet_scratch.report.curves import smooth, thinned
+from segnet_scratch.report.page import write_report
 from segnet_scratch.run_record import Session
 from segnet_scratch.train import Trainer
 

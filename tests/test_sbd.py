@@ -13,8 +13,8 @@ from support.data import empty_voc, encoded, noise, small_source
 from segnet_scratch import data
 from segnet_scratch.cli import data as cli_data
 from segnet_scratch.data import VOCDataset, read_mask, voc_palette
-from segnet_scratch.data.download import SBD, VOC2012, install_sbd, install_voc2012
 from segnet_scratch.data.download import sbd as sbd_module
+from segnet_scratch.data.download.install import SBD, VOC2012, install_sbd, install_voc2012
 from segnet_scratch.data.verify import verify
 from segnet_scratch.errors import DataError, MissingLibraryError
 

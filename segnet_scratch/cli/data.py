@@ -25,7 +25,7 @@ from segnet_scratch.data.colours import (
 )
 from segnet_scratch.data.contact_sheet import MAX_COUNT, contact_sheet, spread
 from segnet_scratch.data.conversion import by_id, convert_folders, convert_masks, draw_splits, write_dataset
-from segnet_scratch.data.download import install_sbd, install_voc2012
+from segnet_scratch.data.download.install import install_sbd, install_voc2012
 from segnet_scratch.data.findings import CODES
 from segnet_scratch.data.palette import class_palette, png_bytes
 from segnet_scratch.data.polygons import read_coco, read_labelme

@@ -23,7 +23,7 @@ from segnet_scratch.evaluate import Evaluation, evaluate, score
 from segnet_scratch.inference import Inference, Segmenter
 from segnet_scratch.predict import find_images, predict_files
 from segnet_scratch.progress import watched
-from segnet_scratch.report import write_report
+from segnet_scratch.report.page import write_report
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.serve import LOOPBACK, serve
 from segnet_scratch.submit import Competition, submit

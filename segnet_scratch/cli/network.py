@@ -18,7 +18,7 @@ from segnet_scratch.cli.data import transferred
 from segnet_scratch.config import PRETRAINED, describe
 from segnet_scratch.convert import from_pytorch, read_map, to_pytorch
 from segnet_scratch.data import EvalTransform, Loader, VOCDataset
-from segnet_scratch.data.download import pretrained_file
+from segnet_scratch.data.download.install import pretrained_file
 from segnet_scratch.display import TrainingDisplay, write_json
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.evaluate import check_classes

@@ -1,7 +1,13 @@
-"""Processes of MPI, through mpi4py: small values between them, and sums of arrays that lie in the CPU's memory.
+"""Processes of MPI, through mpi4py: small values between them, and sums of arrays.
 
-MPI promises no order of a sum. So every rank is sent its piece of each rank's array, adds them up in the order of the
-ranks, and sends the sum to all: twice the bytes of the array, as a ring has it, and the same bits each time.
+Of arrays that lie in the CPU's memory MPI promises no order of a sum. So every rank is sent its piece of each rank's
+array, adds them up in the order of the ranks, and sends the sum to all: twice the bytes of the array, as a ring has it,
+and the same bits each time.
+
+Between GPUs NCCL sums, through CuPy: on the stream that is current, and so inside a CUDA graph, too. Gradients are
+summed where they lie, those of a bucket in one launch. One communicator serves all streams: NCCL keeps its launches in
+their order, which is the same on all ranks, as every rank makes the same step. For one topology and number of ranks
+NCCL adds up in the same order each time.
 """
 
 import os
@@ -15,8 +21,39 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.parallel.communicator import Arrays, Communicator, PeerError, Value
-from segnet_scratch.parallel.nccl import NcclArrays, new_identity
-from segnet_scratch.runtime.devices import Array, Device
+from segnet_scratch.runtime.devices import Array, Device, nccl_library
+from segnet_scratch.runtime.precision import BFLOAT16
+
+
+def new_identity() -> Any:
+    """What rank 0 makes and every rank of a communicator must know."""
+    return nccl_library().get_unique_id()
+
+
+class NcclArrays(Arrays):
+    """Arrays of GPUs, of which each rank has one of its own. To make it is a matter of all ranks."""
+
+    def __init__(self, identity: Any, rank: int, size: int) -> None:
+        self._nccl = nccl = nccl_library()
+        self._comm, self._size = nccl.NcclCommunicator(size, identity, rank), size
+        types = {np.float32: nccl.NCCL_FLOAT32, np.float64: nccl.NCCL_FLOAT64, BFLOAT16: nccl.NCCL_BFLOAT16}
+        self._types = {np.dtype(dtype): number for dtype, number in types.items()}
+
+    def _sum(self, device: Device, arrays: Sequence[Array]) -> None:
+        self._nccl.groupStart()
+        try:
+            for array in arrays:
+                address, kind = device.address(array), self._types[np.dtype(array.dtype)]
+                self._comm.allReduce(address, address, array.size, kind, self._nccl.NCCL_SUM, device.stream())
+        finally:
+            self._nccl.groupEnd()
+
+    def _gather(self, device: Device, array: Array) -> Array:
+        found = device.empty((self._size, *array.shape), array.dtype)
+        addresses = device.address(array), device.address(found)
+        self._comm.allGather(*addresses, array.size, self._types[np.dtype(array.dtype)], device.stream())
+        return found
+
 
 PATIENCE = 10.0  # seconds that a rank which has failed waits for the others to hear of it, before it ends them
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from segnet_scratch.parallel.communicator import Communicator
-from segnet_scratch.parallel.nccl import NcclArrays, new_identity
+from segnet_scratch.parallel.mpi import NcclArrays, new_identity
 from segnet_scratch.runtime.precision import BFLOAT16
 
 TYPES = {7: np.dtype(np.float32), 8: np.dtype(np.float64), 9: BFLOAT16}  # as nccl.h numbers them

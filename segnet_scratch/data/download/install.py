@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from segnet_scratch.config import PRETRAINED
-from segnet_scratch.data.download.archive import read_files
 from segnet_scratch.data.download.fetch import Progress, fetch, silent
 from segnet_scratch.data.download.sbd import Merge, merge_sbd
-from segnet_scratch.data.download.sources import SBD, VOC2012, Source
+from segnet_scratch.data.download.sources import SBD, VOC2012, Source, read_files
 from segnet_scratch.data.voc import VOCDataset, find_root
 from segnet_scratch.errors import DataError
 from segnet_scratch.files import whole_folder

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from segnet_scratch.data.download.archive import read_files
-from segnet_scratch.data.download.sources import Source
+from segnet_scratch.data.download.sources import Source, read_files
 from segnet_scratch.data.loader import Progress, ordered_map, silent
 from segnet_scratch.data.palette import indexed_picture, png_bytes
 from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, check_sizes, find_image, mask_file, read_split

@@ -224,12 +224,12 @@ def _launch_otherwise(field: str, values: list[Any], call: Call) -> Iterator[Att
 
 
 Misuse = Callable[[Call], Iterator[Attempt]]
-ARGUMENTS: dict[str, Misuse] = {
+MISUSES: dict[str, Misuse] = {
     kind: functools.partial(_put_instead, arguments, error, wrong)
     for (arguments, error), kinds in INSTEAD.items()
     for kind, wrong in kinds.items()
 }
-MISUSES = ARGUMENTS | {kind: functools.partial(_launch_otherwise, *row) for kind, row in LAUNCHES.items()}
+MISUSES |= {kind: functools.partial(_launch_otherwise, *row) for kind, row in LAUNCHES.items()}
 
 
 def misuse(kind: str) -> Callable[[Misuse], None]:

@@ -18,7 +18,7 @@ from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part, Rows, reason_against
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.parallel.communicator import ALONE, Communicator, Value
-from segnet_scratch.parallel.nccl import NcclArrays, new_identity
+from segnet_scratch.parallel.mpi import NcclArrays, new_identity
 from segnet_scratch.runtime.devices import Device, get_device, nccl_library
 from segnet_scratch.segnet import SegNet, SegNetBasic
 from segnet_scratch.step import TrainingStep, resolve
