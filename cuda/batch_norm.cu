@@ -20,7 +20,7 @@
 // a max-pool into another position.
 //
 // Threads: common/columns.cuh; the merges take one thread a channel. 8 loads of a thread are under way at once, 64 KB of
-// float32 for 2048 threads on a multiprocessor, where 29 are needed (common/in_flight.cuh). Not measured.
+// float32 for 2048 threads on a multiprocessor, where 29 are needed (common/in_flight.cuh).
 #include "common/columns.cuh"
 #include "common/moments.cuh"
 

@@ -1,11 +1,11 @@
-// Convolution, rung 1 of the ladder: direct. One thread computes one element by its definition.
+// Convolution, the rung `direct`: one thread computes one element by its definition.
 //
 //   fprop  y[n,oy,ox,o]      = bias[o] + sum_{ky,kx,c} x[n, oy s - p + ky, ox s - p + kx, c] weight[o,ky,kx,c]
 //   dgrad  dx[n,iy,ix,c]     = sum_{ky,kx,o} dy[n,oy,ox,o] weight[o,ky,kx,c]   over all oy s - p + ky = iy, ox s - p + kx = ix
 //   wgrad  dweight[o,ky,kx,c]= sum_{n,oy,ox} dy[n,oy,ox,o] x[n, oy s - p + ky, ox s - p + kx, c]
 //
 // Any kernel size, stride and padding. Every input is read from global memory kernel-size or channel-count times: this
-// rung is for small shapes, for reading, and for checking the rungs above it.
+// rung is for small shapes, for reading, and for checking the other rungs.
 // Threads: one output element each, grid-stride, the contiguous dimension fastest. Each sum is carried by one thread in
 // a fixed order.
 #include "common/types.cuh"

@@ -1,5 +1,7 @@
 // Convolutions of the fused engine: the main loops of conv2d_mma.cu, with what stands round a convolution of SegNet in
-// their loads and stores. Stride 1, kernels up to 15x15, channels a multiple of a piece (4 float32, 8 bfloat16).
+// their loads and stores. Stride 1, kernels up to 15x15; outputs, and in backward channels, a multiple of a piece (4 float32,
+// 8 bfloat16). Forward takes any channels: those that are no whole pieces (3 of an image) go through the kernel named "elements",
+// whose blocks go from tile to tile (common/gathered_gemm.cuh).
 // Element types: tf32, tf32x3, bf16; sm_80 and newer.
 //
 //   forward          y = x * weight [+ bias], [ReLU], [max-pool]
@@ -20,7 +22,6 @@
 // The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
-// Where channels are no whole pieces, a block goes from tile to tile (common/gathered_gemm.cuh).
 #include "common/block_below.cuh"
 #include "common/gathered_gemm.cuh"
 #include "common/packed_codes.cuh"

@@ -5,9 +5,7 @@
 //
 // Blocks are (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
 // lanes-th chunk, which are added in their order. A thread has 16 bytes of results, and 2, 4 or 8 chunks of them under way
-// (common/in_flight.cuh): as many as it has, since a load too many costs as much as another. The 19 MB that Hopper's wgrad leaves
-// of every layer, mostly in L2, took 10.5 us of an H200 with 4 bytes a load, 8 of them for two chunks: 15,000 cycles of issue by
-// the machine code, which are some 4000 now. Not measured since.
+// (common/in_flight.cuh): as many as it has, since a load too many costs as much as another.
 #include "common/in_flight.cuh"
 
 #define MERGE_THREADS 256

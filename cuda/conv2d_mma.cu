@@ -1,11 +1,12 @@
-// Convolution, rung 3 of the ladder: the implicit GEMM of conv2d_tiled.cu on tensor cores. Stride 1, kernels up to 15x15.
+// Convolution, the rungs `tf32`, `tf32x3` and `bf16`: the implicit GEMM of conv2d_tiled.cu on tensor cores. Stride 1, kernels
+// up to 15x15.
 // Element types: tf32, tf32x3, bf16; sm_80 and newer.
 //
 //   fprop  y       = patches x weight^T + bias
 //   dgrad  dx      = the fprop of dy with the flipped weight (conv2d_flip_weight)
 //   wgrad  dweight = the sum of partial results, which conv2d_backward_weight_merge adds in their order
 //
-// Over rung 2: a warp multiplies 16 x 8 x (32 bytes of depth) in one instruction; copies from global to shared memory
+// Over conv2d_tiled.cu: a warp multiplies 16 x 8 x (32 bytes of depth) in one instruction; copies from global to shared memory
 // are asynchronous, 16 bytes each. The main loops, their shapes and thread mapping: common/implicit_gemm.cuh. This file
 // writes their results. For channels that are no multiple of a piece (3 of an image, 21 of a classifier) there are kernels
 // named "elements": common/gathered_gemm.cuh.

@@ -1,4 +1,4 @@
-// Convolution, rung 2 of the ladder: implicit GEMM with tiles in shared memory and in registers. Stride 1, any kernel
+// Convolution, the rung `tiled`: implicit GEMM with tiles in shared memory and in registers. Stride 1, any kernel
 // size, any padding (SegNet: 3x3 padding 1, SegNet-Basic: 7x7 padding 3, classifiers).
 // Element types: float32, float64, bfloat16.
 //
@@ -10,7 +10,7 @@
 //                                   dx[iy] = sum_ky dy[iy + p - ky] w[ky] = sum_ky' dy[iy - (k-1-p) + ky'] w[k-1-ky']
 //   wgrad  dweight^T (kh kw c, o) = patches^T (kh kw c, pixels) x  dy (pixels, o)
 //
-// Over rung 1: a block of 128 threads computes a tile of 128 x 64 results, 8 x 8 in the registers of each thread. Every
+// Over conv2d_shared.cu: a block of 128 threads computes a tile of 128 x 64 results, 8 x 8 in the registers of each thread. Every
 // value fetched from global memory is used 64 or 128 times, every value fetched from shared memory 8 times.
 //
 // Threads: thread t loads column t % 16 of the patches' tile (for wgrad row t), so that neighbouring threads read

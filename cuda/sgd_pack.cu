@@ -14,8 +14,7 @@
 // (float32) for its flipped copy: 24 for a weight with both in bfloat16, 26 for one in three planes, 20 for a vector.
 //
 // Of a tile a thread has four rows, whose w, g and m it asks for at once: 48 bytes, and 74 KB for the 1536 threads that a
-// multiprocessor holds of it, where 29 are needed (common/in_flight.cuh). With one row at a time it reached 3.0 of 4.25 TB/s on an H200,
-// so 3.5.
+// multiprocessor holds of it, where 29 are needed (common/in_flight.cuh).
 //
 // A block looks after 32 outputs x 32 channels of one tap. It reads and writes w, g, m and the copy along the channels
 // and, by way of shared memory, writes `flipped` along the outputs: all accesses are runs of 32.

@@ -5,19 +5,14 @@
 // Such a number is 2 or 4 bytes, which no asynchronous copy takes; and an image of few channels, read 9 times over, comes
 // from the L1 cache. The bytes that bound the first layer are those of the map of 64 channels, not of the image:
 //
-//   16x224x224, 3 -> 64, bfloat16   fprop                          wgrad
-//   bytes                           5 read, 103 written            108 read
-//   at 80 % of an H200's 4.25 TB/s  32 us                          32 us
-//   tensor cores (m16n8k16)         3.3 GFLOP, 5 us                3.3 GFLOP, 5 us
-//   measured, inside a graph        108 us, before what follows    54 us
+//   16x224x224, 3 -> 64, bfloat16   fprop                  wgrad
+//   MB                              5 read, 103 written    108 read
+//   at 80 % of an H200's 4.25 TB/s  32 us                  32 us
+//   tensor cores (m16n8k16)         3.3 GFLOP, 5 us        3.3 GFLOP, 5 us
 //
-// Fprop was bound by instructions: 2300 a thread and tile with statistics (58 % of all cycles issued one, 188,000 cycles), of
-// which the patches of four rows a thread took 500, weights and positions of each tile 250, and 620 went to the numbers. Now 1050
-// by the machine code, 50,000 cycles of issue (26 us) on 132 multiprocessors: a thread finds the patch of one row, a block keeps
-// weights and positions from tile to tile, 16 numbers are under way in 94 instructions, and statistics take one pass. Not measured.
-//
-// Wgrad had the latency of the image before each of its products: a stage took 3200 cycles, of which its instructions are 1200 on
-// twelve warps. Now the numbers of the next stage are on their way meanwhile. Not measured.
+// Beside them count instructions, and the time that a number of the image takes to come. So in fprop a thread finds the patch of
+// one row only, a block keeps weights and positions from tile to tile, 16 numbers are under way at once, and statistics take one
+// pass; in wgrad the numbers of the next stage are on their way while one is multiplied.
 //
 // The depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is
 // gathered once; and blocks are small enough for several on a multiprocessor, so that one loads while another stores.

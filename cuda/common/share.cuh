@@ -1,8 +1,9 @@
 // How the threads of a grid share out a map that is read and written once: kernels that memory bandwidth bounds.
 //
 // To keep a memory busy, as many bytes must be under way as it delivers in the time that one access takes (Little's law).
-// H200: 4.8 TB/s x 800 ns = 3.8 MB, 29 KB on each of 132 multiprocessors. A kernel that loads one piece of 16 bytes a
-// thread, uses it and comes back has half of that under way where 1024 threads fit, and less while it computes. So
+// H200: 4.8 TB/s x 800 ns = 3.8 MB, 29 KB on each of 132 multiprocessors. The rate is the data sheet's, the time our estimate of an
+// access while the memory is busy; all heads and pages reckon with these two. A kernel that loads one piece of 16 bytes a thread,
+// uses it and comes back has half of that under way where 1024 threads fit, and less while it computes. So
 //
 //   - a thread begins LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
 //     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
