@@ -12,14 +12,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from segnet_scratch import weights
 from segnet_scratch.config import MEDIAN_FREQUENCY, NO_VALIDATION, Config
 from segnet_scratch.data import Batch, ColourJitter, Loader, TrainTransform, VOCDataset, class_statistics, open_dataset
-from segnet_scratch.data.cache import CacheMode
 from segnet_scratch.data.download.install import pretrained_file
 from segnet_scratch.data.on_device import DeviceLoader
 from segnet_scratch.data.suspicions import look_over
@@ -87,9 +86,9 @@ class Trainer:
         ranks: Communicator = ALONE,
     ) -> None:
         self.folder = RunFolder(Path(out))
-        on, mode = get_device(device), cast(CacheMode, "none" if config.cache == "device" else config.cache)
-        self.train_set = open_dataset(data, config.train_split, mode)
-        self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, mode)
+        on = get_device(device)
+        self.train_set = open_dataset(data, config.train_split, config.cache)
+        self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, config.cache)
         self.ranks = ranks = ranks.on(on)
         if config.batch // ranks.size < config.accumulate:
             problem = f"{config.batch} images do not give each of {ranks.size} ranks {config.accumulate} parts"

@@ -43,6 +43,9 @@ app.add_typer(data_app, name="data")
 
 Root = Annotated[Path, typer.Argument(metavar="DIR", help="A VOC root, or a folder above it.")]
 
+_EXAMPLES = 3  # of each code
+_SIZES = 3  # the commonest
+
 
 @command(data_app)
 def sample(directory: Path, train: options.Count = 160, val: options.Count = 40, seed: options.Number = 0) -> None:
@@ -219,10 +222,6 @@ def convert(
     found = {split: len(VOCDataset(out, split)) for split in split_files(out)}
     say(f"{count} masks in {out}: {', '.join(f'{split} {images}' for split, images in found.items())} images")
     say(f"classes: {', '.join(class_names(out))}; look closer with: segnet data verify {out}")
-
-
-_EXAMPLES = 3  # of each code
-_SIZES = 3  # the commonest
 
 
 @contextmanager

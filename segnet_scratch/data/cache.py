@@ -9,7 +9,6 @@ import json
 import threading
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import PIL
@@ -20,8 +19,6 @@ from segnet_scratch.errors import DataError
 from segnet_scratch.files import reason, write_durably
 from segnet_scratch.runtime.cache import cache_directory
 
-CacheMode = Literal["none", "memory", "disk"]
-
 # Bytes that a cache takes at most, unless told otherwise: some 5,000 samples of VOC's size.
 MEMORY_LIMIT = 4 << 30
 
@@ -31,9 +28,9 @@ _DIGEST = hashlib.sha256().digest_size
 Sample = tuple[np.ndarray, np.ndarray, str]
 
 
-def open_dataset(path: str | Path, split: str, cache: CacheMode = "none") -> VOCDataset:
-    """The split of a data set, read through the cache that is asked for. Raises DataError as VOCDataset does."""
-    return {"none": VOCDataset, "memory": MemoryCachedDataset, "disk": DiskCachedDataset}[cache](path, split)
+def open_dataset(path: str | Path, split: str, cache: str) -> VOCDataset:
+    """The split of a data set, read through a cache where one is asked for. Raises DataError as VOCDataset does."""
+    return {"memory": MemoryCachedDataset, "disk": DiskCachedDataset}.get(cache, VOCDataset)(path, split)
 
 
 class MemoryCachedDataset(VOCDataset):

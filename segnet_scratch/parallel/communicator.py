@@ -19,6 +19,7 @@ from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.observe import carry_out
 
 Value = TypeVar("Value")
+BUCKET = 25 << 20  # bytes that are summed at once: enough to fill a network, few enough to begin early
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,6 @@ ALONE = Communicator()
 def shares(count: int, ranks: int) -> np.ndarray:
     """How many of `count` things each rank takes where they are dealt out one by one: int64 (ranks)."""
     return (count + ranks - 1 - np.arange(ranks)) // ranks
-
-
-BUCKET = 25 << 20  # bytes that are summed at once: enough to fill a network, few enough to begin early
 
 
 class GradientSum:

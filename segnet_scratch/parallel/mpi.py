@@ -24,6 +24,8 @@ from segnet_scratch.parallel.communicator import Arrays, Communicator, PeerError
 from segnet_scratch.runtime.devices import Array, Device, nccl_library
 from segnet_scratch.runtime.precision import BFLOAT16
 
+PATIENCE = 10.0  # seconds that a rank which has failed waits for the others to hear of it, before it ends them
+
 
 def new_identity() -> Any:
     """What rank 0 makes and every rank of a communicator must know."""
@@ -53,9 +55,6 @@ class NcclArrays(Arrays):
         addresses = device.address(array), device.address(found)
         self._comm.allGather(*addresses, array.size, self._types[np.dtype(array.dtype)], device.stream())
         return found
-
-
-PATIENCE = 10.0  # seconds that a rank which has failed waits for the others to hear of it, before it ends them
 
 
 @dataclass(frozen=True)

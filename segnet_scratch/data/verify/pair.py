@@ -9,6 +9,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
+from segnet_scratch.config import MINIMUM_SIZE
 from segnet_scratch.data.annotations import ANNOTATION_FOLDER, annotation_file, read_annotation
 from segnet_scratch.data.findings import Finding, Findings, FoundError
 from segnet_scratch.data.palette import VOID
@@ -16,7 +17,6 @@ from segnet_scratch.data.pictures import Role, check_mask, decode, label_facts, 
 from segnet_scratch.data.voc import IMAGE_FOLDER, IMAGE_SUFFIXES, MASK_FOLDER, check_sizes, find_image, mask_file
 from segnet_scratch.files import visible_files
 
-_SMALL = 32  # five 2x2 pools leave one position of a 32-pixel side
 _PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 _ODD_MODES = {
@@ -92,7 +92,7 @@ def _examine_image(facts: PairFacts, root: Path, path: Path) -> None:
     if turn != 1:
         detail = f"EXIF orientation {turn}; turn the pixels of image and mask, and drop it."
         facts.found("image-exif-rotated", path, detail)
-    if min(facts.image_size) < _SMALL:
+    if min(facts.image_size) < MINIMUM_SIZE:
         facts.found("image-tiny", path, f"{picture.height} x {picture.width} (height x width); is it a thumbnail?")
 
 

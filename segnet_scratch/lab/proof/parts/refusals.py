@@ -24,6 +24,8 @@ from segnet_scratch.ops.loss.cross_entropy import NORMALISATIONS
 from segnet_scratch.ops.op import VOID, Buffers, Op
 from segnet_scratch.runtime.devices import Array, Device
 
+MISFIT = 8  # one input in so many does not fit the plan at all
+
 
 class Refusals(Part):
     """Plans by the list of the row, element types and calls of every row alike."""
@@ -88,9 +90,6 @@ def _wrong_calls(op: Op, inputs: Inputs, device: Device) -> Iterator[Refusal]:
         if array.size > 1:
             view = wrong(device.upload(np.repeat(array, 2, axis=-1))[..., ::2])
             yield Refusal(f"{name} is a view", view, ShapeError, f"{place} is a view")
-
-
-MISFIT = 8  # one input in so many does not fit the plan at all
 
 
 class HostileInputs(Part):

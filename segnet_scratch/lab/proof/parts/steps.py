@@ -234,14 +234,6 @@ class Timing(Part):
         yield from ()
 
 
-def _seconds(device: Device, work: Callable[[], object]) -> float:
-    device.synchronise()
-    began = perf_counter()
-    work()
-    device.synchronise()
-    return perf_counter() - began
-
-
 class _WithNobody(Communicator):
     """Rank 0 of two, of which the other has nothing but void: NCCL is given this one alone."""
 
@@ -278,3 +270,11 @@ class Nccl(Part):
             tally.counts["steps"] += len(plain[0])
             if plain != through:
                 yield f"{engine}: losses and weights {plain}, through NCCL {through}"
+
+
+def _seconds(device: Device, work: Callable[[], object]) -> float:
+    device.synchronise()
+    began = perf_counter()
+    work()
+    device.synchronise()
+    return perf_counter() - began
