@@ -71,7 +71,6 @@ struct Barrier {
 struct Transfer {
     const char* operation;
     Place place;
-    unsigned thread;
     MapFields map;
     int corner[4], tap[2];
     unsigned offset, bytes;     // in shared memory
@@ -143,7 +142,6 @@ struct WarpgroupState {
     std::vector<std::unique_ptr<Product>> products;  // that are under way
     size_t first_product;                            // number of the first of them
     std::vector<size_t> group_ends;
-    size_t finished;  // products computed
 };
 
 // How the units of shared memory are being used by what is under way.

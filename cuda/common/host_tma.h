@@ -68,7 +68,6 @@ HOST_CALL std::unique_ptr<Transfer> transfer(const char* operation, const void* 
     std::unique_ptr<Transfer> t(new Transfer());
     t->operation = operation;
     t->place = place;
-    t->thread = thread_number();
     t->map = fields;
     for (int d = 0; d < rank; ++d) t->corner[d] = corner[d];
     t->offset = shared_offset(operation, place, shared, 128);
