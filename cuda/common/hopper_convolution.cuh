@@ -78,6 +78,8 @@ struct Convolution {
     int planes;   // of each factor
 
     __device__ int products() const { return planes * (planes + 1) / 2; }
+    // Do so many stages hold all weights of a tile? Those of the next one are the same.
+    __device__ bool weights_fit(int stages) const { return stages == TAPS && depth <= DEPTH && planes == 1; }
 };
 
 // Those of a block: of pixels the tiles first, first + slots, ... below `count`, all from the column `column` on.
@@ -102,6 +104,7 @@ struct Ring {
     char* stages;
     Mbarrier *full, *empty;
     RingPosition<STAGES> position;
+    bool kept = false;  // what has been filled stays for good: there is nothing more to copy or to wait for
 
     __device__ Ring(char* memory, Mbarrier* barriers) : stages(memory), full(barriers), empty(barriers + STAGES) {}
     __device__ void initialise(int consumers) const {
@@ -119,7 +122,9 @@ struct Ring {
         mbarrier_arrive_expect_tx(full[position.stage], bytes);
     }
     // A consumer: waits until the stage is full.
-    __device__ void wait() const { mbarrier_wait(full[position.stage], position.parity); }
+    __device__ void wait() const {
+        if (!kept) mbarrier_wait(full[position.stage], position.parity);
+    }
     // One thread of a consumer: the stage before this one has been read.
     __device__ void release_previous() const { mbarrier_arrive(empty[(position.stage + STAGES - 1) % STAGES]); }
 };
@@ -335,10 +340,12 @@ __device__ void produce(MapRing maps, WeightRing weights, const TensorMap& map, 
                             pixels.load(maps.stage(), map, plane * g.depth + channel, tap, maps.filled());
                             maps.position.advance();
                         }
+                        if (weights.kept) continue;
                         weights.acquire(Weights::BYTES);
                         Weights::load(weights.stage(), weight, g, other, channel, tap, tiles.column, weights.filled());
                         weights.position.advance();
                     }
+        weights.kept = g.weights_fit(WeightRing::STAGES);
     }
 }
 
@@ -541,6 +548,7 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         {
             Accumulators<COLUMNS> sums[Source::TILES];
             multiply<Source, Weights>(sums, maps, weights, g, consumer);
+            weights.kept = g.weights_fit(WEIGHT_STAGES);
             round_sums(words, sums, bias ? bias + tiles.column : nullptr, g.columns - tiles.column);
         }
         const typename Source::Rows own = Source::rows(g, tile, consumer);
