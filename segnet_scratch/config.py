@@ -174,7 +174,7 @@ class Config:
     val_split: list of the images to validate on; "none": do not validate
     bad_samples: what a training image that cannot be read does: stop the run, or be left out
     seed: seed of the initial weights, the order of samples, transforms and dropout
-    workers: threads that prepare samples; 0: the training thread itself
+    workers: threads that prepare samples, at most one a core; 0: the training thread itself
     cache: where decoded samples are kept for the next epoch: nowhere, in memory, on disk for later runs, too,
         or on the device, which then makes the batches itself
     checkpoint_every: steps between checkpoints; 0: only after each validation and at the end
@@ -224,7 +224,7 @@ class Config:
     val_split: Annotated[str, _LIST] = "val"
     bad_samples: Annotated[str, _one_of("stop", "skip")] = "stop"
     seed: _Natural = 0
-    workers: _Natural = 2
+    workers: _Natural = 8
     cache: Annotated[str, _one_of("none", "memory", "disk", "device")] = "none"
     checkpoint_every: _Natural = 500
     validate_every: _Natural = 0

@@ -34,7 +34,7 @@ OUTPUTS = ("logits", "labels")
 UNPOOLS = ("indices", "codes")
 CHECKED = ((2, 64, 64), (1, 45, 70))  # (n, h, w) of the random images that a file is checked with
 # The root mean square of the logits' errors, over that of the logits. A graph that computes something else is off by
-# about 1; in between lies rounding that decided a near tie of a pool (docs/numerics.md).
+# about 1; in between lies rounding that decided a near tie of a pool (docs/explanation/numerics.md).
 _TOLERANCE = {np.dtype(np.float32): 1e-2, np.dtype(np.float16): 0.3}
 
 

@@ -35,7 +35,7 @@ from segnet_scratch.segnet import SegNet
 Enter = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
 Given = Callable[[Array], None]  # is told of a gradient that is done
 Shape = tuple[int, int, int]  # of the labels of a batch
-Objective = tuple[Array | None, str, float]  # weights of the classes, normalisation, smoothing of the labels
+LossSettings = tuple[Array | None, str, float]  # weights of the classes, normalisation, smoothing of the labels
 
 
 def nobody(what: object) -> None:
@@ -96,12 +96,12 @@ class LayersTraining:
     """
 
     def __init__(
-        self, model: SegNet, parts: int, seed: int, objective: Objective, shape: Shape, normaliser: Normaliser
+        self, model: SegNet, parts: int, seed: int, loss: LossSettings, shape: Shape, normaliser: Normaliser
     ) -> None:
         self.model, self.device, self._ranks = model, model.device, normaliser.ranks
         self._seed, self._parts = seed, parts
         self.images, self.labels = self.device.zeros((*shape, 3), model.dtype), self.device.zeros(shape, np.uint8)
-        self._objective, self._normaliser = objective, normaliser
+        self._loss, self._normaliser = loss, normaliser
         count = min(parts, shape[0])
         self._cuts = [slice(shape[0] * k // count, shape[0] * (k + 1) // count) for k in range(count)]
         self._whole = count == 1 and normaliser.ranks.size == 1  # the normaliser is that of the logits at hand
@@ -134,7 +134,7 @@ class LayersTraining:
             logits = self.model(Tensor(self.images[cut], self.device))
             with scope("loss"):
                 # Not the function: it would check labels once more.
-                class_weights, normalisation, smoothing = self._objective
+                class_weights, normalisation, smoothing = self._loss
                 op = CrossEntropyForward.plan(spec_of(logits.data), normalisation, smoothing)
                 loss = apply(op, logits=logits, labels=self.labels[cut], class_weights=class_weights)
             if hold is not None:

@@ -36,6 +36,7 @@ from segnet_scratch.parallel.communicator import shares
 from segnet_scratch.run_folder import RunFolder
 from segnet_scratch.runtime.compilation import compile_for, launched_by
 from segnet_scratch.runtime.devices import Device, get_device
+from segnet_scratch.runtime.workers import worker_count
 from segnet_scratch.segnet import ARCHITECTURES, SegNet
 from segnet_scratch.step import Outcome, TrainingStep, resolve
 
@@ -99,7 +100,7 @@ class Trainer:
         if config.cache == "device":
             self.loader: Loader = DeviceLoader(*source, on, config.dtype, **options)
         else:
-            self.loader = Loader(*source, workers=config.workers, **options)
+            self.loader = Loader(*source, workers=min(config.workers, worker_count()), **options)
         self.total_steps = config.steps or (config.epochs or 0) * self.loader.batches_per_epoch
         self.model = network_of(config, self.train_set.classes, on)
         if synchronised := config.sync_bn and ranks.size > 1:
@@ -273,7 +274,9 @@ class Trainer:
             batch, parts, (height, width) = self.config.batch, self.config.accumulate, self.config.image_size
             smaller = f"a smaller size or width, such as --set width={self.config.width / 2:g}"
             if batch > parts:
-                smaller = f"--set batch={batch // 2}, or --set accumulate={min(2 * parts, batch)}"
+                smaller = f"--set batch={batch // 2}"
+                if self.config.engine == "layers":  # the fused engine takes a batch whole
+                    smaller += f", or --set accumulate={min(2 * parts, batch)}"
             tried = f"a batch of {batch} at {height}x{width} is too large here: try {smaller}"
             raise DeviceMemoryError(f"{error}; {tried}", error.asked, error.free) from error
 

@@ -129,7 +129,7 @@ class TestValues:
         assert (config.lr, config.momentum, config.decay, config.bias_lr) == (1e-3, 0.9, 5e-4, 1.0)
         assert (config.schedule, config.poly_power, config.warmup) == ("constant", 0.9, 0)
         assert (config.loss_normalisation, config.class_weights) == ("weights", ())
-        assert (config.scale, config.flip, config.seed, config.workers) == ((1.0, 1.25), True, 0, 2)
+        assert (config.scale, config.flip, config.seed, config.workers) == ((1.0, 1.25), True, 0, 8)
         assert (config.checkpoint_every, config.validate_every) == (500, 0)
 
     @pytest.mark.parametrize("key", KEYS)

@@ -5,7 +5,6 @@ number of threads nor a stop and resume in mid-epoch changes what the network se
 """
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from segnet_scratch.data.transforms import EvalTransform, TrainTransform
 from segnet_scratch.data.voc import VOCDataset
 from segnet_scratch.errors import DataError
+from segnet_scratch.runtime.workers import worker_count
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def walk(
     function: Callable[[Item], Result], items: Collection[Item], workers: int | None = None, progress: Progress = silent
 ) -> Generator[Result, None, None]:
     """function(item) of every item, in order. workers: threads, as many as cores unless given."""
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = worker_count() if workers is None else workers
     with closing(ordered_map(function, items, workers, ahead=4 * workers)) as results:
         for done, result in enumerate(results, start=1):
             progress(done, len(items))

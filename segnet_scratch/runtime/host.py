@@ -29,6 +29,7 @@ from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
 from segnet_scratch.runtime.shared_memory import rewrite_shared
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, blank, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
+from segnet_scratch.runtime.workers import worker_count
 
 log = logging.getLogger(__name__)
 
@@ -333,11 +334,6 @@ def _entry(source: Source, types: ElementTypes, name: str, sanitize: bool, varia
     return function
 
 
-@functools.cache
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepare(kernel: Kernel, types: ElementTypes, options: HostOptions) -> None:
     """Compiles and loads a kernel without running it, so that a process forked now finds it in memory."""
     _entry(kernel.source, types, kernel.name, options.sanitize, options.variables)
@@ -365,7 +361,7 @@ def run(launch: observe.Launch, options: HostOptions) -> None:
         compare_trace=options.compare_trace,
         order=ORDERS.index(options.order),
         block_order=ORDERS.index(options.block_order or options.order),
-        workers=options.workers or _cores(),
+        workers=options.workers or worker_count(),
         shared_byte=options.shared_byte,
     )
     # cuLaunchKernel's convention: the address of each value; for a pointer parameter the value is an address itself.

@@ -21,6 +21,7 @@ from segnet_scratch.data.palette import indexed_picture, png_bytes
 from segnet_scratch.data.voc import FOLDERS, SPLIT_FOLDER, check_sizes, find_image, mask_file, read_split
 from segnet_scratch.errors import DataError, require
 from segnet_scratch.files import sweep_temporaries, write_durably
+from segnet_scratch.runtime.workers import worker_count
 
 # The list that is written.
 SPLIT = "train_aug"
@@ -62,7 +63,7 @@ def merge_sbd(archive: Path, root: Path, source: Source, progress: Progress = si
             if name.stem not in val:
                 yield name.suffix, name.stem, content
 
-    workers = os.cpu_count() or 1
+    workers = worker_count()
     with closing(ordered_map(partial(_add, archive, root, loadmat), jobs(), workers, ahead=8 * workers)) as results:
         added = sum(results)
     if not listed or listed - found:
