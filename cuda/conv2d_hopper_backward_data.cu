@@ -11,8 +11,8 @@
 // are taken from the last to the first, so that no flipped copy is kept.
 //
 // A thread looks after a piece of channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
-// has been fetched into the L2 cache while the tile was multiplied (not for tf32x3), and is asked for before the barrier that
-// its pieces wait at. No atomics.
+// has been fetched into the L2 cache while the tile was multiplied, and is asked for before the barrier that its pieces wait
+// at. No atomics.
 #include "common/block_below.cuh"
 #include "common/hopper_convolution.cuh"
 
@@ -23,7 +23,7 @@ struct StoreGradient {
     accumulate_t* partials;
     int c;
 
-    static constexpr bool FETCHES = MULTIPLY != TF32X3;  // which has no registers left for it
+    static constexpr bool FETCHES = true;
     template <class Rows>
     __device__ void fetch_row(const Rows& rows, unsigned row, int channel) const {
         if constexpr (Rows::WINDOWS)
@@ -36,14 +36,15 @@ struct StoreGradient {
     __device__ bool has_sums() const { return true; }
 
     // The piece of channels of a thread.
-    struct Columns : GradientSums {
+    struct Part : GradientSums {
         const StoreGradient& to;
         int channel;
         NormBelow norm;
         int64 element;  // of the thread's first pixel, or window
+        unsigned codes;  // of the window
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
-        __device__ Columns(const StoreGradient& store, const WayOut& out, int column)
+        __device__ Part(const StoreGradient& store, const WayOut& out, int column)
             : to(store), channel(column + out.column()), norm(store.below, column + out.column()) {}
 
         template <class Rows>
@@ -52,14 +53,13 @@ struct StoreGradient {
                 if (to.unpool_codes) {
                     const unsigned window = out.lane();
                     element = rows.window(window) * to.c + channel;
-                    if (rows.exists(BlockRows::row_of_window(window, 0))) y[0] = load_piece(to.below.y + element);
+                    if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
+                    y[0] = load_piece(to.below.y + element);
+                    codes = piece_codes(to.unpool_codes, element);
                     return;
                 }
             element = rows.pixel(out.lane()) * to.c + channel;
-            const storage_t* from = to.below.y + element;
-#pragma unroll
-            for (int k = 0; k < 4; ++k, from += (int64)rows.pixels_between(WayOut::LANES) * to.c)
-                if (rows.exists(out.lane() + k * WayOut::LANES)) y[k] = load_piece(from);
+            for_each_pixel(rows, out, element, to.c, [&](int k, int64 at) { y[k] = load_piece(to.below.y + at); });
         }
 
         template <class Rows>
@@ -69,11 +69,9 @@ struct StoreGradient {
             Piece dr[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) dr[k] = out.piece(out.lane() + k * WayOut::LANES);
-            storage_t* at = to.dr + element;
-#pragma unroll
-            for (int k = 0; k < 4; ++k, at += (int64)rows.pixels_between(WayOut::LANES) * to.c)
-                if (rows.exists(out.lane() + k * WayOut::LANES))
-                    store_piece(at, norm.gradient(dr[k], y[k], to.below.relu, *this));
+            for_each_pixel(rows, out, element, to.c, [&](int k, int64 at) {
+                store_piece(to.dr + at, norm.gradient(dr[k], y[k], to.below.relu, *this));
+            });
         }
 
         __device__ Two<float> of_tile(const Two<float>& sums, int) const { return sums; }
@@ -81,7 +79,6 @@ struct StoreGradient {
         __device__ void gather(const BlockRows& rows, const WayOut& out) {
             const unsigned window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
-            const unsigned codes = piece_codes(to.unpool_codes, element);
             const Piece piece =
                 coded_piece(codes, [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); });
             store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, *this));
@@ -132,10 +129,10 @@ extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hop
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_backward_data_columns_256x128(DGRAD_PARAMETERS) {
-    convolve<Columns<256, 128, 4>, BackwardWeights<128>, 4>(DGRAD_ARGUMENTS);
+    convolve<Run<256, 128, 4>, BackwardWeights<128>, 4>(DGRAD_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_backward_data_columns_128x128(DGRAD_PARAMETERS) {
-    convolve<Columns<128, 128, 6>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
+    convolve<Run<128, 128, 6>, BackwardWeights<128>, 6>(DGRAD_ARGUMENTS);
 }

@@ -2,8 +2,9 @@
 // a classifier, pieces of less than 64; bfloat16, or float32 in planes.
 // Element types: tf32, tf32x3, bf16; sm_90a only.
 //
-//   training   y = x * weight, and of the pixels that a block has, in all its tiles, their number, and of every channel the mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch
-//              norm's statistics: y is not read again for them
+//   training   y = x * weight, and of the pixels that a block has, in all its tiles, their number, and of every channel the
+//              mean and M2 (the sum of squared distances from it), from which norm_merge_statistics makes batch norm's
+//              statistics: y is not read again for them
 //   inference  (batch norm folded into weight and bias) y = [max-pool] [ReLU] (x * weight + bias), pooled ones with codes
 //
 // Main loop, tiles and the way out: common/hopper_convolution.cuh. A window of 2x2 lies within a block of 8x8 pixels, and a
@@ -11,7 +12,7 @@
 // kernel of its own (ops/convolution/conv2d_hopper.py takes halo tiles there).
 //
 // Statistics of a consumer's part of a tile: the sums of the distances d of a channel from its first pixel, the pivot, and of d d.
-// mean = pivot + sum d / n, M2 = sum d d - (sum d)^2 / n. The pivot is one of the n <= 128, so (pivot - mean)^2 <= M2: what cancels is
+// mean = pivot + sum d / n, M2 = sum d d - (sum d)^2 / n. The pivot is one of the n <= 64 TILES, so (pivot - mean)^2 <= M2: what cancels is
 // at most n + 1 times what is left (E[x^2] - E[x]^2 may cancel altogether). Tiles are put together by mean and M2 (Chan,
 // Golub, LeVeque 1979). No atomics.
 #include "common/hopper_convolution.cuh"
@@ -28,19 +29,19 @@ struct StoreForward {
     __device__ bool has_sums() const { return partials != nullptr; }
 
     // The piece of channels of a thread.
-    struct Columns {
+    struct Part {
         const StoreForward& to;
         int channel;
         float pivot_of_column;  // for the thread that adds it up
         Values pivot, first = {}, second = {};  // sums of the distances from the pivot, and of their squares
 
-        __device__ Columns(const StoreForward& store, const WayOut& out, int column) : to(store), channel(column + out.column()) {}
+        __device__ Part(const StoreForward& store, const WayOut& out, int column) : to(store), channel(column + out.column()) {}
         template <class Rows>
         __device__ void prepare(const Rows&, const WayOut&) {}
 
         template <class Rows>
         __device__ void store(const Rows& rows, const WayOut& out, bool begins) {
-            if (begins) {
+            if (to.partials && begins) {
                 pivot = values_of(out.piece(0));
                 pivot_of_column = out.number(0, out.thread % PART);
             }
@@ -50,13 +51,10 @@ struct StoreForward {
             Piece pieces[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) pieces[k] = out.piece(out.lane() + k * WayOut::LANES);
-            storage_t* y = to.y + rows.pixel(out.lane()) * to.o + channel;
-#pragma unroll
-            for (int k = 0; k < 4; ++k, y += (int64)rows.pixels_between(WayOut::LANES) * to.o) {
-                if (!rows.exists(out.lane() + k * WayOut::LANES)) continue;
-                store_piece(y, to.with_relu ? relu(pieces[k]) : pieces[k]);
+            for_each_pixel(rows, out, rows.pixel(out.lane()) * to.o + channel, to.o, [&](int k, int64 at) {
+                store_piece(to.y + at, to.with_relu ? relu(pieces[k]) : pieces[k]);
                 if (to.partials) add(pieces[k]);
-            }
+            });
         }
 
         // Mean and M2 of a column.
@@ -95,7 +93,7 @@ struct StoreForward {
 
     // Mean and M2 of `before` pixels and `pixels` more.
     __device__ Two<float> merge(const Two<float>& total, int before, const Two<float>& more, int pixels) const {
-        if (pixels == 0) return total;
+        if (pixels == 0 || before == 0) return pixels == 0 ? total : more;
         const float distance = more.first - total.first, share = (float)pixels / (before + pixels);
         return {total.first + distance * share, total.second + more.second + distance * distance * (before * share)};
     }
@@ -127,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(threads_of(256, 64), 1) conv2d_hopp
     convolve<Halo<256, 64>, ForwardWeights<64>, 9>(FPROP_ARGUMENTS);
 }
 
-// Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s; 125 us there,
-// 149 in 64 columns, of which 40 are zeros. Shared memory bounds a product of 64 x 32 x 16: 3 KB, 24 clocks.
+// Of the classifier: 16x224x224, 64 -> 24 reads 103 MB and writes 39, which takes 42 us at 80 % of an H200's 4.25 TB/s; with two
+// consumers it took 125 us there, 149 in 64 columns, of which 40 are zeros. Shared memory bounds a product of 64 x 32 x 16: 3 KB, 24 clocks.
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(threads_of(256, 32), 1) conv2d_hopper_forward_halo_256x32(FPROP_PARAMETERS) {
     convolve<Halo<256, 32>, ForwardWeights<32>, 9>(FPROP_ARGUMENTS);
@@ -146,10 +144,10 @@ extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hop
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(threads_of(256, 128), 1) conv2d_hopper_forward_columns_256x128(FPROP_PARAMETERS) {
-    convolve<Columns<256, 128, 4>, ForwardWeights<128>, 4>(FPROP_ARGUMENTS);
+    convolve<Run<256, 128, 4>, ForwardWeights<128>, 4>(FPROP_ARGUMENTS);
 }
 
 // Launch: by ops/convolution/conv2d_hopper.py only, which makes the tensor maps and gives it the shared memory of its tile
 extern "C" __global__ void __launch_bounds__(threads_of(128, 128), 1) conv2d_hopper_forward_columns_128x128(FPROP_PARAMETERS) {
-    convolve<Columns<128, 128, 6>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
+    convolve<Run<128, 128, 6>, ForwardWeights<128>, 6>(FPROP_ARGUMENTS);
 }

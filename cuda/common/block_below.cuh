@@ -39,7 +39,7 @@ struct NormBelow {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             const float distance = y.of[i] - mean.of[i];
-            // distance * scale + bias > 0, as the forward pass rounds it: a sum of two is no zero but where they cancel.
+            // distance * scale + bias > 0 as the forward pass rounds it: a sum of two is rounded to 0 only where they cancel.
             const bool passes = distance * scale.of[i] > -bias.of[i];
             if (relu && !passes) dr.of[i] = 0;
             sums.first.of[i] += dr.of[i];

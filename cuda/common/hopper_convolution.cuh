@@ -15,11 +15,11 @@
 //
 // Where the pixels of a tile come from is a Source:
 //
-//   Halo     blocks of 8x8 pixels. A stage is 2 TILES blocks with their borders, 10x10 pixels of 64 channels each, and
+//   Halo     blocks of 8x8 pixels. A stage is PIXELS / 64 blocks with their borders, 10x10 pixels of 64 channels each, and
 //            serves all nine taps: that of tap (r, s) begins r rows and s pixels further on. Zeros beyond the image are the
 //            padding. At the right and lower edge of a map whose sizes are no multiples of 8 a block has pixels that do
 //            not exist; their sums are not zero (their taps meet real pixels), so whoever leaves asks `exists`.
-//   Columns  128 TILES pixels in a row of the batch, for one tap at a time (TMA's im2col mode): nine times the traffic from
+//   Run      PIXELS pixels in a row of the batch, for one tap at a time (TMA's im2col mode): nine times the traffic from
 //            the L2 cache, but no pixel is lost at edges, and small maps make more tiles.
 //
 // and how the weights of a tap lie is a Weights: ForwardWeights as rows of depth (c) for each output, BackwardWeights as
@@ -39,7 +39,7 @@
 //   3       TF32X3    6         2^-23 of it, where the roundings of a float32 cost 2^-24
 //
 // Tensor cores add with bits cut off. For float32's accuracy (TF32X3) they add 64 terms of a sum, one tap of a chunk, and
-// ordinary additions the rest: while one consumer adds, the other multiplies.
+// ordinary additions the rest: while one consumer adds, others multiply.
 //
 // The way out (WayOut): a consumer rounds 64 pixels x 128 bytes of columns to what is stored, exchanges them in shared memory,
 // and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
@@ -70,6 +70,8 @@ __device__ constexpr int threads_of(int pixels, int columns) { return (consumers
 // What they have of the block's registers, which are 384 threads' of 168 or 640 threads' of 96: 2 * 232 + 40, 4 * 112 + 32.
 __device__ constexpr int consumer_registers(int consumers) { return consumers == 4 ? 112 : 232; }
 __device__ constexpr int producer_registers(int consumers) { return consumers == 4 ? 32 : 40; }
+static_assert(4 * consumer_registers(4) + producer_registers(4) == 5 * 96, "what 640 threads are launched with");
+static_assert(2 * consumer_registers(2) + producer_registers(2) == 3 * 168, "what 384 threads are launched with");
 
 struct Convolution {
     int n, h, w;  // of the maps on both sides
@@ -79,7 +81,7 @@ struct Convolution {
 
     __device__ int products() const { return planes * (planes + 1) / 2; }
     // Do so many stages hold all weights of a tile? Those of the next one are the same.
-    __device__ bool weights_fit(int stages) const { return stages == TAPS && depth <= DEPTH && planes == 1; }
+    __device__ bool weights_fit(int stages) const { return MULTIPLY == BF16 && stages == TAPS && depth <= DEPTH; }
 };
 
 // Those of a block: of pixels the tiles first, first + slots, ... below `count`, all from the column `column` on.
@@ -167,10 +169,11 @@ struct BlockRows {
     }
 };
 
-template <int PIXELS, int COLUMNS>
+template <int PIXELS, int COLUMNS_>
 struct Halo {
     typedef BlockRows Rows;
-    static constexpr int CONSUMERS = consumers_of(PIXELS, COLUMNS), BLOCKS = PIXELS / 64, TILES = BLOCKS / CONSUMERS;
+    static constexpr int COLUMNS = COLUMNS_, CONSUMERS = consumers_of(PIXELS, COLUMNS);
+    static constexpr int BLOCKS = PIXELS / 64, TILES = BLOCKS / CONSUMERS;
     static constexpr int STAGES = 2, STAGE_BYTES = BLOCKS * HALO_PLACE;
     static constexpr int COPIED = BLOCKS * HALO_BYTES, TAPS_OF_STAGE = TAPS, TILE_BYTES = HALO_PLACE, PITCH = HALO_PITCH;
 
@@ -201,10 +204,10 @@ struct RunRows {
     __device__ int pixels_between(int rows) const { return rows; }
 };
 
-template <int PIXELS, int COLUMNS, int STAGES_>
-struct Columns {
+template <int PIXELS, int COLUMNS_, int STAGES_>
+struct Run {
     typedef RunRows Rows;
-    static constexpr int CONSUMERS = consumers_of(PIXELS, COLUMNS), TILES = PIXELS / 64 / CONSUMERS;
+    static constexpr int COLUMNS = COLUMNS_, CONSUMERS = consumers_of(PIXELS, COLUMNS), TILES = PIXELS / 64 / CONSUMERS;
     static constexpr int STAGES = STAGES_, STAGE_BYTES = PIXELS * ROW_BYTES, COPIED = STAGE_BYTES;
     static constexpr int TAPS_OF_STAGE = 1, TILE_BYTES = ATOM_BYTES, PITCH = BLOCK_SIDE * ROW_BYTES;
 
@@ -264,7 +267,7 @@ __device__ inline unsigned thread_read_anew() {
 #define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
 #define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
-// What a consumer has of shared memory on the way out, and how its threads meet.
+// What a consumer has of shared memory on the way out, and how its threads meet. `begin` comes before everything else.
 struct WayOut {
     static constexpr int LANES = 16;
     char* place;  // 64 pixels x 128 bytes
@@ -323,6 +326,14 @@ struct WayOut {
         return sums;
     }
 };
+
+// Those of a thread's four pixels that exist: body(k, element), of a map with so many channels, in which the first is `element`.
+template <class Rows, class Body>
+__device__ __forceinline__ void for_each_pixel(const Rows& rows, const WayOut& out, int64 element, int channels, Body body) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k, element += (int64)rows.pixels_between(WayOut::LANES) * channels)
+        if (rows.exists(out.lane() + k * WayOut::LANES)) body(k, element);
+}
 
 // The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
 template <class Source, class Weights, class MapRing, class WeightRing>
@@ -423,11 +434,14 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS
                            int columns) {
     if (bias)
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; ++j)
+        for (int j = 0; j < COLUMNS / 2; j += 4)  // two columns of two rows
             if (wgmma_column(j) < columns) {
-                const float shift = bias[wgmma_column(j)];
+                const Two<float> shift = *(const Two<float>*)(bias + wgmma_column(j));
 #pragma unroll
-                for (int i = 0; i < TILES; ++i) sums[i][j] += shift;
+                for (int i = 0; i < TILES; ++i) {
+                    sums[i][j] += shift.first, sums[i][j + 1] += shift.second;
+                    sums[i][j + 2] += shift.first, sums[i][j + 3] += shift.second;
+                }
             }
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
@@ -444,10 +458,15 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS
 // The way of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
 // registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
-// What is done there is a Leave: for each PART columns a Leave::Columns is made; its `prepare` may ask for what global memory
-// has of 64 pixels, `store` finds their results in shared memory. Where has_sums() says so, it has sums `first` and `second` over
-// the pixels, of which its `of_tile` makes what `merge` puts together, of two runs of pixels, and `finish` has in the end. Where
-// Leave::FETCHES, `fetch_row` has what `prepare` reads of a row of 64 pixels fetched into the L2 cache while the tile is multiplied.
+// What is done there is a Leave. For each PART columns a Leave::Part is made:
+//   prepare    may ask for what global memory has of 64 pixels
+//   store      finds their results in shared memory
+//   first, second   its sums over the pixels, where has_sums() says so
+//   of_tile    what of these goes on from tile to tile
+// and the Leave itself has
+//   merge      puts what two runs of pixels have together
+//   finish     has that of the whole block
+//   fetch_row  has what `prepare` reads of a row fetched into the L2 cache while the tile is multiplied, where FETCHES says so
 template <class Source, class Leave, int PARTS>
 __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Leave& leave,
                            const typename Source::Rows& own, int column, int pixels, int before) {
@@ -456,7 +475,7 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
 #pragma unroll 1
     for (int part = 0; part <= LAST; ++part, column += PART) {
         out.begin();
-        typename Leave::Columns columns(leave, out, column);
+        typename Leave::Part columns(leave, out, column);
         typename Source::Rows rows = own;
 #pragma unroll 1
         for (int i = 0; i < Source::TILES; ++i, rows.next()) {
@@ -471,8 +490,9 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
         }
         if (!leave.has_sums()) continue;
         out.begin();
-        const Two<float> own_sums = columns.of_tile(out.add_lanes(columns.first, columns.second), pixels);
-        const Two<float> total = leave.merge(totals[0], before, own_sums, pixels);
+        const Two<float> sums = out.add_lanes(columns.first, columns.second);
+        Two<float> total = totals[0];
+        if (out.thread < PART) total = leave.merge(total, before, columns.of_tile(sums, pixels), pixels);  // it divides
 #pragma unroll
         for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
         totals[LAST] = total;
@@ -512,7 +532,8 @@ __device__ void leave_block(WayOut& out, const Two<float> (&totals)[ACROSS], int
 template <class Source, class Weights, int WEIGHT_STAGES, class Leave>
 __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
                                          const Convolution& g, int row_tiles, int slots, const Leave& leave) {
-    constexpr int COLUMNS = Weights::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART, CONSUMERS = Source::CONSUMERS;
+    constexpr int COLUMNS = Source::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART, CONSUMERS = Source::CONSUMERS;
+    static_assert(COLUMNS == Weights::COLUMNS, "the columns of one tile");
     SHARED_DYNAMIC(char, memory);
     SHARED_ARRAY(Mbarrier, barriers, [2 * (Source::STAGES + WEIGHT_STAGES)]);
     char* const stages = align_stages(memory);

@@ -1,7 +1,7 @@
 """Rows of the convolutions on Hopper's tensor cores: those of the fused engine and of wgrad, with shapes of their own.
 
 Blocks of 8x8 pixels, four of them (or two, or pixels in a row) to a tile, 64 channels to a chunk of the depth, 64 or
-128 columns: the smallest cases that reach each edge, since every one is a block of 384 threads with its products.
+128 columns: the smallest cases that reach each edge, since every one is a block of 384 or 640 threads with its products.
 """
 
 from dataclasses import replace
