@@ -460,7 +460,7 @@ class TestTraining:
         ("settings", "advice"),
         [
             ({"engine": "layers"}, r"a batch of 4 at 32x32 .*: try --set batch=2, or --set accumulate=2$"),
-            ({"engine": "fused"}, r"a batch of 4 at 32x32 is too large here: try --set batch=2$"),
+            ({"engine": "fused", "width": 0.125}, r"a batch of 4 at 32x32 is too large here: try --set batch=2$"),
             ({"batch": 1}, r"a batch of 1 at 32x32 .* smaller size or width, such as --set width=0.03125$"),
         ],
     )
