@@ -1,7 +1,7 @@
 """Rows of the convolutions on Hopper's tensor cores: those of the fused engine and of wgrad, with shapes of their own.
 
 Blocks of 8x8 pixels, four of them (or two, or pixels in a row) to a tile, 64 channels to a chunk of the depth, 64 or
-128 columns: the smallest cases that reach each edge, since every one is a block of 384 or 640 threads with its products.
+128 columns: the smallest cases that reach each edge, since each is a block of 384 or 640 threads with its products.
 """
 
 from dataclasses import replace
@@ -45,6 +45,7 @@ SHAPES = [
     _case("a pixel less than blocks", (1, 7, 15), "halo_256x64"),
     _case("a pixel more than blocks", (1, 9, 17), "halo_256x64"),
     _case("five tiles of the columns of two", (5, 9, 11), "halo_256x64", o=128),
+    _case("two chunks of depth, of which a block has two tiles", (3, 9, 11), "halo_256x64", 128),
     _case("two tiles, the second one not full; odd sizes", (2, 9, 11), "halo_256x64"),
     _case("one row", (1, 1, 19), "halo_128x128"),
     _case("two chunks of depth", (1, 8, 8), "halo_128x128", 128),
