@@ -154,7 +154,7 @@ class TestWhatIsWrong:
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_a_wrong_backward_is_found(self, name, mutation, monkeypatch):
         spoil(monkeypatch, name, MUTATIONS[mutation])
-        (result,) = gradcheck([name], "numpy", cases=6)
+        (result,) = gradcheck([name], "numpy", cases=3)
         assert not result.passed
 
     @pytest.mark.parametrize("operation", BINARY)
@@ -368,7 +368,7 @@ class TestCommand:
 
     @needs_sanitizers
     def test_under_the_sanitizers(self, segnet):
-        done = segnet("gradcheck", "add", "--cases", "2", "--sanitize")
+        done = segnet("gradcheck", "relu", "--cases", "1", "--sanitize")
         assert done.code == 0, done.err
         assert "1 op passed on host" in done.out
 

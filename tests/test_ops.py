@@ -43,7 +43,7 @@ from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward
 from segnet_scratch.runtime.devices import get_device
 from segnet_scratch.runtime.launch import shipped_kernels
 
-USUAL = replace(QUICK, shapes=6, ordered=3, shuffles=2, repeats=3)
+USUAL = replace(QUICK, shapes=6, ordered=2, shuffles=2, repeats=3)
 EFFORT = Effort(**{name: count(getattr(USUAL, name), getattr(FULL, name)) for name in vars(FULL)})
 DEVICES = ("numpy", "host")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)

@@ -217,7 +217,7 @@ class TestAheadOfTheHost:
     @pytest.mark.usefixtures("multiply_adds")
     @pytest.mark.parametrize(("engine", "precision"), ENGINES[::2])
     def test_the_run_is_that_of_the_host_device(self, sample, tmp_path, cupy, engine, precision):
-        settings = {"engine": engine, "precision": precision, "steps": 9, "validate_every": 9, "checkpoint_every": 8}
+        settings = {"engine": engine, "precision": precision, "steps": 5, "validate_every": 5, "checkpoint_every": 4}
         look = Look()
         run(sample, tmp_path / "cuda", CudaDevice(), look, **settings)
         run(sample, tmp_path / "host", HostDevice(), **settings)

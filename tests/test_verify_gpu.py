@@ -16,7 +16,7 @@ from support.fake_cupy import FakeCupy
 from support.kernels import needs_compiler
 
 from segnet_scratch.lab.proof import processes, verify
-from segnet_scratch.lab.proof.parts import PARTS, compute_sanitizer, learning
+from segnet_scratch.lab.proof.parts import PARTS, compute_sanitizer, learning, steps
 from segnet_scratch.lab.proof.parts.learning import Learning
 from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
 from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, Nccl, OtherDevices, Timing, Uploads
@@ -59,6 +59,7 @@ class TestParts:
         assert tally.notes
 
     @needs_compiler
+    @pytest.mark.usefixtures("multiply_adds")
     def test_graphs_and_uploads_ask_of_cupy_what_it_has(self, monkeypatch, tmp_path):
         cupy, device = FakeCupy().install(monkeypatch, tmp_path), CudaDevice()
         device.gpu = None  # the sizes of the host
@@ -74,11 +75,14 @@ class TestParts:
         assert {call.what for call in cupy.cuda.nccl.calls} == {"allReduce", "allGather"}
         cupy.timeline.finish()
         monkeypatch.setattr("support.fake_nccl.FakeCommunicator.times", lambda self, values: values.fill(0))
+        learned = steps.Steps.learned
+        monkeypatch.setattr(steps.Steps, "learned", lambda self, count: learned(self, 1))  # the first is wrong already
         assert [failure.message[:6] for failure in prove(Nccl(), device).failures] == ["layers", "fused:"]
         cupy.cuda.nccl.available = False
         assert "CuPy finds no NCCL" in Nccl().unavailable()
 
     @needs_compiler
+    @pytest.mark.usefixtures("multiply_adds")
     def test_a_replay_that_differs_is_noticed(self, monkeypatch, tmp_path):
         FakeCupy().install(monkeypatch, tmp_path)
         device = CudaDevice()

@@ -183,7 +183,7 @@ class Uploads(Part):
     devices = ("cuda",)
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
-        batch, size, count, rounds = (32, 224, 20, 4) if device.gpu else (2, 32, 3, 2)
+        batch, size, count, rounds = (32, 224, 20, 4) if device.gpu else (1, 32, 2, 2)
         names = ("uploaded", "prefetched", "resident")
         models = [SegNet(CLASSES, 1 / 16, device, seed=1) for _ in names]
         steps = {name: Steps(model, batch, (size, size)) for name, model in zip(names, models, strict=True)}
