@@ -196,6 +196,20 @@ def test_what_a_page_shows_works(page, place):
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
 
+def test_what_a_page_quotes_of_a_kernel_stands_there():
+    """A block that begins with `// cuda/FILE`: its lines, in their order; others may stand between them."""
+    quoted = 0
+    for page in (ROOT / "docs" / "learn").glob("*.md"):
+        for language, code, _ in blocks_of(page.read_text(encoding="utf-8")):
+            name, *lines = (line.strip() for line in code.splitlines() if line.strip())
+            if language != "cpp" or not name.startswith("// cuda/"):
+                continue
+            source = iter([line.strip() for line in (ROOT / name.split()[1]).read_text(encoding="utf-8").splitlines()])
+            assert [line for line in lines if line not in source] == [], f"{page.name}: {name}"
+            quoted += 1
+    assert quoted > 5
+
+
 def test_a_block_is_not_passed_over():
     text = "<!-- needs: a GPU -->\n```sh\nsegnet a\n```\n\n```sh\nsegnet b\n```\n* item\n\n  ```python\n  c()\n  ```\n"
     assert blocks_of(text) == [("sh", "segnet a\n", "a GPU"), ("sh", "segnet b\n", ""), ("python", "c()\n", "")]
