@@ -256,7 +256,7 @@ def test_a_blas_that_was_loaded_later_is_limited_too():
 
 def test_parallel_for_uses_several_threads(monkeypatch):
     monkeypatch.setenv("SEGNET_THREADS", "3")
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=60)
     workers.parallel_for(3, lambda index: together.wait())
 
 
@@ -271,7 +271,7 @@ def test_every_thread_limits_blas_itself(monkeypatch):
 
     monkeypatch.setattr(workers, "_blas", Recorder())
     monkeypatch.setenv("SEGNET_THREADS", "3")
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=60)
     working = set()
 
     def body(index):
@@ -299,7 +299,7 @@ def test_parallel_for_raises_the_first_exception_and_recovers(monkeypatch):
     monkeypatch.setenv("SEGNET_THREADS", "2")
     before = blas_threads()
     begun = []
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=60)
 
     def body(index):
         begun.append(index)

@@ -38,7 +38,7 @@ def test_what_is_whole_is_not_made_again(compile_once):
 
 
 def test_of_two_that_make_it_at_once_nothing_is_torn(compile_once):
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(cache.kept, compile_once.path, lambda: (together.wait(), CONTENT)[1]) for _ in "ab"]
     assert {job.result() for job in jobs} == {compile_once.path}

@@ -26,7 +26,7 @@ MPIRUN = next(filter(None, (shutil.which("mpirun", path=str(Path(sys.executable)
 if not MPIRUN:
     pytest.skip("there is no mpirun; the extra parallel brings one", allow_module_level=True)
 
-SECONDS = 120  # that a launch may take before it counts as hung; on an idle machine each takes three
+SECONDS = 300  # that a launch may take before it counts as hung; on an idle machine each takes three
 ROOT = Path(__file__).resolve().parents[1]
 
 

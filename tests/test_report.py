@@ -363,7 +363,7 @@ def browse(page, folder, width, *more):
     (folder / "page.html").write_text(page)
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400", *more]
     return subprocess.run(
-        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
 
 

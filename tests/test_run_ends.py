@@ -305,7 +305,7 @@ def test_a_reader_that_goes_away_does_not_end_a_run(sample, tmp_path):
     )
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr.read() == b""
     process.stderr.close()
     assert steps(tmp_path / "r") == list(range(1, 9))

@@ -95,7 +95,7 @@ def test_several_threads_sample_from_one_network():
 
 
 def test_threads_that_ask_first_get_one_device(monkeypatch):
-    made, together = [], threading.Barrier(4, timeout=10)
+    made, together = [], threading.Barrier(4, timeout=60)
 
     class Slow(devices.NumpyDevice):
         def __init__(self):

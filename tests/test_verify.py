@@ -209,9 +209,9 @@ class TestProcesses:
         assert worker.do(Work("reference", "host", "add_forward", 0, 2, 0, QUICK)).failures == []
 
     def test_a_kernel_that_never_ends_is_a_failure(self, process):
-        endless = dataclasses.replace(work("reference", "end", count=1), limit=6.0)
+        endless = dataclasses.replace(work("reference", "end", count=1), limit=3.0)
         (failure,) = process().do(endless).failures
-        assert "did not end within 6 s" in failure.message
+        assert "did not end within 3 s" in failure.message
 
     def test_an_error_that_nobody_expects_shows_where(self, process):
         (failure,) = process().do(Work("a part that nobody wrote", "host", "add_forward")).failures
