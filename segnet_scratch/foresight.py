@@ -52,7 +52,7 @@ def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: 
     network = Network.of(model, images, config.image_size)
     if config.engine == "fused":
         rung = RUNG_OF_PRECISION[config.precision]
-        branches = ranks.size == 1 and two_branches(model.device, network, rung)
+        branches = ranks.size == 1 and two_branches(model.device, rung)
         maps = fused_account(network, Convolutions.on(model.device, rung), branches).peak
     else:
         maps = layers_account(network, itemsize).peak + 2 * images * pixels * model.classes * itemsize  # and logits

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,7 +115,7 @@ class TestTune:
 
     def test_the_fastest_is_kept_and_taken(self, cache):
         device = TunedDevice({"_128x32": 10, "_128x64": 20, "_128x128": 30})
-        *choices, branches = tune(device, self.NETWORK, "bf16")[0]
+        choices, _ = tune(device, self.NETWORK, "bf16")
         path = TileTable.path(GPU)
         assert len(choices) == len(convolutions(self.NETWORK, Convolutions("bf16"))) > 4
         for choice in choices:
@@ -124,22 +123,18 @@ class TestTune:
             assert set(choice.seconds) == {"128x32", "128x64", "128x128"}
             assert choice.seconds["128x32"] == pytest.approx(1e-5)
         another = TunedDevice()
-        assert table_of(another).choices == {choice.key: "128x32" for choice in choices} | {branches.key: "two"}
+        assert table_of(another).choices == {choice.key: "128x32" for choice in choices}
         assert path.exists()
 
-    def test_branches_are_taken_as_measured_unless_the_environment_says(self, cache, monkeypatch):
+    def test_two_branches_on_hopper_in_bfloat16_unless_the_environment_says(self, cache, monkeypatch):
         device = TunedDevice()
-        *_, choice = tune(device, self.NETWORK, "bf16")[0]
-        assert choice.default == "one"
-        assert 0 < choice.seconds["two"] < choice.seconds["one"]
-        another, step = TunedDevice(), (self.NETWORK, "bf16")
-        assert two_branches(another, *step)
-        assert not two_branches(another, replace(self.NETWORK, batch=2), "bf16")
-        assert not two_branches(HostDevice(), *step)
-        another.architecture = "sm_90"
-        assert two_branches(another, replace(self.NETWORK, batch=2), "bf16")
+        assert not two_branches(device, "bf16")
+        device.architecture = "sm_90"
+        assert two_branches(device, "bf16")
+        assert not two_branches(device, "tf32")
+        assert not two_branches(HostDevice(), "bf16")
         monkeypatch.setenv("SEGNET_BRANCHES", "0")
-        assert not two_branches(another, *step)
+        assert not two_branches(device, "bf16")
 
     def test_tiles_of_hopper(self, cache, monkeypatch):
         monkeypatch.setenv("SEGNET_HOPPER", "1")

@@ -136,7 +136,7 @@ def tune(
     width: Width = 1.0,
     precision: Precision = "bf16",
 ) -> None:
-    """Measure tiles of the tensor-core convolutions and branches of a step on this GPU; use the fastest from now on.
+    """Measure tiles of the tensor-core convolutions on this GPU; use the fastest from now on.
 
     Example: segnet tune --batch 8 --size 360x480
 
@@ -157,7 +157,7 @@ def _network(model: str, width: float, classes: int, batch: int, size: tuple[int
 def show_tiles(console: Console, choices: list[Choice]) -> None:
     """A row a convolution, a column a tile."""
     names = list(dict.fromkeys(name for found in choices for name in found.seconds))
-    say("microseconds with each tile, in one branch or two; in brackets what is taken unless measured")
+    say("microseconds with each tile; in brackets what is taken unless measured")
     rows = []
     for found in choices:
         cells = {name: f"{1e6 * seconds:.1f}" for name, seconds in found.seconds.items()}

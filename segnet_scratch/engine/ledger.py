@@ -89,5 +89,5 @@ def accounts(network: Network, device: Device, rung: str) -> list[Account]:
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
     torch = _paper(network, storage(rung).itemsize, 8, "PyTorch")
-    branches = two_branches(device, network, rung)
+    branches = two_branches(device, rung)
     return [fused_account(network, Convolutions.on(device, rung), branches), layers_account(network), torch]

@@ -21,7 +21,6 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
 from segnet_scratch.ops.convolution.conv2d_fused import Below
 from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.split_planes import planes_of
-from segnet_scratch.ops.convolution.tile_table import table_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation import norm_relu
 from segnet_scratch.ops.op import Op, Spec, spec
@@ -217,21 +216,13 @@ class TrainingProgram(NetworkProgram):
         self.add(name, op, dy=dy, below_y=read, **arrays)
 
 
-def branches_key(network: Network, rung: str) -> str:
-    """What the choice between one branch and two belongs to, in the table of tiles: "one" or "two"."""
-    blocks, (height, width) = network.blocks, network.size
-    return f"branches {rung} {network.batch}x{height}x{width} {len(blocks)} blocks of {blocks[0].out_channels}"
+def two_branches(device: Device, rung: str) -> bool:
+    """Do weight gradients run on a second stream? Where that was measured to be faster, unless the environment says.
 
-
-def default_branches(device: Device, rung: str) -> str:
-    """Two where they were measured to be faster: bfloat16 with Hopper's kernels (docs/explanation/kernels.md)."""
-    return "two" if device.gpu and rung == "bf16" and tiles_on(device) is not None else "one"
-
-
-def two_branches(device: Device, network: Network, rung: str) -> bool:
-    """Do weight gradients run on a second stream? As `segnet tune` found, unless the environment says."""
-    tuned = table_of(device).choices.get(branches_key(network, rung), default_branches(device, rung)) == "two"
-    return switch("SEGNET_BRANCHES", tuned, "weight gradients on a second stream", "one stream")
+    In bfloat16 with Hopper's kernels (docs/explanation/kernels.md).
+    """
+    faster = device.gpu is not None and rung == "bf16" and tiles_on(device) is not None
+    return switch("SEGNET_BRANCHES", faster, "weight gradients on a second stream", "one stream")
 
 
 class FusedTraining:
@@ -258,7 +249,7 @@ class FusedTraining:
         batch, height, width = shape
         network, kernels = Network.of(model, batch, (height, width)), weights.convolutions
         # Of several ranks the second stream is for their sums.
-        branches = shares is None and two_branches(self.device, network, kernels.rung)
+        branches = shares is None and two_branches(self.device, kernels.rung)
         self.program = TrainingProgram(network, kernels, objective, branches)
         self.images, self.labels = self.device.zeros((*shape, 3), np.float32), self.device.zeros(shape, np.uint8)
         batches = {"images": self.images, "labels": self.labels, "class_weights": class_weights, "share": self._share}

@@ -1,7 +1,4 @@
-"""Measures the tiles of the tensor-core convolutions on a GPU, and one branch of a training step against two.
-
-The fastest are kept: ops/convolution/tile_table.py.
-"""
+"""Measures the tiles of the tensor-core convolutions on a GPU; the fastest are kept: ops/convolution/tile_table.py."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +10,7 @@ import numpy as np
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.inference import InferenceProgram
 from segnet_scratch.engine.network import RUNG_OF_PRECISION, Network
-from segnet_scratch.engine.program import BoundProgram, Program
-from segnet_scratch.engine.training import Objective, TrainingProgram, branches_key, default_branches
+from segnet_scratch.engine.training import Objective, TrainingProgram
 from segnet_scratch.errors import DeviceError
 from segnet_scratch.lab.profile.ceilings import seconds_of
 from segnet_scratch.lab.profile.measure import stopwatch
@@ -27,12 +23,11 @@ from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, Hop
 from segnet_scratch.ops.convolution.tile_table import TileTable, key_of, table_of
 from segnet_scratch.ops.op import Buffers, Op, Spec
 from segnet_scratch.runtime.devices import Array, Device
-from segnet_scratch.step import Replayed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One convolution: seconds with each tile, the one that its shape suggests, and the fastest; or the branches."""
+    """One convolution: seconds with each tile, the one that its shape suggests, and the fastest."""
 
     key: str
     seconds: dict[str, float]
@@ -80,7 +75,7 @@ def _candidates_of(op: Op, rung: str) -> Iterator[tuple[str, Candidates]]:
 def tune(
     device: Device, network: Network, precision: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[list[Choice], Path]:
-    """Times every tile of every convolution, then a whole step in one branch and in two, and stores the choices.
+    """Times every tile of every convolution and stores the choices.
 
     Says where. DeviceError without a GPU.
     """
@@ -93,11 +88,6 @@ def tune(
     for number, (key, (ops, default)) in enumerate(work.items()):
         progress(number, len(work))
         choices.append(Choice(key, _measure(device, watch, table, key, ops), default))
-    table.choices |= {choice.key: choice.fastest for choice in choices}
-    kernels = Convolutions.on(device, kernels.rung)  # with the tiles just found
-    planned = {name: TrainingProgram(network, kernels, Objective(), name == "two") for name in ("one", "two")}
-    seconds = {name: _seconds_of(device, program) for name, program in planned.items()}
-    choices.append(Choice(branches_key(network, kernels.rung), seconds, default_branches(device, kernels.rung)))
     path = table.save(device.gpu, {choice.key: choice.fastest for choice in choices})
     return choices, path
 
@@ -116,14 +106,6 @@ def _measure(device: Device, watch: Stopwatch, table: TileTable, key: str, ops: 
     finally:
         table.choices.clear()
         table.choices |= before
-
-
-def _seconds_of(device: Device, program: Program) -> float:
-    """The median of a program on random arrays, replayed as a graph."""
-    bound = BoundProgram(program, device, _random(device, program.given))
-    # The first loads the kernels, the second records.
-    (seconds,) = seconds_of(Stopwatch(device.timer()), [Replayed(device, bound.run)], warm=2)
-    return seconds
 
 
 def _random(device: Device, specs: Mapping[str, Spec]) -> dict[str, Array]:
