@@ -9,9 +9,6 @@
 // second launch one warp a parameter adds its chunks, and then the block its parameters, both as trees: the order
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
 // infinity anywhere makes the norm one.
-//
-// The 118 MB of SegNet, 28 us at the bandwidth of an H200, take 37 us (inside a graph); the sums of its 1800 chunks took 13 us, one
-// thread a parameter, and have not been measured since.
 #include "common/in_flight.cuh"
 #include "common/reduce.cuh"
 #include "common/warp.cuh"

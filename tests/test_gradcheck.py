@@ -354,6 +354,7 @@ class TestCommand:
         assert re.search(r"relu\W+FAILED", done.out)
         assert "d/d x[0, 1, 1, 0] numeric" in done.out
         assert "backward 3.3" in done.out
+        assert "\\n" not in done.out
         assert "the gradients of relu differ" in done.err
 
     def test_kinks_are_named(self, segnet):

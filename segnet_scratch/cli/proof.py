@@ -160,7 +160,7 @@ def _gradients_table(results: list[Result]) -> Table:
 def _remarks(result: Result) -> Iterator[str]:
     """Where the worst derivative of a failure is, and the places without derivative."""
     if not result.passed:
-        yield str(result)
+        yield from str(result).splitlines()
     for kink in result.kinks:
         yield f"{result.op}: {kink}"
     if result.kinks and result.given_up > len(result.kinks):
