@@ -97,16 +97,16 @@ __device__ inline Piece piece_of_exact(const Values& values) {
     return piece;
 }
 
-// max(x, 0) of stored numbers, by their signs; a NaN stays one.
+// max(x, 0) of rounded numbers; a NaN stays one.
 __device__ inline Piece relu(Piece piece) {
-    const Values values = values_of(piece);
 #pragma unroll
-    for (int i = 0; i < PIECE; ++i)
-        if (values.of[i] <= 0) {
-            if constexpr (sizeof(storage_t) == 2)
-                piece.words[i / 2] &= i % 2 ? 0x0000FFFFu : 0xFFFF0000u;
-            else
-                piece.words[i] = 0;
+    for (unsigned& word : piece.words) {
+        if constexpr (sizeof(storage_t) == 2) {
+            const unsigned signs = word & 0x80008000u;   // of no NaN: rounding makes them positive (bfloat16.cuh)
+            word &= ~(signs | (signs - (signs >> 15)));  // both halves at once: all bits of a half with its sign set
+        } else if (__uint_as_float(word) <= 0) {
+            word = 0;
         }
+    }
     return piece;
 }
