@@ -19,6 +19,7 @@ LANGUAGES = {
     ".cu": "cuda",
     ".cuh": "cuda",
     ".h": "cpp",
+    ".cpp": "cpp",
     ".py": "python",
     ".toml": "toml",
     ".html": "html",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, from the bare tree and without a network: `segnet verify --device cuda`,
+# Everything that needs a GPU, in one command, from the tree and without a network: `segnet verify --device cuda`,
 # with a report in JSON. Takes the options of that command.
 set -euo pipefail
 cd "$(dirname "$0")/.."

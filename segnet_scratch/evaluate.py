@@ -134,7 +134,7 @@ def evaluate(
         op = CrossEntropyForward.plan(spec_of(logits))
         losses.append(device.read([op(device, logits=logits, labels=labels, class_weights=None).sums]))
 
-    def score(result: Segmented[_Truth]) -> Scored:
+    def measured_of(result: Segmented[_Truth]) -> Scored:
         (name, mask, _), _, segmented = result
         return measure(name, mask, segmented.labels, dataset.classes, boundary)
 
@@ -142,7 +142,7 @@ def evaluate(
     try:
         with (
             closing(segmenter.stream(range(ranks.rank, count, ranks.size), load, threads, watch=watch)) as results,
-            closing(ordered_map(score, results, threads, ahead=2 * threads)) as measured,
+            closing(ordered_map(measured_of, results, threads, ahead=2 * threads)) as measured,
         ):
             for done in range(0, count, ranks.size):
                 found += islice(measured, 1)  # none where the images do not suffice for the last ranks

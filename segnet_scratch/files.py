@@ -156,8 +156,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             yield temporary
         except OSError as error:
-            if error.filename is None:  # of a disk that is full while a file is written
-                error.filename = str(target)
+            if error.errno is None:  # a library's, as Pillow's of a disk that is full: words alone
+                raise OSError(errno.EIO, str(error), str(target)) from error
+            # The temporary folder is gone when somebody reads its name.
+            error.filename = str(error.filename or target).replace(str(temporary), str(target))
             raise
         # Some ten thousand files: one sync of everything costs less than one for each. Before the rename, or a power
         # failure could leave a whole folder of empty files.

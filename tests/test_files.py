@@ -213,6 +213,10 @@ def test_one_that_is_being_filled_is_not_swept(tmp_path):
 def test_a_disk_that_is_full_names_the_folder(tmp_path):
     with pytest.raises(OSError, match=r"No space .*new'$"), whole_folder(tmp_path / "new"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write: without a name
+    with pytest.raises(OSError, match=r"encoder error -2.*new'$"), whole_folder(tmp_path / "new"):
+        raise OSError("encoder error -2 when writing image file")  # as of Pillow: words alone
+    with pytest.raises(OSError, match=r"new/inside'$"), whole_folder(tmp_path / "new") as folder:
+        (folder / "inside").rmdir()  # there is none
 
 
 def test_the_first_to_end_wins(tmp_path):

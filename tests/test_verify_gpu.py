@@ -29,7 +29,6 @@ from segnet_scratch.runtime.launch import shipped_kernels
 from segnet_scratch.runtime.precision import BFLOAT16
 
 ROOT = TESTS.parent
-NEEDED = {"numpy", "ml_dtypes", "PIL", "safetensors", "segnet_scratch", "support", "pytest"}
 
 
 def prove(part, device):
@@ -262,33 +261,6 @@ class TestAhead:
             np.testing.assert_array_equal(found[name][0], wanted)
             np.testing.assert_array_equal(found[name][1], bound)
         assert list(tmp_path.iterdir()) == []
-
-
-def test_it_needs_little(tmp_path):
-    """No typer, rich, tomli_w, threadpoolctl: only the standard library, and what computes."""
-    (tmp_path / "sitecustomize.py").write_text(f"""
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if path is None and top not in sys.stdlib_module_names and top not in {NEEDED} and not top.startswith("_"):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Block())
-""")
-    report = tmp_path / "out" / "report.json"
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    command = [sys.executable, "-m", "segnet_scratch.lab.proof", "--device", "numpy", "--json", str(report)]
-    command += ["--row", "add_forward", "--only", "reference", "--only", "training"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("everything holds: 2 parts on numpy, seed 0")
-    assert json.loads(report.read_text())["passed"] is True
-    blocked = subprocess.run(
-        [sys.executable, "-c", "import rich"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True
-    )
-    assert blocked.returncode == 1  # the block blocks
 
 
 def test_the_script_is_a_thin_call():

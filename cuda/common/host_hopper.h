@@ -44,7 +44,7 @@ inline const SharedArray* array_at(size_t offset) {
 // The final address of a byte in a place with swizzle: bits 7 to 9 of an address exchange its pieces of 16 bytes.
 inline unsigned swizzled(unsigned address) { return address ^ ((address >> 7 & 7) << 4); }
 
-// What a TensorMap holds on the host device, as segnet_scratch/kernels/tensor_map.py fills it in (same fields, same order).
+// What a TensorMap holds on the host device, as segnet_scratch/runtime/tensor_map.py fills it in (same fields, same order).
 struct MapFields {
     unsigned magic;
     unsigned char rank, im2col, element;

@@ -30,7 +30,8 @@ Sample = tuple[np.ndarray, np.ndarray, str]
 
 def open_dataset(path: str | Path, split: str, cache: str) -> VOCDataset:
     """The split of a data set, read through a cache where one is asked for. Raises DataError as VOCDataset does."""
-    return {"memory": MemoryCachedDataset, "disk": DiskCachedDataset}.get(cache, VOCDataset)(path, split)
+    kinds = {"none": VOCDataset, "device": VOCDataset, "memory": MemoryCachedDataset, "disk": DiskCachedDataset}
+    return kinds[cache](path, split)
 
 
 class MemoryCachedDataset(VOCDataset):

@@ -42,7 +42,8 @@ def write_dataset(
     their EXIF data ask for, as every program shows them in which masks are drawn; what is no JPEG or PNG becomes one.
     Else they are copied, and masks are asked for the size (0, 0), which is any. lacks: what masks may hold that is not
     known, and the fix.
-    Raises DataError for files that cannot be read or written, and of masks that say why they cannot be made.
+    Raises DataError for files that cannot be read, and of masks that say why they cannot be made; OSError where the
+    system refuses to write.
     """
 
     def convert(item: tuple[str, Pair]) -> str:
@@ -112,7 +113,8 @@ def convert_masks(
     Returns the number of masks.
 
     Raises DataError where `out` holds something, where files are missing or damaged, and for what the table lacks: the
-    message tells the masks, and of each colour the pixels and the first place.
+    message tells the masks, and of each colour the pixels and the first place. OSError where the system refuses to
+    write.
     """
     root = find_root(source)
     splits = [VOCDataset(root, split) for split in split_files(root)]

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +71,6 @@ class Demo(Part):
     proves = f"segnet data sample, train and eval come to a mIoU of {DEMO_MIOU}"
     devices = ("cuda",)
     long = True
-
-    def unavailable(self) -> str:
-        missing = [name for name in ("typer", "rich", "tomli_w") if find_spec(name) is None]
-        return f"the command line needs {', '.join(missing)}; pip install {' '.join(missing)}" if missing else ""
 
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
