@@ -1,5 +1,6 @@
 """What several test files share: a small data set, the command line called in this process, a stand-in for CuPy."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from support.local_server import Server
 
 from segnet_scratch import cli
 from segnet_scratch.data import write_sample
+from segnet_scratch.runtime.workers import worker_count
+
+# Processes that test side by side share the cores; so do those that they start.
+if side_by_side := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("SEGNET_THREADS", str(max(1, worker_count() // int(side_by_side))))
 
 # Whoever starts the tests behind nohup or in the background has these ignored, and a run leaves ignored signals alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -67,6 +67,7 @@ def test_a_process_that_nobody_started_is_alone():
 
 def test_ranks_of_a_machine_share_its_cores_and_take_a_gpu_each(monkeypatch):
     started(monkeypatch, 2)
+    monkeypatch.delenv("SEGNET_THREADS", raising=False)
     os.environ["CUDA_VISIBLE_DEVICES"] = "4,7"
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     ranks = world()
