@@ -152,7 +152,7 @@ def test_wrong_arguments_of_transforms_are_refused(call, error):
 # --- loader --------------------------------------------------------------------------------------
 
 
-class SlowPictures:
+class SlowPictures(data.VOCDataset):
     """Samples from memory that take unequal times, so that threads finish out of order; counts its calls."""
 
     def __init__(self, count: int, damaged: int | None = None) -> None:
