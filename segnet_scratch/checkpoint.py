@@ -76,7 +76,7 @@ def save(path: _Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 def load(path: _Path) -> Checkpoint:
     """Read and verify a checkpoint; CheckpointError where it is missing, damaged in any bit or not of `save`."""
     with _opened(path) as stream:
-        tensors, texts = _read_safetensors(stream)
+        tensors, texts = _read_safetensors(stream, ours=True)
         record, metadata = _our_metadata(texts)
         if _record(metadata, tensors) != record:
             raise ValueError("damaged content, which does not match its checksum")
@@ -138,8 +138,10 @@ def _our_metadata(texts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     return text, record["metadata"]
 
 
-def _read_safetensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(file: BinaryIO, ours: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of a safetensors file, its header checked as strictly as the library does.
+
+    Where it should be `ours` and is not, no tensor is read.
 
     The library maps the files that it opens, and a file that somebody truncates while it is mapped (`cp` over a
     checkpoint does) ends the process with SIGBUS. Parsing the whole content from memory would need that memory twice,
@@ -173,6 +175,8 @@ def _read_safetensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, 
         end = after
     if end != size - 8 - length:
         raise ValueError(f"{size - 8 - length} bytes of data, expected {end}")
+    if ours:
+        _our_metadata(metadata)
     return {name: _read_tensor(file, name, dtype, shape) for (_, _, dtype, shape), name in places}, metadata
 
 

@@ -118,8 +118,13 @@ class MetricsLog:
         """Add one row and hand it to the operating system, so that a kill does not lose it.
 
         NumPy scalars are taken as numbers; NaN and infinity become null, because JSON has no such numbers.
+        Raises TrainingError for a row without an integer `step` or with values that JSON cannot hold.
         """
-        line = _encoded(row)
+        try:
+            line = _encoded(row)
+        except (TypeError, ValueError) as error:
+            expected = "a row of numbers and text with an integer step"
+            raise TrainingError(f"{self.path}: expected {expected}, got {row!r}; {error}") from error
         try:
             # Unbuffered, so that closing the file has nothing left to write that could fail or be lost.
             with self.path.open("a+b", buffering=0) as file:
@@ -171,7 +176,10 @@ class MetricsLog:
 
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain(row), allow_nan=False).encode() + b"\n"
+    numbers = plain(row)
+    if type(numbers.get("step")) is not int:
+        raise ValueError("add step=...")
+    return json.dumps(numbers, allow_nan=False).encode() + b"\n"
 
 
 def _drop_torn_line(file: FileIO) -> None:

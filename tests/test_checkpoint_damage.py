@@ -107,12 +107,13 @@ class TestDamage:
                 read(path)
 
     @pytest.mark.parametrize("content", LENIENT.values(), ids=LENIENT.keys())
-    def test_tolerated_files_are_foreign_and_give_a_sound_tensor(self, tmp_path, content):
+    def test_tolerated_files_are_foreign_and_give_a_sound_tensor(self, tmp_path, content, monkeypatch):
         path = tmp_path / "odd.safetensors"
         path.write_bytes(content)
         tensors, texts = checkpoint.load_foreign(path)
         assert_same_tensors(tensors, {"w": np.zeros(1, np.float32)})
         assert checkpoint.metadata_in(texts) == {}
+        monkeypatch.setattr(checkpoint, "_read_tensor", None)  # gigabytes, perhaps
         with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*written by this project \(segnet convert"):
             checkpoint.load(path)
 

@@ -148,6 +148,13 @@ class TestMetricsLog:
             {"step": 3, "loss": None, "lr": 0.5, "val": None, "iou": {"a": None, "b": [None, 1.0]}}
         ]
 
+    @pytest.mark.parametrize("row", [{}, {"step": 1.0}, {"step": True}, {"step": 1, "x": object()}])
+    def test_rows_that_do_not_fit(self, tmp_path, row):
+        log = self.filled(tmp_path, 1)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: expected a row"):
+            log.append(row)
+        assert MetricsLog.read(log.path) == self.rows(1)
+
     def test_a_line_torn_at_any_byte(self, tmp_path):
         log = self.filled(tmp_path, 3)
         whole = log.path.read_bytes()

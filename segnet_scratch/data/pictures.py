@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from segnet_scratch.data.findings import FoundError, Tell, refuse
 from segnet_scratch.data.palette import VOID, says_nothing
@@ -25,6 +26,11 @@ _FORMATS: dict[Role, tuple[str, ...]] = {"image": ("JPEG", "PNG"), "mask": ("PNG
 _PREDICTION_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _16_BIT = "I;16"  # and its variants; older versions of Pillow call 16-bit grey of a PNG I
+
+# What EXIF's orientations 2 to 8 ask for; 1 is upright, and what is none of them is no orientation. Pillow's
+# exif_transpose also writes the EXIF data anew, which may be damaged.
+_TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+          6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # fmt: skip
 
 # What people's data sets hold in place of pictures, by their first bytes.
 _STARTS = {
@@ -56,7 +62,7 @@ def read_image(path: str | Path, *, for_prediction: bool = False, stream: Binary
         if problem:
             log.warning("%s: its EXIF data cannot be read (%s); the picture is taken as it is stored", path, problem)
         if turn != 1:
-            picture = ImageOps.exif_transpose(picture)
+            picture = picture.transpose(_TURNS[turn])
     return rgb_pixels(picture)
 
 
@@ -78,7 +84,7 @@ def orientation(picture: Image.Image) -> tuple[int, str]:
         value = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # damaged EXIF is met with almost any type
         return 1, str(error) or type(error).__name__
-    return (value if isinstance(value, int) and 1 < value < 9 else 1), ""
+    return (value if isinstance(value, int) and value in _TURNS else 1), ""
 
 
 def read_mask(path: str | Path, classes: int) -> np.ndarray:
