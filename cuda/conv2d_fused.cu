@@ -16,10 +16,10 @@
 //
 // In brackets: by option. Unpooled maps are written once and read by the convolution like any other (unpool_packed.cu,
 // norm_relu.cu): to expand codes on the way in costs more than the product (docs/explanation/kernels.md). Their gradients are never
-// written: the rows of a tile come window by window, and the tile is gathered on the way out. z = relu(bn(y)) of the
+// written: the rows of a tile come window by window, and the tile is gathered in the epilogue. z = relu(bn(y)) of the
 // block below is not kept; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
 //
-// The way out: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
+// The epilogue: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
 #include "common/block_below.cuh"

@@ -6,7 +6,7 @@
 //   of the unpool that lies between], zero where the ReLU below was; and over the pixels that a block has, in all its
 //   tiles, the sums of dr and of dr xhat, from which norm_merge_gradients makes dbias and dweight of the batch norm below
 //
-// Main loop, tiles and the way out: common/hopper_convolution.cuh; the block below and what it does to a gradient:
+// Main loop, tiles and the epilogue: common/hopper_convolution.cuh; the block below and what it does to a gradient:
 // common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps
 // are taken from the last to the first, so that no flipped copy is kept.
 //
@@ -44,11 +44,11 @@ struct StoreGradient {
         unsigned codes;  // of the window
         Piece y[4];  // of the block below, for the pixels or the window of the thread
 
-        __device__ Part(const StoreGradient& store, const WayOut& out, int column)
+        __device__ Part(const StoreGradient& store, const Epilogue& out, int column)
             : to(store), channel(column + out.column()), norm(store.below, column + out.column()) {}
 
         template <class Rows>
-        __device__ void prepare(const Rows& rows, const WayOut& out) {
+        __device__ void prepare(const Rows& rows, const Epilogue& out) {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) {
                     const unsigned window = out.lane();
@@ -63,12 +63,12 @@ struct StoreGradient {
         }
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, bool) {
+        __device__ void store(const Rows& rows, const Epilogue& out, bool) {
             if constexpr (Rows::WINDOWS)
                 if (to.unpool_codes) return gather(rows, out);
             Piece dr[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) dr[k] = out.piece(out.lane() + k * WayOut::LANES);
+            for (int k = 0; k < 4; ++k) dr[k] = out.piece(out.lane() + k * Epilogue::LANES);
             for_each_pixel(rows, out, element, to.c, [&](int k, int64 at) {
                 store_piece(to.dr + at, norm.gradient(dr[k], y[k], to.below.relu, *this));
             });
@@ -76,7 +76,7 @@ struct StoreGradient {
 
         __device__ Two<float> of_tile(const Two<float>& sums, int) const { return sums; }
 
-        __device__ void gather(const BlockRows& rows, const WayOut& out) {
+        __device__ void gather(const BlockRows& rows, const Epilogue& out) {
             const unsigned window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             const Piece piece =

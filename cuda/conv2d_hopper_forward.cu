@@ -7,7 +7,7 @@
 //              statistics: y is not read again for them
 //   inference  (batch norm folded into weight and bias) y = [max-pool] [ReLU] (x * weight + bias), pooled ones with codes
 //
-// Main loop, tiles and the way out: common/hopper_convolution.cuh. A window of 2x2 lies within a block of 8x8 pixels, and a
+// Main loop, tiles and the epilogue: common/hopper_convolution.cuh. A window of 2x2 lies within a block of 8x8 pixels, and a
 // thread pools one: 16 windows x 8 pieces are the 128 threads. Tiles in a row of the batch have no windows: their pool is a
 // kernel of its own (ops/convolution/conv2d_hopper.py takes halo tiles there).
 //
@@ -35,12 +35,12 @@ struct StoreForward {
         float pivot_of_column;  // for the thread that adds it up
         Values pivot, first = {}, second = {};  // sums of the distances from the pivot, and of their squares
 
-        __device__ Part(const StoreForward& store, const WayOut& out, int column) : to(store), channel(column + out.column()) {}
+        __device__ Part(const StoreForward& store, const Epilogue& out, int column) : to(store), channel(column + out.column()) {}
         template <class Rows>
-        __device__ void prepare(const Rows&, const WayOut&) {}
+        __device__ void prepare(const Rows&, const Epilogue&) {}
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const WayOut& out, bool begins) {
+        __device__ void store(const Rows& rows, const Epilogue& out, bool begins) {
             if (to.partials && begins) {
                 pivot = values_of(out.piece(0));
                 pivot_of_column = out.number(0, out.thread % PART);
@@ -50,7 +50,7 @@ struct StoreForward {
                 if (to.pool_codes) return pool(rows, out);
             Piece pieces[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) pieces[k] = out.piece(out.lane() + k * WayOut::LANES);
+            for (int k = 0; k < 4; ++k) pieces[k] = out.piece(out.lane() + k * Epilogue::LANES);
             for_each_pixel(rows, out, rows.pixel(out.lane()) * to.o + channel, to.o, [&](int k, int64 at) {
                 store_piece(to.y + at, to.with_relu ? relu(pieces[k]) : pieces[k]);
                 if (to.partials) add(pieces[k]);
@@ -64,7 +64,7 @@ struct StoreForward {
             return {pivot_of_column + off, sums.second - sums.first * off};
         }
 
-        __device__ void pool(const BlockRows& rows, const WayOut& out) const {
+        __device__ void pool(const BlockRows& rows, const Epilogue& out) const {
             const unsigned window = out.lane();
             if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
             auto candidate = [&](int code) {

@@ -1,5 +1,5 @@
-// 3x3 convolution (stride 1, padding 1) on Hopper's tensor cores: the main loop that fprop and dgrad share, and the way
-// out of its sums. Factors are bfloat16, sums float, results as they are stored. Channels of x are a multiple of 64, outputs
+// 3x3 convolution (stride 1, padding 1) on Hopper's tensor cores: the main loop that fprop and dgrad share, and their
+// epilogue. Factors are bfloat16, sums float, results as they are stored. Channels of x are a multiple of 64, outputs
 // too, or pieces of less than 64 (a classifier's): what the TMA finds beyond the last of them is zeros.
 //
 //   fprop  y[p, o]  = sum over taps t, channels c of  x[p + t, c] * weight[o, t, c]         columns are outputs
@@ -10,7 +10,7 @@
 // tiles further on. Its last warpgroup is the producer: one thread that has the TMA fill two rings of stages in shared memory, as
 // far ahead as they have room. The others are consumers: each multiplies 64 TILES of the pixels by all columns of the tile. A
 // consumer keeps one group of products in flight: when it has begun the next one it waits for the one before and releases
-// its stages. Multiplying needs no more than two consumers; but the way out is a chain of loads, additions and barriers, and a
+// its stages. Multiplying needs no more than two consumers; but the epilogue is a chain of loads, additions and barriers, and a
 // multiprocessor works on as many of them at once as it has consumers: four, one for each 64 pixels, where their registers suffice.
 //
 // Where the pixels of a tile come from is a Source:
@@ -18,7 +18,7 @@
 //   Halo     blocks of 8x8 pixels. A stage is PIXELS / 64 blocks with their borders, 10x10 pixels of 64 channels each, and
 //            serves all nine taps: that of tap (r, s) begins r rows and s pixels further on. Zeros beyond the image are the
 //            padding. At the right and lower edge of a map whose sizes are no multiples of 8 a block has pixels that do
-//            not exist; their sums are not zero (their taps meet real pixels), so whoever leaves asks `exists`.
+//            not exist; their sums are not zero (their taps meet real pixels), so an epilogue asks `exists`.
 //   Run      PIXELS pixels in a row of the batch, for one tap at a time (TMA's im2col mode): nine times the traffic from
 //            the L2 cache, but no pixel is lost at edges, and small maps make more tiles.
 //
@@ -41,7 +41,7 @@
 // Tensor cores add with bits cut off. For float32's accuracy (TF32X3) they add 64 terms of a sum, one tap of a chunk, and
 // ordinary additions the rest: while one consumer adds, others multiply.
 //
-// The way out (WayOut): a consumer rounds 64 pixels x 128 bytes of columns to what is stored, exchanges them in shared memory,
+// The epilogue: a consumer rounds 64 pixels x 128 bytes of columns to what is stored, exchanges them in shared memory,
 // and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
 // of a tile is what is stored.
 //
@@ -267,14 +267,14 @@ __device__ inline unsigned thread_read_anew() {
 #define NUMBERS (4 / (int)sizeof(storage_t))  // in a word
 #define WORDS 16  // that a thread has of 64 pixels x 128 bytes: two neighbouring bfloat16, or a float32
 
-// What a consumer has of shared memory on the way out, and how its threads meet. `begin` comes before everything else.
-struct WayOut {
+// What a consumer has of shared memory in the epilogue, and how its threads meet. `begin` comes before everything else.
+struct Epilogue {
     static constexpr int LANES = 16;
     char* place;  // 64 pixels x 128 bytes
     int consumer;
     unsigned thread;  // of the warpgroup
 
-    __device__ WayOut(char* places, int consumer_) : place(places + consumer_ * ATOM_BYTES), consumer(consumer_) {}
+    __device__ Epilogue(char* places, int consumer_) : place(places + consumer_ * ATOM_BYTES), consumer(consumer_) {}
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
     __device__ int column() const { return (int)(thread % 8 * PIECE); }
     __device__ unsigned lane() const { return thread / 8; }
@@ -329,10 +329,10 @@ struct WayOut {
 
 // Those of a thread's four pixels that exist: body(k, element), of a map with so many channels, in which the first is `element`.
 template <class Rows, class Body>
-__device__ __forceinline__ void for_each_pixel(const Rows& rows, const WayOut& out, int64 element, int channels, Body body) {
+__device__ __forceinline__ void for_each_pixel(const Rows& rows, const Epilogue& out, int64 element, int channels, Body body) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k, element += (int64)rows.pixels_between(WayOut::LANES) * channels)
-        if (rows.exists(out.lane() + k * WayOut::LANES)) body(k, element);
+    for (int k = 0; k < 4; ++k, element += (int64)rows.pixels_between(Epilogue::LANES) * channels)
+        if (rows.exists(out.lane() + k * Epilogue::LANES)) body(k, element);
 }
 
 // The producer: fills both rings with what the tiles of this block need, in the order in which the consumers take it.
@@ -386,7 +386,7 @@ __device__ __forceinline__ void multiply(Accumulators<Weights::COLUMNS> (&sums)[
                                          const Convolution& g, int consumer) {
     const bool leader = warpgroup_thread() == 0;
     // A first product that ignores the sums would do, but to the compiler it reads them: they would hold their registers from
-    // one tile to the next, and the way out would have none.
+    // one tile to the next, and the epilogue would have none.
 #pragma unroll
     for (int i = 0; i < Source::TILES; ++i)
 #pragma unroll
@@ -455,27 +455,27 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS
         }
 }
 
-// The way of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
+// The epilogue of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
 // registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
-// What is done there is a Leave. For each PART columns a Leave::Part is made:
+// What is done there is a Store. For each PART columns a Store::Part is made:
 //   prepare    may ask for what global memory has of 64 pixels
 //   store      finds their results in shared memory
 //   first, second   its sums over the pixels, where has_sums() says so
 //   of_tile    what of these goes on from tile to tile
-// and the Leave itself has
+// and the Store itself has
 //   merge      puts what two runs of pixels have together
 //   finish     has that of the whole block
 //   fetch_row  has what `prepare` reads of a row fetched into the L2 cache while the tile is multiplied, where FETCHES says so
-template <class Source, class Leave, int PARTS>
-__device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Leave& leave,
+template <class Source, class Store, int PARTS>
+__device__ void store_tile(Epilogue& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Store& store,
                            const typename Source::Rows& own, int column, int pixels, int before) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
     constexpr int LAST = PARTS / Source::TILES - 1;
 #pragma unroll 1
     for (int part = 0; part <= LAST; ++part, column += PART) {
         out.begin();
-        typename Leave::Part columns(leave, out, column);
+        typename Store::Part columns(store, out, column);
         typename Source::Rows rows = own;
 #pragma unroll 1
         for (int i = 0; i < Source::TILES; ++i, rows.next()) {
@@ -488,11 +488,11 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
 #pragma unroll
                 for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
-        if (!leave.has_sums()) continue;
+        if (!store.has_sums()) continue;
         out.begin();
         const Two<float> sums = out.add_lanes(columns.first, columns.second);
         Two<float> total = totals[0];
-        if (out.thread < PART) total = leave.merge(total, before, columns.of_tile(sums, pixels), pixels);  // it divides
+        if (out.thread < PART) total = store.merge(total, before, columns.of_tile(sums, pixels), pixels);  // it divides
 #pragma unroll
         for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
         totals[LAST] = total;
@@ -500,8 +500,8 @@ __device__ void leave_tile(WayOut& out, unsigned (&words)[PARTS][WORDS], Two<flo
 }
 
 // What the consumers of a block have summed up, `totals` of `pixels` each, put together in their order.
-template <int CONSUMERS, int ACROSS, class Leave>
-__device__ void leave_block(WayOut& out, const Two<float> (&totals)[ACROSS], int pixels, const Leave& leave, int row, int column) {
+template <int CONSUMERS, int ACROSS, class Store>
+__device__ void finish_block(Epilogue& out, const Two<float> (&totals)[ACROSS], int pixels, const Store& store, int row, int column) {
     struct Sums {
         Two<float> of_column;
         int pixels;
@@ -520,18 +520,18 @@ __device__ void leave_block(WayOut& out, const Two<float> (&totals)[ACROSS], int
         int before = pixels;
         for (int consumer = 1; consumer < CONSUMERS; ++consumer) {
             const Sums& sums = ((const Sums*)(out.place + consumer * ATOM_BYTES))[part * PART + thread];
-            total = leave.merge(total, before, sums.of_column, sums.pixels);
+            total = store.merge(total, before, sums.of_column, sums.pixels);
             before += sums.pixels;
         }
-        leave.finish(row, column + part * PART + thread, total, before);
+        store.finish(row, column + part * PART + thread, total, before);
     }
 }
 
-// The kernel. In dynamic shared memory lie stages of maps, stages of weights, the places on the way out; how much that takes,
+// The kernel. In dynamic shared memory lie stages of maps, stages of weights, the places of the epilogues; how much that takes,
 // ops/convolution/conv2d_hopper.py knows.
-template <class Source, class Weights, int WEIGHT_STAGES, class Leave>
+template <class Source, class Weights, int WEIGHT_STAGES, class Store>
 __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& weight, const accumulate_t* bias,
-                                         const Convolution& g, int row_tiles, int slots, const Leave& leave) {
+                                         const Convolution& g, int row_tiles, int slots, const Store& store) {
     constexpr int COLUMNS = Source::COLUMNS, ACROSS = (COLUMNS + PART - 1) / PART, CONSUMERS = Source::CONSUMERS;
     static_assert(COLUMNS == Weights::COLUMNS, "the columns of one tile");
     SHARED_DYNAMIC(char, memory);
@@ -555,15 +555,15 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         return;
     }
     setmaxnreg_increase<consumer_registers(CONSUMERS)>();
-    WayOut way_out(stages + maps.BYTES + weights.BYTES, consumer);
+    Epilogue epilogue(stages + maps.BYTES + weights.BYTES, consumer);
     Two<float> totals[ACROSS] = {};
     int pixels = 0;
     for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
-        if constexpr (Leave::FETCHES) {
+        if constexpr (Store::FETCHES) {
             typename Source::Rows rows = Source::rows(g, tile, consumer);
             for (int i = 0; i < Source::TILES; ++i, rows.next())
                 for (unsigned k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
-                    leave.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
+                    store.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
         }
         unsigned words[Source::TILES * ACROSS][WORDS] = {};
         {
@@ -576,8 +576,8 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
         typename Source::Rows rows = own;
         int count = 0;
         for (int i = 0; i < Source::TILES; ++i, rows.next()) count += rows.count();
-        leave_tile<Source>(way_out, words, totals, leave, own, tiles.column, count, pixels);
+        store_tile<Source>(epilogue, words, totals, store, own, tiles.column, count, pixels);
         pixels += count;
     }
-    if (leave.has_sums()) leave_block<CONSUMERS>(way_out, totals, pixels, leave, tiles.first, tiles.column);
+    if (store.has_sums()) finish_block<CONSUMERS>(epilogue, totals, pixels, store, tiles.first, tiles.column);
 }

@@ -134,7 +134,7 @@ struct BlockTile {
     static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     static constexpr int STAGE_BYTES = (ROWS + COLUMNS) * DEPTH_BYTES, SHARED = STAGES * STAGE_BYTES;
     static constexpr bool GATHERED = false;  // gathered_gemm.cuh
-    static constexpr int KEPT = 0;           // bytes of shared memory that the way out leaves alone
+    static constexpr int KEPT = 0;           // bytes of shared memory that the epilogue leaves alone
     typedef WarpTile<WARP_ROWS, WARP_COLUMNS> Tile;
     // Where the part of this thread's warp begins.
     __device__ static int row0() { return warp_index() % WARPS_DOWN * WARP_ROWS; }

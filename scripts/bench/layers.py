@@ -1,7 +1,7 @@
 """Ceilings of the GPU, and each convolution of SegNet on its own: cuDNN beside ours, in TFLOP/s.
 
 `python -m bench.layers` measures the convolutions alone, in a minute: the ops of the fused engine with what they do
-on the way out (statistics forward; mask and sums in dgrad), which cuDNN leaves to others; on an sm_90 Hopper's kernels
+in the epilogue (statistics forward; mask and sums in dgrad), which cuDNN leaves to others; on an sm_90 Hopper's kernels
 in every tile, and mma.sync's beside them.
 """
 

@@ -1,6 +1,6 @@
 """Inference by the fused engine: batch norm folded, one kernel a block, one arena, one graph.
 
-A block is one kernel: bias, ReLU and pool on the way out; where it begins with an unpool, the unpooled map is written.
+A block is one kernel: bias, ReLU and pool in its epilogue; where it begins with an unpool, the unpooled map is written.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ SIDE = 8  # pixels of a block
 WARPGROUP = 128  # threads
 ALIGNMENT = 1024  # bytes, of the stages in shared memory
 HALO, HALO_PLACE, ROW = (1, SIDE + 2, SIDE + 2, CHANNELS), 13312, 128  # a block with its border; bytes of it, of a row
-WAY_OUT = 8192  # bytes of shared memory, of a consumer
+EPILOGUE = 8192  # bytes of shared memory, of a consumer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Tile:
         """Bytes of dynamic shared memory."""
         pixels = self.pixels // SIDE**2 * HALO_PLACE if self.halo else self.pixels * ROW
         stages = self.stages * pixels + self.weight_stages * self.columns * ROW
-        return stages + self.consumers(rung) * WAY_OUT + ALIGNMENT
+        return stages + self.consumers(rung) * EPILOGUE + ALIGNMENT
 
     def rows(self, n: int, h: int, w: int) -> int:
         """Tiles that cover the pixels of a map."""
