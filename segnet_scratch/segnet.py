@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import CheckpointError, ConfigError, DTypeError, ShapeError, TrainingError
 from segnet_scratch.nn.autograd import Tensor, tensor
 from segnet_scratch.nn.functions import fit, max_pool, max_unpool, resize_bilinear
-from segnet_scratch.nn.modules import BatchNorm2d, Conv2d, ConvUnit, Dropout, Module, Setting, Upsample2d
+from segnet_scratch.nn.modules import BatchNorm2d, Conv2d, ConvUnit, Dropout, Factory, Module, Upsample2d
 from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.ops.normalisation.batch_norm import EPS
 from segnet_scratch.ops.pooling.windows import PoolCodes
@@ -129,7 +129,7 @@ class SegNet(Module):
         self.decoder_kind, self.pooling = decoder, pooling
         self.device, self.dtype = get_device(device), np.dtype(dtype)
         self.blocks = self.blocks_of(width, dropout, decoder)
-        setting = Setting(self.device, np.random.default_rng(seed), self.dtype, rung)
+        factory = Factory(self.device, np.random.default_rng(seed), self.dtype, rung)
         self.metadata: dict[str, Any] = {}  # of the checkpoint that it was loaded from
         self.folded = False  # is batch norm a part of the convolutions?
         self.encoder: dict[int, dict[int, ConvUnit]] = {}
@@ -137,10 +137,10 @@ class SegNet(Module):
         for block in self.blocks:
             half: dict[int, dict[Any, Any]] = self.decoder if block.decoder else self.encoder
             if block.unpool == "deconv":
-                self.decoder[block.stage] = {"up": Upsample2d(block.in_channels, setting)}
-            unit = ConvUnit(block.in_channels, block.out_channels, block.kernel, block.relu, setting)
+                self.decoder[block.stage] = {"up": Upsample2d(block.in_channels, factory)}
+            unit = ConvUnit(block.in_channels, block.out_channels, block.kernel, block.relu, factory)
             half.setdefault(block.stage, {})[block.index] = unit
-        self.classifier = Conv2d(self.blocks[-1].out_channels, classes, self.classifier_kernel, True, setting)
+        self.classifier = Conv2d(self.blocks[-1].out_channels, classes, self.classifier_kernel, True, factory)
         self.random_state = self.device.zeros(STATE.shape, STATE.dtype)
         dropped = [(layer, block.name) for layer, block in enumerate(self.blocks) if block.dropout]
         self.dropouts = {name: Dropout(DROPOUT, layer, self.random_state) for layer, name in dropped}

@@ -212,9 +212,9 @@ class TestNoGrad:
         x = leaf([1.0])
         with no_grad():
             y = scaled(x, 2.0)
-        assert y.maker is None
+        assert y.grad_fn is None
         assert not y.requires_grad
-        assert scaled(x, 2.0).maker is not None
+        assert scaled(x, 2.0).grad_fn is not None
 
     def test_nests_and_ends_with_an_error(self):
         x = leaf([1.0])
@@ -226,14 +226,14 @@ class TestNoGrad:
         with no_grad():
             with no_grad():
                 pass
-            assert scaled(x, 2.0).maker is None
+            assert scaled(x, 2.0).grad_fn is None
             with pytest.raises(KeyError):
                 fail()
-            assert scaled(x, 2.0).maker is None
-        assert scaled(x, 2.0).maker is not None
+            assert scaled(x, 2.0).grad_fn is None
+        assert scaled(x, 2.0).grad_fn is not None
         with pytest.raises(KeyError):
             fail()
-        assert scaled(x, 2.0).maker is not None
+        assert scaled(x, 2.0).grad_fn is not None
 
     def test_its_result_is_a_constant(self):
         x = leaf([3.0])

@@ -23,7 +23,7 @@ from segnet_scratch.runtime.precision import is_floating
 
 # Of each thread and asyncio task its own: one may predict while another trains.
 _recording = ContextVar("recording", default=True)
-_keys = itertools.count()  # names tensors in a backward pass; an id() may be used again when a tensor has gone
+_keys = itertools.count()  # identify tensors in a backward pass; an id() is used again once its tensor is freed
 
 
 def no_grad() -> AbstractContextManager[None]:
@@ -48,7 +48,7 @@ class Tensor:
         self.device = device
         self.requires_grad = requires_grad
         self.grad: Array | None = None
-        self.maker: Function | None = None  # the Function whose output this is
+        self.grad_fn: Function | None = None  # the Function whose output this is; None: a leaf
         self.key = next(_keys)
 
     @property
@@ -84,31 +84,31 @@ class Tensor:
         if gradient.dtype != self.dtype:
             raise DTypeError(f"backward(): the gradient has element type {gradient.dtype}, expected {self.dtype}")
 
-    def backward(self, gradient: Array | None = None, given: Callable[[Array], None] | None = None) -> None:
-        """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, then frees the graph.
+    def backward(self, gradient: Array | None = None, hook: Callable[[Array], None] | None = None) -> None:
+        """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, and frees the graph on the way.
 
-        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `given` is told of the
-        `grad` of each leaf once it has it: of leaves that the graph uses once, while backward goes on.
+        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `hook` is called with
+        the `grad` of a leaf each time something has been added to it, while backward goes on; a leaf that the graph
+        uses once is complete then.
         """
         if gradient is None:
             self._expect_scalar("backward() without a gradient")
             gradient = self.device.constant(np.ones(self.shape, self.dtype))
         self._expect_gradient(gradient)
         gradients: dict[int, Array] = {self.key: gradient}
-        if self.maker is None:
-            _give(self, gradients, given)
+        if self.grad_fn is None:
+            _accumulate(self, gradients, hook)
             return
-        for function in _from_loss_to_leaves(self.maker):
-            dy = gradients.pop(function.output_key, None)
-            # None: whoever used the output has no gradient for it.
+        for function in _topological_order(self.grad_fn):
+            dy = gradients.pop(function.output_key, None)  # None: no function that used the output has one for it
             with scope(function.scope):
-                found = (None,) * len(function.inputs) if dy is None else function.backward(dy)
-            for edge, d in zip(function.inputs, found, strict=True):
-                if d is not None and edge.requires_grad:
-                    held = gradients.get(edge.key)
-                    gradients[edge.key] = d if held is None else compute(function.device, "add", held, d)
+                input_gradients = (None,) * len(function.inputs) if dy is None else function.backward(dy)
+            for edge, dx in zip(function.inputs, input_gradients, strict=True):
+                if dx is not None and edge.requires_grad:
+                    sum_so_far = gradients.get(edge.key)
+                    gradients[edge.key] = dx if sum_so_far is None else compute(function.device, "add", sum_so_far, dx)
                 if edge.leaf is not None:
-                    _give(edge.leaf, gradients, given)
+                    _accumulate(edge.leaf, gradients, hook)
             function.release()
 
     def combined(self, other: Any, operation: str) -> "Tensor":
@@ -198,14 +198,14 @@ class Edge:
 
     key: int
     requires_grad: bool
-    maker: "Function | None"
-    leaf: Tensor | None  # where the gradient is collected
+    grad_fn: "Function | None"
+    leaf: Tensor | None  # whose `grad` the gradient is added to; None where grad_fn goes on
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Edge":
         """The edge that leads to a tensor."""
-        is_leaf = tensor.maker is None and tensor.requires_grad
-        return cls(tensor.key, tensor.requires_grad, tensor.maker, tensor if is_leaf else None)
+        is_leaf = tensor.grad_fn is None and tensor.requires_grad
+        return cls(tensor.key, tensor.requires_grad, tensor.grad_fn, tensor if is_leaf else None)
 
 
 class Function:
@@ -215,7 +215,7 @@ class Function:
         self.device = device
         self.inputs: tuple[Edge, ...] = ()
         self.output_key = -1
-        self.scope = current_scope()  # the layer it belongs to, for whoever watches backward
+        self.scope = current_scope()  # the layer that it belongs to: its backward is observed under the same name
         self.released = False
 
     def forward(self, *arrays: Array) -> Array:
@@ -241,7 +241,7 @@ class Function:
         output = Tensor(self.forward(*(tensor.data for tensor in inputs)), self.device)
         if _recording.get() and any(tensor.requires_grad for tensor in inputs):
             self.inputs, self.output_key = tuple(Edge.of(tensor) for tensor in inputs), output.key
-            output.requires_grad, output.maker = True, self
+            output.requires_grad, output.grad_fn = True, self
         return output
 
 
@@ -323,36 +323,36 @@ class Sum(Function):
 class OpFunction(Function):
     """An op on tensors; backward runs the ops of its gradient, and what these read is kept for it, nothing else.
 
-    `given` are its inputs by name: tensors, and arrays (or None) that have no gradient.
+    `inputs` are the op's, by name: tensors, and arrays (or None) that have no gradient.
     """
 
-    def __init__(self, device: Device, op: Op, given: Mapping[str, Tensor | Array | None]) -> None:
+    def __init__(self, device: Device, op: Op, inputs: Mapping[str, Tensor | Array | None]) -> None:
         super().__init__(device)
         self.op, self.gradient = op, op.gradient()
         self.output = next(iter(op.outputs))
-        self.tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
-        self.held = {name: value for name, value in given.items() if name not in self.tensors}
+        self.tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+        self.saved = {name: value for name, value in inputs.items() if name not in self.tensors}
 
     def forward(self, *arrays: Array) -> Array:
-        given = self.held | dict(zip(self.tensors, arrays, strict=True))
-        made = vars(self.op(self.device, **given))
+        inputs = self.saved | dict(zip(self.tensors, arrays, strict=True))
+        outputs = vars(self.op(self.device, **inputs))
         read = {name for op in self.gradient for name in op.inputs}
-        self.held = {name: array for name, array in (given | made).items() if name in read}
-        return made[self.output]
+        self.saved = {name: array for name, array in (inputs | outputs).items() if name in read}
+        return outputs[self.output]
 
     def backward(self, dy: Array) -> tuple[Array | None, ...]:
-        held, found = self.held | {f"d{self.output}": dy}, dict[str, Array]()
+        arrays, gradients = self.saved | {f"d{self.output}": dy}, dict[str, Array]()
         wanted = {f"d{name}" for name, edge in zip(self.tensors, self.inputs, strict=True) if edge.requires_grad}
         for op in self.gradient:
             if wanted & op.outputs.keys():
-                found |= vars(op(self.device, **{name: held[name] for name in op.inputs}))
-        return tuple(found.get(f"d{name}") for name in self.tensors)
+                gradients |= vars(op(self.device, **{name: arrays[name] for name in op.inputs}))
+        return tuple(gradients.get(f"d{name}") for name in self.tensors)
 
 
-def apply(op: Op, **given: Tensor | Array | None) -> Tensor:
-    """The first output of an op, for tensors and for arrays that need no gradient."""
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
-    return OpFunction(tensors[0].device, op, given)(*tensors)
+def apply(op: Op, **inputs: Tensor | Array | None) -> Tensor:
+    """The first output of an op on its inputs by name: tensors, one at least, and arrays that need no gradient."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    return OpFunction(tensors[0].device, op, inputs)(*tensors)
 
 
 def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = False) -> Tensor:
@@ -361,17 +361,17 @@ def tensor(values: Any, device: "str | Device" = "auto", requires_grad: bool = F
     float64 is kept, other real numbers become float32. Arrays of other libraries are shared where that is possible;
     these must be float32 or float64 already. DTypeError for what is no real number.
     """
-    chosen = get_device(device)
-    if not isinstance(values, np.ndarray) and not chosen.owns(values) and hasattr(values, "__dlpack__"):
-        values = chosen.from_dlpack(values)
+    device = get_device(device)
+    if not isinstance(values, np.ndarray) and not device.owns(values) and hasattr(values, "__dlpack__"):
+        values = device.from_dlpack(values)
         if values.dtype not in (np.float32, np.float64):
             raise DTypeError(f"tensor: got an array of {values.dtype}; expected float32 or float64; convert it first")
-    if chosen.owns(values) and not isinstance(values, np.ndarray):
-        return Tensor(values, chosen, requires_grad)
+    if device.owns(values) and not isinstance(values, np.ndarray):
+        return Tensor(values, device, requires_grad)
     array = _real(values)
     if array.dtype != np.float64:
         array = array.astype(np.float32, copy=False)
-    return Tensor(chosen.upload(array), chosen, requires_grad)
+    return Tensor(device.upload(array), device, requires_grad)
 
 
 def _real(values: Any) -> np.ndarray:
@@ -385,8 +385,11 @@ def _real(values: Any) -> np.ndarray:
     return array
 
 
-def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
-    """All functions behind `last`, each after every function that uses its outputs (depth-first, without recursion)."""
+def _topological_order(last: Function) -> Iterator[Function]:
+    """`last` and all functions behind it, each after every function that used its output.
+
+    Depth first, without recursion; the functions that are finished first come last.
+    """
     finished: list[Function] = []
     seen: set[int] = set()
     stack: list[tuple[Function, bool]] = [(last, False)]
@@ -399,15 +402,15 @@ def _from_loss_to_leaves(last: Function) -> Iterator[Function]:
         elif id(function) not in seen:
             seen.add(id(function))
             stack.append((function, True))
-            stack.extend((edge.maker, False) for edge in function.inputs if edge.maker is not None)
+            stack.extend((edge.grad_fn, False) for edge in function.inputs if edge.grad_fn is not None)
     while finished:
         yield finished.pop()
 
 
-def _give(leaf: Tensor, gradients: dict[int, Array], given: Callable[[Array], None] | None) -> None:
-    """Adds a finished gradient to a leaf."""
+def _accumulate(leaf: Tensor, gradients: dict[int, Array], hook: Callable[[Array], None] | None) -> None:
+    """Adds the gradient that backward has for a leaf, if any, to the leaf's `grad`."""
     gradient = gradients.pop(leaf.key, None)
     if gradient is not None and leaf.requires_grad:
         leaf.grad = gradient if leaf.grad is None else compute(leaf.device, "add", leaf.grad, gradient)
-        if given is not None:
-            given(leaf.grad)
+        if hook is not None:
+            hook(leaf.grad)

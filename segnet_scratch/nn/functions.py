@@ -66,14 +66,14 @@ def batch_norm(
     expect(0 <= momentum <= 1, f"batch_norm: momentum is {momentum}; expected 0 to 1")
     if training and ranks.size > 1:
         running = {"running_mean": running_mean, "running_var": running_var}
-        return SharedBatchNorm(x.device, ranks, running, eps, momentum)(x, weight, bias)
+        return SyncBatchNorm(x.device, ranks, running, eps, momentum)(x, weight, bias)
     op: Op = BatchNormEvaluationForward.plan(_spec(x), eps)
     if training:
         op = BatchNormTrainingForward.plan(_spec(x), eps, momentum)
     return apply(op, x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
 
 
-class SharedBatchNorm(Function):
+class SyncBatchNorm(Function):
     """Batch norm in training over the x of several ranks. Saves x, two numbers a channel and the moments of all."""
 
     def __init__(self, device: Device, ranks: Communicator, running: dict[str, Array], *options: float) -> None:
@@ -105,7 +105,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, PoolCodes]:
     """(y, codes) of a map (n, h, w, c); y is (n, ceil(h/2), ceil(w/2), c). Give the codes to `max_unpool`."""
     function = OpFunction(x.device, MaxPoolForward.plan(_spec(x)), {"x": x})
     y = function(x)
-    return y, PoolCodes(function.held["codes"], (x.shape[1], x.shape[2]))
+    return y, PoolCodes(function.saved["codes"], (x.shape[1], x.shape[2]))
 
 
 def max_unpool(x: Tensor, codes: PoolCodes) -> Tensor:

@@ -37,11 +37,11 @@ class Module:
             yield from _walk(kind, f"{prefix}{name}", value)
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """Every trained tensor by its dotted name, in order of definition."""
+        """Every parameter by its dotted name, in order of definition."""
         return dict(self._members(Tensor))
 
     def parameters(self) -> list[Tensor]:
-        """Every trained tensor."""
+        """Every parameter."""
         return list(self.named_parameters().values())
 
     def named_buffers(self) -> dict[str, Buffer]:
@@ -87,8 +87,8 @@ def _walk(kind: type, name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where and how the parameters of a network's modules are made; `rung` picks the convolution kernels by name."""
+class Factory:
+    """Makes the parameters of a network's modules, on one device; `rung` picks their convolution kernels by name."""
 
     device: Device
     rng: np.random.Generator
@@ -96,7 +96,7 @@ class Setting:
     rung: str | None = None
 
     def parameter(self, values: np.ndarray) -> Tensor:
-        """A trained tensor that begins with these values."""
+        """A parameter with these initial values."""
         return Tensor(self.array(values), self.device, requires_grad=True)
 
     def array(self, values: np.ndarray) -> Array:
@@ -111,12 +111,12 @@ class Setting:
 class Conv2d(Module):
     """Convolution of stride 1 that keeps the image size: odd kernel k, padding k // 2. Weight (out, k, k, in)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool, setting: Setting) -> None:
-        self.weight = setting.parameter(setting.he_normal((out_channels, kernel, kernel, in_channels)))
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool, factory: Factory) -> None:
+        self.weight = factory.parameter(factory.he_normal((out_channels, kernel, kernel, in_channels)))
         if bias:
-            self.bias = setting.parameter(np.zeros(out_channels))
+            self.bias = factory.parameter(np.zeros(out_channels))
         self.padding = kernel // 2
-        self.rung = setting.rung
+        self.rung = factory.rung
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, in) to (n, h, w, out)."""
@@ -126,9 +126,9 @@ class Conv2d(Module):
 class Upsample2d(Module):
     """Learned upsampling by 2: a transposed convolution of kernel 4 that starts as bilinear. Weight (in, 4, 4, out)."""
 
-    def __init__(self, channels: int, setting: Setting) -> None:
-        self.weight = setting.parameter(bilinear_weight(channels))
-        self.rung = setting.rung
+    def __init__(self, channels: int, factory: Factory) -> None:
+        self.weight = factory.parameter(bilinear_weight(channels))
+        self.rung = factory.rung
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(n, ceil(h/2), ceil(w/2), channels) to (n, h, w, channels), `size` = (h, w)."""
@@ -138,12 +138,12 @@ class Upsample2d(Module):
 class BatchNorm2d(Module):
     """Batch normalisation of every channel over batch and image."""
 
-    def __init__(self, channels: int, setting: Setting) -> None:
+    def __init__(self, channels: int, factory: Factory) -> None:
         zeros, ones = np.zeros(channels), np.ones(channels)
-        self.weight, self.bias = setting.parameter(ones), setting.parameter(zeros)
-        self.running_mean, self.running_var = Buffer(setting.array(zeros)), Buffer(setting.array(ones))
+        self.weight, self.bias = factory.parameter(ones), factory.parameter(zeros)
+        self.running_mean, self.running_var = Buffer(factory.array(zeros)), Buffer(factory.array(ones))
         self.momentum = MOMENTUM  # share of a batch in the running statistics
-        self.ranks = ALONE  # those over whose batches statistics are taken
+        self.ranks = ALONE  # over whose batches the statistics of training are taken
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, h, w, c) to the same shape."""
@@ -179,9 +179,9 @@ class ConvUnit(Module):
 
     bn: BatchNorm2d | None
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, activate: bool, setting: Setting) -> None:
-        self.conv = Conv2d(in_channels, out_channels, kernel, False, setting)
-        self.bn = BatchNorm2d(out_channels, setting)
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, activate: bool, factory: Factory) -> None:
+        self.conv = Conv2d(in_channels, out_channels, kernel, False, factory)
+        self.bn = BatchNorm2d(out_channels, factory)
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -288,15 +288,16 @@ class GradientCheck:
 def _pattern(y: Tensor, device: Device) -> Pattern:
     """Which side of its kinks the computation of y is on: the sign behind each ReLU, the codes of each pool."""
     pattern: Pattern = []
-    functions: dict[int, Function] = {id(y.maker): y.maker} if y.maker else {}
+    functions: dict[int, Function] = {id(y.grad_fn): y.grad_fn} if y.grad_fn else {}
     waiting = list(functions.values())
     while waiting:
         function = waiting.pop()
         if isinstance(function, OpFunction) and isinstance(function.op, ReluForward):
-            pattern.append(("a ReLU at 0", device.download(function.held["y"]) > 0))
+            pattern.append(("a ReLU at 0", device.download(function.saved["y"]) > 0))
         elif isinstance(function, OpFunction) and isinstance(function.op, MaxPoolForward):
-            pattern.append(("a tie in a pooling window", device.download(function.held["codes"]).copy()))
-        new = {id(edge.maker): edge.maker for edge in function.inputs if edge.maker and id(edge.maker) not in functions}
+            pattern.append(("a tie in a pooling window", device.download(function.saved["codes"]).copy()))
+        behind = [edge.grad_fn for edge in function.inputs if edge.grad_fn]
+        new = {id(other): other for other in behind if id(other) not in functions}
         functions |= new
         waiting += new.values()
     return pattern
