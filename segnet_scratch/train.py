@@ -25,8 +25,8 @@ from segnet_scratch.data.suspicions import look_over
 from segnet_scratch.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, of_file
 from segnet_scratch.evaluate import Evaluation, evaluate
 from segnet_scratch.files import sweep_temporaries, write_durably
-from segnet_scratch.foresight import check_memory
 from segnet_scratch.inference import Segmenter
+from segnet_scratch.memory_check import check_memory
 from segnet_scratch.metrics import MetricsLog
 from segnet_scratch.nan_guard import first_not_finite
 from segnet_scratch.ops.loss.cross_entropy import check_labels

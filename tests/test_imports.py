@@ -21,7 +21,7 @@ LAYERS = [
     {"step", "inference_step"},  # one training step and one inference step, whichever engine computes it
     {"metrics", "boundary"},
     {"inference", "evaluate", "submit", "predict", "video", "export"},
-    {"train", "foresight"},
+    {"train", "memory_check"},
     {"display", "run_record", "tensorboard", "report", "serve"},
     {"lab"},  # proofs, workbench, profiler, doctor: what looks at the rest
     {"cli"},

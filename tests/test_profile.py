@@ -56,7 +56,7 @@ def device_of(name, request):
 # The hook
 
 
-class Notes(observe.Listener):
+class Notes(observe.Observer):
     def __init__(self):
         self.ops, self.launches, self.barrier_counts = [], [], []
 

@@ -58,8 +58,8 @@ def test_one_thread_trains_while_another_predicts():
     assert autograd._recording.get()
 
 
-def test_a_listener_is_told_of_its_own_thread_alone():
-    class Names(observe.Listener):
+def test_a_observer_is_told_of_its_own_thread_alone():
+    class Names(observe.Observer):
         def __init__(self):
             self.seen = []
 
@@ -71,13 +71,13 @@ def test_a_listener_is_told_of_its_own_thread_alone():
         with observe.scope("elsewhere"):
             relu(tensor(np.ones((1, 1, 1, 2)), "numpy"))
 
-    listener = Names()
-    with observe.observe(listener), observe.scope("here"):
+    observer = Names()
+    with observe.observe(observer), observe.scope("here"):
         elsewhere(compute)
-        assert listener.seen == []
+        assert observer.seen == []
         assert observe.current_scope() == "here"
         compute()
-        assert listener.seen == ["relu_forward"]
+        assert observer.seen == ["relu_forward"]
 
 
 def test_several_threads_sample_from_one_network():

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, Launch
-from segnet_scratch.runtime.observe import Listener, listener, observe
+from segnet_scratch.runtime.observe import Observer, current_observer, observe
 from segnet_scratch.runtime.workers import worker_count
 
 Item = TypeVar("Item")
@@ -40,7 +40,7 @@ def compile_for(
 
     Inside `launched_by` they join its list. CompileError for the first that does not compile.
     """
-    if isinstance(outer := listener(), _Listing):
+    if isinstance(outer := current_observer(), _Listing):
         outer.kernels += kernels
         return
     distinct = {(kernel.source.digest, types): (kernel, types) for kernel, types in kernels}
@@ -55,7 +55,7 @@ def launched_by(run: Callable[[], None]) -> list[tuple[Kernel, ElementTypes]]:
     return listing.kernels
 
 
-class _Listing(Listener):
+class _Listing(Observer):
     def __init__(self) -> None:
         self.kernels: list[tuple[Kernel, ElementTypes]] = []
 

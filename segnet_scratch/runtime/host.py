@@ -369,4 +369,4 @@ def run(launch: observe.Launch, options: HostOptions) -> None:
     addresses = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
     if entry(ctypes.byref(call), addresses) != 0:
         raise KernelFault(f"{kernel.source.path.name}: {call.message.decode(errors='replace')}")
-    observe.listener().barriers(call.barriers)
+    observe.current_observer().barriers(call.barriers)

@@ -8,11 +8,11 @@ from typing import Any
 from segnet_scratch.errors import LaunchError
 from segnet_scratch.runtime.devices.base import Device
 from segnet_scratch.runtime.gate import check_launch
-from segnet_scratch.runtime.observe import Launch, listener
+from segnet_scratch.runtime.observe import Launch, current_observer
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, parse_kernels
 from segnet_scratch.runtime.source import shipped_sources
 
-__all__ = ["ElementTypes", "Kernel", "Launch", "find_kernel", "launch", "shipped_kernels", "three"]
+__all__ = ["ElementTypes", "Kernel", "Launch", "dim3", "find_kernel", "launch", "shipped_kernels"]
 
 
 @functools.cache
@@ -56,12 +56,12 @@ def launch(
     """
     if isinstance(kernel, str):
         kernel = find_kernel(kernel)
-    asked = Launch(kernel, types, three(grid), three(block), shared, arguments)
+    asked = Launch(kernel, types, dim3(grid), dim3(block), shared, arguments)
     checked = replace(asked, arguments=check_launch(device, asked))
-    listener().launch(checked, lambda: device.execute(checked))
+    current_observer().launch(checked, lambda: device.execute(checked))
 
 
-def three(size: Sequence[int] | int) -> tuple[int, ...]:
-    """Blocks or threads in x, y, z."""
+def dim3(size: Sequence[int] | int) -> tuple[int, ...]:
+    """Blocks or threads in x, y and z; those left out are 1, as in CUDA's dim3."""
     size = tuple(size) if isinstance(size, Sequence) else (size,)
     return size + (1,) * (3 - len(size))

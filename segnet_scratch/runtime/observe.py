@@ -1,7 +1,8 @@
 """One hook on the computation: every op that runs, every kernel that is launched, the layer that they belong to.
 
-A profiler watches through `observe`; nothing else needs to know of it, and unobserved an op costs a call. Layers
-are named by `scope`, in which SegNet runs each of its blocks; autograd runs a backward in the scope of its forward.
+An Observer (profiler, proofs, the compilation ahead of a run) is installed by `observe`; whoever computes does not know
+of it, and without one an op costs one call more. Layers are named by `scope`, in which SegNet runs each of its blocks;
+autograd runs a backward in the scope of its forward.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Planned(Protocol):
-    """What an op says of itself before it runs."""
+class Work(Protocol):
+    """What an observer is told of an op before it runs: its name and its cost."""
 
     @property
     def name(self) -> str:
@@ -44,10 +45,10 @@ class Launch:
     arguments: Sequence[Any] = ()  # arrays, None for a null pointer, TensorMaps, numbers; once checked NumPy scalars
 
 
-class Listener:
-    """What is told of the computation. The methods here do what happens when nobody listens."""
+class Observer:
+    """Is called at every op and every launch, in their place. The methods here do what happens unobserved."""
 
-    def op(self, op: Planned, run: Callable[[], None]) -> None:
+    def op(self, op: Work, run: Callable[[], None]) -> None:
         """An op is about to run; this must call `run`, once."""
         run()
 
@@ -56,13 +57,13 @@ class Listener:
         run()
 
     def barriers(self, count: int) -> None:
-        """The host device has run that kernel; its blocks together met so many barriers."""
+        """The host device has run the kernel; its blocks have met this many barriers in all."""
 
 
-# Of each thread and asyncio task its own: what one computes is not told to who watches another.
+# Each thread and asyncio task has its own: an observer sees what its own thread computes.
 _scope = ContextVar("scope", default="")
-_NOBODY = Listener()
-_listener = ContextVar("listener", default=_NOBODY)
+_NONE = Observer()
+_observer = ContextVar("observer", default=_NONE)
 
 
 @contextlib.contextmanager
@@ -76,14 +77,14 @@ def within(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.set(previous)  # no token: a generator with this in it may be closed in another context
 
 
-def observe(listener: Listener) -> contextlib.AbstractContextManager[None]:
-    """Within this context a listener is told of everything that this thread computes; one at a time."""
-    return within(_listener, listener)
+def observe(observer: Observer) -> contextlib.AbstractContextManager[None]:
+    """Within this context the observer sees everything that this thread computes; an outer one sees nothing of it."""
+    return within(_observer, observer)
 
 
-def listener() -> Listener:
-    """Who is told."""
-    return _listener.get()
+def current_observer() -> Observer:
+    """The observer in force; one that does nothing where there is none."""
+    return _observer.get()
 
 
 def scope(name: str) -> contextlib.AbstractContextManager[None]:
@@ -96,6 +97,6 @@ def current_scope() -> str:
     return _scope.get()
 
 
-def carry_out(op: Planned, run: Callable[[], None]) -> None:
-    """Calls `run`, which does the work of an op, under the eyes of the listener."""
-    _listener.get().op(op, run)
+def carry_out(op: Work, run: Callable[[], None]) -> None:
+    """Calls `run`, which does the work of an op, by way of the observer."""
+    _observer.get().op(op, run)

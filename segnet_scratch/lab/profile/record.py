@@ -12,7 +12,7 @@ from typing import Any
 from segnet_scratch.lab.profile.ceilings import Ceilings
 from segnet_scratch.lab.profile.stopwatch import Lap, Stopwatch
 from segnet_scratch.parallel.communicator import GATHER, SUM, WAIT
-from segnet_scratch.runtime.observe import Launch, Listener, Planned, current_scope
+from segnet_scratch.runtime.observe import Launch, Observer, Work, current_scope
 
 
 @dataclass
@@ -43,7 +43,7 @@ class OpRun:
 Span = tuple[OpRun, float, float]  # begin and end in seconds from the begin of the first
 
 
-class Recorder(Listener):
+class Recorder(Observer):
     """Writes down every op of a step. Further passes over the same step add times to the ops of the first one.
 
     Without a stopwatch it only counts. `range_of` makes a range round each op that other profilers show.
@@ -64,7 +64,7 @@ class Recorder(Listener):
         """What follows is "forward", "backward" or "update"."""
         self._phase = phase
 
-    def op(self, op: Planned, run: Callable[[], None]) -> None:
+    def op(self, op: Work, run: Callable[[], None]) -> None:
         if self._first_pass:
             self.runs.append(OpRun(op.name, self._phase, current_scope(), op.flops, op.bytes))
         record = self.runs[self._position]

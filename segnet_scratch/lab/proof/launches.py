@@ -23,7 +23,7 @@ from segnet_scratch.ops.op import Buffers, Op
 from segnet_scratch.runtime.devices import Device, HostDevice, NumpyDevice
 from segnet_scratch.runtime.geometry import runs_alone
 from segnet_scratch.runtime.launch import Launch, find_kernel
-from segnet_scratch.runtime.observe import Listener, observe
+from segnet_scratch.runtime.observe import Observer, observe
 
 
 class DryDevice(NumpyDevice):
@@ -72,7 +72,7 @@ def device_has(device: Device, kernel: str) -> bool:
     return device.architecture is None or find_kernel(kernel).source.compiles_for(device.architecture)
 
 
-class _Told(Listener):
+class _Told(Observer):
     """Tells of each launch before it is made."""
 
     def __init__(self, tell: Callable[[Launch], None]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from segnet_scratch.errors import CompileError, ConfigError, DTypeError, ShapeError
 from segnet_scratch.runtime.geometry import declared_geometry, declared_threads
-from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, three
+from segnet_scratch.runtime.launch import ElementTypes, Kernel, dim3, find_kernel
 from segnet_scratch.runtime.signature import Parameter, defined_kernels, parse_kernels
 from segnet_scratch.runtime.source import read_source
 
@@ -135,7 +135,7 @@ def make_setup(
         written = [prod(all_shapes[name]) for name, p in arrays.items() if not p.const]
         elements = max(written or [prod(shape) for shape in all_shapes.values()] or [1])
         grid, block = _geometry(kernel, integers, elements, grid, block)
-    return Setup(kernel, types, scalars, contents, all_shapes, three(_as_shape(grid)), three(_as_shape(block)), shared)
+    return Setup(kernel, types, scalars, contents, all_shapes, dim3(_as_shape(grid)), dim3(_as_shape(block)), shared)
 
 
 def _as_shape(shape: Sequence[int] | int) -> Shape:
@@ -172,7 +172,7 @@ def _geometry(
     if grid is None and declared:
         grid = declared[0]
     if grid is None:
-        threads, *others = three(_as_shape(block))
+        threads, *others = dim3(_as_shape(block))
         if others != [1, 1]:
             size = f"{kernel.name}: a block of {(threads, *others)} threads"
             raise ConfigError(f"{size} does not say what grid covers the output; give it")

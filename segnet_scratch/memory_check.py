@@ -1,4 +1,4 @@
-"""Whether a training step fits the memory that is free, told before the first step instead of "Killed" during it."""
+"""Checks before the first step that a training step fits the free memory, instead of "Killed" during it."""
 
 from math import prod
 
@@ -14,7 +14,7 @@ from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
 
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
-# Images at most for which a step is planned: beyond these what does not grow with the batch hardly counts.
+# A step is planned for this many images at most: in a larger batch what does not grow with it hardly counts.
 _PLANNED = 64
 _COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
 
@@ -47,7 +47,7 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
 
 
 def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: int) -> int:
-    """An image's share of what a step with so many takes: maps, indices and workspaces, and itself in each batch."""
+    """Bytes for each image of a step with this many: its maps, indices and workspaces, and itself in each batch held."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
     network = Network.of(model, images, config.image_size)
     if config.engine == "fused":

@@ -7,7 +7,7 @@ import pytest
 from segnet_scratch.config import Config
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.errors import DeviceMemoryError
-from segnet_scratch.foresight import check_memory
+from segnet_scratch.memory_check import check_memory
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.runtime import machine
 from segnet_scratch.runtime.devices import CudaDevice, NumpyDevice
