@@ -47,7 +47,7 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
 
 
 def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: int) -> int:
-    """Bytes for each image of a step with this many: its maps, indices and workspaces, and itself in each batch held."""
+    """Bytes for each image of a step with this many: maps, indices and workspaces, and itself in each batch held."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
     network = Network.of(model, images, config.image_size)
     if config.engine == "fused":
