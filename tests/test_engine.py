@@ -68,7 +68,7 @@ class Training:
         self.step = TrainingStep(self.model, engine, precision, settings, weights)
 
     def loss(self, images, labels):
-        self.step.gradients(images.astype(self.model.dtype), labels)
+        self.logits = self.step.gradients(images.astype(self.model.dtype), labels)[..., :CLASSES]
         return self.step.read().get()[0]
 
     def losses(self, batches, lr):
@@ -93,6 +93,7 @@ class TestGradients:
         images, labels = batch(rng, layers.size)
         expected = layers.loss(images, labels)
         assert fused.loss(images, labels) == pytest.approx(expected, rel=2e-6)
+        np.testing.assert_allclose(fused.logits, layers.logits, rtol=0, atol=2e-5 * np.abs(layers.logits).max())
         # What rounding makes of SegNet's gradients: the layers in float32 against themselves in double.
         double = Layers(name, objective=objective, dtype=np.float64)
         double.loss(images, labels)

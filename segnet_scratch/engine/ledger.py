@@ -1,16 +1,18 @@
 """What a training step keeps in memory, counted before it runs: the fused engine against the layers and PyTorch.
 
-Counted are maps, indices and workspaces. Parameters, their gradients and momenta are left out: everybody has them.
+Counted are maps, indices and workspaces. Parameters and momenta are left out: everybody has them. Gradients of
+parameters count where they lie among the maps (fused); layers and PyTorch have none yet at the fullest moment.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import PLANES_OF, Network, storage
-from segnet_scratch.engine.training import Objective, TrainingProgram, two_branches
+from segnet_scratch.engine.training import AGAIN, Objective, TrainingProgram, two_branches
 from segnet_scratch.runtime.devices import Device
 
 
@@ -27,22 +29,18 @@ class Account:
         return sum(self.entries.values())
 
 
-def _kind(array: str) -> str:
+_TRANSIENT, _POOLED, _GRADIENTS = "transient maps", "pooled maps", "gradients of maps"
+_OF_LAYER = {"y": "convolution outputs", "pooled": _POOLED, "chosen": _POOLED, "codes": "indices"}
+_OF_LAYER |= {"z": _TRANSIENT, "unpooled": _TRANSIENT}
+_OTHER = {"r": _GRADIENTS, "y": _GRADIENTS, "dlogits": _GRADIENTS}
+_OTHER |= dict.fromkeys(("weight", "bias"), "gradients of parameters")
+
+
+def _kind(array: str, layers: Collection[str]) -> str:
     """What an array of the training program is, for whoever reads the ledger."""
-    if array.startswith("workspace."):
-        return "workspace"
-    array = array.removesuffix(PLANES_OF)
-    *_, what = array.split(".")
-    if what == "y" and not array.startswith("d"):
-        return "convolution outputs"
-    return {
-        "pooled": "pooled maps",
-        "chosen": "pooled maps",
-        "codes": "indices",
-        "z": "transient maps",
-        "unpooled": "transient maps",
-        "again": "transient maps",
-    }.get(what, "gradients of maps" if what in ("r", "y") or array == "dlogits" else "logits, statistics, sums")
+    layer, _, what = array.removesuffix(PLANES_OF).removesuffix(AGAIN).rpartition(".")
+    kinds = _OF_LAYER if layer in layers else _OTHER
+    return "workspace" if array.startswith("workspace.") else kinds.get(what, "logits, statistics, sums")
 
 
 def fused_account(network: Network, kernels: Convolutions, branches: bool) -> Account:
@@ -51,11 +49,11 @@ def fused_account(network: Network, kernels: Convolutions, branches: bool) -> Ac
     ShapeError where that engine cannot compute the network.
     """
     program = TrainingProgram(network, kernels, Objective(), branches)
-    arena = Arena.plan(program.lifetimes(kept=("loss", "logits")))
+    arena = Arena.plan(program.lifetimes(program.kept))
     fullest = max(range(len(program.steps)), key=lambda step: sum(arena.alive(step).values()))
     entries: Counter[str] = Counter()
     for array, nbytes in arena.alive(fullest).items():
-        entries[_kind(array)] += nbytes
+        entries[_kind(array, program.y)] += nbytes
     entries["gaps between arrays"] = arena.nbytes - sum(entries.values())
     return Account("fused", dict(entries))
 

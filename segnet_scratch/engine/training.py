@@ -1,9 +1,9 @@
 """The training step of the fused engine: forward, loss and backward as one program on one arena.
 
 Read `TrainingProgram` top-down: it is SegNet, forwards and then backwards. Of the forward pass only y (a convolution's
-bare result), and of pools their maps, two-bit codes and y where they chose last until backward; z = relu(bn(y)) or its
+bare result), and of pools two-bit codes and y where they chose last until backward; z = relu(bn(y)), its pooled or its
 unpooled map goes as soon as the next convolution has read it, and is made again where wgrad needs it: to keep it would
-take the memory of y another time, to make it takes one pass.
+take the memory of y another time, to make it takes one pass. So does y of the first layer.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -17,17 +17,19 @@ from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import CLASSIFIER, Layer, Network, NetworkProgram, vector
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.engine.weights import WorkingWeights
+from segnet_scratch.nn.autograd import Tensor
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardBias
-from segnet_scratch.ops.convolution.conv2d_fused import Below
+from segnet_scratch.ops.convolution.conv2d_fused import Below, FusedForward
 from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.split_planes import planes_of
 from segnet_scratch.ops.loss.softmax_cross_entropy import SoftmaxCrossEntropy
 from segnet_scratch.ops.normalisation import norm_relu
 from segnet_scratch.ops.op import Op, Spec, spec
-from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked
 from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
 from segnet_scratch.segnet import SegNet
+
+AGAIN = ".again"  # ends the name of a map that is made another time, in backward
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,11 @@ class TrainingProgram(NetworkProgram):
         self.objective, self.branches, self.layers = objective, branches, network.layers
         # By layer: the size, and the codes, of the unpool that follows it.
         self.unpool_above = {b.name: (a.unpool, a.codes) for b, a in pairwise(self.layers) if a.unpool and a.codes}
+        self.y = {layer.name: f"{layer.name}.y" for layer in self.layers}
         self._give()
         self._forward()
         self._backward()
+        self.kept = ["loss", *(f"d{name}" for name in self.given if name.endswith((".weight", ".bias")))]  # to the end
 
     def _give(self) -> None:
         give, network = self.give, self.network
@@ -69,12 +73,9 @@ class TrainingProgram(NetworkProgram):
             self._give_weight(f"{layer.name}.conv.weight", layer.weight)
             for name in ("weight", "bias", "running_mean", "running_var"):
                 give(f"{layer.name}.bn.{name}", vector(layer.block.out_channels))
-            for name in ("weight", "bias"):
-                give(f"d{layer.name}.bn.{name}", vector(layer.block.out_channels))
         classifier = network.classifier(self.convolutions.rung)
         self._give_weight(f"{CLASSIFIER}.weight", classifier)
-        for name in (f"{CLASSIFIER}.bias", f"d{CLASSIFIER}.bias"):
-            give(name, vector(classifier[0]))
+        give(f"{CLASSIFIER}.bias", vector(classifier[0]))
 
     def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
         o, k, _, c = shape
@@ -82,7 +83,6 @@ class TrainingProgram(NetworkProgram):
         below = name != f"{self.layers[0].name}.conv.weight"  # below the first layer there is nothing
         if below and self.convolutions.needs_flipped(shape):
             self.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
-        self.give(f"d{name}", spec(shape, np.float32))
 
     # Forward.
 
@@ -97,13 +97,13 @@ class TrainingProgram(NetworkProgram):
     def _block_forward(self, layer: Layer, below: Layer | None) -> None:
         """y and its statistics."""
         name = layer.name
-        op = self.convolutions.forward(Spec(layer.input, self.type), Spec(layer.weight, self.type), statistics=True)
+        op = self._convolution(layer, statistics=True)
         x = self._output(below, op.inputs["x"]) if below else self.first_input
         statistics = {"partials": f"{name}.statistics"}
         if counted := "counts" in op.outputs:
             statistics["counts"] = f"{name}.counts"
         weight = self.as_read(name, f"{name}.conv.weight", op.inputs["weight"])
-        self.add(name, op, x=x, weight=weight, y=f"{name}.y", **statistics)
+        self.add(name, op, x=x, weight=weight, y=self.y[name], **statistics)
         partials = self.spec_of(statistics["partials"])
         self.add(
             name,
@@ -115,32 +115,33 @@ class TrainingProgram(NetworkProgram):
             inv_std=f"{name}.inv_std",
         )
 
+    def _convolution(self, layer: Layer, statistics: bool) -> FusedForward:
+        x, weight = Spec(layer.input, self.type), Spec(layer.weight, self.type)
+        return self.convolutions.forward(x, weight, statistics=statistics)
+
     def _output(self, layer: Layer, read: Spec, again: str = "") -> str:
         """The array that the convolution above reads: z or the pooled map, unpooled if that block begins so.
 
-        In planes, where it reads these; `again` ends the name of what is made another time, for wgrad; what was
-        pooled lasts till then.
+        In planes, where it reads these; `again`: the end of its name where it is made another time, for wgrad. A pooled
+        map is then the z of y where the pool chose, and so is what is unpooled at once: the same numbers.
         """
-        name, relu, y = layer.name, layer.block.relu, self.spec_of(f"{layer.name}.y")
+        name, relu, y = layer.name, layer.block.relu, self.y[layer.name]
+        planes, norm = planes_of(read, layer.block.out_channels), self._norm(layer)
         unpool, codes = self.unpool_above.get(name, (None, ""))
-        planes = planes_of(read, layer.block.out_channels)
-        if layer.block.pool and not again:
-            pool = norm_relu.NormReluPoolForward.plan(y, relu, planes if unpool is None else 1)
-            out = {what: f"{name}.{what}" for what in pool.outputs}
-            self.add(name, pool, y=f"{name}.y", **self._norm(layer), **out)
-        if unpool is None:
-            if layer.block.pool:
-                return f"{name}.pooled"
-            made = f"{name}.z{again}"
-            self.add(name, norm_relu.NormReluForward.plan(y, relu, planes), y=f"{name}.y", **self._norm(layer), z=made)
-            return made
-        made = f"{name}.unpooled{again}"
         if layer.block.pool:
-            pooled = f"{name}.pooled"
-            self.add(name, UnpoolPacked.plan(self.spec_of(pooled), unpool, planes), x=pooled, codes=codes, y=made)
+            if not again:
+                pool = norm_relu.NormReluPoolForward.plan(self.spec_of(y), relu, planes if unpool is None else 1)
+                self.add(name, pool, y=y, **norm, **{what: f"{name}.{what}" for what in pool.outputs})
+                if unpool is None:
+                    return f"{name}.pooled"
+            y = f"{name}.chosen"
+        if unpool is None:
+            made = f"{name}.z{again}"
+            self.add(name, norm_relu.NormReluForward.plan(self.spec_of(y), relu, planes), y=y, **norm, z=made)
         else:
-            op = norm_relu.NormReluUnpoolForward.plan(y, unpool, relu, planes)
-            self.add(name, op, y=f"{name}.y", codes=codes, **self._norm(layer), unpooled=made)
+            made = f"{name}.unpooled{again}"
+            op = norm_relu.NormReluUnpoolForward.plan(self.spec_of(y), unpool, relu, planes)
+            self.add(name, op, y=y, codes=codes, **norm, unpooled=made)
         return made
 
     def _norm(self, layer: Layer, prefix: str = "") -> dict[str, str]:
@@ -159,12 +160,22 @@ class TrainingProgram(NetworkProgram):
         self.phase = "backward"
         wgrad = self.convolutions.backward_weight(Spec(last.full, self.type), self.spec_of(weight))
         dy = self.as_read(CLASSIFIER, "dlogits", wgrad.inputs["dy"])
-        with self._aside():
-            self.add(CLASSIFIER, Conv2dBackwardBias.plan(logits), dy="dlogits", dbias=f"d{CLASSIFIER}.bias")
-            self._weight_gradient(CLASSIFIER, weight, wgrad, f"{last.name}.z", dy)
+        # Not aside: z is there since the forward pass, and dgrad beside would make this the fullest moment by far.
+        self.add(CLASSIFIER, Conv2dBackwardBias.plan(logits), dy="dlogits", dbias=f"d{CLASSIFIER}.bias")
+        self._weight_gradient(CLASSIFIER, weight, wgrad, f"{last.name}.z", dy)
         self._below_gradient(CLASSIFIER, weight, logits, dy, last)
+        first = self.layers[0]
         for layer, below in zip(reversed(self.layers), [*reversed(self.layers[:-1]), None], strict=True):
+            if below is first:
+                self._first_again(first)
             self._block_backward(layer, below)
+
+    def _first_again(self, first: Layer) -> None:
+        """Makes y of the first layer anew: one of the largest maps, and of 3 channels the cheapest."""
+        name = first.name
+        op, self.y[name] = self._convolution(first, statistics=False), f"{name}.y{AGAIN}"
+        weight = self.as_read(name, f"{name}.conv.weight", op.inputs["weight"])
+        self.add(name, op, x=self.first_input, weight=weight, y=self.y[name])
 
     def _block_backward(self, layer: Layer, below: Layer | None) -> None:
         """From dr, the gradient before the layer's ReLU, to its parameters' gradients and the dr of the layer below."""
@@ -174,19 +185,19 @@ class TrainingProgram(NetworkProgram):
         self.add(name, norm_relu.NormMergeGradients.plan(self.spec_of(partials)), partials=partials, **sums)
         norm = self._norm(layer)
         del norm["bias"]
-        y = self.spec_of(f"{name}.y")
+        y = self.spec_of(self.y[name])
         wgrad = self.convolutions.backward_weight(Spec(layer.input, self.type), self.spec_of(weight))
         planes, dr = planes_of(wgrad.inputs["dy"], layer.block.out_channels), f"d{name}.r"
         if layer.block.pool:
             dy, codes = f"d{name}.y", f"{name}.codes"
             op: Op = norm_relu.NormReluPoolBackward.plan(y, planes)
-            self.add(name, op, y=f"{name}.y", dr=dr, codes=codes, **norm, **sums, dy=dy)
+            self.add(name, op, y=self.y[name], dr=dr, codes=codes, **norm, **sums, dy=dy)
         else:
             op = norm_relu.NormReluBackward.plan(y, planes)
             dy = dr if op.updates else f"d{name}.y"
-            self.add(name, op, y=f"{name}.y", dr=dr, **norm, **sums, **dict.fromkeys(op.outputs, dy))
+            self.add(name, op, y=self.y[name], dr=dr, **norm, **sums, **dict.fromkeys(op.outputs, dy))
         with self._aside():
-            x = self._output(below, wgrad.inputs["x"], ".again") if below else self.first_input
+            x = self._output(below, wgrad.inputs["x"], AGAIN) if below else self.first_input
             self._weight_gradient(name, weight, wgrad, x, dy)
         if below is None:
             return
@@ -203,7 +214,7 @@ class TrainingProgram(NetworkProgram):
         self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), dy=dy, dweight=f"d{weight}")
 
     def _below_gradient(self, name: str, weight: str, y: Spec, dy: str, below: Layer, own: Layer | None = None) -> None:
-        read = f"{below.name}.chosen" if below.block.pool else f"{below.name}.y"
+        read = f"{below.name}.chosen" if below.block.pool else self.y[below.name]
         of_below = Below(self.spec_of(read), below.block.relu)
         op = self.convolutions.backward_data(y, self.spec_of(weight), of_below, own.unpool if own else None)
         arrays = self._norm(below, "bn_") | {"dr": f"d{below.name}.r", "partials": f"d{below.name}.sums"}
@@ -229,7 +240,8 @@ class FusedTraining:
     """Loss and gradients of a SegNet for batches of one shape, in the place of its layers' autograd.
 
     Parameters and running statistics are the model's own arrays; `weights`, which say in what precision convolutions
-    multiply, must be up to date. Every parameter's `grad` holds its gradient.
+    multiply, must be up to date. Every parameter's `grad` is its gradient, until the next run: it lies in the arena,
+    where maps of which backward has no more need have been.
     """
 
     def __init__(
@@ -255,12 +267,15 @@ class FusedTraining:
         batches = {"images": self.images, "labels": self.labels, "class_weights": class_weights, "share": self._share}
         statistics = {name: buffer.data for name, buffer in model.named_buffers().items()}
         given = weights.arrays() | batches | statistics
-        self._bound = BoundProgram(self.program, self.device, given, kept=("loss", "logits"))
+        self._bound = BoundProgram(self.program, self.device, given, self.program.kept)
         self.loss = self._bound.arrays["loss"]
-        # By the last step that touches it: the gradient of each parameter.
-        self._done: dict[int, list[Array]] = {}
+        self._gradients: list[tuple[Tensor, Array]] = []
+        self._done: dict[int, list[Array]] = {}  # by the last step that touches it
         for name, parameter in model.named_parameters().items():
-            self._done.setdefault(self.program.last_touch(f"d{name}"), []).append(parameter.grad)
+            # Of the classifier the padding is left out; what remains lies together, as outputs come first.
+            gradient = self._bound.arrays[f"d{name}"][: parameter.shape[0]]
+            self._gradients.append((parameter, gradient))
+            self._done.setdefault(self.program.last_touch(f"d{name}"), []).append(gradient)
 
     def prepare(self, number: int, labels: Array) -> None:
         """Nothing but images, labels and their share differs from step to step."""
@@ -278,7 +293,9 @@ class FusedTraining:
         def after(number: int) -> None:
             for gradient in self._done.get(number, ()):
                 given(gradient)
+            if hold is not None and number == self.program.last_touch("logits"):  # their memory is used again
+                hold.append(self.device.copy(self._bound.arrays["logits"]))
 
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         self._bound.run(enter, after)
-        if hold is not None:
-            hold.append(self._bound.arrays["logits"])

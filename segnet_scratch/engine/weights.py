@@ -15,7 +15,7 @@ class WorkingWeights:
     The classifier's outputs are padded to whole pieces: its parameters move into larger arrays, in which what lies
     beyond the classes is 0 and stays so. Where kernels take float32 (mma.sync), the parameter is the working weight.
     The optimiser that is given this object writes the copies in the launch that moves the parameters; its `refresh`
-    does so after any other change. `gradients` are where the engine leaves those of the parameters, padded as they are.
+    does so after any other change.
     """
 
     def __init__(self, model: SegNet, rung: str) -> None:
@@ -38,18 +38,11 @@ class WorkingWeights:
                 self.copies[name] = device.zeros(copy.shape, copy.dtype)
             if position > 0 and self.convolutions.needs_flipped((o, k, k, c)):  # below the first layer there is nothing
                 self.flipped[name] = device.zeros((c, k, k, o), self.storage)
-        self.gradients: dict[str, Array] = {}
-        for name, parameter in model.named_parameters().items():
-            whole = device.zeros(self._whole.get(name, parameter).shape, np.float32)
-            self.gradients[name] = whole
-            # Of the classifier the padding is left out; what remains lies together, as outputs come first.
-            parameter.grad = whole[: parameter.shape[0]]
 
     def arrays(self) -> dict[str, Array]:
         """What the kernels read, by the names of the training program."""
         arrays = {name: p.data for name, p in self.model.named_parameters().items()}
         flipped = {f"{name}.flipped": array for name, array in self.flipped.items()}
-        gradients = {f"d{name}": array for name, array in self.gradients.items()}
         of_copies = "" if self.storage == BFLOAT16 else PLANES_OF
         copies = {f"{name}{of_copies}": array for name, array in self.copies.items()}
-        return arrays | self._whole | copies | flipped | gradients
+        return arrays | self._whole | copies | flipped
