@@ -182,7 +182,7 @@ def memory(
 
     Example: segnet memory --batch 8 --size 360x480
 
-    Maps, indices and workspaces; parameters, gradients and momenta, which all have, are left out. Nothing is allocated.
+    Maps, indices and workspaces; parameters and momenta, which all have, are left out. Nothing is allocated.
 
     Options:
         --classes: Outputs of the classifier.
