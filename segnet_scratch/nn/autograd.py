@@ -99,7 +99,7 @@ class Tensor:
         if self.grad_fn is None:
             _accumulate(self, gradients, hook)
             return
-        for function in _topological_order(self.grad_fn):
+        for function in topological_order(self.grad_fn):
             dy = gradients.pop(function.output_key, None)  # None: no function that used the output has one for it
             with scope(function.scope):
                 input_gradients = (None,) * len(function.inputs) if dy is None else function.backward(dy)
@@ -385,7 +385,7 @@ def _real(values: Any) -> np.ndarray:
     return array
 
 
-def _topological_order(last: Function) -> Iterator[Function]:
+def topological_order(last: Function) -> Iterator[Function]:
     """`last` and all functions behind it, each after every function that used its output.
 
     Depth first, without recursion; the functions that are finished first come last.

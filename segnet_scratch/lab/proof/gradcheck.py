@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import ConfigError
 from segnet_scratch.lab.proof.differentiable import Chosen, Maker, Subject, differentiable, differentiables
 from segnet_scratch.metrics import plain
-from segnet_scratch.nn.autograd import Function, OpFunction, Tensor
+from segnet_scratch.nn.autograd import OpFunction, Tensor, topological_order
 from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.runtime.devices import Device, get_device
@@ -288,18 +288,11 @@ class GradientCheck:
 def _pattern(y: Tensor, device: Device) -> Pattern:
     """Which side of its kinks the computation of y is on: the sign behind each ReLU, the codes of each pool."""
     pattern: Pattern = []
-    functions: dict[int, Function] = {id(y.grad_fn): y.grad_fn} if y.grad_fn else {}
-    waiting = list(functions.values())
-    while waiting:
-        function = waiting.pop()
+    for function in topological_order(y.grad_fn) if y.grad_fn else ():
         if isinstance(function, OpFunction) and isinstance(function.op, ReluForward):
             pattern.append(("a ReLU at 0", device.download(function.saved["y"]) > 0))
         elif isinstance(function, OpFunction) and isinstance(function.op, MaxPoolForward):
             pattern.append(("a tie in a pooling window", device.download(function.saved["codes"]).copy()))
-        behind = [edge.grad_fn for edge in function.inputs if edge.grad_fn]
-        new = {id(other): other for other in behind if id(other) not in functions}
-        functions |= new
-        waiting += new.values()
     return pattern
 
 
