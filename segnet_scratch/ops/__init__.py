@@ -1,1 +1,1 @@
-"""The operations, a chapter a folder: of each its plan and launches, its fast NumPy, its NumPy reference, its cases."""
+"""The operations, one folder per family: of each op plan, launches, fast NumPy, NumPy reference, cases."""

@@ -106,7 +106,7 @@ class Op:
         raise NotImplementedError
 
     def numpy(self, b: Buffers) -> None:
-        """Computes with the fast NumPy of the chapter (`fast.py`) where there is one; never with maps of bfloat16."""
+        """Computes with the fast NumPy of the family (`fast.py`) where there is one; never with maps of bfloat16."""
         self.reference(b)
 
     def gradient(self) -> "tuple[Op, ...]":

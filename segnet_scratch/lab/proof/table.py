@@ -1,6 +1,6 @@
 """The op table: one row for each op (and each rung of its ladder), read by tests, fuzzing, profiler and benchmarks.
 
-What a row is stands in ops/cases.py; the rows of a chapter stand in its folder, as ROWS of each module listed here.
+What a row is stands in ops/cases.py; the rows of a family stand in its folder, as ROWS of each module listed here.
 """
 
 import difflib
