@@ -16,7 +16,9 @@ from segnet_scratch.segnet import SegNet
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
 # A step is planned for this many images at most: in a larger batch what does not grow with it hardly counts.
 _PLANNED = 64
-_COPIES = 4  # of every parameter: itself, gradient, momentum, and what an update or a checkpoint makes of it
+# Of every parameter: itself, momentum, what an update or a checkpoint makes of it, and the gradient, which the fused
+# engine has among its maps.
+_COPIES = {"layers": 4, "fused": 3}
 
 
 def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> None:
@@ -29,7 +31,11 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
         return
     if model.device.gpu is None:
         free //= ranks.local_size
-    fixed = _COPIES * sum(prod(parameter.shape) for parameter in model.parameters()) * np.dtype(config.dtype).itemsize
+    fixed = (
+        _COPIES[config.engine]
+        * sum(prod(parameter.shape) for parameter in model.parameters())
+        * np.dtype(config.dtype).itemsize
+    )
     at_once = ranks.size * config.accumulate
     images = -(-config.batch // at_once)  # that go through the network together
     of_image = _bytes_of_image(model, config, ranks, min(images, _PLANNED))
