@@ -150,7 +150,7 @@ def evaluate(
     finally:
         model.train(was_training)
     sums = np.sum([reading.get()[0] for reading in losses], axis=0) if losses else np.zeros(3)
-    of_ranks = ranks.exchange((found, sums))
+    of_ranks = ranks.all_gather((found, sums))
     rows = zip_longest(*(images for images, _ in of_ranks))  # in the order of the data set
     found = [scored for row in rows for scored in row if scored is not None and scored[0].id]
     if not found:

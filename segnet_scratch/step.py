@@ -85,7 +85,7 @@ class Normaliser:
         counts = [np.bincount(found[cut].reshape(-1), minlength=VOID + 1) for cut in cuts]
         weights = np.array([float(self._weights @ count) for count in counts])
         # Where all is void, loss and gradients are 0 whatever they are multiplied by.
-        return weights / (self.ranks.total(float(weights.sum())) or 1.0)
+        return weights / (self.ranks.all_reduce(float(weights.sum())) or 1.0)
 
 
 class LayersTraining:
@@ -193,7 +193,7 @@ class TrainingStep:
 
         self._plan, self._ranks = plan, ranks
         self._sum = GradientSum(ranks, self.device, settings.gradient_sum == "bf16")
-        self._captures = parts == 1 and ranks.arrays.capturable  # between parts random numbers are written
+        self._captures = parts == 1 and ranks.collectives.capturable  # between parts random numbers are written
         self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[Array, list[Array]]]]] = {}
 
     def __call__(self, images: Array, labels: Array, lr: float, number: int = 0) -> None:

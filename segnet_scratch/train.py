@@ -42,7 +42,7 @@ from segnet_scratch.step import Outcome, TrainingStep, resolve
 
 log = logging.getLogger(__name__)
 
-AHEAD = 8  # steps that a GPU may have been given before the loss of the first of them is looked at
+AHEAD = 8  # steps that may be queued on a GPU before the loss of the first of them is read
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -56,10 +56,10 @@ class Listener:
         """A step has been made."""
 
     def compiling(self, done: int, total: int) -> None:
-        """So many of the kernels that training and validation need are compiled, before the first step."""
+        """Before the first step: `done` of the `total` kernels that training and validation need are compiled."""
 
     def validating(self, images: int) -> None:
-        """So many more images of the validation split have been evaluated."""
+        """This many more images of the validation split have been evaluated."""
 
     def validated(self, trainer: "Trainer", evaluation: Evaluation) -> None:
         """The validation split has been evaluated."""
@@ -86,7 +86,7 @@ class Trainer:
         resume: bool = False,
         ranks: Communicator = ALONE,
     ) -> None:
-        self.folder = RunFolder(Path(out))
+        self.folder = folder = RunFolder(Path(out))
         on = get_device(device)
         self.train_set = open_dataset(data, config.train_split, config.cache)
         self.val_set = None if config.val_split == NO_VALIDATION else open_dataset(data, config.val_split, config.cache)
@@ -110,19 +110,19 @@ class Trainer:
         self.config = config = replace(config, engine=engine, precision=precision)
         check_memory(self.model, config, ranks)
         self.log = MetricsLog(self.folder.metrics)
-        self.step = self._saved_step = self._validations_since_best = 0  # steps made, and so on
+        self.step = self._saved_step = self._validations_since_best = 0  # `step` counts the steps made
         self.best_miou: float | None = None
         self.class_weights: list[float] = []  # as numbers, whatever the settings say; empty: all 1
         self._validation_due = False  # a stop request came before the validation of this step was done
         self._listeners: Sequence[Listener] = ()
         self._stop = threading.Event()
         self.initialised = self.init = "He initialisation"  # how this session and how the run began
-        self._open: deque[tuple[Outcome, float]] = deque()  # steps, with lr, whose losses are to be looked at
-        saved = ranks.first(lambda: weights.read(self.folder.last) if resume and self.folder.last.exists() else None)
+        self._pending: deque[tuple[Outcome, float]] = deque()  # steps, with lr, whose losses have not been read
+        saved = ranks.broadcast(lambda: weights.read(folder.last) if resume and folder.last.exists() else None)
         if saved is None:
             self._begin()
         else:
-            self._take_up(saved[2])
+            self._resume(saved[2])
         self.training = TrainingStep(self.model, engine, precision, config, self.class_weights, ranks)
         if saved is not None:
             with of_file(self.folder.last):
@@ -131,20 +131,20 @@ class Trainer:
         if self.step > self.total_steps:
             asked = f"{self.step} steps have been made, {self.total_steps} are asked for"
             raise ConfigError(f"{self.folder.path}: {asked}; resume with at least as many")
-        ranks.first(lambda: self._take_folder(resume))
+        ranks.broadcast(lambda: self._claim_folder(resume))
 
     # What it begins from
 
     def _begin(self) -> None:
-        """The beginning of a run: its data are looked over, its class weights counted, its weights initialised."""
+        """Begins a run: looks for mistakes in its labels, counts its class weights, initialises its weights."""
         for finding in look_over(self.train_set, self.config.workers) if self.ranks.leads else ():
             log.warning("%s: %s", finding.path, finding.detail)
-        self.class_weights = self.ranks.first(lambda: class_weights_of(self.config, self.train_set))
+        self.class_weights = self.ranks.broadcast(lambda: class_weights_of(self.config, self.train_set))
         if file := self.config.init:
             self.initialised = self.init = weights.initialise(self.model, pretrained_file(file), self.train_set.names)
 
-    def _take_up(self, metadata: dict[str, Any]) -> None:
-        """The place in the run at which a checkpoint was written."""
+    def _resume(self, metadata: dict[str, Any]) -> None:
+        """Goes on where a checkpoint was written; its arrays are loaded later."""
         for what, now in (("classes", list(self.train_set.names)), ("train_split", _fingerprint(self.train_set))):
             if metadata.get(what) != now:
                 problem = f"the run was started with {what} = {metadata.get(what)}, the data set has {now}"
@@ -157,16 +157,16 @@ class Trainer:
         self.initialised, self.init = f"resumed from {self.folder.last}", metadata.get("init", "")
         self._saved_step = self.step
 
-    def _take_folder(self, resume: bool) -> None:
-        with self._alone():
+    def _claim_folder(self, resume: bool) -> None:
+        with self._folder_lock():
             if not resume:
                 self.folder.expect_no_run()
             sweep_temporaries(self.folder.path)
             self.log.truncate_after(self.step, self._validation_due)
             write_durably(self.folder.config, [self.config.to_toml().encode()])
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """Keeps others out of the folder, in the one rank that writes there."""
+    def _folder_lock(self) -> AbstractContextManager[None]:
+        """Locks the folder against other processes, in the one rank that writes there."""
         return self.folder.in_use() if self.ranks.leads else nullcontext()
 
     # From the first step to the last
@@ -178,7 +178,7 @@ class Trainer:
         Each of the listeners is told everything, in their order.
         """
         self._listeners = listeners
-        with ExitStack() as ends, self._alone(), _stop_requests() as self._stop:
+        with ExitStack() as ends, self._folder_lock(), _stop_requests() as self._stop:
             try:
                 for listener in listeners:
                     listener.started(self)
@@ -186,7 +186,7 @@ class Trainer:
                 self._compile()
                 if self._validation_due:
                     self._validate()
-                while self.step < self.total_steps and not self.gave_up:
+                while self.step < self.total_steps and not self.stopped_early:
                     self._train_epoch()
             except _Stopped:
                 self.save()
@@ -202,14 +202,14 @@ class Trainer:
             getattr(listener, event.__name__)(*what)
 
     def _compile(self) -> None:
-        """Compiles what this run launches, on all cores: one by one, each when it is first met, takes a minute."""
+        """Compiles every kernel of this run on all cores; each at its first launch, it would take a minute."""
         if self.model.device.runs_kernels:
             with self._advice():
                 kernels = launched_by(self._rehearse)
             compile_for(self.model.device, kernels, partial(self._tell, Listener.compiling))
 
     def _rehearse(self) -> None:
-        """A step, and predictions of a validation, as far as launches go."""
+        """Launches what a step and a validation launch; called where launches are listed and nothing is computed."""
         shape = self._own(self.config.batch), *self.config.image_size
         self.training.write(np.zeros((*shape, 3), self.model.dtype), np.zeros(shape, np.uint8), 0.0)
         self.training.walk()
@@ -220,21 +220,21 @@ class Trainer:
                 pass
 
     def _own(self, images: int) -> int:
-        """So many of these images are this rank's."""
+        """How many of these images are this rank's."""
         return int(shares(images, self.ranks.size)[self.ranks.rank])
 
     def _segmenter(self) -> Segmenter:
-        """The network as it is now, as validation applies it."""
+        """What validation predicts with: the network as it is now."""
         config, batch = self.config, self._own(self.config.batch)
         return Segmenter(self.model, config.image_size, None, config.engine, config.precision, batch)
 
     def _rescue(self, error: Exception) -> None:
         """Saves what has been trained before an error ends the run, unless it is the training that went wrong."""
-        self.ranks.fail(error)  # who waits for this rank hears of it, and saves, too
+        self.ranks.fail(error)  # the ranks that wait for this one get an error, and save, too
         if isinstance(error, _NotFinite):
             return
         try:
-            self._settle(0, rescuing=True)  # what the device has been given, it makes
+            self._settle(0, rescuing=True)  # the device finishes the steps that it was given
             if self.step == self._saved_step or not self.ranks.leads:
                 return
             self._validation_due = self._validation_due or self._validates
@@ -245,19 +245,19 @@ class Trainer:
             log.warning("saved at step %d; go on with the same command and --resume", self.step)
 
     @property
-    def gave_up(self) -> bool:
+    def stopped_early(self) -> bool:
         """Has the validation mIoU not risen for as many validations as `patience` allows?"""
         return 0 < self.config.patience <= self._validations_since_best
 
     def _train_epoch(self) -> None:
         """The rest of the epoch that the next step belongs to."""
-        with self._advice(), closing(self._batches(self._begun)) as batches:
+        with self._advice(), closing(self._batches(self._issued)) as batches:
             for batch in batches:
                 self._begin_step(batch)
-                self._settle(AHEAD if self._begun < self._next_stop else 0)
-                if not self._open:
+                self._settle(AHEAD if self._issued < self._next_stop else 0)
+                if not self._pending:
                     self._after_step()
-                if self.step == self.total_steps or self.gave_up:
+                if self.step == self.total_steps or self.stopped_early:
                     break
                 if self._asked_to_stop:
                     self._settle(0)
@@ -267,7 +267,7 @@ class Trainer:
 
     @contextmanager
     def _advice(self) -> Iterator[None]:
-        """What to try where memory does not suffice."""
+        """Adds to an error for lack of memory what to try."""
         try:
             yield
         except DeviceMemoryError as error:
@@ -301,7 +301,7 @@ class Trainer:
                 # A step in parts, or of several ranks, counts the labels of each, where they still are.
                 yield replace(batch, images=images, labels=batch.labels if counted else labels)
 
-    # Steps, and what became of them
+    # Steps, and their losses
 
     @property
     def _asked_to_stop(self) -> bool:
@@ -309,25 +309,25 @@ class Trainer:
         return self.ranks.any(self._stop.is_set())
 
     @property
-    def _begun(self) -> int:
+    def _issued(self) -> int:
         """Steps that the device has been given."""
-        return self.step + len(self._open)
+        return self.step + len(self._pending)
 
     def _begin_step(self, batch: Batch) -> None:
-        """Gives the device a step to make, and waits for nothing."""
-        number, lr = self._begun, learning_rate(self._begun, self.total_steps, self.config)
+        """Queues a step on the device, and waits for nothing."""
+        number, lr = self._issued, learning_rate(self._issued, self.total_steps, self.config)
         self.training(batch.images, batch.labels, lr, number)
-        self._open.append((self.training.read(), lr))
+        self._pending.append((self.training.read(), lr))
 
     def _settle(self, ahead: int, rescuing: bool = False) -> None:
-        """Looks at losses and norms that have come, in order; waits until at most `ahead` steps are left open.
+        """Reads the losses and norms that have arrived, in order; waits until at most `ahead` steps are pending.
 
-        A step that was not finite, and all after it, have changed nothing on the device: TrainingError. To rescue what
-        was trained, a row of metrics.jsonl that cannot be written is let go.
+        TrainingError where one is not finite: that step, and all after it, have changed nothing on the device. With
+        `rescuing`, a row of metrics.jsonl that cannot be written is given up.
         """
-        in_step = self.ranks.size > 1 and self.model.device.gpu is not None  # ranks look at the same steps at once
-        while self._open and (len(self._open) > ahead or (not in_step and self._open[0][0].ready)):
-            outcome, lr = self._open[0]
+        in_step = self.ranks.size > 1 and self.model.device.gpu is not None  # ranks read the same steps at once
+        while self._pending and (len(self._pending) > ahead or (not in_step and self._pending[0][0].ready)):
+            outcome, lr = self._pending[0]
             loss, norm = outcome.get()
             # One element of a gradient that is not finite makes the norm so.
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -338,7 +338,7 @@ class Trainer:
                 if not rescuing:
                     raise
                 log.warning("step %d has no row: %s", self.step + 1, error)
-            self._open.popleft()
+            self._pending.popleft()
             self.step += 1
             if not rescuing:
                 self._tell(Listener.stepped, self, loss, lr)
@@ -348,7 +348,7 @@ class Trainer:
             self.log.append(row)
 
     def _not_finite(self, loss: float, norm: float) -> str:
-        """What is wrong with the step after those that have been looked at: it is made once more, by itself."""
+        """What is wrong with the first pending step: its gradients are computed once more, by itself."""
         last = self.folder.last
         kept = f"{last} holds the last saved state" if last.exists() else "there is no checkpoint"
         gradients = f"the norm of the gradients is {norm}: " if math.isfinite(loss) else ""
@@ -360,7 +360,7 @@ class Trainer:
                 origin = first_not_finite(self.model, batch.images) or ""
             except DeviceMemoryError:  # the layers need more than the fused engine, whose arrays are still there
                 origin = "not looked for, as memory does not suffice"
-        found = self.ranks.exchange((origin, self.ranks.label, batch.ids))
+        found = self.ranks.all_gather((origin, self.ranks.label, batch.ids))
         origin, where, ids = next((one for one in found if one[0]), ("loss", *found[0][1:]))
         more = ", ..." if len(ids) > 4 else ""
         return (
@@ -382,7 +382,7 @@ class Trainer:
 
     @property
     def _next_stop(self) -> int:
-        """The step before which nothing needs the losses: the next validation or checkpoint, or the end."""
+        """The next step after which the losses are needed: a validation, a checkpoint, or the end."""
         intervals = self._validation_interval, self.config.checkpoint_every or self.total_steps
         return min(self.total_steps, *((self.step // every + 1) * every for every in intervals))
 
@@ -393,7 +393,7 @@ class Trainer:
             self.save()
 
     def _validate(self) -> None:
-        """Evaluates the validation split, if any, and saves; what does not come to its end is made up for later."""
+        """Evaluates the validation split, if any, and saves; one that is interrupted is due again on resume."""
         before = self.best_miou, self._validations_since_best
         self._validation_due = True
         try:
@@ -413,7 +413,7 @@ class Trainer:
             raise _Stopped
 
     def _judge(self, evaluation: Evaluation) -> None:
-        """Logs a validation, and keeps the weights where they are the best so far."""
+        """Logs a validation, and saves the weights as `best` where they are."""
         miou = evaluation.scores.miou
         self._note({"step": self.step, "val_loss": evaluation.loss, "miou": miou})
         self._validations_since_best += 1
@@ -429,12 +429,12 @@ class Trainer:
     def _average_statistics(self) -> None:
         """Gives all ranks the mean of their running statistics of batch norm.
 
-        It is what would run if every step took the mean of the ranks' statistics: running ones are linear in them.
+        The same as running statistics of each step's mean over the ranks: they are linear in a batch's statistics.
         """
         if self.ranks.size == 1 or self.config.sync_bn:
             return
         device, buffers = self.model.device, [buffer.data for buffer in self.model.named_buffers().values()]
-        self.ranks.arrays.sum(device, buffers)
+        self.ranks.collectives.all_reduce(device, buffers)
         for buffer in buffers:
             device.write(buffer, device.download(buffer) / self.ranks.size)
         self.training.optimiser.refresh()
@@ -442,7 +442,7 @@ class Trainer:
     def save(self) -> None:
         """Writes `last.safetensors`: everything that the next step depends on; all ranks agree on the step first."""
         self._average_statistics()
-        steps = self.ranks.exchange(self.step)
+        steps = self.ranks.all_gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(f"{self.folder.last}: the ranks have made {steps} steps, expected as many each")
         if self.ranks.leads:
@@ -478,7 +478,7 @@ def _fingerprint(dataset: VOCDataset) -> str:
 
 
 def transform_of(config: Config) -> TrainTransform:
-    """How training samples are cut out and coloured."""
+    """The augmentation of training samples that the settings ask for."""
     jitter = ColourJitter(config.brightness, config.contrast, config.saturation, config.hue)
     side = (config.short_side[0], config.short_side[1]) if config.short_side else None
     return TrainTransform(config.image_size, config.scale, config.flip, side, jitter)
@@ -503,7 +503,7 @@ class _NotFinite(TrainingError):
 
 
 class _Stopped(Exception):
-    """A stop request has been heeded; what is left is to save."""
+    """Ends the loops after a stop request; what is left is to save."""
 
 
 @contextmanager

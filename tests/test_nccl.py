@@ -9,7 +9,7 @@ from support.kernels import needs_compiler
 from segnet_scratch.config import Config
 from segnet_scratch.errors import MissingLibraryError
 from segnet_scratch.parallel import communicator
-from segnet_scratch.parallel.mpi import HostArrays, MpiCommunicator, NcclArrays
+from segnet_scratch.parallel.mpi import HostCollectives, MpiCommunicator, NcclCollectives
 from segnet_scratch.runtime.devices import CudaDevice
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.segnet import SegNetBasic
@@ -127,10 +127,10 @@ def test_nccl_has_a_gpu_for_each_rank(cupy):
     """Where two share one their arrays go by way of the CPU, and a step is no graph."""
     device = CudaDevice()
     apart = MpiCommunicator(Comm([("here", 2), ("here", "0000:01:00.0")]), "here").on(device)
-    assert isinstance(apart.arrays, NcclArrays)
+    assert isinstance(apart.collectives, NcclCollectives)
     shared = MpiCommunicator(Comm(), "here").on(device)
-    assert isinstance(shared.arrays, HostArrays)
-    assert not shared.arrays.capturable
+    assert isinstance(shared.collectives, HostCollectives)
+    assert not shared.collectives.capturable
     for hide in (lambda: setattr(cupy.cuda.nccl, "available", False), lambda: delattr(cupy.cuda, "nccl")):
         hide()
         with pytest.raises(MissingLibraryError, match=r"CuPy finds no NCCL; pip install 'segnet_scratch\[nccl13\]'"):

@@ -60,7 +60,7 @@ def started(monkeypatch, size, seen=None):
 
 def test_a_process_that_nobody_started_is_alone():
     assert world() is ALONE
-    assert (ALONE.size, ALONE.leads, ALONE.label, ALONE.exchange(3), ALONE.total(0.5)) == (1, True, "", [3], 0.5)
+    assert (ALONE.size, ALONE.leads, ALONE.label, ALONE.all_gather(3), ALONE.all_reduce(0.5)) == (1, True, "", [3], 0.5)
     start_ranks(None)
     start_ranks(1)
 

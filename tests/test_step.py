@@ -201,7 +201,7 @@ class Look(Listener):
         self.open, self.act = [], act
 
     def stepped(self, trainer, loss, lr):
-        self.open.append(len(trainer._open))
+        self.open.append(len(trainer._pending))
         self.act(trainer)
 
 
@@ -239,4 +239,4 @@ class TestAheadOfTheHost:
         rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, trainer.step + 1))
         assert 1 < trainer.step <= AHEAD + 1
-        assert len(trainer._open) > 1
+        assert len(trainer._pending) > 1

@@ -524,14 +524,14 @@ def test_patience_ends_a_run_and_a_larger_one_goes_on(sample, tmp_path, monkeypa
     judge_as(monkeypatch, 0.2, 0.5, 0.4, 0.3, 0.9)
     trainer, finished = train(sample, tmp_path, patience=2, **settings)
     assert finished
-    assert trainer.gave_up
+    assert trainer.stopped_early
     assert trainer.step == 4
     again, _ = train(sample, tmp_path, patience=2, resume=True, **settings)
     assert again.step == 4  # as if it had never stopped
     judge_as(monkeypatch, 0.3, 0.9, 0.8, 0.7)
     more, _ = train(sample, tmp_path, patience=4, resume=True, **settings)
     assert more.step == 8
-    assert not more.gave_up
+    assert not more.stopped_early
 
 
 def test_validations_may_be_some_epochs_apart(sample, tmp_path):

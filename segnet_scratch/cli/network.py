@@ -80,12 +80,12 @@ def train(
         # First: a missing library is noticed before the run folder is made.
         shown = [TrainingDisplay(console), RunRecord(), *([TensorBoard()] if tensorboard else [])] if team.leads else []
         folder, files = RunFolder(out), [find_config(name) for name in config or ()]
-        resolved = team.first(lambda: folder.resolve_config(files, settings or [], resume, init))
+        resolved = team.broadcast(lambda: folder.resolve_config(files, settings or [], resume, init))
         if resolved.init in PRETRAINED and not resume:
-            team.first(lambda: _download(resolved.init))
+            team.broadcast(lambda: _download(resolved.init))
         trainer = Trainer(resolved, data, out, device, resume=resume, ranks=team)
         finished = trainer.run(*shown)
-        left_out = team.exchange({trainer.train_set.ids[index]: why for index, why in trainer.loader.bad.items()})
+        left_out = team.all_gather({trainer.train_set.ids[index]: why for index, why in trainer.loader.bad.items()})
     if not team.leads:
         raise typer.Exit(0 if finished else 130)
     bad = {name: why for of_rank in left_out for name, why in of_rank.items()}
@@ -98,7 +98,7 @@ def train(
         raise typer.Exit(130)
     output.fault = None  # what could not be shown is in metrics.jsonl: that is no failure of a run
     best = "" if trainer.best_miou is None else f", best mIoU {100 * trainer.best_miou:.1f} %"
-    if trainer.gave_up:
+    if trainer.stopped_early:
         say(f"ended early: no better mIoU in {resolved.patience} validations (patience)")
     say(f"{trainer.step} steps done{best}; weights: {folder.last if trainer.best_miou is None else folder.best}")
 

@@ -82,7 +82,7 @@ class SyncBatchNorm(Function):
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         own = over_ranks.BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
-        moments = self.ranks.arrays.gather(self.device, own)
+        moments = self.ranks.collectives.all_gather(self.device, own)
         op = over_ranks.BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
         out = op(self.device, x=x, moments=moments, weight=weight, bias=bias, **self.running)
         self.saved = {"x": x, "mean": out.mean, "inv_std": out.inv_std}
@@ -91,7 +91,7 @@ class SyncBatchNorm(Function):
 
     def backward(self, dy: Array) -> tuple[Array, Array, Array]:
         own = over_ranks.BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
-        sums = self.ranks.arrays.gather(self.device, own.sums)
+        sums = self.ranks.collectives.all_gather(self.device, own.sums)
         op = over_ranks.BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
         return op(self.device, dy=dy, sums=sums, **self.saved, **self.merged).dx, own.dweight, own.dbias
 

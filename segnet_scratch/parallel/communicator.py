@@ -1,4 +1,4 @@
-"""What a process knows of the others that train with it, and asks of them.
+"""What a process knows of the others that train with it, and the collective operations of all of them.
 
 Every method that talks to others is called by all ranks, in the same order. What one of them cannot do it tells the
 others in the place of its next value (`fail`), so that nobody waits for it. Gradients are summed over the ranks while
@@ -24,7 +24,7 @@ BUCKET = 25 << 20  # bytes that are summed at once: enough to fill a network, fe
 
 @dataclass(frozen=True)
 class Transfer:
-    """What goes between ranks, for whoever watches: so many bytes of this rank."""
+    """A collective as observers see it: `bytes` of this rank."""
 
     name: str
     bytes: int
@@ -34,28 +34,28 @@ class Transfer:
 SUM, GATHER, WAIT = "sum_over_ranks", "gather_from_ranks", "wait_for_ranks"
 
 
-class Arrays:
-    """How arrays of a device go between ranks, in the line of its work; here there is one rank.
+class Collectives:
+    """Collective operations on arrays of a device, in the order of its stream; here there is one rank.
 
-    capturable: may a CUDA graph hold what is asked here?
+    capturable: may a CUDA graph contain them?
     """
 
     capturable = True
 
-    def sum(self, device: Device, arrays: Sequence[Array]) -> None:
+    def all_reduce(self, device: Device, arrays: Sequence[Array]) -> None:
         """Every array becomes its sum over the ranks, added up in a fixed order: the same bits on all of them."""
-        carry_out(Transfer(SUM, sum(array.nbytes for array in arrays)), lambda: self._sum(device, arrays))
+        carry_out(Transfer(SUM, sum(array.nbytes for array in arrays)), lambda: self._all_reduce(device, arrays))
 
-    def gather(self, device: Device, array: Array) -> Array:
+    def all_gather(self, device: Device, array: Array) -> Array:
         """(size, *shape): the arrays of all ranks, in their order."""
         found: list[Array] = []
-        carry_out(Transfer(GATHER, array.nbytes), lambda: found.append(self._gather(device, array)))
+        carry_out(Transfer(GATHER, array.nbytes), lambda: found.append(self._all_gather(device, array)))
         return found[0]
 
-    def _sum(self, device: Device, arrays: Sequence[Array]) -> None:
+    def _all_reduce(self, device: Device, arrays: Sequence[Array]) -> None:
         pass
 
-    def _gather(self, device: Device, array: Array) -> Array:
+    def _all_gather(self, device: Device, array: Array) -> Array:
         return array[None]
 
 
@@ -66,18 +66,18 @@ class PeerError(SegnetError):
 class Communicator:
     """One process by itself: rank 0 of 1.
 
-    Attributes: rank of size; local_rank of local_size, those on this machine; host, its name; members, what there is to
-    say of each rank; arrays, how arrays go between them.
+    Attributes: rank of size; local_rank of local_size, those on this machine; host, its name; members, a line about
+    each rank; collectives, the operations on arrays of a device.
     """
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
     host = ""
     members: Sequence[str] = ()
-    arrays = Arrays()
+    collectives = Collectives()
 
     @property
     def leads(self) -> bool:
-        """Is this the rank that writes files and speaks?"""
+        """Is this rank 0, which alone writes files and prints?"""
         return self.rank == 0
 
     @property
@@ -91,19 +91,19 @@ class Communicator:
 
     # Values of the CPU
 
-    def exchange(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The values of all ranks, in their order. PeerError where one has failed."""
         return [value]
 
-    def total(self, value: float) -> float:
+    def all_reduce(self, value: float) -> float:
         """The sum over the ranks, added up in their order: the same on all of them."""
-        return sum(self.exchange(value))
+        return sum(self.all_gather(value))
 
     def any(self, value: bool) -> bool:
         """Does one of them say so?"""
-        return any(self.exchange(value))
+        return any(self.all_gather(value))
 
-    def first(self, make: Callable[[], Value]) -> Value:
+    def broadcast(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, for all ranks."""
         return make()
 
@@ -111,12 +111,12 @@ class Communicator:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What all ranks do at once. Where one fails in it the others wait for its arrays: it ends all of them."""
+        """Around collectives on arrays: a rank that fails in it ends all ranks, which would wait for its arrays."""
         yield
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """The whole of what ranks do together: none leaves before the others are done, or know that it has failed."""
+        """Around all that ranks do together: none leaves before the others are done, or know that it has failed."""
         yield
 
     def fail(self, error: BaseException) -> None:
@@ -127,12 +127,12 @@ ALONE = Communicator()
 
 
 def shares(count: int, ranks: int) -> np.ndarray:
-    """How many of `count` things each rank takes where they are dealt out one by one: int64 (ranks)."""
+    """How many of `count` things each rank gets, dealt out one by one: int64 (ranks)."""
     return (count + ranks - 1 - np.arange(ranks)) // ranks
 
 
 class GradientSum:
-    """Takes gradients as backward makes them, and sums them over the ranks in buckets, beside what is computed.
+    """Sums gradients over the ranks as backward makes them: in buckets, on a side stream while backward goes on.
 
     `rounded`: those of float32 travel as bfloat16, half the bytes. Each rank's gradient then errs relatively by up to
     2^-8 of itself, and so does the sum, each time that it is rounded: once where MPI carries it in float32, after every
@@ -144,7 +144,7 @@ class GradientSum:
         self._waiting: list[Array] = []
 
     def add(self, gradient: Array) -> None:
-        """A gradient is done, and nobody touches it until `finish`."""
+        """Takes a gradient that is complete; nobody may touch it until `finish`."""
         if self._ranks.size == 1:
             return
         self._waiting.append(gradient)
@@ -152,21 +152,21 @@ class GradientSum:
             self._begin()
 
     def finish(self, loss: Array) -> None:
-        """What comes after this in the device's line of work finds the sums, also that of the loss."""
+        """Whatever the device computes after this finds the sums, that of the loss as well."""
         if self._ranks.size == 1:
             return
         self._begin()
         with self._device.beside():
-            self._ranks.arrays.sum(self._device, [loss])
+            self._ranks.collectives.all_reduce(self._device, [loss])
         carry_out(Transfer(WAIT, 0), self._device.join)
 
     def _begin(self) -> None:
         arrays, self._waiting = self._waiting, []
         with self._device.beside():
             if not self._rounded:
-                self._ranks.arrays.sum(self._device, arrays)
+                self._ranks.collectives.all_reduce(self._device, arrays)
                 return
             halves = [Cast.plan(spec_of(array))(self._device, x=array).y for array in arrays]
-            self._ranks.arrays.sum(self._device, halves)
+            self._ranks.collectives.all_reduce(self._device, halves)
             for half, array in zip(halves, arrays, strict=True):
                 Cast.plan(spec_of(half)).run(self._device, Buffers(x=half, y=array))

@@ -47,7 +47,7 @@ def world() -> Communicator:
 
 def _share_machine(ranks: Communicator) -> None:
     mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    sharing = ranks.exchange((ranks.host, mine)).count((ranks.host, mine))  # srun may have given each its own
+    sharing = ranks.all_gather((ranks.host, mine)).count((ranks.host, mine))  # srun may have given each its own
     threads = max(1, len(mine) // sharing)
     os.environ.setdefault("SEGNET_THREADS", str(threads))
     require("threadpoolctl", "parallel", "several ranks").threadpool_limits(int(os.environ["SEGNET_THREADS"]))
@@ -58,7 +58,7 @@ def _share_machine(ranks: Communicator) -> None:
     own = visible[ranks.local_rank % len(visible)] if visible else ""
     if own:
         os.environ["CUDA_VISIBLE_DEVICES"] = own
-    gpus = ranks.exchange(f", GPU {own}" if own else "")
+    gpus = ranks.all_gather(f", GPU {own}" if own else "")
     ranks.members = [f"{text}{gpu}" for text, gpu in zip(ranks.members, gpus, strict=True)]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.parallel.communicator import Arrays, Communicator, PeerError, Value
+from segnet_scratch.parallel.communicator import Collectives, Communicator, PeerError, Value
 from segnet_scratch.runtime.devices import Array, Device, nccl_library
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -32,7 +32,7 @@ def new_identity() -> Any:
     return nccl_library().get_unique_id()
 
 
-class NcclArrays(Arrays):
+class NcclCollectives(Collectives):
     """Arrays of GPUs, of which each rank has one of its own. To make it is a matter of all ranks."""
 
     def __init__(self, identity: Any, rank: int, size: int) -> None:
@@ -41,7 +41,7 @@ class NcclArrays(Arrays):
         types = {np.float32: nccl.NCCL_FLOAT32, np.float64: nccl.NCCL_FLOAT64, BFLOAT16: nccl.NCCL_BFLOAT16}
         self._types = {np.dtype(dtype): number for dtype, number in types.items()}
 
-    def _sum(self, device: Device, arrays: Sequence[Array]) -> None:
+    def _all_reduce(self, device: Device, arrays: Sequence[Array]) -> None:
         self._nccl.groupStart()
         try:
             for array in arrays:
@@ -50,7 +50,7 @@ class NcclArrays(Arrays):
         finally:
             self._nccl.groupEnd()
 
-    def _gather(self, device: Device, array: Array) -> Array:
+    def _all_gather(self, device: Device, array: Array) -> Array:
         found = device.empty((self._size, *array.shape), array.dtype)
         addresses = device.address(array), device.address(found)
         self._comm.allGather(*addresses, array.size, self._types[np.dtype(array.dtype)], device.stream())
@@ -64,7 +64,7 @@ class _Failure:
     message: str
 
 
-class HostArrays(Arrays):
+class HostCollectives(Collectives):
     """By way of the CPU's memory: for devices that compute there, and for GPUs that several ranks share.
 
     Of bfloat16 the sum is carried in float32 and rounded once.
@@ -75,7 +75,7 @@ class HostArrays(Arrays):
     def __init__(self, comm: Any) -> None:
         self._comm, self._size = comm, comm.Get_size()
 
-    def _sum(self, device: Device, arrays: Sequence[Array]) -> None:
+    def _all_reduce(self, device: Device, arrays: Sequence[Array]) -> None:
         for dtype in dict.fromkeys(np.dtype(array.dtype) for array in arrays):
             mine = [array for array in arrays if array.dtype == dtype]
             total = self._total(np.concatenate([device.download(array).reshape(-1) for array in mine]))
@@ -95,7 +95,7 @@ class HostArrays(Arrays):
         self._comm.Allgather(total.astype(flat.dtype).view(np.uint8), pieces.view(np.uint8))
         return pieces.reshape(-1)[: flat.size]
 
-    def _gather(self, device: Device, array: Array) -> Array:
+    def _all_gather(self, device: Device, array: Array) -> Array:
         mine = np.ascontiguousarray(device.download(array))
         found = np.empty((self._size, *mine.shape), mine.dtype)
         self._comm.Allgather(mine, found)
@@ -107,7 +107,7 @@ class MpiCommunicator(Communicator):
 
     def __init__(self, comm: Any, host: str) -> None:
         self._values = comm.Dup()
-        self.arrays: Arrays = HostArrays(comm.Dup())
+        self.collectives: Collectives = HostCollectives(comm.Dup())
         self.rank, self.size, self.host = comm.Get_rank(), comm.Get_size(), host
         processes = self._values.allgather((host, os.getpid()))
         self.members = [f"{rank} on {name} (process {number})" for rank, (name, number) in enumerate(processes)]
@@ -117,12 +117,12 @@ class MpiCommunicator(Communicator):
 
     def on(self, device: Device) -> Communicator:
         gpu = device.gpu_identity()
-        gpus = self.exchange((self.host, gpu))
+        gpus = self.all_gather((self.host, gpu))
         if gpu is not None and len(set(gpus)) == self.size:  # NCCL has one rank a GPU
-            self.arrays = NcclArrays(self.first(new_identity), self.rank, self.size)
+            self.collectives = NcclCollectives(self.broadcast(new_identity), self.rank, self.size)
         return self
 
-    def exchange(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         if any(self._failures):
             raise PeerError(self._cause)
         found = self._values.allgather(value)
@@ -135,9 +135,9 @@ class MpiCommunicator(Communicator):
     def _cause(self) -> str:
         return next(failure.message for failure in self._failures if failure)
 
-    def first(self, make: Callable[[], Value]) -> Value:
+    def broadcast(self, make: Callable[[], Value]) -> Value:
         made = make() if self.leads else None
-        self.exchange(None)  # where it cannot be made the others hear of that here
+        self.all_gather(None)  # where it cannot be made the others hear of that here
         return self._values.bcast(made)
 
     @contextmanager
@@ -153,7 +153,7 @@ class MpiCommunicator(Communicator):
     def guarded(self) -> Iterator[None]:
         try:
             yield
-            self.exchange(None)
+            self.all_gather(None)
         except PeerError:
             raise
         except BaseException as error:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from segnet_scratch.parallel.communicator import Communicator
-from segnet_scratch.parallel.mpi import NcclArrays, new_identity
+from segnet_scratch.parallel.mpi import NcclCollectives, new_identity
 from segnet_scratch.runtime.precision import BFLOAT16
 
 TYPES = {7: np.dtype(np.float32), 8: np.dtype(np.float64), 9: BFLOAT16}  # as nccl.h numbers them
@@ -89,9 +89,9 @@ class Mirrors(Communicator):
 
     def on(self, device):
         assert device.gpu_identity()
-        self.arrays = NcclArrays(new_identity(), 0, self.size)
+        self.collectives = NcclCollectives(new_identity(), 0, self.size)
         return self
 
-    def exchange(self, value):
+    def all_gather(self, value):
         self.exchanged += 1
         return [value] * self.size

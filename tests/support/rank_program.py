@@ -31,7 +31,7 @@ class FaultyTrainer(Trainer):
         super().__init__(*arguments, **options)
 
     def _begin_step(self, batch):
-        due = {fault for fault, place in self.faults.items() if place == [self.ranks.rank, self._begun]}
+        due = {fault for fault, place in self.faults.items() if place == [self.ranks.rank, self._issued]}
         if "kill" in due:
             os.kill(os.getpid(), signal.SIGKILL)
         if "terminate" in due:
@@ -60,7 +60,7 @@ def main(jobs):
             trainer = FaultyTrainer(job.get("faults", {}), config, job["data"], job["out"], "numpy", **options)
             finished = trainer.run()
             held = [*trainer.model.parameters(), *trainer.model.named_buffers().values()]
-            assert len(set(world().exchange(b"".join(array.data.tobytes() for array in held)))) == 1, "ranks differ"
+            assert len(set(world().all_gather(b"".join(array.data.tobytes() for array in held)))) == 1, "ranks differ"
     if world().leads:
         print("finished" if finished else f"stopped at step {trainer.step}")
 

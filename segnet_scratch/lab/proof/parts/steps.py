@@ -18,7 +18,7 @@ from segnet_scratch.inference_step import InferenceStep
 from segnet_scratch.lab.proof.parts.base import Part, Rows, reason_against
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.parallel.communicator import ALONE, Communicator, Value
-from segnet_scratch.parallel.mpi import NcclArrays, new_identity
+from segnet_scratch.parallel.mpi import NcclCollectives, new_identity
 from segnet_scratch.runtime.devices import Device, get_device, nccl_library
 from segnet_scratch.segnet import SegNet, SegNetBasic
 from segnet_scratch.step import TrainingStep, resolve
@@ -240,9 +240,9 @@ class _WithNobody(Communicator):
     size = 2
 
     def __init__(self) -> None:
-        self.arrays = NcclArrays(new_identity(), 0, 1)
+        self.collectives = NcclCollectives(new_identity(), 0, 1)
 
-    def exchange(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         return [value, type(value)()]
 
 
@@ -259,7 +259,7 @@ class Nccl(Part):
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         ranks = _WithNobody()
         values = np.arange(6.0, dtype=np.float32).reshape(2, 3)
-        gathered = device.download(ranks.arrays.gather(device, device.upload(values)))
+        gathered = device.download(ranks.collectives.all_gather(device, device.upload(values)))
         if gathered.shape != (1, 2, 3) or not np.array_equal(gathered[0], values):
             yield f"gathered from one rank: {gathered}"
 
