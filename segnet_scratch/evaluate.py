@@ -132,7 +132,7 @@ def evaluate(
     def watch(truths: Sequence[_Truth], logits: Array) -> None:
         labels = device.upload(np.stack([small for _, _, small in truths]))
         op = CrossEntropyForward.plan(spec_of(logits))
-        losses.append(device.read([op(device, logits=logits, labels=labels, class_weights=None).sums]))
+        losses.append(device.download_async([op(device, logits=logits, labels=labels, class_weights=None).sums]))
 
     def measured_of(result: Segmented[_Truth]) -> Scored:
         (name, mask, _), _, segmented = result
@@ -149,7 +149,7 @@ def evaluate(
                 advance(min(ranks.size, count - done))
     finally:
         model.train(was_training)
-    sums = np.sum([reading.get()[0] for reading in losses], axis=0) if losses else np.zeros(3)
+    sums = np.sum([download.get()[0] for download in losses], axis=0) if losses else np.zeros(3)
     of_ranks = ranks.all_gather((found, sums))
     rows = zip_longest(*(images for images, _ in of_ranks))  # in the order of the data set
     found = [scored for row in rows for scored in row if scored is not None and scored[0].id]

@@ -22,7 +22,7 @@ from segnet_scratch.ops.elementwise.cast import Cast
 from segnet_scratch.ops.loss.argmax import ArgmaxForward
 from segnet_scratch.ops.op import spec_of
 from segnet_scratch.ops.resampling.resize_bilinear import ResizeBilinearForward, Rows, source_rows
-from segnet_scratch.runtime.devices import Array, Reading
+from segnet_scratch.runtime.devices import Array, PendingDownload
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.workers import CHUNK_VALUES, parallel_slices, worker_count
 from segnet_scratch.segnet import SegNet
@@ -246,13 +246,13 @@ class Segmenter:
         parts = []
         for rows in self._row_blocks(view.size):
             found = view.rows(rows)
-            parts.append((rows, self.device.read([classify(self.model, found)])))
+            parts.append((rows, self.device.download_async([classify(self.model, found)])))
             if logits is not None:
                 logits[rows] = self.device.download(found)[0, ..., : self.model.classes]
 
         def get() -> Segmentation:
-            for rows, reading in parts:
-                labels[rows] = reading.get()[0][0]
+            for rows, download in parts:
+                labels[rows] = download.get()[0][0]
             return Segmentation(labels, logits)
 
         return get
@@ -395,22 +395,22 @@ class _Windows:
         self._sums = np.concatenate([self._sums[max(0, low - self._first) :], fresh])
         self._first = max(self._first, low)
         sums = self._sums[top - self._first : top - self._first + height]
-        earlier: tuple[Sequence[int], Reading] | None = None
+        earlier: tuple[Sequence[int], PendingDownload] | None = None
         for begin in range(0, len(self._lefts), self._together):
             lefts = self._lefts[begin : begin + self._together]
             windows = np.zeros((len(lefts), height, width, 3), self._dtype)  # 0 is the mean colour
             for window, left in zip(windows, lefts, strict=True):
                 pixels = self._pixels[top : top + height, left : left + width]
                 window[: pixels.shape[0], : pixels.shape[1]] = normalise(pixels)
-            reading = self._segmenter.device.read([self._segmenter.forward(windows, self._sample)])
+            download = self._segmenter.device.download_async([self._segmenter.forward(windows, self._sample)])
             if earlier:  # a GPU computes these windows while those before are added
                 self._add(sums, *earlier)
-            earlier = lefts, reading
+            earlier = lefts, download
         if earlier:
             self._add(sums, *earlier)
 
-    def _add(self, sums: np.ndarray, lefts: Sequence[int], reading: Reading) -> None:
-        (found,) = reading.get()
+    def _add(self, sums: np.ndarray, lefts: Sequence[int], download: PendingDownload) -> None:
+        (found,) = download.get()
         for left, logits in zip(lefts, found, strict=True):
             sums[:, left : left + self._window[1]] += logits
         self._segmenter.seen(len(lefts))

@@ -2,7 +2,7 @@
 
     step = InferenceStep(model, *resolve(model, "auto", "auto", training=False))
     logits = step(images)                       # on the device; waits for nothing
-    (values,) = step.device.read([logits]).get()  # waits for that step alone
+    (values,) = step.device.download_async([logits]).get()  # waits for that step alone
 
 The first step of each shape of batch runs op by op, all later ones replay it as a CUDA graph where the device is a GPU.
 """

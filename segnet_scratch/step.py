@@ -27,7 +27,7 @@ from segnet_scratch.ops.loss.cross_entropy import CrossEntropyForward, check_cla
 from segnet_scratch.ops.op import VOID, spec_of
 from segnet_scratch.optim import SGD
 from segnet_scratch.parallel import ALONE, Communicator, GradientSum
-from segnet_scratch.runtime.devices import Array, Device, Reading
+from segnet_scratch.runtime.devices import Array, Device, PendingDownload
 from segnet_scratch.runtime.devices.base import Result
 from segnet_scratch.runtime.observe import scope
 from segnet_scratch.segnet import SegNet
@@ -275,23 +275,23 @@ class TrainingStep:
 
         After `gradients` there is no such step: the norm is still that of the last one.
         """
-        return Outcome(self.device.read([self._pass.loss, self.optimiser.norm]))
+        return Outcome(self.device.download_async([self._pass.loss, self.optimiser.norm]))
 
 
 class Outcome:
     """Loss and norm of the gradients of one step."""
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self, download: PendingDownload) -> None:
+        self._download = download
 
     @property
     def ready(self) -> bool:
         """Has the step been made?"""
-        return self._reading.ready
+        return self._download.ready
 
     def get(self) -> tuple[float, float]:
         """(loss, norm); waits until the step has been made."""
-        loss, norm = (float(array[0]) for array in self._reading.get())
+        loss, norm = (float(array[0]) for array in self._download.get())
         return loss, norm
 
 

@@ -125,7 +125,7 @@ class TestBranches:
 
         def step():
             relu(0, 15)
-            with device.beside():
+            with device.side_stream():
                 relu(*first)
             relu(*second)
             if join:
@@ -477,7 +477,7 @@ def test_what_a_step_came_to_arrives_where_no_memory_can_be_pinned(cupy):
     device = CudaDevice()
     arrays = [device.upload(np.full(1, value, np.float32)) for value in (3, 4)]
     cupy.fails_at = cupy.allocations + 1
-    assert [float(array[0]) for array in device.read(arrays).get()] == [3, 4]
+    assert [float(array[0]) for array in device.download_async(arrays).get()] == [3, 4]
 
 
 @needs_compiler

@@ -41,7 +41,7 @@ class TunedDevice(HostDevice):
         pass  # nothing is executed
 
     @contextmanager
-    def beside(self):
+    def side_stream(self):
         before = self.now
         yield
         self.now = before  # a second stream that costs nothing

@@ -164,7 +164,7 @@ class BoundProgram:
                 enter(phase)
             if number in self._joins:
                 self.device.join()
-            with scope(step.layer), self.device.beside() if step.aside else nullcontext():
+            with scope(step.layer), self.device.side_stream() if step.aside else nullcontext():
                 carry_out(step.op, lambda op=step.op, b=buffers: op.run(self.device, b))  # type: ignore[misc]
             after(number)
         if len(self._steps) in self._joins:

@@ -156,13 +156,13 @@ class GradientSum:
         if self._ranks.size == 1:
             return
         self._begin()
-        with self._device.beside():
+        with self._device.side_stream():
             self._ranks.collectives.all_reduce(self._device, [loss])
         carry_out(Transfer(WAIT, 0), self._device.join)
 
     def _begin(self) -> None:
         arrays, self._waiting = self._waiting, []
-        with self._device.beside():
+        with self._device.side_stream():
             if not self._rounded:
                 self._ranks.collectives.all_reduce(self._device, arrays)
                 return

@@ -8,7 +8,7 @@ import functools
 import threading
 
 from segnet_scratch.errors import DeviceError
-from segnet_scratch.runtime.devices.base import Array, Device, Reading
+from segnet_scratch.runtime.devices.base import Array, Device, PendingDownload
 from segnet_scratch.runtime.devices.cpu import HostDevice, NumpyDevice
 from segnet_scratch.runtime.devices.cuda import CudaDevice
 from segnet_scratch.runtime.devices.cupy_library import cuda_missing, cupy_facts, nccl_library
@@ -20,7 +20,7 @@ __all__ = [
     "Device",
     "HostDevice",
     "NumpyDevice",
-    "Reading",
+    "PendingDownload",
     "Timer",
     "cuda_missing",
     "cupy_facts",

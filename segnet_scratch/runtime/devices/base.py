@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Reading:
-    """Arrays on their way from a device to the host; here they have arrived at once."""
+class PendingDownload:
+    """Arrays on their way from a device to the host; from the CPU they have arrived at once."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self._arrays = list(arrays)
@@ -63,9 +63,9 @@ class Device:
         """The contents as a NumPy array."""
         return np.asarray(array)
 
-    def read(self, arrays: Sequence[Array]) -> Reading:
-        """The contents that the arrays have once everything asked of the device so far is done. Waits for nothing."""
-        return Reading([np.array(self.download(array)) for array in arrays])
+    def download_async(self, arrays: Sequence[Array]) -> PendingDownload:
+        """As `download`, of the contents after all work that the device has been given so far; waits for nothing."""
+        return PendingDownload([np.array(self.download(array)) for array in arrays])
 
     def from_dlpack(self, array: Any) -> Array:
         """An array of another library (PyTorch, JAX, CuPy) on this device, shared where the library allows it."""
@@ -92,7 +92,7 @@ class Device:
         return None
 
     def stream(self) -> int:
-        """The address of a GPU's current line of work, for libraries that add to it."""
+        """The handle of a GPU's current stream, for libraries that add work to it."""
         raise DeviceError(f"the {self.name} device has no streams; use cuda")
 
     def free_memory(self) -> int | None:
@@ -113,15 +113,15 @@ class Device:
         for item in items:
             yield item, tuple(self.upload(array) for array in arrays_of(item))
 
-    def beside(self) -> AbstractContextManager[None]:
-        """What is launched inside runs after all before it, and may run beside all after it, until `join`.
+    def side_stream(self) -> AbstractContextManager[None]:
+        """Within this context work goes to a second stream: after all before it, and beside what follows until `join`.
 
-        A device with a single line of work runs it at once.
+        A device without streams runs it at once.
         """
         return nullcontext()
 
     def join(self) -> None:
-        """What is launched from here on runs after all that was launched `beside`."""
+        """Has the work from here on wait for the side stream."""
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """What does the same as calling `function` again and again, at less cost on a GPU.

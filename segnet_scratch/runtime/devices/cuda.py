@@ -11,9 +11,9 @@ from numpy.typing import DTypeLike
 from segnet_scratch.errors import DeviceError, DeviceMemoryError
 from segnet_scratch.runtime import nvrtc
 from segnet_scratch.runtime.devices import cupy_library
-from segnet_scratch.runtime.devices.base import Array, Device, Item, Reading, Result
+from segnet_scratch.runtime.devices.base import Array, Device, Item, PendingDownload, Result
 from segnet_scratch.runtime.devices.graph import Recording
-from segnet_scratch.runtime.devices.prefetch import PinnedReading, Prefetcher
+from segnet_scratch.runtime.devices.prefetch import PinnedDownload, Prefetcher
 from segnet_scratch.runtime.devices.timer import EventTimer, Timer
 from segnet_scratch.runtime.observe import Launch
 from segnet_scratch.runtime.signature import ElementTypes, Kernel
@@ -47,7 +47,7 @@ class CudaDevice(Device):
         self.multiprocessors = int(properties["multiProcessorCount"])
         name = properties["name"]
         self.gpu: str = name.decode() if isinstance(name, bytes) else str(name)
-        self._branch: tuple[Any, Any, Any] | None = None  # its stream; where it begins, where it ends
+        self._side_stream: tuple[Any, Any, Any] | None = None  # the stream; the events of fork and join
         self._modules: dict[tuple[str, ElementTypes], Any] = {}  # by the source's digest
         self._functions: dict[tuple[str, str, ElementTypes], Any] = {}  # by digest and kernel
 
@@ -71,9 +71,9 @@ class CudaDevice(Device):
         self._expect_no_recording("download an array")
         return self._cupy.asnumpy(array)
 
-    def read(self, arrays: Sequence[Array]) -> Reading:
-        self._expect_no_recording("read arrays")
-        return PinnedReading(self._cupy, arrays)
+    def download_async(self, arrays: Sequence[Array]) -> PendingDownload:
+        self._expect_no_recording("download arrays")
+        return PinnedDownload(self._cupy, arrays)
 
     def from_dlpack(self, array: Any) -> Array:
         if array.__dlpack_device__()[0] in DLPACK_CPU:  # CuPy takes arrays on GPUs only
@@ -121,20 +121,20 @@ class CudaDevice(Device):
         return Prefetcher(self._cupy, self.empty).run(items, arrays_of)
 
     @contextmanager
-    def beside(self) -> Generator[None]:
-        if self._branch is None:
+    def side_stream(self) -> Generator[None]:
+        if self._side_stream is None:
             events = (self._cupy.cuda.Event(disable_timing=True) for _ in range(2))
-            self._branch = self._cupy.cuda.Stream(non_blocking=True), *events
-        stream, begun, ended = self._branch
-        begun.record(self._cupy.cuda.get_current_stream())
-        stream.wait_event(begun)
+            self._side_stream = self._cupy.cuda.Stream(non_blocking=True), *events
+        stream, forked, joined = self._side_stream
+        forked.record(self._cupy.cuda.get_current_stream())
+        stream.wait_event(forked)
         with stream:
             yield
-        ended.record(stream)
+        joined.record(stream)
 
     def join(self) -> None:
-        if self._branch is not None:
-            self._cupy.cuda.get_current_stream().wait_event(self._branch[2])
+        if self._side_stream is not None:
+            self._cupy.cuda.get_current_stream().wait_event(self._side_stream[2])
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         self._expect_no_recording("capture once more")

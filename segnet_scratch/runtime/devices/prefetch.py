@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.errors import DeviceMemoryError
-from segnet_scratch.runtime.devices.base import Array, Item, Reading
+from segnet_scratch.runtime.devices.base import Array, Item, PendingDownload
 
 SLOTS = 2  # one is worked on, the other is filled
 
@@ -108,10 +108,10 @@ class _Slot:
         return [h[: a.size].reshape(a.shape) for h, a in zip(held, arrays, strict=True)]
 
 
-class PinnedReading(Reading):
+class PinnedDownload(PendingDownload):
     """Copies to pinned memory on the current stream, and an event behind them.
 
-    Where no memory can be pinned they are waited for: what is read has been computed, and may not be lost.
+    Where no memory can be pinned it waits for the copies: what has been computed may not be lost.
     """
 
     def __init__(self, cupy: Any, arrays: Sequence[Array]) -> None:
@@ -123,7 +123,7 @@ class PinnedReading(Reading):
             waits = True
         for array, target in zip(arrays, self._arrays, strict=True):
             array.get(out=target, blocking=waits)
-        self._sources = arrays  # until they have been read
+        self._sources = arrays  # kept until they have been copied
         self._arrived = cupy.cuda.Event(disable_timing=True)
         self._arrived.record()
 
