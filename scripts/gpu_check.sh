@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, from the tree and without a network: `segnet verify --device cuda`,
-# with a report in JSON. Takes the options of that command.
+# Everything that needs a GPU, in one command, from the tree and without a network: `segnet verify --device cuda`, first a few
+# cases of everything, then more until 8 minutes are over (docs/explanation/proof.md). The report in JSON is written as it
+# goes on, and says what was not reached. Takes the options of that command: a second `--minutes` counts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=python3

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -204,14 +205,18 @@ class TestProcesses:
     def test_a_crash_is_a_failure_and_the_next_work_is_done(self, process):
         worker = process()
         (failure,) = worker.do(work("reference", "address")).failures
-        assert "the process ended with SIGSEGV" in failure.message
+        assert failure.message.startswith("crashed: the process ended with SIGSEGV")
         assert failure.target == "faulty_address"
         assert worker.do(Work("reference", "host", "add_forward", 0, 2, 0, QUICK)).failures == []
 
     def test_a_kernel_that_never_ends_is_a_failure(self, process):
         endless = dataclasses.replace(work("reference", "end", count=1), limit=3.0)
         (failure,) = process().do(endless).failures
-        assert "did not end within 3 s" in failure.message
+        assert failure.message == "hung: it did not end within 3 s"
+
+    def test_what_goes_on_when_time_is_long_over_is_left_out(self, process, monkeypatch):
+        monkeypatch.setattr(processes, "GRACE", 0.0)
+        assert process().do(work("reference", "end", count=1), until=monotonic() + 0.5) is None
 
     def test_an_error_that_nobody_expects_shows_where(self, process):
         (failure,) = process().do(Work("a part that nobody wrote", "host", "add_forward")).failures
@@ -222,14 +227,28 @@ class TestProcesses:
         works = [Work("losses", "numpy", str(number)) for number in range(20)]
         works += [Work("losses", "cuda", str(number)) for number in range(3)]
         done = []
-        monkeypatch.setattr(Process, "do", lambda self, work: Tally(seconds=1.0))
+        monkeypatch.setattr(Process, "do", lambda self, work, until: Tally(seconds=1.0))
         processes.do_all(works, lambda work, tally: done.append(work), lanes=3)
         assert sorted(w.target for w in done) == sorted(w.target for w in works)
-        on_gpu = [w.target for w in done if w.device == "cuda"]
-        assert on_gpu == ["0", "1", "2"]
+
+    def test_what_is_measured_has_a_gpu_for_itself(self, monkeypatch):
+        running, beside = [], {}
+
+        def do(self, work, until):
+            running.append(work.target)
+            sleep(0.02)
+            beside[work.target] = {*beside.get(work.target, ()), *running}
+            running.remove(work.target)
+            return Tally()
+
+        monkeypatch.setattr(Process, "do", do)
+        works = [Work("losses", "cuda", str(number), alone=number in (3, 4)) for number in range(9)]
+        processes.do_all(works, lambda work, tally: None, lanes=4)
+        assert (beside["3"], beside["4"]) == ({"3"}, {"4"})
+        assert any(len(others) > 1 for others in beside.values())
 
     def test_an_exception_ends_it(self, monkeypatch):
-        def interrupted(self, work):
+        def interrupted(self, work, until):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Process, "do", interrupted)
@@ -299,7 +318,7 @@ class TestVerify:
 
     def test_host_options_reach_the_work(self, monkeypatch):
         seen = []
-        monkeypatch.setattr(verify, "do_all", lambda works, *_, **__: seen.extend(works) or [])
+        monkeypatch.setattr(verify, "do_all", lambda works, *_, **__: seen.extend(works))
         verify.verify(["host", "numpy"], parts=["reference"], rows=["add_forward"], order="descending", sanitize=True)
         assert {(w.device, w.order, w.sanitize) for w in seen} == {
             ("host", "descending", True),
@@ -307,12 +326,11 @@ class TestVerify:
         }
 
     def test_failures_are_reported(self, segnet, monkeypatch, tmp_path):
-        def broken(works, done, until):
-            for one in works:
+        def broken(works, done, wanted, until):
+            for one in filter(wanted, works):
                 tally = Tally(counts=Counter(derivatives=7), worst=float("inf"))
                 tally.fail(one, "x=(3,4)", "y[0] is wrong\nadd.cu:7: thread (0, 0, 0)")
                 done(one, tally)
-            return []
 
         monkeypatch.setattr(verify, "do_all", broken)
         file = tmp_path / "report.json"

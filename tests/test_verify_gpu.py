@@ -5,28 +5,23 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from support import TESTS
+from support import TESTS, faulty_rows
 from support.fake_cupy import FakeCupy
 from support.kernels import needs_compiler
 
-from segnet_scratch.lab.proof import processes, verify
+from segnet_scratch.lab.proof import processes, table, verify
 from segnet_scratch.lab.proof.parts import PARTS, compute_sanitizer, learning, steps
 from segnet_scratch.lab.proof.parts.learning import Learning
-from segnet_scratch.lab.proof.parts.reference import HostBits, Reference, _load, _save
+from segnet_scratch.lab.proof.parts.reference import HostBits
 from segnet_scratch.lab.proof.parts.steps import Engine, Graphs, Nccl, OtherDevices, Timing, Uploads
-from segnet_scratch.lab.proof.processes import Process
 from segnet_scratch.lab.proof.table import ROWS, row_named
-from segnet_scratch.lab.proof.work import QUICK, Tally, Work
-from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
+from segnet_scratch.lab.proof.work import FULL, QUICK, Work
 from segnet_scratch.runtime.devices import CudaDevice, NumpyDevice, get_device
 from segnet_scratch.runtime.launch import shipped_kernels
-from segnet_scratch.runtime.precision import BFLOAT16
 
 ROOT = TESTS.parent
 
@@ -175,92 +170,71 @@ class TestOnAGpu:
         cases = sum(len(row_named(name).cases()) for name in ("add_forward", "relu_forward"))
         assert lines["reference", "cuda"].tally.counts["shapes"] == cases + 2 * QUICK.shapes
         assert lines["host bits", "cuda"].tally.counts["shapes"] == cases
-        assert len(kept) == len(report.lines) + 1  # after each part, and at the end
+        parts = [{part["part"]: part["verdict"] for part in json.loads(text)["parts"]} for text in kept]
+        assert len(kept) > len(report.lines)  # after each round of a part
+        assert (parts[0]["repeats"], parts[-1]["repeats"]) == ("not reached", "passed")
         assert report.environment["gpu"]
 
-    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-    def test_every_part_for_it_has_work(self, gpu, architecture):
-        gpu.device.architecture = architecture
-        parts = [part for part in PARTS.values() if "cuda" in part.devices]
-        assert len(parts) > 15
-        assert [part.name for part in parts if not any(True for _ in part.works("cuda", QUICK, 0))] == []
-
-    def test_what_has_no_time_is_incomplete(self, gpu, monkeypatch):
+    def test_what_has_no_time_is_never_passed(self, gpu):
         report = verify.verify(["cuda"], parts=["reference"], rows=["add_forward"], minutes=0)
         (line,) = report.lines
-        assert (line.verdict, report.passed) == ("incomplete", False)
-        assert "time was over" in line.remark
-        assert any("no time for all of reference" in text for _, text in report.text())
-        line.left[:] = [work for work in line.left if work.extra]  # random cases may be left out
+        fixed = len(row_named("add_forward").cases())
+        assert (line.verdict, report.passed) == ("not reached", False)
+        assert f"no time for {fixed} of {fixed} fixed cases: add_forward" in line.remark
+        assert [text for _, text in report.text()][-2:-1] == ["not shown, since not all of it was run: reference"]
+        assert line.to_json()["left_out"] == {"fixed": {"add_forward": fixed}, "random": {"add_forward": FULL.shapes}}
         line.tally.counts["shapes"] = 1
-        assert line.verdict == "passed"
+        assert line.verdict == "incomplete"
+        for work in [work for work in line.left if work.kind == "fixed"]:
+            del line.left[work]
+        assert line.verdict == "passed"  # random cases may be left out
+        assert line.remark.startswith("no time for 500 of 500 random cases")
 
-    def test_hopper_that_hangs_costs_itself_alone(self, gpu, monkeypatch):
-        done = []
-
-        def do(works, tell, until):
-            done.append([(work.target, work.limit) for work in works])
-            for work in works:
-                tally = Tally(Counter(shapes=1))
-                if "hopper" in work.target:
-                    tally.fail(work, "a case", f"the process did not end within {work.limit:.0f} s")
-                tell(work, tally)
-            return []
-
-        monkeypatch.setattr(verify, "do_all", do)
-        hopper = next(row.name for row in ROWS if isinstance(row, HopperRow))
-        report = verify.verify(["cuda"], parts=["reference", "engine"], rows=["relu_forward", hopper])
-        builds, risky, rest = done
-        assert builds == []
-        assert set(risky) == {(hopper, verify.RISKY_LIMIT)}
-        assert set(rest) == {("relu_forward", verify.GPU_LIMIT)}
-        assert os.environ["SEGNET_HOPPER"] == "0"
-        assert {failure.target for failure in report.failures} == {hopper}
+    def test_what_hangs_or_crashes_costs_itself_alone(self, gpu, monkeypatch):
+        """In a process of its own each, on one lane: the row that is right meets what the others leave behind."""
+        monkeypatch.setattr(table, "ROWS", (*ROWS, *faulty_rows.ROWS.values()))
+        monkeypatch.setattr("segnet_scratch.lab.proof.parts.base.rows_on", lambda device, rows: rows)
+        monkeypatch.setattr(processes, "GPU_PROCESSES", 1)
+        monkeypatch.setattr(verify, "HOPPER", {"faulty_end"})
+        monkeypatch.setattr(verify, "RISKY_LIMIT", 3.0)
+        wrong = [f"faulty_{kind}" for kind in ("end", "address", "context")]
+        report = verify.verify(["cuda"], parts=["reference", "repeats"], rows=[*wrong, "add_forward"])
+        said = {failure.target: failure for failure in report.failures}
+        assert len(report.failures) == len(said) == 3  # once each
+        assert said["faulty_end"].message.startswith("hung: it did not end within 3 s")
+        assert "1 blocks" in said["faulty_end"].case
+        assert said["faulty_address"].message.startswith("crashed: the process ended with SIGSEGV")
+        assert said["faulty_context"].message.startswith("crashed: the process ended with exit code 1\nTraceback")
+        reference, repeats = report.lines
+        assert reference.tally.counts["shapes"] == len(row_named("add_forward").cases()) + QUICK.shapes
+        assert repeats.tally.counts["repetitions"] == QUICK.repeats - 1
+        assert "faulty_address, which crashed in reference, faulty_context, which crashed in" in repeats.remark
+        assert os.environ["SEGNET_HOPPER"] == "0"  # the engine does without what has failed
 
     def test_a_part_that_is_for_others_says_so(self):
         report = verify.verify(["host"], parts=["learning"])
         assert [line.remark for line in report.lines] == ["it is for cuda, not for host"]
         assert not report.passed
 
-    def test_cheap_cases_come_first_and_random_ones_last(self, gpu):
-        works = list(Reference().works("cuda", QUICK, 0, (row_named("conv2d_forward_tiled"),)))
-        turns = sorted(works, key=verify._turn)
-        fixed = [work for work in turns if not work.extra]
-        assert [work.cost for work in fixed] == sorted(work.cost for work in fixed)
-        assert all(work.extra for work in turns[len(fixed) :])
-        assert sum(work.count for work in fixed) == len(row_named("conv2d_forward_tiled").cases())
-
-
-class TestAhead:
-    def test_a_gpu_waits_for_what_it_is_compared_with(self, monkeypatch):
-        order = []
-        monkeypatch.setattr(Process, "do", lambda self, work: order.append(work) or Tally())
-        works = [Work("reference", "cuda", str(number), folder="f") for number in range(6)]
-        works += [Work("losses", "cuda", "free")]
-        left = processes.do_all(works, lambda work, tally: None, lanes=2)
-        assert left == []
-        for number in range(6):
-            ahead, on_gpu = [work for work in order if work.target == str(number)]
-            assert (ahead.ahead, on_gpu.ahead) == (True, False)
-
-    def test_what_was_not_begun_is_returned(self, monkeypatch):
-        monkeypatch.setattr(Process, "do", lambda self, work: pytest.fail("time was over"))
-        works = [Work("reference", "cuda", "a", folder="f"), Work("losses", "numpy", "b")]
-        assert processes.do_all(works, lambda work, tally: None, until=0.0) == works
-
-    def test_expectations_come_back_as_they_were(self, tmp_path):
-        expected = {
-            "y": (np.arange(6, dtype=BFLOAT16).reshape(2, 3), np.full((2, 3), 0.5)),
-            "codes": (np.arange(3, dtype=np.uint8), 0.0),
-        }
-        _save(tmp_path / "a case.npz", expected)
-        found = _load(tmp_path / "a case.npz")
-        assert found.keys() == expected.keys()
-        for name, (wanted, bound) in expected.items():
-            assert found[name][0].dtype == wanted.dtype
-            np.testing.assert_array_equal(found[name][0], wanted)
-            np.testing.assert_array_equal(found[name][1], bound)
-        assert list(tmp_path.iterdir()) == []
+    def test_a_few_cases_of_everything_come_before_many_of_anything(self, gpu, monkeypatch):
+        batches = []
+        monkeypatch.setattr(verify, "do_all", lambda works, *_, **__: batches.append(works))
+        gpu.device.architecture = "sm_90"
+        verify.verify(["cuda"], minutes=8)
+        builds, risky, rest = batches
+        assert {work.part for work in builds} == {"host builds", "cuda builds"}
+        assert {work.target for work in risky if work.part == "reference"} == verify.HOPPER
+        assert {work.limit for work in risky} == {verify.RISKY_LIMIT}
+        assert [work.round for work in rest] == sorted(work.round for work in rest)
+        first = [work for work in rest if work.round == 0]
+        assert {work.target for work in [*risky, *first] if work.part == "reference"} == {row.name for row in ROWS}
+        parts = {name for name, part in PARTS.items() if "cuda" in part.devices and not part.unavailable()}
+        assert {work.part for work in [*builds, *first]} == parts
+        costs = [work.cost for work in first if work.part == "reference"]
+        assert costs == sorted(costs)
+        random = sum(work.count for work in rest if work.kind == "random" and work.part == "reference")
+        assert random == len(ROWS) * FULL.shapes  # as many as there is time for
+        assert {work.part for work in rest if work.alone} == {"graphs", "uploads", "timing"}
 
 
 def test_the_script_is_a_thin_call():

@@ -25,6 +25,9 @@ class FaultyOp(Op):
 
     def launch(self, device, b):
         count = b.x.size
+        if self.name == "faulty_context":  # as with CUDA, every later call fails
+            device.synchronise = lambda: 1 / 0
+            return
         launch(device, written_kernel(self.name), count // THREADS, THREADS, (b.x, b.y, count), self.types)
 
     def reference(self, b):
@@ -50,7 +53,7 @@ class FaultyRow(Row):
         return FaultyOp(self.name, *case["x"], np.dtype(dtype), self.turned)
 
 
-KINDS = ("barrier", "read", "write", "variable", "value", "shift", "address", "end")
+KINDS = ("barrier", "read", "write", "variable", "value", "shift", "address", "end", "context")
 ROWS = {kind: FaultyRow(f"faulty_{kind}") for kind in KINDS} | {"race": FaultyRow("faulty_race", turned=True)}
 
 if __name__ == "__main__":

@@ -117,19 +117,17 @@ def examine(
     rng: np.random.Generator,
     dtype: DTypeLike | None = None,
     integers: bool = False,
-    expected: Expectation | None = None,
 ) -> Examination:
     """Runs an op and compares it with its reference, for arrays of `dtype` (the row's first unless given).
 
-    With `integers` the results must equal the reference's, without it they must lie within the row's bound. `expected`
-    is what `expectation` gave, where somebody has asked for it ahead.
+    With `integers` the results must equal the reference's, without it they must lie within the row's bound.
     """
     dtype = row.elements[0] if dtype is None else np.dtype(dtype)
     op = row.plan(case, dtype)
     inputs = row.inputs(op, case, rng, integers)
     first, second = (run_guarded(op, inputs, device, fill) for fill in (FIRST, SECOND))
     defects = first.defects + second.defects
-    expected = expected or expectation(row, case, inputs, dtype, integers)
+    expected = expectation(row, case, inputs, dtype, integers)
     for name, got in first.outputs.items():
         if not same_bits(got, second.outputs[name]):
             what = f"{name}: depends on what the output held before, or on what lies beside an array"

@@ -1,8 +1,8 @@
 """Spreads pieces of work over processes. A kernel that crashes or never ends takes its process along, and no more.
 
-A GPU has one process for itself; what its results are compared with is computed ahead of it, in the others. Work under
-AddressSanitizer goes to processes that were started with its library. Their reports end them, and are read from what
-they wrote to stderr.
+A few share a GPU, which waits for them most of the time: what they do to arrays around a launch takes far longer. Work
+under AddressSanitizer goes to processes that were started with its library. Their reports end them, and are read from
+what they wrote to stderr.
 """
 
 import json
@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import inf
 from typing import Any
 
@@ -28,32 +28,34 @@ from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.lab.workbench.sanitizers import python_path, read_reports, sanitized_environment
 from segnet_scratch.runtime.workers import worker_count
 
-AHEAD = 4  # pieces of work for each core of the others that a GPU may be behind them: their results lie on the disk
+GPU_PROCESSES = 4  # at a time; each takes half a gigabyte of a GPU, and more for what it computes
+GRACE = 30.0  # seconds after the time is over: what still runs then is ended, and counts as left out
 WORKER = "segnet_scratch.lab.proof.processes"
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SEGNET_THREADS")
+BLAS_THREADS = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
 
 
 class Process:
     """A worker process, started when it is needed, and again where a piece of work ended it."""
 
-    def __init__(self, sanitized: bool, alone: bool = False) -> None:
-        self.sanitized, self.alone = sanitized, alone
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, sanitized: bool, cores: int = 1) -> None:
+        self.sanitized, self.cores = sanitized, cores
+        self._process: Any = None
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
 
-    def do(self, work: Work) -> Tally:
-        """What came of a piece of work. A process that ends or is too slow is a failure; nothing is raised for it."""
+    def do(self, work: Work, until: float = inf) -> Tally | None:
+        """What came of a piece of work; None where `until`, of time.monotonic(), was long over before it ended.
+
+        A process that ends or is too slow is a failure; nothing is raised for it.
+        """
         try:
             process = self._process or self._start()
         except CompileError as error:
             return Tally(skipped=str(error))
-        assert process.stdin is not None
-        assert process.stdout is not None
-        begin = self._stderr.seek(0, os.SEEK_END)
+        begin, limit = self._stderr.seek(0, os.SEEK_END), min(work.limit, until + GRACE - time.monotonic())
         try:
             process.stdin.write(json.dumps(asdict(work)) + "\n")
             process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], work.limit)
+            ready, _, _ = select.select([process.stdout], [], [], limit)
             answer = process.stdout.readline() if ready else ""
         except BrokenPipeError:
             ready, answer = [process.stdout], ""
@@ -63,11 +65,15 @@ class Process:
         text = self._stderr.read()
         reports = read_reports(text, work.target) if self.sanitized else []
         for report in reports:
-            tally.fail(work, _last_case(work, text.partition("ERROR: AddressSanitizer")[0]), report)
+            tally.fail(work, _last_case(work, text.partition("ERROR: AddressSanitizer")[0])[0], report)
         if not answer and not reports:
+            if not ready and limit < work.limit:
+                return None
             meaning = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            ended = f"ended with {meaning}" if ready else f"did not end within {work.limit:.0f} s"
-            tally.fail(work, _last_case(work, text), f"the process {ended}:\n{text.strip()[-2000:]}")
+            tally.ended = "crashed" if ready else "hung"
+            how = f"the process ended with {meaning}" if ready else f"it did not end within {work.limit:.0f} s"
+            case, said = _last_case(work, text)
+            tally.fail(work, case, f"{tally.ended}: {how}\n{said.strip()[-2000:]}".strip())
         return tally
 
     def close(self) -> None:
@@ -76,84 +82,79 @@ class Process:
             self._end()
         self._stderr.close()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> Any:
         environment = sanitized_environment() if self.sanitized else {**os.environ, "PYTHONPATH": python_path()}
-        # The processes share the cores; each has one for itself. That of a GPU compiles on all.
-        environment |= dict.fromkeys(THREADS[: 3 if self.alone else 4], "1")
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        self._process = subprocess.Popen([sys.executable, "-P", "-m", WORKER], env=environment, text=True, **pipes)
+        environment |= {**dict.fromkeys(BLAS_THREADS, "1"), "SEGNET_THREADS": str(self.cores)}
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        options |= {"env": environment, "text": True, "start_new_session": True}  # it is ended with what it started
+        self._process = subprocess.Popen([sys.executable, "-P", "-m", WORKER], **options)
         return self._process
 
     def _end(self) -> int:
         """Kills the process unless it has ended; its exit code."""
-        assert self._process is not None
         process, self._process = self._process, None
         for stream in (process.stdin, process.stdout):
-            assert stream is not None
             with suppress(BrokenPipeError):  # it had ended, and something was still to be written to it
                 stream.close()
         try:
             return process.wait(timeout=1)  # its input has ended
         except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it back: it is none of ours any more
+                return process.wait(timeout=30)
+            return -signal.SIGKILL
 
 
 def do_all(
-    works: Sequence[Work], done: Callable[[Work, Tally], None], lanes: int = 0, until: float = inf
-) -> list[Work]:
-    """Does all the work, in order, on as many processes at a time as there are cores (or `lanes`).
+    works: Sequence[Work],
+    done: Callable[[Work, Tally], None],
+    wanted: Callable[[Work], bool] = lambda work: True,
+    lanes: int = 0,
+    until: float = inf,
+) -> None:
+    """Does all the work, in order, on as many processes at a time as there are cores (or `lanes`), a GPU's on a few.
 
-    `done` is told of each; calls take turns. Work on a GPU has one process for itself, and begins when what it names a
-    folder for is there. None begins after `until` (of time.monotonic): what is left is returned. After an exception,
-    Ctrl-C among them, all processes are ended and it is raised.
+    `done` is told of each; calls take turns. What is not `wanted` when its turn comes is passed over. None begins after
+    `until` (of time.monotonic()). After an exception, Ctrl-C among them, all processes are ended and it is raised.
     """
     lanes = lanes or worker_count()
-    on_gpu = [work for work in works if work.device == "cuda"]
-    others = [replace(work, ahead=True) for work in on_gpu if work.folder]
-    others += [work for work in works if work.device != "cuda"]
-    waiting = {replace(work, ahead=False) for work in others if work.ahead}
-    behind = 0  # pieces of work that are prepared, or being so, and that the GPU has not done
     state, errors = threading.Condition(), list[BaseException]()
     processes: list[Process] = []
 
-    def take(gpu: bool) -> Work | None:
-        """The next piece of work that can be done; None where there is none left."""
-        nonlocal behind
-        queue = on_gpu if gpu else others
+    def take(queue: list[Work], running: list[Work]) -> Work | None:
+        """The next piece of work, when it can run beside the others; None where there is none left."""
         while queue and not errors and time.monotonic() < until:
-            for place, work in enumerate(queue):
-                if work not in waiting if gpu else not work.ahead or behind < AHEAD * lanes:
-                    behind += work.ahead
-                    return queue.pop(place)
-            state.wait(0.2)
+            if running and (queue[0].alone or running[0].alone):
+                state.wait(0.2)
+            elif wanted(work := queue.pop(0)):
+                running.append(work)
+                return work
         return None
 
-    def lane(gpu: bool) -> None:
-        nonlocal behind
-        own: dict[bool, Process] = {}
+    def lane(queue: list[Work], running: list[Work], own: dict[bool, Process]) -> None:
         try:
             while True:
                 with state:
-                    work = take(gpu)
-                    if work is None:
-                        return
-                    if work.sanitize not in own:
-                        own[work.sanitize] = Process(work.sanitize, alone=gpu)
-                        processes.append(own[work.sanitize])
-                tally = own[work.sanitize].do(work)
+                    work = take(queue, running)
+                if work is None:
+                    return
+                tally = own[work.sanitize].do(work, until)
                 with state:
-                    if work.ahead:  # what went wrong there goes wrong once more, where it is told of
-                        waiting.remove(replace(work, ahead=False))
-                    else:
-                        behind -= bool(work.folder)
+                    running.remove(work)
+                    if tally is not None:
                         done(work, tally)
                     state.notify_all()
         except BaseException as error:
             errors.append(error)
 
-    kinds = [False] * min(lanes, len(others)) + [True] * bool(on_gpu)
-    threads = [threading.Thread(target=lane, args=(gpu,), daemon=True) for gpu in kinds]
+    threads = []
+    for on_gpu in (True, False):
+        queue = [work for work in works if (work.device == "cuda") == on_gpu]
+        running, count = list[Work](), min(len(queue), lanes, GPU_PROCESSES if on_gpu else lanes)
+        for _ in range(count):
+            own = {sanitized: Process(sanitized, lanes // count) for sanitized in (False, True)}
+            processes += own.values()
+            threads.append(threading.Thread(target=lane, args=(queue, running, own), daemon=True))
     try:
         for thread in threads:
             thread.start()
@@ -165,18 +166,26 @@ def do_all(
             process.close()
     if errors:
         raise errors[0]
-    return [*on_gpu, *(work for work in others if not work.ahead)]
 
 
-def _last_case(work: Work, text: str) -> str:
-    """The case that was begun last."""
-    if CASE_MARK in text:
-        return text.rpartition(CASE_MARK)[2].partition("\n")[0]
-    return f"one of the {work.cases}"
+def _last_case(work: Work, text: str) -> tuple[str, str]:
+    """The case that was begun last, and what was said since."""
+    if CASE_MARK not in text:
+        return f"one of the {work.cases}", text
+    case, _, said = text.rpartition(CASE_MARK)[2].partition("\n")
+    return case, said
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process and what it has started when whoever started it is gone, even in a kernel that never ends."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
     """Ends when its input does."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this process
     os.environ.pop("LD_PRELOAD", None)  # a sanitizer's library is here by now, and not for the programs started here
     answers = os.fdopen(os.dup(1), "w")
@@ -187,6 +196,9 @@ def main() -> None:
         try:
             tally = PARTS[work.part].do(work)
         except Exception:  # of no kind that a part expects: the report has to show where
+            if work.device == "cuda":  # after some errors of CUDA every later call fails: another process has to go on
+                traceback.print_exc()
+                os._exit(1)
             tally = Tally()
             tally.fail(work, work.cases, traceback.format_exc())
         tally.seconds = time.perf_counter() - start

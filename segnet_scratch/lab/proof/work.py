@@ -38,6 +38,9 @@ QUICK = Effort()
 FULL = Effort(**{figure.name: figure.metadata["full"] for figure in fields(Effort)})
 
 
+RANDOM = 2  # the first round of random cases: may be left out where time is over
+
+
 @dataclass(frozen=True)
 class Work:
     """What one process does at a time: some cases of one target (a row, an op, a file) for one part of the proof."""
@@ -51,11 +54,15 @@ class Work:
     effort: Effort = QUICK
     order: str = "ascending"
     sanitize: bool = False
-    extra: bool = False  # beyond the fixed cases: may be left out where time is over
+    round: int = 0  # 0: the first of everything; 1: the other fixed cases; from RANDOM on: random ones
     cost: float = 0.0  # as compared with others of its part: on a GPU the cheap ones come first
     limit: float = 1200.0  # seconds: a kernel that never ends does not hold up the rest for ever
-    folder: str = ""  # where results to compare with are put ahead of the GPU
-    ahead: bool = False  # make those, and no more
+    alone: bool = False  # nothing else may run on the GPU
+
+    @property
+    def kind(self) -> str:
+        """Of its cases."""
+        return "fixed" if self.round < RANDOM else "random"
 
     @property
     def cases(self) -> str:
@@ -91,6 +98,7 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
     worst: float = 0.0  # error of a gradient
     skipped: str = ""  # why nothing ran, or not all of it
+    ended: str = ""  # how it took its process along: "hung", "crashed"
     notes: list[str] = field(default_factory=list)  # what was measured
     seconds: float = 0.0
 

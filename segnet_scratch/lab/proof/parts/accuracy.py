@@ -12,7 +12,7 @@ from segnet_scratch.lab.proof.parts.base import Part, Rows
 from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.ops.convolution import conv2d_mma as mma
 from segnet_scratch.ops.convolution.conv2d import Conv2dBackwardData, Conv2dBackwardWeight, Conv2dForward
-from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardWeight, HopperForward
+from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardWeight, HopperForward, tiles_on
 from segnet_scratch.ops.convolution.split_planes import split_for
 from segnet_scratch.ops.op import Op, spec
 from segnet_scratch.runtime.devices import Array, Device
@@ -36,7 +36,7 @@ class Accuracy(Part):
     def problems(self, work: Work, device: Device, tally: Tally) -> Iterator[str]:
         tally.notes.append(f"errors of sums of {', '.join(map(str, DEPTHS))} terms, of a chain's")
         rungs = ["tiled", *(["tf32x3", "tf32"] if mma.has_tensor_cores(device) else [])]
-        rungs += [f"hopper {rung}" for rung in rungs[1:] if device.architecture in (None, "sm_90")]
+        rungs += [f"hopper {rung}" for rung in rungs[1:] if device.architecture is None or tiles_on(device)]
         for rung in rungs:
             # dgrad on Hopper is the loop of fprop, with an epilogue.
             for direction in ("fprop", "wgrad") if "hopper" in rung else ("fprop", "dgrad", "wgrad"):

@@ -13,7 +13,7 @@ from segnet_scratch.errors import SegnetError
 from segnet_scratch.lab.proof.compare import Defect
 from segnet_scratch.lab.proof.launches import Replay, device_has, kernels_of, noting_launches, rows_on
 from segnet_scratch.lab.proof.table import ROWS, row_named
-from segnet_scratch.lab.proof.work import Effort, Tally, Work
+from segnet_scratch.lab.proof.work import RANDOM, Effort, Tally, Work
 from segnet_scratch.ops.cases import Case, Inputs, Row
 from segnet_scratch.ops.convolution.conv2d_hopper import tiles_on
 from segnet_scratch.ops.convolution.conv2d_hopper_cases import HopperRow
@@ -23,8 +23,9 @@ from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import shipped_kernels
 
 CASES_AT_ONCE = 40  # of a row, in one piece of work
-CASES_AT_ONCE_ON_GPU = 10  # few, so that the GPU need not wait long for what they are compared with
-CASE_MARK = "segnet-case: "  # begins the line that tells a sanitizer's reader which case comes next
+CASES_AT_ONCE_ON_GPU = 10  # few: what hangs there is ended after seconds
+FIRST_CASES_ON_GPU = 3  # of each row, before there are more of any
+CASE_MARK = "segnet-case: "  # begins the line on stderr that tells which case comes next
 ENOUGH = 5  # failures after which the rest of a piece of work is left out
 
 Rows = tuple[Row, ...]  # of the op table
@@ -37,8 +38,8 @@ class Part:
     proves: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ("numpy", "host", "cuda")
     sanitized: ClassVar[bool] = False  # its work needs a process under AddressSanitizer
-    long: ClassVar[bool] = False  # its pieces of work take long, and are begun first; on a GPU, which has but one, last
-    ahead: ClassVar[bool] = False  # what a GPU's results are compared with is computed ahead of it
+    long: ClassVar[bool] = False  # its pieces of work take long, and are begun first; on a GPU they may take longer
+    measures: ClassVar[bool] = False  # how long something takes on a GPU, which then does nothing else
 
     def unavailable(self) -> str:
         """Why it cannot run on this machine, with the fix; "" where it can."""
@@ -117,14 +118,17 @@ class RowPart(Part):
 
     def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
         for row in map(row_named, self.targets(rows_on(get_device(device), rows))):
-            fixed, at_once = len(row.cases()), CASES_AT_ONCE if device != "cuda" else CASES_AT_ONCE_ON_GPU
+            fixed, on_gpu = len(row.cases()), device == "cuda"
+            few, at_once = (FIRST_CASES_ON_GPU, CASES_AT_ONCE_ON_GPU) if on_gpu else (fixed, CASES_AT_ONCE)
             count = fixed + (getattr(effort, self.random) if self.random else 0)
-            firsts = sorted({*range(0, fixed, at_once), *range(fixed, count, at_once)})
-            for first, end in pairwise([*firsts, count]):
-                ops = (row.plan(case_of(row, index, seed), row.elements[0]) for index in range(first, end))
-                cost = max(op.flops + op.bytes for op in ops) if device == "cuda" else 0.0
-                of_row = self.name, device, row.name, first, end - first, seed, effort
-                yield Work(*of_row, extra=first >= fixed, cost=cost)
+            starts = {*range(0, few, at_once), *range(few, fixed, at_once), *range(fixed, count, at_once)}
+            for first, end in pairwise([*sorted(starts), count]):
+                turn, cost = RANDOM + (first - fixed) // at_once, 0.0
+                if first < fixed:
+                    turn = int(first >= few)
+                    ops = (row.plan(case, row.elements[0]) for case in row.cases()[first:end] if on_gpu)
+                    cost = max((op.flops + op.bytes for op in ops), default=0.0)
+                yield Work(self.name, device, row.name, first, end - first, seed, effort, round=turn, cost=cost)
 
     def runs(self, work: Work, device: Device, tally: Tally) -> Iterator[CaseRun]:
         """The cases that the work names."""
@@ -137,7 +141,7 @@ class RowPart(Part):
         tally.counts["rows"] += work.first == 0
         with np.errstate(all="ignore"):  # what a fault makes of numbers is found by comparison
             for run in self.runs(work, device, tally):
-                if work.sanitize:
+                if work.sanitize or work.device == "cuda":
                     os.write(2, f"{CASE_MARK}{run.where}\n".encode())
                 with run.attempt(), noting_launches() as launched:
                     tally.counts["shapes"] += 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from time import monotonic
 from typing import Any
 
 from segnet_scratch.lab.doctor.findings import Diagnosis
@@ -16,6 +17,7 @@ from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.host import VARIABLES, build, find_compiler
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, shipped_kernels
 from segnet_scratch.runtime.source import shipped_sources
+from segnet_scratch.runtime.workers import worker_count
 
 # What is built of each source and element type: options of runtime.host.build.
 BUILDS: dict[str, dict[str, Any]] = {"plain": {}, "sanitized": {"sanitize": True}} | {
@@ -55,6 +57,7 @@ class CudaBuilds(Part):
     name = "cuda builds"
     proves = "every kernel compiles for this GPU"
     devices = ("cuda",)
+    long = True
 
     def targets(self, rows: Rows) -> Sequence[str]:
         return ["every kernel"]
@@ -69,8 +72,10 @@ class CudaBuilds(Part):
             for element in kernel.source.elements
             if device_has(device, kernel.name)
         }
-        for target, reason in zip(found, on_all_cores(build, list(found.values())), strict=True):
-            tally.counts["modules"] += 1
+        began, reasons = monotonic(), on_all_cores(build, list(found.values()))
+        tally.counts["modules"] = len(found)
+        tally.notes.append(f"{monotonic() - began:.0f} s on {worker_count()} cores")
+        for target, reason in zip(found, reasons, strict=True):
             if reason:
                 yield f"{', '.join(target)}: {reason}"
 
