@@ -14,10 +14,10 @@
 //                    flipped weight, [gathered at the codes of the unpool], zero where the ReLU below was; and of each
 //                    tile the sums of dr and dr xhat, from which norm_merge_gradients makes dbias and dweight
 //
-// In brackets: by option. Unpooled maps are written once and read by the convolution like any other (unpool_packed.cu,
-// norm_relu.cu): to expand codes on the way in costs more than the product (docs/explanation/kernels.md). Their gradients are never
-// written: the rows of a tile come window by window, and the tile is gathered in the epilogue. z = relu(bn(y)) of the
-// block below is not kept; its sign comes from y, which is: where that block ends in a pool, from y at the chosen position.
+// In brackets: by option. Unpooled maps are written once and read by the convolution like any other (norm_relu.cu): to expand
+// codes on the way in costs more than the product (docs/explanation/kernels.md). Their gradients are never written: the rows of a
+// tile come window by window, and the tile is gathered in the epilogue. z = relu(bn(y)) of the block below is not kept; its sign
+// comes from y, which is: where that block ends in a pool, from y at the chosen position.
 //
 // The epilogue: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
 // that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.

@@ -9,7 +9,7 @@
 // zeros, and yet all of it must be written. Which numbers of a piece stay is decided by masks, not by branches that would part
 // the threads of a warp. Backward loads the whole window at once: four channels in a row may want all of its positions. Under
 // way on a multiprocessor are 20 KB loaded and 64 KB stored forward, 68 KB backward, where 29 are needed (common/share.cuh).
-// What is left undone: codes of a byte (unpool_packed.cu), and a map that batch norm has just written and this
+// What is left undone: codes of a byte (norm_relu.cu), and a map that batch norm has just written and this
 // kernel reads again (norm_relu.cu does both in one pass).
 //
 // Threads: common/share.cuh, one piece of one window at a time. No sums: any order.

@@ -4,7 +4,8 @@
 //
 //   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which the convolution left
 //   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z and y where
-//                     the pool chose, not z; blocks below an unpool write the unpooled map of z, not z
+//                     the pool chose, not z; blocks below an unpool write the unpooled map of z, not z. In inference, where
+//                     batch norm is part of the convolution, that is the unpool alone
 //   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
 //   backward          dy = weight inv_std (dr - dbias / rows - xhat dweight / rows), xhat = (y - mean) inv_std
 //                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; of a pooled block that of its
@@ -25,8 +26,10 @@
 // time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each. (64 channels are 3.2 MB, 400 KB a
 // block, of which 49 KB are under way: more blocks would not wait less.) All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
 // added as a binary tree: the order depends on the shape alone.
+#include "common/packed_codes.cuh"
+#include "common/planes.cuh"
 #include "common/reduce.cuh"
-#include "common/unpool.cuh"
+#include "common/share.cuh"
 
 #define TILE_ROWS 128  // of a tile of conv2d_fused.cu; the last one has what is left. Others say how many theirs have
 #define MERGE_CHANNELS 8
@@ -111,6 +114,13 @@ struct Norm {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) scale.of[i] *= weight.of[i];
     }
+    __device__ static Norm none(bool with_relu) {
+        Norm norm = {};
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) norm.scale.of[i] = 1;
+        norm.relu = with_relu;
+        return norm;
+    }
     __device__ Piece of(const Piece& y) const {
         Values z = values_of(y);
 #pragma unroll
@@ -168,20 +178,33 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
     }
 }
 
+// A thread loads one value and its codes for four stores, and waits for nobody to read what it wrote: 768 threads of a
+// multiprocessor move 82 bytes each in the time of one access, 63 KB where 29 are needed (share.cuh). So one window at a
+// time is enough.
 extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_forward(
-    const storage_t* __restrict__ y,            // (n, (h + 1) / 2, (w + 1) / 2, c)
-    const uint8* __restrict__ codes,            // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
-    const float* __restrict__ mean,             // (c)
-    const float* __restrict__ inv_std,          // (c)
-    const float* __restrict__ weight,           // (c)
-    const float* __restrict__ bias,             // (c)
-    storage_t* __restrict__ OPTIONAL unpooled,  // (n, h, w, c)
-    bfloat16* __restrict__ OPTIONAL in_planes,  // (n, h, w, planes * c): unpooled, where it is given
+    const storage_t* __restrict__ y,             // (n, (h + 1) / 2, (w + 1) / 2, c)
+    const uint8* __restrict__ codes,             // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
+    const float* __restrict__ OPTIONAL mean,     // (c); without these four: 0, 1, 1, 0
+    const float* __restrict__ OPTIONAL inv_std,  // (c)
+    const float* __restrict__ OPTIONAL weight,   // (c)
+    const float* __restrict__ OPTIONAL bias,     // (c)
+    storage_t* __restrict__ OPTIONAL unpooled,   // (n, h, w, c)
+    bfloat16* __restrict__ OPTIONAL in_planes,   // (n, h, w, planes * c): unpooled, where it is given
     int n, int h, int w, int c, int planes, int relu) {
     const MapOut out = {unpooled, in_planes, c, planes};
     for (Share share(c); share.exists(c); share.next()) {
-        const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-        unpool_share(y, codes, out, share, n, h, w, c, [&](const Piece& piece) { return norm.of(piece); });
+        Norm norm = Norm::none(relu);
+        if (mean) norm = Norm(mean, inv_std, weight, bias, share.channel, relu);
+        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
+            const int64 element = walk.index * c + share.channel;
+            const unsigned chosen = piece_codes(codes, element);
+            const Piece piece = norm.of(load_piece(y + element));
+            const Window window = walk.window(share.channel, h, w, c);
+#pragma unroll
+            for (int code = 0; code < 4; ++code)
+                if (window.holds(code))
+                    out.store(window.at(code, w, c), share.channel, at_position(piece, chosen, code));
+        }
     }
 }
 

@@ -49,7 +49,7 @@ def test_a_program_compiles_each_source_once_before_it_launches():
     compiled = list(device.compiled)
     bound.run()
     assert device.compiled == compiled
-    assert "unpool_packed" in device.executed
+    assert "norm_relu_unpool_forward" in device.executed
 
 
 @needs_compiler

@@ -18,14 +18,7 @@ from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, Batch
 from segnet_scratch.ops.op import spec, spec_of
 from segnet_scratch.ops.pieces import SHARE_THREADS, TILE_ROWS, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
-from segnet_scratch.ops.pooling.packed_codes import (
-    UnpoolPacked,
-    gather_at,
-    pack_codes,
-    packed_codes,
-    scatter_from,
-    unpack_codes,
-)
+from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
 from segnet_scratch.runtime.devices import HostDevice, get_device
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel, launch
 from segnet_scratch.runtime.precision import BFLOAT16
@@ -126,7 +119,6 @@ class TestAnyGrid:
             fused.NormReluBackward,
             fused.NormReluPoolBackward,
             fused.NormReluUnpoolForward,
-            UnpoolPacked,
         ],
         ids=lambda op: op.name,
     )
@@ -233,7 +225,6 @@ LOADED = {
     "norm_relu_backward": (5, 2, 8),
     "norm_relu_pool_backward": (5, 2, 5),
     "norm_relu_unpool_forward": (4, 3, 1),
-    "unpool_packed": (0, 4, 1),
 }
 
 

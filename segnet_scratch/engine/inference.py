@@ -12,8 +12,8 @@ from segnet_scratch.engine.network import CLASSIFIER, PLANES_OF, Network, Networ
 from segnet_scratch.engine.program import BoundProgram
 from segnet_scratch.nn.modules import ConvUnit
 from segnet_scratch.ops.convolution.split_planes import planes_of, split_for
+from segnet_scratch.ops.normalisation.norm_relu import NormReluUnpoolForward
 from segnet_scratch.ops.op import Spec
-from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
 
@@ -33,8 +33,8 @@ class InferenceProgram(NetworkProgram):
             op = convolutions.forward(map_, weight, bias=True, relu=block.relu, pool=block.pool)
             if layer.unpool is not None and layer.codes is not None:
                 planes = planes_of(op.inputs["x"], block.in_channels)
-                unpool = UnpoolPacked.plan(self.spec_of(x), layer.unpool, planes)
-                self.add(name, unpool, x=x, codes=layer.codes, y=f"{name}.unpooled")
+                unpool = NormReluUnpoolForward.plan(self.spec_of(x), layer.unpool, relu=False, planes=planes)
+                self.add(name, unpool, y=x, codes=layer.codes, unpooled=f"{name}.unpooled")
                 x = f"{name}.unpooled"
             if block.pool:
                 arrays["pool_codes"] = f"{name}.codes"

@@ -111,7 +111,7 @@ class _Forward(_OnMaps):
 
     def normalised(self, b: Buffers) -> np.ndarray:
         """By its definition."""
-        z = (b.y - b.mean) * (b.inv_std * b.weight) + b.bias
+        z = b.y if b.mean is None else (b.y - b.mean) * (b.inv_std * b.weight) + b.bias
         return np.where(z <= 0, 0, z).astype(z.dtype) if self.relu else z
 
 
@@ -151,10 +151,10 @@ class NormReluPoolForward(_Forward):
 class NormReluUnpoolForward(_Forward):
     """`unpooled` (n, h, w, c), the max-unpool by packed `codes` of z (see NormReluForward); `size` is (h, w).
 
-    y (n, ceil(h/2), ceil(w/2), c).
+    y (n, ceil(h/2), ceil(w/2), c). Without mean, inv_std, weight and bias z is y, or its ReLU.
     """
 
-    name, over, made = "norm_relu_unpool_forward", "y", "unpooled"
+    name, over, made, optional = "norm_relu_unpool_forward", "y", "unpooled", _Forward.vectors
 
     def __init__(self, y: Spec, size: tuple[int, int], relu: bool = True, planes: int = 1) -> None:
         super().__init__(y, relu, planes)

@@ -26,7 +26,7 @@ from segnet_scratch.ops.normalisation.norm_relu import (
 )
 from segnet_scratch.ops.op import Buffers, Op, Spec, spec
 from segnet_scratch.ops.pieces import TILE_ROWS
-from segnet_scratch.ops.pooling.packed_codes import UnpoolPacked, pack_codes, scatter_from
+from segnet_scratch.ops.pooling.packed_codes import pack_codes, scatter_from
 from segnet_scratch.ops.pooling.windows import CODE, valid_codes, windows_of
 from segnet_scratch.runtime.precision import BFLOAT16
 
@@ -226,30 +226,40 @@ class NormPoolRow(NormRow):
 class UnpoolRow(NormRow):
     """Values, or their z, at the coded positions. The map of a case is the unpooled one."""
 
+    op = NormReluUnpoolForward
+
+    def cases(self) -> list[Case]:
+        return [*super().cases(), Case("batch norm is folded", {"x": (2, 5, 4, 24), "folded": True})]
+
+    def random_case(self, rng: np.random.Generator) -> Case:
+        case = super().random_case(rng)
+        return Case(case.reason, {**case.sizes, "folded": bool(rng.integers(2))})
+
+    def inputs(self, op: Op, case: Case, rng: np.random.Generator, integers: bool = False) -> Inputs:
+        absent = op.optional if case.sizes.get("folded") else ()
+        return super().inputs(op, case, rng, integers) | dict.fromkeys(absent)
+
     def specs(self, case: Case, dtype: DTypeLike) -> tuple[Any, ...]:
         return spec(windows_of(*case["x"]), dtype), case["x"][1:3]
 
     def bound(self, op: Op, b: Buffers, eps: float) -> Bounds:
-        if op.name == UnpoolPacked.name:
-            return {}
-        return {"unpooled": scatter_from(z_error(b, eps), b.codes, op.size)}  # type: ignore[attr-defined]
+        error = np.zeros_like(b.y) if b.mean is None else z_error(b, eps)
+        return {"unpooled": scatter_from(error, b.codes, op.size)}  # type: ignore[attr-defined]
 
     def hostile(self, rng: np.random.Generator) -> Hostile:
         """NaN and infinite values stay where they belong; what a code puts outside the map is lost."""
         size = int(rng.integers(1, 6)), int(rng.integers(1, 6))
         op = self.plan(Case("hostile", {"x": (1, *size, 8)}), self.elements[0])
         inputs = neutral(op)
-        values = next(iter(op.inputs))
-        inputs[values] = x = special(rng, op.inputs[values])
+        inputs["y"] = x = special(rng, op.inputs["y"])
         codes = rng.integers(0, 4, x.shape).astype(CODE)
         inputs["codes"] = by_hand.packed(codes)
-        x = x.copy() if op.name == UnpoolPacked.name else self.rectified(x)
+        x = self.rectified(x).copy()
         x[valid_codes(codes, size) != codes] = 0
         return self.made(op, inputs, by_hand.scatter(x, codes, size))
 
     def refusals(self) -> list[Refusal]:
-        pooled = "x" if self.op is UnpoolPacked else "y"
-        plain = {pooled: spec((1, 2, 3, 8), self.elements[0])}
+        plain = {"y": spec((1, 2, 3, 8), self.elements[0])}
         return self.refused(plain, {"another size": ("a pool of a map of size (5, 6)", {"size": (5, 6)})})
 
 
@@ -301,7 +311,7 @@ def special(rng: np.random.Generator, s: Spec) -> np.ndarray:
 _MAP_ROWS: tuple[tuple[Any, ...], ...] = (
     *((NormForwardRow, NormReluForward, relu) for relu in (True, False)),
     *((NormPoolRow, NormReluPoolForward, relu) for relu in (True, False)),
-    *((NormBackwardRow, NormReluBackward), (NormBackwardRow, NormReluPoolBackward), (UnpoolRow, UnpoolPacked)),
+    *((NormBackwardRow, NormReluBackward), (NormBackwardRow, NormReluPoolBackward)),
     *((UnpoolRow, NormReluUnpoolForward, relu) for relu in (True, False)),
 )
 _OF_MAPS = [

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segnet_scratch.ops.convolution.split_planes import in_planes, split, to_planes
-from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_map, spec_of
-from segnet_scratch.ops.pieces import SHARE_THREADS, expect_pieces, share_grid
+from segnet_scratch.ops.op import Buffers, Spec, expect, spec_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolForward
 from segnet_scratch.ops.pooling.windows import CODE, gather, scatter, windows_of
-from segnet_scratch.runtime.devices import Device
 
 CODES_OF_BYTE = 4
 _SHIFTS = np.arange(0, 2 * CODES_OF_BYTE, 2, dtype=CODE)
@@ -68,26 +65,3 @@ def max_pool_packed(x: np.ndarray, pooled: np.ndarray, packed: np.ndarray) -> No
     codes = np.empty(pooled.shape, CODE)
     MaxPoolForward.plan(spec_of(x)).reference(Buffers(x=x, y=pooled, codes=codes))
     packed[...] = pack_codes(codes)
-
-
-class UnpoolPacked(Op):
-    """Max-unpool: y (n, h, w, c) is x (n, ceil(h/2), ceil(w/2), c) where `codes` say, 0 elsewhere; `size` is (h, w).
-
-    Of float32, y may be in `planes` of bfloat16 (split_planes.py).
-    """
-
-    name = "unpool_packed"
-
-    def __init__(self, x: Spec, size: tuple[int, int], planes: int = 1) -> None:
-        *_, c = expect_map(self.name, "x", x, bfloat16=True)
-        expect_pieces(self.name, x.dtype, channels=c)
-        self.size, self.planes = size, planes
-        self.inputs = {"x": x, "codes": packed_codes(x.shape)}
-        self.outputs = {"y": in_planes(unpooled(self.name, x, size), planes)}
-
-    def launch(self, device: Device, b: Buffers) -> None:
-        grid = share_grid(device, b.x, resident=4)
-        self.kernel(device, self.name, b, grid, SHARE_THREADS, **to_planes(b, "y", self.planes))
-
-    def reference(self, b: Buffers) -> None:
-        split(scatter_from(b.x, b.codes, self.size), b.y)
