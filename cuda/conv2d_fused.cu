@@ -201,7 +201,7 @@ template <class Block>
 __device__ void store_gradient(const StoredTile<Block>& tile, const Below& below, const uint8* unpool_codes, storage_t* dr,
                                accumulate_t* partials, int count, int c) {
     const int channel = tile.channel();
-    const NormBelow norm(below, channel, c);
+    const NormBelow norm(below, min(channel, c - PIECE));  // beyond the last channel that of the last ones: it stores nothing
     GradientSums sums;
     const int rows_of_pixel = unpool_codes ? 4 : 1;  // a pixel of dr: a row, or the window of an unpool
     if (channel < c)

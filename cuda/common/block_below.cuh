@@ -20,9 +20,6 @@ struct GradientSums {
 // The batch norm of the block below, for the channels of a piece.
 struct NormBelow {
     Values mean, scale, bias;
-    // Beyond the last channel they are those of the last ones: whoever is there stores nothing.
-    __device__ NormBelow(const Below& below, int channel, int channels)
-        : NormBelow(below, min(channel, channels - PIECE)) {}
     __device__ NormBelow(const Below& below, int channel)
         : mean(channels_of(below.mean, channel)),
           scale(channels_of(below.inv_std, channel)),

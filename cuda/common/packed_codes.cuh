@@ -13,18 +13,19 @@ __device__ inline unsigned piece_codes(const uint8* codes, int64 offset) {
         return codes[offset / 4];
 }
 
+// A mask of word `i` of a piece: all bits of the numbers whose codes have this bit, 0 (the right column) or 1 (the lower row).
+__device__ inline unsigned coded_bits(unsigned codes, int i, int bit) {
+    if (sizeof(storage_t) == 4) return 0u - (codes >> (2 * i + bit) & 1);
+    // Two numbers in a word: the second one's code comes to lie 16 bits above the first one's.
+    return ((codes | codes << 14) >> (4 * i + bit) & 0x10001u) * 0xFFFFu;
+}
+
 // The piece, with zeros where the code is not `position`.
 __device__ inline Piece at_position(Piece piece, unsigned codes, int position) {
-    const unsigned differing = codes ^ position * 0x5555u;
-    const unsigned match = ~(differing | differing >> 1);  // bit 2 k: channel k
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        if constexpr (sizeof(storage_t) == 2) {
-            const unsigned low = match >> 4 * i & 1, high = match >> (4 * i + 2) & 1;
-            piece.words[i] &= low * 0x0000FFFFu | high * 0xFFFF0000u;
-        } else {
-            piece.words[i] &= 0u - (match >> 2 * i & 1);
-        }
+        const unsigned right = coded_bits(codes, i, 0), lower = coded_bits(codes, i, 1);
+        piece.words[i] &= (position & 1 ? right : ~right) & (position & 2 ? lower : ~lower);
     }
     return piece;
 }
@@ -32,9 +33,15 @@ __device__ inline Piece at_position(Piece piece, unsigned codes, int position) {
 // Of the pieces at(0) ... at(3) of a window, in every channel the number at the coded position.
 template <class At>
 __device__ inline Piece coded_piece(unsigned codes, At at) {
-    Piece coded = at_position(at(0), codes, 0);
+    const Piece of[4] = {at(0), at(1), at(2), at(3)};
+    Piece coded;
 #pragma unroll
-    for (int code = 1; code < 4; ++code) coded = either(coded, at_position(at(code), codes, code));
+    for (int i = 0; i < 4; ++i) {
+        const unsigned right = coded_bits(codes, i, 0), lower = coded_bits(codes, i, 1);
+        const unsigned of_upper = of[0].words[i] & ~right | of[1].words[i] & right;
+        const unsigned of_lower = of[2].words[i] & ~right | of[3].words[i] & right;
+        coded.words[i] = of_upper & ~lower | of_lower & lower;
+    }
     return coded;
 }
 

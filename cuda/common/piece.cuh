@@ -66,10 +66,6 @@ __device__ inline Values channels_of(const float* vector, int64 channel) {
     return values;
 }
 
-__device__ inline Piece either(const Piece& a, const Piece& b) {
-    return {{a.words[0] | b.words[0], a.words[1] | b.words[1], a.words[2] | b.words[2], a.words[3] | b.words[3]}};
-}
-
 // The numbers as they are stored: rounded.
 __device__ inline Piece piece_of(const Values& values) {
     Piece piece;
