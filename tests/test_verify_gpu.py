@@ -180,15 +180,16 @@ class TestOnAGpu:
         (line,) = report.lines
         fixed = len(row_named("add_forward").cases())
         assert (line.verdict, report.passed) == ("not reached", False)
-        assert f"no time for {fixed} of {fixed} fixed cases: add_forward" in line.remark
+        assert line.remark == "time was over before it began"
         assert [text for _, text in report.text()][-2:-1] == ["not shown, since not all of it was run: reference"]
         assert line.to_json()["left_out"] == {"fixed": {"add_forward": fixed}, "random": {"add_forward": FULL.shapes}}
         line.tally.counts["shapes"] = 1
         assert line.verdict == "incomplete"
+        assert line.remark.startswith(f"no time for {fixed} of {fixed} fixed cases: add_forward; no time for 500 of")
         for work in [work for work in line.left if work.kind == "fixed"]:
             del line.left[work]
         assert line.verdict == "passed"  # random cases may be left out
-        assert line.remark.startswith("no time for 500 of 500 random cases")
+        assert line.remark == "no time for 500 of 500 random cases"
 
     def test_what_hangs_or_crashes_costs_itself_alone(self, gpu, monkeypatch):
         """In a process of its own each, on one lane: the row that is right meets what the others leave behind."""
@@ -230,8 +231,6 @@ class TestOnAGpu:
         assert {work.target for work in [*risky, *first] if work.part == "reference"} == {row.name for row in ROWS}
         parts = {name for name, part in PARTS.items() if "cuda" in part.devices and not part.unavailable()}
         assert {work.part for work in [*builds, *first]} == parts
-        costs = [work.cost for work in first if work.part == "reference"]
-        assert costs == sorted(costs)
         random = sum(work.count for work in rest if work.kind == "random" and work.part == "reference")
         assert random == len(ROWS) * FULL.shapes  # as many as there is time for
         assert {work.part for work in rest if work.alone} == {"graphs", "uploads", "timing"}

@@ -51,7 +51,8 @@ class Process:
             process = self._process or self._start()
         except CompileError as error:
             return Tally(skipped=str(error))
-        begin, limit = self._stderr.seek(0, os.SEEK_END), min(work.limit, until + GRACE - time.monotonic())
+        begin = self._stderr.seek(0, os.SEEK_END)
+        limit = max(0.0, min(work.limit, until + GRACE - time.monotonic()))
         try:
             process.stdin.write(json.dumps(asdict(work)) + "\n")
             process.stdin.flush()
@@ -88,6 +89,7 @@ class Process:
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
         options |= {"env": environment, "text": True, "start_new_session": True}  # it is ended with what it started
         self._process = subprocess.Popen([sys.executable, "-P", "-m", WORKER], **options)
+        self._process.stdout.readline()  # it has come up, which may take long after the installation: now limits count
         return self._process
 
     def _end(self) -> int:
@@ -190,6 +192,7 @@ def main() -> None:
     os.environ.pop("LD_PRELOAD", None)  # a sanitizer's library is here by now, and not for the programs started here
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels print is no answer
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         work = Work.from_json(json.loads(line))
         start = time.perf_counter()
@@ -202,9 +205,7 @@ def main() -> None:
             tally = Tally()
             tally.fail(work, work.cases, traceback.format_exc())
         tally.seconds = time.perf_counter() - start
-        answers.write(json.dumps(tally.to_json()) + "\n")
-        answers.flush()
-    answers.flush()
+        print(json.dumps(tally.to_json()), file=answers, flush=True)
     os._exit(0)  # Python's end under a sanitizer is slow
 
 

@@ -68,8 +68,15 @@ class Line:
         return {kind: cases for kind, cases in found.items() if cases}
 
     @property
+    def ran(self) -> str:
+        """What has been run, in figures; "" for nothing."""
+        return self.part.ran(self.tally) if self.tally.counts else ""
+
+    @property
     def remark(self) -> str:
         """Why not all of it has been run."""
+        if self.verdict == "not reached" and not any(self.left.values()):
+            return "time was over before it began"
         remarks = [self.tally.skipped]
         if reasons := sorted({reason for reason in self.left.values() if reason}):
             remarks.append(f"left out: {', '.join(reasons)}")
@@ -83,9 +90,8 @@ class Line:
         """For programs to read."""
         head = {"part": self.part.name, "proves": self.part.proves, "device": self.device, "verdict": self.verdict}
         worst = self.tally.worst if isfinite(self.tally.worst) else None  # JSON has no infinity
-        ran = {"ran": self.part.ran(self.tally), **self.tally.to_json()}
-        reached = {"planned": self.planned, "left_out": self.left_out}
-        return {**head, **ran, "skipped": self.remark, "worst": worst, **reached}
+        ran = {"ran": self.ran, "planned": self.planned, "left_out": self.left_out}
+        return {**head, **ran, **self.tally.to_json(), "skipped": self.remark, "worst": worst}
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Report:
         """A line for each part, then the failures: each a verdict, or "", and the text."""
         wide = max([len(line.part.name) for line in self.lines], default=0)
         for line in self.lines:
-            ran = line.part.ran(line.tally) or f"{line.part.proves}: not run"
+            ran = line.ran or f"{line.part.proves}: not run"
             yield line.verdict, f"{line.part.name:{wide}} {line.device:5} {line.verdict:11} {ran}"
             if line.remark:
                 yield "skipped", f"{'':{wide}} {line.remark}"
@@ -234,7 +240,7 @@ def _is_risky(work: Work) -> bool:
 def _turn(work: Work) -> tuple[float, ...]:
     """What goes first: a round of everything, before there is more of anything; where many share it what takes long."""
     if work.device == "cuda":
-        return work.round, list(PARTS).index(work.part), work.cost
+        return work.round, list(PARTS).index(work.part)
     return work.round, not PARTS[work.part].long
 
 

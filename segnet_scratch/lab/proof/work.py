@@ -55,7 +55,6 @@ class Work:
     order: str = "ascending"
     sanitize: bool = False
     round: int = 0  # 0: the first of everything; 1: the other fixed cases; from RANDOM on: random ones
-    cost: float = 0.0  # as compared with others of its part: on a GPU the cheap ones come first
     limit: float = 1200.0  # seconds: a kernel that never ends does not hold up the rest for ever
     alone: bool = False  # nothing else may run on the GPU
 

@@ -118,17 +118,13 @@ class RowPart(Part):
 
     def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
         for row in map(row_named, self.targets(rows_on(get_device(device), rows))):
-            fixed, on_gpu = len(row.cases()), device == "cuda"
-            few, at_once = (FIRST_CASES_ON_GPU, CASES_AT_ONCE_ON_GPU) if on_gpu else (fixed, CASES_AT_ONCE)
+            fixed = len(row.cases())
+            few, at_once = (FIRST_CASES_ON_GPU, CASES_AT_ONCE_ON_GPU) if device == "cuda" else (fixed, CASES_AT_ONCE)
             count = fixed + (getattr(effort, self.random) if self.random else 0)
             starts = {*range(0, few, at_once), *range(few, fixed, at_once), *range(fixed, count, at_once)}
             for first, end in pairwise([*sorted(starts), count]):
-                turn, cost = RANDOM + (first - fixed) // at_once, 0.0
-                if first < fixed:
-                    turn = int(first >= few)
-                    ops = (row.plan(case, row.elements[0]) for case in row.cases()[first:end] if on_gpu)
-                    cost = max((op.flops + op.bytes for op in ops), default=0.0)
-                yield Work(self.name, device, row.name, first, end - first, seed, effort, round=turn, cost=cost)
+                turn = int(first >= few) if first < fixed else RANDOM + (first - fixed) // at_once
+                yield Work(self.name, device, row.name, first, end - first, seed, effort, round=turn)
 
     def runs(self, work: Work, device: Device, tally: Tally) -> Iterator[CaseRun]:
         """The cases that the work names."""

@@ -33,10 +33,9 @@ class HostBuilds(Part):
     devices = ("host", "cuda")  # a GPU is compared with the host device
 
     def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
-        unavailable = {"sanitized": Sanitizers().unavailable(), **dict.fromkeys(VARIABLES, Variables().unavailable())}
-        if device == "cuda":
-            unavailable = {**dict.fromkeys(BUILDS, "not needed"), "plain": reason_against(find_compiler)}
-        kinds = [kind for kind in BUILDS if not unavailable.get(kind)]
+        unavailable = {"plain": reason_against(find_compiler), "sanitized": Sanitizers().unavailable()}
+        unavailable |= dict.fromkeys(VARIABLES, Variables().unavailable())
+        kinds = [kind for kind in BUILDS if not unavailable[kind] and (kind == "plain" or device == "host")]
         for kind, source in product(kinds, shipped_sources()):
             # float64 is for gradients; sanitizers and variables see each source in its other types.
             for element in (e for e in source.elements if kind == "plain" or e != "float64"):
