@@ -20,7 +20,7 @@ from segnet_scratch.nn.modules import dropout_sampling
 from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
-from segnet_scratch.step import Enter, Replayed, nobody
+from segnet_scratch.step import OnPhase, Replayed, ignore
 
 SHAPES = 4  # of batches whose maps and graphs are kept; the one that was used least recently makes room
 
@@ -32,9 +32,9 @@ class LayersInference:
         self._model, self._state = model, state
         self.images = model.device.zeros(shape, model.dtype)
 
-    def run(self, enter: Enter = nobody) -> Array:
+    def run(self, on_phase: OnPhase = ignore) -> Array:
         """One pass over what the images hold, op by op."""
-        enter("forward")
+        on_phase("forward")
         with no_grad(), nullcontext() if self._state is None else dropout_sampling(self._state):
             return self._model(Tensor(self.images, self._model.device)).data
 
@@ -100,7 +100,7 @@ class InferenceStep:
             self.model.eval()
         return self._replayed()
 
-    def walk(self, enter: Enter = nobody) -> Array:
+    def walk(self, on_phase: OnPhase = ignore) -> Array:
         """The same op by op, for whoever watches."""
         self.model.eval()
-        return self._pass.run(enter)
+        return self._pass.run(on_phase)

@@ -98,7 +98,7 @@ class SGD:
         if self._copy is not None:
             self._copy.run(self.model.device, Buffers(**self._moved, lr=self._lr, scale=self._scale))
 
-    def take_back(self) -> None:
+    def restore_statistics(self) -> None:
         """The running statistics are again what the last whole step left: a forward pass is not to count."""
         self._keep_finite(self._failed)
 

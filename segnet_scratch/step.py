@@ -32,13 +32,13 @@ from segnet_scratch.runtime.devices.base import Result
 from segnet_scratch.runtime.observe import scope
 from segnet_scratch.segnet import SegNet
 
-Enter = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
-Given = Callable[[Array], None]  # is told of a gradient that is done
+OnPhase = Callable[[str], None]  # is told of the phase that begins: forward, backward, update
+OnGradient = Callable[[Array], None]  # is told of a gradient that is done
 Shape = tuple[int, int, int]  # of the labels of a batch
 LossSettings = tuple[Array | None, str, float]  # weights of the classes, normalisation, smoothing of the labels
 
 
-def nobody(what: object) -> None:
+def ignore(what: object) -> None:
     """Nobody wants to know."""
 
 
@@ -121,14 +121,16 @@ class LayersTraining:
         number = self._number * self._parts + part
         self.model.set_random_state(self._seed, number * self._ranks.size + self._ranks.rank)
 
-    def run(self, enter: Enter = nobody, hold: list[Array] | None = None, given: Given = nobody) -> None:
-        """One pass over the batch, op by op; where asked it holds on to logits (n, h, w, classes or more).
+    def run(
+        self, on_phase: OnPhase = ignore, logits_out: list[Array] | None = None, on_gradient: OnGradient = ignore
+    ) -> None:
+        """One pass over the batch, op by op. Logits (n, h, w, classes or more) are added to `logits_out`, if given.
 
-        `given` is told of each gradient when nothing more is added to it.
+        `on_gradient` is told of each gradient when nothing more is added to it.
         """
         self.model.zero_grad()
         for part, cut in enumerate(self._cuts):
-            enter("forward")
+            on_phase("forward")
             if part:
                 self._draw(part)
             logits = self.model(Tensor(self.images[cut], self.device))
@@ -137,12 +139,12 @@ class LayersTraining:
                 class_weights, normalisation, smoothing = self._loss
                 op = CrossEntropyForward.plan(spec_of(logits.data), normalisation, smoothing)
                 loss = apply(op, logits=logits, labels=self.labels[cut], class_weights=class_weights)
-            if hold is not None:
-                hold.append(logits.data)
+            if logits_out is not None:
+                logits_out.append(logits.data)
             del logits  # 21 floats a pixel: backward frees them as soon as it can
-            enter("backward")
+            on_phase("backward")
             share = self.shares[part : part + 1]
-            loss.backward(share, given if part + 1 == len(self._cuts) else None)
+            loss.backward(share, on_gradient if part + 1 == len(self._cuts) else None)
             of_part = loss.data if self._whole else compute(self.device, "multiply", loss.data, share)
             self.loss = compute(self.device, "add", self.loss, of_part) if part else of_part
 
@@ -234,10 +236,10 @@ class TrainingStep:
         for parameter, gradient in zip(self.optimiser.parameters.values(), gradients, strict=True):
             parameter.grad = gradient  # a graph's own, where steps of another shape or op by op came between
 
-    def walk(self, enter: Enter = nobody) -> None:
-        """The same op by op, for whoever watches; `enter` is told of forward, backward and update."""
+    def walk(self, on_phase: OnPhase = ignore) -> None:
+        """The same op by op, for whoever watches; `on_phase` is told of forward, backward and update."""
         with self._whole():
-            self._unit(self._pass, enter)
+            self._unit(self._pass, on_phase)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -245,14 +247,14 @@ class TrainingStep:
             try:
                 yield
             except BaseException:  # the forward pass has moved running statistics
-                self.optimiser.take_back()
+                self.optimiser.restore_statistics()
                 raise
 
-    def _unit(self, current: Pass, enter: Enter = nobody) -> tuple[Array, list[Array]]:
+    def _unit(self, current: Pass, on_phase: OnPhase = ignore) -> tuple[Array, list[Array]]:
         """A step; the loss and the gradients that it leaves, those of the batch of all ranks."""
-        current.run(enter, given=self._sum.add)
+        current.run(on_phase, on_gradient=self._sum.add)
         self._sum.finish(current.loss)
-        enter("update")
+        on_phase("update")
         self.optimiser.update()
         return current.loss, [parameter.grad for parameter in self.optimiser.parameters.values()]
 
@@ -265,9 +267,9 @@ class TrainingStep:
         self.model.train()
         logits: list[Array] = []
         try:
-            self._pass.run(hold=logits)
+            self._pass.run(logits_out=logits)
         finally:
-            self.optimiser.take_back()
+            self.optimiser.restore_statistics()
         return logits[-1]
 
     def read(self) -> "Outcome":

@@ -40,7 +40,7 @@ class Compiling(HostDevice):
 def test_a_program_compiles_each_source_once_before_it_launches():
     network, device = Network(SegNet.blocks_of(0.125), 2, 1, (32, 32)), Compiling()
     program = InferenceProgram(network, Convolutions("tf32"))
-    given = {name: np.zeros(s.shape, s.dtype) for name, s in program.given.items()}
+    given = {name: np.zeros(s.shape, s.dtype) for name, s in program.external.items()}
     bound, told = BoundProgram(program, device, given), []
     bound.compile(lambda done, total: told.append((done, total)))
     assert not device.executed

@@ -216,11 +216,11 @@ class TestBranches:
         places = {
             name: (arena.offsets[name], arena.offsets[name] + life.nbytes) for name, life in arena.lifetimes.items()
         }
-        aside = [number for number, step in enumerate(program.steps) if step.aside]
-        assert len(aside) > len(blocks)
-        for number in aside:
+        side = [number for number, step in enumerate(program.steps) if step.side_stream]
+        assert len(side) > len(blocks)
+        for number in side:
             own = {name for name in program.steps[number].arrays.values() if name in places}
-            beside = [step for step in program.steps[number + 1 : program.join_of(number)] if not step.aside]
+            beside = [step for step in program.steps[number + 1 : program.join_of(number)] if not step.side_stream]
             for step in beside:
                 for name in step.written & places.keys() - own:
                     start, end = places[name]

@@ -69,8 +69,8 @@ class TestArena:
 def relu_program():
     x = spec((2, 3), np.float32)
     program = Program()
-    program.give("x", x)
-    program.give("dy", x)
+    program.declare("x", x)
+    program.declare("dy", x)
     program.add("forward", ReluForward.plan(x), x="x", y="y")
     program.add("backward", ReluBackward.plan(x), y="y", dy="dy", dx="dx")
     return program
@@ -101,6 +101,6 @@ class TestProgram:
         with pytest.raises(ShapeError, match="an output y that is not named"):
             program.add("l", ReluForward.plan(x), x="x")
         double = spec((2, 3), np.float64)
-        program.give("x2", double)
+        program.declare("x2", double)
         with pytest.raises(ShapeError, match=r"y is \(2, 3\) float32, expected \(2, 3\) float64"):
             program.add("l", ReluForward.plan(double), x="x2", y="dy")

@@ -28,7 +28,7 @@ class InferenceProgram(NetworkProgram):
         x = self.images()
         for layer in network.layers:
             name, block = layer.name, layer.block
-            arrays = self._give(name, layer.weight)
+            arrays = self._declare(name, layer.weight)
             map_, weight = Spec(layer.input, self.type), self.spec_of(arrays["weight"])
             op = convolutions.forward(map_, weight, bias=True, relu=block.relu, pool=block.pool)
             if layer.unpool is not None and layer.codes is not None:
@@ -41,13 +41,13 @@ class InferenceProgram(NetworkProgram):
             arrays["weight"] = self.as_read(name, arrays["weight"], op.inputs["weight"])
             self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), **arrays, y=f"{name}.z")
             x = f"{name}.z"
-        self._give(CLASSIFIER, network.classifier(convolutions.rung))
+        self._declare(CLASSIFIER, network.classifier(convolutions.rung))
         self.classify(self.classifier_op(self.spec_of(x)), x)
 
-    def _give(self, name: str, weight: tuple[int, ...]) -> dict[str, str]:
+    def _declare(self, name: str, weight: tuple[int, ...]) -> dict[str, str]:
         return {
-            "weight": self.give_weight(f"{name}.weight", weight),
-            "bias": self.give(f"{name}.bias", vector(weight[0])),
+            "weight": self.declare_weight(f"{name}.weight", weight),
+            "bias": self.declare(f"{name}.bias", vector(weight[0])),
         }
 
 
@@ -83,7 +83,7 @@ class FusedInference:
         given = weights.arrays | {"images": self.images}
         self._bound = BoundProgram(self.program, model.device, given, kept=("logits",))
 
-    def run(self, enter: Callable[[str], None] = lambda phase: None) -> Array:
+    def run(self, on_phase: Callable[[str], None] = lambda phase: None) -> Array:
         """Logits (batch, *size, channels) of what the images hold, op by op; the same array every time."""
-        self._bound.run(enter)
+        self._bound.run(on_phase)
         return self._bound.arrays["logits"]

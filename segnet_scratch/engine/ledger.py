@@ -12,7 +12,7 @@ from math import prod
 from segnet_scratch.engine.arena import Arena
 from segnet_scratch.engine.convolutions import Convolutions
 from segnet_scratch.engine.network import PLANES_OF, Network, storage
-from segnet_scratch.engine.training import AGAIN, Objective, TrainingProgram, two_branches
+from segnet_scratch.engine.training import RECOMPUTED, Objective, TrainingProgram, two_branches
 from segnet_scratch.runtime.devices import Device
 
 
@@ -38,7 +38,7 @@ _OTHER |= dict.fromkeys(("weight", "bias"), "gradients of parameters")
 
 def _kind(array: str, layers: Collection[str]) -> str:
     """What an array of the training program is, for whoever reads the ledger."""
-    layer, _, what = array.removesuffix(PLANES_OF).removesuffix(AGAIN).rpartition(".")
+    layer, _, what = array.removesuffix(PLANES_OF).removesuffix(RECOMPUTED).rpartition(".")
     kinds = _OF_LAYER if layer in layers else _OTHER
     return "workspace" if array.startswith("workspace.") else kinds.get(what, "logits, statistics, sums")
 

@@ -103,24 +103,24 @@ class NetworkProgram(Program):
 
     def images(self) -> str:
         """Gives the images; what the first convolution reads."""
-        self.give("images", spec((self.network.batch, *self.network.size, 3), np.float32))
+        self.declare("images", spec((self.network.batch, *self.network.size, 3), np.float32))
         if self.type != BFLOAT16:
             return "images"
-        self.add("images", Cast.plan(self.given["images"]), x="images", y="images.cast")
+        self.add("images", Cast.plan(self.external["images"]), x="images", y="images.cast")
         return "images.cast"
 
-    def give_weight(self, name: str, shape: tuple[int, ...]) -> str:
+    def declare_weight(self, name: str, shape: tuple[int, ...]) -> str:
         """Gives a convolution's weight, and its planes where there are kernels that read these."""
         if (copy := self.convolutions.copy_of(shape)) and self.type != BFLOAT16:
-            self.give(f"{name}{PLANES_OF}", copy)
-        return self.give(name, Spec(shape, self.type))
+            self.declare(f"{name}{PLANES_OF}", copy)
+        return self.declare(name, Spec(shape, self.type))
 
     def as_read(self, layer: str, array: str, read: Spec) -> str:
         """The name of an array as an op reads it: as it is, or in planes, which are made once."""
         whole, planes = self.spec_of(array), f"{array}{PLANES_OF}"
         if whole == read:
             return array
-        if planes not in self.given | self.made:
+        if planes not in self.external | self.intermediate:
             self.add(layer, SplitPlanes.plan(whole, planes_of(read, whole.shape[-1])), x=array, y=planes)
         return planes
 

@@ -2,8 +2,8 @@
 
 Read `TrainingProgram` top-down: it is SegNet, forwards and then backwards. Of the forward pass only y (a convolution's
 bare result), and of pools two-bit codes and y where they chose last until backward; z = relu(bn(y)), its pooled or its
-unpooled map goes as soon as the next convolution has read it, and is made again where wgrad needs it: to keep it would
-take the memory of y another time, to make it takes one pass. So does y of the first layer.
+unpooled map goes as soon as the next convolution has read it, and is recomputed where wgrad needs it: to keep it would
+take the memory of y another time, to make it takes one pass. So is y of the first layer.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +29,7 @@ from segnet_scratch.runtime.devices import Array, Device
 from segnet_scratch.runtime.machine import switch
 from segnet_scratch.segnet import SegNet
 
-AGAIN = ".again"  # ends the name of a map that is made another time, in backward
+RECOMPUTED = ".recomputed"  # ends the name of a map that backward computes another time
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Objective:
 class TrainingProgram(NetworkProgram):
     """Forward, loss and backward of a network; nothing is allocated.
 
-    `branches`: weight gradients, and the maps that are made again for them, are aside. Arrays are called
+    `branches`: weight gradients, and what is recomputed for them, are on the side stream. Arrays are called
     `<layer>.<what>`; `d<what>` is the gradient of <what>.
     """
 
@@ -57,32 +57,35 @@ class TrainingProgram(NetworkProgram):
         # By layer: the size, and the codes, of the unpool that follows it.
         self.unpool_above = {b.name: (a.unpool, a.codes) for b, a in pairwise(self.layers) if a.unpool and a.codes}
         self.y = {layer.name: f"{layer.name}.y" for layer in self.layers}
-        self._give()
+        self._declare()
         self._forward()
         self._backward()
-        self.kept = ["loss", *(f"d{name}" for name in self.given if name.endswith((".weight", ".bias")))]  # to the end
+        self.kept = [
+            "loss",
+            *(f"d{name}" for name in self.external if name.endswith((".weight", ".bias"))),
+        ]  # to the end
 
-    def _give(self) -> None:
-        give, network = self.give, self.network
-        give("labels", spec((network.batch, *network.size), np.uint8))
+    def _declare(self) -> None:
+        declare, network = self.declare, self.network
+        declare("labels", spec((network.batch, *network.size), np.uint8))
         if self.objective.weighted:
-            give("class_weights", vector(network.classes))
+            declare("class_weights", vector(network.classes))
         if self.objective.shared:
-            give("share", spec((1,), np.float64))
+            declare("share", spec((1,), np.float64))
         for layer in self.layers:
-            self._give_weight(f"{layer.name}.conv.weight", layer.weight)
+            self._declare_weight(f"{layer.name}.conv.weight", layer.weight)
             for name in ("weight", "bias", "running_mean", "running_var"):
-                give(f"{layer.name}.bn.{name}", vector(layer.block.out_channels))
+                declare(f"{layer.name}.bn.{name}", vector(layer.block.out_channels))
         classifier = network.classifier(self.convolutions.rung)
-        self._give_weight(f"{CLASSIFIER}.weight", classifier)
-        give(f"{CLASSIFIER}.bias", vector(classifier[0]))
+        self._declare_weight(f"{CLASSIFIER}.weight", classifier)
+        declare(f"{CLASSIFIER}.bias", vector(classifier[0]))
 
-    def _give_weight(self, name: str, shape: tuple[int, ...]) -> None:
+    def _declare_weight(self, name: str, shape: tuple[int, ...]) -> None:
         o, k, _, c = shape
-        self.give_weight(name, shape)
+        self.declare_weight(name, shape)
         below = name != f"{self.layers[0].name}.conv.weight"  # below the first layer there is nothing
         if below and self.convolutions.needs_flipped(shape):
-            self.give(f"{name}.flipped", Spec((c, k, k, o), self.type))
+            self.declare(f"{name}.flipped", Spec((c, k, k, o), self.type))
 
     # Forward.
 
@@ -119,27 +122,27 @@ class TrainingProgram(NetworkProgram):
         x, weight = Spec(layer.input, self.type), Spec(layer.weight, self.type)
         return self.convolutions.forward(x, weight, statistics=statistics)
 
-    def _output(self, layer: Layer, read: Spec, again: str = "") -> str:
+    def _output(self, layer: Layer, read: Spec, recomputed: str = "") -> str:
         """The array that the convolution above reads: z or the pooled map, unpooled if that block begins so.
 
-        In planes, where it reads these; `again`: the end of its name where it is made another time, for wgrad. A pooled
-        map is then the z of y where the pool chose, and so is what is unpooled at once: the same numbers.
+        In planes, where it reads these; `recomputed`: the end of its name where that is done, for wgrad. A pooled map
+        is then the z of y where the pool chose, and so is what is unpooled at once: the same numbers.
         """
         name, relu, y = layer.name, layer.block.relu, self.y[layer.name]
         planes, norm = planes_of(read, layer.block.out_channels), self._norm(layer)
         unpool, codes = self.unpool_above.get(name, (None, ""))
         if layer.block.pool:
-            if not again:
+            if not recomputed:
                 pool = norm_relu.NormReluPoolForward.plan(self.spec_of(y), relu, planes if unpool is None else 1)
                 self.add(name, pool, y=y, **norm, **{what: f"{name}.{what}" for what in pool.outputs})
                 if unpool is None:
                     return f"{name}.pooled"
             y = f"{name}.chosen"
         if unpool is None:
-            made = f"{name}.z{again}"
+            made = f"{name}.z{recomputed}"
             self.add(name, norm_relu.NormReluForward.plan(self.spec_of(y), relu, planes), y=y, **norm, z=made)
         else:
-            made = f"{name}.unpooled{again}"
+            made = f"{name}.unpooled{recomputed}"
             op = norm_relu.NormReluUnpoolForward.plan(self.spec_of(y), unpool, relu, planes)
             self.add(name, op, y=y, codes=codes, **norm, unpooled=made)
         return made
@@ -155,25 +158,25 @@ class TrainingProgram(NetworkProgram):
         objective, logits, last = self.objective, self.spec_of("logits"), self.layers[-1]
         classes, weight = self.network.classes, f"{CLASSIFIER}.weight"
         loss = SoftmaxCrossEntropy.plan(logits, classes, objective.normalisation, objective.smoothing)
-        given = {name: name for name in loss.optional if name in self.given}
+        given = {name: name for name in loss.optional if name in self.external}
         self.add("loss", loss, logits="logits", labels="labels", **given, loss="loss", dlogits="dlogits")
         self.phase = "backward"
         wgrad = self.convolutions.backward_weight(Spec(last.full, self.type), self.spec_of(weight))
         dy = self.as_read(CLASSIFIER, "dlogits", wgrad.inputs["dy"])
-        # Not aside: z is there since the forward pass, and dgrad beside would make this the fullest moment by far.
+        # Not on the side stream: beside z, there since the forward pass, dgrad's output would raise the peak by far.
         self.add(CLASSIFIER, Conv2dBackwardBias.plan(logits), dy="dlogits", dbias=f"d{CLASSIFIER}.bias")
         self._weight_gradient(CLASSIFIER, weight, wgrad, f"{last.name}.z", dy)
         self._below_gradient(CLASSIFIER, weight, logits, dy, last)
         first = self.layers[0]
         for layer, below in zip(reversed(self.layers), [*reversed(self.layers[:-1]), None], strict=True):
             if below is first:
-                self._first_again(first)
+                self._recompute_first(first)
             self._block_backward(layer, below)
 
-    def _first_again(self, first: Layer) -> None:
-        """Makes y of the first layer anew: one of the largest maps, and of 3 channels the cheapest."""
+    def _recompute_first(self, first: Layer) -> None:
+        """y of the first layer: one of the largest maps, and of 3 channels the cheapest."""
         name = first.name
-        op, self.y[name] = self._convolution(first, statistics=False), f"{name}.y{AGAIN}"
+        op, self.y[name] = self._convolution(first, statistics=False), f"{name}.y{RECOMPUTED}"
         weight = self.as_read(name, f"{name}.conv.weight", op.inputs["weight"])
         self.add(name, op, x=self.first_input, weight=weight, y=self.y[name])
 
@@ -196,19 +199,19 @@ class TrainingProgram(NetworkProgram):
             op = norm_relu.NormReluBackward.plan(y, planes)
             dy = dr if op.updates else f"d{name}.y"
             self.add(name, op, y=self.y[name], dr=dr, **norm, **sums, **dict.fromkeys(op.outputs, dy))
-        with self._aside():
-            x = self._output(below, wgrad.inputs["x"], AGAIN) if below else self.first_input
+        with self._on_side_stream():
+            x = self._output(below, wgrad.inputs["x"], RECOMPUTED) if below else self.first_input
             self._weight_gradient(name, weight, wgrad, x, dy)
         if below is None:
             return
         self._below_gradient(name, weight, y, dy, below, layer)
 
     @contextmanager
-    def _aside(self) -> Generator[None]:
-        """Weight gradients lie on nobody's way: they may run beside what comes after them."""
-        self.aside = self.branches
+    def _on_side_stream(self) -> Generator[None]:
+        """Nothing waits for weight gradients: they may run beside what comes after them."""
+        self.side_stream = self.branches
         yield
-        self.aside = False
+        self.side_stream = False
 
     def _weight_gradient(self, name: str, weight: str, op: Op, x: str, dy: str) -> None:
         self.add(name, op, x=self.as_read(name, x, op.inputs["x"]), dy=dy, dweight=f"d{weight}")
@@ -284,18 +287,21 @@ class FusedTraining:
 
     def run(
         self,
-        enter: Callable[[str], None] = lambda phase: None,
-        hold: list[Array] | None = None,
-        given: Callable[[Array], None] = lambda gradient: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        logits_out: list[Array] | None = None,
+        on_gradient: Callable[[Array], None] = lambda gradient: None,
     ) -> None:
-        """One pass over what images and labels hold, op by op; `enter` is told of forward and backward."""
+        """One pass over what images and labels hold, op by op; `on_phase` is told of forward and backward.
+
+        A copy of the logits, whose memory is used again, is added to `logits_out`, if given.
+        """
 
         def after(number: int) -> None:
             for gradient in self._done.get(number, ()):
-                given(gradient)
-            if hold is not None and number == self.program.last_touch("logits"):  # their memory is used again
-                hold.append(self.device.copy(self._bound.arrays["logits"]))
+                on_gradient(gradient)
+            if logits_out is not None and number == self.program.last_touch("logits"):
+                logits_out.append(self.device.copy(self._bound.arrays["logits"]))
 
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        self._bound.run(enter, after)
+        self._bound.run(on_phase, after)
