@@ -8,7 +8,7 @@
 //                          (mean and inv_std depend on every row: d mean = 1/rows, d inv_std = -inv_std^2 xhat / rows)
 //              evaluation: dx = weight inv_std dy
 //
-// Sums in three launches: every chunk of rows makes a partial result, one thread a channel merges the partials in the
+// Sums in three launches: every chunk of rows makes a partial result, one thread per channel merges the partials in the
 // order of the chunks, and an element-wise pass applies them. No atomics; chunks depend on the shape alone.
 //
 // Of several ranks that share a batch each merges its chunks to one (count, mean, M2), and every one of them merges those
@@ -19,7 +19,7 @@
 // the memory traffic, and a channel's error in the last bit would reach every pixel of it, and there turn a near tie of
 // a max-pool into another position.
 //
-// Threads: common/columns.cuh; the merges take one thread a channel. 8 loads of a thread are under way at once, 64 KB of
+// Threads: common/columns.cuh; the merges take one thread per channel. 8 loads of a thread are in flight at once, 64 KB of
 // float32 for 2048 threads on a multiprocessor, where 29 are needed (common/in_flight.cuh).
 #include "common/columns.cuh"
 #include "common/moments.cuh"

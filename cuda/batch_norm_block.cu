@@ -1,4 +1,4 @@
-// Batch norm in training, a rung that teaches: a block a channel, its threads' moments merged as a tree.
+// Batch norm in training, a rung that teaches: one block per channel, its threads' moments merged as a tree.
 //
 //   mean, var of a channel as (count, mean, M2) (common/moments.cuh);  y = weight (x - mean) inv_std + bias
 //

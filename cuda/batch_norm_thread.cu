@@ -1,11 +1,11 @@
-// Batch norm in training, a rung that teaches: a thread a channel, the definition in two passes.
+// Batch norm in training, a rung that teaches: one thread per channel, the definition in two passes.
 //
 //   mean = sum x / rows;  var = sum (x - mean)^2 / rows;  inv_std = 1 / sqrt(var + eps)
 //   y = weight (x - mean) inv_std + bias;  running statistics as in batch_norm.cu
 //
 // It reads x three times and writes y: four maps of traffic, where two are the least. Neighbouring threads have neighbouring
 // channels, so every access is coalesced. What is left undone: 64 channels are two warps, and each waits for memory row
-// after row, where a GPU wants thousands of warps to have loads under way (batch_norm_block.cu: a block a channel).
+// after row, where a GPU wants thousands of warps to have loads in flight (batch_norm_block.cu: one block per channel).
 //
 // Threads: one channel each. Sums in double, in the order of the rows: the same bits every time.
 #include "common/types.cuh"

@@ -1,7 +1,7 @@
 // Conversion between float32 and bfloat16: to nearest, ties to even; a NaN stays one.
 // Element types: bfloat16.
 //
-// 6 bytes move for each element; 2048 threads with 8 loads under way (common/in_flight.cuh) have 64 KB of float32 or 32 KB of
+// 6 bytes move for each element; 2048 threads with 8 loads in flight (common/in_flight.cuh) have 64 KB of float32 or 32 KB of
 // bfloat16 on a multiprocessor, where 29 are needed. Threads: 8 elements each, grid-stride.
 #include "common/in_flight.cuh"
 

@@ -2,7 +2,7 @@
 //
 // Two launches: every chunk of rows makes a partial sum, and the partials of a channel are added by lanes, as a binary tree.
 // The bias itself is added in the epilogue of the convolutions. Threads: common/columns.cuh; 8 rows of a thread, and all partials
-// of a lane, are under way at once.
+// of a lane, are in flight at once.
 // Element types: float32, float64, bfloat16.
 #include "common/columns.cuh"
 #include "common/reduce.cuh"

@@ -20,7 +20,7 @@
 // comes from y, which is: where that block ends in a pool, from y at the chosen position.
 //
 // The epilogue: a tile goes from the registers to shared memory, rounded to storage_t, and from there piece by piece, so
-// that global memory sees 16 bytes a thread and a window is four rows of one column. What is summed is what is stored.
+// that global memory sees 16 bytes per thread and a window is four rows of one column. What is summed is what is stored.
 // Sums over the rows of a tile: every thread adds up its own, then one thread a column adds those in order. No atomics.
 #include "common/block_below.cuh"
 #include "common/gathered_gemm.cuh"

@@ -4,14 +4,14 @@
 //   dweight[i] = sum over chunks of partials[chunk][i]
 //
 // Blocks are (256 / lanes, lanes): where a few results have many chunks, their sums are made by lanes, one for every
-// lanes-th chunk, which are added in their order. A thread has 16 bytes of results, and 2, 4 or 8 chunks of them under way
+// lanes-th chunk, which are added in their order. A thread has 16 bytes of results, and 2, 4 or 8 chunks of them in flight
 // (common/in_flight.cuh): as many as it has, since a load too many costs as much as another.
 #include "common/in_flight.cuh"
 
 #define MERGE_THREADS 256
 
 __device__ inline void add_to(accumulate_t& sum, const accumulate_t& partial) { sum += partial; }
-__device__ inline void add_to(Sixteen<accumulate_t>& sum, const Sixteen<accumulate_t>& partial) {
+__device__ inline void add_to(Vector16<accumulate_t>& sum, const Vector16<accumulate_t>& partial) {
 #pragma unroll
     for (int i = 0; i < 16 / (int)sizeof(accumulate_t); ++i) sum.of[i] += partial.of[i];
 }
@@ -51,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4) conv2d_backward_w
     const accumulate_t* __restrict__ partials,  // (chunks, count)
     accumulate_t* __restrict__ dweight,         // (count)
     int64 count, int chunks) {
-    typedef Sixteen<accumulate_t> Group;
-    if (in_sixteens(partials, count) && in_sixteens(dweight, count))
+    typedef Vector16<accumulate_t> Group;
+    if (in_vectors(partials, count) && in_vectors(dweight, count))
         merge((const Group*)partials, (Group*)dweight, count / (16 / (int)sizeof(accumulate_t)), chunks);
     else
         merge(partials, dweight, count, chunks);

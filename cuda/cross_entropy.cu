@@ -23,7 +23,7 @@
 // Sums are carried in double: a float stops counting pixels at 2^24. Every block makes a partial result in a fixed
 // order, which one block adds up; the grid depends on the shape alone.
 // Threads: one pixel each, whose logits pass through shared memory (common/staged.cuh): of 21 float32 classes eight numbers of
-// each of 1280 threads are under way, 41 KB on a multiprocessor, where 29 are needed (common/in_flight.cuh).
+// each of 1280 threads are in flight, 41 KB on a multiprocessor, where 29 are needed (common/in_flight.cuh).
 #include "common/reduce.cuh"
 #include "common/softmax.cuh"
 #include "common/staged.cuh"

@@ -6,7 +6,7 @@
 //
 // A table of addresses takes the place of array arguments: addresses[p] is the gradient of parameter p. Gradients are cut
 // into chunks; block b of the first launch adds up elements chunk_start[b] ... of gradient chunk_parameter[b]. In the
-// second launch one warp a parameter adds its chunks, and then the block its parameters, both as trees: the order
+// second launch one warp per parameter adds its chunks, and then the block its parameters, both as trees: the order
 // depends on the shapes alone. All sums are in double, where no square of a float overflows or vanishes. A NaN or an
 // infinity anywhere makes the norm one.
 #include "common/in_flight.cuh"

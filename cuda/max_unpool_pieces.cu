@@ -7,14 +7,14 @@
 //
 // Over max_unpool.cu: what max_pool_pieces.cu gains, and stores of 16 bytes, which fill whole sectors: three quarters of y are
 // zeros, and yet all of it must be written. Which numbers of a piece stay is decided by masks, not by branches that would part
-// the threads of a warp. Backward loads the whole window at once: four channels in a row may want all of its positions. Under
-// way on a multiprocessor are 20 KB loaded and 64 KB stored forward, 68 KB backward, where 29 are needed (common/share.cuh).
+// the threads of a warp. Backward loads the whole window at once: four channels in a row may want all of its positions. In
+// flight on a multiprocessor are 20 KB loaded and 64 KB stored forward, 68 KB backward, where 29 are needed (common/grid_stride.cuh).
 // What is left undone: codes of a byte (norm_relu.cu), and a map that batch norm has just written and this
 // kernel reads again (norm_relu.cu does both in one pass).
 //
-// Threads: common/share.cuh, one piece of one window at a time. No sums: any order.
+// Threads: common/grid_stride.cuh, one piece of one window at a time. No sums: any order.
 #include "common/packed_codes.cuh"
-#include "common/share.cuh"
+#include "common/grid_stride.cuh"
 
 // Two bits for each channel of the piece at `element`. A code that points outside counts as position 0.
 __device__ inline unsigned positions_of(const uint8* codes, int64 element, const Window& window) {
@@ -28,16 +28,16 @@ __device__ inline unsigned positions_of(const uint8* codes, int64 element, const
     return chosen;
 }
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 4) max_unpool_forward_pieces(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 4) max_unpool_forward_pieces(
     const storage_t* __restrict__ x,  // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ codes,  // (n, (h + 1) / 2, (w + 1) / 2, c)
     storage_t* __restrict__ y,        // (n, h, w, c)
     int n, int h, int w, int c) {
-    for (Share share(c); share.exists(c); share.next())
-        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
-            const int64 element = walk.index * c + share.channel;
+    for (ThreadSlice slice(c); slice.exists(c); slice.next())
+        for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
+            const int64 element = walk.index * c + slice.channel;
             const Piece piece = load_piece(x + element);
-            const Window window = walk.window(share.channel, h, w, c);
+            const Window window = walk.window(slice.channel, h, w, c);
             const unsigned chosen = positions_of(codes, element, window);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
@@ -45,15 +45,15 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 4) max_unpool_forwar
         }
 }
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 4) max_unpool_backward_pieces(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 4) max_unpool_backward_pieces(
     const storage_t* __restrict__ dy,  // (n, h, w, c)
     const uint8* __restrict__ codes,   // (n, (h + 1) / 2, (w + 1) / 2, c)
     storage_t* __restrict__ dx,        // (n, (h + 1) / 2, (w + 1) / 2, c)
     int n, int h, int w, int c) {
-    for (Share share(c); share.exists(c); share.next())
-        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
-            const int64 element = walk.index * c + share.channel;
-            const Window window = walk.window(share.channel, h, w, c);
+    for (ThreadSlice slice(c); slice.exists(c); slice.next())
+        for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
+            const int64 element = walk.index * c + slice.channel;
+            const Window window = walk.window(slice.channel, h, w, c);
             const WindowPieces pieces(dy, window, w, c);
             const unsigned chosen = positions_of(codes, element, window);
             store_piece(dx + element, coded_piece(chosen, [&](int code) { return pieces.at[code]; }));

@@ -16,20 +16,20 @@
 // (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size. z, pooled
 // and unpooled map and dy of float32 are written in planes (common/planes.cuh), where Hopper's convolutions alone read them.
 //
-// Threads of maps: common/share.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
+// Threads of maps: common/grid_stride.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
 // (pixels or windows), or of the four pixels of one window. No sums: any order. On maps of 28x28 and 14x14 the numbers of
-// the channels count as much as the maps: they are 8 loads of 16 bytes (backward 10), of whole maps without windows under way
+// the channels count as much as the maps: they are 8 loads of 16 bytes (backward 10), of whole maps without windows in flight
 // with the first pieces, but on sm_120.
 //
-// Merges: mma.sync leaves thousands of tiles and perhaps 64 channels, so one thread a channel would wait for memory thousands of
+// Merges: mma.sync leaves thousands of tiles and perhaps 64 channels, so one thread per channel would wait for memory thousands of
 // times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles, 12 tiles of a lane at a
 // time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each. (64 channels are 3.2 MB, 400 KB a
-// block, of which 49 KB are under way: more blocks would not wait less.) All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
+// block, of which 49 KB are in flight: more blocks would not wait less.) All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
 // added as a binary tree: the order depends on the shape alone.
 #include "common/packed_codes.cuh"
 #include "common/planes.cuh"
 #include "common/reduce.cuh"
-#include "common/share.cuh"
+#include "common/grid_stride.cuh"
 
 #define TILE_ROWS 128  // of a tile of conv2d_fused.cu; the last one has what is left. Others say how many theirs have
 #define MERGE_CHANNELS 8
@@ -132,7 +132,7 @@ struct Norm {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_forward(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_forward(
     const storage_t* __restrict__ y,            // (rows, c)
     const float* __restrict__ mean,             // (c)
     const float* __restrict__ inv_std,          // (c)
@@ -142,16 +142,16 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_forward
     bfloat16* __restrict__ OPTIONAL in_planes,  // (rows, planes * c): z, where it is given
     int64 rows, int c, int planes, int relu) {
     const MapOut out = {z, in_planes, c, planes};
-    for (Share share(c); share.exists(c); share.next()) {
+    for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
         Norm norm;
-        share.for_each_row(
+        slice.for_each_row(
             rows, c, [&](int64 i) { return load_piece_here(y + i); },
-            [&](int64 i, const Piece& piece) { out.store(i, share.channel, norm.of(piece)); },
-            [&] { norm = Norm(mean, inv_std, weight, bias, share.channel, relu); });
+            [&](int64 i, const Piece& piece) { out.store(i, slice.channel, norm.of(piece)); },
+            [&] { norm = Norm(mean, inv_std, weight, bias, slice.channel, relu); });
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_forward(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_pool_forward(
     const storage_t* __restrict__ y,            // (n, h, w, c)
     const float* __restrict__ mean,             // (c)
     const float* __restrict__ inv_std,          // (c)
@@ -163,15 +163,15 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
     storage_t* __restrict__ chosen,             // (n, (h + 1) / 2, (w + 1) / 2, c): y at the coded positions
     int n, int h, int w, int c, int planes, int relu) {
     const MapOut out = {pooled, in_planes, c, planes};
-    for (Share share(c); share.exists(c); share.next()) {
-        const Norm norm(mean, inv_std, weight, bias, share.channel, relu);
-        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
-            const WindowPieces pieces(y, walk.window(share.channel, h, w, c), w, c);
+    for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
+        const Norm norm(mean, inv_std, weight, bias, slice.channel, relu);
+        for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
+            const WindowPieces pieces(y, walk.window(slice.channel, h, w, c), w, c);
             PooledPiece pool(norm.of(pieces.at[0]));
 #pragma unroll
             for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
-            const int64 element = walk.index * c + share.channel;
-            out.store(element, share.channel, pool.piece());
+            const int64 element = walk.index * c + slice.channel;
+            out.store(element, slice.channel, pool.piece());
             store_codes(codes, element, pool.codes());
             store_piece(chosen + element, coded_piece(pool.codes(), [&](int code) { return pieces.at[code]; }));
         }
@@ -179,9 +179,9 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_pool_fo
 }
 
 // A thread loads one value and its codes for four stores, and waits for nobody to read what it wrote: 768 threads of a
-// multiprocessor move 82 bytes each in the time of one access, 63 KB where 29 are needed (share.cuh). So one window at a
+// multiprocessor move 82 bytes each in the time of one access, 63 KB where 29 are needed (grid_stride.cuh). So one window at a
 // time is enough.
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_forward(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_unpool_forward(
     const storage_t* __restrict__ y,             // (n, (h + 1) / 2, (w + 1) / 2, c)
     const uint8* __restrict__ codes,             // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     const float* __restrict__ OPTIONAL mean,     // (c); without these four: 0, 1, 1, 0
@@ -192,18 +192,18 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 3) norm_relu_unpool_
     bfloat16* __restrict__ OPTIONAL in_planes,   // (n, h, w, planes * c): unpooled, where it is given
     int n, int h, int w, int c, int planes, int relu) {
     const MapOut out = {unpooled, in_planes, c, planes};
-    for (Share share(c); share.exists(c); share.next()) {
+    for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
         Norm norm = Norm::none(relu);
-        if (mean) norm = Norm(mean, inv_std, weight, bias, share.channel, relu);
-        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
-            const int64 element = walk.index * c + share.channel;
+        if (mean) norm = Norm(mean, inv_std, weight, bias, slice.channel, relu);
+        for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
+            const int64 element = walk.index * c + slice.channel;
             const unsigned chosen = piece_codes(codes, element);
             const Piece piece = norm.of(load_piece(y + element));
-            const Window window = walk.window(share.channel, h, w, c);
+            const Window window = walk.window(slice.channel, h, w, c);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))
-                    out.store(window.at(code, w, c), share.channel, at_position(piece, chosen, code));
+                    out.store(window.at(code, w, c), slice.channel, at_position(piece, chosen, code));
         }
     }
 }
@@ -239,7 +239,7 @@ struct NormBackward {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_backward(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 2) norm_relu_backward(
     const storage_t* __restrict__ y,            // (rows, c)
     const float* __restrict__ mean,             // (c)
     const float* __restrict__ inv_std,          // (c)
@@ -250,16 +250,16 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_backwar
     bfloat16* __restrict__ OPTIONAL in_planes,  // (rows, planes * c): dy, where it is given; dr stays
     int64 rows, int c, int planes) {
     const MapOut out = {dr, in_planes, c, planes};
-    for (Share share(c); share.exists(c); share.next()) {
+    for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
         NormBackward norm;
-        share.for_each_row(
+        slice.for_each_row(
             rows, c, [&](int64 i) { return Two<Piece>{load_piece_here(y + i), load_piece_here(dr + i)}; },
-            [&](int64 i, const Two<Piece>& both) { out.store(i, share.channel, norm.of(both.first, both.second)); },
-            [&] { norm = NormBackward(mean, inv_std, weight, dweight, dbias, share.channel, rows); });
+            [&](int64 i, const Two<Piece>& both) { out.store(i, slice.channel, norm.of(both.first, both.second)); },
+            [&] { norm = NormBackward(mean, inv_std, weight, dweight, dbias, slice.channel, rows); });
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_backward(
+extern "C" __global__ void __launch_bounds__(MAP_THREADS, 2) norm_relu_pool_backward(
     const storage_t* __restrict__ y,            // (n, h, w, c)
     const uint8* __restrict__ codes,            // (n, (h + 1) / 2, (w + 1) / 2, c / 4)
     const storage_t* __restrict__ dr,           // (n, (h + 1) / 2, (w + 1) / 2, c)
@@ -272,18 +272,18 @@ extern "C" __global__ void __launch_bounds__(SHARE_THREADS, 2) norm_relu_pool_ba
     bfloat16* __restrict__ OPTIONAL in_planes,  // (n, h, w, planes * c): dy, where it is given
     int n, int h, int w, int c, int planes) {
     const MapOut out = {dy, in_planes, c, planes};
-    for (Share share(c); share.exists(c); share.next()) {
-        const NormBackward norm(mean, inv_std, weight, dweight, dbias, share.channel, (int64)n * h * w);
-        for (WindowWalk walk(share, n, h, w); walk.exists(); walk.next()) {
-            const Window window = walk.window(share.channel, h, w, c);
+    for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
+        const NormBackward norm(mean, inv_std, weight, dweight, dbias, slice.channel, (int64)n * h * w);
+        for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
+            const Window window = walk.window(slice.channel, h, w, c);
             const WindowPieces pieces(y, window, w, c);
-            const Piece gradient = load_piece_here(dr + walk.index * c + share.channel);
-            const unsigned chosen = piece_codes(codes, walk.index * c + share.channel);
+            const Piece gradient = load_piece_here(dr + walk.index * c + slice.channel);
+            const unsigned chosen = piece_codes(codes, walk.index * c + slice.channel);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
                 if (window.holds(code))
                     out.store(
-                        window.at(code, w, c), share.channel,
+                        window.at(code, w, c), slice.channel,
                         norm.of(pieces.at[code], at_position(gradient, chosen, code)));
         }
     }

@@ -7,7 +7,7 @@
 // the scale of the gradients (gradient_norm.cu) lie in device memory: they change between launches of a captured graph.
 // Threads: elements of a chunk, stride blockDim.x, four at a time. Element-wise: no order to depend on.
 //
-// 20 bytes move for each float32 element, 12 of them read: four elements of 1536 resident threads are 74 KB under way on a
+// 20 bytes move for each float32 element, 12 of them read: four elements of 1536 resident threads are 74 KB in flight on a
 // multiprocessor, where 29 are needed (common/in_flight.cuh).
 //
 // A scale of NaN says that the gradients are not finite. Then nothing moves, and `keep_finite` takes back what the

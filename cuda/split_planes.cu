@@ -3,7 +3,7 @@
 //
 //   y[row, k, :] = bfloat16(x[row, :] - y[row, 0, :] - ... - y[row, k - 1, :])
 //
-// 8 or 10 bytes move for each element; a thread has 16 bytes at a time, four of them under way: 77 % of a
+// 8 or 10 bytes move for each element; a thread has 16 bytes at a time, four of them in flight: 77 % of a
 // copy's rate on an H200, over the maps of a step. Threads: 4 elements each, grid-stride; c is a multiple of 4.
 #include "common/planes.cuh"
 

@@ -16,7 +16,7 @@ from segnet_scratch.ops.elementwise.relu import ReluForward
 from segnet_scratch.ops.normalisation import norm_relu as fused
 from segnet_scratch.ops.normalisation.batch_norm import BatchNormBackward, BatchNormTrainingForward
 from segnet_scratch.ops.op import spec, spec_of
-from segnet_scratch.ops.pieces import SHARE_THREADS, TILE_ROWS, piece_of
+from segnet_scratch.ops.pieces import MAP_THREADS, TILE_ROWS, piece_of
 from segnet_scratch.ops.pooling.max_pool import MaxPoolBackward, MaxPoolForward
 from segnet_scratch.ops.pooling.packed_codes import gather_at, pack_codes, packed_codes, scatter_from, unpack_codes
 from segnet_scratch.runtime.devices import HostDevice, get_device
@@ -243,7 +243,7 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     planes = {"STG.E.64"} if element == "float32" else set()
     assert stored == {"STG.E.128"} | planes | ({f"STG.{codes}"} if kernel == "norm_relu_pool_forward" else set())
     assert not {n for n in names if n.startswith("LDG") and ".128" not in n and codes not in n}
-    # The numbers of the channels are loaded once; but for sm_120, in rows while the first pieces are under way.
+    # The numbers of the channels are loaded once; but for sm_120, in rows while the first pieces are in flight.
     of_channels = channel_numbers * piece // 4
     assert sum(name.startswith("LDG.E.128") for name, _ in code) == of_channels + loads
     if kernel in ("norm_relu_forward", "norm_relu_backward") and architecture != "sm_120":
@@ -254,5 +254,5 @@ def test_enough_is_under_way_to_keep_the_memory_busy(kernel, element, architectu
     assert loads_before_a_use(code, "LDG.E.128") >= loads
     (compiled,) = compile_all([find_kernel(kernel).source], [architecture], [element])
     (registers,) = (usage.registers for usage in compiled.usages if usage.kernel == kernel)
-    assert registers <= 65536 // (resident * SHARE_THREADS)
+    assert registers <= 65536 // (resident * MAP_THREADS)
     assert not any(name.startswith(("LDL", "STL")) for name in names), "local memory"

@@ -1,9 +1,9 @@
 // Asynchronous copies from global to shared memory (cp.async, sm_80 and newer): they pass by the registers, and the
-// thread goes on while they are under way.
+// thread goes on while they are in flight.
 //
 //   cp_async_16(to, from, bytes);  begins a copy of 16 bytes; only `bytes` of them are read, the rest become zeros
 //   cp_async_commit();             the copies begun since the last commit become a group
-//   cp_async_wait_group<N>();      waits until at most the N youngest groups are under way
+//   cp_async_wait_group<N>();      waits until at most the N youngest groups are in flight
 //
 // The wait covers the thread's own copies; what other threads copied needs a barrier after their wait. Both addresses
 // are multiples of the size. With 0 bytes nothing is read, but `from` must still be an address that could be.

@@ -11,7 +11,7 @@
 //   tensor cores (m16n8k16)         3.3 GFLOP, 5 us        3.3 GFLOP, 5 us
 //
 // Beside them count instructions, and the time that a number of the image takes to come. So in fprop a thread finds the patch of
-// one row only, a block keeps weights and positions from tile to tile, 16 numbers are under way at once, and statistics take one
+// one row only, a block keeps weights and positions from tile to tile, 16 numbers are in flight at once, and statistics take one
 // pass; in wgrad the numbers of the next stage are on their way while one is multiplied.
 //
 // The depth is padded to steps of an instruction (27 to 32), not to stages; each warp has all columns, so that a number is

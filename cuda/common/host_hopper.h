@@ -3,7 +3,7 @@
 // A thread that waits (for an mbarrier, a named barrier, its warpgroup, registers) gives way. What is asynchronous happens
 // as late as it can: a copy arrives when no thread can go on without it, a product is computed at the wait that covers it,
 // and both read their operands then. In shuffled orders copies also arrive early, in an order of the seed.
-// If nothing is under way and threads still wait, the wait is endless, which is a fault.
+// If nothing is in flight and threads still wait, the wait is endless, which is a fault.
 //
 // Shared memory has two views, as it has on the GPU: what threads store is in the arena, what TMA and wgmma see is in a
 // copy of it, which fence_proxy_async brings up to date. Where TMA or wgmma read and the two differ, a fence is missing.
@@ -77,10 +77,10 @@ struct Transfer {
     Barrier* barrier;
 };
 
-// The sums of a warpgroup, 64 x N, while products that add to them are under way.
+// The sums of a warpgroup, 64 x N, while products that add to them are in flight.
 struct Sums {
     std::vector<float> values;  // row by row
-    int products = 0;           // that are under way
+    int products = 0;           // that are in flight
     struct Fragment* fragments[kWarpgroup] = {};
 };
 
@@ -102,7 +102,7 @@ struct Product {
 struct Fragment {
     float* values;
     int count;
-    std::shared_ptr<Sums> pending;  // while products are under way
+    std::shared_ptr<Sums> pending;  // while products are in flight
     Place begun;                    // where
     const unsigned long long* epoch;  // of the thread: how often it has fenced
     unsigned long long touched;       // the epoch in which it last accessed them
@@ -139,12 +139,12 @@ struct ThreadState {
 struct WarpgroupState {
     Gathering gathering;
     int registers, wanted;  // a thread; wanted: more than there were, 0: nothing
-    std::vector<std::unique_ptr<Product>> products;  // that are under way
+    std::vector<std::unique_ptr<Product>> products;  // that are in flight
     size_t first_product;                            // number of the first of them
     std::vector<size_t> group_ends;
 };
 
-// How the units of shared memory are being used by what is under way.
+// How the units of shared memory are being used by what is in flight.
 struct Usage {
     unsigned short products;
     bool load;
@@ -313,7 +313,7 @@ HOST_CALL void set_registers(const char* operation, int registers, bool increase
     hopper.gather(operation, place, [&] {
         WarpgroupState& group = hopper.warpgroups[number];
         if (increase ? registers < group.registers : registers > group.registers)
-            fault(operation, place, "to %d, but the warpgroup has %d registers a thread", registers, group.registers);
+            fault(operation, place, "to %d, but the warpgroup has %d registers per thread", registers, group.registers);
         group.wanted = registers;
         for (unsigned i = 0; i < hopper.warpgroups.size(); ++i) {  // perhaps what it gives back is what others wait for
             const unsigned other = (number + i) % unsigned(hopper.warpgroups.size());
@@ -359,7 +359,7 @@ inline bool Hopper::advance() {
 }
 
 inline void Hopper::report_waits() {
-    char message[sizeof(Text)] = "endless wait: nothing is under way, and";
+    char message[sizeof(Text)] = "endless wait: nothing is in flight, and";
     auto add = [&](const Text& more) { std::strncat(message, more.of, sizeof message - 1 - std::strlen(message)); };
     std::vector<const Wait*> told;  // the first thread of every kind of wait
     for (size_t i = 0; i < threads.size(); ++i) {
@@ -394,7 +394,7 @@ inline void Hopper::update_view(Place place) {
             if (use.products || use.load)
                 fault("fence_proxy_async", place, "finds that shared array '%s' was overwritten at byte %zu, which %s", array.name,
                       at - array.offset,
-                      use.load ? "a copy under way is writing" : "a product still reads");
+                      use.load ? "a copy in flight is writing" : "a product still reads");
             seen = stored;
         }
     }
@@ -404,10 +404,10 @@ inline void Hopper::end_block() {
     auto report = [](const char* operation, Place place, const char* what) {
         worker->fail("%s at %s %s", operation, text(place).of, what);
     };
-    for (const auto& load : loads) return report(load->operation, load->place, "is under way when the block ends: nobody waits for it");
+    for (const auto& load : loads) return report(load->operation, load->place, "is in flight when the block ends: nobody waits for it");
     for (const WarpgroupState& group : warpgroups)
         for (const auto& product : group.products)
-            return report("wgmma", product->place, "is under way when the block ends: no wgmma_wait covers it");
+            return report("wgmma", product->place, "is in flight when the block ends: no wgmma_wait covers it");
     for (int i = 1; i < 16; ++i)
         if (named[i].arrived)
             return worker->fail("named barrier %d has %d of %d threads when the block ends", i, named[i].arrived, named[i].threads);

@@ -201,8 +201,8 @@ struct Meeting {
 struct Engine {
     virtual ~Engine() = default;
     virtual void begin_block() = 0;
-    virtual bool advance() = 0;       // no thread can run: does something that was under way; true if it has
-    virtual void report_waits() = 0;  // nothing is under way, and threads wait for it
+    virtual bool advance() = 0;       // no thread can run: does something that was in flight; true if it has
+    virtual void report_waits() = 0;  // nothing is in flight, and threads wait for it
     virtual void end_block() = 0;     // all threads have returned
 };
 extern Engine* (*make_engine)();  // null: there is none

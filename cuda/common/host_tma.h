@@ -89,7 +89,7 @@ HOST_CALL void begin_load(std::unique_ptr<Transfer> t, const void* full) {
         Usage& use = hopper.usage[unit];
         if (use.products || use.load)
             fault(operation, place, "overwrites a place which %s: byte %u of its box",
-                  use.load ? "another copy under way is writing" : "a product still reads (no wgmma_wait has covered it)",
+                  use.load ? "another copy in flight is writing" : "a product still reads (no wgmma_wait has covered it)",
                   unit * kUnit - t->offset);
         use.load = true;
     }

@@ -47,7 +47,7 @@ HOST_CALL void check_operand(const Operand& operand, const char* name, Place pla
         if (!array || address < array->offset || address + kUnit > array->offset + array->bytes)
             fault("wgmma", place, "has an operand %s that passes the end of shared array '%s'", name, array ? array->name : "?");
         if (hopper.usage[address / kUnit].load)
-            fault("wgmma", place, "reads shared array '%s' at byte %zu, to which a copy is still under way: wait for its mbarrier",
+            fault("wgmma", place, "reads shared array '%s' at byte %zu, to which a copy is still in flight: wait for its mbarrier",
                   array->name, address - array->offset);
         unsigned char ignored[kUnit];
         hopper.read("wgmma", place, address, ignored, kUnit);

@@ -18,7 +18,7 @@
 #include "piece.cuh"
 #include "warp_tile.cuh"
 
-// A warp's tile is at most 64 x 64 (128 sums a thread), and half of that in float32, which needs registers for parts of sums.
+// A warp's tile is at most 64 x 64 (128 sums per thread), and half of that in float32, which needs registers for parts of sums.
 constexpr int THREADS = MULTIPLY == TF32X3 ? 256 : 128;
 constexpr int BLOCKS = 2;  // on a multiprocessor: more have no room for their stages, so registers need not be saved for them
 constexpr int WIDE_BLOCKS = 256 / THREADS;  // of 128 x 128, and of wgrad
@@ -104,7 +104,7 @@ __device__ inline Patch patch_of(const Convolution& g, const Pixel& pixel) {
     return {((pixel.image * g.h + y) * g.w + x) * g.c, pixel.exists ? rows | columns << 16 : 0};
 }
 
-// The pipeline: STAGES - 1 stages are under way while one is multiplied. `begin(i, stage)` starts the copies of the i-th
+// The pipeline: STAGES - 1 stages are in flight while one is multiplied. `begin(i, stage)` starts the copies of the i-th
 // part of the depth, `multiply(stage)` adds a stage's product.
 template <class Begin, class Multiply>
 __device__ void run_pipeline(int parts, Begin begin, Multiply multiply) {

@@ -1,22 +1,22 @@
-// Loads under way at once: how a thread goes through elements that it reads once, where memory bounds a kernel.
+// Loads in flight: how a thread of a memory-bound kernel goes through elements that it reads once.
 //
-// A memory is busy while as many bytes are under way as it delivers in the time of one access (share.cuh: 29 KB on each
-// multiprocessor of an H200). 2048 threads with one number of 4 bytes each have 8 KB under way, and no compiler begins the
-// next load before a store that might change it. Here a thread begins LOADS loads before it uses the first:
+// A memory runs at its full rate while as many bytes are in flight as it delivers during one access (Little's law; grid_stride.cuh:
+// 29 KB on each multiprocessor of an H200). 2048 threads with one 4-byte load each have 8 KB in flight, and no compiler moves the
+// next load in front of a store that might change it. Here a thread issues LOADS loads before it uses the first:
 //
 //   for_each_in_flight<LOADS>(first, end, step, load, use)
 //
 // is `for (i = first; i < end; i += step) use(i, load(i));`, its uses in that order, so that a sum keeps its bits. load(i)
 // reads what element i needs, by load_here. Beyond the end it is asked for the first element of its group once more, which
-// nobody else changes: a kernel may work in place. `prepare`, if it is given, is called once, while the first loads are under way:
+// nobody else changes: a kernel may work in place. `prepare`, if it is given, is called once, while the first loads are in flight:
 // what `use` needs is then loaded at the same time, not before.
 //
 // tests/test_in_flight.py counts the loads before the first use in the machine code.
 #pragma once
 #include "types.cuh"
 
-// A number, or a Piece, from global memory where it stands: left alone, the compiler moves a load next to its use, or into a
-// branch.
+// Loads a number, or a Piece, at this point of the program (asm volatile): left alone, the compiler moves a load next to its
+// use, or into a branch.
 template <class T>
 __device__ inline T load_here(const T* from) {
 #ifdef SEGNET_HOST
@@ -41,15 +41,16 @@ __device__ inline T load_here(const T* from) {
 #endif
 }
 
-// 16 bytes of float or double, in which a thread moves numbers that are whole groups of them and begin at a multiple of 16.
+// A 16-byte vector, 4 float or 2 double, for vectorised loads and stores.
+// in_vectors: is the array aligned for them, and does it consist of whole vectors?
 template <class T>
-union __align__(16) Sixteen {
+union __align__(16) Vector16 {
     unsigned words[4];
     T of[16 / sizeof(T)];
 };
 
 template <class T>
-__device__ inline bool in_sixteens(const T* array, int64 count) {
+__device__ inline bool in_vectors(const T* array, int64 count) {
     return count % (16 / sizeof(T)) == 0 && (uint64)array % 16 == 0;
 }
 

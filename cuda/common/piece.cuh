@@ -1,4 +1,5 @@
-// A piece: 16 bytes of a map, what a thread moves at once: 4 float32 or 8 bfloat16; and its numbers as float.
+// A piece: a 16-byte vector of neighbouring channels, 4 float32 or 8 bfloat16, which a thread loads or stores by one instruction;
+// and its numbers as float.
 #pragma once
 #include "in_flight.cuh"
 
@@ -53,7 +54,7 @@ __device__ inline Values values_of(const Piece& piece) {
     return values;
 }
 
-// The numbers of a channel vector for the channels of a piece, all of which there are: 16 bytes a load, so that a vector begins
+// The numbers of a channel vector for the channels of a piece, all of which there are: 16 bytes per load, so that a vector begins
 // at a multiple of 16 bytes, as allocations and the arena's arrays do.
 __device__ inline Values channels_of(const float* vector, int64 channel) {
     Values values;

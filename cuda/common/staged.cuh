@@ -1,5 +1,5 @@
 // Pixels by way of shared memory, where a thread needs all the numbers of one: neighbouring threads move neighbouring numbers
-// between global and shared memory, several under way at once, and then each has a pixel for itself.
+// between global and shared memory, several in flight at once, and then each has a pixel for itself.
 //
 //   block_for_each_staged<THREADS>(from, to, pixels, numbers, [&](T* own, int64 pixel) { ... })
 //

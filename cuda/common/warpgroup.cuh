@@ -2,12 +2,12 @@
 //
 //   warpgroup_index()               number of this thread's warpgroup, in a one-dimensional block; all threads of a warp ask at once
 //   warpgroup_thread()              number of this thread in it, 0 to 127
-//   setmaxnreg_decrease<N>()        the warpgroup keeps N registers a thread and gives the rest back to its block
+//   setmaxnreg_decrease<N>()        the warpgroup keeps N registers per thread and gives the rest back to its block
 //   setmaxnreg_increase<N>()        it takes registers, up to N a thread; waits until others have given them back
 //   named_barrier_sync(id, threads)    a barrier of some of the block's warps: `threads` of them, a multiple of 32, meet
 //
 // Barrier 0 is __syncthreads()'s; 1 to 15 are free. N is a multiple of 8, 24 to 256. A block is launched with as many
-// registers a thread as the compiler gave the kernel (__launch_bounds__ decides); decreases and increases together may
+// registers per thread as the compiler gave the kernel (__launch_bounds__ decides); decreases and increases together may
 // not exceed that times the threads.
 //
 // Hopper's instructions (here and in mbarrier.cuh, tma.cuh, wgmma.cuh) exist on sm_90a alone, not on newer GPUs: a source

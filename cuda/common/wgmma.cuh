@@ -4,9 +4,9 @@
 //   wgmma_fence();                          the registers of the sums, and what was written to shared memory and fenced
 //                                           (fence_proxy_async), are ready: before the first product of a group
 //   wgmma(sums, a, b, accumulate);          sums += a b; without accumulate sums = a b, whatever they held.
-//                                           Accumulators<N> sums: N / 2 numbers a thread; N is 32, 64, 128, 192
+//                                           Accumulators<N> sums: N / 2 numbers per thread; N is 32, 64, 128, 192
 //   wgmma_commit();                         the products begun since the last commit become a group
-//   wgmma_wait<P>();                        waits until at most the P youngest groups are under way
+//   wgmma_wait<P>();                        waits until at most the P youngest groups are in flight
 //
 // All 128 threads execute each of them. Until the wait that covers a group, its sums may not be touched (but by wgmma of
 // the same shape), and its operands in shared memory may not be overwritten: on the host both are faults.
@@ -80,7 +80,7 @@ constexpr bool is_mn_major<MNMajor> = true;
 
 #ifdef SEGNET_HOST
 
-// Accumulators that know whether products are under way.
+// Accumulators that know whether products are in flight.
 template <int N>
 struct Accumulators {
     float values[N / 2];

@@ -1,7 +1,7 @@
 // The 2x2 windows of stride 2 that max_pool and max_unpool share.
 //
 // A map (n, h, w, c) has (h+1)/2 x (w+1)/2 windows: at an odd edge the last window is cut off. A code 0..3 names the
-// position in its window, row-major: code = 2 * row + column. Two bits a window are all that SegNet stores.
+// position in its window, row-major: code = 2 * row + column. Two bits per window are all that SegNet stores.
 //
 //   scatter: every window writes its four elements, the value at the coded one and 0 at the others.
 //            It is the backward of max_pool and the forward of max_unpool.

@@ -11,7 +11,7 @@ PIECE_BYTES = 16
 
 
 def piece_of(dtype: np.dtype) -> int:
-    """Channels in a piece: what the fused kernels move at once. cuda/common/piece.cuh has it, too."""
+    """Channels in a piece, a 16-byte vector that a thread loads or stores at once (cuda/common/piece.cuh)."""
     return max(4, PIECE_BYTES // np.dtype(dtype).itemsize)  # float64, which no kernel moves: as float32
 
 
@@ -23,18 +23,18 @@ def expect_pieces(op: str, dtype: np.dtype, **channels: int) -> None:
         expect(count % piece == 0, f"{op}: {count} {what}; the fused kernels move pieces of {piece} numbers: {fix}")
 
 
-SHARE_THREADS = 256
+MAP_THREADS = 256
 LOADS = 4  # rows whose pieces a thread loads at a time, where it goes from row to row
 
 
-def share_grid(device: Device, map_: Array, each: int = 1, resident: int = 3) -> int:
-    """Blocks of SHARE_THREADS for a kernel that goes once through the pieces of a map (cuda/common/share.cuh).
+def map_grid(device: Device, map_: Array, each: int = 1, resident: int = 3) -> int:
+    """Blocks of MAP_THREADS for a grid-stride loop over the pieces of a map (cuda/common/grid_stride.cuh).
 
-    No more than a GPU holds at once, `resident` on a multiprocessor, and none with less than `each` pieces for a
-    thread: LOADS, or 1 for one that goes from window to window. What is computed does not depend on the grid.
+    At most as many as a GPU holds at once, `resident` per multiprocessor; at least `each` pieces for a thread: LOADS,
+    or 1 where it goes from window to window. What is computed does not depend on the grid.
     """
     pieces = map_.size // piece_of(map_.dtype)
-    return min(-(-pieces // (each * SHARE_THREADS)), resident * device.multiprocessors)
+    return min(-(-pieces // (each * MAP_THREADS)), resident * device.multiprocessors)
 
 
 def tiles_of(rows: int) -> int:

@@ -113,7 +113,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 13:  // accumulators read while the youngest group is under way
+        case 13:  // accumulators read while the youngest group is in flight
             if (one_group) {
                 Accumulators<64> sums;
                 for (int i = 0; i < 2; ++i) {
@@ -173,7 +173,7 @@ __device__ inline void fault_of(int fault, const Scene& scene, const TensorMap& 
                 wgmma_wait<0>();
             }
             break;
-        case 18:  // threads store to a place to which a copy is under way
+        case 18:  // threads store to a place to which a copy is in flight
             if (first) {
                 mbarrier_arrive_expect_tx(barrier[0], TILE);
                 tma_load(memory + 2 * TILE, tile, {0, 0}, barrier[0]);  // here

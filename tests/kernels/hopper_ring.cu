@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) ring(
     for (int i = 0; i < 32; ++i) c[(consumer * 64 + wgmma_row(i)) * 64 + wgmma_column(i)] = (storage_t)sums[i];
 }
 
-// What an ordinary load finds where a copy is under way: NaN, and under AddressSanitizer a report with this line.
+// What an ordinary load finds where a copy is in flight: NaN, and under AddressSanitizer a report with this line.
 extern "C" __global__ void __launch_bounds__(32, 1) hopper_early_load(
     const __grid_constant__ TensorMap tile,
     float* out) {  // (1)

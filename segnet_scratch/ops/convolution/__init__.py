@@ -1,1 +1,1 @@
-"""Convolutions and their ladder of kernels, from one thread an element to tensor cores."""
+"""Convolutions and their ladder of kernels, from one thread per element to tensor cores."""

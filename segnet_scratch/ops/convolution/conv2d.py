@@ -2,7 +2,7 @@
 
 Kernels come in rungs of a ladder (docs/explanation/kernels.md), chosen by name:
 
-    direct   any shape, one thread an element; float32 and float64
+    direct   any shape, one thread per element; float32 and float64
     tiled    stride 1, implicit GEMM with tiles in shared memory and registers; float32, float64 and bfloat16
     tf32     the same on tensor cores, factors rounded to tf32; float32
     tf32x3   the same, factors split in two: float32's accuracy; float32

@@ -26,7 +26,7 @@ class BatchNormOp(ColumnsOp):
         self.flops = self.flops_each * x.size
 
     def vectors(self, *names: str) -> dict[str, Spec]:
-        """Inputs or outputs, a number a channel."""
+        """Inputs or outputs, one number per channel."""
         return dict.fromkeys(names, self.vector)
 
 

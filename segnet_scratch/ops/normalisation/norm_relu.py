@@ -12,7 +12,7 @@ from segnet_scratch.ops.convolution.split_planes import in_planes, split, to_pla
 from segnet_scratch.ops.normalisation.batch_norm import EPS, MOMENTUM
 from segnet_scratch.ops.normalisation.batch_norm_ranks import merge_moments
 from segnet_scratch.ops.op import Buffers, Op, Spec, expect, expect_array, expect_map
-from segnet_scratch.ops.pieces import LOADS, SHARE_THREADS, TILE_ROWS, expect_pieces, rounded, share_grid, tiles_of
+from segnet_scratch.ops.pieces import LOADS, MAP_THREADS, TILE_ROWS, expect_pieces, map_grid, rounded, tiles_of
 from segnet_scratch.ops.pooling.packed_codes import gather_at, max_pool_packed, packed_codes, scatter_from, unpooled
 from segnet_scratch.ops.pooling.windows import windows_of
 from segnet_scratch.runtime.devices import Device
@@ -98,8 +98,8 @@ class _OnMaps(Op):
         self.flops = 4 * y.size
 
     def launch(self, device: Device, b: Buffers) -> None:
-        grid = share_grid(device, getattr(b, self.over), 1 if self.windows else LOADS, self.resident)
-        self.kernel(device, self.name, b, grid, SHARE_THREADS, **to_planes(b, self.made, self.planes))
+        grid = map_grid(device, getattr(b, self.over), 1 if self.windows else LOADS, self.resident)
+        self.kernel(device, self.name, b, grid, MAP_THREADS, **to_planes(b, self.made, self.planes))
 
 
 class _Forward(_OnMaps):

@@ -13,7 +13,7 @@ from segnet_scratch.runtime.workers import parallel_for
 class SgdStep(ArraysOp):
     """m = momentum m + scale g + decay w; w = w - rate lr m, in place: w a parameter, g its gradient, m its momentum.
 
-    `rates` and `decays` are one number a parameter. lr and scale, which multiplies all gradients, are float64 (1).
+    `rates` and `decays` are one number per parameter. lr and scale, which multiplies all gradients, are float64 (1).
     Where scale is NaN, nothing moves.
     """
 

@@ -39,7 +39,7 @@ class MaxPoolForward(WindowOp):
 
 
 class MaxPoolScalar(MaxPoolForward):
-    """The same, a thread a channel whatever the map: a rung that teaches."""
+    """The same, one thread per channel whatever the map: a rung that teaches."""
 
     pieces = False
 

@@ -42,7 +42,7 @@ class MaxUnpoolForward(ToPositions):
 
 
 class MaxUnpoolScalar(MaxUnpoolForward):
-    """The same, a thread a channel whatever the map: a rung that teaches."""
+    """The same, one thread per channel whatever the map: a rung that teaches."""
 
     pieces = False
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segnet_scratch.ops.op import Buffers, Op
-from segnet_scratch.ops.pieces import SHARE_THREADS, share_grid
+from segnet_scratch.ops.pieces import MAP_THREADS, map_grid
 from segnet_scratch.runtime.devices import Array, Device
 
 CODE = np.dtype(np.uint8)
@@ -45,7 +45,7 @@ class WindowOp(Op):
         values = getattr(b, self.over or next(iter(self.outputs)))
         at_once = values.dtype == np.float32 and values.shape[3] % 4 == 0
         if self.pieces and at_once and not any(device.address(array) % 16 for array in vars(b).values()):
-            self.kernel(device, by_pieces, b, share_grid(device, values, resident=4), SHARE_THREADS, **given)
+            self.kernel(device, by_pieces, b, map_grid(device, values, resident=4), MAP_THREADS, **given)
         else:
             self.kernel(device, self.name, b)
 

@@ -1,15 +1,15 @@
-// How the threads of a grid share out a map that is read and written once: kernels that memory bandwidth bounds.
+// Grid-stride loops over the 16-byte pieces of a map that is read and written once: for memory-bound kernels.
 //
-// To keep a memory busy, as many bytes must be under way as it delivers in the time that one access takes (Little's law).
+// To keep a memory busy, as many bytes must be in flight as it delivers in the time that one access takes (Little's law).
 // H200: 4.8 TB/s x 800 ns = 3.8 MB, 29 KB on each of 132 multiprocessors. The rate is the data sheet's, the time our estimate of an
-// access while the memory is busy; all heads and pages reckon with these two. A kernel that loads one piece of 16 bytes a thread,
-// uses it and comes back has half of that under way where 1024 threads fit, and less while it computes. So
+// access while the memory is busy; all heads and pages reckon with these two. A kernel that loads one piece of 16 bytes per thread,
+// uses it and comes back has half of that in flight where 1024 threads fit, and less while it computes. So
 //
-//   - a thread begins LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
+//   - a thread issues LOADS loads before it uses the first one (in_flight.cuh). With 768 resident threads, 80 registers each, that is
 //     48 KB (backward, two maps: 512 threads, 64 KB), so that a third of the warps may be computing;
-//   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once, 16 bytes a load,
-//     in walks over whole maps while its first pieces are under way;
-//   - the grid fills the GPU once (ops/pieces.py): a thread goes on to its next rows instead of making room for another;
+//   - its channels never change: what belongs to a channel (mean, gain, ...) is loaded and combined once, 16 bytes per load,
+//     where there are no windows while its first pieces are in flight;
+//   - the grid fills the GPU once (map_grid in ops/pieces.py), and a thread strides over the map: rows first, first + step, ...;
 //   - the windows of a map are counted by additions. A division by sizes that are known at run time costs as much as
 //     everything else that is done to a piece.
 //
@@ -19,18 +19,18 @@
 #include "windows.cuh"
 
 #define LOADS 4
-#define SHARE_THREADS 256
+#define MAP_THREADS 256
 
-// The share of a thread in a (rows, c) matrix: one piece of the channels, of the rows first, first + step, ...
+// What a thread handles of a (rows, c) matrix: one piece of the channels, of the rows first, first + step, ...
 //
-//   for (Share share(c); share.exists(c); share.next())
+//   for (ThreadSlice slice(c); slice.exists(c); slice.next())
 //
 // Neighbouring threads have neighbouring pieces. Any one-dimensional grid covers the matrix. Where a row has more pieces
-// than there are threads, a thread takes several shares; the threads beyond the last whole row of pieces have none.
+// than there are threads, a thread takes several slices; the threads beyond the last whole row of pieces have none.
 // Nobody has one where c is no multiple of a piece, which ops/pieces.py refuses.
-struct Share {
+struct ThreadSlice {
     int64 threads, channel, first, step;
-    __device__ explicit Share(int c) : threads((int64)gridDim.x * blockDim.x) {
+    __device__ explicit ThreadSlice(int c) : threads((int64)gridDim.x * blockDim.x) {
         const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x, pieces = c < PIECE ? 1 : c / PIECE;
         channel = index % pieces * PIECE;
         first = index / pieces;
@@ -51,12 +51,12 @@ struct Share {
     }
 };
 
-// The windows first, first + step, ... of a map (n, h, w), one after the other: `index` and where it lies.
+// A slice's windows first, first + step, ... of a map (n, h, w): `index`, and its image, row and column without divisions.
 struct WindowWalk {
     int64 index, count, step;
     int rows, columns, image, row, column, step_images, step_rows, step_columns;
-    __device__ WindowWalk(const Share& share, int n, int h, int w)
-        : index(share.first), step(share.step), rows((h + 1) / 2), columns((w + 1) / 2) {
+    __device__ WindowWalk(const ThreadSlice& slice, int n, int h, int w)
+        : index(slice.first), step(slice.step), rows((h + 1) / 2), columns((w + 1) / 2) {
         count = (int64)n * rows * columns;
         split(index, image, row, column);
         split(step, step_images, step_rows, step_columns);
