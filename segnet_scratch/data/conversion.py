@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from segnet_scratch.data.colours import ColourTable, Relabelling
-from segnet_scratch.data.loader import Progress, silent, walk
+from segnet_scratch.data.loader import Progress, parallel_map, silent
 from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import orientation, read_image
 from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, VOCDataset, find_root, mask_file, split_files
@@ -60,7 +60,7 @@ def write_dataset(
     with whole_folder(out) as folder:
         for part in FOLDERS:
             (folder / part).mkdir(parents=True)
-        if problems := [*filter(None, walk(convert, pairs.items(), progress=progress))]:
+        if problems := [*filter(None, parallel_map(convert, pairs.items(), progress=progress))]:
             what = f"{len(problems)} of {len(pairs)} masks hold {lacks[0]}"
             raise DataError(f"{what}; nothing was written, {out} is not there:", *some_of(problems), lacks[1])
         for split, ids in splits.items():

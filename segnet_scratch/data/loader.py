@@ -96,7 +96,7 @@ def silent(done: int, total: int) -> None:
     """Progress that nobody looks at."""
 
 
-def walk(
+def parallel_map(
     function: Callable[[Item], Result], items: Collection[Item], workers: int | None = None, progress: Progress = silent
 ) -> Generator[Result, None, None]:
     """function(item) of every item, in order. workers: threads, as many as cores unless given."""

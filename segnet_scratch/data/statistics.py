@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segnet_scratch.data.loader import Progress, silent, walk
+from segnet_scratch.data.loader import Progress, parallel_map, silent
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.pictures import label_counts, read_mask
 from segnet_scratch.data.voc import VOCDataset
@@ -98,7 +98,7 @@ def class_statistics(dataset: VOCDataset, workers: int | None = None, progress: 
     def count(index: int) -> np.ndarray:
         return label_counts(read_mask(dataset.mask_path(index), dataset.classes))
 
-    counts = np.array(list(walk(count, range(len(dataset)), workers, progress)))
+    counts = np.array(list(parallel_map(count, range(len(dataset)), workers, progress)))
     of_classes, void = counts[:, : dataset.classes], int(counts[:, VOID].sum())
     reachable = np.where(of_classes > 0, of_classes.sum(axis=1, keepdims=True), 0).sum(axis=0)
     if not of_classes.any():

@@ -7,7 +7,7 @@ import numpy as np
 
 from segnet_scratch.data.colours import VOID_NAMES
 from segnet_scratch.data.findings import Findings, Tell
-from segnet_scratch.data.loader import walk
+from segnet_scratch.data.loader import parallel_map
 from segnet_scratch.data.palette import VOID, says_nothing
 from segnet_scratch.data.pictures import convert_command, decode, label_facts, mask_labels
 from segnet_scratch.data.voc import SPLIT_FOLDER, VOCDataset
@@ -68,7 +68,7 @@ def look_over(dataset: VOCDataset, workers: int = 2, at_most: int = 2000) -> Fin
         except DataError:
             return None
 
-    for counts, seen in filter(None, walk(examine, order.tolist(), workers)):
+    for counts, seen in filter(None, parallel_map(examine, order.tolist(), workers)):
         pixels += counts
         masks += 1
         colours = seen | colours

@@ -24,7 +24,7 @@ from segnet_scratch.runtime.precision import BFLOAT16
 VOID = 255
 """The label of pixels that belong to no class: object borders in VOC, padding in training crops."""
 
-Buffers = SimpleNamespace  # arrays by the names that the plan gives them
+Buffers = SimpleNamespace  # the arrays of one run, under the names that the plan gives them
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ ELEMENT_THREADS = 256
 
 
 def element_grid(count: int, each: int = 1) -> int:
-    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements, `each` of them at a time a thread."""
+    """Blocks of ELEMENT_THREADS for a grid-stride loop over `count` elements; a thread takes `each` at a time."""
     return max(1, min(-(-count // (ELEMENT_THREADS * each)), 1 << 16))
 
 
@@ -77,8 +77,8 @@ class Op:
     updates: tuple[str, ...] = ()  # inputs that are changed in place
     optional: ClassVar[tuple[str, ...]] = ()  # inputs that may be None
     flops = 0
-    over: ClassVar[str] = ""  # the array whose elements the threads share out; the first output unless named
-    each: ClassVar[int] = 1  # how many of them a thread has at a time
+    over: ClassVar[str] = ""  # the array that has a thread for each of its elements; the first output unless named
+    each: ClassVar[int] = 1  # how many of these elements a thread takes at a time
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -110,15 +110,15 @@ class Op:
         self.reference(b)
 
     def gradient(self) -> "tuple[Op, ...]":
-        """The ops that give its gradients, planned; () where there are none.
+        """The ops that compute its gradients, planned; () where there are none.
 
-        They go by names: of this op they take inputs and outputs as they are called here, and the gradient of the first
-        output `y` as `dy`; that of an input `x` they give as `dx`.
+        Arrays are matched by name. Inputs of these ops are this op's inputs and outputs, and `dy`, the gradient of its
+        first output `y`; their output `dx` is the gradient of its input `x`.
         """
         return ()
 
     def run(self, device: Device, b: Buffers) -> None:
-        """Does the work on given buffers."""
+        """Computes the outputs in buffers that are allocated: by kernels, or with NumPy on the numpy device."""
         if device.runs_kernels:
             self.launch(device, b)
             return
@@ -149,10 +149,10 @@ class Op:
         shared: int = 0,
         **given: Any,
     ) -> None:
-        """One launch, through the gate: of this op's element types, over the elements of `over`, unless given.
+        """Launches one kernel, through the gate: for this op's element types and the elements of `over`, unless told.
 
-        Arguments go by the names of the kernel's parameters: arrays (None where there is none) and numbers are `given`,
-        or lie in `b`, or are attributes of the op, or follow from the shapes of arrays by the comments behind these.
+        Arguments go by the names of the kernel's parameters: they are `given`, or lie in `b`, or are attributes of the
+        op, or follow from the shapes of arrays by the shape comments of the signature. A missing array is None.
         """
         kernel = find_kernel(name)
         if name not in self._numbers:
@@ -165,7 +165,7 @@ class Op:
 
     @functools.cached_property
     def _numbers(self) -> dict[str, dict[str, Any]]:
-        """Of each kernel launched so far the numbers that attributes and shapes give: they are fixed with the plan."""
+        """By kernel: its scalar arguments that follow from attributes and shapes, which the plan has fixed."""
         return {}
 
     def _numbers_of(self, kernel: Kernel, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,9 +242,9 @@ def expect_type(op: str, name: str, dtype: np.dtype, *taken: DTypeLike) -> None:
 
 
 class ColumnsOp(Op):
-    """Sums over the rows of a map seen as a matrix (rows, channels), in chunks: common/columns.cuh.
+    """Sums over the columns of a map seen as a matrix (rows, channels), chunk by chunk of rows: common/columns.cuh.
 
-    Chunks depend on the shape alone, so that sums come out the same on every GPU.
+    Chunks depend on the shape alone, so that the sums have the same bits on every GPU.
     """
 
     LANES, ROWS, MAX_CHUNKS = 32, 8, 512  # the first two: COLUMN_LANES, ROW_LANES
@@ -254,7 +254,7 @@ class ColumnsOp(Op):
     def __init__(self, name: str, map_: Spec, bfloat16: bool = False) -> None:
         n, h, w, self.channels = expect_map(self.name, name, map_, bfloat16)
         self.rows = n * h * w
-        self.rows_per_chunk = max(64, -(-self.rows // self.MAX_CHUNKS))  # so many that a chunk is worth a block
+        self.rows_per_chunk = max(64, -(-self.rows // self.MAX_CHUNKS))  # at least as many rows as are worth a block
         self.chunks = -(-self.rows // self.rows_per_chunk)
 
     def launch(self, device: Device, b: Buffers) -> None:

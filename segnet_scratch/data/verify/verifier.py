@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from segnet_scratch.data.findings import CODES, Finding, Findings, Tell
-from segnet_scratch.data.loader import Progress, silent, walk
+from segnet_scratch.data.loader import Progress, parallel_map, silent
 from segnet_scratch.data.palette import VOID
 from segnet_scratch.data.suspicions import suspect, suspect_palette
 from segnet_scratch.data.verify.layout import examine_layout, purpose
@@ -86,7 +86,7 @@ def verify(
     root, names, lists = examine_layout(Path(path), splits, found)
     ids = list(dict.fromkeys(chain(*lists.values())))
     folders = Folders(root)
-    facts = list(walk(partial(examine_pair, folders, names), ids, workers, progress))
+    facts = list(parallel_map(partial(examine_pair, folders, names), ids, workers, progress))
     found += chain(*(pair.found for pair in facts))
     _examine_twins(root, lists, facts, found)
     _examine_palettes(root, facts, found)

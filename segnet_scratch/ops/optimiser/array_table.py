@@ -1,4 +1,4 @@
-"""Many arrays in one launch: ops on as many arrays as a model has parameters."""
+"""Many arrays in one launch (multi-tensor apply): ops on as many arrays as a model has parameters."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -17,20 +17,20 @@ NUMBER = spec((1,), np.float64)
 
 
 def chunks_of(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(array, first element) of every chunk, in order, for arrays of so many elements."""
+    """(array, first element) of every chunk, in order, for arrays of these sizes."""
     return [(index, start) for index, size in enumerate(sizes) for start in range(0, size, CHUNK)]
 
 
 def columns(**kinds: Iterable[Array | None]) -> dict[str, Array]:
-    """The arrays by the names that ops of many have for them: `gradient0`, `gradient1`, ...; those that there are."""
+    """The arrays under the names that an ArraysOp has for them: `gradient0`, `gradient1`, ...; None is left out."""
     return {f"{kind}{i}": a for kind, arrays in kinds.items() for i, a in enumerate(arrays) if a is not None}
 
 
 class ArraysOp(Op):
     """An op on arrays of these shapes, one of each of its `kinds`: `parameter0`, `gradient0`, `parameter1`, ...
 
-    Kernels get a table of their addresses, so every array is checked here, as the launch gate would, and another one of
-    how the arrays are cut into chunks for the blocks. Not to be planned twice: its tables on the device are its own.
+    Kernels get a table of the arrays' addresses, so every array is checked here as the launch gate would do it, and one
+    of the chunks for their blocks. Call the class, not `plan`, which would share one object: it holds these tables.
     """
 
     kinds: ClassVar[tuple[str, ...]]
