@@ -39,7 +39,7 @@ Segmented = tuple[What, np.ndarray, "Segmentation"]  # what an item is, its imag
 
 @dataclass(frozen=True)
 class Inference:
-    """What is averaged; as it stands, nothing: one pass over the image at the network's input size.
+    """What is averaged: test-time augmentation, windows, samples. By default nothing: one pass at the input size.
 
     Every pass ends in softmax probabilities at the size of the image, and the prediction is the class of the largest
     mean probability.
@@ -82,12 +82,12 @@ class Inference:
 
     @property
     def views(self) -> list[tuple[float, bool]]:
-        """(scale, mirrored) of every look at the image."""
+        """(scale, mirrored) of every view of the image."""
         return [(scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,))]
 
     @property
     def single(self) -> bool:
-        """Whether one pass over the image at the network's input size is all: nothing is averaged."""
+        """Is one pass at the network's input size all, so that nothing is averaged?"""
         return self == Inference()
 
     def check(self, model: SegNet, size: tuple[int, int]) -> None:
@@ -272,11 +272,11 @@ class Segmenter:
                 total = reduce(add, (self._probabilities(view, rows) for view in of_sample))
                 probabilities = total / len(of_sample)
                 if len(views) == 1:
-                    return _read(probabilities), None
+                    return _as_numpy(probabilities), None
                 deviation = probabilities - mean
                 mean = mean + deviation / (sample + 1)
                 squares = squares + deviation * (probabilities - mean)
-            return _read(mean), _read(squares.mean(axis=2) / len(views))
+            return _as_numpy(mean), _as_numpy(squares.mean(axis=2) / len(views))
 
     def _probabilities(self, view: "_View", rows: slice) -> Any:
         """Those of some rows of a view (h, w, classes): on a GPU a Tensor, which stays there, else an array."""
@@ -309,7 +309,7 @@ class Segmenter:
         return logits
 
 
-def _read(found: Any) -> np.ndarray:
+def _as_numpy(found: Any) -> np.ndarray:
     return found.numpy() if isinstance(found, Tensor) else found
 
 
@@ -329,7 +329,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 class _Whole:
-    """One look at the whole of an image (h, w, 3), mirrored or not: logits (1, ., ., channels)."""
+    """A view of the whole of an image (h, w, 3), mirrored or not: logits (1, ., ., channels)."""
 
     windows = 0  # it has been through the network
 

@@ -26,7 +26,7 @@ def compile_once(monkeypatch, tmp_path):
     path, made = tmp_path / "cache" / "host" / "relu.so", []
 
     def run():
-        return cache.kept(path, lambda: made.append(1) or CONTENT)
+        return cache.cached(path, lambda: made.append(1) or CONTENT)
 
     run.path, run.made = path, made
     return run
@@ -130,14 +130,14 @@ def test_no_home_folder(compile_once, monkeypatch, caplog):
     folder = cache.cache_directory()
     assert folder.parent == Path(tempfile.gettempdir())
     assert not cache.outlives_process(folder)
-    assert cache.kept(folder / "host" / "a.so", lambda: CONTENT).read_bytes() == CONTENT
+    assert cache.cached(folder / "host" / "a.so", lambda: CONTENT).read_bytes() == CONTENT
     assert "SEGNET_CACHE" in caplog.text
 
 
 def test_a_process_takes_its_own_folder_with_it(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from segnet_scratch.runtime.cache import kept\n"
-        "print(kept(Path('/dev/null/a.so'), lambda: b'x'))"
+        "import sys; from pathlib import Path; from segnet_scratch.runtime.cache import cached\n"
+        "print(cached(Path('/dev/null/a.so'), lambda: b'x'))"
     )
     ended = process(code=code, TMPDIR=str(tmp_path))
     assert Path(ended.stdout.strip()).is_relative_to(tmp_path), ended.stderr

@@ -44,11 +44,12 @@ def cache_key(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def kept(path: Path, make: Callable[[], bytes]) -> Path:
-    """A file of the cache: `path`, made if it is missing or not whole, or a file of this process if it cannot be kept.
+def cached(path: Path, make: Callable[[], bytes]) -> Path:
+    """The file `path` of the cache, written with what `make` gives if it is missing or damaged; returns where it is.
 
-    Beside it lies its SHA-256: a library that was cut off would end the process where it is loaded. Raises what `make`
-    raises, and CompileError where there is no room for temporary files either.
+    That is a temporary file of this process where the cache cannot be written. Beside each file lies its SHA-256: a
+    shared library that was cut off would end the process that loads it. Raises what `make` raises, and CompileError
+    where there is no room for temporary files either.
     """
     own = functools.partial(_own_file, path)
     if _is_whole(path):

@@ -22,7 +22,7 @@ MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 
-def check_launch(home: Device, launch: Launch) -> list[Any]:
+def check_launch(device: Device, launch: Launch) -> list[Any]:
     """The arguments ready to be passed: arrays (or None) for pointers, TensorMaps, NumPy scalars of the declared type.
 
     Raises LaunchError, ShapeError, DTypeError or DeviceError, each with the kernel's name, the argument, the expected,
@@ -30,7 +30,7 @@ def check_launch(home: Device, launch: Launch) -> list[Any]:
     """
     kernel, types, arguments = launch.kernel, launch.types, launch.arguments
     _check_geometry(kernel, launch.grid, launch.block)
-    _check_shared(kernel, launch.shared, home.architecture)
+    _check_shared(kernel, launch.shared, device.architecture)
     if types.name not in kernel.source.elements:
         raise DTypeError(
             f"{kernel.name}: cannot be launched for {types.name}; {kernel.source.path.name} is for "
@@ -46,10 +46,10 @@ def check_launch(home: Device, launch: Launch) -> list[Any]:
     for parameter, argument in zip(kernel.parameters, arguments, strict=True):
         what = f"{kernel.name}: argument {parameter.name}"
         if parameter.pointer:
-            _check_array(home, what, parameter, types, argument)
+            _check_array(device, what, parameter, types, argument)
             values.append(argument)
             if argument is not None:
-                start = home.address(argument)
+                start = device.address(argument)
                 if start % argument.itemsize != 0:
                     raise LaunchError(
                         f"{what} lies at address {start:#x}, expected a multiple of its element size, "
@@ -57,7 +57,7 @@ def check_launch(home: Device, launch: Launch) -> list[Any]:
                     )
                 ranges.append((start, start + argument.nbytes, parameter))
         elif parameter.tensor_map:
-            start = _check_tensor_map(home, what, types, argument)
+            start = _check_tensor_map(device, what, types, argument)
             values.append(argument)
             ranges.append((start, start + argument.array.nbytes, parameter))
         else:
@@ -93,15 +93,15 @@ def _check_shared(kernel: Kernel, shared: int, architecture: str | None) -> None
         )
 
 
-def _check_array(home: Device, what: str, parameter: Parameter, types: ElementTypes, array: Any) -> None:
+def _check_array(device: Device, what: str, parameter: Parameter, types: ElementTypes, array: Any) -> None:
     if array is None:
         if parameter.optional:
             return
         raise LaunchError(f"{what} is None; only parameters marked OPTIONAL may be null")
-    if not home.owns(array):
+    if not device.owns(array):
         raise DeviceError(
             f"{what} is a {type(array).__module__}.{type(array).__name__}; "
-            f"expected an array of the {home.name} device; move it there with device.upload(...)"
+            f"expected an array of the {device.name} device; move it there with device.upload(...)"
         )
     expected = parameter.dtype(types)
     if array.dtype != expected:
@@ -117,17 +117,17 @@ def _check_array(home: Device, what: str, parameter: Parameter, types: ElementTy
         raise LaunchError(f"{what} is written by the kernel but is read-only; pass a copy")
 
 
-def _check_tensor_map(home: Device, what: str, types: ElementTypes, argument: Any) -> int:
+def _check_tensor_map(device: Device, what: str, types: ElementTypes, argument: Any) -> int:
     """The address of its array."""
     if not isinstance(argument, TensorMap):
         raise DTypeError(f"{what} is a {type(argument).__name__}; expected a TensorMap of an array")
-    if not home.owns(argument.array):
+    if not device.owns(argument.array):
         raise DeviceError(
-            f"{what} describes an array that is not of the {home.name} device; move it there and describe that"
+            f"{what} describes an array that is not of the {device.name} device; move it there and describe that"
         )
     if argument.array.dtype != types.factors:
         raise DTypeError(f"{what} is {argument.describe()}; expected element type {types.factors}")
-    address = home.address(argument.array)
+    address = device.address(argument.array)
     if address % 16:
         raise LaunchError(f"{what} describes an array at address {address:#x}; expected a multiple of 16; copy it")
     return address

@@ -25,7 +25,7 @@ import numpy as np
 from segnet_scratch.errors import CompileError, ConfigError, KernelFault
 from segnet_scratch.files import reason
 from segnet_scratch.runtime import observe
-from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
+from segnet_scratch.runtime.cache import cache_directory, cache_key, cached
 from segnet_scratch.runtime.shared_memory import rewrite_shared
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter, blank, parse_kernels
 from segnet_scratch.runtime.source import Source, cuda_directory
@@ -252,14 +252,14 @@ def build(source: Source, types: ElementTypes, sanitize: bool = False, variables
         source.check_unchanged()
         return library
 
-    return kept(cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so", make)
+    return cached(cache_directory() / "host" / f"{source.path.stem}-{types.name}-{key}.so", make)
 
 
 def _runtime_object(flags: Sequence[str]) -> Path:
     """What every library is linked to, compiled unless the cache has it."""
     path = cache_directory() / "host" / f"runtime-{_key(flags)}.o"
     unit = '#include "common/host_runtime.cpp"\n'
-    return kept(path, lambda: _compile("host_runtime.cpp", unit, [*flags, f"-I{cuda_directory()}"], "-c"))
+    return cached(path, lambda: _compile("host_runtime.cpp", unit, [*flags, f"-I{cuda_directory()}"], "-c"))
 
 
 def _key(flags: Sequence[str], *parts: object) -> str:

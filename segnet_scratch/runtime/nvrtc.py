@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.cache import cache_directory, cache_key, kept
+from segnet_scratch.runtime.cache import cache_directory, cache_key, cached
 from segnet_scratch.runtime.signature import ElementTypes
 from segnet_scratch.runtime.source import Source
 
@@ -166,4 +166,4 @@ def cached_cubin(source: Source, types: ElementTypes, architecture: str) -> Path
         source.check_unchanged()
         return cubin
 
-    return kept(cache_path("cuda", ".cubin", source, types, architecture), compiled)
+    return cached(cache_path("cuda", ".cubin", source, types, architecture), compiled)

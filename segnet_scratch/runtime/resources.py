@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.cache import kept
+from segnet_scratch.runtime.cache import cached
 from segnet_scratch.runtime.compilation import Progress, no_progress, on_all_cores
 from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
 from segnet_scratch.runtime.nvrtc import cache_path, compile_cubin
@@ -118,11 +118,11 @@ def _cached_log(source: Source, types: ElementTypes, architecture: str) -> str:
         log: list[str] = []
         cubin = compile_cubin(*what, log)
         source.check_unchanged()
-        kept(cache_path("cuda", ".cubin", *what), lambda: cubin)  # it has cost most of the time: not again
+        cached(cache_path("cuda", ".cubin", *what), lambda: cubin)  # it has cost most of the time: not again
         _usages(log[0], source, types.name, architecture)  # what cannot be read is not kept
         return log[0].encode()
 
-    return kept(cache_path("resources", ".log", *what), compiled).read_text(encoding="utf-8")
+    return cached(cache_path("resources", ".log", *what), compiled).read_text(encoding="utf-8")
 
 
 def parse_log(log: str, element: str) -> list[Usage]:
