@@ -18,7 +18,7 @@ CONTENT = bytes(range(256)) * 20
 
 @pytest.fixture
 def compile_once(monkeypatch, tmp_path):
-    """`kept` of one file, with what was compiled so far; folders of this process are those of this test."""
+    """`cached` of one file, with what was compiled so far; folders of this process are those of this test."""
     monkeypatch.setattr(cache, "_own_folder", cache.functools.cache(cache._own_folder.__wrapped__))
     monkeypatch.setattr(cache, "_warn", cache.functools.cache(cache._warn.__wrapped__))
     (tmp_path / "tmp").mkdir()
@@ -40,7 +40,7 @@ def test_what_is_whole_is_not_made_again(compile_once):
 def test_of_two_that_make_it_at_once_nothing_is_torn(compile_once):
     together = threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(cache.kept, compile_once.path, lambda: (together.wait(), CONTENT)[1]) for _ in "ab"]
+        jobs = [pool.submit(cache.cached, compile_once.path, lambda: (together.wait(), CONTENT)[1]) for _ in "ab"]
     assert {job.result() for job in jobs} == {compile_once.path}
     assert compile_once.path.read_bytes() == CONTENT
     assert {path.suffix for path in compile_once.path.parent.iterdir()} == {".so", ".sha256"}
