@@ -84,10 +84,10 @@ class Tensor:
         if gradient.dtype != self.dtype:
             raise DTypeError(f"backward(): the gradient has element type {gradient.dtype}, expected {self.dtype}")
 
-    def backward(self, gradient: Array | None = None, hook: Callable[[Array], None] | None = None) -> None:
+    def backward(self, gradient: Array | None = None, on_gradient: Callable[[Array], None] | None = None) -> None:
         """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, and frees the graph on the way.
 
-        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `hook` is called with
+        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `on_gradient` is called
         the `grad` of a leaf each time something has been added to it, while backward goes on; a leaf that the graph
         uses once is complete then.
         """
@@ -97,7 +97,7 @@ class Tensor:
         self._expect_gradient(gradient)
         gradients: dict[int, Array] = {self.key: gradient}
         if self.grad_fn is None:
-            _accumulate(self, gradients, hook)
+            _accumulate(self, gradients, on_gradient)
             return
         for function in topological_order(self.grad_fn):
             dy = gradients.pop(function.output_key, None)  # None: no function that used the output has one for it
@@ -108,7 +108,7 @@ class Tensor:
                     sum_so_far = gradients.get(edge.key)
                     gradients[edge.key] = dx if sum_so_far is None else compute(function.device, "add", sum_so_far, dx)
                 if edge.leaf is not None:
-                    _accumulate(edge.leaf, gradients, hook)
+                    _accumulate(edge.leaf, gradients, on_gradient)
             function.release()
 
     def combined(self, other: Any, operation: str) -> "Tensor":
@@ -407,10 +407,10 @@ def topological_order(last: Function) -> Iterator[Function]:
         yield finished.pop()
 
 
-def _accumulate(leaf: Tensor, gradients: dict[int, Array], hook: Callable[[Array], None] | None) -> None:
+def _accumulate(leaf: Tensor, gradients: dict[int, Array], on_gradient: Callable[[Array], None] | None) -> None:
     """Adds the gradient that backward has for a leaf, if any, to the leaf's `grad`."""
     gradient = gradients.pop(leaf.key, None)
     if gradient is not None and leaf.requires_grad:
         leaf.grad = gradient if leaf.grad is None else compute(leaf.device, "add", leaf.grad, gradient)
-        if hook is not None:
-            hook(leaf.grad)
+        if on_gradient is not None:
+            on_gradient(leaf.grad)
