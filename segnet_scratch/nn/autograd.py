@@ -87,9 +87,9 @@ class Tensor:
     def backward(self, gradient: Array | None = None, on_gradient: Callable[[Array], None] | None = None) -> None:
         """Adds d(self)/d(tensor) to `grad` of every leaf that requires it, and frees the graph on the way.
 
-        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `on_gradient` is told of
-        the `grad` of a leaf each time something has been added to it, while backward goes on: of a leaf that the graph
-        uses once when it is complete.
+        `gradient` is d(objective)/d(self) where self is not a scalar; its shape is that of self. `on_gradient` gets the
+        `grad` of a leaf each time something has been added to it, while backward goes on: of a leaf that the graph uses
+        once when it is complete.
         """
         if gradient is None:
             self._expect_scalar("backward() without a gradient")
