@@ -10,9 +10,10 @@
 // common/block_below.cuh. The weight is read as it is (o, 3, 3, c): wgmma takes its rows as columns (MN-major), and the taps
 // are taken from the last to the first, so that no flipped copy is kept.
 //
-// A thread looks after a piece of channels of every 16th pixel, or with an unpool of one of the 16 windows. What it needs of y below
-// has been fetched into the L2 cache while the tile was multiplied, and is asked for before the barrier that its pieces wait
-// at. No atomics.
+// A thread looks after a piece of channels of every 16th pixel, or with an unpool of one of the 16 windows. In tiles of 64 channels
+// of bfloat16 it is the same piece in all tiles: what batch norm has of its channels stays in registers, and so do the sums, for a few
+// tiles. What it needs of y below has been fetched into the L2 cache while the tile was multiplied, and is asked for before the barrier
+// that its pieces wait at. No atomics.
 #include "common/block_below.cuh"
 #include "common/hopper_convolution.cuh"
 
@@ -23,7 +24,7 @@ struct StoreGradient {
     accumulate_t* partials;
     int c;
 
-    static constexpr bool FETCHES = true;
+    static constexpr int TILES_KEPT = 8;  // 32 pixels of a thread: of more the sums would be less exact than over the lanes
     template <class Rows>
     __device__ void fetch_row(const Rows& rows, unsigned row, int channel) const {
         if constexpr (Rows::WINDOWS)
@@ -35,54 +36,63 @@ struct StoreGradient {
     }
     __device__ bool has_sums() const { return true; }
 
+    // What a thread asks global memory for.
+    struct Asked {
+        int64 element;   // of its first pixel, or window
+        unsigned codes;  // of the window
+        Piece y[4];      // of the block below, for its pixels or its window
+    };
+
     // The piece of channels of a thread.
     struct Part : GradientSums {
         const StoreGradient& to;
         int channel;
         NormBelow norm;
-        int64 element;  // of the thread's first pixel, or window
-        unsigned codes;  // of the window
-        Piece y[4];  // of the block below, for the pixels or the window of the thread
 
-        __device__ Part(const StoreGradient& store, const Epilogue& out, int column)
-            : to(store), channel(column + out.column()), norm(store.below, column + out.column()) {}
-
-        template <class Rows>
-        __device__ void prepare(const Rows& rows, const Epilogue& out) {
-            if constexpr (Rows::WINDOWS)
-                if (to.unpool_codes) {
-                    const unsigned window = out.lane();
-                    element = rows.window(window) * to.c + channel;
-                    if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
-                    y[0] = load_piece(to.below.y + element);
-                    codes = piece_codes(to.unpool_codes, element);
-                    return;
-                }
-            element = rows.pixel(out.lane()) * to.c + channel;
-            for_each_pixel(rows, out, element, to.c, [&](int k, int64 at) { y[k] = load_piece(to.below.y + at); });
+        __device__ explicit Part(const StoreGradient& store) : to(store) {}
+        __device__ void begin(const Epilogue& out, int column) {
+            GradientSums::operator=({});
+            channel = column + out.column(), norm = {to.below, channel};
         }
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const Epilogue& out, bool) {
+        __device__ Asked prepare(const Rows& rows, const Epilogue& out) const {
+            Asked asked;
             if constexpr (Rows::WINDOWS)
-                if (to.unpool_codes) return gather(rows, out);
+                if (to.unpool_codes) {
+                    const unsigned window = out.lane();
+                    asked.element = rows.window(window) * to.c + channel;
+                    if (rows.exists(BlockRows::row_of_window(window, 0))) {
+                        asked.y[0] = load_piece(to.below.y + asked.element);
+                        asked.codes = piece_codes(to.unpool_codes, asked.element);
+                    }
+                    return asked;
+                }
+            asked.element = rows.pixel(out.lane()) * to.c + channel;
+            for_each_pixel(rows, out, asked.element, to.c, [&](int k, int64 at) { asked.y[k] = load_piece(to.below.y + at); });
+            return asked;
+        }
+
+        template <class Rows>
+        __device__ void store(const Rows& rows, const Epilogue& out, const Asked& asked, bool) {
+            if constexpr (Rows::WINDOWS)
+                if (to.unpool_codes) {
+                    const unsigned window = out.lane();
+                    if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
+                    const auto at = [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); };
+                    const Piece dr = coded_piece(asked.codes, at);
+                    store_piece(to.dr + asked.element, norm.gradient(dr, asked.y[0], to.below.relu, *this));
+                    return;
+                }
             Piece dr[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) dr[k] = out.piece(out.lane() + k * Epilogue::LANES);
-            for_each_pixel(rows, out, element, to.c, [&](int k, int64 at) {
-                store_piece(to.dr + at, norm.gradient(dr[k], y[k], to.below.relu, *this));
+            for_each_pixel(rows, out, asked.element, to.c, [&](int k, int64 at) {
+                store_piece(to.dr + at, norm.gradient(dr[k], asked.y[k], to.below.relu, *this));
             });
         }
 
         __device__ Two<float> of_tile(const Two<float>& sums, int) const { return sums; }
-
-        __device__ void gather(const BlockRows& rows, const Epilogue& out) {
-            const unsigned window = out.lane();
-            if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
-            const Piece piece =
-                coded_piece(codes, [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); });
-            store_piece(to.dr + element, norm.gradient(piece, y[0], to.below.relu, *this));
-        }
     };
 
     __device__ Two<float> merge(const Two<float>& total, int, const Two<float>& more, int) const {

@@ -25,7 +25,9 @@ struct StoreForward {
     int o;
     bool with_relu;
 
-    static constexpr bool FETCHES = false;
+    static constexpr int TILES_KEPT = 1;  // another tile, another pivot
+    template <class Rows>
+    __device__ void fetch_row(const Rows&, unsigned, int) const {}
     __device__ bool has_sums() const { return partials != nullptr; }
 
     // The piece of channels of a thread.
@@ -33,14 +35,17 @@ struct StoreForward {
         const StoreForward& to;
         int channel;
         float pivot_of_column;  // for the thread that adds it up
-        Values pivot, first = {}, second = {};  // sums of the distances from the pivot, and of their squares
+        Values pivot, first, second;  // sums of the distances from the pivot, and of their squares
 
-        __device__ Part(const StoreForward& store, const Epilogue& out, int column) : to(store), channel(column + out.column()) {}
+        __device__ explicit Part(const StoreForward& store) : to(store) {}
+        __device__ void begin(const Epilogue& out, int column) {
+            channel = column + out.column(), first = second = {};
+        }
         template <class Rows>
-        __device__ void prepare(const Rows&, const Epilogue&) {}
+        __device__ Nothing prepare(const Rows&, const Epilogue&) const { return {}; }
 
         template <class Rows>
-        __device__ void store(const Rows& rows, const Epilogue& out, bool begins) {
+        __device__ void store(const Rows& rows, const Epilogue& out, Nothing, bool begins) {
             if (to.partials && begins) {
                 pivot = values_of(out.piece(0));
                 pivot_of_column = out.number(0, out.thread % PART);

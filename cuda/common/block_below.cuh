@@ -20,6 +20,7 @@ struct GradientSums {
 // The batch norm of the block below, for the channels of a piece.
 struct NormBelow {
     Values mean, scale, bias;
+    NormBelow() = default;
     __device__ NormBelow(const Below& below, int channel)
         : mean(channels_of(below.mean, channel)),
           scale(channels_of(below.inv_std, channel)),

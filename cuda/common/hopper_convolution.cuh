@@ -45,9 +45,10 @@
 // and goes on with pieces of 16 bytes: thread t has piece t % 8 of the pixels t / 8, t / 8 + 16, ... What is summed up over the pixels
 // of a tile is what is stored.
 //
-// Two sums over the pixels of each column: a thread has them of its piece of columns and its pixels of a tile; a thread a column
-// adds them up over the lanes, in their order, and puts them together with those of the tiles before; in the end the first
-// consumer's threads do the same over the consumers. So a block leaves one pair a column, whatever number of tiles it had.
+// Two sums over the pixels of each column: a thread has them of its piece of columns and its pixels of a tile, or of a few tiles
+// where its registers suffice; a thread a column adds them up over the lanes, in their order, and puts them together with those
+// of the tiles before; in the end the first consumer's threads do the same over the consumers. So a block leaves one pair a
+// column, whatever number of tiles it had.
 // `slots` follows from shape and tile, not from the GPU.
 #pragma once
 #include "packed_codes.cuh"
@@ -455,76 +456,83 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS
         }
 }
 
+// What a consumer has summed up over the pixels of the tiles so far, for thread t < PART of each PART columns those of column t.
+template <int ACROSS>
+struct BlockSums {
+    Two<float> of[ACROSS] = {};
+    int pixels = 0, tiles = 0;
+};
+
 // The epilogue of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
 // registers than there are. So that it finds its part in registers, the other parts move up, and so do the block's sums.
 //
-// What is done there is a Store. For each PART columns a Store::Part is made:
-//   prepare    may ask for what global memory has of 64 pixels
+// What is done there is a Store. Of each PART columns a thread has a piece, a Store::Part:
+//   begin      says which, and leaves it without sums
+//   prepare    may ask for what global memory has of 64 pixels, and returns it
 //   store      finds their results in shared memory
 //   first, second   its sums over the pixels, where has_sums() says so
 //   of_tile    what of these goes on from tile to tile
 // and the Store itself has
+//   TILES_KEPT how many tiles a Part is kept for, where a tile has no other
 //   merge      puts what two runs of pixels have together
 //   finish     has that of the whole block
-//   fetch_row  has what `prepare` reads of a row fetched into the L2 cache while the tile is multiplied, where FETCHES says so
+//   fetch_row  may have what `prepare` reads of a row fetched into the L2 cache while the tile is multiplied
 template <class Source, class Store, int PARTS>
-__device__ void store_tile(Epilogue& out, unsigned (&words)[PARTS][WORDS], Two<float> (&totals)[PARTS / Source::TILES], const Store& store,
-                           const typename Source::Rows& own, int column, int pixels, int before) {
+__device__ void store_tile(Epilogue& out, unsigned (&words)[PARTS][WORDS], BlockSums<PARTS / Source::TILES>& sums,
+                           typename Store::Part& part, const Store& store, const Convolution& g, const Tiles& tiles, int tile) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
     constexpr int LAST = PARTS / Source::TILES - 1;
+    constexpr int KEPT = LAST == 0 ? Store::TILES_KEPT : 1;
+    const typename Source::Rows own = Source::rows(g, tile, out.consumer);
+    typename Source::Rows rows = own;
+    int pixels = 0;
+    for (int i = 0; i < Source::TILES; ++i, rows.next()) pixels += rows.count();
 #pragma unroll 1
-    for (int part = 0; part <= LAST; ++part, column += PART) {
+    for (int column = 0; column <= LAST * PART; column += PART) {
         out.begin();
-        typename Store::Part columns(store, out, column);
-        typename Source::Rows rows = own;
+        if (sums.tiles % KEPT == 0) part.begin(out, tiles.column + column);
+        rows = own;
 #pragma unroll 1
         for (int i = 0; i < Source::TILES; ++i, rows.next()) {
             out.begin();
-            columns.prepare(rows, out);
+            const auto asked = part.prepare(rows, out);
             out.put(words[0]);
-            columns.store(rows, out, i == 0);
+            part.store(rows, out, asked, i == 0);
 #pragma unroll
             for (int k = 1; k < PARTS; ++k)
 #pragma unroll
                 for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
-        if (!store.has_sums()) continue;
+        const bool goes_on = sums.tiles % KEPT < KEPT - 1 && tile + tiles.slots < tiles.count;
+        if (goes_on || !store.has_sums()) continue;
         out.begin();
-        const Two<float> sums = out.add_lanes(columns.first, columns.second);
-        Two<float> total = totals[0];
-        if (out.thread < PART) total = store.merge(total, before, columns.of_tile(sums, pixels), pixels);  // it divides
+        const Two<float> of_part = out.add_lanes(part.first, part.second);
+        Two<float> total = sums.of[0];
+        if (out.thread < PART) total = store.merge(total, sums.pixels, part.of_tile(of_part, pixels), pixels);  // it divides
 #pragma unroll
-        for (int k = 1; k <= LAST; ++k) totals[k - 1] = totals[k];
-        totals[LAST] = total;
+        for (int k = 1; k <= LAST; ++k) sums.of[k - 1] = sums.of[k];
+        sums.of[LAST] = total;
     }
+    sums.pixels += pixels, ++sums.tiles;
 }
 
-// What the consumers of a block have summed up, `totals` of `pixels` each, put together in their order.
+// What the consumers of a block have summed up, put together in their order.
 template <int CONSUMERS, int ACROSS, class Store>
-__device__ void finish_block(Epilogue& out, const Two<float> (&totals)[ACROSS], int pixels, const Store& store, int row, int column) {
-    struct Sums {
-        Two<float> of_column;
-        int pixels;
-    };
+__device__ void finish_block(Epilogue& out, BlockSums<ACROSS>& sums, const Store& store, const Tiles& tiles) {
     out.begin();
     out.meet();
     const int thread = out.thread;
-    if (thread < PART)
-#pragma unroll
-        for (int part = 0; part < ACROSS; ++part) ((Sums*)out.place)[part * PART + thread] = {totals[part], pixels};
+    if (thread < PART) ((BlockSums<ACROSS>*)out.place)[thread] = sums;
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
     if (out.consumer > 0 || thread >= PART) return;
+    for (int consumer = 1; consumer < CONSUMERS; ++consumer) {
+        const BlockSums<ACROSS>& more = ((const BlockSums<ACROSS>*)(out.place + consumer * ATOM_BYTES))[thread];
 #pragma unroll
-    for (int part = 0; part < ACROSS; ++part) {
-        Two<float> total = totals[part];
-        int before = pixels;
-        for (int consumer = 1; consumer < CONSUMERS; ++consumer) {
-            const Sums& sums = ((const Sums*)(out.place + consumer * ATOM_BYTES))[part * PART + thread];
-            total = store.merge(total, before, sums.of_column, sums.pixels);
-            before += sums.pixels;
-        }
-        store.finish(row, column + part * PART + thread, total, before);
+        for (int k = 0; k < ACROSS; ++k) sums.of[k] = store.merge(sums.of[k], sums.pixels, more.of[k], more.pixels);
+        sums.pixels += more.pixels;
     }
+#pragma unroll
+    for (int k = 0; k < ACROSS; ++k) store.finish(tiles.first, tiles.column + k * PART + thread, sums.of[k], sums.pixels);
 }
 
 // The kernel. In dynamic shared memory lie stages of maps, stages of weights, the places of the epilogues; how much that takes,
@@ -556,15 +564,13 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     }
     setmaxnreg_increase<consumer_registers(CONSUMERS)>();
     Epilogue epilogue(stages + maps.BYTES + weights.BYTES, consumer);
-    Two<float> totals[ACROSS] = {};
-    int pixels = 0;
+    BlockSums<ACROSS> block_sums;
+    typename Store::Part part(store);
     for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
-        if constexpr (Store::FETCHES) {
-            typename Source::Rows rows = Source::rows(g, tile, consumer);
-            for (int i = 0; i < Source::TILES; ++i, rows.next())
-                for (unsigned k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
-                    store.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
-        }
+        typename Source::Rows rows = Source::rows(g, tile, consumer);
+        for (int i = 0; i < Source::TILES; ++i, rows.next())
+            for (unsigned k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
+                store.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
         unsigned words[Source::TILES * ACROSS][WORDS] = {};
         {
             Accumulators<COLUMNS> sums[Source::TILES];
@@ -572,12 +578,7 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
             weights.kept = g.weights_fit(WEIGHT_STAGES);
             round_sums(words, sums, bias ? bias + tiles.column : nullptr, g.columns - tiles.column);
         }
-        const typename Source::Rows own = Source::rows(g, tile, consumer);
-        typename Source::Rows rows = own;
-        int count = 0;
-        for (int i = 0; i < Source::TILES; ++i, rows.next()) count += rows.count();
-        store_tile<Source>(epilogue, words, totals, store, own, tiles.column, count, pixels);
-        pixels += count;
+        store_tile<Source>(epilogue, words, block_sums, part, store, g, tiles, tile);
     }
-    if (store.has_sums()) finish_block<CONSUMERS>(epilogue, totals, pixels, store, tiles.first, tiles.column);
+    if (store.has_sums()) finish_block<CONSUMERS>(epilogue, block_sums, store, tiles);
 }
