@@ -60,10 +60,8 @@ class TrainingProgram(NetworkProgram):
         self._declare()
         self._forward()
         self._backward()
-        self.kept = [
-            "loss",
-            *(f"d{name}" for name in self.external if name.endswith((".weight", ".bias"))),
-        ]  # to the end
+        gradients = [f"d{name}" for name in self.external if name.endswith((".weight", ".bias"))]
+        self.kept = ["loss", *gradients]  # to the end
 
     def _declare(self) -> None:
         declare, network = self.declare, self.network
