@@ -194,7 +194,7 @@ class TestOnAGpu:
     def test_what_hangs_or_crashes_costs_itself_alone(self, gpu, monkeypatch):
         """In a process of its own each, on one lane: the row that is right meets what the others leave behind."""
         monkeypatch.setattr(table, "ROWS", (*ROWS, *faulty_rows.ROWS.values()))
-        monkeypatch.setattr("segnet_scratch.lab.proof.parts.base.rows_on", lambda device, rows: rows)
+        monkeypatch.setattr("segnet_scratch.lab.proof.verify.rows_on", lambda device, rows: rows)
         monkeypatch.setattr(processes, "GPU_PROCESSES", 1)
         monkeypatch.setattr(verify, "HOPPER", {"faulty_end"})
         monkeypatch.setattr(verify, "RISKY_LIMIT", 3.0)
@@ -234,6 +234,10 @@ class TestOnAGpu:
         random = sum(work.count for work in rest if work.kind == "random" and work.part == "reference")
         assert random == len(ROWS) * FULL.shapes  # as many as there is time for
         assert {work.part for work in rest if work.alone} == {"graphs", "uploads", "timing"}
+        gpu.device.architecture = "sm_80"
+        verify.verify(["cuda"])
+        assert not any("hopper" in work.target for batch in batches[3:] for work in batch if work.device == "cuda")
+        assert any("tf32" in work.target for work in batches[-1])
 
 
 def test_the_script_is_a_thin_call():

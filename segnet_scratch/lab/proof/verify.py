@@ -15,6 +15,7 @@ import numpy as np
 
 from segnet_scratch import __version__
 from segnet_scratch.errors import ConfigError, DeviceError
+from segnet_scratch.lab.proof.launches import rows_on
 from segnet_scratch.lab.proof.parts import PARTS
 from segnet_scratch.lab.proof.parts.base import Part, kernels_on, reason_against
 from segnet_scratch.lab.proof.parts.compilation import CudaBuilds, HostBuilds
@@ -179,6 +180,8 @@ def verify(
     # A machine with a GPU is not rented to compile for others.
     anywhere = [ANY] if parts or present != ["cuda"] else []
     deep = {name: getattr(FULL if isfinite(minutes) else effort, name) for name in ("shapes", "doubles", "integers")}
+    unable = set(table) - set(rows_on(get_device("cuda"), table)) if "cuda" in present else set[Row]()
+    without = {("cuda", row.name) for row in unable}  # the instructions
     for part, device in itertools.product(chosen, (*present, *anywhere)):
         other = device not in part.devices
         if other and (not parts or ANY in (device, *part.devices)):
@@ -193,7 +196,8 @@ def verify(
             elif work.device == "host":
                 work = replace(work, order=order, sanitize=sanitize or part.sanitized)
             line = lines.setdefault((part.name, work.device), Line(part, work.device, Tally()))
-            if work not in line.left:  # a host build is for several devices
+            # A host build is for several devices.
+            if work not in line.left and (work.device, work.target) not in without:
                 line.left[work] = ""
                 line.planned[work.kind] += work.count
                 works.append(work)

@@ -11,7 +11,7 @@ import numpy as np
 
 from segnet_scratch.errors import SegnetError
 from segnet_scratch.lab.proof.compare import Defect
-from segnet_scratch.lab.proof.launches import Replay, device_has, kernels_of, noting_launches, rows_on
+from segnet_scratch.lab.proof.launches import Replay, device_has, kernels_of, noting_launches
 from segnet_scratch.lab.proof.table import ROWS, row_named
 from segnet_scratch.lab.proof.work import RANDOM, Effort, Tally, Work
 from segnet_scratch.ops.cases import Case, Inputs, Row
@@ -117,7 +117,7 @@ class RowPart(Part):
         return [row.name for row in rows if self.takes(row)]
 
     def works(self, device: str, effort: Effort, seed: int, rows: Rows = ROWS) -> Iterator[Work]:
-        for row in map(row_named, self.targets(rows_on(get_device(device), rows))):
+        for row in map(row_named, self.targets(rows)):
             fixed = len(row.cases())
             few, at_once = (FIRST_CASES_ON_GPU, CASES_AT_ONCE_ON_GPU) if device == "cuda" else (fixed, CASES_AT_ONCE)
             count = fixed + (getattr(effort, self.random) if self.random else 0)
