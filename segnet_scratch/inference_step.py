@@ -100,7 +100,7 @@ class InferenceStep:
             self.model.eval()
         return self._replayed()
 
-    def walk(self, on_phase: OnPhase = ignore) -> Array:
-        """The same op by op, for whoever watches."""
+    def run_eagerly(self, on_phase: OnPhase = ignore) -> Array:
+        """As `run`, but op by op, never as a graph, so that observers see it."""
         self.model.eval()
         return self._pass.run(on_phase)

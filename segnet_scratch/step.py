@@ -236,8 +236,8 @@ class TrainingStep:
         for parameter, gradient in zip(self.optimiser.parameters.values(), gradients, strict=True):
             parameter.grad = gradient  # a graph's own, where steps of another shape or op by op came between
 
-    def walk(self, on_phase: OnPhase = ignore) -> None:
-        """The same op by op, for whoever watches; `on_phase` is told of forward, backward and update."""
+    def run_eagerly(self, on_phase: OnPhase = ignore) -> None:
+        """As `run`, but op by op, never as a graph, so that observers see it; `on_phase` is told of each phase."""
         with self._whole():
             self._unit(self._pass, on_phase)
 

@@ -212,7 +212,7 @@ class Trainer:
         """Launches what a step and a validation launch; called where launches are listed and nothing is computed."""
         shape = self._own(self.config.batch), *self.config.image_size
         self.training.write(np.zeros((*shape, 3), self.model.dtype), np.zeros(shape, np.uint8), 0.0)
-        self.training.walk()
+        self.training.run_eagerly()
         if self.val_set is not None:
             batch, images = self._own(self.config.batch), self._own(len(self.val_set))
             some = range(min(batch, images) + images % batch)  # of both shapes: the last batch may be a smaller one

@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_and_neither_do_those_after_it
     assert_same(state(step), state(other))
 
 
-@pytest.mark.parametrize("way", ["run", "walk", "gradients"])
+@pytest.mark.parametrize("way", ["run", "run_eagerly", "gradients"])
 @pytest.mark.parametrize(("engine", "precision"), ENGINES[:2])
 def test_a_step_that_fails_halfway_leaves_no_trace(engine, precision, way, monkeypatch):
     step = training(engine, precision, "numpy")
@@ -78,22 +78,22 @@ def test_a_step_that_fails_halfway_leaves_no_trace(engine, precision, way, monke
 
     monkeypatch.setattr(Conv2dBackwardBias, "run", no_memory)  # of the classifier, after the whole forward pass
     step.write(*batch(1), 0.1)
-    ways = {"run": step.run, "walk": step.walk, "gradients": lambda: step.gradients(*batch(1))}
+    ways = {"run": step.run, "run_eagerly": step.run_eagerly, "gradients": lambda: step.gradients(*batch(1))}
     with pytest.raises(MemoryError):
         ways[way]()
     assert_same(state(step), before)
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES[:2])
-def test_walked_and_run_it_is_the_same_step(engine, precision):
-    walked, run = (training(engine, precision, "host") for _ in range(2))
+def test_eager_and_replayed_steps_are_the_same(engine, precision):
+    eager, run = (training(engine, precision, "host") for _ in range(2))
     phases = []
     for seed in (0, 1):
-        walked.write(*batch(seed), 0.1)
-        walked.walk(phases.append)
+        eager.write(*batch(seed), 0.1)
+        eager.run_eagerly(phases.append)
         run(*batch(seed), 0.1)
     assert phases == ["forward", "backward", "update"] * 2
-    assert_same(state(walked), state(run))
+    assert_same(state(eager), state(run))
 
 
 @needs_compiler
@@ -105,13 +105,13 @@ def test_loss_and_gradients_are_those_of_the_step_whatever_came_between(cupy):
     for device, found in ((cuda, ours), (host, expected)):
         step = TrainingStep(SegNetBasic(CLASSES, 1 / 32, device, seed=1))
         bias = step.model.named_parameters()["classifier.bias"]
-        for kind in ("run", "run", "walk", "run", "small", "small", "run", "gradients", "run"):
+        for kind in ("run", "run", "run_eagerly", "run", "small", "small", "run", "gradients", "run"):
             images, labels = (array[:1] if kind == "small" else array for array in batches[len(found)])
             if kind == "gradients":
                 step.gradients(images, labels)
             else:
                 step.write(images, labels, 0.1)
-                step.walk() if kind == "walk" else step.run()
+                step.run_eagerly() if kind == "run_eagerly" else step.run()
             found.append((kind, *step.read().get(), *device.download(bias.grad)))
     assert ours == expected
 

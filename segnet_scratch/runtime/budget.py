@@ -1,4 +1,4 @@
-"""Holds what compiled kernels take of a GPU against what budget.toml accepts: no spills, no stack, but for exceptions
+"""Checks what compiled kernels take of a GPU against what budget.toml accepts: no spills, no stack, but for exceptions
 that are named there with their bytes.
 
 A spill is the first sign of a kernel that outgrew its registers: it stays correct, and each use of a spilled value

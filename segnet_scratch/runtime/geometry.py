@@ -1,4 +1,4 @@
-"""How a kernel wants to be launched, as far as its source says so.
+"""Grid and block of a kernel that is launched alone, as far as its source says them.
 
 A comment above the kernel gives grid and block in terms of its integer parameters and of integers defined in the file:
 

@@ -1,4 +1,4 @@
-"""Reads the signatures of a `.cu` file's kernels, those with C linkage: what the launch gate holds a launch against.
+"""Reads the signatures of a `.cu` file's kernels, those with C linkage: what the launch gate checks a launch against.
 
 A pointer parameter may carry its shape as a comment on its line, in terms of the kernel's integer parameters:
 

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 
 from segnet_scratch.errors import ConfigError
 
-# Values in a chunk of an element-wise pass. Half a megabyte of float32 stays in a second-level cache from one
+# Values in a chunk of an element-wise pass. Half a megabyte of float32 stays in an L2 cache from one
 # step to the next, and a NumPy call on it outlasts the hand-over of Python's lock (measured: 2**15 to 2**20).
 CHUNK_VALUES = 1 << 17
 

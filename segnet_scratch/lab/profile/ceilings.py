@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as what is held against it."""
+"""The roofline's ceilings: the highest rates of this machine, measured in the run that is compared with them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -28,7 +28,7 @@ from segnet_scratch.runtime.observe import observe
 from segnet_scratch.segnet import ARCHITECTURES
 from segnet_scratch.step import TrainingStep
 
-CACHE_BYTES = 256 << 20  # more than any GPU's second-level cache
+CACHE_BYTES = 256 << 20  # more than any GPU's L2 cache
 DEFAULT_ARCHITECTURE = "sm_90"
 Progress = Callable[[str], None]
 CLASSES = 21  # VOC's
@@ -122,7 +122,7 @@ class Step:
         """Makes the step under the eyes of a recorder; `enter` is told of phases in its place."""
         recorder.begin_pass()
         with observe(recorder):
-            self._step.walk(enter or recorder.enter)
+            self._step.run_eagerly(enter or recorder.enter)
 
 
 def count(work: Workload) -> Profile:

@@ -123,7 +123,7 @@ class Graphs(Part):
         size, width, replays = (64, 1 / 4, 20) if device.gpu else (32, 1 / 16, 2)
         models = [SegNet(CLASSES, width, device, dropout=True, seed=1) for _ in range(2)]
         steps = [Steps(model, 1, (size, size)) for model in models]
-        ways = list(zip(steps, (steps[0].step.walk, steps[1].step.run), strict=True))
+        ways = list(zip(steps, (steps[0].step.run_eagerly, steps[1].step.run), strict=True))
         made = np.array([[of.make(number, way) for of, way in ways] for number in range(1 + replays)])
         (eager, replayed), seconds = made[..., 0].T.tolist(), np.median(made[1:, :, 1], 0)  # the first is no replay
         tally.counts["replays"] = replays
