@@ -3,40 +3,43 @@
 // Element types: float32, bfloat16.
 //
 //   merge statistics  mean, inv_std of a channel from the (mean, M2) of each tile, which the convolution left
-//   forward           z = relu((y - mean) inv_std weight + bias). Pooled blocks write max-pool and codes of z and y where
-//                     the pool chose, not z; blocks below an unpool write the unpooled map of z, not z. In inference, where
-//                     batch norm is part of the convolution, that is the unpool alone
+//   forward           z = relu((y - mean) inv_std weight + bias), or in its place
+//                     where the block ends in a pool: the pooled map, its codes, and y where the pool chose
+//                     where an unpool follows: the unpooled map. In inference, where batch norm is part of the convolution,
+//                     that is the unpool alone
 //   merge gradients   dweight = sum dr xhat, dbias = sum dr, over the tiles
 //   backward          dy = weight inv_std (dr - dbias / rows - xhat dweight / rows), xhat = (y - mean) inv_std
-//                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; of a pooled block that of its
-//                     pooled map, which belongs to the coded element of each window (the others have dr 0)
+//                     dr: the gradient before the ReLU, which conv2d_fused.cu leaves; where the block ends in a pool that of
+//                     the pooled map, which belongs to the coded element of each window (the others have dr 0)
 //
-// batch_norm.cu derives the formulas. y is read once in each direction; beside it move, in units of the map, z (1),
-// pooled map and chosen y (1/4 each) and codes (1/32 or 1/64), or unpooled map (4) and codes forward, dr (1 or 1/4) and dy
-// (1) backward. These kernels are bound by that traffic. dy takes the place of dr where they are of one size. z, pooled
-// and unpooled map and dy of float32 are written in planes (common/planes.cuh), where Hopper's convolutions alone read them.
+// batch_norm.cu derives the formulas.
 //
-// Threads of maps: common/grid_stride.cuh. Each has a piece of channels, whose numbers it loads once, of LOADS rows at a time
-// (pixels or windows), or of the four pixels of one window. No sums: any order. On maps of 28x28 and 14x14 the numbers of
-// the channels count as much as the maps: they are 8 loads of 16 bytes (backward 10), of whole maps without windows in flight
-// with the first pieces, but on sm_120.
+// Traffic, which bounds these kernels, in units of the map. Forward: y (1) is read; z (1), or the pooled map and y where the
+// pool chose (1/4 each) and codes (1/32 or 1/64), or the unpooled map (4) and codes move beside it. Backward: y (1), dr (1 or
+// 1/4), dy (1), which takes the place of dr where they are of one size. Maps of float32 that Hopper's convolutions alone read
+// are written in planes (common/planes.cuh).
 //
-// Merges: mma.sync leaves thousands of tiles and perhaps 64 channels, so one thread per channel would wait for memory thousands of
-// times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles, 12 tiles of a lane at a
-// time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each. (64 channels are 3.2 MB, 400 KB a
-// block, of which 49 KB are in flight: more blocks would not wait less.) All sums in double; statistics as distances from the first tile's mean (never E[x^2] - E[x]^2). Lanes are
-// added as a binary tree: the order depends on the shape alone.
+// Threads of maps: common/grid_stride.cuh. A thread has one piece of channels. It loads the numbers of these channels once, and
+// LOADS rows (pixels or windows) at a time, or the four pixels of one window. On maps of 28x28 and 14x14 the numbers of the
+// channels count as much as the maps: they are 8 loads of 16 bytes (backward 10); where there are no windows they are in flight
+// together with the first pieces, but on sm_120. No sums: any order.
+//
+// Threads of merges: mma.sync leaves thousands of tiles and perhaps 64 channels, so one thread per channel would wait for memory
+// thousands of times. A block takes 8 channels (32 bytes of a row of partials, a sector) and 64 lanes of tiles, a lane 12 tiles
+// at a time: of the 6272 tiles of 16x224x224 a lane has 98, which are 9 waits, 7 us at 800 ns each. (64 channels are 3.2 MB, 400
+// KB a block, of which 49 KB are in flight: more blocks would not wait less.) All sums are in double; statistics are distances
+// from the first tile's mean (never E[x^2] - E[x]^2). Lanes are added as a binary tree: the order depends on the shape alone.
+#include "common/grid_stride.cuh"
 #include "common/packed_codes.cuh"
 #include "common/planes.cuh"
 #include "common/reduce.cuh"
-#include "common/grid_stride.cuh"
 
 #define TILE_ROWS 128  // of a tile of conv2d_fused.cu; the last one has what is left. Others say how many theirs have
 #define MERGE_CHANNELS 8
 #define MERGE_LANES 64
 #define MERGE_LOADS 12
 
-// What a convolution left of one channel of a tile, and of how many rows.
+// What a convolution left of one channel of a tile (mean and M2, or two sums), and how many rows that is of.
 struct Partial {
     float first, second;
     int count;
@@ -98,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_LANES, 1) nor
     dweight[channel] = (float)sums[1];
 }
 
-// What forward does to a piece of y, as it is stored.
+// Forward, applied to a piece of y.
 struct Norm {
     Values mean, scale, bias;
     bool relu;
@@ -121,7 +124,7 @@ struct Norm {
         norm.relu = with_relu;
         return norm;
     }
-    __device__ Piece of(const Piece& y) const {
+    __device__ Piece apply(const Piece& y) const {
         Values z = values_of(y);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
@@ -146,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_forward(
         Norm norm;
         slice.for_each_row(
             rows, c, [&](int64 i) { return load_piece_here(y + i); },
-            [&](int64 i, const Piece& piece) { out.store(i, slice.channel, norm.of(piece)); },
+            [&](int64 i, const Piece& piece) { out.store(i, slice.channel, norm.apply(piece)); },
             [&] { norm = Norm(mean, inv_std, weight, bias, slice.channel, relu); });
     }
 }
@@ -167,9 +170,9 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_pool_forw
         const Norm norm(mean, inv_std, weight, bias, slice.channel, relu);
         for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
             const WindowPieces pieces(y, walk.window(slice.channel, h, w, c), w, c);
-            PooledPiece pool(norm.of(pieces.at[0]));
+            PooledPiece pool(norm.apply(pieces.at[0]));
 #pragma unroll
-            for (int code = 1; code < 4; ++code) pool.offer(norm.of(pieces.at[code]), code);
+            for (int code = 1; code < 4; ++code) pool.offer(norm.apply(pieces.at[code]), code);
             const int64 element = walk.index * c + slice.channel;
             out.store(element, slice.channel, pool.piece());
             store_codes(codes, element, pool.codes());
@@ -198,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_unpool_fo
         for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
             const int64 element = walk.index * c + slice.channel;
             const unsigned chosen = piece_codes(codes, element);
-            const Piece piece = norm.of(load_piece(y + element));
+            const Piece piece = norm.apply(load_piece(y + element));
             const Window window = walk.window(slice.channel, h, w, c);
 #pragma unroll
             for (int code = 0; code < 4; ++code)
@@ -208,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_unpool_fo
     }
 }
 
-// dy of a piece.
+// Backward, applied to a piece of y and of dr.
 struct NormBackward {
     Values mean, inv_std, gain, mean_dr, mean_dr_xhat;
     NormBackward() = default;
@@ -227,7 +230,7 @@ struct NormBackward {
             mean_dr_xhat.of[i] /= rows;
         }
     }
-    __device__ Piece of(const Piece& y, const Piece& dr) const {
+    __device__ Piece apply(const Piece& y, const Piece& dr) const {
         const Values ys = values_of(y);
         Values gradient = values_of(dr);
 #pragma unroll
@@ -254,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 2) norm_relu_backward(
         NormBackward norm;
         slice.for_each_row(
             rows, c, [&](int64 i) { return Two<Piece>{load_piece_here(y + i), load_piece_here(dr + i)}; },
-            [&](int64 i, const Two<Piece>& both) { out.store(i, slice.channel, norm.of(both.first, both.second)); },
+            [&](int64 i, const Two<Piece>& both) { out.store(i, slice.channel, norm.apply(both.first, both.second)); },
             [&] { norm = NormBackward(mean, inv_std, weight, dweight, dbias, slice.channel, rows); });
     }
 }
@@ -284,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 2) norm_relu_pool_back
                 if (window.holds(code))
                     out.store(
                         window.at(code, w, c), slice.channel,
-                        norm.of(pieces.at[code], at_position(gradient, chosen, code)));
+                        norm.apply(pieces.at[code], at_position(gradient, chosen, code)));
         }
     }
 }
