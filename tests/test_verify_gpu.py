@@ -229,6 +229,7 @@ class TestOnAGpu:
         assert [work.round for work in rest] == sorted(work.round for work in rest)
         first = [work for work in rest if work.round == 0]
         assert {work.target for work in [*risky, *first] if work.part == "reference"} == {row.name for row in ROWS}
+        assert max(work.count for work in first if work.part == "reference") == 3
         parts = {name for name, part in PARTS.items() if "cuda" in part.devices and not part.unavailable()}
         assert {work.part for work in [*builds, *first]} == parts
         random = sum(work.count for work in rest if work.kind == "random" and work.part == "reference")
