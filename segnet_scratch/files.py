@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and the lock that keeps others out of a folder.
+"""Atomic writes: files and folders that appear whole or not at all, and the lock that keeps others out of a folder.
 
 Whatever this program leaves on a disk goes through here. The order is what makes it hold, also where the power fails:
 write a temporary beside the target, sync it, rename it over the target, sync the folder. A rename that reached the disk
@@ -49,7 +49,7 @@ def reason(error: OSError) -> str:
 
 
 def real(path: str | os.PathLike[str]) -> Path:
-    """The path without links, as far as it is there; a link to itself is what is opened later, and refused then."""
+    """The path with symbolic links resolved, as far as it exists; a link to itself stays, and fails when opened."""
     return Path(os.path.realpath(path))
 
 
@@ -80,7 +80,7 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview], synced: bool
     Not synced, a power failure may lose it: one `os.sync()` after ten thousand files costs less than a sync for each.
     Raises OSError, which names the file.
     """
-    with whole_file(path, synced) as descriptor:
+    with atomic_file(path, synced) as descriptor:
         for block in blocks:
             rest = memoryview(block)
             while rest.nbytes:  # one call may write less than it is given, always so beyond 2 GiB
@@ -91,7 +91,7 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview], synced: bool
 
 
 @contextmanager
-def whole_file(path: Path, synced: bool = True) -> Iterator[int]:
+def atomic_file(path: Path, synced: bool = True) -> Iterator[int]:
     """The descriptor of an empty file to fill, which replaces `path` when the block ends without an exception.
 
     Else it is removed. `synced` and errors as in `write_durably`.
@@ -142,7 +142,7 @@ def sweep_temporaries(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` to fill, which becomes `target` when the block ends without an exception.
 
     Else it is removed; what a killed program left is removed by the next that makes the same target. Raises DataError
@@ -188,22 +188,22 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Within it this process alone has a folder; False where another has it. A killed process leaves no mark.
+def locked(folder: Path) -> Iterator[bool]:
+    """Within it this process holds the lock of a folder; False where another has it. A killed process leaves no mark.
 
     NFS locks no folders, but files: there it is `.lock` in the folder.
     """
     with ExitStack() as stack:
         descriptor = stack.enter_context(_opened(folder))
         try:
-            alone = _locked(descriptor)
+            alone = _try_lock(descriptor)
         except OSError:
             file = folder / ".lock"
             alone = lock(stack.enter_context(_opened(file, os.O_RDWR | os.O_CREAT)), file)
         yield alone
 
 
-def _locked(descriptor: int, wait: bool = False) -> bool:
+def _try_lock(descriptor: int, wait: bool = False) -> bool:
     """Whether the lock could be had."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -219,7 +219,7 @@ def lock(descriptor: int, what: Path, wait: bool = False) -> bool:
     NFS without lockd) is no obstacle: a warning asks that nobody else write there.
     """
     try:
-        return _locked(descriptor, wait)
+        return _try_lock(descriptor, wait)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -252,7 +252,7 @@ def _sweep_folders(target: Path) -> None:
         if pattern.fullmatch(folder.name) and not folder.is_symlink() and folder.is_dir():
             with _opened(folder) as descriptor:
                 try:
-                    abandoned = _locked(descriptor)  # else somebody is filling it
+                    abandoned = _try_lock(descriptor)  # else somebody is filling it
                 except OSError:  # the file system knows no locks
                     continue
                 if abandoned:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segnet_scratch.config import AUTO, Config, check_resume, init_setting, load_config, toml_value
 from segnet_scratch.errors import TrainingError
-from segnet_scratch.files import held, reason
+from segnet_scratch.files import locked, reason
 
 
 class RunFolder:
@@ -65,7 +65,7 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                alone = stack.enter_context(held(self.path))
+                alone = stack.enter_context(locked(self.path))
             except OSError as error:
                 raise TrainingError(f"{error.filename or self.path}: cannot be locked: {reason(error)}") from error
             if not alone:

@@ -22,7 +22,7 @@ from PIL import Image
 from segnet_scratch.data import in_background, ordered_map, resize_image
 from segnet_scratch.data.drawing import Style, above
 from segnet_scratch.errors import DataError, SegnetError, require
-from segnet_scratch.files import reason, whole_file
+from segnet_scratch.files import atomic_file, reason
 from segnet_scratch.inference import Segmented, Segmenter
 from segnet_scratch.predict import plan_targets
 
@@ -278,7 +278,7 @@ def predict_video(
     try:
         with (
             opened_film(video) as film,
-            whole_file(target) as descriptor,
+            atomic_file(target) as descriptor,
             open(descriptor, "wb", closefd=False) as file,
         ):
             writer = FilmWriter(file, target, style, film.rate)

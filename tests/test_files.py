@@ -10,7 +10,7 @@ from support.commands import process
 
 from segnet_scratch import files
 from segnet_scratch.errors import ConfigError, DataError, TrainingError
-from segnet_scratch.files import expect_apart, lock, reason, sweep_temporaries, whole_folder, write_durably
+from segnet_scratch.files import atomic_folder, expect_apart, lock, reason, sweep_temporaries, write_durably
 from segnet_scratch.run_folder import RunFolder
 
 
@@ -18,7 +18,7 @@ from segnet_scratch.run_folder import RunFolder
 def test_a_name_as_long_as_the_file_system_takes(tmp_path, letter):
     name = letter * (255 // len(letter.encode()))
     write_durably(tmp_path / name, [b"content"])
-    with whole_folder(tmp_path / f"{name[:-1]}o") as folder:
+    with atomic_folder(tmp_path / f"{name[:-1]}o") as folder:
         (folder / "file").touch()
     assert (tmp_path / name).read_bytes() == b"content"
     assert len(list(tmp_path.iterdir())) == 2
@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
     assert lock(descriptor, tmp_path, wait)
     os.close(descriptor)
     assert "no locks" in caplog.text
-    with whole_folder(tmp_path / "b") as folder:
+    with atomic_folder(tmp_path / "b") as folder:
         (folder / "file").touch()
     assert (tmp_path / "b" / "file").exists()
 
@@ -132,9 +132,9 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch)
         flock(descriptor, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", of_files)
-    with files.held(tmp_path) as first, files.held(tmp_path) as second:
+    with files.locked(tmp_path) as first, files.locked(tmp_path) as second:
         assert (first, second) == (True, False)
-    with files.held(tmp_path) as again:
+    with files.locked(tmp_path) as again:
         assert again
 
 
@@ -143,8 +143,8 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from segnet_scratch.files import whole_folder
-with whole_folder(Path(sys.argv[1])) as folder:
+from segnet_scratch.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -156,7 +156,7 @@ def names(folder):
 
 def test_it_appears_at_the_end(tmp_path):
     target = tmp_path / "a/b"
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("content")
         assert not target.exists()
     assert names(target.parent) == ["b"]
@@ -167,7 +167,7 @@ def test_what_a_file_browser_leaves_is_nothing(tmp_path):
     litter = [".DS_Store", "._file", "Thumbs.db", "desktop.ini"]
     for name in litter:
         (tmp_path / name).write_text("")
-    with whole_folder(tmp_path) as folder:
+    with atomic_folder(tmp_path) as folder:
         (folder / "file").write_text("content")
         assert names(tmp_path) == sorted(litter)  # as long as nothing takes its place
     assert names(tmp_path) == ["file"]
@@ -175,7 +175,7 @@ def test_what_a_file_browser_leaves_is_nothing(tmp_path):
         target = tmp_path / f"b{name}"
         target.mkdir()
         (target / name).mkdir() if name == "._" else (target / name).write_text("")
-        with pytest.raises(DataError, match="is there already"), whole_folder(target):
+        with pytest.raises(DataError, match="is there already"), atomic_folder(target):
             pass
         assert names(target) == [name]
 
@@ -183,7 +183,7 @@ def test_what_a_file_browser_leaves_is_nothing(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_nothing(tmp_path, error):
     def fill():
-        with whole_folder(tmp_path / "b") as folder:
+        with atomic_folder(tmp_path / "b") as folder:
             (folder / "file").write_text("content")
             raise error
 
@@ -197,13 +197,13 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     (left,) = names(tmp_path)
     (tmp_path / f"{left}.mine").mkdir()
     (tmp_path / left.replace(".b.", ".other.")).mkdir()
-    with whole_folder(tmp_path / "b"):
+    with atomic_folder(tmp_path / "b"):
         pass
     assert names(tmp_path) == sorted([f"{left}.mine", left.replace(".b.", ".other."), "b"])
 
 
 def test_one_that_is_being_filled_is_not_swept(tmp_path):
-    with whole_folder(tmp_path / "b") as first:
+    with atomic_folder(tmp_path / "b") as first:
         (first / "file").write_text("content")
         files._sweep_folders(tmp_path / "b")
         assert names(first) == ["file"]
@@ -211,19 +211,19 @@ def test_one_that_is_being_filled_is_not_swept(tmp_path):
 
 
 def test_a_disk_that_is_full_names_the_folder(tmp_path):
-    with pytest.raises(OSError, match=r"No space .*new'$"), whole_folder(tmp_path / "new"):
+    with pytest.raises(OSError, match=r"No space .*new'$"), atomic_folder(tmp_path / "new"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write: without a name
-    with pytest.raises(OSError, match=r"encoder error -2.*new'$"), whole_folder(tmp_path / "new"):
+    with pytest.raises(OSError, match=r"encoder error -2.*new'$"), atomic_folder(tmp_path / "new"):
         raise OSError("encoder error -2 when writing image file")  # as of Pillow: words alone
-    with pytest.raises(OSError, match=r"new/inside'$"), whole_folder(tmp_path / "new") as folder:
+    with pytest.raises(OSError, match=r"new/inside'$"), atomic_folder(tmp_path / "new") as folder:
         (folder / "inside").rmdir()  # there is none
 
 
 def test_the_first_to_end_wins(tmp_path):
     def fill_both():
-        with whole_folder(tmp_path / "b") as second:
+        with atomic_folder(tmp_path / "b") as second:
             (second / "second").write_text("content")
-            with whole_folder(tmp_path / "b") as first:
+            with atomic_folder(tmp_path / "b") as first:
                 (first / "first").write_text("content")
 
     with pytest.raises(OSError, match="not empty"):
@@ -238,6 +238,6 @@ def test_what_is_there_is_left_alone(tmp_path):
     (tmp_path / "full/file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "full", "link"):
-        with pytest.raises(DataError, match=name), whole_folder(tmp_path / name):
+        with pytest.raises(DataError, match=name), atomic_folder(tmp_path / name):
             pass
     assert (tmp_path / "file").read_text() == (tmp_path / "full/file").read_text() == "mine"

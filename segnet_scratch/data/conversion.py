@@ -16,7 +16,7 @@ from segnet_scratch.data.palette import save_indexed_png
 from segnet_scratch.data.pictures import orientation, read_image
 from segnet_scratch.data.voc import FOLDERS, IMAGE_FOLDER, SPLIT_FOLDER, VOCDataset, find_root, mask_file, split_files
 from segnet_scratch.errors import DataError, some_of
-from segnet_scratch.files import visible_files, whole_folder
+from segnet_scratch.files import atomic_folder, visible_files
 
 
 class Pair(NamedTuple):
@@ -57,7 +57,7 @@ def write_dataset(
         save_indexed_png(mask_file(folder, name), labels, palette)
         return ""
 
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for part in FOLDERS:
             (folder / part).mkdir(parents=True)
         if problems := [*filter(None, parallel_map(convert, pairs.items(), progress=progress))]:

@@ -11,7 +11,7 @@ from segnet_scratch.data.download.sbd import Merge, merge_sbd
 from segnet_scratch.data.download.sources import SBD, VOC2012, Source, read_files
 from segnet_scratch.data.voc import VOCDataset, find_root
 from segnet_scratch.errors import DataError
-from segnet_scratch.files import whole_folder
+from segnet_scratch.files import atomic_folder
 from segnet_scratch.runtime.cache import cache_directory
 
 _WEIGHTS = "https://download.pytorch.org/models/"  # torchvision's
@@ -34,7 +34,7 @@ def install_voc2012(
             raise DataError(*fault.split("\n"), f"The data set is not whole; move {root} away and download it again.")
         return root
     archive = _archive(directory, source, mirrors, progress)
-    with whole_folder(root) as folder:
+    with atomic_folder(root) as folder:
         files = read_files(archive, source, partial(progress, "unpack"))
         for name in source.wanted:
             (folder / name).mkdir(parents=True)
