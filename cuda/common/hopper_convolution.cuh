@@ -138,8 +138,9 @@ struct BlockRows {
     int image, y, x;  // of its first pixel
     int images, h, w;
 
-    __device__ BlockRows(const Convolution& g, int block) : images(g.n), h(g.h), w(g.w) {
-        const int across = (w + BLOCK_SIDE - 1) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1) / BLOCK_SIDE;
+    // Unsigned: a division is then half as long, and every consumer divides before it multiplies a tile.
+    __device__ BlockRows(const Convolution& g, unsigned block) : images(g.n), h(g.h), w(g.w) {
+        const unsigned across = (w + BLOCK_SIDE - 1u) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1u) / BLOCK_SIDE;
         x = block % across * BLOCK_SIDE;
         y = block / across % down * BLOCK_SIDE;
         image = block / across / down;
@@ -157,7 +158,7 @@ struct BlockRows {
     }
     __device__ int count() const { return image < images ? min(h - y, BLOCK_SIDE) * min(w - x, BLOCK_SIDE) : 0; }
     __device__ int64 pixel(unsigned row) const {
-        return ((int64)image * h + y) * w + x + (int)(row / BLOCK_SIDE * w + row % BLOCK_SIDE);
+        return (image * h + y) * w + x + (int)(row / BLOCK_SIDE * w + row % BLOCK_SIDE);
     }
     __device__ int pixels_between(int rows) const { return rows / BLOCK_SIDE * w; }  // of a multiple of 8
     // 2x2 windows: 16 of them, four in a row.
@@ -166,7 +167,7 @@ struct BlockRows {
     }
     __device__ int64 window(unsigned number) const {
         const int across = (w + 1) / 2;
-        return ((int64)image * ((h + 1) / 2) + y / 2) * across + x / 2 + (int)(number / 4 * across + number % 4);
+        return (image * ((h + 1) / 2) + y / 2) * across + x / 2 + (int)(number / 4 * across + number % 4);
     }
 };
 
@@ -271,6 +272,7 @@ __device__ inline unsigned thread_read_anew() {
 // What a consumer has of shared memory in the epilogue, and how its threads meet. `begin` comes before everything else.
 struct Epilogue {
     static constexpr int LANES = 16;
+    static constexpr unsigned NUMBER = sizeof(storage_t);  // bytes of one
     char* place;  // 64 pixels x 128 bytes
     int consumer;
     unsigned thread;  // of the warpgroup
@@ -279,25 +281,28 @@ struct Epilogue {
     __device__ void begin() { thread = thread_read_anew() % WARPGROUP; }
     __device__ int column() const { return (int)(thread % 8 * PIECE); }
     __device__ unsigned lane() const { return thread / 8; }
-    __device__ static unsigned offset(unsigned row, unsigned piece) {
-        return row * ROW_BYTES + (piece * PIECE_BYTES ^ row % 8 * PIECE_BYTES);
-    }
+    // Where a byte of a row lies: pieces are exchanged so that threads that write, or read, at the same time do not meet in a bank.
+    __device__ static unsigned offset(unsigned row, unsigned byte) { return row * ROW_BYTES + (byte ^ row * 8 * NUMBER % ROW_BYTES); }
 
     // Before the place is written: nobody reads what was there. After that: everybody may read it.
     __device__ void meet() const { named_barrier_sync(1 + consumer, WARPGROUP); }
-    __device__ Piece piece(unsigned row) const { return *(const Piece*)(place + offset(row, thread % 8)); }
+    __device__ Piece piece(unsigned row) const { return *(const Piece*)(place + offset(row, thread % 8 * PIECE_BYTES)); }
     __device__ float number(unsigned row, unsigned column) const {
-        return (float)((const storage_t*)(place + offset(row, column / PIECE)))[column % PIECE];
+        return (float)*(const storage_t*)(place + offset(row, column * NUMBER));
     }
 
-    // Writes PART rounded columns of 64 pixels, whose words are in the order of wgmma's sums (wgmma.cuh).
+    // Writes PART rounded columns of 64 pixels, whose words are in the order of wgmma's sums (wgmma.cuh): two neighbouring
+    // columns at a time, of a row and the one eight further down, then of the columns eight further on.
     __device__ void put(const unsigned (&words)[WORDS]) const {
-        const unsigned row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
+        const unsigned first = offset(thread / WARP * 16 + thread % WARP / 4, thread % 4 * 2 * NUMBER);
         meet();
 #pragma unroll
-        for (unsigned j = 0; j < WORDS; ++j) {
-            const unsigned sum = j * NUMBERS, at = sum / 4 * 8 + column + sum % 2;
-            *(unsigned*)(place + offset(row, at / PIECE) + sum / 2 % 2 * 8 * ROW_BYTES + at % PIECE / NUMBERS * 4) = words[j];
+        for (unsigned j = 0; j < WORDS * NUMBERS / 2; ++j) {
+            char* const to = place + (first ^ j / 2 * 8 * NUMBER) + j % 2 * 8 * ROW_BYTES;
+            if constexpr (NUMBERS == 2)
+                *(unsigned*)to = words[j];
+            else
+                *(Two<unsigned>*)to = {words[2 * j], words[2 * j + 1]};
         }
         meet();
     }
@@ -521,18 +526,17 @@ template <int CONSUMERS, int ACROSS, class Store>
 __device__ void finish_block(Epilogue& out, BlockSums<ACROSS>& sums, const Store& store, const Tiles& tiles) {
     out.begin();
     out.meet();
-    const int thread = out.thread;
-    if (thread < PART) ((BlockSums<ACROSS>*)out.place)[thread] = sums;
+    if (out.thread < PART) ((BlockSums<ACROSS>*)out.place)[out.thread] = sums;
     named_barrier_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
-    if (out.consumer > 0 || thread >= PART) return;
+    if (out.consumer > 0 || out.thread >= PART) return;
     for (int consumer = 1; consumer < CONSUMERS; ++consumer) {
-        const BlockSums<ACROSS>& more = ((const BlockSums<ACROSS>*)(out.place + consumer * ATOM_BYTES))[thread];
+        const BlockSums<ACROSS>& more = ((const BlockSums<ACROSS>*)(out.place + consumer * ATOM_BYTES))[out.thread];
 #pragma unroll
         for (int k = 0; k < ACROSS; ++k) sums.of[k] = store.merge(sums.of[k], sums.pixels, more.of[k], more.pixels);
         sums.pixels += more.pixels;
     }
 #pragma unroll
-    for (int k = 0; k < ACROSS; ++k) store.finish(tiles.first, tiles.column + k * PART + thread, sums.of[k], sums.pixels);
+    for (int k = 0; k < ACROSS; ++k) store.finish(tiles.first, tiles.column + k * PART + (int)out.thread, sums.of[k], sums.pixels);
 }
 
 // The kernel. In dynamic shared memory lie stages of maps, stages of weights, the places of the epilogues; how much that takes,
