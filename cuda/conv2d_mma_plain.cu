@@ -5,7 +5,7 @@
 //
 // Over conv2d_pipelined.cu: a warp multiplies 16 pixels x 16 depths with 16 depths x 8 outputs in one instruction, 4,096
 // operations where 32 threads made 64. The operands of the instruction are fragments: which thread holds which numbers is
-// prescribed (common/mma.cuh has the table). Loads are the simplest that give them, one 32-bit word a register, and
+// prescribed (common/mma.cuh has the table). Loads are the simplest that give them, one 32-bit word per register, and
 // nothing overlaps. What is left undone, and what conv2d_mma.cu adds: ldmatrix (a quarter of the load instructions),
 // swizzled rows instead of padded ones, several stages of cp.async, larger tiles.
 //

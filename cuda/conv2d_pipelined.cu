@@ -3,10 +3,10 @@
 //
 //   fprop  y (pixels, o) = patches (pixels, kh kw c)  x  weight^T (kh kw c, o)
 //
-// Over conv2d_tiled.cu (same tile: 128 x 64 results, 8 x 8 a thread, depth 16): while the threads multiply one stage, the
+// Over conv2d_tiled.cu (same tile: 128 x 64 results, 8 x 8 per thread, depth 16): while the threads multiply one stage, the
 // next is on its way (cp.async, "double buffering"), so that the latency of global memory passes behind arithmetic. A copy
 // moves 4 channels at once and never touches a register. What is left undone: the arithmetic is that of ordinary cores,
-// 2 operations an instruction and thread (conv2d_mma_plain.cu: tensor cores).
+// 2 operations per instruction and thread (conv2d_mma_plain.cu: tensor cores).
 //
 // Threads: t copies depths 4 (t % 4) ... + 3 of rows t / 4 + 32 i. It computes pixels t / 8 + 16 i and outputs t % 8 + 8 j.
 // Shared memory: rows of 16 numbers lie 20 apart. Eight rows then begin at banks 0, 20, 8, 28, 16, 4, 24, 12: a 16-byte

@@ -1,10 +1,10 @@
-// Convolution, a rung that teaches: the implicit GEMM with tiles in shared memory, one result a thread. Stride 1.
+// Convolution, a rung that teaches: the implicit GEMM with tiles in shared memory, one result per thread. Stride 1.
 // Element types: float32, float64, bfloat16.
 //
 //   fprop  y (pixels, o) = patches (pixels, kh kw c)  x  weight^T (kh kw c, o)
 //
 // Over conv2d_direct.cu: the 256 threads of a block compute 16 x 16 results together. For 16 terms of the depth at a time
-// they bring 16 x 16 numbers of each factor to shared memory, one a thread, and every number is then used 16 times: a
+// they bring 16 x 16 numbers of each factor to shared memory, one per thread, and every number is then used 16 times: a
 // sixteenth of the reads from global memory. What is left undone: each multiply-add still reads both factors from shared
 // memory, 8 bytes for 2 operations, and that is its bound (conv2d_tiled.cu: registers).
 //

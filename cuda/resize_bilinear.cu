@@ -6,7 +6,7 @@
 //   (of a large map some rows at a time, from the rows of x that they are made of)
 //   backward  dx[iy, ix] = sum over oy, ox of  R[oy, iy] C[ox, ix] dy[oy, ox]
 //
-// R and C hold at most two weights an output row or column, 1 - fraction and fraction (struct Tap). The backward gathers:
+// R and C hold at most two weights per output row or column, 1 - fraction and fraction (struct Tap). The backward gathers:
 // a thread walks the outputs that can reach its pixel, in ascending order, and asks each output's Tap for the weight, so
 // both directions round the same positions. No atomics, one fixed order of sums.
 //

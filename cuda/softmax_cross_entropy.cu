@@ -2,13 +2,13 @@
 // Element types: float32, bfloat16.
 //
 // Logits (pixels, padded): `classes` of them, then padding up to whole pieces of 16 bytes, which is not looked at and
-// whose gradient is 0. The gradient needs the normaliser first, which depends on the labels alone (1 byte a pixel):
+// whose gradient is 0. The gradient needs the normaliser first, which depends on the labels alone (1 byte per pixel):
 // they are counted before.
 //
 // Every logit is read once and every gradient written once, by way of shared memory (common/staged.cuh). A thread's three
 // passes over its pixel (maximum, sum of exponentials, gradient, which takes the logits' place) meet shared memory alone.
 //
-// Two exponentials a class make instructions count as much as bytes. So a power of two is one instruction where the gradient is
+// Two exponentials per class make instructions count as much as bytes. So a power of two is one instruction where the gradient is
 // bfloat16, the gradient of the label's class is put right at the end instead of asking at every class, and only the piece that
 // has padding looks for it.
 //

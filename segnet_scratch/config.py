@@ -157,7 +157,7 @@ class Config:
     clip_norm: largest Euclidean norm of all gradients together, longer ones are scaled down to it; 0: no limit
     loss_normalisation: divide the loss by the sum of the weights (as PyTorch) or by the valid pixels (as the
         authors)
-    class_weights: loss weight of each class, one number a class; empty: all 1; "median-frequency": from the
+    class_weights: loss weight of each class, one number per class; empty: all 1; "median-frequency": from the
         training masks, rare classes weigh more
     label_smoothing: share of each label that is spread over all classes
     scale: range of the random scale of a training image, [low, high]

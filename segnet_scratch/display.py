@@ -33,7 +33,7 @@ def write_json(path: Path | None, result: Any) -> None:
 
 
 def write_per_image(path: Path | None, evaluation: Evaluation) -> None:
-    """Writes one row an image as CSV: id, fractions as in JSON, empty where there is none; nothing without a path."""
+    """Writes one row per image as CSV: id, fractions as in JSON, empty where there is none; nothing without a path."""
     columns = ["id", "miou", "global_accuracy", "pixels"]
     columns += [] if evaluation.boundary_f1 is None else ["boundary_f1"]
     text = StringIO()

@@ -16,7 +16,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"  # the settings, with comments
-        self.metrics = path / "metrics.jsonl"  # one row a step and a row a validation
+        self.metrics = path / "metrics.jsonl"  # one row per step and per validation
         self.last = path / "last.safetensors"  # weights and momenta to go on from
         self.best = path / "best.safetensors"  # weights of the best validation
         self._seen = self._state()

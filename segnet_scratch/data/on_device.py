@@ -19,8 +19,8 @@ class DeviceLoader(Loader):
 
     Order and views are those of a Loader, whose `options` it takes; pixels differ by Pillow's rounding to bytes, labels
     where a position falls exactly between two pixels: Pillow adds up rounded steps and may take the one before. The
-    split is decoded and uploaded once: 4 bytes a pixel. ConfigError for colour jitter, which the kernel does otherwise;
-    DataError for a sample that cannot be read.
+    split is decoded and uploaded once: 4 bytes per pixel. ConfigError for colour jitter, which the kernel does
+    otherwise; DataError for a sample that cannot be read.
     """
 
     def __init__(

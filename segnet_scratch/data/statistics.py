@@ -63,7 +63,7 @@ class ClassStatistics:
         return np.where(np.isnan(frequency), ABSENT_WEIGHT, np.nanmedian(frequency) / frequency)
 
     def to_json(self) -> dict[str, Any]:
-        """One row a class in `classes`, and `masks`, `void` (pixels); the frequency of an absent class is None."""
+        """One row per class in `classes`, and `masks`, `void` (pixels); the frequency of an absent class is None."""
         columns = (self.pixels, self.images, self.frequency, self.weights)
         rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
         return {

@@ -14,9 +14,9 @@ from segnet_scratch.ops.convolution.conv2d import Conv2dForward, rung_for
 from segnet_scratch.ops.convolution.conv_transpose2d import ConvTranspose2dForward
 from segnet_scratch.ops.elementwise.dropout import DropoutForward
 from segnet_scratch.ops.elementwise.relu import ReluForward
-from segnet_scratch.ops.loss import cross_entropy as objective
+from segnet_scratch.ops.loss import cross_entropy as cross_entropy_ops
 from segnet_scratch.ops.loss.log_softmax import LogSoftmaxForward
-from segnet_scratch.ops.normalisation import batch_norm_ranks as over_ranks
+from segnet_scratch.ops.normalisation import batch_norm_ranks
 from segnet_scratch.ops.normalisation.batch_norm import (
     EPS,
     MOMENTUM,
@@ -74,25 +74,25 @@ def batch_norm(
 
 
 class SyncBatchNorm(Function):
-    """Batch norm in training over the x of several ranks. Saves x, two numbers a channel and the moments of all."""
+    """Batch norm in training over the x of several ranks. Saves x, two numbers per channel and the moments of all."""
 
     def __init__(self, device: Device, ranks: Communicator, running: dict[str, Array], *options: float) -> None:
         super().__init__(device)
         self.ranks, self.running, self.options = ranks, running, options
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
-        own = over_ranks.BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
+        own = batch_norm_ranks.BatchNormMoments.plan(spec_of(x))(self.device, x=x).moments
         moments = self.ranks.collectives.all_gather(self.device, own)
-        op = over_ranks.BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
+        op = batch_norm_ranks.BatchNormRanksForward.plan(spec_of(x), self.ranks.size, *self.options)
         out = op(self.device, x=x, moments=moments, weight=weight, bias=bias, **self.running)
         self.saved = {"x": x, "mean": out.mean, "inv_std": out.inv_std}
         self.merged = {"weight": weight, "moments": moments}
         return out.y
 
     def backward(self, dy: Array) -> tuple[Array, Array, Array]:
-        own = over_ranks.BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
+        own = batch_norm_ranks.BatchNormBackwardSums.plan(spec_of(dy))(self.device, dy=dy, **self.saved)
         sums = self.ranks.collectives.all_gather(self.device, own.sums)
-        op = over_ranks.BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
+        op = batch_norm_ranks.BatchNormRanksBackward.plan(spec_of(dy), self.ranks.size)
         return op(self.device, dy=dy, sums=sums, **self.saved, **self.merged).dx, own.dweight, own.dbias
 
 
@@ -138,22 +138,22 @@ def cross_entropy(
         f"cross_entropy: logits have shape {logits.shape}; expected (..., classes), no side of them empty",
     )
     device, classes = logits.device, logits.shape[-1]
-    objective.expect_one_of("reduction", reduction, objective.REDUCTIONS)
-    objective.expect_one_of("normalisation", normalisation, objective.NORMALISATIONS)
+    cross_entropy_ops.expect_one_of("reduction", reduction, cross_entropy_ops.REDUCTIONS)
+    cross_entropy_ops.expect_one_of("normalisation", normalisation, cross_entropy_ops.NORMALISATIONS)
     if tuple(labels.shape) != logits.shape[:-1]:
         raise ShapeError(f"cross_entropy: labels {tuple(labels.shape)} do not fit logits {logits.shape}")
     if isinstance(labels, np.ndarray):
-        labels = device.upload(objective.check_labels(labels, classes, ignore_index))
+        labels = device.upload(cross_entropy_ops.check_labels(labels, classes, ignore_index))
     else:
         expect(
             ignore_index == VOID, f"cross_entropy: ignore_index {ignore_index} with labels on the device; pass {VOID}"
         )
     if class_weights is not None and (not device.owns(class_weights) or isinstance(class_weights, np.ndarray)):
-        class_weights = device.upload(objective.check_class_weights(class_weights, classes, logits.dtype))
+        class_weights = device.upload(cross_entropy_ops.check_class_weights(class_weights, classes, logits.dtype))
     if reduction == "none":
         return _losses(logits, device.download(labels), class_weights, smoothing)
     divide = "none" if reduction == "sum" else normalisation
-    op = objective.CrossEntropyForward.plan(_spec(logits), divide, smoothing)
+    op = cross_entropy_ops.CrossEntropyForward.plan(_spec(logits), divide, smoothing)
     return apply(op, logits=logits, labels=labels, class_weights=class_weights)
 
 

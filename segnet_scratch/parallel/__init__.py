@@ -1,4 +1,4 @@
-"""Several processes that train one network: one a GPU, or one a share of the cores.
+"""Several processes that train one network: one per GPU, or one per share of the cores.
 
     communicator.py   what a process knows of the others and asks of them; gradients summed as backward makes them
     mpi.py            processes of MPI: names, small values, sums of arrays of the CPU, and by NCCL between GPUs

@@ -75,7 +75,7 @@ class Validation:
 
     @property
     def classes(self) -> list[dict[str, Any]]:
-        """One row a class, in the order of labels: fractions, NaN where there is no number."""
+        """One row per class, in the order of labels: fractions, NaN where there is no number."""
         scores = self.evaluation.scores
         names = ("name", "colour", "iou", "accuracy", "precision", "share")
         colours = ["#" + bytes(colour).hex() for colour in self.palette]

@@ -5,7 +5,7 @@ A comment above the kernel gives grid and block in terms of its integer paramete
     // Launch: grid ((rows + TILE - 1) / TILE, chunks), block (32, 8)
 
 Without one, `__launch_bounds__(THREADS)` gives the threads of a block, and the grid covers the largest output with one
-thread an element. Ops compute their geometry themselves; this is for whoever runs a kernel alone.
+thread per element. Ops compute their geometry themselves; this is for whoever runs a kernel alone.
 """
 
 import re

@@ -30,12 +30,12 @@ PASSES = 9
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations and bytes a second, and how they were found."""
+    """Operations and bytes per second, and how they were found."""
 
     flops: float
     bandwidth: float  # bytes read and written
     source: str
-    tensor_cores: Mapping[str, float] = field(default_factory=dict)  # operations a second by rung: tf32, tf32x3, bf16
+    tensor_cores: Mapping[str, float] = field(default_factory=dict)  # operations per second by rung: tf32, tf32x3, bf16
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -72,12 +72,12 @@ def measure(device: Device) -> Ceilings:
 
 
 def multiply_adds(device: Device) -> Array:
-    """Launches the kernel of ceilings.cu; its result, one number a thread."""
+    """Launches the kernel of ceilings.cu; its result, one number per thread."""
     return _launch(device, SOURCE, FMA_THREADS, FMA_ROUNDS, "float32")
 
 
 def products(device: Device, rung: str) -> Array:
-    """Launches the kernel of ceilings_mma.cu; its result, one number a thread."""
+    """Launches the kernel of ceilings_mma.cu; its result, one number per thread."""
     return _launch(device, MMA_SOURCE, MMA_THREADS, MMA_ROUNDS, rung)
 
 
