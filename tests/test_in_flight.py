@@ -1,4 +1,4 @@
-"""Loads in flight at once (cuda/common/in_flight.cuh): what the compiler makes of kernels that memory bounds.
+"""Loads in flight at once (cuda/common/in_flight.cuh): what the compiler makes of memory-bound kernels.
 
 No result would show it if it moved each load next to its use; the kernel would wait for memory so many times as often.
 """

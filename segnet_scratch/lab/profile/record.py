@@ -112,8 +112,8 @@ class Summary:
         medians = [run.seconds for run in runs if run.seconds is not None]
         self.seconds = sum(medians) if len(medians) == len(runs) else None
         self.gflops_per_second, self.gbytes_per_second = self._per_second(self.flops / 1e9, self.bytes / 1e9)
-        # What its bytes would take at the rate of a large copy is the prediction for what memory binds. Each op is held
-        # against its own ceiling; what lies above it does less than its definition (Winograd) or reads from a cache.
+        # The time of its bytes at the rate of a large copy is the prediction for a memory-bound op. Each op has its own
+        # ceiling; what lies above it does less than its definition (Winograd) or reads from a cache.
         self.seconds_of_bytes = self.bytes / ceilings.bandwidth if ceilings else None
         least = sum(ceilings.seconds(r.flops, r.bytes, r.multiply) for r in runs) if ceilings else None
         self.of_copy, self.of_ceiling = self._per_second(self.seconds_of_bytes, least)
