@@ -117,12 +117,9 @@ struct Norm {
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) scale.of[i] *= weight.of[i];
     }
-    __device__ static Norm none(bool with_relu) {
-        Norm norm = {};
+    __device__ explicit Norm(bool with_relu) : mean{}, bias{}, relu(with_relu) {  // no batch norm: only the ReLU
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) norm.scale.of[i] = 1;
-        norm.relu = with_relu;
-        return norm;
+        for (int i = 0; i < PIECE; ++i) scale.of[i] = 1;
     }
     __device__ Piece apply(const Piece& y) const {
         Values z = values_of(y);
@@ -196,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(MAP_THREADS, 3) norm_relu_unpool_fo
     int n, int h, int w, int c, int planes, int relu) {
     const MapOut out = {unpooled, in_planes, c, planes};
     for (ThreadSlice slice(c); slice.exists(c); slice.next()) {
-        Norm norm = Norm::none(relu);
+        Norm norm((bool)relu);
         if (mean) norm = Norm(mean, inv_std, weight, bias, slice.channel, relu);
         for (WindowWalk walk(slice, n, h, w); walk.exists(); walk.next()) {
             const int64 element = walk.index * c + slice.channel;

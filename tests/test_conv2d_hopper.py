@@ -117,7 +117,8 @@ class TestParts:
         for _ in range(500):
             n, h, w = (int(k) for k in rng.integers(1, (20, 90, 90)))
             c, o = (64 * int(k) for k in rng.integers(1, 9, 2))
-            parts, blocks = hopper.parts_of(geometry(n, h, w, c, o)), n * -(-h // 8) * -(-w // 8)
+            blocks = n * h * w
+            parts = hopper.parts_of(geometry(n, h, w, c, o), blocks)
             assert (parts.count - 1) * parts.each < blocks <= parts.count * parts.each
             assert parts.count * (c // 64) * (o // 64) <= max(hopper.MULTIPROCESSORS, c // 64 * (o // 64))
 

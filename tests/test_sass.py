@@ -169,7 +169,8 @@ HOPPER = {
     "conv2d_hopper_backward_data_halo_128x128": (128, "B", {"3D", "4D"}),
     "conv2d_hopper_backward_data_columns_256x128": (128, "B", {"3D", "4D.IM2COL"}),
     "conv2d_hopper_backward_data_columns_128x128": (128, "B", {"3D", "4D.IM2COL"}),
-    "conv2d_hopper_backward_weight": (192, "AB", {"4D"}),
+    "conv2d_hopper_backward_weight_8x8": (192, "AB", {"4D"}),
+    "conv2d_hopper_backward_weight_16x7": (192, "AB", {"4D"}),
 }
 OF_HOPPER = [find_kernel(kernel).source for kernel in HOPPER]
 
@@ -190,7 +191,7 @@ def test_on_hopper(name, element):
         columns, transposed, boxes = HOPPER[kernel]
         of_weight, short = transposed == "AB", element == "tf32x3"
         if of_weight:
-            products, groups, registers = 4, 1, 128
+            products, groups, registers = 7 if "16x7" in kernel else 4, 1, 128
         else:  # of 64 deep and its nine taps, for each 64 pixels of a consumer
             tile = NAMED["_".join(kernel.split("_")[-2:])]
             consumers = tile.consumers(element)

@@ -43,7 +43,8 @@ class Arena:
     def plan(lifetimes: Mapping[str, Lifetime]) -> "Arena":
         """Places the arrays one by one, the largest first, each at the lowest offset that is free while it lives.
 
-        To pack them best is NP-hard; largest first comes close to `needed`, which no placement can beat.
+        To pack them best is NP-hard; largest first comes close to what is alive at the fullest step, which no placement
+        can beat.
         """
         placed: list[tuple[int, Lifetime]] = []
         offsets: dict[str, int] = {}
@@ -56,12 +57,6 @@ class Arena:
             offsets[name] = offset
             placed.append((offset, lifetime))
         return Arena(dict(lifetimes), offsets, max((o + l.nbytes for o, l in placed), default=0))
-
-    @property
-    def needed(self) -> int:
-        """Bytes that are alive at the fullest step: the least that any placement takes."""
-        steps = {lifetime.first for lifetime in self.lifetimes.values()}
-        return max((sum(self.alive(step).values()) for step in steps), default=0)
 
     def alive(self, step: int) -> dict[str, int]:
         """Bytes of each array that holds something at a step."""

@@ -58,14 +58,12 @@ def fused_account(network: Network, kernels: Convolutions, branches: bool) -> Ac
     return Account("fused", dict(entries))
 
 
-def layers_account(network: Network, itemsize: int = 4) -> Account:
-    """The layers of this project, whatever the widths, with elements of `itemsize` bytes."""
-    return _paper(network, itemsize, 1, "layers")
+def layers_account(network: Network, itemsize: int = 4, index: int = 1, name: str = "layers") -> Account:
+    """An engine that keeps what every layer's backward asks for, as the layers of this project do, whatever the widths.
 
-
-def _paper(network: Network, itemsize: int, index: int, name: str) -> Account:
-    """An engine that keeps what every layer's backward asks for: y for batch norm, z for the next convolution and ReLU,
-    pooled and unpooled maps, an index of `index` bytes for each pooled value; and two maps of gradients at a time."""
+    y for batch norm, z for the next convolution and ReLU, pooled and unpooled maps, of `itemsize` bytes an element; an
+    index of `index` bytes for each pooled value; and two maps of gradients at a time.
+    """
     layers = network.layers
     maps = sum(prod(layer.full) for layer in layers) * itemsize
     pooled = sum(prod(layer.out) for layer in layers if layer.block.pool)
@@ -86,6 +84,6 @@ def accounts(network: Network, device: Device, rung: str) -> list[Account]:
 
     PyTorch on paper: no workspace of cuDNN, no copy that automatic mixed precision makes, ReLU in place.
     """
-    torch = _paper(network, storage(rung).itemsize, 8, "PyTorch")
+    torch = layers_account(network, storage(rung).itemsize, 8, "PyTorch")
     branches = two_branches(device, rung)
     return [fused_account(network, Convolutions.on(device, rung), branches), layers_account(network), torch]

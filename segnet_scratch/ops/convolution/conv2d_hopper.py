@@ -11,6 +11,7 @@ The rule of what they take stands in `misfit`; what does not fit goes to mma.syn
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -298,9 +299,16 @@ class HopperBackwardData(_Tiled, FusedBackwardData):
         return np.ascontiguousarray(b.weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
 
 
-def parts_of(g: Geometry) -> Cut:
-    """How wgrad splits the blocks of 8x8 pixels, for tiles of 64 outputs x 64 channels."""
-    blocks = g.n * -(-g.h // SIDE) * -(-g.w // SIDE)
+BLOCKS = {(8, 8): 9, (16, 7): 6}  # what wgrad loads at a time, pixels across and down: stages in shared memory
+
+
+def blocks_of(g: Geometry, across: int, down: int) -> int:
+    """Blocks of so many pixels that cover a map."""
+    return g.n * -(-g.h // down) * -(-g.w // across)
+
+
+def parts_of(g: Geometry, blocks: int) -> Cut:
+    """How wgrad splits the blocks, for tiles of 64 outputs x 64 channels."""
     return Cut.of(blocks, max(1, min(blocks, MULTIPROCESSORS // (g.c // CHANNELS * -(-g.o // CHANNELS)))))
 
 
@@ -309,25 +317,30 @@ class HopperBackwardWeight(_InPlanes, Conv2dBackwardWeight):
 
     name = "conv2d_hopper_backward_weight"
     THREADS: ClassVar[int] = 512
-    SHARED: ClassVar[int] = 9 * (CHANNELS * ROW + HALO_PLACE) + ALIGNMENT
 
     def __init__(self, x: Spec, weight: Spec, rung: str = "bf16") -> None:
         # A plan of float64 is for the reference alone.
         super().__init__(x, weight, 1, 1, rung if x.dtype == ELEMENTS_OF_RUNG[rung] else None)
         self.multiply_as(rung)
-        self.parts = parts_of(self.geometry)
+        g = self.geometry
+        # The block that leaves the fewest pixels beyond the edges.
+        self.block = min(BLOCKS, key=lambda block: blocks_of(g, *block) * prod(block))
+        self.parts = parts_of(g, blocks_of(g, *self.block))
         # A single part is the gradient itself.
         several = self.parts.count > 1
         self.workspace = {"partials": Spec((self.parts.count, *weight.shape), self.accumulated)} if several else {}
         self.expect_planes("x", "dy")
 
     def launch(self, device: Device, b: Buffers) -> None:
-        g, parts = self.geometry, self.parts
+        g, parts, (across, down) = self.geometry, self.parts, self.block
         several = "partials" in self.workspace
-        arrays: dict[str, Any] = {"x": TensorMap(b.x, HALO), "dy": TensorMap(b.dy, (1, SIDE, SIDE, CHANNELS))}
+        x, dy = (1, down + 2, across + 2, CHANNELS), (1, down, across, CHANNELS)
+        stage = 2 * prod(dy) + -(-2 * prod(x) // ALIGNMENT) * ALIGNMENT
+        shared = BLOCKS[self.block] * stage + ALIGNMENT
+        arrays: dict[str, Any] = {"x": TensorMap(b.x, x), "dy": TensorMap(b.dy, dy)}
         arrays["partials"] = b.partials if several else b.dweight
         grid = g.c // CHANNELS * -(-g.o // CHANNELS), parts.count
         arrays |= self._sizes | {"parts": parts.count, "blocks_of_part": parts.each}
-        self.kernel(device, self.name, b, grid, self.THREADS, shared=self.SHARED, **arrays)
+        self.kernel(device, f"{self.name}_{across}x{down}", b, grid, self.THREADS, shared=shared, **arrays)
         if several:
             self.launch_merge(device, b)
