@@ -81,8 +81,7 @@ struct StoreGradient {
                     if (!rows.exists(BlockRows::row_of_window(window, 0))) return;
                     const auto at = [&](int code) { return out.piece(BlockRows::row_of_window(window, code)); };
                     const Piece dr = coded_piece(asked.codes, at);
-                    store_piece(to.dr + asked.element, norm.gradient(dr, asked.y[0], to.below.relu, *this));
-                    return;
+                    return store_piece(to.dr + asked.element, norm.gradient(dr, asked.y[0], to.below.relu, *this));
                 }
             Piece dr[4];
 #pragma unroll

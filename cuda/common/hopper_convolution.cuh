@@ -132,25 +132,25 @@ struct Ring {
     __device__ void release_previous() const { mbarrier_arrive(empty[(position.stage + STAGES - 1) % STAGES]); }
 };
 
-// 64 pixels of a consumer: a block of 8x8; `next` goes on to the following one without dividing again.
+// 64 pixels of a consumer: a block of 8x8; `next` and `advance` go on to others without dividing again. A chain of divisions takes
+// hundreds of clocks, and a consumer would have it before each of its tiles.
 struct BlockRows {
     static constexpr bool WINDOWS = true;
     int image, y, x;  // of its first pixel
     int images, h, w;
 
-    // Unsigned: a division is then half as long, and every consumer divides before it multiplies a tile.
     __device__ BlockRows(const Convolution& g, unsigned block) : images(g.n), h(g.h), w(g.w) {
         const unsigned across = (w + BLOCK_SIDE - 1u) / BLOCK_SIDE, down = (h + BLOCK_SIDE - 1u) / BLOCK_SIDE;
         x = block % across * BLOCK_SIDE;
         y = block / across % down * BLOCK_SIDE;
         image = block / across / down;
     }
-    __device__ void next() {
-        if ((x += BLOCK_SIDE) < w) return;
-        x = 0;
-        if ((y += BLOCK_SIDE) < h) return;
-        y = 0;
-        ++image;
+    __device__ void next() { advance(BLOCK_SIDE, 0, 0); }
+    __device__ void advance(const BlockRows& by) { advance(by.x, by.y, by.image); }  // as far as it is from the first one
+    __device__ void advance(int across, int down, int images_) {
+        x += across, y += down, image += images_;
+        if (x >= w) x -= (w + BLOCK_SIDE - 1) & -BLOCK_SIDE, y += BLOCK_SIDE;
+        if (y >= h) y -= (h + BLOCK_SIDE - 1) & -BLOCK_SIDE, ++image;
     }
     // Without branches: the three comparisons become one predicate.
     __device__ bool exists(unsigned row) const {
@@ -200,6 +200,7 @@ struct RunRows {
     static constexpr bool WINDOWS = false;
     int first, pixels;
     __device__ void next() { first += 64; }
+    __device__ void advance(const RunRows& by) { first += by.first; }
     __device__ bool exists(unsigned row) const { return first + (int)row < pixels; }
     __device__ int count() const { return max(0, min(pixels - first, 64)); }
     __device__ int64 pixel(unsigned row) const { return first + (int)row; }
@@ -271,8 +272,7 @@ __device__ inline unsigned thread_read_anew() {
 
 // What a consumer has of shared memory in the epilogue, and how its threads meet. `begin` comes before everything else.
 struct Epilogue {
-    static constexpr int LANES = 16;
-    static constexpr unsigned NUMBER = sizeof(storage_t);  // bytes of one
+    static constexpr int LANES = 16, NUMBER = sizeof(storage_t);  // bytes of one
     char* place;  // 64 pixels x 128 bytes
     int consumer;
     unsigned thread;  // of the warpgroup
@@ -484,11 +484,10 @@ struct BlockSums {
 //   fetch_row  may have what `prepare` reads of a row fetched into the L2 cache while the tile is multiplied
 template <class Source, class Store, int PARTS>
 __device__ void store_tile(Epilogue& out, unsigned (&words)[PARTS][WORDS], BlockSums<PARTS / Source::TILES>& sums,
-                           typename Store::Part& part, const Store& store, const Convolution& g, const Tiles& tiles, int tile) {
+                           typename Store::Part& part, const Store& store, const typename Source::Rows& own, const Tiles& tiles, int tile) {
     static_assert(PARTS % Source::TILES == 0, "whole columns");
     constexpr int LAST = PARTS / Source::TILES - 1;
     constexpr int KEPT = LAST == 0 ? Store::TILES_KEPT : 1;
-    const typename Source::Rows own = Source::rows(g, tile, out.consumer);
     typename Source::Rows rows = own;
     int pixels = 0;
     for (int i = 0; i < Source::TILES; ++i, rows.next()) pixels += rows.count();
@@ -570,8 +569,10 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
     Epilogue epilogue(stages + maps.BYTES + weights.BYTES, consumer);
     BlockSums<ACROSS> block_sums;
     typename Store::Part part(store);
-    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots) {
-        typename Source::Rows rows = Source::rows(g, tile, consumer);
+    typename Source::Rows own = Source::rows(g, tiles.first, consumer);
+    const typename Source::Rows step = Source::rows(g, tiles.slots, 0);
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.slots, own.advance(step)) {
+        typename Source::Rows rows = own;
         for (int i = 0; i < Source::TILES; ++i, rows.next())
             for (unsigned k = thread_read_anew() % WARPGROUP; k < ACROSS * 64; k += WARPGROUP)
                 store.fetch_row(rows, k % 64, tiles.column + (int)(k / 64) * PART);
@@ -582,7 +583,7 @@ __device__ __forceinline__ void convolve(const TensorMap& map, const TensorMap& 
             weights.kept = g.weights_fit(WEIGHT_STAGES);
             round_sums(words, sums, bias ? bias + tiles.column : nullptr, g.columns - tiles.column);
         }
-        store_tile<Source>(epilogue, words, block_sums, part, store, g, tiles, tile);
+        store_tile<Source>(epilogue, words, block_sums, part, store, own, tiles, tile);
     }
     if (store.has_sums()) finish_block<CONSUMERS>(epilogue, block_sums, store, tiles);
 }
