@@ -234,7 +234,7 @@ class Trainer:
         if isinstance(error, _NotFinite):
             return
         try:
-            self._settle(0, rescuing=True)  # the device finishes the steps that it was given
+            self._read_losses(0, rescuing=True)  # the device finishes the steps that it was given
             if self.step == self._saved_step or not self.ranks.leads:
                 return
             self._validation_due = self._validation_due or self._validates
@@ -254,13 +254,13 @@ class Trainer:
         with self._advice(), closing(self._batches(self._issued)) as batches:
             for batch in batches:
                 self._begin_step(batch)
-                self._settle(AHEAD if self._issued < self._next_stop else 0)
+                self._read_losses(AHEAD if self._issued < self._next_stop else 0)
                 if not self._pending:
                     self._after_step()
                 if self.step == self.total_steps or self.stopped_early:
                     break
                 if self._asked_to_stop:
-                    self._settle(0)
+                    self._read_losses(0)
                     raise _Stopped
 
     # Batches
@@ -319,7 +319,7 @@ class Trainer:
         self.training(batch.images, batch.labels, lr, number)
         self._pending.append((self.training.read(), lr))
 
-    def _settle(self, ahead: int, rescuing: bool = False) -> None:
+    def _read_losses(self, ahead: int, rescuing: bool = False) -> None:
         """Reads the losses and norms that have arrived, in order; waits until at most `ahead` steps are pending.
 
         TrainingError where one is not finite: that step, and all after it, have changed nothing on the device. With

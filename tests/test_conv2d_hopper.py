@@ -18,7 +18,7 @@ from segnet_scratch.ops.convolution.split_planes import PLANES
 from segnet_scratch.ops.convolution.tile_table import TileTable
 from segnet_scratch.ops.op import spec
 from segnet_scratch.runtime.devices import HostDevice
-from segnet_scratch.runtime.multiprocessor import MAX_SHARED
+from segnet_scratch.runtime.occupancy import MAX_SHARED
 from segnet_scratch.runtime.precision import BFLOAT16
 
 BARRIERS = 256  # bytes of shared memory at most: two of eight bytes a stage

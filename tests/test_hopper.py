@@ -19,7 +19,7 @@ from segnet_scratch.lab.proof.parts.gate import MISUSES
 from segnet_scratch.runtime import host, nvrtc
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice
 from segnet_scratch.runtime.launch import ElementTypes, launch
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
+from segnet_scratch.runtime.occupancy import ARCHITECTURES
 from segnet_scratch.runtime.precision import BFLOAT16
 from segnet_scratch.runtime.resources import compile_all
 from segnet_scratch.runtime.tensor_map import Im2col, TensorMap

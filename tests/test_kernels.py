@@ -16,7 +16,7 @@ from segnet_scratch.lab.proof.work import QUICK
 from segnet_scratch.runtime.devices import HostDevice
 from segnet_scratch.runtime.gate import MAX_GRID
 from segnet_scratch.runtime.launch import ElementTypes, Launch, find_kernel, launch, shipped_kernels
-from segnet_scratch.runtime.multiprocessor import MAX_SHARED
+from segnet_scratch.runtime.occupancy import MAX_SHARED
 from segnet_scratch.runtime.signature import defined_kernels
 from segnet_scratch.runtime.source import read_source
 

@@ -27,7 +27,7 @@ from segnet_scratch.runtime import observe
 from segnet_scratch.runtime.devices import CudaDevice, HostDevice, Timer, get_device
 from segnet_scratch.runtime.host import HostOptions
 from segnet_scratch.runtime.launch import ElementTypes, find_kernel
-from segnet_scratch.runtime.multiprocessor import Occupancy, occupancy
+from segnet_scratch.runtime.occupancy import Occupancy, occupancy
 from segnet_scratch.segnet import DECODERS, SegNetBasic, segnet_blocks
 
 SMALL = Workload("segnet", "indices", 1 / 16, 2, (32, 48))

@@ -17,7 +17,7 @@ from segnet_scratch.lab.proof.table import ROWS
 from segnet_scratch.runtime import nvrtc, resources
 from segnet_scratch.runtime.budget import SHIPPED, Budget, Exemption, read_budget
 from segnet_scratch.runtime.launch import shipped_kernels
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, largest_shared, max_threads
+from segnet_scratch.runtime.occupancy import ARCHITECTURES, largest_shared, max_threads
 from segnet_scratch.runtime.resources import Compilation, Usage, compile_all, parse_log, remarks
 
 # As NVRTC 13.5 wrote it: a spilling kernel with shared memory, a kernel that calls a function with an array of its own.

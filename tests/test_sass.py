@@ -15,7 +15,7 @@ from support.machine_code import loops_of, main_loops, needs_disassembler, sass_
 from segnet_scratch.ops.convolution.conv2d_hopper import NAMED
 from segnet_scratch.runtime.budget import read_budget
 from segnet_scratch.runtime.launch import find_kernel, shipped_kernels
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
+from segnet_scratch.runtime.occupancy import ARCHITECTURES
 from segnet_scratch.runtime.resources import compile_all
 
 SOURCE = find_kernel("conv2d_forward_mma_128x128").source

@@ -21,7 +21,7 @@ from segnet_scratch.lab.profile.tune import tune as measure_tiles
 from segnet_scratch.parallel import ALONE
 from segnet_scratch.progress import watched
 from segnet_scratch.runtime.devices import get_device
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
+from segnet_scratch.runtime.occupancy import ARCHITECTURES
 from segnet_scratch.segnet import ARCHITECTURES as NETWORKS
 from segnet_scratch.segnet import DECODERS
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from segnet_scratch.errors import DeviceError, DTypeError, LaunchError, SegnetError, ShapeError
 from segnet_scratch.runtime.devices.base import Device
-from segnet_scratch.runtime.multiprocessor import largest_shared
 from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.occupancy import largest_shared
 from segnet_scratch.runtime.signature import ElementTypes, Kernel, Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
 

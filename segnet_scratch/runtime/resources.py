@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from segnet_scratch.errors import CompileError
 from segnet_scratch.runtime.cache import cached
 from segnet_scratch.runtime.compilation import Progress, no_progress, on_all_cores
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES
 from segnet_scratch.runtime.nvrtc import cache_path, compile_cubin
+from segnet_scratch.runtime.occupancy import ARCHITECTURES
 from segnet_scratch.runtime.signature import ElementTypes, parse_kernels
 from segnet_scratch.runtime.source import Source, shipped_sources
 

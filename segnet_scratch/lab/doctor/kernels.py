@@ -8,8 +8,8 @@ from typing import Any
 from segnet_scratch.errors import CompileError
 from segnet_scratch.lab.doctor.findings import Diagnosis, Finding, install_extra
 from segnet_scratch.runtime.budget import read_budget
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, max_threads
 from segnet_scratch.runtime.nvrtc import nvrtc_version, supported_architectures
+from segnet_scratch.runtime.occupancy import ARCHITECTURES, max_threads
 from segnet_scratch.runtime.resources import Compilation, Usage, compile_all
 
 

@@ -6,9 +6,9 @@ from math import prod
 from typing import Any
 
 from segnet_scratch.errors import CompileError
-from segnet_scratch.runtime.multiprocessor import ARCHITECTURES, occupancy
 from segnet_scratch.runtime.nvrtc import supported_architectures
 from segnet_scratch.runtime.observe import Launch
+from segnet_scratch.runtime.occupancy import ARCHITECTURES, occupancy
 from segnet_scratch.runtime.resources import LogError, compile_all
 
 

@@ -24,7 +24,7 @@ from segnet_scratch.lab.proof.work import Tally, Work
 from segnet_scratch.runtime.devices import Device
 from segnet_scratch.runtime.gate import MAX_BLOCK, MAX_GRID
 from segnet_scratch.runtime.launch import ElementTypes, Kernel, find_kernel, launch, shipped_kernels
-from segnet_scratch.runtime.multiprocessor import MAX_SHARED
+from segnet_scratch.runtime.occupancy import MAX_SHARED
 from segnet_scratch.runtime.signature import Parameter
 from segnet_scratch.runtime.tensor_map import TensorMap
 

@@ -1,4 +1,4 @@
-"""What a multiprocessor of each GPU holds, and how many blocks of a kernel at once: NVIDIA's occupancy calculation.
+"""Occupancy: what a multiprocessor of each GPU holds, and how many blocks of a kernel at once, by NVIDIA's calculation.
 
 The limits are those of the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
