@@ -20,7 +20,7 @@ from segnet_scratch.nn.modules import dropout_sampling
 from segnet_scratch.ops.elementwise.dropout import STATE
 from segnet_scratch.runtime.devices import Array
 from segnet_scratch.segnet import SegNet
-from segnet_scratch.step import OnPhase, Replayed, ignore
+from segnet_scratch.step import GraphReplay, OnPhase, ignore
 
 SHAPES = 4  # of batches whose maps and graphs are kept; the one that was used least recently makes room
 
@@ -54,7 +54,7 @@ class InferenceStep:
         self.model, self.device, self.engine, self.precision = model, model.device, engine, precision
         self._weights = FoldedWeights(model, RUNG_OF_PRECISION[precision]) if engine == "fused" else None
         self._state = self.device.zeros(STATE.shape, STATE.dtype)
-        self._passes: OrderedDict[object, tuple[Pass, Replayed[Array]]] = OrderedDict()
+        self._passes: OrderedDict[object, tuple[Pass, GraphReplay[Array]]] = OrderedDict()
 
     @property
     def channels(self) -> int:
@@ -82,7 +82,7 @@ class InferenceStep:
                 self.device.synchronise()  # its graph may be at work
                 self._passes.popitem(last=False)
             planned = self._plan(*key)
-            self._passes[key] = planned, Replayed(self.device, planned.run)
+            self._passes[key] = planned, GraphReplay(self.device, planned.run)
         self._passes.move_to_end(key)
         self._pass, self._replayed = self._passes[key]
         self.device.write(self._pass.images, images)

@@ -16,7 +16,7 @@ from typing import Generic
 import numpy as np
 
 from segnet_scratch.config import AUTO, Config
-from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, misfit
+from segnet_scratch.engine.network import RUNG_OF_PRECISION, check, unsupported_reason
 from segnet_scratch.engine.training import FusedTraining
 from segnet_scratch.engine.weights import WorkingWeights
 from segnet_scratch.errors import ConfigError, DTypeError, ShapeError
@@ -56,7 +56,7 @@ def resolve(
     on_gpu = model.device.architecture is not None and has_tensor_cores(model.device)
     if engine == AUTO:
         rung = RUNG_OF_PRECISION["bf16" if precision == AUTO else precision]
-        fits = on_gpu and not layers_only and misfit(model, rung, training) is None
+        fits = on_gpu and not layers_only and unsupported_reason(model, rung, training) is None
         engine = "fused" if precision == "bf16" or fits else "layers"
     if precision == AUTO:
         precision = "bf16" if engine == "fused" and on_gpu else "float32"
@@ -196,7 +196,7 @@ class TrainingStep:
         self._plan, self._ranks = plan, ranks
         self._sum = GradientSum(ranks, self.device, settings.gradient_sum == "bf16")
         self._captures = parts == 1 and ranks.collectives.capturable  # between parts random numbers are written
-        self._passes: dict[tuple[int, ...], tuple[Pass, Replayed[tuple[Array, list[Array]]]]] = {}
+        self._passes: dict[tuple[int, ...], tuple[Pass, GraphReplay[tuple[Array, list[Array]]]]] = {}
 
     def __call__(self, images: Array, labels: Array, lr: float, number: int = 0) -> None:
         """One step on a batch; waits for nothing. Gradients and losses are there until the next one.
@@ -220,7 +220,7 @@ class TrainingStep:
             raise DTypeError(f"training step: {got}; expected {self.model.dtype} and uint8")
         if shape not in self._passes:
             planned = self._plan((shape[0], shape[1], shape[2]))
-            self._passes[shape] = planned, Replayed(self.device, lambda: self._unit(planned), self._captures)
+            self._passes[shape] = planned, GraphReplay(self.device, lambda: self._unit(planned), self._captures)
         self._pass, self._replayed = self._passes[shape]
         self.device.write(self._pass.images, images)
         self.device.write(self._pass.labels, labels)
@@ -297,7 +297,7 @@ class Outcome:
         return loss, norm
 
 
-class Replayed(Generic[Result]):
+class GraphReplay(Generic[Result]):
     """A function that launches kernels: carried out as it is the first time, from then on replayed as a GPU's graph.
 
     Arrays that the function makes are those of the graph from the second time on; what it returns says which.

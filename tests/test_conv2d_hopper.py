@@ -145,7 +145,7 @@ class TestRule:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_does_not_fit(self, g, reason):
-        assert reason in hopper.misfit(g)
+        assert reason in hopper.unsupported_reason(g)
 
     def test_what_does_not_fit_goes_to_mma_sync(self):
         kernels = Convolutions("bf16", TileTable())

@@ -66,13 +66,13 @@ class TestPlan:
     )
     def test_what_is_refused(self, change, reason):
         g = geometry(**change)
-        assert reason in mma.misfit(g)
+        assert reason in mma.unsupported_reason(g)
         with pytest.raises(ShapeError, match=r"rung 'tf32' takes .*; use '(tiled|direct)'"):
             choose_rung(g, F32, "tf32")
 
     def test_rungs_and_element_types(self):
         g = geometry()
-        assert mma.misfit(g) is None
+        assert mma.unsupported_reason(g) is None
         assert [choose_rung(g, dtype, None) for dtype in (F32, F64, BFLOAT16)] == ["tiled", "tiled", "bf16"]
         assert choose_rung(geometry(kernel=17, padding=8, h=20, w=20), BFLOAT16, None) == "tiled"
         for rung, dtype in (("tf32", F64), ("tf32x3", BFLOAT16), ("bf16", F32)):

@@ -23,7 +23,7 @@ from segnet_scratch.ops.convolution.conv2d_hopper import HopperBackwardData, Hop
 from segnet_scratch.ops.op import Op, Spec
 from segnet_scratch.runtime.devices import Device, get_device
 from segnet_scratch.segnet import SegNet
-from segnet_scratch.step import Replayed
+from segnet_scratch.step import GraphReplay
 
 GIGABYTE = 10**9
 
@@ -65,7 +65,7 @@ def convolutions(case: Case, device: Device, clock: Clock, seconds: float) -> It
                 ops["mma.sync"] = _ours(Convolutions(rung), direction, x, weight)["ours"]
             calls = {"cuDNN": captured(_cudnn(direction, case.precision, x.shape, of_weight))}
             for name, op in ops.items():
-                calls[name] = Replayed(device, functools.partial(op.run, device, random_buffers(device, op)))
+                calls[name] = GraphReplay(device, functools.partial(op.run, device, random_buffers(device, op)))
             flops = ops["ours"].flops
             times = in_turn(calls, clock, seconds / (3 * len(shapes)))
             shape = f"{of_weight[3]} -> {of_weight[0]}, {full[1]}x{full[2]}"

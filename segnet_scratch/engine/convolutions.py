@@ -31,7 +31,7 @@ class Convolutions:
 
     def _fits(self, x: tuple[int, ...], weight: Spec) -> bool:
         g = Geometry.of(x, weight.shape, 1, weight.shape[1] // 2)
-        return self.tiles is not None and hopper.misfit(g) is None
+        return self.tiles is not None and hopper.unsupported_reason(g) is None
 
     def forward(self, x: Spec, weight: Spec, **options: Any) -> FusedForward:
         """fprop, with the options of FusedForward."""
@@ -55,7 +55,7 @@ class Convolutions:
 
     def needs_flipped(self, weight: tuple[int, ...]) -> bool:
         """Does dgrad read a flipped copy of a weight (o, k, k, c)?"""
-        return self.tiles is None or hopper.misfit_of_weight(weight) is not None
+        return self.tiles is None or hopper.unsupported_weight(weight) is not None
 
     def copy_of(self, weight: tuple[int, ...]) -> Spec | None:
         """What is kept of a weight in bfloat16 or planes of it; None where its kernels read the float32 parameter."""

@@ -135,7 +135,7 @@ class NetworkProgram(Program):
         self.add(CLASSIFIER, op, x=x, weight=weight, bias=f"{CLASSIFIER}.bias", y="logits")
 
 
-def misfit(model: SegNet, rung: str, training: bool) -> str | None:
+def unsupported_reason(model: SegNet, rung: str, training: bool) -> str | None:
     """Why the fused engine cannot compute a network; None where it can."""
     piece = piece_of(ELEMENTS_OF_RUNG[rung])
     width = f"at width {model.width:g}; widths 1, 0.5, 0.25 and 0.125 fit"
@@ -156,7 +156,7 @@ def misfit(model: SegNet, rung: str, training: bool) -> str | None:
 
 def check(model: SegNet, rung: str, training: bool = True) -> None:
     """ConfigError where the fused engine cannot compute this network on this device."""
-    if reason := misfit(model, rung, training):
+    if reason := unsupported_reason(model, rung, training):
         raise ConfigError(f'engine: the fused engine {reason}; set engine = "layers"')
     if not has_tensor_cores(model.device):
         raise ConfigError(

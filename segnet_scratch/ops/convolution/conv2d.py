@@ -40,7 +40,7 @@ TILED_THREADS = 128
 def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
     """The rung of this name, or the default one; ShapeError, DTypeError where it does not take shape or type."""
     if rung is None:
-        if dtype == BFLOAT16 and mma.misfit(g) is None:
+        if dtype == BFLOAT16 and mma.unsupported_reason(g) is None:
             return "bf16"
         return "tiled" if g.stride == 1 or dtype == BFLOAT16 else "direct"
     if rung not in RUNGS:
@@ -50,7 +50,7 @@ def choose_rung(g: Geometry, dtype: np.dtype, rung: str | None) -> str:
             raise DTypeError(
                 f"conv2d: rung {rung!r} takes {ELEMENTS_OF_RUNG[rung]}, not {dtype}; convert it, or use 'tiled'"
             )
-        reason = mma.misfit(g)
+        reason = mma.unsupported_reason(g)
         expect(reason is None, f"conv2d: rung {rung!r} {reason}; use {'tiled' if g.stride == 1 else 'direct'!r}")
     if rung == "tiled":
         expect(g.stride == 1, f"conv2d: rung 'tiled' takes stride 1, not {g.stride}; use 'direct'")
@@ -242,7 +242,7 @@ def rung_for(device: Device, g: Geometry, dtype: np.dtype, rung: str | None) -> 
     "tiled", with one message, on a GPU whose tensor cores are too old for the rung.
     """
     if rung is None and dtype == np.float32 and device.architecture is not None and mma.has_tensor_cores(device):
-        return "tf32x3" if mma.misfit(g) is None and not mma.without_tensor_cores() else None
+        return "tf32x3" if mma.unsupported_reason(g) is None and not mma.without_tensor_cores() else None
     wanted = "bf16" if rung is None and dtype == BFLOAT16 else rung
     if wanted not in ELEMENTS_OF_RUNG or mma.has_tensor_cores(device):
         return rung

@@ -48,7 +48,7 @@ class FusedConv(Op):
             raise DTypeError(f"{self.name}: there is no rung {rung!r}; expected one of {', '.join(ELEMENTS_OF_RUNG)}")
         expect_type(self.name, "the map", map_.dtype, ELEMENTS_OF_RUNG[rung], np.float64)
         self.geometry = Geometry.of(full, weight.shape, 1, kh // 2)
-        reason = mma.misfit(self.geometry)
+        reason = mma.unsupported_reason(self.geometry)
         expect(reason is None, f"{self.name}: {reason}")
         self.dtype, self.rung, self.by_windows = map_.dtype, rung, by_windows
         self.vector = np.dtype(np.float64) if self.dtype == np.float64 else np.dtype(np.float32)

@@ -5,7 +5,7 @@ are summed up for batch norm in other groups, whose sizes are an output (`counts
 it is. They multiply bfloat16: of maps and weights of float32 (the rungs "tf32" and "tf32x3"), for which they are
 planned, their inputs are the planes (split_planes.py).
 
-The rule of what they take stands in `misfit`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
+The rule of what they take stands in `unsupported_reason`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -97,7 +97,7 @@ TILES = (
 NAMED = {tile.name: tile for tile in TILES}
 
 
-def misfit_of_weight(weight: tuple[int, ...]) -> str | None:
+def unsupported_weight(weight: tuple[int, ...]) -> str | None:
     """Why these kernels do not take a weight (o, kh, kw, c); None where they do."""
     o, kh, kw, c = weight
     if (kh, kw) != (3, 3):
@@ -108,9 +108,9 @@ def misfit_of_weight(weight: tuple[int, ...]) -> str | None:
     return None
 
 
-def misfit(g: Geometry) -> str | None:
+def unsupported_reason(g: Geometry) -> str | None:
     """Why these kernels do not take a convolution; None where they do."""
-    if reason := misfit_of_weight(g.weight):
+    if reason := unsupported_weight(g.weight):
         return reason
     if (g.stride, g.pad_y) != (1, 1):
         return f"takes stride 1 and padding 1, not {g.stride} and {g.pad_y}"
@@ -138,7 +138,7 @@ class _InPlanes(Op):
 
     def multiply_as(self, rung: str) -> None:
         """In planes of this rung; ShapeError for a convolution that these kernels do not take."""
-        self.multiplied, reason = rung, misfit(self.geometry)
+        self.multiplied, reason = rung, unsupported_reason(self.geometry)
         expect(reason is None, f"{self.name}: {reason}; use the kernels of mma.sync, rung {rung!r}")
 
     @property

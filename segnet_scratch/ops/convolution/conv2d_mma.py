@@ -104,7 +104,7 @@ def chunks_of(g: Geometry, rows: int, columns: int) -> Cut:
     return Cut.of(g.pixels, min(-(-WANTED_BLOCKS // tiles), -(-g.pixels // MIN_PIXELS)))
 
 
-def misfit(g: Geometry) -> str | None:
+def unsupported_reason(g: Geometry) -> str | None:
     """Why the tensor-core kernels do not take a convolution; None where they do."""
     if g.stride != 1:
         return f"takes stride 1, not {g.stride}"
