@@ -5,7 +5,7 @@ are summed up for batch norm in other groups, whose sizes are an output (`counts
 it is. They multiply bfloat16: of maps and weights of float32 (the rungs "tf32" and "tf32x3"), for which they are
 planned, their inputs are the planes (split_planes.py).
 
-The rule of what they take stands in `unsupported_reason`; what does not fit goes to mma.sync (conv2d_fused.py, conv2d.py).
+What they do not take, by the rule in `unsupported_reason`, goes to mma.sync (conv2d_fused.py, conv2d.py).
 """
 
 from collections.abc import Callable, Sequence
