@@ -11,10 +11,10 @@
 // thread pools one: 16 windows x 8 pieces are the 128 threads. Tiles in a row of the batch have no windows: their pool is a
 // kernel of its own (ops/convolution/conv2d_hopper.py takes halo tiles there).
 //
-// Statistics of a consumer's part of a tile: the sums of the distances d of a channel from its first pixel, the pivot, and of d d.
-// mean = pivot + sum d / n, M2 = sum d d - (sum d)^2 / n. The pivot is one of the n <= 64 TILES, so (pivot - mean)^2 <= M2: what cancels is
-// at most n + 1 times what is left (E[x^2] - E[x]^2 may cancel altogether). Tiles are put together by mean and M2 (Chan,
-// Golub, LeVeque 1979). No atomics.
+// Statistics of a consumer's part of a tile, or of four tiles of 64 columns of bfloat16: the sums of the distances d of a channel
+// from its first pixel there, the pivot, and of d d. mean = pivot + sum d / n, M2 = sum d d - (sum d)^2 / n. The pivot is one of these n
+// pixels, at most 256, so (pivot - mean)^2 <= M2: what cancels is at most n + 1 times what is left (E[x^2] - E[x]^2 may cancel
+// altogether). They are put together by mean and M2 (Chan, Golub, LeVeque 1979). No atomics.
 #include "common/hopper_convolution.cuh"
 
 struct StoreForward {
@@ -25,7 +25,7 @@ struct StoreForward {
     int o;
     bool with_relu;
 
-    static constexpr int TILES_KEPT = 1;  // another tile, another pivot
+    static constexpr int TILES_KEPT = 4;  // 256 pixels from one pivot
     template <class Rows>
     __device__ void fetch_row(const Rows&, unsigned, int) const {}
     __device__ bool has_sums() const { return partials != nullptr; }

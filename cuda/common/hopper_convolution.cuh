@@ -465,7 +465,7 @@ __device__ void round_sums(unsigned (&words)[PARTS][WORDS], Accumulators<COLUMNS
 template <int ACROSS>
 struct BlockSums {
     Two<float> of[ACROSS] = {};
-    int pixels = 0, tiles = 0;
+    int pixels = 0, fresh = 0, tiles = 0;  // `fresh`: pixels whose sums a Part still has
 };
 
 // The epilogue of a consumer's part of a tile, PART columns of 64 pixels at a time. The loop is not unrolled: it would need more
@@ -476,7 +476,7 @@ struct BlockSums {
 //   prepare    may ask for what global memory has of 64 pixels, and returns it
 //   store      finds their results in shared memory
 //   first, second   its sums over the pixels, where has_sums() says so
-//   of_tile    what of these goes on from tile to tile
+//   of_tile    what of these goes on from tile to tile, of so many pixels
 // and the Store itself has
 //   TILES_KEPT how many tiles a Part is kept for, where a tile has no other
 //   merge      puts what two runs of pixels have together
@@ -488,36 +488,36 @@ __device__ void store_tile(Epilogue& out, unsigned (&words)[PARTS][WORDS], Block
     static_assert(PARTS % Source::TILES == 0, "whole columns");
     constexpr int LAST = PARTS / Source::TILES - 1;
     constexpr int KEPT = LAST == 0 ? Store::TILES_KEPT : 1;
+    const bool begins = sums.tiles % KEPT == 0, ends = sums.tiles % KEPT == KEPT - 1 || tile + tiles.slots >= tiles.count;
     typename Source::Rows rows = own;
-    int pixels = 0;
-    for (int i = 0; i < Source::TILES; ++i, rows.next()) pixels += rows.count();
+    for (int i = 0; i < Source::TILES; ++i, rows.next()) sums.fresh += rows.count();
 #pragma unroll 1
     for (int column = 0; column <= LAST * PART; column += PART) {
         out.begin();
-        if (sums.tiles % KEPT == 0) part.begin(out, tiles.column + column);
+        if (begins) part.begin(out, tiles.column + column);
         rows = own;
 #pragma unroll 1
         for (int i = 0; i < Source::TILES; ++i, rows.next()) {
             out.begin();
             const auto asked = part.prepare(rows, out);
             out.put(words[0]);
-            part.store(rows, out, asked, i == 0);
+            part.store(rows, out, asked, begins && i == 0);
 #pragma unroll
             for (int k = 1; k < PARTS; ++k)
 #pragma unroll
                 for (int j = 0; j < WORDS; ++j) words[k - 1][j] = words[k][j];
         }
-        const bool goes_on = sums.tiles % KEPT < KEPT - 1 && tile + tiles.slots < tiles.count;
-        if (goes_on || !store.has_sums()) continue;
+        if (!ends || !store.has_sums()) continue;
         out.begin();
         const Two<float> of_part = out.add_lanes(part.first, part.second);
         Two<float> total = sums.of[0];
-        if (out.thread < PART) total = store.merge(total, sums.pixels, part.of_tile(of_part, pixels), pixels);  // it divides
+        if (out.thread < PART) total = store.merge(total, sums.pixels, part.of_tile(of_part, sums.fresh), sums.fresh);  // it divides
 #pragma unroll
         for (int k = 1; k <= LAST; ++k) sums.of[k - 1] = sums.of[k];
         sums.of[LAST] = total;
     }
-    sums.pixels += pixels, ++sums.tiles;
+    if (ends) sums.pixels += sums.fresh, sums.fresh = 0;
+    ++sums.tiles;
 }
 
 // What the consumers of a block have summed up, put together in their order.
