@@ -85,7 +85,7 @@ WARNINGS = _of_both(
         "image-suffix-lies": "the image is a PNG named .jpg, or a JPEG named .png",
         "image-cmyk": "the image is CMYK; its colours are converted without a profile",
         "image-grey": "the image is grey",
-        "image-16-bit": "the image has 16 bits a pixel; the lower 8 are dropped",
+        "image-16-bit": "the image has 16 bits per pixel; the lower 8 are dropped",
         "image-has-alpha": "the image has transparency, which is dropped",
         "image-palette": "the image has a palette of at most 256 colours",
         "image-exif-rotated": "EXIF asks to turn the image; it is not turned, because its mask is not",
