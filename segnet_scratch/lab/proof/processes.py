@@ -93,18 +93,18 @@ class Process:
         return self._process
 
     def _end(self) -> int:
-        """Kills the process unless it has ended; its exit code."""
+        """Kills the process unless it has ended, and what it started in any case; its exit code."""
         process, self._process = self._process, None
         for stream in (process.stdin, process.stdout):
             with suppress(BrokenPipeError):  # it had ended, and something was still to be written to it
                 stream.close()
-        try:
-            return process.wait(timeout=1)  # its input has ended
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)  # its input has ended
+        with suppress(ProcessLookupError):  # nothing is left
             os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a driver may hold it back: it is none of ours any more
-                return process.wait(timeout=30)
-            return -signal.SIGKILL
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold it back: it is none of ours any more
+            return process.wait(timeout=30)
+        return -signal.SIGKILL
 
 
 def do_all(

@@ -31,6 +31,7 @@ DEVICES = ("host", "numpy", "cuda")
 ANY = "any"  # stands for the device of parts that need none
 # Seconds for a piece of work on a GPU, whose process then is ended; less where a hang is to be feared.
 LONG_LIMIT, GPU_LIMIT, RISKY_LIMIT = 300.0, 90.0, 30.0
+BUILD_LIMIT = 90.0  # more where kernels are compiled when they are first launched, since "cuda builds" is left out
 HOPPER = {row.name for row in ROWS if isinstance(row, HopperRow)}
 FAILURES_SHOWN, NAMES_SHOWN = 20, 4
 
@@ -182,6 +183,7 @@ def verify(
     deep = {name: getattr(FULL if isfinite(minutes) else effort, name) for name in ("shapes", "doubles", "integers")}
     unable = set(table) - set(rows_on(get_device("cuda"), table)) if "cuda" in present else set[Row]()
     without = {("cuda", row.name) for row in unable}  # the instructions
+    built = any(isinstance(part, CudaBuilds) for part in chosen)
     for part, device in itertools.product(chosen, (*present, *anywhere)):
         other = device not in part.devices
         if other and (not parts or ANY in (device, *part.devices)):
@@ -192,6 +194,7 @@ def verify(
         for work in () if reason else part.works(device, amount, seed, table):
             if work.device == "cuda":
                 limit = RISKY_LIMIT if _is_risky(work) else LONG_LIMIT if part.long else GPU_LIMIT
+                limit += 0 if built else BUILD_LIMIT
                 work = replace(work, limit=limit, alone=part.measures)
             elif work.device == "host":
                 work = replace(work, order=order, sanitize=sanitize or part.sanitized)
@@ -286,4 +289,6 @@ def _environment(devices: Sequence[str]) -> dict[str, str]:
     if "cuda" in devices:
         cupy, gpu = cupy_facts(), str(get_device("cuda").gpu)
         facts |= {"gpu": gpu, "cupy": cupy["version"], "driver": str(cupy["driver"]), "runtime": str(cupy["runtime"])}
+        if setting := os.environ.get("SEGNET_HOPPER"):  # at 0 the engine does without Hopper's kernels
+            facts["SEGNET_HOPPER"] = setting
     return facts
