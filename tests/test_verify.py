@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import select
-import shlex
 import subprocess
 from collections import Counter
 from time import monotonic, sleep
@@ -220,20 +219,13 @@ class TestProcesses:
 
     def test_what_it_has_started_ends_with_it(self, process, monkeypatch):
         """As compute-sanitizer may leave the process that it looks at behind."""
-        worker, pipe = process(), os.pipe()
-        popen = subprocess.Popen
-
-        def with_another(command, **options):
-            script = f"sleep 600 >/dev/null & exec {shlex.join(command)}"
-            return popen(["/bin/sh", "-c", script], pass_fds=pipe[1:], **options)
-
-        monkeypatch.setattr(subprocess, "Popen", with_another)
-        worker.do(work("reference", "address", count=1))
-        os.close(pipe[1])
-        ready, _, _ = select.select([pipe[0]], [], [], 5)
-        assert ready
-        assert os.read(pipe[0], 1) == b""  # the last that could write to it is gone
-        os.close(pipe[0])
+        (end, other), popen = os.pipe(), subprocess.Popen
+        beside = ["sh", "-c", 'sleep 600 >/dev/null & exec "$@"', "sh"]
+        monkeypatch.setattr(subprocess, "Popen", lambda c, **o: popen([*beside, *c], pass_fds=[other], **o))
+        process().do(work("reference", "address", count=1))
+        os.close(other)
+        assert select.select([end], [], [], 5)[0]  # the last that could write to it is gone
+        os.close(end)
 
     def test_what_goes_on_when_time_is_long_over_is_left_out(self, process, monkeypatch):
         monkeypatch.setattr(processes, "GRACE", 0.0)
