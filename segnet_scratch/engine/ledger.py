@@ -29,10 +29,9 @@ class Account:
         return sum(self.entries.values())
 
 
-_TRANSIENT, _POOLED, _GRADIENTS = "transient maps", "pooled maps", "gradients of maps"
-_OF_LAYER = {"y": "convolution outputs", "pooled": _POOLED, "chosen": _POOLED, "codes": "indices"}
-_OF_LAYER |= {"z": _TRANSIENT, "unpooled": _TRANSIENT}
-_OTHER = {"r": _GRADIENTS, "y": _GRADIENTS, "dlogits": _GRADIENTS}
+_OF_LAYER = {"y": "convolution outputs", "codes": "indices", "z": "transient maps", "unpooled": "transient maps"}
+_OF_LAYER |= dict.fromkeys(("pooled", "chosen"), "pooled maps")
+_OTHER = dict.fromkeys(("r", "y", "dlogits"), "gradients of maps")
 _OTHER |= dict.fromkeys(("weight", "bias"), "gradients of parameters")
 
 
