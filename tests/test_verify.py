@@ -98,7 +98,7 @@ class TestCommand:
     def test_a_row_in_numbers(self, segnet, tmp_path):
         file = tmp_path / "report.json"
         done = segnet(
-            *("verify", "--device", "numpy", "--row", "add_forward", "--only", "reference", "--only", "repeats"),
+            *("verify", *2 * ("--device", "numpy", "--row", "add_forward", "--only", "reference"), "--only", "repeats"),
             *("--json", file),
         )
         assert done.code == 0, done.out + done.err

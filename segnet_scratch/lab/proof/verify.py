@@ -173,8 +173,8 @@ def verify(
     that are unknown; DeviceError where a device that was asked for is missing.
     """
     start = time.monotonic()
-    chosen = [PARTS[name] for name in parts or PARTS if _known("part", name, PARTS)]
-    table: tuple[Row, ...] = tuple(map(row_named, rows)) if rows else ROWS
+    chosen = [PARTS[name] for name in dict.fromkeys(parts or PARTS) if _known("part", name, PARTS)]
+    table: tuple[Row, ...] = tuple(map(row_named, dict.fromkeys(rows))) if rows else ROWS
     present, missing = _present(devices)
     lines: dict[tuple[str, str], Line] = {}
     works: list[Work] = []
@@ -267,7 +267,7 @@ def _present(devices: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
             missing[device] = reason
     if missing and devices:
         raise DeviceError(next(iter(missing.values())))
-    return [device for device in devices or DEVICES if device not in missing], missing
+    return [device for device in dict.fromkeys(devices or DEVICES) if device not in missing], missing
 
 
 def _expect_every_kernel(lines: dict[tuple[str, str], Line]) -> None:
