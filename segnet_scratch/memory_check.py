@@ -14,8 +14,7 @@ from segnet_scratch.parallel import ALONE, Communicator
 from segnet_scratch.segnet import SegNet
 
 _PREPARED = 4  # batches that the loader and the device hold besides that of the step
-# A step is planned for this many images at most: in a larger batch what does not grow with it hardly counts.
-_PLANNED = 64
+_PLANNED = 64  # images that a step is planned for at most; a larger batch is extrapolated
 # Of every parameter: itself, momentum, what an update or a checkpoint makes of it, and the gradient, which the fused
 # engine has among its maps.
 _COPIES = {"layers": 4, "fused": 3}
@@ -31,15 +30,15 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
         return
     if model.device.gpu is None:
         free //= ranks.local_size
-    fixed = (
-        _COPIES[config.engine]
-        * sum(prod(parameter.shape) for parameter in model.parameters())
-        * np.dtype(config.dtype).itemsize
-    )
+    parameters = sum(prod(parameter.shape) for parameter in model.parameters())
+    fixed = _COPIES[config.engine] * parameters * np.dtype(config.dtype).itemsize
     at_once = ranks.size * config.accumulate
     images = -(-config.batch // at_once)  # that go through the network together
-    of_image = _bytes_of_image(model, config, ranks, min(images, _PLANNED))
-    needed = fixed + images * of_image
+    planned = min(images, _PLANNED)
+    held = _bytes_of_step(model, config, ranks, planned)
+    of_image, needed = held // planned, fixed + held
+    if images > planned:  # by how it grows: gradients of parameters and partial sums do not
+        needed += (images - planned) * (held - _bytes_of_step(model, config, ranks, _PLANNED // 2)) // (_PLANNED // 2)
     if needed <= free:
         return
     fitting = int(0.9 * free - fixed) // of_image * at_once
@@ -52,8 +51,8 @@ def check_memory(model: SegNet, config: Config, ranks: Communicator = ALONE) -> 
     raise DeviceMemoryError(f"{problem}, {have} are free; {hint}", needed, free)
 
 
-def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: int) -> int:
-    """Bytes for each image of a step with this many: maps, indices and workspaces, and itself in each batch held."""
+def _bytes_of_step(model: SegNet, config: Config, ranks: Communicator, images: int) -> int:
+    """Bytes of a step with so many images: maps, indices and workspaces, and the images in each batch held."""
     pixels, itemsize = prod(config.image_size), np.dtype(config.dtype).itemsize
     network = Network.of(model, images, config.image_size)
     if config.engine == "fused":
@@ -62,4 +61,4 @@ def _bytes_of_image(model: SegNet, config: Config, ranks: Communicator, images: 
         maps = fused_account(network, Convolutions.on(model.device, rung), branches).peak
     else:
         maps = layers_account(network, itemsize).peak + 2 * images * pixels * model.classes * itemsize  # and logits
-    return maps // images + _PREPARED * pixels * (3 * itemsize + 1)
+    return maps + images * _PREPARED * pixels * (3 * itemsize + 1)

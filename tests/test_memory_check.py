@@ -47,10 +47,12 @@ def test_the_batch_that_is_offered_fits_and_the_next_larger_ones_do_not(monkeypa
 def test_what_does_not_grow_with_the_batch_is_counted_once(monkeypatch):
     """Gradients of the weights, 118 MB, and Hopper's partial sums of them: 16 images need 817 MiB, not 16 times 152."""
     monkeypatch.setattr(Convolutions, "on", lambda *_: Convolutions("bf16", TileTable()))
-    settings = {"width": 1.0, "engine": "fused", "precision": "bf16", "size": 224}
+    settings = {"width": 1.0, "engine": "fused", "precision": "bf16"}
     parameters = 12 * sum(p.data.size for p in SegNet(21, 1.0, "numpy").parameters())
-    one, many = (refused(resolved(batch=n, **settings), 1000, monkeypatch).asked - parameters for n in (1, 16))
-    assert 5 * one < many < 16 * one - 200 * 2**20
+    for size, n, times, least in ((224, 1, 16, 5), (32, 64, 10, 1)):
+        configs = (resolved(size=size, batch=k, **settings) for k in (n, n * times))
+        one, many = (refused(config, 1000, monkeypatch).asked - parameters for config in configs)
+        assert least * one < many < times * one - 200 * 2**20
 
 
 def test_the_parts_that_are_offered_fit(monkeypatch):
